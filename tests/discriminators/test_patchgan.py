@@ -1,0 +1,38 @@
+"""PatchGAN: sizes as published, patches, initialisation."""
+
+import pytest
+import torch
+
+from vqf.discriminators.patchgan import PatchGAN
+
+
+@pytest.mark.parametrize(("layers", "channels", "parameters"), [(3, 3, 2_765_633), (3, 1, 2_763_585), (2, 3, 663_361)])
+def test_published_sizes(layers: int, channels: int, parameters: int) -> None:
+    assert sum(p.numel() for p in PatchGAN(channels, layers=layers).parameters()) == parameters
+
+
+@pytest.mark.parametrize(("layers", "side", "field"), [(3, 30, 70), (2, 62, 34)])
+def test_patches(layers: int, side: int, field: int) -> None:
+    net = PatchGAN(3, channels=8, layers=layers).eval()
+    images = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    logits = net(images)
+    assert logits.shape == (1, 1, side, side)
+    logits[0, 0, side // 2, side // 2].backward()
+    touched = images.grad.abs().sum(1)[0].nonzero()
+    assert (touched.max(0).values - touched.min(0).values + 1).tolist() == [field, field]
+
+
+def test_group_norm_keeps_pictures_apart() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    apart, mixed = PatchGAN(3, channels=8, layers=2, norm="group"), PatchGAN(3, channels=8, layers=2)
+    torch.testing.assert_close(apart(images)[:1], apart(images[:1]))
+    assert (mixed(images)[:1] - mixed(images[:1])).abs().max() > 1e-3
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    net = PatchGAN(3)
+    assert float(net.main[2].weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(net.main[3].weight.mean()) == pytest.approx(1.0, abs=0.01)
+    assert float(net.main[3].bias.abs().max()) == 0.0

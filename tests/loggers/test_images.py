@@ -1,0 +1,64 @@
+"""Grids: every picture in its place, pixel by pixel."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vqf.errors import UserError
+from vqf.loggers.pictures import GAP, grid
+from vqf.registry import build
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 9), st.sampled_from([(5, 7), (130, 4)]))
+def test_every_picture_stands_in_its_cell(count: int, columns: int, size: tuple[int, int]) -> None:
+    pixels = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8)
+    sheet = np.array(grid(pixels / 127.5 - 1, columns))
+    scale = 2 if max(size) < 128 else 1
+    height, width = (each * scale + GAP for each in size)
+    columns = min(columns, count)
+    assert sheet.shape == (-(-count // columns) * height + GAP, columns * width + GAP, 3)
+    drawn = np.zeros(sheet.shape[:2], dtype=bool)
+    for i in range(count):
+        top, left = i // columns * height + GAP, i % columns * width + GAP
+        cell = sheet[top : top + height - GAP, left : left + width - GAP]
+        for row in range(scale):  # nearest neighbour: every copy is the pixel itself
+            assert np.array_equal(cell[row::scale, row::scale], pixels[i].permute(1, 2, 0).numpy())
+        drawn[top : top + height - GAP, left : left + width - GAP] = True
+    assert (sheet[~drawn] == 255).all()
+
+
+def test_values_outside_the_range_are_clamped() -> None:
+    sheet = np.array(grid(torch.stack([torch.full((3, 2, 2), 7.0), torch.full((3, 2, 2), -7.0)])))
+    assert sheet[GAP, GAP].tolist() == [255, 255, 255]
+    assert sheet[GAP, 2 * GAP + 4].tolist() == [0, 0, 0]
+
+
+def test_files_are_named_by_step_and_the_newest_is_there_twice(tmp_path: Path) -> None:
+    logger = build("logger", {"name": "images", "limit": 3}, run_dir=tmp_path, config=None)
+    first, second = (torch.rand(5, 3, 4, 4) * 2 - 1 for _ in range(2))
+    logger.images(0, "samples", first)
+    logger.images(1200, "samples", second)
+    logger.images(1200, "a/b", second)
+    logger.close()
+    folder = tmp_path / "images"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a-b-00001200.png",
+        "a-b-latest.png",
+        "samples-00000000.png",
+        "samples-00001200.png",
+        "samples-latest.png",
+    ]
+    with Image.open(folder / "samples-latest.png") as latest:
+        assert np.array_equal(np.array(latest), np.array(grid(second[:3])))
+    assert (folder / "samples-latest.png").read_bytes() == (folder / "samples-00001200.png").read_bytes()
+
+
+def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="limit=0"):
+        build("logger", {"name": "images", "limit": 0}, run_dir=tmp_path, config=None)

@@ -1,0 +1,66 @@
+"""The adversarial objectives against their formulas, and the schedule of the game."""
+
+import math
+
+import pytest
+import torch
+
+from vqf.losses.adversarial import Hinge, Vanilla
+
+
+def logits() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 1, 3, 3, generator=generator).double() * 2, torch.randn(4, 1, 3, 3, generator=generator).double()
+
+
+def test_hinge_is_its_formula() -> None:
+    real, fake = logits()
+    loss = sum(max(0.0, 1 - x) for x in real.flatten().tolist()) / real.numel()
+    loss += sum(max(0.0, 1 + x) for x in fake.flatten().tolist()) / fake.numel()
+    assert float(Hinge(10).discriminator_loss(real, fake)) == pytest.approx(loss / 2, rel=1e-12)
+    assert float(Hinge(10).generator_loss(fake)) == pytest.approx(-float(fake.mean()), rel=1e-12)
+
+
+def test_vanilla_is_binary_cross_entropy() -> None:
+    real, fake = logits()
+    loss = -sum(math.log(1 / (1 + math.exp(-x))) for x in real.flatten().tolist()) / real.numel()
+    loss -= sum(math.log(1 - 1 / (1 + math.exp(-x))) for x in fake.flatten().tolist()) / fake.numel()
+    assert float(Vanilla(10).discriminator_loss(real, fake)) == pytest.approx(loss / 2, rel=1e-12)
+
+
+def test_a_perfect_discriminator_loses_nothing() -> None:
+    """LlamaGen#84: swapped arguments reward the worst discriminator."""
+    real, fake = torch.full((3,), 20.0), torch.full((3,), -20.0)
+    for game in (Hinge(10), Vanilla(10)):
+        assert float(game.discriminator_loss(real, fake)) < 1e-6
+        assert float(game.discriminator_loss(fake, real)) > 10
+
+
+def test_adaptive_weight_is_the_papers_lambda() -> None:
+    reconstruction, adversarial = torch.randn(3, 4, 3, 3), torch.randn(3, 4, 3, 3)
+    expected = 0.8 * float(reconstruction.norm()) / (float(adversarial.norm()) + 1e-4)
+    assert float(Hinge(10).weight(reconstruction, adversarial)) == pytest.approx(expected, rel=1e-6)
+    assert float(Hinge(10).weight(reconstruction, torch.zeros(1))) == pytest.approx(0.8 * 1e4)
+    assert float(Hinge(10, adaptive=False, weight=0.3).weight(reconstruction, adversarial)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("start", "first"), [(0, 0), (0.25, 25), (30, 30), (1, 1)])
+def test_start_counts_steps_or_is_a_share(start: float, first: int) -> None:
+    assert Hinge(100, start=start).start == first
+
+
+def test_ramp_rises_once_the_game_has_begun() -> None:
+    game = Vanilla(100, start=10, ramp_steps=4)
+    assert [game.ramp(step) for step in (9, 10, 12, 14, 99)] == pytest.approx([0, 0.2, 0.6, 1.0, 1.0])
+    assert Hinge(100, start=10).ramp(10) == 1.0
+
+
+def test_a_warm_up_lets_the_discriminator_learn_before_it_counts() -> None:
+    game = Hinge(100, start=10, warmup=5)
+    assert game.start == 10
+    assert [game.ramp(step) for step in (10, 14, 15)] == [0.0, 0.0, 1.0]
+
+
+def test_a_negative_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="never below 0"):
+        Hinge(100, start=-1)

@@ -1,0 +1,490 @@
+"""What `vqf.protocols` promises of each kind, asked of every component that is registered."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tests.composing import compose
+from vqf import registry
+from vqf.pipelines.engine import make_engine
+from vqf.pipelines.restore import build_generator
+from vqf.pipelines.stage1 import make_stage
+from vqf.protocols import Autoregressive, Batch, Judged, Reconstruction
+from vqf.registry import KINDS, components, names
+from vqf.run import config_dir
+from vqf.tokenizer import Tokenizer
+
+CODES = {"dim": 4, "codebook_size": 12}
+CONV = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [16]}
+
+# Options for components that need one to be built, or are large without. "{...}" names a fixture's file or folder.
+TINY: dict[tuple[str, str], dict[str, Any]] = {
+    ("encoder", "conv"): {"dim": 6, **CONV},
+    ("decoder", "conv"): CONV,
+    ("quantizer", "cosine"): CODES,
+    ("quantizer", "ema"): CODES,
+    ("quantizer", "gumbel"): {**CODES, "temperature_end": 0.1, "anneal_steps": 10},
+    ("quantizer", "rotation"): CODES,
+    ("quantizer", "vq"): CODES,
+    ("loss", "lpips"): {"weights": "{vgg}"},
+    ("discriminator", "patchgan"): {"channels": 8, "layers": 2},
+    ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
+    ("data", "folder"): {"root": "{pictures}"},
+    ("metric", "lpips"): {"weights": "{vgg}"},
+    ("logger", "wandb"): {"mode": "disabled"},
+}
+LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
+SIZE = 32  # pixels
+
+every = {kind: pytest.mark.parametrize("name", names(kind)) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the table's options in braces stand for: random weights of VGG16, a folder of pictures in two classes."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    folder = tmp_path_factory.mktemp("contracts")
+    torch.manual_seed(0)
+    vgg = make_layers(cfgs["D"]).state_dict()
+    save_file({f"features.{key}": value for key, value in vgg.items()}, folder / "vgg.safetensors")
+    for i in range(24):
+        place = folder / "pictures" / f"class{i % 2}" / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (20 + i, 50 - i, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place)
+    return {"{vgg}": str(folder / "vgg.safetensors"), "{pictures}": str(folder / "pictures")}
+
+
+@pytest.fixture
+def build(places: dict[str, str]) -> Any:
+    """Build a component with the table's options."""
+
+    def built(kind: str, name: str, **wired: Any) -> Any:
+        torch.manual_seed(0)
+        options = {key: places.get(str(value), value) for key, value in TINY.get((kind, name), {}).items()}
+        component = registry.build(kind, {"name": name, **options}, **wired)
+        if isinstance(component, nn.Module):
+            count = sum(parameter.numel() for parameter in component.parameters() if parameter.requires_grad)
+            assert count < LARGE, f"{kind} '{name}' has {count} parameters here: give it smaller options in TINY"
+        return component
+
+    return built
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count: int = 2, seed: int = 0, size: int = SIZE) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def is_number(value: Tensor) -> bool:
+    return value.ndim == 0 and bool(value.isfinite())
+
+
+def gradient(output: Tensor, source: Tensor) -> Tensor:
+    """The gradient at `source` of a random weighing of what came out."""
+    (found,) = torch.autograd.grad((output * noise(*output.shape, seed=9).to(output.dtype)).sum(), source)
+    assert found.isfinite().all()
+    return found
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_table_has_what_every_component_needs() -> None:
+    registered = {(kind, each.name): each for kind in KINDS for each in components(kind)}
+    assert TINY.keys() <= registered.keys(), "the table names something that is not registered"
+    for key, component in registered.items():
+        needed = {name for name, parameter in component.options.items() if parameter.default is parameter.empty}
+        assert needed <= TINY.get(key, {}).keys(), f"{component} cannot be built without options in TINY"
+
+
+def test_every_kind_has_a_contract() -> None:
+    assert [kind for kind in KINDS if not any(test.startswith(f"test_{kind}_") for test in globals())] == []
+
+
+@every["encoder"]
+def test_encoder_contract(build: Any, name: str) -> None:
+    encoder = build("encoder", name, in_channels=3, image_size=SIZE).eval()
+    images = pictures(3).requires_grad_()
+    latents = encoder(images)
+    assert latents.shape == (3, encoder.dim, SIZE // encoder.stride, SIZE // encoder.stride)
+    assert (gradient(latents, images).flatten(1).norm(dim=1) > 0).all()
+    torch.testing.assert_close(encoder(images[1:2]), latents[1:2])
+
+
+@every["decoder"]
+def test_decoder_contract(build: Any, name: str) -> None:
+    decoder = build("decoder", name, dim=6, out_channels=3, image_size=SIZE).eval()
+    latents = noise(3, 6, SIZE // decoder.stride, SIZE // decoder.stride).requires_grad_()
+    images = decoder(latents)
+    assert images.shape == (3, 3, SIZE, SIZE)
+    assert torch.equal(images, decoder.last_layer(decoder.features(latents)))
+    assert isinstance(decoder.last_layer, nn.Conv2d | nn.Linear)
+    assert any(decoder.last_layer.weight is parameter for parameter in decoder.parameters())
+    assert (gradient(images, latents).flatten(1).norm(dim=1) > 0).all()
+    torch.testing.assert_close(decoder(latents[1:2]), images[1:2])
+
+
+class Given(nn.Module):
+    """An encoder that gives what it is shown."""
+
+    dim, stride = 3, 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+def trained(build: Any, name: str) -> Any:
+    """A quantizer that has seen three batches, in eval mode."""
+    quantizer = build("quantizer", name)
+    for seed in range(3):
+        quantizer(noise(4, quantizer.dim, 5, 6, seed=seed))
+    return quantizer.eval()
+
+
+@every["quantizer"]
+@pytest.mark.parametrize("training", [True, False])
+def test_quantizer_gives_codes_a_loss_and_a_gradient(build: Any, name: str, training: bool) -> None:
+    quantizer = trained(build, name).train(training)
+    z = noise(4, quantizer.dim, 5, 6).requires_grad_()
+    q = quantizer(z)
+    assert q.latents.shape == z.shape and q.latents.dtype == z.dtype
+    assert q.indices.shape == (4, 5, 6) and q.indices.dtype == torch.int64
+    assert q.indices.min() >= 0 and q.indices.max() < quantizer.vocab_size
+    assert is_number(q.loss)
+    assert all(is_number(value) and not value.requires_grad for value in q.stats.values())
+    assert (gradient(q.latents, z).norm(dim=1) > 0).all()
+
+
+@every["quantizer"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantizer_looks_up_in_eval_mode_what_it_gave(build: Any, name: str, dtype: torch.dtype) -> None:
+    quantizer = trained(build, name).to(dtype)
+    z = noise(4, quantizer.dim, 5, 6, seed=5).to(dtype)
+    q = quantizer(z)
+    assert q.latents.dtype == q.loss.dtype == dtype
+    assert torch.equal(quantizer.lookup(q.indices), q.latents)
+    assert torch.equal(quantizer(z).indices, q.indices)
+    assert torch.equal(quantizer(z[1:2]).indices, q.indices[1:2])
+    every_code = torch.arange(quantizer.vocab_size).view(1, 1, -1)
+    assert quantizer.lookup(every_code).shape == (1, quantizer.dim, 1, quantizer.vocab_size)
+
+
+@every["quantizer"]
+def test_quantizer_keeps_its_state(build: Any, name: str) -> None:
+    quantizer = trained(build, name)
+    before = copy.deepcopy(quantizer.state_dict())
+    z = noise(4, quantizer.dim, 5, 6, seed=5)
+    with torch.no_grad():
+        q = quantizer(z)
+    assert same(quantizer.state_dict(), before)
+    other = build("quantizer", name).eval()
+    other.load_state_dict(before)
+    assert torch.equal(other(z).indices, q.indices) and torch.equal(other(z).latents, q.latents)
+    torch.manual_seed(1)
+    next_one = quantizer.train()(z)
+    torch.manual_seed(1)
+    next_other = other.train()(z)
+    assert torch.equal(next_one.indices, next_other.indices) and torch.equal(next_one.loss, next_other.loss)
+    assert same(quantizer.state_dict(), other.state_dict())
+
+
+@every["quantizer"]
+def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> None:
+    tokenizer = Tokenizer(Given(), trained(build, name), Given(), (SIZE, SIZE)).eval()  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):
+        q = tokenizer.quantize(pictures())
+        latents = tokenizer.quant_conv(pictures())
+    assert latents.dtype == torch.bfloat16
+    expected = tokenizer.quantizer(latents.float())
+    assert torch.equal(q.indices, expected.indices) and torch.equal(q.latents, expected.latents)
+
+
+@every["loss"]
+def test_loss_contract(build: Any, name: str) -> None:
+    loss, images = build("loss", name), pictures()
+    assert isinstance(loss.weight, float)
+    equal = images.clone().requires_grad_()
+    nothing = loss(equal, images)
+    assert is_number(nothing) and 0 <= float(nothing.detach()) < 1e-6
+    gradient(nothing, equal)
+    other = pictures(seed=1).requires_grad_()
+    something = loss(other, images)
+    assert is_number(something) and float(something.detach()) > 1e-3
+    (downhill,) = torch.autograd.grad(-something, other)
+    assert (downhill.flatten(1).norm(dim=1) > 0).all()
+    nearer = other + 0.1 * something * downhill / downhill.square().sum()
+    assert float(loss(nearer, images).detach()) < float(something.detach())
+
+
+@every["discriminator"]
+def test_discriminator_contract(build: Any, name: str) -> None:
+    discriminator = build("discriminator", name, in_channels=3)
+    images = pictures(3).requires_grad_()
+    logits = discriminator(images)
+    assert len(logits) == 3 and logits.isfinite().all()
+    assert (gradient(logits, images).flatten(1).norm(dim=1) > 0).all()
+
+
+@every["adversary"]
+def test_adversary_contract(build: Any, name: str) -> None:
+    adversary = build("adversary", name, steps=100)
+    assert isinstance(adversary.start, int) and 0 <= adversary.start <= 100
+    assert isinstance(adversary.second_forward, bool)
+    ramp = [adversary.ramp(step) for step in range(100)]
+    assert ramp == sorted(ramp) and 0 <= ramp[0] and ramp[-1] <= 1
+    assert not any(ramp[: adversary.start]) and ramp[-1] > 0
+    logits = noise(4, 1, 3, 3)
+    judged = [float(adversary.discriminator_loss(logits + gap, logits - gap)) for gap in (-1, 0, 1)]
+    assert judged[0] > judged[1] > judged[2]
+    fooling = [float(adversary.generator_loss(logits + gap)) for gap in (-1, 0, 1)]
+    assert fooling[0] > fooling[1] > fooling[2]
+    for value in (adversary.discriminator_loss(logits, -logits), adversary.generator_loss(logits)):
+        assert is_number(value)
+    for first, second in ((noise(5), noise(5, seed=1)), (noise(5), torch.zeros(5)), (torch.zeros(5), noise(5))):
+        weight = adversary.weight(first, second)
+        assert is_number(weight) and weight >= 0
+
+
+@every["regularizer"]
+def test_regularizer_contract(build: Any, name: str) -> None:
+    regularizer = build("regularizer", name)
+    assert isinstance(regularizer.weight, float)
+    discriminator = build("discriminator", "patchgan", in_channels=3)
+    for step in range(3):
+        real, fake = discriminator(torch.cat([pictures(), pictures(seed=1)])).chunk(2)
+        term = regularizer(Judged(discriminator, pictures(), real, fake, step))
+        assert is_number(term) and term >= 0
+        if step == 0:
+            held_back = torch.autograd.grad(term, list(discriminator.parameters()), allow_unused=True)
+            assert any(each is not None and each.isfinite().all() and each.norm() > 0 for each in held_back)
+    fresh = build("regularizer", name)
+    fresh.load_state_dict(regularizer.state_dict())
+    judged = Judged(discriminator, pictures(), real.detach(), fake.detach(), 3)
+    assert torch.equal(fresh(judged), regularizer(judged))
+
+
+def a_batch(count: int = 4) -> Batch:
+    return Batch(
+        pictures(count), torch.arange(count) % 3, torch.ones(count, 1, SIZE, SIZE), torch.arange(12).expand(count, 12)
+    )
+
+
+@every["conditioner"]
+def test_conditioner_contract(build: Any, name: str) -> None:
+    conditioner = build("conditioner", name, classes=3)
+    for training in (True, False):
+        if isinstance(conditioner, nn.Module):
+            conditioner.train(training)
+        prefix = conditioner(a_batch())
+        assert prefix.shape == (4, conditioner.length) and prefix.dtype == torch.int64
+        assert prefix.min() >= 0 and prefix.max() < conditioner.vocab_size
+    assert torch.equal(conditioner(a_batch()), prefix)
+    assert torch.equal(conditioner(a_batch(2)), prefix[:2])
+
+
+V, GRID, P, M = 11, (3, 4), 5, 2  # codes, their grid, ids of a prefix and its length
+N = GRID[0] * GRID[1]
+
+
+def a_prior(build: Any, name: str) -> Any:
+    prior = build("prior", name, vocab_size=V, length=N, grid=GRID, prefix_vocab=P, prefix_length=M).eval()
+    for parameter in prior.parameters():  # so far from 0 that every input matters
+        nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def sequences(count: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(V, (count, N), generator=generator), torch.randint(P, (count, M), generator=generator)
+
+
+@every["prior"]
+def test_prior_contract(build: Any, name: str) -> None:
+    prior, (tokens, prefix) = a_prior(build, name), sequences()
+    assert prior.vocab_size == V
+    logits = prior(tokens, prefix)
+    assert logits.shape == (5, N, V)
+    loss = prior.loss(tokens, prefix)
+    nats = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    torch.testing.assert_close(loss, nats)
+    found = torch.autograd.grad(loss, [each for each in prior.parameters() if each.requires_grad], allow_unused=True)
+    assert all(each is not None and each.isfinite().all() for each in found)
+    prior.train()
+    assert is_number(prior.loss(tokens, prefix))
+
+
+@every["prior"]
+def test_prior_remembers_what_it_was_fed(build: Any, name: str) -> None:
+    prior, (tokens, prefix) = a_prior(build, name), sequences()
+    if not isinstance(prior, Autoregressive):
+        return  # nothing is promised
+    with torch.no_grad():
+        expected = prior(tokens, prefix)
+        logits, cache = prior.begin(prefix)
+        for n in range(N):
+            torch.testing.assert_close(logits, expected[:, n], rtol=1e-4, atol=1e-5)
+            if n + 1 < N:
+                logits = prior.advance(tokens[:, n], cache)
+
+
+@every["sampler"]
+def test_sampler_contract(build: Any, name: str) -> None:
+    sampler, prior, prefix = build("sampler", name), a_prior(build, "gpt"), sequences()[1]
+    tokens = sampler(prior, prefix, GRID, seed=1)
+    assert tokens.shape == (5, N) and tokens.dtype == torch.int64
+    assert tokens.min() >= 0 and tokens.max() < V
+    assert torch.equal(sampler(prior, prefix, GRID, seed=1), tokens)
+    assert torch.equal(sampler(prior, prefix[3:], GRID, seed=1, first=3), tokens[3:])
+    assert not torch.equal(sampler(prior, prefix, GRID, seed=2), tokens)
+
+
+@every["data"]
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_data_contract(build: Any, name: str, part: str) -> None:
+    data, again = (build("data", name, image_size=16, seed=0) for _ in range(2))
+    split = data.split(part)
+    assert len(split) > 0
+    assert isinstance(split.fingerprint, str) and split.fingerprint == again.split(part).fingerprint
+    assert split.fingerprint != build("data", name, image_size=24, seed=0).split(part).fingerprint
+    assert data.split("train").fingerprint != data.split("validation").fingerprint
+    for epoch, index in ((0, 0), (3, len(split) - 1)):
+        sample, other = split.item(epoch, index), again.split(part).item(epoch, index)
+        assert sample.image.shape == (3, 16, 16) and sample.image.dtype == torch.float32
+        assert sample.image.min() >= -1 and sample.image.max() <= 1
+        assert (sample.label is None) == (len(data.classes) == 0)
+        assert sample.label is None or 0 <= sample.label < len(data.classes)
+        assert torch.equal(sample.image, other.image) and sample.label == other.label
+        if sample.mask is not None and other.mask is not None:
+            assert sample.mask.shape == (1, 16, 16) and 0 <= sample.mask.min() and sample.mask.max() <= 1
+            assert torch.equal(sample.mask, other.mask)
+    assert len(Batch.collate([split.item(0, i) for i in range(min(len(split), 3))])) == min(len(split), 3)
+
+
+def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int = 1) -> dict[str, float]:
+    """What a metric says of reconstructions with so much noise and so many codes, seen in so many batches."""
+    metric = build("metric", name, vocab_size=16, device="cpu")
+    images, masks = pictures(6) * 0.8, torch.ones(6, 1, SIZE, SIZE)
+    wrong = (images + spread * noise(6, 3, SIZE, SIZE, seed=4)).clamp(-1, 1)
+    indices = torch.randint(codes, (6, 4, 4), generator=torch.Generator().manual_seed(5))
+    for part in zip(*(each.chunk(parts) for each in (images, wrong, indices, masks)), strict=True):
+        metric.update(Reconstruction(*part))
+    return metric.compute()
+
+
+@every["metric"]
+def test_metric_contract(build: Any, name: str) -> None:
+    perfect, near, far = (measured(build, name, spread) for spread in (0.0, 0.05, 0.3))
+    assert perfect and perfect.keys() == near.keys() == far.keys()
+    few_codes = measured(build, name, 0.0, codes=3)
+    for key, best in perfect.items():
+        assert isinstance(best, float) and math.isfinite(best)
+        of_codes = best == near[key] == far[key] and best != few_codes[key]
+        assert of_codes or best > near[key] > far[key] or best < near[key] < far[key], key
+    assert measured(build, name, 0.3, parts=3) == pytest.approx(far, rel=1e-5)
+
+
+@every["logger"]
+def test_logger_contract(build: Any, name: str, tmp_path: Path) -> None:
+    logger = build("logger", name, run_dir=tmp_path, config=compose("model=small", "data=emoji"))
+    logger.scalars(1, {"loss": 0.5, "validation/psnr": 20.0})
+    logger.images(1, "reconstructions", pictures(5))
+    logger.scalars(2, {"loss": math.nan})
+    logger.close()
+    logger.close()
+
+
+@every["optimizer"]
+def test_optimizer_contract(build: Any, name: str) -> None:
+    parameter = nn.Parameter(noise(4, 4))
+    optimizer = build("optimizer", name, params=[parameter])
+    before = float(parameter.detach().square().sum())
+    parameter.square().sum().backward()
+    optimizer.step()
+    assert float(parameter.detach().square().sum()) < before
+    fresh = build("optimizer", name, params=[nn.Parameter(noise(4, 4))])
+    fresh.load_state_dict(optimizer.state_dict())
+    groups = build("optimizer", name, params=[{"params": [nn.Parameter(noise(2))], "weight_decay": 0.25}]).param_groups
+    assert groups[0]["weight_decay"] == 0.25
+
+
+@every["schedule"]
+def test_schedule_contract(build: Any, name: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(noise(2))], lr=0.5)
+    schedule = build("schedule", name, optimizer=optimizer, steps=20)
+    multipliers = []
+    for _ in range(20):
+        multipliers.append(optimizer.param_groups[0]["lr"] / 0.5)
+        optimizer.step()
+        schedule.step()
+    assert all(math.isfinite(each) and 0 <= each <= 1 for each in multipliers)
+    assert max(multipliers) > 0.5
+    assert schedule.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+
+
+@every["pipeline"]
+def test_pipeline_contract(name: str, tmp_path: Path) -> None:
+    component = registry.find("pipeline", name)
+    assert set(component.wired) == {"config", "run_dir"}
+    words = OmegaConf.load(config_dir() / "config.yaml").keys()
+    assert not component.options.keys() & words, "its options would be words that mean something else already"
+    built = registry.build("pipeline", {"name": name}, config=compose(), run_dir=tmp_path / "run")
+    assert callable(built.run)
+    assert not (tmp_path / "run").exists(), "nothing is written before the run"
+
+
+def overrides(kind: str, name: str) -> list[str]:
+    """Choose a component with the table's options on the command line."""
+    options = TINY.get((kind, name), {}).items()
+    return [f"model/{kind}={name}", *(f"model.{kind}.{key}={value}".replace(" ", "") for key, value in options)]
+
+
+@every["quantizer"]
+def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(name: str) -> None:
+    chosen = [each for kind in ("encoder", "decoder") for each in overrides(kind, "conv")]
+    config = compose(
+        *("model=vqvae", "data=emoji", "image_size=16", "batch_size=4", "steps=10", "device=cpu", "optimizer.lr=1e-3"),
+        "model/conditioner=label",
+        *chosen,
+        *overrides("quantizer", name),
+    )
+    data = registry.build("data", config.data, image_size=16, seed=0)
+    stage = make_stage(config, data, make_engine(config))
+    batch = Batch.collate([data.split("train").item(0, i) for i in range(4)])
+    before = copy.deepcopy(dict(stage.model.encoder.named_parameters()))  # type: ignore[attr-defined]
+    log = stage.step(0, batch)
+    assert all(is_number(value) for value in log.values())
+    after = dict(stage.model.encoder.named_parameters())  # type: ignore[attr-defined]
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+
+    tokenizer = stage.model.eval()
+    tokens = tokenizer.tokens(batch.images)
+    torch.testing.assert_close(tokenizer.images(tokens), tokenizer(batch.images).reconstructions.clamp(-1, 1))
+    for prior in names("prior"):
+        node = OmegaConf.create({"name": prior, **TINY.get(("prior", prior), {})})
+        generator = build_generator(OmegaConf.merge(config, {"model": {"prior": node}}), tokenizer, data.classes)
+        prefix = generator.conditioner(batch)
+        optimizer = torch.optim.Adam(generator.prior.parameters(), lr=1e-3)  # type: ignore[attr-defined]
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            loss = generator.prior.loss(tokens, prefix)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+        assert losses[0] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.2)
+        assert losses[1] < losses[0]
+        assert generator.sample(2, seed=0).shape == (2, 3, 16, 16)

@@ -1,0 +1,19 @@
+"""vqf: images into discrete tokens, tokens into images."""
+
+# Importing a component package registers what is in it.
+from vqf import data as data
+from vqf import discriminators as discriminators
+from vqf import encoders as encoders
+from vqf import loggers as loggers
+from vqf import losses as losses
+from vqf import metrics as metrics
+from vqf import optimizers as optimizers
+from vqf import pipelines as pipelines
+from vqf import quantizers as quantizers
+from vqf import transformers as transformers
+from vqf.pipelines.restore import load
+from vqf.registry import build, register
+
+__version__ = "0.1.0"
+
+__all__ = ["build", "load", "register"]

@@ -1,0 +1,5 @@
+"""Sources of pictures."""
+
+from vqf.data import emoji, folder
+
+__all__ = ["emoji", "folder"]

@@ -1,0 +1,73 @@
+"""Terms that hold a discriminator back, so that the generator can still learn from it."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqf.protocols import Judged
+from vqf.registry import register
+
+
+@register("regularizer", "lecam")
+class LeCam(nn.Module):
+    """LeCam regularization, https://arxiv.org/abs/2104.03310, equation 5.
+
+    E[max(0, D(x) - α_F)²] + E[max(0, α_R - D(x̂))²], with α_R and α_F the moving averages of the logits of real
+    and of reconstructed images. They are buffers, so that a resumed run goes on with them, and the same on all ranks.
+    The averages take the step in before the term is computed; the first batch sets them.
+
+    Args:
+        weight: 0.3 in the paper's StyleGAN2, 0.05 and 0.001 in later tokenizers.
+        decay: Of the averages.
+    """
+
+    averages: Tensor  # α_R, α_F
+    seen: Tensor
+
+    def __init__(self, *, weight: float = 0.05, decay: float = 0.99) -> None:
+        super().__init__()
+        self.weight, self.decay = weight, decay
+        self.register_buffer("averages", torch.zeros(2))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, judged: Judged) -> Tensor:
+        """Return the term, unweighted."""
+        self._follow(torch.stack([judged.real.detach().mean(), judged.fake.detach().mean()]))
+        alpha_r, alpha_f = self.averages
+        return F.relu(judged.real - alpha_f).square().mean() + F.relu(alpha_r - judged.fake).square().mean()
+
+    @torch.no_grad()
+    def _follow(self, means: Tensor) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        rate = torch.where(self.seen > 0, 1 - self.decay, 1.0)
+        self.averages.lerp_(means.to(self.averages.dtype), rate.to(self.averages.dtype))
+        self.seen.fill_(1)
+
+
+@register("regularizer", "r1")
+class R1(nn.Module):
+    """R1 gradient penalty, https://arxiv.org/abs/1801.04406, equation 9: γ/2 E|∇ D(x)|² on real images.
+
+    Args:
+        weight: γ.
+        every: Compute it only every so many steps, times as strong (lazy regularization,
+            https://arxiv.org/abs/1912.04958).
+    """
+
+    def __init__(self, *, weight: float = 10.0, every: int = 16) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every={every}: a number of steps, at least 1")
+        self.weight, self.every = weight, every
+
+    def forward(self, judged: Judged) -> Tensor:
+        """Return the term, unweighted; 0 at the steps between."""
+        if judged.step % self.every:
+            return judged.real.new_zeros(())
+        images = judged.images.detach().requires_grad_()
+        logits = judged.discriminator(images)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        return self.every / 2 * gradient.square().sum((1, 2, 3)).mean()

@@ -1,0 +1,240 @@
+"""The convolutional encoder and decoder of VQGAN.
+
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, appendix A;
+the residual blocks are those of DDPM, https://arxiv.org/abs/2006.11239. Conventions that decide whether
+published weights give published numbers: group norm with 32 groups and eps 1e-6, downsampling padded on
+the right and the bottom only, attention placed by the *nominal* resolution, no tanh at the output.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqf.registry import register
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return the normalisation of every block: 32 groups, fewer where 32 does not divide the channels."""
+    groups = next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        changes = in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halve both sides by a strided convolution, padded with zeros on the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double both sides by the nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: residual blocks, each followed by attention where it is asked for."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], dropout) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.resample: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.resample(x)
+
+
+def middle(channels: int, dropout: float, attention: bool) -> nn.Sequential:
+    """The blocks at the lowest resolution, between encoder and codebook and between codebook and decoder."""
+    blocks: list[nn.Module] = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
+    if attention:
+        blocks.insert(1, AttentionBlock(channels))
+    return nn.Sequential(*blocks)
+
+
+@register("encoder", "conv")
+class ConvEncoder(nn.Module):
+    """VQGAN's encoder, https://arxiv.org/abs/2012.09841.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: The nominal resolution in pixels, which places the attention.
+        dim: Channels of the latents (z_channels).
+        channels: Width at full resolution (ch).
+        multipliers: Width of each resolution, as a multiple of `channels` (ch_mult); each but the last halves.
+        blocks: Residual blocks of a resolution (num_res_blocks).
+        attention: Resolutions in pixels that attend (attn_resolutions).
+        middle_attention: Whether the lowest resolution attends as well.
+        dropout: Rate inside the residual blocks.
+        stem: Fold patches of this side into channels first (pixel-unshuffle): 1/stem² of the work.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        *,
+        dim: int = 256,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        middle_attention: bool = True,
+        dropout: float = 0.0,
+        stem: int = 1,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.stride = stem * 2 ** (len(multipliers) - 1)
+        widths = [channels * m for m in multipliers]
+        self.unshuffle = nn.PixelUnshuffle(stem) if stem > 1 else nn.Identity()
+        self.conv_in = nn.Conv2d(in_channels * stem**2, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attends = image_size // (stem * 2**i) in attention
+            level = Level(widths[i - 1] if i else channels, width, blocks, attends, dropout)
+            if i + 1 < len(widths):
+                level.resample = Downsample(width)
+            self.down.append(level)
+        self.mid = middle(widths[-1], dropout, middle_attention)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images (B, in_channels, H, W) to latents (B, dim, H / stride, W / stride)."""
+        h = self.conv_in(self.unshuffle(images))
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+@register("decoder", "conv")
+class ConvDecoder(nn.Module):
+    """VQGAN's decoder, https://arxiv.org/abs/2012.09841: the encoder's mirror with one more block a resolution.
+
+    Args:
+        dim: Channels of the latents.
+        out_channels: Channels of the images.
+        image_size: The nominal resolution in pixels, which places the attention.
+        channels: As for the encoder.
+        multipliers: As for the encoder, from full resolution down.
+        blocks: Residual blocks of a resolution, not counting the extra one.
+        attention: As for the encoder.
+        middle_attention: As for the encoder.
+        dropout: As for the encoder.
+        stem: Unfold channels into patches of this side at the end (pixel-shuffle); the encoder's value.
+        head: Channels at full resolution after unfolding, where `stem` is above 1. The last convolution
+            works on them, so that it can smooth over the borders of patches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_channels: int,
+        image_size: int,
+        *,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        middle_attention: bool = True,
+        dropout: float = 0.0,
+        stem: int = 1,
+        head: int = 16,
+    ) -> None:
+        super().__init__()
+        self.stride = stem * 2 ** (len(multipliers) - 1)
+        widths = [channels * m for m in multipliers]
+        self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], dropout, middle_attention)
+        # Stored from full resolution down, as in published checkpoints; run the other way.
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attends = image_size // (stem * 2**i) in attention
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks + 1, attends, dropout)
+            if i > 0:
+                level.resample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.unfold = Unfold(widths[0], head, stem) if stem > 1 else nn.Identity()
+        self.last_layer = nn.Conv2d(head if stem > 1 else widths[0], out_channels, 3, padding=1)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, dim, h, w) up to the input of the last layer."""
+        h = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.unfold(F.silu(self.norm_out(h)))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, dim, h, w) to images (B, out_channels, h * stride, w * stride), not clamped."""
+        return self.last_layer(self.features(latents))
+
+
+class Unfold(nn.Module):
+    """From the folded resolution to the full one: convolve to patches, shuffle them out."""
+
+    def __init__(self, in_channels: int, channels: int, stem: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels * stem**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(stem)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.shuffle(self.conv(x)))
+
+
+__all__ = ["ConvDecoder", "ConvEncoder"]

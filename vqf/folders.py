@@ -1,0 +1,60 @@
+"""Which folder a run writes: `outputs/<model>-<data>/<time>`, or the one that it goes on with.
+
+conf/config.yaml asks for it as `${vqf.run_dir:...}`; importing this module is what makes that word known.
+"""
+
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from vqf.pipelines.checkpoint import run_folder
+
+OUTPUTS = Path("outputs")
+TIME = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
+CHOICES = Path(".hydra") / "hydra.yaml"
+
+
+def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> str:
+    """Return the folder that a run writes.
+
+    Args:
+        run_dir: What the user named; wins over everything.
+        run: A run that a pipeline acts on: the new folder lies beside it.
+        resume: A folder or one of its checkpoints to go on with, or True for the newest of this name and pipeline.
+        name: Names the folder of this and similar runs.
+        pipeline: What runs; `resume=true` must not go on with a folder of samples.
+    """
+    if run_dir is not None:
+        return str(run_dir)
+    if isinstance(resume, str):
+        return str(run_folder(Path(resume).expanduser()))
+    here = OUTPUTS / (_beside(run) or name)
+    newest = _newest(here, pipeline) if resume else None
+    return str(newest or here / datetime.now().strftime(TIME))
+
+
+def output_dir() -> Path:
+    """Return the folder of the Hydra job that runs."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _beside(run: str | None) -> str | None:
+    """Name the folder of runs that `run` lies in, if it is one of ours."""
+    if run is None:
+        return None
+    folder = run_folder(Path(run).expanduser().resolve())
+    return folder.parent.name if folder.parent.parent.name == OUTPUTS.name else None
+
+
+def _newest(folder: Path, pipeline: str) -> Path | None:
+    for candidate in sorted(folder.glob("*/"), reverse=True):
+        facts = candidate / CHOICES
+        if facts.is_file() and OmegaConf.select(OmegaConf.load(facts), "hydra.runtime.choices.pipeline") == pipeline:
+            return candidate
+    return None
+
+
+# Cached with the config that asks, so that the time is read once in a run and once in a sweep.
+OmegaConf.register_new_resolver("vqf.run_dir", choose_run_dir, use_cache=True, replace=True)

@@ -1,0 +1,198 @@
+"""Opens other people's pickles without running what is in them.
+
+A pickle is a program: it may name any function of any module and call it. Here it may call the few functions that
+make tensors and containers, and those are vqf's own. Classes that no weight needs, such as a trainer's callbacks,
+become stand-ins that keep their name and do nothing. Whatever else a file names is refused, and nothing is imported.
+"""
+
+import math
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqf.errors import UserError
+from vqf.terminal import log
+
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+DTYPES = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
+# Of the standard library and of numpy, what checkpoints do hold beside weights; they become stand-ins as well.
+HARMLESS = {
+    "_codecs.encode",
+    "argparse.Namespace",
+    "builtins.set",
+    "__builtin__.set",
+    "collections.Counter",
+    "collections.defaultdict",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "torch.device",
+}
+STANDARD = sys.stdlib_module_names | {"__builtin__", "copy_reg"}
+CLASS = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
+
+
+def load(path: Path) -> Any:
+    """Read a file of torch.save: tensors on the CPU, in containers.
+
+    Raises:
+        UserError: If it is no such file, or names a function that no file of weights needs.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path}: not a file of weights, or one of torch before 1.6 with more than tensors in it; "
+                f"save its state_dict alone with a newer torch ({_first_line(error)})"
+            ) from error
+    return _restricted(path)
+
+
+def _restricted(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpickler = Unpickler(archive)
+            found = unpickler.load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{path}: damaged, or not a file of weights ({_first_line(error)})") from error
+    if unpickler.strangers:
+        log.info("%s: not loaded, since no weight needs them: %s", path, ", ".join(sorted(unpickler.strangers)))
+    return found
+
+
+class StandIn(type):
+    """The type of a class that is not loaded: its objects take everything and do nothing."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        return cls.__new__(cls)  # whatever a pickle calls it with
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"a pickle may not change {cls.__qualname__}")
+
+
+class Stranger(metaclass=StandIn):
+    """An object of a class that is not loaded."""
+
+    def __new__(cls, *args: Any, **options: Any) -> "Stranger":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+    def add(self, value: Any) -> None: ...
+
+
+class Builder:
+    """A function that a pickle may call. Unlike a plain function, it has nothing that a pickle could set."""
+
+    __slots__ = ("__function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.__function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle may not change the functions that it calls")
+
+
+class Ordered(dict[Any, Any]):
+    """An OrderedDict without what a pickle sets on one: torch's `_metadata`, or a method of the pickle's own."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    if math.prod(size) > flat.numel():
+        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {flat.numel()} numbers")
+    return flat.as_strided(size, stride, offset)  # which refuses what lies outside
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+BUILDERS = {
+    "collections.OrderedDict": Builder(Ordered),
+    "torch.Size": Builder(tuple),
+    "torch._utils._rebuild_tensor": Builder(_tensor),
+    "torch._utils._rebuild_tensor_v2": Builder(_tensor),
+    "torch._utils._rebuild_parameter": Builder(_parameter),
+}
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads torch's zip format: `data.pkl`, and a record `data/<key>` for every storage."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        self.archive, self.root = archive, pickled.removesuffix("data.pkl")
+        self.storages: dict[str, Tensor] = {}
+        self.strangers: dict[str, StandIn] = {}
+        super().__init__(archive.open(pickled))
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a global that the pickle names.
+
+        Raises:
+            UserError: If nothing does.
+        """
+        full = f"{module}.{name}"
+        if full in BUILDERS:
+            return BUILDERS[full]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if full in HARMLESS or (module.partition(".")[0] not in STANDARD and CLASS.fullmatch(name)):
+            return self.strangers.setdefault(full, StandIn(name, (Stranger,), {}))
+        raise UserError(f"names '{full}', which no file of weights needs and which could run code: refused")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """Read the storage that the pickle points to, flat."""
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
+        if key not in self.storages:
+            record = self.archive.getinfo(f"{self.root}data/{key}")
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"storage {key} is not of the size that the pickle says")
+            data = bytearray(self.archive.read(record))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,70 @@
+"""Curves as inline SVG that takes its colours and letters from the page around it."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Points = Sequence[tuple[float, float]]  # (step, value)
+
+INK = "#010203"  # stands for the page's own text colour
+COLORS = {"training": "#4c6ef5", "validation": "#f76707"}
+SMOOTH_FROM, WINDOWS = 60, 40  # points from which on a line of means is drawn, and how many of them
+
+
+def curve(series: Mapping[str, Points]) -> str:
+    """Draw series named "training" and "validation" over steps as one SVG element."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": repr(series), "font.family": "sans-serif", "font.size": 9}
+    with rc_context(style):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        for name, points in series.items():
+            _draw(axes, name, points)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        drawn = io.StringIO()
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(drawn, format="svg", transparent=True, metadata=empty)
+    return _inline(drawn.getvalue())
+
+
+def _draw(axes: Any, name: str, points: Points) -> None:
+    steps, values = zip(*points, strict=True)
+    color = COLORS[name]
+    if name == "training" and len(points) >= SMOOTH_FROM:
+        axes.plot(*_thin(points), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*_means(points), color=color, linewidth=1.6, label=name)
+    else:
+        axes.plot(steps, values, color=color, linewidth=1.6, label=name, marker="o", markersize=3)
+
+
+def _thin(points: Points, most: int = 500) -> tuple[list[float], list[float]]:
+    kept = points[:: math.ceil(len(points) / most)]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _means(points: Points) -> tuple[list[float], list[float]]:
+    size = math.ceil(len(points) / WINDOWS)
+    windows = [points[i : i + size] for i in range(0, len(points), size)]
+    means = [[sum(column) / len(window) for column in zip(*window, strict=True)] for window in windows]
+    return [step for step, _ in means], [value for _, value in means]
+
+
+def _inline(svg: str) -> str:
+    """Keep the element alone: no prologue, no namespaces (HTML knows them), no size, the page's ink and letters."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    for unwanted in (
+        r"<metadata>.*?</metadata>",
+        r'(?<=<g) id="[^"]*"',  # the same in every figure, and nothing points to them
+        r" font-family: [^;]*;",
+    ):
+        svg = re.sub(unwanted, "", svg, flags=re.DOTALL)
+    return re.sub(r'^<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg role="img" \1>', svg)

@@ -1,0 +1,39 @@
+"""Grids of pictures as PNG files."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from vqf.loggers.pictures import grid
+from vqf.registry import register
+
+
+@register("logger", "images")
+class Images:
+    """Writes `images/<name>-<step>.png` into the run's folder, and the newest again as `images/<name>-latest.png`.
+
+    Args:
+        run_dir: The run's folder.
+        limit: Pictures in a grid at most.
+    """
+
+    def __init__(self, run_dir: Path, *, limit: int = 64) -> None:
+        if limit < 1:
+            raise ValueError(f"limit={limit}: a grid needs at least one picture")
+        self.folder, self.limit = run_dir / "images", limit
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Leave numbers to others."""
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Write a grid."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = name.replace("/", "-")
+        path = self.folder / f"{name}-{step:08d}.png"
+        grid(images[: self.limit]).save(path)
+        shutil.copyfile(path, self.folder / f"{name}-latest.png")
+
+    def close(self) -> None:
+        """Everything is on disk already."""

@@ -1,0 +1,105 @@
+"""What a run left on disk, read again: numbers, pictures, config, command. Anything may be missing or cut short."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PREFIX = "validation/"
+STEPPED = re.compile(r"-\d{8}$")  # a picture of one step; the newest is also there as <name>-latest
+
+
+@dataclass
+class Part:
+    """A folder with a `metrics.jsonl`: the run itself, or one stage of it."""
+
+    folder: Path
+    name: str
+    training: dict[str, list[tuple[float, float]]]  # key -> (step, value)
+    validation: dict[str, list[tuple[float, float]]]
+    seconds: float
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key, those that were also measured on held-out data first, learning rates last."""
+        keys = list(dict.fromkeys([*self.validation, *self.training]))
+        return sorted(keys, key=lambda key: (key.startswith("lr/"), key not in self.validation))
+
+    def series(self, key: str) -> dict[str, list[tuple[float, float]]]:
+        """Return the curves of one key."""
+        found = {"training": self.training.get(key), "validation": self.validation.get(key)}
+        return {name: points for name, points in found.items() if points}
+
+
+def parts(run_dir: Path) -> list[Part]:
+    """Read the run's own `metrics.jsonl`, and those of its stages."""
+    return [_part(path.parent, run_dir) for path in sorted(run_dir.rglob("metrics.jsonl"))]
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Return the newest picture of every name in the `images/` of a folder."""
+    newest = [path for path in sorted((folder / "images").glob("*.png")) if not STEPPED.search(path.stem)]
+    return {path.stem.removesuffix("-latest"): path for path in newest}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} where there is none, or no whole one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; empty where there is none."""
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def command(run_dir: Path, summary: Mapping[str, Any]) -> str:
+    """Word the command that made a run: as recorded, or from Hydra's list of overrides."""
+    if recorded := summary.get("command"):
+        return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
+    from omegaconf import OmegaConf
+
+    path = run_dir / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return ""
+    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return shlex.join(["python", "-m", "vqf.run", *(str(each) for each in overrides or ())])
+
+
+def _part(folder: Path, run_dir: Path) -> Part:
+    training: dict[str, list[tuple[float, float]]] = {}
+    validation: dict[str, list[tuple[float, float]]] = {}
+    times = [0.0]
+    for line in _lines(folder / "metrics.jsonl"):
+        step, now = line.pop("step"), line.pop("time", None)
+        if isinstance(now, int | float):
+            times.append(now)
+        for key, value in line.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                kept = validation if key.startswith(PREFIX) else training
+                kept.setdefault(key.removeprefix(PREFIX), []).append((step, value))
+    name = "" if folder == run_dir else str(folder.relative_to(run_dir))
+    return Part(folder, name, training, validation, _elapsed(times))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in read_text(path).splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # half-written by a process that was killed
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int | float):
+            yield values
+
+
+def _elapsed(times: list[float]) -> float:
+    """Add up the clocks of every process: each starts from zero."""
+    ends = [now for now, after in zip(times, [*times[1:], -1.0], strict=True) if after < now]
+    return sum(ends)

@@ -1,0 +1,5 @@
+"""Losses: distances of a reconstruction to its image, and the objectives of the adversarial game."""
+
+from vqf.losses import adversarial, perceptual, pixel
+
+__all__ = ["adversarial", "perceptual", "pixel"]

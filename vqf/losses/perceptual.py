@@ -1,0 +1,47 @@
+"""Perceptual losses: distances between the features of a frozen network instead of between pixels.
+
+The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from vqf.features import Lite, PerceptualDistance, lite, lpips_heads, vgg16
+from vqf.registry import register
+
+
+@register("loss", "features")
+class FeatureLoss(nn.Module):
+    """The form of LPIPS on EfficientNet-Lite, with unit weights instead of calibrated ones; it needs no download.
+
+    Taps: 0 is the stem, 1 to 7 the stages. What lies after the last tap is not computed, and the last taps see the
+    widest surroundings. It is sensitive to fine noise: keep l1 beside it.
+    """
+
+    def __init__(self, *, weight: float = 1.0, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)) -> None:
+        super().__init__()
+        self.weight = weight
+        self.distance = PerceptualDistance(lite(network, taps))
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""
+        return self.distance(reconstructions, images).mean()
+
+
+@register("loss", "lpips")
+class LPIPS(nn.Module):
+    """LPIPS v0.1 on VGG16, the perceptual loss of VQGAN.
+
+    `weights` is a file of torchvision's VGG16; None takes it from torch's hub. The reference trains with dropout
+    0.5 in front of the heads, which makes the loss a noisy unbiased estimate; `dropout` brings that back.
+    """
+
+    def __init__(self, *, weight: float = 1.0, weights: str | None = None, dropout: bool = False) -> None:
+        super().__init__()
+        self.weight = weight
+        self.distance = PerceptualDistance(vgg16(weights), lpips_heads(), dropout)
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""
+        return self.distance(reconstructions, images).mean()

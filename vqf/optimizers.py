@@ -1,0 +1,62 @@
+"""Optimizers straight from torch and timm, and learning-rate schedules."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from vqf.errors import UserError, unknown
+from vqf.protocols import share_of
+from vqf.registry import register
+
+register("optimizer", "adam")(torch.optim.Adam)
+register("optimizer", "adamw")(torch.optim.AdamW)
+register("optimizer", "sgd")(torch.optim.SGD)
+
+
+@register("optimizer", "timm")
+def timm_optimizer(
+    params: Iterable[Any],
+    *,
+    opt: str = "lion",
+    lr: float = 1e-4,
+    weight_decay: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """Any optimizer that timm knows by name.
+
+    Args:
+        params: Parameters or parameter groups.
+        opt: A name of `timm.optim.list_optimizers()`.
+        lr: Learning rate.
+        weight_decay: Weight decay of groups that do not set their own.
+        options: Further arguments of that optimizer, `{betas: [0.9, 0.99]}`.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if opt not in list_optimizers():
+        raise UserError(f"optimizer.opt: {unknown('timm optimizer', opt, list_optimizers())}")
+    return create_optimizer_v2(list(params), opt=opt, lr=lr, weight_decay=weight_decay, **(options or {}))
+
+
+@register("schedule", "constant")
+def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0) -> LambdaLR:
+    """The learning rate as given, after a linear warm-up of `warmup` steps (below 1: a share of the run)."""
+    rise = share_of(warmup, steps)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
+
+
+@register("schedule", "cosine")
+def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0.02, end: float = 0.0) -> LambdaLR:
+    """Linear warm-up, then half a cosine down to `end` times the learning rate at the last step."""
+    rise = share_of(warmup, steps)
+
+    def multiplier(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        t = min((step - rise) / max(steps - rise, 1), 1.0)
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * t))
+
+    return LambdaLR(optimizer, multiplier)

@@ -1,0 +1,5 @@
+"""Pipelines: what `python -m vqf.run` can do, chosen with `pipeline=`."""
+
+from vqf.pipelines import full, reconstruct, sample, stage1, stage2
+
+__all__ = ["full", "reconstruct", "sample", "stage1", "stage2"]

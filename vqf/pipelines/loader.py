@@ -1,0 +1,187 @@
+"""Which pictures make up which batch, and the processes that load them.
+
+The order of the data is a pure function: batch k of epoch e is a slice of the permutation that (seed, e) gives, and
+a picture depends on (seed, epoch, index). A run therefore stands at one number, its step, and any number of worker
+processes, or of ranks, sees the same pictures in the same order.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vqf.errors import UserError
+from vqf.protocols import Batch, Split
+from vqf.randomness import generator
+
+log = logging.getLogger("vqf")
+
+Key = tuple[int, int]  # epoch and index: all that a worker needs to know
+Records = list[tuple[int, str]]  # level and text of what a worker had to say
+
+PATIENCE = 600.0  # seconds that the next batch may take
+
+
+class Order:
+    """The order in which the pictures of a split are trained on.
+
+    Args:
+        length: Pictures of the split.
+        batch_size: Pictures of one step, over all ranks. The last pictures of an epoch, too few for a batch,
+            are left out; another epoch leaves out others.
+        rank: This process among `world`, each of which takes an equal part of every batch.
+
+    Raises:
+        UserError: If not even one batch comes together, or it cannot be divided among the ranks.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: a step needs at least one picture")
+        if batch_size > length:
+            raise UserError(f"batch_size={batch_size} is larger than the {length} pictures to train on")
+        if batch_size % world:
+            raise UserError(f"batch_size={batch_size} cannot be divided among {world} processes")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world = rank, world
+        self.epoch_steps = length // batch_size
+
+    def batch(self, step: int) -> list[Key]:
+        """Return this rank's part of the batch of a step, counted from 0."""
+        epoch, position = divmod(step, self.epoch_steps)
+        part = self.batch_size // self.world
+        first = position * self.batch_size + self.rank * part
+        indices = _permutation(self.length, self.seed, epoch)[first : first + part]
+        return [(epoch, index) for index in indices.tolist()]
+
+
+def batches(split: Split, order: Order, *, start: int, steps: int, workers: int) -> Iterator[Batch]:
+    """Yield the batches of steps `start` to `steps` - 1."""
+    return keyed(split, _Plan(order, start, steps), workers=workers)
+
+
+def sequential(split: Split, batch_size: int, *, count: int | None = None, workers: int = 0) -> Iterator[Batch]:
+    """Yield every picture of a split once, in order, as it looks in epoch 0; the last batch may be smaller.
+
+    Args:
+        count: Yield only so many pictures, spread evenly over the split.
+    """
+    length = len(split)
+    count = length if count is None else min(count, length)
+    keys = [(0, i * length // count) for i in range(count)]
+    return keyed(split, [keys[i : i + batch_size] for i in range(0, count, batch_size)], workers=workers)
+
+
+def keyed(split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0) -> Iterator[Batch]:
+    """Yield a batch for every list of keys.
+
+    Raises:
+        UserError: If a picture cannot be had, or a worker process hangs or dies.
+    """
+    loader = DataLoader(
+        _Pictures(split),
+        batch_sampler=keys,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        timeout=PATIENCE if workers else 0,
+        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+    )
+    return _received(iter(loader), workers)
+
+
+class _Plan:
+    """The keys of a run of steps, made one step at a time."""
+
+    def __init__(self, order: Order, start: int, steps: int) -> None:
+        self.order, self.start, self.steps = order, start, steps
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return (self.order.batch(step) for step in range(self.start, self.steps))
+
+    def __len__(self) -> int:
+        return max(self.steps - self.start, 0)
+
+
+@dataclass
+class _Loaded:
+    """What comes back for a list of keys: a batch, or the mistake that prevents it, and what is to be logged."""
+
+    batch: Batch | None = None
+    mistake: UserError | None = None  # raised in a worker, it would arrive wrapped in a traceback
+    records: Records = field(default_factory=list)
+
+    def pin_memory(self) -> "_Loaded":
+        if self.batch is not None:
+            for key, value in vars(self.batch).items():
+                setattr(self.batch, key, None if value is None else value.pin_memory())
+        return self
+
+
+class _Pictures(Dataset[_Loaded]):
+    """A split as the data loader wants it: asked for a whole batch of keys at a time."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __getitems__(self, keys: Sequence[Key]) -> _Loaded:
+        collector = _Collector()
+        if get_worker_info() is not None:
+            log.handlers, log.propagate = [collector], False
+        try:
+            batch = Batch.collate([self.split.item(epoch, index) for epoch, index in keys])
+        except UserError as mistake:
+            return _Loaded(mistake=mistake, records=collector.records)
+        return _Loaded(batch, records=collector.records)
+
+
+class _Collector(logging.Handler):
+    """In a worker, keep log records for the parent, which owns the terminal and the log file.
+
+    A lock of theirs that happened to be held when the worker was forked would never be released in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: Records = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append((record.levelno, record.getMessage()))
+
+
+def _received(loaded: Iterator[_Loaded], workers: int) -> Iterator[Batch]:
+    while True:
+        try:
+            each = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if trouble := _worker_trouble(str(error), workers):
+                raise UserError(trouble) from error
+            raise
+        for level, text in each.records:
+            log.log(level, text)
+        if each.batch is None:
+            raise each.mistake or AssertionError("a batch or a mistake")
+        yield each.batch
+
+
+def _worker_trouble(text: str, workers: int) -> str | None:
+    if "timed out after" in text:
+        return f"workers={workers}: no batch came for {PATIENCE:.0f} s; a worker hangs (a network disk?); try workers=0"
+    if "exited unexpectedly" in text:
+        return f"workers={workers}: a worker process died (out of memory?); try fewer of them"
+    return None
+
+
+def _as_is(loaded: Any) -> Any:
+    return loaded
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(length, generator=generator("order", seed, epoch))

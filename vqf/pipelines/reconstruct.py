@@ -1,0 +1,75 @@
+"""Send pictures through a tokenizer and back: images in, images out, with the numbers."""
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vqf import terminal
+from vqf.pipelines import evaluation
+from vqf.pipelines.common import start_run
+from vqf.pipelines.engine import Engine, make_engine
+from vqf.pipelines.inherit import inherit
+from vqf.pipelines.loader import sequential
+from vqf.pipelines.pictures import save_pictures
+from vqf.pipelines.restore import find_tokenizer, load_tokenizer
+from vqf.protocols import Metric, Reconstruction, Split
+from vqf.registry import build, register
+from vqf.terminal import log
+from vqf.tokenizer import Tokenizer
+
+
+@register("pipeline", "reconstruct")
+class Reconstruct:
+    """Reconstruct the held-out pictures of a run, or the pictures of any folder.
+
+    Args:
+        images: A folder of pictures, taken whole; by default the validation split of the run's data.
+        count: Take only so many, spread evenly.
+    """
+
+    def __init__(
+        self, config: DictConfig, run_dir: Path, *, images: str | None = None, count: int | None = None
+    ) -> None:
+        self.config, self.run_dir, self.images, self.count = config, run_dir, images, count
+
+    def run(self) -> None:
+        """Write `reconstructions/*.png`, a grid beside the originals, and `metrics.json`."""
+        checkpoint = find_tokenizer(self.config.run)
+        config = inherit(self.config, checkpoint.config, ["data", "image_size", "batch_size"])
+        if self.images is not None:
+            with open_dict(config):
+                config.data = OmegaConf.create({"name": "folder", "root": self.images, "validation_share": 1.0})
+        engine = make_engine(config)
+        tokenizer = engine.place(load_tokenizer(checkpoint))
+        data = build("data", config.data, image_size=tokenizer.image_size, seed=config.seed)
+        split = data.split("validation")
+        scalars = self._reconstruct(tokenizer, split, config, engine)
+        with start_run(config, self.run_dir) as journal:
+            journal.scalars(checkpoint.step, {f"validation/{key}": value for key, value in scalars.items()})
+            journal.images(checkpoint.step, "reconstructions", evaluation.side_by_side(tokenizer, split, engine))
+        (self.run_dir / "metrics.json").write_text(json.dumps({"reconstruction": scalars}, indent=1))
+        terminal.table("reconstruction", ("metric", "value"), [(key, f"{value:.4g}") for key, value in scalars.items()])
+        log.info("pictures in %s", self.run_dir / "reconstructions")
+
+    def _reconstruct(self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine) -> dict[str, float]:
+        count = min(self.count or len(split), len(split))
+        batches = sequential(split, config.batch_size, count=count, workers=config.workers)
+        metrics: dict[str, Metric] = evaluation.build_metrics(config, tokenizer.vocab_size, engine)
+        metrics["saved"] = _Saver(self.run_dir / "reconstructions")
+        return evaluation.evaluate(tokenizer, batches, count, metrics, engine)
+
+
+class _Saver:
+    """A metric that keeps what it sees."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, 0
+
+    def update(self, batch: Reconstruction) -> None:
+        count = len(batch.reconstructions)
+        save_pictures(batch.reconstructions, self.folder, (f"{self.seen + i:06d}" for i in range(count)))
+        self.seen += count
+
+    def compute(self) -> dict[str, float]:
+        return {}

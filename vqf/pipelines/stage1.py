@@ -1,0 +1,227 @@
+"""Stage 1: learn a codebook, and to draw images from it.
+
+VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator and adversary it is a VQ-VAE,
+https://arxiv.org/abs/1711.00937.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqf.errors import UserError
+from vqf.pipelines import evaluation
+from vqf.pipelines.common import Accumulated, describe, image_size, start_run, step_optimizer
+from vqf.pipelines.engine import Engine, make_engine
+from vqf.pipelines.loader import Order, batches, sequential
+from vqf.pipelines.loop import Evaluation, Loop
+from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
+from vqf.registry import build, register
+from vqf.terminal import log
+from vqf.tokenizer import Reconstructed, Tokenizer, build_tokenizer
+
+
+class TokenizerStage:
+    """Two players: the tokenizer that reconstructs, and from some step on the discriminator that judges it.
+
+    Both play on one shared forward of the tokenizer. The losses are taken on a leaf cut at the reconstruction:
+    their gradients there give the adaptive weight, through the last layer alone, and then go back through the
+    tokenizer once. This is the gradient of the whole expression without keeping the graph for a second pass.
+    """
+
+    kind = "stage1"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        losses: Mapping[str, Loss],
+        critic: "Critic | None",
+        data: Data,
+        config: DictConfig,
+        engine: Engine,
+    ) -> None:
+        self.model, self.losses, self.critic = tokenizer, losses, critic
+        self.data, self.config, self.engine = data, config, engine
+        self.forward = torch.compile(tokenizer, dynamic=False) if config.compile else tokenizer
+        self.modules: dict[str, nn.Module] = {"model": tokenizer}
+        self.optimizers: dict[str, Optimizer] = {"model": self._optimizer(tokenizer)}
+        if critic is not None:
+            self.modules["discriminator"] = critic
+            self.optimizers["discriminator"] = self._optimizer(critic)
+        self.facts: Mapping[str, Any] = {
+            "classes": list(data.classes),
+            "data": data.split("train").fingerprint,
+            "image_size": list(tokenizer.image_size),
+        }
+
+    def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """Move both players once; returns what to log."""
+        total = Accumulated()
+        self.model.train()
+        pieces = batch.chunk(self.config.accumulate)
+        fakes = [self._reconstruct(step, piece, total, 1 / len(pieces)) for piece in pieces]
+        total.add({"gradient": step_optimizer(self.optimizers["model"], self.config.clip)})
+        if self.critic is not None and step >= self.critic.adversary.start:
+            for piece, fake in zip(pieces, fakes, strict=True):
+                self._discriminate(step, piece, fake, total, 1 / len(pieces))
+            norm = step_optimizer(self.optimizers["discriminator"], self.config.clip)
+            total.add({"discriminator_gradient": norm})
+        return total.values
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Reconstruct held-out pictures."""
+        assert isinstance(model, Tokenizer)
+        split, config = self.data.split("validation"), self.config
+        count = min(config.evaluate.count or len(split), len(split))
+        held_out = sequential(split, config.batch_size, count=count, workers=config.workers)
+        return evaluation.report(model, split, held_out, count, config, self.engine)
+
+    def _reconstruct(self, step: int, batch: Batch, total: Accumulated, share: float) -> Tensor:
+        images = batch.images
+        assert images is not None
+        with self.engine.autocast():
+            out: Reconstructed = self.forward(images)
+        leaf = out.reconstructions.detach().float().requires_grad_()
+        terms = {name: loss(leaf, images) for name, loss in self.losses.items()}
+        reconstruction = torch.stack([self.losses[name].weight * term for name, term in terms.items()]).sum()
+        (gradient,) = torch.autograd.grad(reconstruction, leaf)
+        total.add({"loss": reconstruction + out.quantized.loss, **terms, "codebook": out.quantized.loss}, share)
+        total.add(out.quantized.stats, share)
+        if self.critic is not None and (ramp := self.critic.adversary.ramp(step)) > 0:
+            gradient = gradient + ramp * self._adversarial(self.critic, leaf, out, gradient, total, share)
+        surrogate = (out.reconstructions.float() * gradient).sum() + out.quantized.loss
+        (surrogate * share).backward()
+        return leaf.detach()
+
+    def _adversarial(
+        self, critic: "Critic", leaf: Tensor, out: Reconstructed, gradient: Tensor, total: Accumulated, share: float
+    ) -> Tensor:
+        """Return the weighted gradient of the generator's loss at the reconstruction."""
+        with frozen(critic), self.engine.autocast():
+            logits = critic(leaf).float()
+        fooling = critic.adversary.generator_loss(logits)
+        (adversarial,) = torch.autograd.grad(fooling, leaf)
+        weight = critic.adversary.weight(*(self._at_last_layer(out.features, each) for each in (gradient, adversarial)))
+        total.add({"generator": fooling, "gan_weight": weight}, share)
+        return weight * adversarial
+
+    def _at_last_layer(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of the last layer's weight, given that of its output."""
+        layer = self.model.last_layer
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        output = layer(features.detach().float())
+        (at_weight,) = torch.autograd.grad(output, [weight], gradient)
+        return at_weight
+
+    def _discriminate(self, step: int, batch: Batch, fake: Tensor, total: Accumulated, share: float) -> None:
+        critic, images = self.critic, batch.images
+        assert critic is not None and images is not None
+        if critic.adversary.second_forward:
+            with torch.no_grad(), self.engine.autocast():
+                fake = self.forward(images).reconstructions.float()
+        with self.engine.autocast():
+            real_logits, fake_logits = critic(torch.cat([images, fake])).float().chunk(2)
+        loss = critic.adversary.discriminator_loss(real_logits, fake_logits)
+        judged = Judged(critic, images, real_logits, fake_logits, step)
+        terms = {name: each(judged) for name, each in critic.regularizers.items()}
+        penalty = sum(critic.regularizers[name].weight * term for name, term in terms.items())
+        ((loss + penalty) * share).backward()
+        logits = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
+        total.add({"discriminator": loss, **logits, **terms}, share)
+
+    def _optimizer(self, module: nn.Module) -> Optimizer:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return build("optimizer", self.config.optimizer, params=trained)
+
+
+class Critic(nn.Module):
+    """The discriminator, what it plays for, and what holds it back."""
+
+    def __init__(
+        self, discriminator: Discriminator, adversary: Adversary, regularizers: Mapping[str, Regularizer]
+    ) -> None:
+        super().__init__()
+        self.discriminator, self.adversary = discriminator, adversary
+        self.regularizers = nn.ModuleDict(dict(regularizers))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Judge images (B, 3, H, W)."""
+        return self.discriminator(images)
+
+
+class frozen:  # noqa: N801
+    """Let gradients pass through a module without reaching its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.module.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        self.module.requires_grad_(True)
+
+
+@register("pipeline", "stage1")
+class Stage1:
+    """Train a tokenizer. Returns the first validation metric that falls as pictures get better, for sweeps."""
+
+    def __init__(self, config: DictConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+
+    def run(self) -> float | None:
+        """Train, evaluate, save."""
+        evaluation = self.train()
+        return -evaluation.scalars["psnr"] if "psnr" in evaluation.scalars else None
+
+    def train(self) -> Evaluation:
+        """Train to the end and return the last look at held-out pictures."""
+        config, engine = self.config, make_engine(self.config)
+        data = build("data", config.data, image_size=image_size(config), seed=config.seed)
+        stage = make_stage(config, data, engine)
+        log.info("%s", describe("tokenizer", stage.model))
+        split = data.split("train")
+        order = Order(len(split), config.batch_size, config.seed)
+        with start_run(config, self.run_dir) as journal:
+            loop = Loop(stage, config, self.run_dir, engine, journal)
+
+            def source(start: int, stop: int) -> Iterator[Batch]:
+                return batches(split, order, start=start, steps=stop, workers=config.workers)
+
+            return loop.run(source)
+
+
+def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage:
+    """Build both players, what they play for, and their optimizers.
+
+    Raises:
+        UserError: If only one of discriminator and adversary is chosen, or there is no loss.
+    """
+    model = config.model
+    if (model.discriminator is None) != (model.adversary is None):
+        raise UserError("model.discriminator and model.adversary go together: choose both, or null for both")
+    if not model.loss:
+        raise UserError("model.loss: a tokenizer needs at least one loss, model/loss=[l1]")
+    if config.batch_size % config.accumulate:
+        raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
+    torch.manual_seed(config.seed)
+    tokenizer = engine.place(build_tokenizer(model, image_size(config)))
+    losses = {name: engine.place(build("loss", node)) for name, node in model.loss.items() if node is not None}
+    return TokenizerStage(tokenizer, losses, _make_critic(config, engine), data, config, engine)
+
+
+def _make_critic(config: DictConfig, engine: Engine) -> Critic | None:
+    model = config.model
+    if model.discriminator is None:
+        return None
+    discriminator = build("discriminator", model.discriminator, in_channels=3)
+    adversary = build("adversary", model.adversary, steps=config.steps)
+    nodes = (model.get("regularizer") or {}).items()
+    return engine.place(
+        Critic(discriminator, adversary, {key: build("regularizer", node) for key, node in nodes if node})
+    )

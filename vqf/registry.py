@@ -1,0 +1,360 @@
+"""Register components by name, offer their options to Hydra, and build them.
+
+A component is any callable, and its signature is its whole contract:
+
+* a positional parameter without a default is *wired*: the pipeline passes it to `build`;
+* every other parameter is an *option*: it appears in the config with its default, or as
+  `???` where it has none.
+
+So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all it takes for
+`model/quantizer=fsq "model.quantizer.levels=[8,8,8]"` to work.
+"""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import (
+    MISSING,
+    AnyNode,
+    BooleanNode,
+    DictConfig,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    Node,
+    OmegaConf,
+    PathNode,
+    StringNode,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from vqf.errors import UserError, unknown
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where the components of one kind stand in the config.
+
+    `many`: a run uses several at once; `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
+    `flat`: the options are words of their own on the command line, as in `pipeline=sample count=16`.
+    """
+
+    group: str
+    many: bool = False
+    flat: bool = False
+
+
+KINDS = {
+    "encoder": Kind("model/encoder"),
+    "decoder": Kind("model/decoder"),
+    "quantizer": Kind("model/quantizer"),
+    "loss": Kind("model/loss", many=True),
+    "discriminator": Kind("model/discriminator"),
+    "adversary": Kind("model/adversary"),
+    "regularizer": Kind("model/regularizer", many=True),
+    "conditioner": Kind("model/conditioner"),
+    "prior": Kind("model/prior"),
+    "sampler": Kind("sampler"),
+    "data": Kind("data"),
+    "metric": Kind("metric", many=True),
+    "logger": Kind("logger", many=True),
+    "optimizer": Kind("optimizer"),
+    "schedule": Kind("schedule"),
+    "pipeline": Kind("pipeline", flat=True),
+}
+
+LEAVES: dict[type, Callable[..., Node]] = {
+    bool: BooleanNode,
+    int: IntegerNode,
+    float: FloatNode,
+    str: StringNode,
+    Path: PathNode,
+}
+
+
+class RegistryError(UserError):
+    """A component was declared, named or configured wrongly."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered callable, its parameters split into wired ones and options."""
+
+    kind: str
+    name: str
+    target: Callable[..., Any]
+    wired: tuple[str, ...]
+    options: dict[str, inspect.Parameter]
+
+    def __str__(self) -> str:
+        qualname = getattr(self.target, "__qualname__", type(self.target).__qualname__)
+        return f"{self.kind} '{self.name}' ({self.target.__module__}.{qualname})"
+
+    @property
+    def signature(self) -> str:
+        """The options as one line of Python."""
+        line = ", ".join(str(parameter) for parameter in self.options.values()) or "none"
+        return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", line)  # Sequence, not collections.abc.Sequence
+
+
+_components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[[T], T]:
+    """Offer a class or function as option `name` of the config group of `kind`.
+
+    Args:
+        kind: One of `KINDS`.
+        name: What the user writes; lower_snake_case.
+        defaults: Entries of a Hydra defaults list that choosing this component brings along.
+
+    Raises:
+        RegistryError: For an unknown kind, an unusable name or signature, or a name that is taken.
+    """
+    if kind not in KINDS:
+        raise RegistryError(unknown("component kind", kind, KINDS))
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise RegistryError(f"{kind} name '{name}' is not lower_snake_case")
+
+    def decorator(target: T) -> T:
+        component = _read(kind, name, target)
+        taken = _components[kind].get(name)
+        if taken and str(taken) != str(component):  # the same class again is a notebook's reload
+            raise RegistryError(f"{component} clashes with {taken}; pick another name")
+        _components[kind][name] = component
+        _store(component, defaults)
+        return target
+
+    return decorator
+
+
+def names(kind: str) -> list[str]:
+    """List what is registered under a kind."""
+    return sorted(_components[kind])
+
+
+def components(kind: str) -> list[Component]:
+    """List the registered components of a kind, sorted by name."""
+    return [_components[kind][name] for name in names(kind)]
+
+
+def check(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None = None) -> dict[str, Any]:
+    """Return the options that `config` sets for the component it names.
+
+    Args:
+        kind: One of `KINDS`.
+        config: A node `{name: ..., option: value, ...}`.
+        where: What an error calls the node; its place in the config by default.
+
+    Raises:
+        RegistryError: One line that names the place, what is close, and what is known.
+    """
+    config = _node(kind, config, where)
+    where = where or config._get_full_key(None) or kind
+    component = find(kind, config.get("name"), where)
+    for key in config:
+        _check_key(component, str(key), where)
+    for key, parameter in component.options.items():
+        absent = key not in config and parameter.default is parameter.empty
+        if absent or OmegaConf.is_missing(config, key):
+            place = _place(component, key, where)
+            raise RegistryError(f"{place}: {component} needs a value; give {place}=...")
+    try:
+        options = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise RegistryError(f"{where}: {str(error).splitlines()[0]}") from error
+    del options["name"]
+    return {key: _check_value(component, key, value, where) for key, value in options.items()}
+
+
+def find(kind: str, name: Any, where: str | None = None) -> Component:
+    """Return the component registered under a name."""
+    if name not in _components[kind]:
+        raise RegistryError(f"{where or kind}: {unknown(kind, name, names(kind))}")
+    return _components[kind][name]
+
+
+def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) -> Any:
+    """Construct the component that `config` names from its options and the wired values it asks for.
+
+    Raises:
+        RegistryError: If the node is wrong, or the component itself refuses a value with a `ValueError`.
+    """
+    options = check(kind, config)
+    component = find(kind, config["name"])
+    if absent := [key for key in component.wired if key not in wired]:
+        raise RegistryError(f"{component} asks for '{absent[0]}'; a {kind} is given {', '.join(wired) or 'nothing'}")
+    try:
+        return component.target(**{key: wired[key] for key in component.wired}, **options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise RegistryError(f"{kind} '{component.name}': {error}") from error
+
+
+def flat_node(kind: str, config: DictConfig) -> DictConfig:
+    """Gather the node of a flat kind, whose options stand at the top level of `config`."""
+    name = config[kind]["name"]
+    component = find(kind, name, kind)
+    options = {key: config[key] for key in component.options if key in config and not OmegaConf.is_missing(config, key)}
+    return OmegaConf.create({"name": name, **options})
+
+
+def nodes(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
+    """Yield (kind, node, place) for every component that a composed config chooses."""
+    for kind, facts in KINDS.items():
+        place = facts.group.replace("/", ".")
+        node = OmegaConf.select(config, place)
+        if node is None:
+            continue
+        if facts.flat:
+            yield kind, flat_node(kind, config), place
+        elif facts.many and isinstance(node, DictConfig):
+            yield from ((kind, each, f"{place}.{key!s}") for key, each in node.items() if each is not None)
+        else:
+            yield kind, node, place
+
+
+def config_mistakes(config: DictConfig, prefix: str = "") -> list[str]:
+    """Check every component that a composed config chooses, before anything is built; a line for each mistake.
+
+    Args:
+        config: A composed config, or a part of it that chooses some of the components again.
+        prefix: The place of that part.
+    """
+    mistakes = []
+    for kind, node, place in nodes(config):
+        try:
+            check(kind, node, prefix + place)
+        except RegistryError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def _node(kind: str, config: Any, where: str | None) -> DictConfig:
+    group = KINDS[kind].group
+    if config is None:
+        known = ", ".join(names(kind))
+        raise RegistryError(f"{where or kind}: no {kind} is chosen; choose one with {group}=NAME. Known: {known}.")
+    if not isinstance(config, Mapping):
+        raise RegistryError(f"{where or kind}={config}: a {kind} is chosen with {group}={config}")
+    return config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+
+
+def _read(kind: str, name: str, target: Callable[..., Any]) -> Component:
+    wired, options = [], {}
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise RegistryError(f"{kind} '{name}': spell out what *{parameter.name} may hold")
+        if parameter.name in ("name", "defaults"):
+            raise RegistryError(f"{kind} '{name}': '{parameter.name}' has a meaning of its own; rename the parameter")
+        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+            wired.append(parameter.name)
+        else:
+            options[parameter.name] = parameter
+    return Component(kind, name, target, tuple(wired), options)
+
+
+def _store(component: Component, defaults: Sequence[Any]) -> None:
+    facts = KINDS[component.kind]
+    place = facts.group.replace("/", ".")
+    content = _options(component)
+    package = f"{place}.{component.name}" if facts.many else None
+    if facts.flat:
+        content = {place: {"name": component.name}, **content}
+        package = "_global_"
+    else:
+        content = {"name": component.name, **content}
+    if defaults:
+        content = {"defaults": [*defaults, "_self_"], **content}
+    # Not struct, so that an unknown key reaches `check`, which can name the component.
+    node = DictConfig(content, flags={"struct": False})
+    provider = component.target.__module__
+    ConfigStore.instance().store(group=facts.group, name=component.name, node=node, package=package, provider=provider)
+
+
+def _options(component: Component) -> dict[str, Any]:
+    """Hold the options in typed OmegaConf nodes.
+
+    Plain containers, not a generated dataclass: launchers pickle the ConfigStore into worker
+    processes, where a class made here could not be found.
+    """
+    hints = _hints(component.target)
+    content: dict[str, Any] = {}
+    for key, parameter in component.options.items():
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        try:
+            content[key] = _typed(hints.get(key, Any), default)
+        except OmegaConfBaseException as error:
+            raise RegistryError(f"{component}: '{key}' cannot be written in a config: {error}") from error
+    return content
+
+
+def _typed(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
+    hint, optional = _strip_none(hint)
+    optional = optional or default is None
+    if choices := _choices(hint):
+        hint = type(choices[0])
+    origin = typing.get_origin(hint) or hint
+    args = [each for each in typing.get_args(hint) if each is not Ellipsis]
+    if hint in LEAVES:
+        return LEAVES[hint](default, is_optional=optional)
+    if inspect.isclass(origin) and issubclass(origin, Sequence) and origin is not str:
+        element: Any = args[0] if len(set(args)) == 1 and args[0] in LEAVES else Any
+        content = list(default) if isinstance(default, Sequence) and default != MISSING else default
+        return ListConfig(content, element_type=element, ref_type=list[element], is_optional=optional)
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        element = args[1] if len(args) == 2 and args[1] in LEAVES else Any
+        return DictConfig(default, element_type=element, ref_type=dict[str, element], is_optional=optional)
+    return AnyNode(default)
+
+
+def _check_key(component: Component, key: str, where: str) -> None:
+    if key in component.wired:
+        raise RegistryError(f"{where}.{key}: the pipeline sets '{key}' of {component}")
+    if key != "name" and key not in component.options:
+        close = unknown("option", key, component.options).split(" Known:")[0]
+        owners = [each.name for each in components(component.kind) if key in each.options]
+        close += f" {KINDS[component.kind].group}={' or '.join(owners)} has it." if owners else ""
+        raise RegistryError(f"{where}.{key}: {close} {component} takes: {component.signature}")
+
+
+def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
+    choices = _choices(_hints(component.target).get(key))
+    if choices and value is not None and value not in choices:
+        raise RegistryError(f"{_place(component, key, where)}: {unknown('value', value, choices)}")
+    if isinstance(value, list) and isinstance(component.options[key].default, tuple):
+        return tuple(value)
+    return value
+
+
+def _place(component: Component, key: str, where: str) -> str:
+    return key if KINDS[component.kind].flat else f"{where}.{key}"
+
+
+def _strip_none(hint: Any) -> tuple[Any, bool]:
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    rest = [each for each in typing.get_args(hint) if each is not type(None)]
+    return rest[0] if len(rest) == 1 else Any, len(rest) < len(typing.get_args(hint))
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    hint, _ = _strip_none(hint)
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # an annotation imported for type checkers only; its option goes untyped
+        return {}

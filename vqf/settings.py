@@ -1,0 +1,168 @@
+"""The words of the command line that belong to no component: `steps`, `batch_size`, `run`, ...
+
+Their defaults stand in conf/config.yaml; here is what each may be, so that a slip is caught before anything starts.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vqf.errors import UserError, unknown_place
+from vqf.registry import KINDS, components, config_mistakes
+
+PHRASES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    Path: "a path",
+    list: "a list",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one word may be: of one of `types`, and null if `optional`; numbers from `least` to `most`."""
+
+    types: tuple[type, ...]
+    optional: bool = False
+    least: float | None = None
+    most: float | None = None
+    exists: bool = False  # a path that must be there already
+
+
+SETTINGS = {
+    "plugins": Setting((list, str)),
+    "seed": Setting((int,), least=0),
+    "image_size": Setting((int, list), least=1),
+    "device": Setting((str,)),
+    "precision": Setting((str,)),
+    "engine": Setting((str,)),
+    "compile": Setting((bool,)),
+    "steps": Setting((int,), least=0),
+    "batch_size": Setting((int,), least=1),
+    "accumulate": Setting((int,), least=1),
+    "clip": Setting((float,), optional=True, least=0),
+    "ema": Setting((float,), optional=True, least=0, most=1),
+    "workers": Setting((int,), least=0),
+    "run": Setting((Path,), optional=True, exists=True),
+    "run_dir": Setting((Path,), optional=True),
+    "resume": Setting((bool, Path), exists=True),
+    "checkpoint.every": Setting((int,), least=1),
+    "checkpoint.keep": Setting((int,), least=0),
+    "log.every": Setting((int,), least=1),
+    "evaluate.every": Setting((int,), least=1),
+    "evaluate.count": Setting((int,), optional=True, least=1),
+}
+
+STAGE2 = "stage2"  # holds some of the words again, for the second half of pipeline=full
+
+
+def check_config(config: DictConfig) -> None:
+    """Check everything that a composed config says, before data or weights load.
+
+    Raises:
+        UserError: All the mistakes, a line each.
+    """
+    mistakes = [*_clashes(config), *_unread(config, places(config)), *_wrong(config), *config_mistakes(config)]
+    if isinstance(second := config.get(STAGE2), DictConfig):
+        mistakes += [*_wrong(second, f"{STAGE2}."), *config_mistakes(second, f"{STAGE2}.")]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def complete(config: DictConfig) -> DictConfig:
+    """Return a config that has every group: null, or an empty mapping, where nothing is chosen."""
+    config = config.copy()
+    with open_dict(config):
+        for facts in KINDS.values():
+            place = facts.group.replace("/", ".")
+            if OmegaConf.select(config, place) is None:
+                OmegaConf.update(config, place, {} if facts.many else None)
+    return config
+
+
+def places(config: DictConfig) -> set[str]:
+    """List the dotted keys that something reads: words, groups, and the options of the pipeline that is chosen."""
+    name = OmegaConf.select(config, "pipeline.name")
+    options = {key for each in components("pipeline") if each.name == name for key in each.options}
+    groups = {kind.group.replace("/", ".") for kind in KINDS.values()}
+    return {*SETTINGS, *groups, *options, *(f"{STAGE2}.{each}" for each in (*SETTINGS, *groups))}
+
+
+def _clashes(config: DictConfig) -> Iterator[str]:
+    """Yield a line for every option of the pipeline that would replace a word that every run has."""
+    name = OmegaConf.select(config, "pipeline.name")
+    taken = {each.split(".")[0] for each in places(OmegaConf.create())}
+    for component in components("pipeline"):
+        for key in taken & component.options.keys() if component.name == name else ():
+            yield f"{component}: every run has a word '{key}'; give this option another name"
+
+
+def _unread(config: Mapping[Any, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    """Yield a line for every key that nothing reads, which only a file or a `+` can bring in."""
+    for key in config:
+        place = f"{prefix}{key}"
+        if place in known:
+            continue
+        if not any(each.startswith(f"{place}.") for each in known):
+            yield f"{place}: {unknown_place(place, known)}"
+        elif isinstance(config[key], Mapping):
+            yield from _unread(config[key], known, f"{place}.")
+        else:
+            parts = sorted(each for each in known if each.startswith(f"{place}."))
+            yield f"{place}={written(config[key])}: '{place}' is not a word by itself; give {parts[0]}=... or the like"
+
+
+def _wrong(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield a line for every word whose value is not what it may be; absent ones are left alone."""
+    for key, setting in SETTINGS.items():
+        try:
+            if prefix and OmegaConf.is_interpolation(config, key):
+                continue  # a copy of a word that is checked by itself
+            value = OmegaConf.select(config, key, default=setting, throw_on_missing=True)
+        except (ConfigKeyError, ConfigAttributeError):
+            continue
+        except OmegaConfBaseException as error:
+            yield f"{prefix}{key}: {str(error).splitlines()[0]}; give {prefix}{key}=..."
+            continue
+        if value is not setting and (fault := _fault(setting, value)):
+            yield f"{prefix}{key}={written(value)}: {fault}"
+
+
+def _fault(setting: Setting, value: Any) -> str | None:
+    if value is None and setting.optional:
+        return None
+    if not any(_is(value, each) for each in setting.types):
+        kinds = [PHRASES[each] for each in setting.types] + ["null"] * setting.optional
+        return f"'{written(value)}' is not {' or '.join(kinds)}"
+    numbers = value if isinstance(value, ListConfig) else [value]
+    if setting.least is not None and not all(_is(each, setting.types[0]) and each >= setting.least for each in numbers):
+        return f"must be {PHRASES[setting.types[0]]} of at least {setting.least}"
+    if setting.most is not None and value > setting.most:
+        return f"must be at most {setting.most}"
+    if setting.exists and isinstance(value, str) and not Path(value).expanduser().is_dir():
+        return f"no such folder in {Path.cwd()}"
+    return None
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind in (str, Path):
+        return isinstance(value, str)
+    if kind is list:
+        return isinstance(value, ListConfig)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int) or (kind is float and isinstance(value, float))
+
+
+def written(value: Any) -> str:
+    """Write a value as it stands on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return re.sub(r"[' ]", "", str(value)) if isinstance(value, ListConfig) else str(value)

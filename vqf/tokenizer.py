@@ -1,0 +1,126 @@
+"""The tokenizer: images to codes and back. What a user of a trained model holds."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from vqf.errors import UserError
+from vqf.protocols import Decoder, Encoder, Quantized, Quantizer, Size, pair
+from vqf.registry import build
+
+
+@dataclass
+class Reconstructed:
+    """One pass through a tokenizer, with what the losses and the adaptive weight need."""
+
+    reconstructions: Tensor  # (B, 3, H, W)
+    features: Tensor  # the input of the decoder's last layer
+    quantized: Quantized
+
+
+class Tokenizer(nn.Module):
+    """Encoder, 1x1 convolution, quantizer, 1x1 convolution, decoder.
+
+    The two convolutions (quant_conv and post_quant_conv of taming-transformers) belong to the tokenizer,
+    so that every quantizer fits every encoder.
+    """
+
+    def __init__(self, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, image_size: Size) -> None:
+        super().__init__()
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.quant_conv = nn.Conv2d(encoder.dim, quantizer.dim, 1)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, encoder.dim, 1)
+        self.image_size = image_size
+        self.stride = encoder.stride
+        self.vocab_size = quantizer.vocab_size
+
+    @property
+    def grid(self) -> Size:
+        """Height and width in codes of an image of the training size."""
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The decoder's last layer, where the adaptive weight compares gradients."""
+        return self.decoder.last_layer
+
+    def forward(self, images: Tensor) -> Reconstructed:
+        """Reconstruct images (B, 3, H, W) as in training."""
+        quantized = self.quantize(images)
+        features = self.decoder.features(self.post_quant_conv(quantized.latents))
+        return Reconstructed(self.decoder.last_layer(features), features, quantized)
+
+    def quantize(self, images: Tensor) -> Quantized:
+        """Encode and quantize images (B, 3, H, W); the search for the nearest code is in float32."""
+        latents = self.quant_conv(self.encoder(images))
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.quantizer(latents if latents.dtype == torch.float64 else latents.float())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Turn images (B, 3, H, W) in [-1, 1] into indices (B, H / stride, W / stride)."""
+        self._check(images)
+        return self.quantize(images).indices
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Turn indices (B, h, w) into images (B, 3, h * stride, w * stride), clamped to [-1, 1]."""
+        latents = self.quantizer.lookup(indices)
+        return self.decoder(self.post_quant_conv(latents)).clamp(-1, 1)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Turn images into token sequences (B, h * w), row by row."""
+        return rearrange(self.encode(images), "b h w -> b (h w)")
+
+    def images(self, tokens: Tensor, grid: Size | None = None) -> Tensor:
+        """Turn token sequences (B, h * w) of a grid into images."""
+        height, width = grid or self.grid
+        return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width))
+
+    def fingerprint(self) -> str:
+        """Hash the weights: tokens of one tokenizer mean nothing to another."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W) in [-1, 1], not {tuple(images.shape)}")
+        if images.shape[2] % self.stride or images.shape[3] % self.stride:
+            raise ValueError(
+                f"image height and width must be multiples of the encoder's stride {self.stride}, "
+                f"not {images.shape[2]} x {images.shape[3]}"
+            )
+
+
+def build_tokenizer(model: DictConfig, image_size: int | Size) -> Tokenizer:
+    """Build the tokenizer that the nodes encoder, quantizer and decoder of `model` describe.
+
+    Raises:
+        UserError: If the parts do not fit each other or the image size.
+    """
+    size = pair(image_size)
+    encoder = build("encoder", model.encoder, in_channels=3, image_size=max(size))
+    if size[0] % encoder.stride or size[1] % encoder.stride:
+        nearest = max(round(size[0] / encoder.stride), 1) * encoder.stride
+        raise UserError(
+            f"image_size={_word(size)}: the stride {encoder.stride} of encoder '{model.encoder.name}' must divide it; "
+            f"the nearest that fits is image_size={nearest}"
+        )
+    decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=3, image_size=max(size))
+    if decoder.stride != encoder.stride:
+        raise UserError(
+            f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder.stride}, encoder "
+            f"'{model.encoder.name}' shrinks by {encoder.stride}; give both the same multipliers and stem"
+        )
+    return Tokenizer(encoder, build("quantizer", model.quantizer), decoder, size)
+
+
+def _word(size: Size) -> str:
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

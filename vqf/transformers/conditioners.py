@@ -1,0 +1,55 @@
+"""What stage 2 is told about a picture: tokens in front of its codes."""
+
+import torch
+from torch import Tensor, nn
+
+from vqf.protocols import Batch
+from vqf.registry import register
+
+
+@register("conditioner", "none")
+class NoCondition(nn.Module):
+    """A start token and nothing else."""
+
+    vocab_size = 1
+    length = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return (B, 1) zeros."""
+        present = next(each for each in (batch.tokens, batch.labels, batch.images) if each is not None)
+        return torch.zeros(len(batch), 1, dtype=torch.int64, device=present.device)
+
+
+@register("conditioner", "label")
+class Label(nn.Module):
+    """The class as one token.
+
+    Args:
+        drop: Share of the labels that training replaces by one more class, `null`, which stands for any class
+            (Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598). 0 adds no such class.
+    """
+
+    length = 1
+
+    def __init__(self, classes: int, *, drop: float = 0.0) -> None:
+        super().__init__()
+        if classes < 1:
+            raise ValueError("the data has no labels; choose model/conditioner=none")
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop must be in [0, 1), not {drop}")
+        self.drop = drop
+        self.null = classes if drop else None
+        self.vocab_size = classes + bool(drop)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the labels as (B, 1)."""
+        if batch.labels is None:
+            raise ValueError("the batch has no labels; choose model/conditioner=none")
+        labels = batch.labels[:, None]
+        if not self.training or self.null is None:
+            return labels
+        dropped = torch.rand(labels.shape, device=labels.device) < self.drop
+        return labels.masked_fill(dropped, self.null)

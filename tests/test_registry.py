@@ -39,7 +39,8 @@ class Toy:
         sizes: Sequence[int] = (1, 2),
         pairs: tuple[float, float] = (0.5, 0.9),
         names: list[str] | None = None,
-        extra: Mapping[str, float] | None = None,
+        extra: Mapping[str, float] = {"a": 0.5},
+        more: Mapping[str, float] | None = None,
         anything: Any = None,
     ) -> None:
         self.given = {key: value for key, value in locals().items() if key != "self"}
@@ -62,7 +63,8 @@ def test_defaults_reach_the_constructor_as_they_were_written() -> None:
         "sizes": (1, 2),
         "pairs": (0.5, 0.9),
         "names": None,
-        "extra": None,
+        "extra": {"a": 0.5},
+        "more": None,
         "anything": None,
     }
 
@@ -77,6 +79,7 @@ def test_overrides_reach_the_constructor_in_their_types() -> None:
         "model.quantizer.sizes=[3,4,5]",
         "model.quantizer.names=[x,y]",
         "model.quantizer.extra={a:1}",
+        "model.quantizer.more={b:2}",
         "model.quantizer.anything={b:[1,{c:2}]}",
     )
     assert given["scale"] == 1.0 and isinstance(given["scale"], float)
@@ -84,6 +87,7 @@ def test_overrides_reach_the_constructor_in_their_types() -> None:
     assert given["sizes"] == (3, 4, 5)
     assert given["names"] == ["x", "y"] and type(given["names"]) is list
     assert given["extra"] == {"a": 1.0} and type(given["extra"]) is dict
+    assert given["more"] == {"b": 2} and type(given["more"]) is dict
     assert given["anything"] == {"b": [1, {"c": 2}]} and type(given["anything"]["b"][1]) is dict
 
 
@@ -97,6 +101,7 @@ def test_overrides_reach_the_constructor_in_their_types() -> None:
         ("sizes=5", "int is not a ListConfig"),
         ("sizes=[a]", "could not be converted to Integer"),
         ("extra={a:b}", "could not be converted to Float"),
+        ("extra=5", "Cannot assign int to dict[str, float]"),
         ("bits=null", "is not Optional"),
         ("depth=x", "could not be converted to Integer"),
     ],
@@ -171,7 +176,7 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
     ("kind", "node", "message"),
     [
         ("quantizer", {"name": "vqq"}, "quantizer: unknown quantizer 'vqq'. Did you mean 'vq'? Known: "),
-        ("quantizer", {}, "quantizer: unknown quantizer 'None'. Known: "),
+        ("quantizer", {}, "quantizer: no quantizer is chosen; choose one with model/quantizer=NAME. Known: "),
         ("quantizer", None, "quantizer: no quantizer is chosen; choose one with model/quantizer=NAME. Known: "),
         ("quantizer", "ema", "quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
         ("quantizer", {"name": "vq", "betta": 1}, "quantizer.betta: unknown option 'betta'. Did you mean 'beta'?"),
@@ -182,6 +187,7 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("data", {"name": "folder", "root": "???"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value"),
         ("data", {"name": "emoji", "root": "x"}, "data.root: unknown option 'root'. data=folder has it. data 'emoji' "),
         ("data", {"name": "folder", "root": "${nowhere}"}, "data: Interpolation key 'nowhere' not found"),
+        ("optimizer", {"name": "timm", "options": 3}, "optimizer.options: '3' is not a mapping; write it as {a:1,b:2}"),
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),
     ],
 )

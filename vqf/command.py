@@ -129,7 +129,7 @@ class Composer:
             return explain.unknown_group(group, groups)
         if value is None and not override.is_delete():
             return explain.no_null(group)
-        for name in value if isinstance(value, list) else [value] if value else []:
+        for name in [] if override.is_delete() else value if isinstance(value, list) else [value]:
             folder, _, file = f"{group}/{name}".rpartition("/")
             options = self.loader.get_group_options(folder, ObjectType.CONFIG, self.name, held)
             if file not in options:

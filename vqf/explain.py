@@ -16,8 +16,9 @@ TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or f
 # What OmegaConf and Hydra say, and what it means to the person who typed it.
 REWORDED = (
     (r"Value '(?P<value>.*?)' .*?could not be converted to (?P<type>\w+)", "'{value}' is not {type}"),
+    (r"Value '(?P<value>.*?)' is not a valid bool", "'{value}' is not true or false"),
     (r"Invalid value assigned: \w+ is not a ListConfig", "not a list; write it as [a,b]"),
-    (r"Invalid value assigned: \w+ is not a DictConfig", "not a mapping; write it as {{a:1,b:2}}"),
+    (r"Cannot assign \w+ to dict", "not a mapping; write it as {{a:1,b:2}}"),
     (r"field '.*' is not Optional", "null is not possible here"),
     (r"Could not delete from config", "there is no such word to take away"),
     (r"An item is already at", "it is there already; leave out the +"),
@@ -28,7 +29,7 @@ def explain(error: BaseException) -> str:
     """Word an error of composing a config."""
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _in_file(text) + _missing(error)
+        return _missing(error)
     if error.__cause__ is not None and ("Error merging" in text or not text):
         text = str(error.__cause__)
     for pattern, words in REWORDED:

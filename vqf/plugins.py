@@ -72,11 +72,15 @@ def _import_module(module: str) -> None:
 def _import_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"plugins: no file '{path}' in {Path.cwd()}")
-    if path.stem in sys.modules:
-        loaded = getattr(sys.modules[path.stem], "__file__", None)
-        if loaded and Path(loaded).resolve() == path.resolve():
-            return
-        raise UserError(f"plugins: '{path}' would hide the module '{path.stem}' ({loaded}); rename the file")
+    found = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
+    origin = getattr(found, "__file__", None) or getattr(found, "origin", None)
+    if found and (origin is None or Path(origin).resolve() != path.resolve()):
+        raise UserError(f"plugins: '{path}' would hide the module '{path.stem}' ({origin}); rename the file")
+    if path.stem not in sys.modules:
+        _execute(path)
+
+
+def _execute(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)

@@ -35,7 +35,7 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from vqf.errors import UserError, unknown
+from vqf.errors import UserError, closest, unknown
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -242,7 +242,7 @@ def config_mistakes(config: DictConfig, prefix: str = "") -> list[str]:
 
 def _node(kind: str, config: Any, where: str | None) -> DictConfig:
     group = KINDS[kind].group
-    if config is None:
+    if config is None or (isinstance(config, Mapping) and config.get("name") is None):
         known = ", ".join(names(kind))
         raise RegistryError(f"{where or kind}: no {kind} is chosen; choose one with {group}=NAME. Known: {known}.")
     if not isinstance(config, Mapping):
@@ -312,26 +312,32 @@ def _typed(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
         element: Any = args[0] if len(set(args)) == 1 and args[0] in LEAVES else Any
         content = list(default) if isinstance(default, Sequence) and default != MISSING else default
         return ListConfig(content, element_type=element, ref_type=list[element], is_optional=optional)
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
+    if inspect.isclass(origin) and issubclass(origin, Mapping) and default is not None:
         element = args[1] if len(args) == 2 and args[1] in LEAVES else Any
         return DictConfig(default, element_type=element, ref_type=dict[str, element], is_optional=optional)
-    return AnyNode(default)
+    return AnyNode(default)  # a mapping that is null, too: OmegaConf 2.3 cannot merge another into a typed one
 
 
 def _check_key(component: Component, key: str, where: str) -> None:
     if key in component.wired:
         raise RegistryError(f"{where}.{key}: the pipeline sets '{key}' of {component}")
     if key != "name" and key not in component.options:
-        close = unknown("option", key, component.options).split(" Known:")[0]
         owners = [each.name for each in components(component.kind) if key in each.options]
-        close += f" {KINDS[component.kind].group}={' or '.join(owners)} has it." if owners else ""
-        raise RegistryError(f"{where}.{key}: {close} {component} takes: {component.signature}")
+        close = closest(key, component.options)
+        hint = f"{KINDS[component.kind].group}={' or '.join(owners)} has it." if owners else ""
+        hint = hint or (f"Did you mean '{close}'?" if close else "")
+        takes = f"{component} takes: {component.signature}"
+        raise RegistryError(" ".join(filter(None, [f"{where}.{key}: unknown option '{key}'.", hint, takes])))
 
 
 def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
-    choices = _choices(_hints(component.target).get(key))
+    hint, _ = _strip_none(_hints(component.target).get(key))
+    choices = _choices(hint)
     if choices and value is not None and value not in choices:
         raise RegistryError(f"{_place(component, key, where)}: {unknown('value', value, choices)}")
+    origin = typing.get_origin(hint)
+    if inspect.isclass(origin) and issubclass(origin, Mapping) and not isinstance(value, Mapping | None):
+        raise RegistryError(f"{_place(component, key, where)}: '{value}' is not a mapping; write it as {{a:1,b:2}}")
     if isinstance(value, list) and isinstance(component.options[key].default, tuple):
         return tuple(value)
     return value

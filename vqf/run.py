@@ -33,8 +33,8 @@ def run(config: DictConfig) -> float | None:
     """Run the pipeline that a composed config chooses."""
     try:
         load_plugins(config.plugins)  # a launcher may have started this job in a fresh process
-        config = complete(config)
         check_config(config)
+        config = complete(config)
         pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folders.output_dir())
         return pipeline.run()
     except UserError as error:

@@ -58,7 +58,7 @@ class Tokenizer(nn.Module):
         """Encode and quantize images (B, 3, H, W); the search for the nearest code is in float32."""
         latents = self.quant_conv(self.encoder(images))
         with torch.autocast(latents.device.type, enabled=False):
-            return self.quantizer(latents if latents.dtype == torch.float64 else latents.float())
+            return self.quantizer(latents.to(torch.promote_types(latents.dtype, torch.float32)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

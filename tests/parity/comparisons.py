@@ -27,6 +27,10 @@ class Comparison:
     exact: bool = field(default=False, compare=False)  # in float64 alone
 
 
+Results = dict[tuple[Comparison, torch.dtype], float]  # the largest difference of each
+RESULTS = pytest.StashKey[Results]()
+
+
 def compares(part: str, peer: str, *what: str, exact: bool = False) -> pytest.MarkDecorator:
     """Declare what a test compares. It must `record` all of it, and nothing else.
 

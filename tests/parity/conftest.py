@@ -6,11 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.parity.comparisons import TOLERANCE, Comparison, Tensors, difference
-from tests.parity.peers import trunk
-
-Results = dict[tuple[Comparison, torch.dtype], float]
-RESULTS = pytest.StashKey[Results]()
+from tests.parity.comparisons import RESULTS, TOLERANCE, Tensors, difference
+from tests.parity.peers import LONG, trunk
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,8 +28,18 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The random VGG16 of `peers.trunk`, in a file as vqf reads it."""
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
-    save_file({f"features.{name}": each for name, each in trunk().features.state_dict().items()}, path)
+    return _save(tmp_path_factory, 1.0)
+
+
+@pytest.fixture(scope="session")
+def long_vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with features a hundred times as long."""
+    return _save(tmp_path_factory, LONG)
+
+
+def _save(factory: pytest.TempPathFactory, gain: float) -> str:
+    path = factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file({f"features.{name}": each for name, each in trunk(gain).features.state_dict().items()}, path)
     return str(path)
 
 

@@ -1,6 +1,5 @@
 """Both sides' stage 1, small: vqf's from its preset `model=vqgan`, the reference's from its own classes."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from tests.parity.mapping import from_vq_model
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, WIDTHS, Z, spread_codes, taming_lpips, vq_model
 from vqf.discriminators.patchgan import PatchGAN
 from vqf.pipelines.engine import Engine
-from vqf.pipelines.stage1 import TokenizerStage, make_stage
+from vqf.pipelines.stage1 import make_stage
 from vqf.protocols import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -49,8 +48,8 @@ def configure(*overrides: str) -> DictConfig:
 class Sides:
     """A reference's VQModel with its loss, and vqf's stage with the same weights, both in float64."""
 
-    def __init__(self, vgg_file: str, *overrides: str, **loss: Any) -> None:
-        taming_lpips()
+    def __init__(self, vgg_file: str, *overrides: str, gain: float = 1.0, **loss: Any) -> None:
+        taming_lpips(gain)
         options = {"disc_start": 0, "disc_weight": 0.8, "disc_ndf": 8, "disc_num_layers": 2, **loss}
         target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
         self.theirs = vq_model(torch.float64, {"target": target, "params": options}).train()
@@ -58,8 +57,12 @@ class Sides:
         self.theirs.learning_rate = LR
         spread_codes(self.theirs, self.images())
         weights = f"model.loss.lpips.weights={vgg_file}"
-        self.ours = make_stage(configure("model=vqgan", *SMALL, *PLAYERS, weights, f"optimizer.lr={LR}", *overrides), DATA, ENGINE)
-        self.discriminator = next(each for each in self.ours.modules["discriminator"].modules() if isinstance(each, PatchGAN))
+        self.ours = make_stage(
+            configure("model=vqgan", *SMALL, *PLAYERS, weights, f"optimizer.lr={LR}", *overrides), DATA, ENGINE
+        )
+        self.discriminator = next(
+            each for each in self.ours.modules["discriminator"].modules() if isinstance(each, PatchGAN)
+        )
         for module in [*self.ours.modules.values(), *self.ours.losses.values()]:
             module.double()
         self.ours.model.load_state_dict(from_vq_model(self.theirs.state_dict()))

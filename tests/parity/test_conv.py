@@ -76,7 +76,9 @@ def test_features(dtype: torch.dtype, record: Any) -> None:
     theirs, ours = decoders(dtype)
     latents = torch.randn(2, Z, 8, 8, dtype=dtype)
     theirs.give_pre_end = True
-    record("features before the last layer", ours.features(latents), nn.functional.silu(theirs.norm_out(theirs(latents))))
+    record(
+        "features before the last layer", ours.features(latents), nn.functional.silu(theirs.norm_out(theirs(latents)))
+    )
 
 
 @compares("encoder `conv`", "taming `Encoder`", "latents of images with 1 channel")
@@ -96,7 +98,7 @@ def test_f16(dtype: torch.dtype, record: Any) -> None:
         theirs = nn.ModuleDict({"encoder": peer.Encoder(**SHAPE | real), "decoder": peer.Decoder(**SHAPE | real)})
         ours = nn.ModuleDict({"encoder": ConvEncoder(3, 256), "decoder": ConvDecoder(256, 3, 256)})
     state = {name: torch.empty(each.shape, dtype=dtype) for name, each in theirs.state_dict().items()}
-    for name, each in state.items():  # as wide as the default, drawn faster
+    for each in state.values():  # as wide as the default, drawn faster
         each.normal_(1.0 if each.ndim == 1 else 0.0, each[0].numel() ** -0.5 if each.ndim > 1 else 0.2)
     theirs.load_state_dict(state, assign=True)
     for part in ("encoder", "decoder"):

@@ -35,7 +35,7 @@ def sequences() -> tuple[Tensor, Tensor]:
 @compares("prior `gpt`", "taming `GPT`", "gradients of all weights", exact=True)
 @pytest.mark.parametrize("unmasked", [0, 2, M])
 def test_logits(dtype: torch.dtype, unmasked: int, record: Any) -> None:
-    """Tokens behind a prefix: causal, and with two or all four tokens of the prefix seeing each other (`n_unmasked`)."""
+    """Tokens behind a prefix: causal, and with two or all four tokens of the prefix seeing each other."""
     theirs, ours = pair(dtype, unmasked=unmasked)
     tokens, prefix = sequences()
     expected = theirs(torch.cat((prefix, tokens), dim=1)[:, :-1])[0][:, M - 1 :]

@@ -11,6 +11,7 @@ from tests.parity.peers import need, taming_lpips, trunk
 from vqf.features import unit
 from vqf.losses.perceptual import LPIPS
 
+
 def images(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     pictures = torch.rand(2, 3, 48, 32, dtype=dtype) * 2 - 1
     return (pictures + 0.3 * torch.randn_like(pictures)).requires_grad_(), pictures
@@ -18,7 +19,7 @@ def images(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def package(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(need("lpips").pretrained_networks.tv, "vgg16", trunk)
+        patch.setattr(need("lpips").pretrained_networks.tv, "vgg16", lambda **_: trunk())
         return need("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False).to(dtype)
 
 

@@ -218,7 +218,9 @@ def test_rotation(dtype: torch.dtype, record: Any) -> None:
     record("gradient of the latents", found, at_z)
 
 
-@compares("quantizer `cosine`", "vector-quantize-pytorch `use_cosine_sim`", "indices", "latents", "gradient of the latents")
+@compares(
+    "quantizer `cosine`", "vector-quantize-pytorch `use_cosine_sim`", "indices", "latents", "gradient of the latents"
+)
 @float32_only
 def test_cosine(dtype: torch.dtype, record: Any) -> None:
     """Codes and latents on the unit sphere, the smallest angle."""

@@ -7,8 +7,8 @@ import torch
 
 from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_vq_model
-from tests.parity.peers import lightning_step, play, shared_step
-from tests.parity.stages import LR, Sides, watch
+from tests.parity.peers import LONG, lightning_step, play, shared_step
+from tests.parity.stages import LR, Sides, configure, watch
 
 TERMS = {  # vqf's name: the reference's
     "codebook": "quant_loss",
@@ -29,8 +29,8 @@ TERMS = {  # vqf's name: the reference's
 )
 @pytest.mark.parametrize("objective", ["hinge", "vanilla"])
 def test_gradients(objective: str, vgg_file: str, record: Any) -> None:
-    """One step of both players, hinge and vanilla, with the adaptive weight: the reference's two `autograd.grad` through
-    the whole graph, vqf's cut at the reconstruction. Every parameter of both players."""
+    """One step of both players, hinge and vanilla, with the adaptive weight: the reference's two `autograd.grad`
+    through the whole graph, vqf's cut at the reconstruction. Every parameter of both players."""
     sides = Sides(vgg_file, f"model/adversary={objective}", disc_loss=objective)
     images, theirs = sides.images(), sides.theirs
     optimizers, _ = theirs.configure_optimizers()
@@ -55,10 +55,10 @@ def test_gradients(objective: str, vgg_file: str, record: Any) -> None:
     "weights and running statistics after three steps",
     "Adam's averages after three steps",
 )
-def test_shared_forward(vgg_file: str, record: Any) -> None:
+def test_shared_forward(long_vgg_file: str, record: Any) -> None:
     """Three steps of both players on three batches. vqf shows the discriminator the reconstruction that the autoencoder
     was just trained on, so the reference's modules are driven by a loop that does so too."""
-    sides = Sides(vgg_file)
+    sides = Sides(long_vgg_file, gain=LONG)
     optimizers, _ = sides.theirs.configure_optimizers()
     for step in range(3):
         images = sides.images()
@@ -74,10 +74,10 @@ def test_shared_forward(vgg_file: str, record: Any) -> None:
     "weights and running statistics after three steps",
     "Adam's averages after three steps",
 )
-def test_second_forward(vgg_file: str, record: Any) -> None:
+def test_second_forward(long_vgg_file: str, record: Any) -> None:
     """Three steps exactly as the reference takes them: for the discriminator it runs the autoencoder again, with the
     weights that were just updated."""
-    sides = Sides(vgg_file, "model.adversary.second_forward=true")
+    sides = Sides(long_vgg_file, "model.adversary.second_forward=true", gain=LONG)
     optimizers, _ = sides.theirs.configure_optimizers()
     for step in range(3):
         images = sides.images()
@@ -88,11 +88,12 @@ def test_second_forward(vgg_file: str, record: Any) -> None:
 
 
 @compares("pipeline `stage1`", "taming `VQModel.training_step` before `disc_start`", "weights of the autoencoder")
-def test_before_the_discriminator_starts(vgg_file: str, record: Any) -> None:
+def test_before_the_discriminator_starts(long_vgg_file: str, record: Any) -> None:
     """Two steps before the start and the first of the game. Until then the reference computes the discriminator all the
     same: its weights stay, but its running statistics and its Adam's count of steps move, so that its first real steps
     have another length. vqf leaves it alone; the autoencoder is the same."""
-    sides = Sides(vgg_file, "model.adversary.start=2", "model.adversary.second_forward=true", disc_start=2)
+    options = ("model.adversary.start=2", "model.adversary.second_forward=true")
+    sides = Sides(long_vgg_file, *options, gain=LONG, disc_start=2)
     optimizers, _ = sides.theirs.configure_optimizers()
     before = {name: each.clone() for name, each in sides.discriminator.state_dict().items()}
     for step in range(3):
@@ -115,3 +116,18 @@ def test_before_the_discriminator_starts(vgg_file: str, record: Any) -> None:
 
 def _tokenizer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: each for name, each in weights.items() if not name.startswith("discriminator.")}
+
+
+def test_which_weights_move(vgg_file: str) -> None:
+    """Two Adams: encoder, decoder, codebook and both 1x1 convolutions; and the discriminator. The preset has the
+    published betas and 4.5e-6 for every picture of a batch of 12."""
+    sides = Sides(vgg_file)
+    published, _ = sides.theirs.configure_optimizers()
+    modules = {"model": sides.ours.model, "discriminator": sides.discriminator}
+    for (name, optimizer), expected in zip(sides.ours.optimizers.items(), published, strict=True):
+        (ours,), (theirs,) = optimizer.param_groups, expected.param_groups
+        assert {id(each) for each in ours["params"]} == {id(each) for each in modules[name].parameters()}
+        assert sum(each.numel() for each in ours["params"]) == sum(each.numel() for each in theirs["params"])
+        assert tuple(ours["betas"]) == theirs["betas"]
+        assert all(ours[key] == theirs[key] for key in ("lr", "eps", "weight_decay", "amsgrad"))
+    assert configure("model=vqgan").optimizer.lr == pytest.approx(12 * 4.5e-6)

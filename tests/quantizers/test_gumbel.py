@@ -78,8 +78,9 @@ def test_training_draws_each_code_as_often_as_its_probability() -> None:
     assert (drawn - p).abs().max() < 4 * 0.5 / 200  # four standard deviations of a share
 
 
-def test_the_gradient_in_eval_mode_is_that_of_the_softmax() -> None:
-    _, ours = pair()
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_eval_gives_one_code_with_the_gradient_of_the_softmax(straight_through: bool) -> None:
+    _, ours = pair(straight_through)
     ours.eval()
     z, onward = latents().requires_grad_(), latents(1)
     q = ours(z)

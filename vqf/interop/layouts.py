@@ -32,7 +32,7 @@ def _levels(theirs: str, ours: str, block: str, resample: str) -> tuple[Rule, ..
 MIDDLE = (
     Rule("{part}.mid.block_1.{*}", "{part}.mid.0.{*}"),
     Rule("{part}.mid.block_2.{*}", "{part}.mid.{last}.{*}"),
-    Rule("{part}.mid.attn_1.{*}", ATTENDING),
+    Rule("{part}.mid.attn_1.{*}", ATTENDING + "{*}"),
 )
 DOWN = _levels("encoder.down.{i}", "encoder.down.{i}", "block", "downsample")
 TAMING = (*ENDS, *NORMS, *MIDDLE, *DOWN, *_levels("decoder.up.{i}", "decoder.up.{i}", "block", "upsample"))
@@ -73,7 +73,7 @@ DIFFUSERS = (
     Rule("{part}.conv_norm_out.{*}", "{part}.norm_out.{*}"),
     Rule("{part}.mid_block.resnets.0.{*}", "{part}.mid.0.{*}"),
     Rule("{part}.mid_block.resnets.1.{*}", "{part}.mid.{last}.{*}"),
-    *_attention("{part}.mid_block.attentions.0", "{part}.mid.1"),
+    *_attention("{part}.mid_block.attentions.0", ATTENDING.rstrip(".")),
     *_side("encoder.down_blocks.{i}", "encoder.down.{i}", "downsamplers"),
     *_side("decoder.up_blocks.{-i}", "decoder.up.{i}", "upsamplers"),
 )

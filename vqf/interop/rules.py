@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ PLACES = {
     "qkv": r"[qkv]",
     "*": r".+",
 }
-ATTENDING = "{part}.mid.1.{*}"  # vqf's name of the attention between the two middle blocks
+ATTENDING = "{part}.mid.1."  # how vqf's names of the attention between the two middle blocks begin
 LAST = "{last}"  # the second of those blocks: 2 behind an attention, 1 without
 
 
@@ -43,7 +44,7 @@ class Table:
         """Make the table for their names."""
         names = list(names)
         counted = [rule.theirs for rule in rules if "{-i}" in rule.theirs]
-        attends = any(_matches(rule.theirs, names) for rule in rules if rule.ours == ATTENDING)
+        attends = any(_matches(rule.theirs, names) for rule in rules if rule.ours.startswith(ATTENDING))
         return cls(rules, _levels(counted, names), 2 if attends else 1)
 
     @classmethod
@@ -72,7 +73,7 @@ class Table:
 
 def match(template: str, name: str) -> dict[str, str] | None:
     """Fit a name into a template; returns what stands in each of its places."""
-    found = re.fullmatch(_expression(template), name)
+    found = _expression(template).fullmatch(name)
     return None if found is None else found.groupdict()
 
 
@@ -86,11 +87,12 @@ def flatten(tensor: Tensor, rule: Rule) -> Tensor:
     return tensor.flatten(1) if rule.matrix and tensor.ndim == 4 else tensor
 
 
-def _expression(template: str) -> str:
+@cache
+def _expression(template: str) -> re.Pattern[str]:
     parts = re.split(r"\{(.+?)\}", template)
     for k, part in enumerate(parts):
         parts[k] = f"(?P<{_group(part)}>{PLACES[part]})" if k % 2 else re.escape(part)
-    return "".join(parts)
+    return re.compile("".join(parts))
 
 
 def _group(place: str) -> str:

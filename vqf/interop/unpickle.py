@@ -90,7 +90,8 @@ class StandIn(type):
     """The type of a class that is not loaded: its objects take everything and do nothing."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        return cls.__new__(cls)  # whatever a pickle calls it with
+        stranger: Any = cls
+        return object.__new__(stranger)  # whatever a pickle calls it with
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"a pickle may not change {cls.__qualname__}")

@@ -54,7 +54,7 @@ class Game:
         """Weigh the generator's loss, given both gradients at the last layer (of any one shape)."""
         if not self.adaptive:
             return torch.full((), self.factor, device=reconstruction.device)
-        ratio = reconstruction.float().norm() / (adversarial.float().norm() + self.delta)
+        ratio = reconstruction.norm() / (adversarial.norm() + self.delta)
         return self.factor * ratio.clamp(0, self.clamp)
 
     def ramp(self, step: int) -> float:

@@ -1,8 +1,14 @@
 """Small things that every pipeline does."""
 
+import json
 import math
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,15 +29,39 @@ def image_size(config: DictConfig) -> Size:
     return pair(OmegaConf.to_container(size) if OmegaConf.is_list(size) else size)  # type: ignore[arg-type]
 
 
+def chosen(config: DictConfig, group: str) -> dict[str, DictConfig]:
+    """Return the nodes of a group of which several are used at once; none where none is chosen."""
+    return {str(name): node for name, node in (config.get(group) or {}).items() if node is not None}
+
+
 @contextmanager
-def start_run(config: DictConfig, run_dir: Path) -> Iterator[Journal]:
-    """Open the journal of a run, and close its loggers whatever happens."""
-    nodes = (config.logger or {}).values()
-    journal = Journal(run_dir, [build("logger", node, run_dir=run_dir, config=config) for node in nodes if node])
+def start_run(config: DictConfig, run_dir: Path, began: float | None = None) -> Iterator[Journal]:
+    """Open the journal of a run, and close its loggers whatever happens.
+
+    Args:
+        config: Names the loggers.
+        run_dir: Where they write.
+        began: When the run began by `time.monotonic`, if earlier than now.
+    """
+    nodes = chosen(config, "logger").values()
+    journal = Journal(run_dir, [build("logger", node, run_dir=run_dir, config=config) for node in nodes])
+    began = time.monotonic() if began is None else began
     try:
         yield journal
     finally:
+        _summarize(run_dir, time.monotonic() - began)
         journal.close()
+
+
+def _summarize(run_dir: Path, seconds: float) -> None:
+    """Write down what made the run, for its report."""
+    versions = {name: version(name) for name in ("vqf", "torch", "hydra-core")}
+    summary = {
+        "command": shlex.join(["python", "-m", "vqf.run", *sys.argv[1:]]),
+        "wall_seconds": round(seconds, 1),
+        "versions": {**versions, "python": platform.python_version()},
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
 class Accumulated:

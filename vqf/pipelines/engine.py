@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from vqf.errors import UserError, unknown
 from vqf.randomness import mix
@@ -44,6 +44,11 @@ def make_engine(config: DictConfig) -> Engine:
     if config.precision not in PRECISIONS:
         raise UserError(f"precision={config.precision}: {unknown('precision', config.precision, PRECISIONS)}")
     return Engine(_device(str(config.device)), PRECISIONS[config.precision])
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return at least float32: losses and norms are not taken in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def seed_everything(*parts: int | str) -> None:

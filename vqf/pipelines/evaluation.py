@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vqf import terminal
+from vqf.pipelines.common import chosen
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.loop import Evaluation
 from vqf.protocols import Batch, Metric, Reconstruction, Split
@@ -21,7 +22,7 @@ def build_metrics(config: DictConfig, vocab_size: int, engine: Engine) -> dict[s
     """Build the metrics of a config, each starting from nothing."""
     return {
         name: build("metric", node, vocab_size=vocab_size, device=engine.device)
-        for name, node in (config.metric or {}).items()
+        for name, node in chosen(config, "metric").items()
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, open_dict
 
 from vqf import terminal
-from vqf.pipelines.common import start_run
+from vqf.pipelines.common import chosen, start_run
 from vqf.pipelines.loop import Evaluation
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
@@ -35,7 +35,7 @@ class Full:
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         first = Stage1(self._config(stage1), stage1).train()
         second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2, views=self.views).train()
-        self._conclude(first, second, time.monotonic() - began)
+        self._conclude(first, second, began)
         return second.scalars["nats_per_token"]
 
     def _config(self, run_dir: Path, **values: object) -> DictConfig:
@@ -43,7 +43,7 @@ class Full:
         config = self.config.copy()
         with open_dict(config):
             config.run_dir = str(run_dir)
-            config.logger.pop("report", None)
+            config.logger = {name: node for name, node in chosen(config, "logger").items() if name != "report"}
             if config.resume is not False:
                 config.resume = True
             for key, value in values.items():
@@ -53,12 +53,13 @@ class Full:
     def _second(self) -> dict[str, object]:
         return {str(key): value for key, value in self.config.stage2.items()}
 
-    def _conclude(self, first: Evaluation, second: Evaluation, seconds: float) -> None:
+    def _conclude(self, first: Evaluation, second: Evaluation, began: float) -> None:
         numbers = {TABLE: first.scalars, "codes": second.scalars}
         (self.run_dir / "metrics.json").write_text(json.dumps(numbers, indent=1))
-        with start_run(self.config, self.run_dir) as journal:
+        with start_run(self.config, self.run_dir, began) as journal:
             journal.images(self.config.steps, "reconstructions", first.images["reconstructions"])
             journal.images(self.config.stage2.steps, "samples", second.images["samples"])
+        seconds = time.monotonic() - began
         nats, most = second.scalars["nats_per_token"], second.scalars["log_vocabulary"]
         rows = [(key, f"{value:.4g}") for key, value in first.scalars.items()]
         rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  of a code drawn blindly", f"{most:.3f}")]

@@ -1,6 +1,7 @@
 """The training loop: how long, on what, and when to look, log and save. What is optimised is the stage's business."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,11 +20,15 @@ from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.average import Average
 from vqf.pipelines.engine import Engine, seed_everything
 from vqf.pipelines.journal import Journal
+from vqf.pipelines.watch import Watch
 from vqf.protocols import Batch
 from vqf.registry import build
 from vqf.terminal import log
 
 IN_THE_BAR = 4  # numbers behind the progress bar
+
+# A schedule runs from the first step on, an optimizer that waits (the discriminator's) takes its first step later.
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Loop:
 
     def __init__(self, stage: Stage, config: DictConfig, run_dir: Path, engine: Engine, journal: Journal) -> None:
         self.stage, self.config, self.run_dir, self.engine, self.journal = stage, config, run_dir, engine, journal
+        self.watch = Watch()
         self.average = None if config.ema is None else Average(stage.model, config.ema)
         self.schedules: dict[str, LRScheduler] = {
             name: build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
@@ -106,13 +112,17 @@ class Loop:
         scalars = {key: float(value) for key, value in values.items()}
         bad = [key for key, value in scalars.items() if not math.isfinite(value)]
         rates = {f"lr/{name}": float(each.get_last_lr()[0]) for name, each in self.schedules.items()}
-        self.journal.scalars(step, scalars | rates)
+        self._record(step, scalars | rates)
         if bad:
             raise UserError(
                 f"{self.stage.kind}, step {step}: '{bad[0]}' is {scalars[bad[0]]}; the newest checkpoint is kept. "
                 f"Lower optimizer.lr, set clip=1, or warm up with schedule.warmup=0.05, and go on with resume=true"
             )
         return scalars
+
+    def _record(self, step: int, values: Mapping[str, float]) -> None:
+        self.journal.scalars(step, values)
+        self.watch.look(step, values)
 
     def _evaluate(self, step: int) -> Evaluation:
         model = self.average.module if self.average else self.stage.model
@@ -121,7 +131,7 @@ class Loop:
         with torch.no_grad():
             evaluation = self.stage.evaluate(model)
         model.train(not self.average)
-        self.journal.scalars(step, {f"validation/{key}": value for key, value in evaluation.scalars.items()})
+        self._record(step, {f"validation/{key}": value for key, value in evaluation.scalars.items()})
         for name, images in evaluation.images.items():
             self.journal.images(step, name, images)
         return evaluation
@@ -148,6 +158,7 @@ class Loop:
     def _resume(self) -> int:
         found = find_resume(self.config.resume, self.run_dir)
         if found is None:
+            self.journal.rewind(0)
             return 0
         if found.kind != self.stage.kind:
             raise UserError(f"resume: {found.path} is of a {found.kind} run, and this is {self.stage.kind}")

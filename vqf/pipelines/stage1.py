@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from vqf.errors import UserError
 from vqf.pipelines import evaluation
-from vqf.pipelines.common import Accumulated, describe, image_size, start_run, step_optimizer
-from vqf.pipelines.engine import Engine, make_engine
+from vqf.pipelines.common import Accumulated, chosen, describe, image_size, start_run, step_optimizer
+from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, Loop
 from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
@@ -85,7 +85,7 @@ class TokenizerStage:
         assert images is not None
         with self.engine.autocast():
             out: Reconstructed = self.forward(images)
-        leaf = out.reconstructions.detach().float().requires_grad_()
+        leaf = widen(out.reconstructions.detach()).requires_grad_()
         terms = {name: loss(leaf, images) for name, loss in self.losses.items()}
         reconstruction = torch.stack([self.losses[name].weight * term for name, term in terms.items()]).sum()
         (gradient,) = torch.autograd.grad(reconstruction, leaf)
@@ -93,7 +93,7 @@ class TokenizerStage:
         total.add(out.quantized.stats, share)
         if self.critic is not None and (ramp := self.critic.adversary.ramp(step)) > 0:
             gradient = gradient + ramp * self._adversarial(self.critic, leaf, out, gradient, total, share)
-        surrogate = (out.reconstructions.float() * gradient).sum() + out.quantized.loss
+        surrogate = (widen(out.reconstructions) * gradient).sum() + out.quantized.loss
         (surrogate * share).backward()
         return leaf.detach()
 
@@ -102,7 +102,7 @@ class TokenizerStage:
     ) -> Tensor:
         """Return the weighted gradient of the generator's loss at the reconstruction."""
         with frozen(critic), self.engine.autocast():
-            logits = critic(leaf).float()
+            logits = widen(critic(leaf))
         fooling = critic.adversary.generator_loss(logits)
         (adversarial,) = torch.autograd.grad(fooling, leaf)
         weight = critic.adversary.weight(*(self._at_last_layer(out.features, each) for each in (gradient, adversarial)))
@@ -114,7 +114,7 @@ class TokenizerStage:
         layer = self.model.last_layer
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        output = layer(features.detach().float())
+        output = layer(widen(features.detach()))
         (at_weight,) = torch.autograd.grad(output, [weight], gradient)
         return at_weight
 
@@ -123,9 +123,10 @@ class TokenizerStage:
         assert critic is not None and images is not None
         if critic.adversary.second_forward:
             with torch.no_grad(), self.engine.autocast():
-                fake = self.forward(images).reconstructions.float()
+                fake = widen(self.forward(images).reconstructions)
         with self.engine.autocast():
-            real_logits, fake_logits = critic(torch.cat([images, fake])).float().chunk(2)
+            # One after the other: batch norm must not normalise real and fake by common statistics.
+            real_logits, fake_logits = widen(critic(images)), widen(critic(fake))
         loss = critic.adversary.discriminator_loss(real_logits, fake_logits)
         judged = Judged(critic, images, real_logits, fake_logits, step)
         terms = {name: each(judged) for name, each in critic.regularizers.items()}
@@ -203,21 +204,21 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
         UserError: If only one of discriminator and adversary is chosen, or there is no loss.
     """
     model = config.model
-    if (model.discriminator is None) != (model.adversary is None):
+    if (model.get("discriminator") is None) != (model.get("adversary") is None):
         raise UserError("model.discriminator and model.adversary go together: choose both, or null for both")
-    if not model.loss:
+    if not chosen(model, "loss"):
         raise UserError("model.loss: a tokenizer needs at least one loss, model/loss=[l1]")
     if config.batch_size % config.accumulate:
         raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
     torch.manual_seed(config.seed)
     tokenizer = engine.place(build_tokenizer(model, image_size(config)))
-    losses = {name: engine.place(build("loss", node)) for name, node in model.loss.items() if node is not None}
+    losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}
     return TokenizerStage(tokenizer, losses, _make_critic(config, engine), data, config, engine)
 
 
 def _make_critic(config: DictConfig, engine: Engine) -> Critic | None:
     model = config.model
-    if model.discriminator is None:
+    if model.get("discriminator") is None:
         return None
     discriminator = build("discriminator", model.discriminator, in_channels=3)
     adversary = build("adversary", model.adversary, steps=config.steps)

@@ -1,0 +1,122 @@
+"""The whole chain at miniature size, and everything that acts on a finished run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vqf
+from tests.composing import compose
+from tests.pipelines.test_loop import TINY
+from vqf.errors import UserError
+from vqf.generator import Generator
+from vqf.pipelines.full import Full
+from vqf.pipelines.reconstruct import Reconstruct
+from vqf.pipelines.sample import Sample
+from vqf.pipelines.stage2 import Stage2
+from vqf.registry import build, flat_node
+from vqf.tokenizer import Tokenizer
+
+OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "logger=[images,report]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    config = compose(*OPTIONS)
+    pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
+    pipeline.run()
+    return folder
+
+
+def test_what_lies_on_disk(run: Path) -> None:
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert {"psnr", "usage", "perplexity"} <= set(numbers["held-out pictures"])
+    assert 0 < numbers["codes"]["nats_per_token"] < 10
+    assert numbers["codes"]["log_vocabulary"] == pytest.approx(2.7726, abs=1e-4)
+    assert "<html" in (run / "report.html").read_text()
+    assert not list(run.glob("stage*/report.html"))
+    for name in ("reconstructions-latest.png", "samples-latest.png"):
+        assert Image.open(run / "images" / name).size[0] > 64
+
+
+def test_load_gives_a_generator_and_a_tokenizer(run: Path) -> None:
+    generator, tokenizer = vqf.load(run), vqf.load(run / "stage1")
+    assert isinstance(generator, Generator)
+    assert isinstance(tokenizer, Tokenizer)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(tokenizer.encode(images), generator.tokenizer.encode(images))
+    assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+    assert generator.classes[0] == "Activities"
+
+
+def test_a_picture_depends_on_seed_number_and_label_alone(run: Path) -> None:
+    generator = vqf.load(run)
+    assert isinstance(generator, Generator)
+    together = generator.sample(5, seed=3)
+    apart = torch.cat([generator.sample(2, seed=3), generator.sample(3, seed=3, first=2, batch_size=2)])
+    torch.testing.assert_close(together, apart)
+    assert not torch.equal(together, generator.sample(5, seed=4))
+    assert torch.equal(generator.sample(1, label=2, seed=1), generator.sample(1, label=generator.classes[2], seed=1))
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("Actvities", "Did you mean 'Activities'?"), (8, "label=8: unknown class '8'. Known: 0, 1, 2, 3, 4, 5, 6, 7.")],
+)
+def test_a_class_that_does_not_exist(run: Path, label: object, words: str) -> None:
+    generator = vqf.load(run)
+    assert isinstance(generator, Generator)
+    with pytest.raises(UserError, match=re.escape(words)):
+        generator.sample(1, label=label)  # type: ignore[arg-type]
+
+
+def test_sample_writes_pictures(run: Path, tmp_path: Path) -> None:
+    Sample(compose("pipeline=sample", f"run={run}", "logger=[images]"), tmp_path, count=3, label="Objects").run()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(tmp_path / "samples" / "000000.png").size == (16, 16)
+
+
+def test_reconstruct_takes_held_out_pictures_or_a_folder(run: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20 + i, 30), (80 * i, 10, 200)).save(pictures / f"{i}.png")
+    config = compose("pipeline=reconstruct", f"run={run}", "logger=[]", "metric=[psnr]")
+    Reconstruct(config, tmp_path / "folder", images=str(pictures)).run()
+    assert len(list((tmp_path / "folder" / "reconstructions").iterdir())) == 3
+    assert json.loads((tmp_path / "folder" / "metrics.json").read_text())["reconstruction"]["psnr"] > 0
+
+
+def test_stage2_needs_nothing_but_the_run(run: Path, tmp_path: Path) -> None:
+    """Model, data and image size come from the run, not from the defaults of the command line."""
+    config = compose(
+        "pipeline=stage2", f"run={run / 'stage1'}", "steps=1", "batch_size=4", "logger=[]", "model.prior.layers=1",
+        "model.prior.dim=16", "model.prior.heads=2", "model/conditioner=none", "image_size=16",
+    )  # fmt: skip
+    Stage2(config, tmp_path).run()
+    generator = vqf.load(tmp_path)
+    assert isinstance(generator, Generator)
+    assert generator.tokenizer.vocab_size == 16
+
+
+def test_tokens_of_another_tokenizer_are_refused(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    config = compose(*OPTIONS, "seed=1")
+    Full(config, other).run()
+    options = [*TINY, "pipeline=stage2", f"run={other / 'stage1'}"]
+    with pytest.raises(UserError, match=r"was made with tokenizer \w+, this run has \w+"):
+        Stage2(compose(*options), tmp_path / "second", tokens=str(run / "stage2" / "tokens")).run()
+
+
+def test_a_tokenizer_cannot_be_sampled(run: Path, tmp_path: Path) -> None:
+    stage1 = run / "stage1"
+    with pytest.raises(UserError) as caught:
+        Sample(compose("pipeline=sample", f"run={stage1}"), tmp_path).run()
+    assert str(caught.value) == (
+        f"run={stage1} holds a stage1 run, but this needs the run of a prior; "
+        f"python -m vqf.run pipeline=stage2 run={stage1} trains one on its tokenizer"
+    )

@@ -1,0 +1,285 @@
+"""What a person reads after a slip on the command line: one line for each, that says what to do."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
+
+from vqf import registry
+from vqf.command import check_command, config_dir, ordered
+from vqf.errors import UserError, closest, unknown, unknown_place
+from vqf.registry import KINDS, register
+
+PRESETS = {
+    "model/small": "{defaults: [_self_, {quantizer: vq}, {loss: [l1]}, {discriminator: patch}], prior: null}",
+    "model/quantizer/vq_16k": "{defaults: [vq], size: 16384}",
+    "experiment/quickstart": "{defaults: [{override /model/quantizer: ema}], steps: 3}",
+    "experiment/stale": "{defaults: [{override /model/quantizer: vq_17k}]}",
+    "experiment/mistyped": "{model: {quantizer: {beta: big}}}",
+    "experiment/misspelt": "{stepz: 3, model: {quantiser: {beta: 1}}}",
+    "experiment/sweep": "{hydra: {mode: MULTIRUN}}",
+}
+
+
+def vq(*, size: int = 512, beta: float = 0.25, cosine: bool = False, mode: Literal["a", "soft"] = "a") -> None: ...
+
+
+def ema(*, decay: float = 0.99, sizes: tuple[int, ...] = (1, 2), extra: dict[str, int] | None = None) -> None: ...
+
+
+def loss(*, weight: float = 1.0) -> None: ...
+
+
+def emoji(image_size: int) -> None: ...
+
+
+def folder(image_size: int, *, root: str) -> None: ...
+
+
+def pipeline(config: Any, run_dir: Path) -> None: ...
+
+
+def sample(config: Any, run_dir: Path, *, count: int = 4) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A vqf with a few toys for components, so that what is known can be listed here; yields its conf/."""
+    Plugins.instance()
+    conf = tmp_path_factory.mktemp("conf")
+    store = ConfigStore.instance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_components", {kind: {} for kind in KINDS})
+        patch.setattr(store, "repo", {key: store.repo[key] for key in ("hydra", "_dummy_empty_config_.yaml")})
+        _register()
+        own = OmegaConf.load(config_dir() / "config.yaml")
+        own.defaults = OmegaConf.create(
+            "[_self_, {model: small}, {data: emoji}, {pipeline: stage1}, {metric: [psnr]}, {experiment: null}]"
+        )
+        OmegaConf.save(own, conf / "config.yaml")
+        for name, text in PRESETS.items():
+            path = conf / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            package = "# @package _global_\n" if name.startswith("experiment") else ""
+            path.write_text(f"{package}{text}\n")
+        yield conf
+
+
+def _register() -> None:
+    register("quantizer", "vq")(vq)
+    register("quantizer", "ema")(ema)
+    register("loss", "l1")(loss)
+    register("loss", "l2")(lambda *, weight=1.0: None)
+    register("discriminator", "patch")(lambda in_channels: None)
+    register("data", "emoji")(emoji)
+    register("data", "folder")(folder)
+    register("metric", "psnr")(lambda: None)
+    register("pipeline", "stage1")(pipeline)
+    register("pipeline", "sample")(sample)
+
+
+def said(conf: Path, line: str) -> list[str]:
+    """What the check of a command line says, and that it composes where it says nothing."""
+    try:
+        check_command(ordered(["-cp", str(conf), *shlex.split(line)]))
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+HELP = "python -m vqf.run --help lists them."
+
+ONE_MISTAKE = [
+    # a name that is not there
+    ("model/quantizer=vqq", "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k."),
+    ("model/quantizer=xyz", "model/quantizer=xyz: unknown quantizer 'xyz'. Known: ema, vq, vq_16k."),
+    ("model/quantizer=", "model/quantizer=: unknown quantizer ''. Known: ema, vq, vq_16k."),
+    ("model/loss=[l1,l3]", "model/loss=[l1,l3]: unknown loss 'l3'. Known: l1, l2."),
+    ("model=smal", "model=smal: unknown model 'smal'. Did you mean 'small'? Known: small."),
+    ("pipeline=sampel", "pipeline=sampel: unknown pipeline 'sampel'. Did you mean 'sample'? Known: sample, stage1."),
+    (
+        "experiment=quikstart",
+        "experiment=quikstart: unknown experiment 'quikstart'. Did you mean 'quickstart'? "
+        "Known: misspelt, mistyped, quickstart, stale, sweep.",
+    ),
+    ("hydra/launcher=slurm", "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib."),
+    # a group or word that is not there
+    ("modle=small", f"modle=small: unknown word 'modle'. Did you mean 'model'? {HELP}"),
+    (
+        "modle/quantizer=vq",
+        "modle/quantizer=vq: unknown word 'modle'. Did you mean 'model'? "
+        "Known: data, experiment, metric, model, pipeline.",
+    ),
+    (
+        "model/quantiser=vq",
+        "model/quantiser=vq: unknown word 'quantiser' in model. Did you mean 'quantizer'? "
+        "Known: discriminator, loss, quantizer.",
+    ),
+    ("quantizer=ema", "quantizer=ema: write model/quantizer=ema"),
+    ("stepz=5", f"stepz=5: unknown word 'stepz'. Did you mean 'steps'? {HELP}"),
+    ("qqqq=5", f"qqqq=5: unknown word 'qqqq'. {HELP}"),
+    ("beta=5", f"beta=5: unknown word 'beta'. Did you mean 'model.quantizer.beta'? {HELP}"),
+    ("count=5", "count=5: an option of pipeline=sample; this is pipeline=stage1"),
+    (
+        "model.quantiser.beta=1",
+        "model.quantiser.beta=1: unknown word 'quantiser' in model. Did you mean 'quantizer'? "
+        "Known: discriminator, loss, prior, quantizer.",
+    ),
+    ("model.loss.l2.weight=1", "model.loss.l2.weight=1: unknown word 'l2' in model.loss. Known: l1."),
+    ("log.evry=1", "log.evry=1: unknown word 'evry' in log. Did you mean 'every'? Known: every."),
+    (
+        "model.quantizer.betta=1",
+        "model.quantizer.betta: unknown option 'betta'. Did you mean 'beta'? "
+        "quantizer 'vq' (tests.test_errors.vq) takes: "
+        "size: int = 512, beta: float = 0.25, cosine: bool = False, mode: Literal['a', 'soft'] = 'a'",
+    ),
+    (
+        "data.root=x",
+        "data.root: unknown option 'root'. data=folder has it. data 'emoji' (tests.test_errors.emoji) takes: none",
+    ),
+    ("+foo=1", f"foo: unknown word 'foo'. {HELP}"),
+    ("~foo", "~foo: there is no such word to take away"),
+    # a value of the wrong type
+    ("steps=many", "steps=many: 'many' is not a whole number"),
+    ("model.quantizer.size=many", "model.quantizer.size=many: 'many' is not a whole number"),
+    ("model.quantizer.size=1.5", "model.quantizer.size=1.5: '1.5' is not a whole number"),
+    ("model.quantizer.beta=big", "model.quantizer.beta=big: 'big' is not a number"),
+    ("model.quantizer.beta=null", "model.quantizer.beta=null: null is not possible here"),
+    ("model.quantizer.cosine=maybe", "model.quantizer.cosine=maybe: 'maybe' is not true or false"),
+    ("model.quantizer.mode=sotf", "model.quantizer.mode: unknown value 'sotf'. Did you mean 'soft'? Known: a, soft."),
+    ("model/quantizer=ema model.quantizer.sizes=3", "model.quantizer.sizes=3: not a list; write it as [a,b]"),
+    ("model/quantizer=ema model.quantizer.sizes=[x]", "model.quantizer.sizes=[x]: 'x' is not a whole number"),
+    (
+        "model/quantizer=ema model.quantizer.extra=3",
+        "model.quantizer.extra: '3' is not a mapping; write it as {a:1,b:2}",
+    ),
+    ("pipeline=sample count=all", "count=all: 'all' is not a whole number"),
+    ("model.quantizer=ema", "model.quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
+    ("model.loss=l1", "model.loss=l1: a loss is chosen with model/loss=l1"),
+    # a value that is not there
+    ("data=folder", "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=..."),
+    ("model/discriminator=null", "model/discriminator=null: write model.discriminator=null to do without"),
+    ("metric=null", "metric=null: write metric=[] to do without"),
+    ("data=null", "data=null: write ~data to do without"),
+    # what cannot be read
+    (
+        "model.quantizer.sizes=[8,",
+        "model.quantizer.sizes=[8,: cannot be read (no viable alternative at input '[8,'); "
+        "quote what holds spaces, brackets or commas: 'key=[1, 2]'",
+    ),
+    (
+        "quickstat",
+        "quickstat: an argument has the form key=value. Did you mean experiment=quickstart? "
+        "A flag begins with --, as in --help.",
+    ),
+    ("zzz", "zzz: an argument has the form key=value. A flag begins with --, as in --help."),
+    ("model/quantizer.size=3", "model/quantizer.size=3: a slash chooses, a dot sets: write model.quantizer.size=3"),
+    ("+steps=5", "+steps=5: it is there already; leave out the +"),
+    ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; a list is written steps=[1,2]"),
+    ("--config-dir /nowhere", "--config-dir /nowhere: no such folder"),
+    # what a file says
+    (
+        "experiment=stale",
+        "experiment=stale: unknown quantizer 'vq_17k'. Did you mean 'vq_16k'? Known: ema, vq, vq_16k.",
+    ),
+    ("experiment=mistyped", "experiment=mistyped: in experiment/mistyped: model.quantizer.beta: 'big' is not a number"),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), ONE_MISTAKE, ids=[command for command, _ in ONE_MISTAKE])
+def test_a_mistake_is_one_line(world: Path, command: str, line: str) -> None:
+    assert said(world, command) == [line]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "steps=5 model/quantizer=ema model.quantizer.decay=0.5 data=folder data.root=x",
+        "experiment=quickstart",
+        "model/loss=[l1,l2] model.loss.l2.weight=0.5",
+        "pipeline=sample count=5",
+        "-m model/quantizer=vq,ema seed=range(3)",
+        "model/quantizer=vq -m seed=1,2",
+        "-m model/quantizer=glob(*) steps=choice(1,2) model.loss.l1.weight=interval(0,1)",
+        "experiment=sweep seed=1,2",
+        "hydra/launcher=joblib hydra.launcher.n_jobs=1 hydra.run.dir=x",
+        "~model/discriminator model.prior=null metric=[] model/loss=[]",
+        "--help data=folder",
+        "--cfg job data=folder",
+        "--hydra-help",
+        "--info searchpath",
+        "-sc query=bash",
+    ],
+)
+def test_what_is_right_passes(world: Path, command: str) -> None:
+    assert said(world, command) == []
+
+
+def test_every_mistake_is_told_at_once(world: Path) -> None:
+    assert said(world, "modle=small stepz=3 model/quantizer=vqq model.quantizer.beta=big seed=1") == [
+        "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
+        f"modle=small: unknown word 'modle'. Did you mean 'model'? {HELP}",
+        f"stepz=3: unknown word 'stepz'. Did you mean 'steps'? {HELP}",
+        "model.quantizer.beta=big: 'big' is not a number",
+    ]
+    assert said(world, "seed=x steps=y data=folder") == [
+        "seed=x: 'x' is not a whole number",
+        "steps=y: 'y' is not a whole number",
+        "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=...",
+    ]
+    assert said(world, "zzz a=[ steps=1") == [
+        "zzz: an argument has the form key=value. A flag begins with --, as in --help.",
+        "a=[: cannot be read (no viable alternative at input '['); "
+        "quote what holds spaces, brackets or commas: 'key=[1, 2]'",
+    ]
+
+
+def test_every_choice_of_a_sweep_is_looked_at_before_the_first_job(world: Path) -> None:
+    assert said(world, "-m model/quantizer=vq,emma,vqq steps=1,2,3,many") == [
+        "model/quantizer=emma: unknown quantizer 'emma'. Did you mean 'ema'? Known: ema, vq, vq_16k.",
+        "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
+    ]
+    assert said(world, "-m model/quantizer=vq,ema steps=1,2,3,many") == ["steps=many: 'many' is not a whole number"]
+    assert said(world, "-m model/quantizer=vq,ema model.quantizer.beta=0.5")[0].startswith(
+        "model.quantizer.beta: unknown option 'beta'. model/quantizer=vq has it. quantizer 'ema'"
+    )
+
+
+def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
+    assert said(world, "experiment=misspelt") == [
+        "model.quantiser: unknown word 'quantiser' in model. Did you mean 'quantizer'? Known: "
+        "adversary, conditioner, decoder, discriminator, encoder, loss, prior, quantizer, regularizer.",
+        f"stepz: unknown word 'stepz'. Did you mean 'steps'? {HELP}",
+    ]
+
+
+def test_a_folder_of_ones_own_presets_is_searched(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 7\n")
+    assert said(world, f"--config-dir {tmp_path} experiment=mine") == []
+    assert "Known: mine, misspelt" in said(world, f"--config-dir {tmp_path} experiment=main")[0]
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert ordered(["a=1", "-m", "b=1,2", "-cd", "x", "c=3"]) == ["-m", "-cd", "x", "a=1", "b=1,2", "c=3"]
+    assert ordered(["--help", "a=1"]) == ["--help", "a=1"]
+
+
+def test_an_unknown_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ordered(["--halp"])
+    assert caught.value.code == 2 and "unrecognized arguments: --halp" in capsys.readouterr().err
+
+
+def test_words_for_what_is_unknown() -> None:
+    assert closest("stepz", ["seed", "steps"]) == "steps" and closest("x", ["seed"]) is None
+    assert unknown("fruit", "aple", ["apple"]) == "unknown fruit 'aple'. Did you mean 'apple'? Known: apple."
+    assert unknown("fruit", 3, []) == "unknown fruit '3'. Known: none."
+    assert unknown_place("a.x", ["a.b", "a.c"]) == "unknown word 'x' in a. Known: b, c."
+    assert unknown_place("b", [*(f"w{i}" for i in range(20)), "a.b"]) == f"unknown word 'b'. Did you mean 'a.b'? {HELP}"

@@ -1,0 +1,240 @@
+"""The command line from end to end: where a run writes, how it ends, what it says."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from vqf.folders import choose_run_dir
+from vqf.registry import KINDS, names
+from vqf.run import main
+
+TOY = Path(__file__).with_name("toy.py")
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None) -> Iterator[Run]:
+    """Run a command line with the toy pipeline in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    root = logging.getLogger()
+    handlers, level = root.handlers.copy(), root.level
+
+    def ran(*arguments: str) -> None:
+        sys.modules.pop("toy", None)  # or it would not register again
+        monkeypatch.setattr(sys, "argv", ["vqf", f"plugins=[{TOY}]", *arguments])
+        main()
+
+    yield ran
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+
+
+def folders(base: Path = Path("outputs")) -> list[str]:
+    return sorted(str(path.parent) for path in base.rglob("count"))
+
+
+def test_a_run_writes_its_own_folder(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("pipeline=toy", "count=5", "model=vqvae", "model.quantizer.beta=0.5")
+    (folder,) = folders()
+    assert Path(folder).parent == Path("outputs/vqvae-emoji")
+    assert sorted(path.name for path in Path(folder).iterdir()) == [".hydra", "count", "log.txt"]
+    assert (Path(folder) / "count").read_text() == "5"
+    assert OmegaConf.load(f"{folder}/.hydra/config.yaml").model.quantizer.beta == 0.5
+    assert (Path(folder) / "log.txt").read_text().endswith("INFO the toy runs\n")
+    assert capsys.readouterr().out == "the toy runs\n"
+
+
+def test_runs_of_one_second_do_not_share_a_folder(run: Run) -> None:
+    for _ in range(2):
+        run("pipeline=toy")
+    assert len(folders()) == 2
+
+
+def test_run_dir_and_resume_choose_the_folder(run: Run) -> None:
+    run("pipeline=toy", "run_dir=here/it")
+    run("pipeline=toy")
+    (first,) = folders()
+    run("pipeline=toy", "count=2", "resume=true")
+    assert folders() == [first] and Path(first, "count").read_text() == "2"
+    Path("here/it/checkpoints/step-00000003").mkdir(parents=True)
+    run("pipeline=toy", "count=3", "resume=here/it/checkpoints/step-00000003")
+    run("pipeline=toy", "count=4", f"resume={first}")
+    assert Path("here/it/count").read_text() == "3" and Path(first, "count").read_text() == "4"
+
+
+def test_a_mistake_ends_with_a_line_and_leaves_nothing_behind(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("pipeline=toy", "steps=many", "data=folder")
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "steps=many: 'many' is not a whole number",
+        "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root=...",
+    ]
+    assert said.out == "" and list(Path().iterdir()) == []
+
+
+def test_a_plugin_that_is_not_there_ends_with_a_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("plugins=[nowhere.py]")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"plugins: no file 'nowhere.py' in {Path.cwd()}\n"
+
+
+def test_a_mistake_that_shows_late_ends_with_a_line_too(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("pipeline=toy", "do=refuse", "count=2")
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.err == "count=2: the toy wants another\n" and said.out == "the toy runs\n"
+    (folder,) = folders()
+    assert (Path(folder) / "log.txt").read_text().endswith("ERROR count=2: the toy wants another\n")
+
+
+def test_a_sweep_runs_every_job_and_names_the_one_that_fails(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("pipeline=toy", "do=refuse", "count=1,2,3", "-m")
+    assert caught.value.code == 2
+    plugin = f"plugins=[{TOY}]"
+    said = capsys.readouterr()
+    assert said.err == f"#1 {plugin} pipeline=toy do=refuse count=2: count=2: the toy wants another\n"
+    assert "#0 : " in said.out and said.out.count("the toy runs") == 2
+    jobs = [Path(folder) for folder in folders()]
+    assert [job.name for job in jobs] == ["0", "1"]
+    assert jobs[0].parent == jobs[1].parent and jobs[0].parent.parent == Path("outputs/sweeps")
+
+
+def test_a_sweep_goes_where_it_is_told(run: Run) -> None:
+    run("-m", "pipeline=toy", "count=4,6", "run_dir=all")
+    assert [Path(folder, "count").read_text() for folder in folders(Path("all"))] == ["4", "6"]
+
+
+@pytest.mark.parametrize(("do", "bug"), [("break", IndexError), ("misread", ConfigAttributeError)])
+def test_a_bug_is_not_taken_for_a_mistake(run: Run, do: str, bug: type[Exception]) -> None:
+    with pytest.raises(bug):
+        run("pipeline=toy", f"do={do}")
+
+
+def test_a_checkpoint_may_lack_what_is_null(run: Run) -> None:
+    run("pipeline=toy", "metric=[]", "model/loss=[]", "~model/discriminator", "do=nothing")
+    assert len(folders()) == 1
+
+
+def test_help_lists_every_group_and_name(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for kind, facts in KINDS.items():
+        (listed,) = [line for line in lines if line.startswith(f"{facts.group}: ")]
+        assert set(names(kind)) <= set(listed.removeprefix(f"{facts.group}: ").split(", "))
+    assert "toy" in names("pipeline")
+    assert any(line.startswith("experiment: ") for line in lines)
+    assert list(Path().iterdir()) == []
+
+
+def facts(folder: Path, pipeline: str) -> Path:
+    """A folder that a run of a pipeline wrote."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "hydra.yaml").write_text(
+        json.dumps({"hydra": {"runtime": {"choices": {"pipeline": pipeline}}}})
+    )
+    return folder
+
+
+def test_resume_goes_on_with_the_newest_run_of_the_same_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = Path("outputs/vqgan-ffhq")
+    old, new, samples = facts(base / "1", "stage1"), facts(base / "2", "stage1"), facts(base / "3", "sample")
+    (base / "4").mkdir()
+    facts(Path("outputs/other-ffhq") / "5", "stage1")
+    assert choose_run_dir(None, None, True, "vqgan-ffhq", "stage1") == str(new)
+    assert choose_run_dir(None, None, True, "vqgan-ffhq", "sample") == str(samples)
+    fresh = Path(choose_run_dir(None, None, True, "vqgan-ffhq", "stage2"))
+    assert fresh.parent == base and not fresh.exists()
+    assert Path(choose_run_dir(None, None, False, "vqgan-ffhq", "stage1")) not in (old, new)
+    assert choose_run_dir("mine", None, True, "vqgan-ffhq", "stage1") == "mine"
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/step-00000010"])
+def test_what_acts_on_a_run_writes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "small-ffhq" / "now"
+    for spelling in (run / inside, (run / inside).relative_to(tmp_path)):
+        assert Path(choose_run_dir(None, str(spelling), False, "a-b", "sample")).parent == Path("outputs/small-ffhq")
+    assert Path(choose_run_dir(None, "elsewhere/run", False, "a-b", "sample")).parent == Path("outputs/a-b")
+
+
+class Process:
+    """`python -m vqf.run` in a folder of its own."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], **environment: str) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "vqf.run", f"plugins=[{TOY}]", "pipeline=toy", *arguments],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for it; gives status, stdout and stderr."""
+        out, err = self.popen.communicate(timeout=120)
+        return self.popen.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
+    """Several commands at once; each costs seconds that are mostly torch's import."""
+    base = tmp_path_factory.mktemp("processes")
+    commands = {"bug": ["do=break"], "refusal": ["do=refuse", "count=2"], "long": ["do=wait"]}
+    started = {name: Process(base / name, arguments) for name, arguments in commands.items()}
+    started["follower"] = Process(base / "follower", ["count=7"], RANK="1")
+    yield started
+    for each in started.values():
+        each.popen.kill()
+        each.popen.wait()
+
+
+def test_a_bug_keeps_its_whole_traceback(processes: dict[str, Process]) -> None:
+    status, _, err = processes["bug"].end()
+    assert status == 1
+    assert "Traceback (most recent call last)" in err and f'File "{TOY}"' in err
+    assert err.endswith('raise IndexError("a bug")\nIndexError: a bug\n')
+
+
+def test_a_mistake_has_no_traceback(processes: dict[str, Process]) -> None:
+    assert processes["refusal"].end() == (2, "the toy runs\n", "count=2: the toy wants another\n")
+
+
+def test_control_c_ends_with_a_line(processes: dict[str, Process]) -> None:
+    process = processes["long"]
+    assert process.popen.stdout is not None
+    while process.popen.stdout.readline() != "waiting\n":
+        time.sleep(0.01)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end() == (130, "", "interrupted\n")
+
+
+def test_the_followers_of_torchrun_write_nothing(processes: dict[str, Process]) -> None:
+    process = processes["follower"]
+    assert process.end()[0] == 0
+    assert list(process.folder.iterdir()) == []

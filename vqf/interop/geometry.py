@@ -1,0 +1,90 @@
+"""The sizes of a model, read off its tensors: config nodes that build one of the same shapes."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Size
+
+from vqf.errors import UserError
+
+Shapes = Mapping[str, Size]  # by vqf's names
+Node = dict[str, Any]
+
+
+def encoder_node(shapes: Shapes, image_size: int) -> Node:
+    """Describe the encoder of a tokenizer."""
+    channels, in_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
+    if in_channels != 3:
+        raise UserError(
+            f"it reads images of {in_channels} channel{'s' * (in_channels != 1)}; vqf's tokenizers read 3: "
+            "tokenizers of depth and label maps are not supported"
+        )
+    return {
+        "name": "conv",
+        "dim": _shape(shapes, "encoder.conv_out.weight")[0],
+        **_levels(shapes, "encoder.down", channels, image_size),
+        "middle_attention": "encoder.mid.2.norm1.weight" in shapes,
+    }
+
+
+def decoder_node(shapes: Shapes, image_size: int) -> Node:
+    """Describe the decoder of a tokenizer."""
+    channels = _shape(shapes, "encoder.conv_in.weight")[0]
+    node = _levels(shapes, "decoder.up", channels, image_size)
+    return {
+        "name": "conv",
+        **node,
+        "blocks": node["blocks"] - 1,  # one more than the encoder's
+        "middle_attention": "decoder.mid.2.norm1.weight" in shapes,
+    }
+
+
+def quantizer_node(shapes: Shapes, name: str) -> Node:
+    """Describe the sizes of the quantizer that was called `name`."""
+    codebook = shapes.get("quantizer.codebook.weight") or _shape(shapes, "quantizer.codebook")
+    return {"name": name, "dim": codebook[1], "codebook_size": codebook[0]}
+
+
+def discriminator_node(shapes: Shapes) -> Node | None:
+    """Describe a PatchGAN with batch norm; None for any other discriminator."""
+    found = [int(each[1]) for name in shapes if (each := re.fullmatch(r"discriminator\.main\.(\d+)\.weight", name))]
+    if not found or "discriminator.main.3.running_mean" not in shapes:
+        return None
+    channels = shapes["discriminator.main.0.weight"][0]
+    return {"name": "patchgan", "channels": channels, "layers": (max(found) - 2) // 3, "norm": "batch"}
+
+
+def prior_node(shapes: Shapes, heads: int) -> Node:
+    """Describe a GPT, of which the tensors tell all but the number of heads."""
+    return {
+        "name": "gpt",
+        "layers": count(shapes, "blocks"),
+        "heads": heads,
+        "dim": _shape(shapes, "token_embedding.weight")[1],
+    }
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """Count how many numbered parts there are under `prefix`."""
+    return len({each[1] for name in names if (each := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
+
+
+def _levels(shapes: Shapes, prefix: str, channels: int, image_size: int) -> Node:
+    levels = range(count(shapes, prefix))
+    widths = [_shape(shapes, f"{prefix}.{i}.block.0.conv1.weight")[0] for i in levels]
+    if any(width % channels for width in widths):
+        raise UserError(f"widths {widths} of {prefix} are no multiples of the first, {channels}: not supported")
+    return {
+        "channels": channels,
+        "multipliers": [width // channels for width in widths],
+        "blocks": count(shapes, f"{prefix}.0.block"),
+        # vqf places attention by the resolution that a picture of the training size has on a level.
+        "attention": [image_size // 2**i for i in levels if f"{prefix}.{i}.attn.0.norm.weight" in shapes],
+    }
+
+
+def _shape(shapes: Shapes, name: str) -> Size:
+    if name not in shapes:
+        raise UserError(f"'{name}' (by vqf's names) is missing")
+    return shapes[name]

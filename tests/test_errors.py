@@ -22,6 +22,8 @@ PRESETS = {
     "experiment/stale": "{defaults: [{override /model/quantizer: vq_17k}]}",
     "experiment/mistyped": "{model: {quantizer: {beta: big}}}",
     "experiment/misspelt": "{stepz: 3, model: {quantiser: {beta: 1}}}",
+    "experiment/broken": "{steps: [",
+    "experiment/listed": "[a, b]",
     "experiment/sweep": "{hydra: {mode: MULTIRUN}}",
 }
 
@@ -105,7 +107,7 @@ ONE_MISTAKE = [
     (
         "experiment=quikstart",
         "experiment=quikstart: unknown experiment 'quikstart'. Did you mean 'quickstart'? "
-        "Known: misspelt, mistyped, quickstart, stale, sweep.",
+        "Known: broken, listed, misspelt, mistyped, quickstart, stale, sweep.",
     ),
     ("hydra/launcher=slurm", "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib."),
     # a group or word that is not there
@@ -259,11 +261,29 @@ def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
     ]
 
 
+def test_a_file_that_is_no_config_is_named(world: Path) -> None:
+    (line,) = said(world, "experiment=broken")
+    assert line.startswith("experiment=broken: while parsing a flow ") and '/experiment/broken.yaml", line 3' in line
+    (line,) = said(world, "experiment=listed")
+    assert line == (
+        "experiment=listed: In 'experiment/listed': ConfigTypeError raised while composing config: "
+        "Cannot merge DictConfig with ListConfig"
+    )
+
+
+def test_an_experiment_without_its_package_is_told_what_it_lacks(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("steps: 7\n")
+    assert said(world, f"--config-dir {tmp_path} experiment=mine") == [
+        "experiment: the first line of its file must be '# @package _global_'"
+    ]
+
+
 def test_a_folder_of_ones_own_presets_is_searched(world: Path, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 7\n")
     assert said(world, f"--config-dir {tmp_path} experiment=mine") == []
-    assert "Known: mine, misspelt" in said(world, f"--config-dir {tmp_path} experiment=main")[0]
+    assert "Known: broken, listed, mine, misspelt" in said(world, f"--config-dir {tmp_path} experiment=main")[0]
 
 
 def test_flags_may_stand_anywhere() -> None:

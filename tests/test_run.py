@@ -234,7 +234,7 @@ def test_control_c_ends_with_a_line(processes: dict[str, Process]) -> None:
     assert process.end() == (130, "", "interrupted\n")
 
 
-def test_the_followers_of_torchrun_write_nothing(processes: dict[str, Process]) -> None:
+def test_hydra_writes_nothing_for_the_followers_of_torchrun(processes: dict[str, Process]) -> None:
     process = processes["follower"]
     assert process.end()[0] == 0
-    assert list(process.folder.iterdir()) == []
+    assert [path.name for path in process.folder.iterdir()] == ["count"], "what the toy writes, and no file of Hydra's"

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tests.composing import compose
 from vqf.command import config_dir
 from vqf.errors import UserError
-from vqf.registry import KINDS, names, register
+from vqf.registry import KINDS, find, names, register
 from vqf.settings import SETTINGS, STAGE2, check_config, complete
 
 
@@ -144,7 +144,8 @@ def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
 
 @pytest.mark.parametrize("name", names("pipeline"))
 def test_options_of_the_pipelines_here_are_words_of_their_own(name: str) -> None:
-    assert mistakes(compose(f"pipeline={name}")) == []
+    needed = [each.name for each in find("pipeline", name).options.values() if each.default is each.empty]
+    assert mistakes(compose(f"pipeline={name}", *(f"{option}=x" for option in needed))) == []
 
 
 def test_what_is_not_chosen_is_null_or_empty() -> None:

@@ -28,7 +28,9 @@ def tokenizer() -> Tokenizer:
 def test_published_size_of_the_preset() -> None:
     whole = {"name": "conv"}
     with torch.device("meta"):
-        built = build_tokenizer(OmegaConf.create({"encoder": whole, "decoder": whole, "quantizer": {"name": "vq"}}), 256)
+        built = build_tokenizer(
+            OmegaConf.create({"encoder": whole, "decoder": whole, "quantizer": {"name": "vq"}}), 256
+        )
     assert sum(p.numel() for p in built.parameters()) == 72_141_699
     assert len(built.state_dict()) == 343
 
@@ -89,5 +91,3 @@ def test_an_image_size_that_the_stride_does_not_divide() -> None:
 def test_encoder_and_decoder_must_mirror_each_other() -> None:
     with pytest.raises(UserError, match="enlarges by 4, encoder 'conv' shrinks by 2"):
         build_tokenizer(model(decoder={**CONV, "multipliers": [1, 1, 1]}), 16)
-
-

@@ -13,6 +13,8 @@ from vqf.registry import KINDS, components
 
 TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "Path": "a path"}
 
+DETAILS = ("full_key:", "object_type=", "reference_type=", "See ")
+
 # What OmegaConf and Hydra say, and what it means to the person who typed it.
 REWORDED = (
     (r"Value '(?P<value>.*?)' .*?could not be converted to (?P<type>\w+)", "'{value}' is not {type}"),
@@ -36,7 +38,8 @@ def explain(error: BaseException) -> str:
         if found := re.search(pattern, text):
             facts = found.groupdict()
             return _in_file(text) + words.format(**facts | {"type": TYPES.get(facts.get("type", ""), "of its type")})
-    return text.strip().partition("\n")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if not line.startswith(DETAILS))
 
 
 def unknown_group(group: str, groups: Sequence[str]) -> str:

@@ -16,10 +16,11 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import (
     MISSING,
     AnyNode,
@@ -279,7 +280,20 @@ def _store(component: Component, defaults: Sequence[Any]) -> None:
     # Not struct, so that an unknown key reaches `check`, which can name the component.
     node = DictConfig(content, flags={"struct": False})
     provider = component.target.__module__
-    ConfigStore.instance().store(group=facts.group, name=component.name, node=node, package=package, provider=provider)
+    store = ConfigStore.instance()
+    store.store(group=facts.group, name=component.name, node=node, package=package, provider=provider)
+    folder = reduce(lambda at, part: at[part], facts.group.split("/"), store.repo)
+    folder[f"{component.name}.yaml"] = _SharedNode(**vars(folder[f"{component.name}.yaml"]))
+
+
+class _SharedNode(ConfigNode):
+    """What Hydra stores, but not copied with the whole store, as Hydra does for every group that it lists.
+
+    Nothing changes a stored node: Hydra copies its content again before it composes.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedNode":
+        return self
 
 
 def _options(component: Component) -> dict[str, Any]:

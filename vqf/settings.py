@@ -110,6 +110,9 @@ def _unread(config: Mapping[Any, Any], known: set[str], prefix: str = "") -> Ite
         place = f"{prefix}{key}"
         if place in known:
             continue
+        if place == "experiment":  # its file stands under its own name
+            yield "experiment: the first line of its file must be '# @package _global_'"
+            continue
         if not any(each.startswith(f"{place}.") for each in known):
             yield f"{place}: {unknown_place(place, known)}"
         elif isinstance(config[key], Mapping):

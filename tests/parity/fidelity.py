@@ -38,7 +38,9 @@ def write(results: Results) -> None:
 def listed() -> dict[Comparison, str]:
     """Return the comparisons that the page lists, and how each is made."""
     found, how = {}, ""
-    for row in list(ROW.finditer(PAGE.read_text()))[1:]:  # after the dashes
+    for row in ROW.finditer(PAGE.read_text()):
+        if row["part"] in ("vqf", "---"):  # the head of a table
+            continue
         how = row["how"] or how
         found[Comparison(row["part"], row["peer"], row["what"])] = how
     return found

@@ -12,7 +12,7 @@ from vqf.interop.files import Contents
 from vqf.interop.layouts import GPT, MASK
 from vqf.interop.optimizers import State
 from vqf.interop.report import Report
-from vqf.interop.rules import Rule, Table, match
+from vqf.interop.rules import Rule, Table, fits
 from vqf.interop.tokenizers import Part, read_state
 from vqf.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def read_prior(contents: Contents, tokenizer: Tokenizer, prefix: Prefix, asked: 
     """
     names = [name.removeprefix(PREFIX) for name in contents.tensors if name.startswith(PREFIX)]
     table = Table.reading(GPT, names)
-    moved = {name: found for name in names if (found := table.ours(name)) and match(MASK, name) is None}
+    moved = {name: found for name in names if (found := table.ours(name)) and not fits(MASK, name)}
     weights = {new: take(contents.tensors[PREFIX + name], rule) for name, (new, rule) in moved.items()}
     node = _node(contents, weights, asked, report)
     _start_token(contents, weights, node, prefix)

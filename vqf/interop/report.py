@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vqf.interop.layouts import KNOWN, MASK
-from vqf.interop.rules import match
+from vqf.interop.rules import fits
 
 
 class Report:
@@ -66,6 +66,6 @@ UNKNOWN = "unknown to vqf"
 def reason(name: str) -> str:
     """Say what a tensor is that is not taken."""
     short = name.removeprefix("first_stage_model.").removeprefix("transformer.")
-    if match(MASK, short):
+    if fits(MASK, short):
         return "causal mask"
-    return next((why for template, why in KNOWN if match(template, short)), UNKNOWN)
+    return next((why for template, why in KNOWN if fits(template, short)), UNKNOWN)

@@ -77,6 +77,11 @@ def match(template: str, name: str) -> dict[str, str] | None:
     return None if found is None else found.groupdict()
 
 
+def fits(template: str, name: str) -> bool:
+    """Tell whether a name fits into a template."""
+    return match(template, name) is not None
+
+
 def inflate(tensor: Tensor, rule: Rule) -> Tensor:
     """Turn a tensor of theirs into vqf's form."""
     return tensor[..., None, None] if rule.matrix and tensor.ndim == 2 else tensor
@@ -100,7 +105,7 @@ def _group(place: str) -> str:
 
 
 def _matches(template: str, names: Iterable[str]) -> bool:
-    return any(match(template, name) for name in names)
+    return any(fits(template, name) for name in names)
 
 
 def _levels(templates: Sequence[str], names: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # the names of Python 2, which protocol 2 writes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ HARMLESS = {
     "_codecs.encode",
     "argparse.Namespace",
     "builtins.set",
-    "__builtin__.set",
     "collections.Counter",
     "collections.defaultdict",
     "numpy._core.multiarray.scalar",
@@ -49,7 +49,6 @@ HARMLESS = {
     "pathlib.WindowsPath",
     "torch.device",
 }
-STANDARD = sys.stdlib_module_names | {"__builtin__", "copy_reg"}
 CLASS = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
 
 
@@ -170,6 +169,7 @@ class Unpickler(pickle.Unpickler):
         Raises:
             UserError: If nothing does.
         """
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full in BUILDERS:
             return BUILDERS[full]
@@ -177,7 +177,7 @@ class Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if full in HARMLESS or (module.partition(".")[0] not in STANDARD and CLASS.fullmatch(name)):
+        if full in HARMLESS or (module.partition(".")[0] not in sys.stdlib_module_names and CLASS.fullmatch(name)):
             return self.strangers.setdefault(full, StandIn(name, (Stranger,), {}))
         raise UserError(f"names '{full}', which no file of weights needs and which could run code: refused")
 

@@ -1,0 +1,251 @@
+"""Other people's pickles: weights come out, code does not run. Every payload would touch a file if it ran."""
+
+import argparse
+import builtins
+import collections
+import copyreg
+import functools
+import io
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqf.errors import UserError
+from vqf.interop.unpickle import load
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def saved(path: Path, found: Any) -> Path:
+    torch.save(found, path)
+    return path
+
+
+def written(path: Path, pickled: bytes) -> Path:
+    """A file in torch's zip format with a pickle of our own."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3")
+    return path
+
+
+def callback(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A class of a package that is not there when the file is read."""
+    for name in ("lightning_of_old", "lightning_of_old.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    made = type("ModelCheckpoint", (), {"__module__": "lightning_of_old.callbacks"})
+    sys.modules["lightning_of_old.callbacks"].ModelCheckpoint = made  # type: ignore[attr-defined]
+    return made
+
+
+def test_a_checkpoint_of_lightning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    made = callback(monkeypatch)
+    object_, state = made(), {"best": torch.tensor(0.5)}
+    object_.path = Path("x")
+    weights = collections.OrderedDict(
+        transposed=torch.randn(3, 4).t(),
+        part=torch.arange(10.0)[2:5],
+        parameter=torch.nn.Parameter(torch.randn(2)),
+        half=torch.randn(3).half(),
+        bfloat=torch.randn(3).bfloat16(),
+        count=torch.tensor(3),
+        flags=torch.tensor([True, False]),
+        nothing=torch.empty(0, 3),
+    )
+    weights._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    args = argparse.Namespace(lr=1.0)
+    whole = {"state_dict": weights, "callbacks": {made: state}, "hyper": object_, "args": args, "classes": {1, 2}}
+    path = saved(tmp_path / "last.ckpt", whole)
+    monkeypatch.undo()
+    found = load(path)
+    assert list(found["state_dict"]) == list(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(found["state_dict"][name], tensor), name
+        assert found["state_dict"][name].dtype == tensor.dtype
+    assert [type(each).__name__ for each in found["callbacks"]] == ["StandIn"]
+    assert next(iter(found["callbacks"].values()))["best"] == 0.5
+    assert "lightning_of_old" not in sys.modules
+    assert "lightning_of_old.callbacks.ModelCheckpoint" in caplog.text
+
+
+def test_plain_weights(tmp_path: Path) -> None:
+    path = saved(tmp_path / "weights.bin", {"a": torch.ones(2)})
+    assert torch.equal(load(path)["a"], torch.ones(2))
+
+
+def partial_of_system(path: str) -> Any:
+    return Calls(functools.partial, os.system, f"touch {path}")
+
+
+def through_a_method(path: str) -> Any:
+    """The attribute of a class that would be a stand-in, by a nested name."""
+    return Calls(types.SimpleNamespace, f"touch {path}")
+
+
+PAYLOADS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "os.system": (lambda path: Calls(os.system, f"touch {path}"), f"{os.system.__module__}.system"),
+    "eval": (lambda path: Calls(builtins.eval, f"open({path!r}, 'w')"), "builtins.eval"),
+    "exec": (lambda path: Calls(builtins.exec, f"open({path!r}, 'w')"), "builtins.exec"),
+    "open": (lambda path: Calls(io.open, path, "w"), "io.open"),
+    "getattr": (lambda path: Calls(getattr, Path, "unlink"), "builtins.getattr"),
+    "import": (lambda path: Calls(__import__, "os"), "builtins.__import__"),
+    "partial": (partial_of_system, "functools.partial"),
+    "Popen": (lambda path: Calls(subprocess.Popen, ["touch", path]), "subprocess.Popen"),
+    "copyreg": (lambda path: Calls(copyreg._reconstructor, dict, dict, {}), "copyreg._reconstructor"),
+    "extension": (lambda path: Calls(copyreg.add_extension, "os", "system", 1), "copyreg.add_extension"),
+    "namespace": (through_a_method, "types.SimpleNamespace"),
+    "storage": (
+        lambda path: Calls(torch.storage._load_from_bytes, pickle.dumps(Calls(os.system, f"touch {path}"))),
+        "torch.storage._load_from_bytes",
+    ),
+    "torch.load": (lambda path: Calls(torch.load, path), "torch.serialization.load"),
+    "hub": (lambda path: Calls(torch.hub.load, path, "x"), "torch.hub.load"),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "in a state dict"])
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_code_is_refused_by_name(name: str, nested: bool, tmp_path: Path) -> None:
+    make, refused = PAYLOADS[name]
+    touched = tmp_path / "touched"
+    payload = make(str(touched))
+    weights = {"a": torch.ones(2), "b": [{"c": payload}]}
+    path = saved(tmp_path / "last.ckpt", {"state_dict": weights} if nested else payload)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert not touched.exists()
+    assert str(caught.value) == (
+        f"{path}: names '{refused}', which no file of weights needs and which could run code: refused"
+    )
+
+
+PROTOCOL = b"\x80\x02"
+SYSTEM = b"cposix\nsystem\n"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        # GLOBAL by the two other opcodes, and the instance opcodes
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "names 'posix.system'"),
+        (PROTOCOL + b"(iposix\nsystem\n.", "names 'posix.system'"),
+        (PROTOCOL + b"(" + SYSTEM + b"X\x01\x00\x00\x00xo.", "names 'posix.system'"),
+        # under the names of Python 2
+        (PROTOCOL + b"c__builtin__\neval\n.", "names 'builtins.eval'"),
+        (PROTOCOL + b"ccopy_reg\n_reconstructor\n.", "names 'copyreg._reconstructor'"),
+        # a function of the pickle reader's own module, and a path through a class
+        (PROTOCOL + b"cvqf.interop.unpickle\n_tensor\n.", "names 'vqf.interop.unpickle._tensor'"),
+        (b"\x80\x04\x8c\x03lib\x8c\x12Class.__init__.x\x93.".replace(b"\x12", b"\x10"), "names 'lib.Class.__init__.x'"),
+        # BUILD on what may be called, on a stand-in class, and on a container's class
+        (PROTOCOL + b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "may not change"),
+        (PROTOCOL + b"clib\nClass\nN}X\x01\x00\x00\x00aK\x01s\x86b.", "damaged"),
+        (PROTOCOL + b"ccollections\nOrderedDict\nN}X\x01\x00\x00\x00aK\x01s\x86b.", "may not change"),
+        # a reference that is no storage, a storage that is not there, and an unknown extension
+        (PROTOCOL + b"X\x01\x00\x00\x00aQ.", "damaged"),
+        (PROTOCOL + b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x01tQ.", "damaged"),
+        (PROTOCOL + b"\x82\x7f.", "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_pickles_by_hand(pickled: bytes, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        load(written(tmp_path / "last.ckpt", pickled))
+
+
+def test_a_stand_in_takes_everything_and_does_nothing(tmp_path: Path) -> None:
+    """Called, built, filled: a class of a package, with arguments and a state that would change it if it could."""
+    pickled = (
+        PROTOCOL
+        + b"clib\nClass\n(X\x01\x00\x00\x00atR"  # Class("a")
+        + b"}X\x0c\x00\x00\x00__setstate__K\x01sb"  # state: {"__setstate__": 1}
+        + b"(K\x01e."  # append
+    )
+    found = load(written(tmp_path / "last.ckpt", pickled))
+    assert type(found).__name__ == "Class"
+    assert not hasattr(found, "__dict__") or vars(found) == {}
+
+
+def test_a_mapping_cannot_bring_methods_of_its_own(tmp_path: Path) -> None:
+    """BUILD sets attributes on an OrderedDict; `items` would be one."""
+    stranger = b"clib\nClass\n0"  # so that torch's own reader leaves it to vqf's
+    filled = b"ccollections\nOrderedDict\n)RX\x01\x00\x00\x00aK\x02s"
+    found = load(written(tmp_path / "last.ckpt", PROTOCOL + stranger + filled + b"}X\x05\x00\x00\x00itemsK\x01sb."))
+    assert list(found.items()) == [("a", 2)]
+
+
+def tensor_of(size: bytes, offset: bytes = b"K\x00", stride: bytes = b"K\x01\x85") -> bytes:
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+    stranger = b"clib\nClass\n0"  # so that torch's own reader leaves it to vqf's
+    arguments = b"(" + storage + offset + size + stride + b"\x89ccollections\nOrderedDict\n)Rt"
+    return PROTOCOL + stranger + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
+
+
+def with_storage(path: Path, pickled: bytes, bytes_of_it: int = 16, compression: int = zipfile.ZIP_STORED) -> Path:
+    written(path, pickled)
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        archive.writestr("archive/data/0", b"\x00" * bytes_of_it)
+    return path
+
+
+def test_a_tensor_inside_its_storage(tmp_path: Path) -> None:
+    found = load(with_storage(tmp_path / "last.ckpt", tensor_of(b"K\x03\x85", b"K\x01")))
+    assert torch.equal(found, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("pickled", "size", "compression", "words"),
+    [
+        (tensor_of(b"K\x05\x85"), 16, zipfile.ZIP_STORED, "in a storage of 4 numbers"),
+        (tensor_of(b"K\x03\x85", offset=b"K\x02"), 16, zipfile.ZIP_STORED, "out of bounds"),
+        (tensor_of(b"K\x03\x85", stride=b"K\x02\x85"), 16, zipfile.ZIP_STORED, "out of bounds"),
+        (tensor_of(b"J\xff\xff\xff\xff\x85"), 16, zipfile.ZIP_STORED, "damaged"),
+        (tensor_of(b"J\xff\xff\xff\x7f\x85", stride=b"K\x00\x85"), 16, zipfile.ZIP_STORED, "in a storage of 4 numbers"),
+        (tensor_of(b"K\x03\x85"), 12, zipfile.ZIP_STORED, "not of the size that the pickle says"),
+        (tensor_of(b"K\x03\x85"), 16, zipfile.ZIP_DEFLATED, "not of the size that the pickle says"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_its_storage(
+    pickled: bytes, size: int, compression: int, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        load(with_storage(tmp_path / "last.ckpt", pickled, size, compression))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02K\x01.", b"<html>not found</html>"])
+def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a file of weights"):
+        load(path)
+
+
+def test_a_truncated_download(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.ckpt", {"a": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="not a file of weights"):
+        load(path)
+
+
+def test_nothing_of_the_restricted_reader_is_torch_s_unrestricted_one() -> None:
+    source = Path(load.__code__.co_filename).read_text()
+    assert "weights_only=False" not in source and "pickle.load" not in source

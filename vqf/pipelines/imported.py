@@ -1,0 +1,156 @@
+"""What was read from a checkpoint of another project, written as a run of vqf's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqf.interop import optimizers
+from vqf.interop.reading import Read
+from vqf.interop.tokenizers import Part
+from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines.inherit import given
+from vqf.pipelines.restore import build_generator
+from vqf.pipelines.stage1 import Critic
+from vqf.pipelines.stage2 import decay_groups
+from vqf.registry import build
+from vqf.terminal import log
+from vqf.tokenizer import build_tokenizer
+
+PRESETS = "conf"  # in the run's folder: what --config-dir needs to train on
+
+
+def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
+    """Write a run that holds what was found, with the choices of `config` for what no file tells."""
+    config = _config(found, config)
+    modules = _modules(found, config)
+    trained = {"model": modules["model"]} if found.prior else {k: v for k, v in modules.items() if k != "ema"}
+    states = _states(found, config, trained)
+    facts = {"kind": found.kind, "step": found.step, "seed": config.seed, "image_size": list(found.image_size)}
+    tokenizer = modules["tokenizer" if found.prior else "model"]
+    path = checkpoints.save(
+        run_dir,
+        state={**facts, "classes": list(found.classes), "data": None, "tokenizer": tokenizer.fingerprint()},
+        config=config,
+        weights={name: each.state_dict() for name, each in modules.items()},
+        optimizers=states,
+        keep=0,
+    )
+    if found.kind == "stage1":
+        _write_presets(config, run_dir)
+    log.info("saved %s", path)
+
+
+def _config(found: Read, config: DictConfig) -> DictConfig:
+    config = config.copy()
+    with open_dict(config):
+        config.pipeline = {"name": found.kind}
+        config.image_size = found.image_size[0] if len(set(found.image_size)) == 1 else list(found.image_size)
+        config.ema, config.run, config.run_dir = found.decay, None, None
+        for key, node in found.nodes.items():
+            config.model[key] = node
+        if config.model.get("discriminator") is not None:
+            config.model.adversary = {**(config.model.get("adversary") or {"name": "hinge"}), **found.adversary}
+        config.optimizer = _optimizer(found, config)
+    return config
+
+
+def _optimizer(found: Read, config: DictConfig) -> Mapping[str, Any]:
+    """Return the optimizer's node: what the file's was set to, or else what the command line or vqf's preset says."""
+    part = found.prior or found.tokenizer
+    if part.state is not None:
+        return {"name": "adamw" if found.prior else "adam", **part.state.options}
+    return config.stage2.optimizer if found.prior and "optimizer" not in given() else config.optimizer
+
+
+def _modules(found: Read, config: DictConfig) -> dict[str, Any]:
+    """Build what the run's checkpoint keeps, with the weights that were found; a discriminator is made if it lacks."""
+    torch.manual_seed(config.seed)
+    tokenizer = _filled(build_tokenizer(config.model, found.image_size), found.tokenizer)
+    if found.prior is not None:
+        if config.model.conditioner is None:
+            return {"tokenizer": tokenizer, "model": _Loose(found.prior.weights)}
+        prior = build_generator(config, tokenizer, found.classes).prior
+        assert isinstance(prior, nn.Module)
+        return {"tokenizer": tokenizer, "model": _filled(prior, found.prior)}
+    modules: dict[str, Any] = {"model": tokenizer}
+    if config.model.get("discriminator") is not None:
+        modules["discriminator"] = _critic(found, config)
+    if found.tokenizer.average:
+        modules["ema"] = build_tokenizer(config.model, found.image_size)
+        modules["ema"].load_state_dict(found.tokenizer.average)
+    return modules
+
+
+def _critic(found: Read, config: DictConfig) -> Critic:
+    model = config.model
+    nodes = (model.get("regularizer") or {}).items()
+    critic = Critic(
+        build("discriminator", model.discriminator, in_channels=3),
+        build("adversary", model.adversary, steps=config.steps),
+        {key: build("regularizer", node) for key, node in nodes if node},
+    )
+    if found.discriminator is None:
+        found.report.note("no discriminator was read: the run has a fresh one")
+        return critic
+    critic.load_state_dict({**critic.state_dict(), **found.discriminator.weights})
+    return critic
+
+
+class _Loose(nn.Module):
+    """Weights of a prior that nothing can be built for yet."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def state_dict(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+        return self.weights
+
+
+def _filled(module: Any, part: Part) -> Any:
+    module.load_state_dict(part.weights)
+    return module
+
+
+def _states(found: Read, config: DictConfig, trained: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return the states of optimizers and schedules at the step that the file is of, for a run to go on from."""
+    parts = {"model": found.prior or found.tokenizer, "discriminator": found.discriminator}
+    result: dict[str, Any] = {"optimizers": {}, "schedules": {}}
+    for name, module in trained.items():
+        if not list(module.parameters()):
+            continue
+        params = decay_groups(module) if found.prior else list(module.parameters())
+        optimizer: Optimizer = build("optimizer", config.optimizer, params=params)
+        schedule = build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
+        schedule.last_epoch, schedule._step_count = found.step, found.step + 1
+        part = parts[name]
+        if part is not None and part.state is not None:
+            optimizers.restore(optimizer, module, part.state)
+        result["optimizers"][name] = optimizer.state_dict()
+        result["schedules"][name] = schedule.state_dict()
+    return result
+
+
+def _write_presets(config: DictConfig, run_dir: Path) -> None:
+    """Write the run's model and optimizer as presets, since a run that is resumed is composed anew."""
+    folder = run_dir / PRESETS
+    chosen = {key: config[key] for key in ("image_size", "ema", "optimizer")}
+    name = chosen["optimizer"]["name"]
+    defaults = [{"override /model": "imported"}, {"override /optimizer": name}]
+    _save_yaml(folder / "model" / "imported.yaml", config.model)
+    _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **chosen}, "# @package _global_\n")
+    log.info(
+        "to train it on: python -m vqf.run --config-dir %s experiment=imported resume=%s steps=... data=...",
+        folder,
+        run_dir,
+    )
+
+
+def _save_yaml(path: Path, content: Any, header: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(header + OmegaConf.to_yaml(OmegaConf.create(content), resolve=True))

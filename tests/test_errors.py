@@ -183,6 +183,7 @@ ONE_MISTAKE = [
     ("model/quantizer.size=3", "model/quantizer.size=3: a slash chooses, a dot sets: write model.quantizer.size=3"),
     ("+steps=5", "+steps=5: it is there already; leave out the +"),
     ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; a list is written steps=[1,2]"),
+    ("-cp /nowhere", "--config-path /nowhere: no such folder"),
     ("--config-dir /nowhere", "--config-dir /nowhere: no such folder"),
     # what a file says
     (
@@ -288,6 +289,7 @@ def test_a_folder_of_ones_own_presets_is_searched(world: Path, tmp_path: Path) -
 
 def test_flags_may_stand_anywhere() -> None:
     assert ordered(["a=1", "-m", "b=1,2", "-cd", "x", "c=3"]) == ["-m", "-cd", "x", "a=1", "b=1,2", "c=3"]
+    assert ordered(["a=1", "-cp", "x"]) == ["-cp", f"{Path.cwd()}/x", "a=1"]
     assert ordered(["--help", "a=1"]) == ["--help", "a=1"]
 
 

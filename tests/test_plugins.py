@@ -210,6 +210,6 @@ def test_the_examples_train(installed: Path, tmp_path: Path) -> None:
 def test_a_plugin_reaches_the_processes_of_a_sweep(tmp_path: Path) -> None:
     toy = Path(__file__).with_name("toy.py")
     sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"plugins=[{toy}]", "pipeline=toy", "count=3,4"]
-    vqf(*sweep, "run_dir=sweep", path=ROOT, cwd=tmp_path)
-    written = {int(file.read_text()) for file in tmp_path.glob("sweep/*/count")}
-    assert written == {3, 4}
+    vqf(*sweep, path=ROOT, cwd=tmp_path)
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [(folder / job / "count").read_text() for job in ("0", "1")] == ["3", "4"]

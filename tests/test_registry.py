@@ -301,6 +301,15 @@ def test_every_default_survives_the_config(component: registry.Component) -> Non
     assert {key: value for key, value in options.items() if key not in missing} == defaults
 
 
+def test_what_is_stored_is_shared_and_never_changed() -> None:
+    store = ConfigStore.instance().repo["model"]["quantizer"]
+    assert copy.deepcopy(store)["vq.yaml"] is store["vq.yaml"], "or every listed group copies the whole store"
+    before = OmegaConf.to_container(store["vq.yaml"].node)
+    assert compose("model/quantizer=vq", "model.quantizer.dim=3").model.quantizer.dim == 3
+    assert OmegaConf.to_container(store["vq.yaml"].node) == before
+    assert compose("model/quantizer=vq").model.quantizer.dim == before["dim"]  # type: ignore[index, call-overload]
+
+
 def test_launchers_can_pickle_what_is_registered() -> None:
     register("quantizer", "toy")(Toy)
     repo = pickle.loads(pickle.dumps(copy.deepcopy(ConfigStore.instance().repo)))

@@ -128,8 +128,8 @@ def test_a_bug_is_not_taken_for_a_mistake(run: Run, do: str, bug: type[Exception
         run("pipeline=toy", f"do={do}")
 
 
-def test_a_checkpoint_may_lack_what_is_null(run: Run) -> None:
-    run("pipeline=toy", "metric=[]", "model/loss=[]", "~model/discriminator", "do=nothing")
+def test_what_is_left_out_is_empty_or_null_for_the_pipeline(run: Run) -> None:
+    run("pipeline=toy", "do=look", "metric=[]", "model/loss=[]", "~data")
     assert len(folders()) == 1
 
 

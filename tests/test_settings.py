@@ -148,6 +148,19 @@ def test_options_of_the_pipelines_here_are_words_of_their_own(name: str) -> None
     assert mistakes(compose(f"pipeline={name}", *(f"{option}=x" for option in needed))) == []
 
 
+def presets() -> list[str]:
+    """Every YAML file of conf/ as it is chosen: experiment=quickstart, model/quantizer=vq_16k."""
+    files = (path.relative_to(config_dir()).with_suffix("") for path in config_dir().rglob("*/*.yaml"))
+    return sorted(f"{file.parent.as_posix()}={file.name}" for file in files if file.parts[0] != "hydra")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_in_order(preset: str) -> None:
+    several = any(facts.many for facts in KINDS.values() if preset.startswith(f"{facts.group}="))
+    group, name = preset.split("=")
+    assert mistakes(compose(f"{group}=[{name}]" if several else preset)) == []
+
+
 def test_what_is_not_chosen_is_null_or_empty() -> None:
     config = complete(compose("model=vqvae", "model/loss=[]", "metric=[]", "~data"))
     assert config.data is None and config.model.discriminator is None

@@ -39,11 +39,13 @@ def config_dir() -> Path:
 
 def ordered(arguments: Sequence[str]) -> list[str]:
     """Put flags before overrides, since argparse refuses `model=vqgan -m seed=1,2`."""
-    overrides: list[str] = get_args_parser().parse_intermixed_args(list(arguments)).overrides
+    parsed = get_args_parser().parse_intermixed_args(list(arguments))
     flags = list(arguments)
-    for each in overrides:
+    for each in parsed.overrides:
         flags.remove(each)
-    return [*flags, *overrides]
+    if parsed.config_path:  # Hydra would look for it beside this file
+        flags = [str(Path(each).absolute()) if each == parsed.config_path else each for each in flags]
+    return [*flags, *parsed.overrides]
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -71,6 +73,8 @@ class Composer:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         setup_globals()
+        if flags.config_path and not Path(flags.config_path).is_dir():
+            raise UserError(f"--config-path {flags.config_path}: no such folder")
         path = create_config_search_path(str(Path(flags.config_path or config_dir()).absolute()))
         if flags.config_dir:
             extra = Path(flags.config_dir).absolute()

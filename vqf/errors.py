@@ -33,7 +33,7 @@ def unknown_place(place: str, known: Iterable[str]) -> str:
     inside = f" in {before[:-1]}" if before else ""
     close = closest(parts[0], siblings)
     if close is None and place == parts[0]:  # codebook_size=512, without the place of its component
-        close = next((each for each in known if each.rpartition(".")[2] == place), None)
+        close = min((each for each in known if each.rpartition(".")[2] == place), key=len, default=None)
     hint = f" Did you mean '{close}'?" if close else ""
     many = len(siblings) > KNOWN_AT_MOST
     names = "python -m vqf.run --help lists them" if many else f"Known: {', '.join(siblings)}"

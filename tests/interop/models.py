@@ -48,7 +48,7 @@ def spread(codes: Tensor, latents: Tensor, unit: bool = False) -> None:
     """Move codes among latents (B, d, h, w), so that many are chosen and none by a hair."""
     with torch.no_grad():
         flat = rearrange(latents, "b d h w -> (b h w) d")
-        moved = flat[torch.randperm(len(flat))[: len(codes)]] + 0.1 * flat.std() * torch.randn_like(codes)
+        moved = flat[torch.randint(len(flat), (len(codes),))] + 0.1 * flat.std() * torch.randn_like(codes)
         codes.copy_(F.normalize(moved, dim=1) if unit else moved)
 
 

@@ -42,7 +42,9 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "state.json", "config.yaml", "manifest.json"])
 @pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 1)
     file = save(tmp_path, 2) / name
     data = bytearray(file.read_bytes())

@@ -29,13 +29,12 @@ class Asked:
 
 
 def condition_length(contents: Contents, tokens: int) -> int:
-    """Return how many tokens stand in front of the codes of a picture.
+    """Tell from the number of positions how many tokens stand in front of the codes of a picture.
 
-    The reference gives its transformer as many positions as there are tokens of condition and picture, and none for
-    a single token in front, since the last code is never read.
+    The published transformers have as many positions as there are tokens of condition and picture, and none for a
+    single token in front, since the last code is never read.
     """
-    rows = _position(contents).shape[1]
-    return max(rows - tokens, 1)
+    return max(_position(contents).shape[1] - tokens, 1)
 
 
 def classes_of(contents: Contents, asked: Asked) -> int:
@@ -69,6 +68,11 @@ def read_prior(contents: Contents, tokenizer: Tokenizer, prefix: Prefix, asked: 
         raise UserError(f"{contents.path}: {error}") from error
     assert isinstance(blank, nn.Module)
     wanted = blank.state_dict()["position_embedding"].shape
+    if weights["position_embedding"].shape[1] < wanted[1]:
+        raise UserError(
+            f"{contents.path}: its prior has {weights['position_embedding'].shape[1]} positions, and pictures of "
+            f"{tokenizer.image_size[0]} x {tokenizer.image_size[1]} px need {wanted[1]}: give image_size= as it was trained"
+        )
     weights["position_embedding"] = _cut(weights["position_embedding"], wanted[1], report)
     check_shapes(contents.path, weights, blank, table)
     for name, (new, _) in moved.items():

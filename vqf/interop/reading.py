@@ -87,7 +87,7 @@ def _read_second_stage(contents: Contents, layout: Layout, result: Read, asked: 
     blank = blank_tokenizer(result.tokenizer.nodes, result.image_size)
     result.condition = _read_condition(contents, layout, result)
     result.classes = [str(i) for i in range(classes_of(contents, asked))]
-    length = condition_length(contents, blank.grid[0] * blank.grid[1])
+    length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.grid[0] * blank.grid[1])
     node = {"name": "label" if result.classes else "none"} if length == 1 else None
     codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"] if result.condition else blank.vocab_size
     prefix = Prefix(len(result.classes) or 1, 1) if node else Prefix(codes, length)
@@ -98,6 +98,15 @@ def _read_second_stage(contents: Contents, layout: Layout, result: Read, asked: 
             f"the prior reads {length} tokens of condition, for which vqf has no conditioner: it is kept in the run, "
             "which can reconstruct but not sample"
         )
+
+
+def _condition_tokens(contents: Contents, condition: Read | None) -> int | None:
+    if condition is None:
+        return None
+    small = settings.condition_size(contents.settings)
+    stride = blank_tokenizer(condition.tokenizer.nodes, condition.image_size).stride
+    height, width = (small, small) if small else condition.image_size
+    return (height // stride) * (width // stride)
 
 
 def _read_condition(contents: Contents, layout: Layout, result: Read) -> Read | None:

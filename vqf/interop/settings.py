@@ -63,6 +63,12 @@ def classes(settings: DictConfig) -> int | None:
     return look(settings, f"{CONDITION}.params.n_classes", kind=int)
 
 
+def condition_size(settings: DictConfig) -> int | None:
+    """Return the size that the image of a condition is brought to before it is encoded; None: it keeps its own."""
+    size = look(settings, "model.params.downsample_cond_size", kind=int)
+    return size if size is not None and size > 0 else None
+
+
 def start_token(settings: DictConfig) -> int:
     """Return the token that an unconditional prior starts from."""
     return look(settings, "model.params.sos_token", kind=int) or 0

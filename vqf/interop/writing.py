@@ -57,11 +57,8 @@ def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: Layout) -> Wri
 
 
 def write_discriminator(weights: Mapping[str, Tensor]) -> Written:
-    """Write a PatchGAN by taming-transformers' names; nothing of any other discriminator."""
-    if geometry.discriminator_node(shapes(weights)) is None:
-        return Written({}, {}, notes=["the discriminator is left out: it is no PatchGAN with batch norm"])
-    known = {name: each for name, each in weights.items() if name.startswith("discriminator.")}
-    tensors, names = _translate(known, DISCRIMINATOR, "taming")
+    """Write a PatchGAN with batch norm by taming-transformers' names."""
+    tensors, names = _translate(weights, DISCRIMINATOR, "taming")
     return Written(tensors, {}, names)
 
 

@@ -18,10 +18,11 @@ from vqf.interop.reading import read
 from vqf.interop.tokenizers import PARTS
 from vqf.interop.writing import TARGETS, Written, write_discriminator, write_prior, write_tokenizer
 from vqf.pipelines.checkpoint import Checkpoint
-from vqf.pipelines.common import image_size
+from vqf.pipelines.common import DEFAULT_IMAGE_SIZE, image_size
 from vqf.pipelines.imported import save_run
 from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import find_tokenizer, load_generator, load_tokenizer
+from vqf.protocols import Size, pair
 from vqf.registry import find, register
 from vqf.terminal import log
 
@@ -59,8 +60,7 @@ class Import:
 
     def run(self) -> None:
         """Write the run, a report on every tensor, and a run beside it for the tokenizer of a condition."""
-        size = image_size(self.config) if "image_size" in given() else None
-        found = read(self.path, source=self.source, yaml=self.yaml, size=size, asked=self.asked)
+        found = read(self.path, source=self.source, yaml=self.yaml, size=self._size(), asked=self.asked)
         config = self._without_options()
         save_run(found, config, self.run_dir)
         if found.condition is not None:
@@ -71,6 +71,11 @@ class Import:
         if found.report.strange:
             log.warning("%d tensors that vqf does not know were left: %s", len(found.report.strange), REPORT)
         log.info("%s run in %s; every tensor in %s", found.kind, self.run_dir, self.run_dir / REPORT)
+
+    def _size(self) -> Size | None:
+        """Return the size of pictures that the user chose; None where it is the default of the command line."""
+        size = image_size(self.config)
+        return size if "image_size" in given() or size != pair(DEFAULT_IMAGE_SIZE) else None
 
     def _without_options(self) -> DictConfig:
         config = self.config.copy()
@@ -127,17 +132,23 @@ class Export:
         states = [_state(checkpoint, "model", tokenizer, ordered)]
         tensors = written.tensors
         if checkpoint.has("discriminator"):
-            weights = checkpoint.weights("discriminator")
-            critic = write_discriminator(weights)
+            critic, state = self._discriminator(checkpoint)
             tensors |= critic.tensors
-            if node := discriminator_node({name: each.shape for name, each in weights.items()}):
-                judge = blank_discriminator(node)
-                states.append(
-                    _state(checkpoint, "discriminator", judge, [name for name, _ in judge.named_parameters()])
-                )
+            states.append(state)
         # An optimizer's state belongs to the weights that it moved, not to their average.
         kept = [] if checkpoint.has("ema") or None in states else states
         self._save(tensors, checkpoint.step, kept, written.settings)
+
+    def _discriminator(self, checkpoint: Checkpoint) -> tuple[Written, dict[str, Any] | None]:
+        """Write the discriminator of a run in the order of its layers, and its optimizer's state in the same."""
+        weights = checkpoint.weights("discriminator")
+        node = discriminator_node({name: each.shape for name, each in weights.items()})
+        if node is None:
+            log.info("the discriminator is left out: it is no PatchGAN with batch norm")
+            return Written({}, {}), None
+        judge = blank_discriminator(node)
+        ordered = {name: weights[name] for name in judge.state_dict()}
+        return write_discriminator(ordered), _state(checkpoint, "discriminator", judge, list(ordered))
 
     def _transformer(self, checkpoint: Checkpoint) -> None:
         first, config = self._tokenizer(checkpoint), checkpoint.config

@@ -17,7 +17,7 @@ from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import build_generator
 from vqf.pipelines.stage1 import Critic
 from vqf.pipelines.stage2 import decay_groups
-from vqf.registry import build
+from vqf.registry import KINDS, Kind, build
 from vqf.terminal import log
 from vqf.tokenizer import build_tokenizer
 
@@ -137,18 +137,34 @@ def _states(found: Read, config: DictConfig, trained: Mapping[str, nn.Module]) -
 
 
 def _write_presets(config: DictConfig, run_dir: Path) -> None:
-    """Write the run's model and optimizer as presets, since a run that is resumed is composed anew."""
+    """Write the run's choices as presets, since a run that is resumed is composed anew."""
     folder = run_dir / PRESETS
-    chosen = {key: config[key] for key in ("image_size", "ema", "optimizer")}
-    name = chosen["optimizer"]["name"]
-    defaults = [{"override /model": "imported"}, {"override /optimizer": name}]
-    _save_yaml(folder / "model" / "imported.yaml", config.model)
-    _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **chosen}, "# @package _global_\n")
-    log.info(
-        "to train it on: python -m vqf.run --config-dir %s experiment=imported resume=%s steps=... data=...",
-        folder,
-        run_dir,
-    )
+    choices: dict[str, Any] = {}
+    for kind in KINDS.values():
+        parent, _, key = kind.group.partition("/")
+        if parent == "model":
+            node = config.model.get(key)
+            nodes = (node or {}) if kind.many else {"": node}
+            names = [_write_variant(folder, kind, each, name) for name, each in nodes.items() if each is not None]
+            choices[key] = names if kind.many else (names or [None])[0]
+    absent = {key: None for key, choice in choices.items() if choice is None}
+    preset = {"defaults": ["_self_", *({key: choice} for key, choice in choices.items())], **absent}
+    _save_yaml(folder / "model" / "imported.yaml", preset)
+    options = {option: value for option, value in config.optimizer.items() if option != "name"}
+    whole = {"image_size": config.image_size, "ema": config.ema, "optimizer": options}
+    defaults = [{"override /model": "imported"}, {"override /optimizer": config.optimizer.name}]
+    _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **whole}, "# @package _global_\n")
+    words = "experiment=imported steps=... data=..."
+    log.info("to train it on: python -m vqf.run --config-dir %s %s resume=%s", folder, words, run_dir)
+
+
+def _write_variant(folder: Path, kind: Kind, node: DictConfig, key: str) -> str:
+    """Write a component's numbers as a variant of it, and return what the variant is called."""
+    name = f"imported_{key}" if key else "imported"
+    options = {option: value for option, value in node.items() if option != "name"}
+    header = f"# @package {kind.group.replace('/', '.')}.{key}\n" if key else ""
+    _save_yaml(folder / kind.group / f"{name}.yaml", {"defaults": [node.name], **options}, header)
+    return name
 
 
 def _save_yaml(path: Path, content: Any, header: str = "") -> None:

@@ -1,0 +1,285 @@
+"""`pipeline=export`: the peers' own classes load what vqf writes, whole, and compute the same; and it comes back equal."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+import vqf
+from tests.composing import compose
+from tests.interop.composing import run
+from tests.interop.models import images, run_diffusers, run_vqgan, spread
+from tests.parity.comparisons import difference
+from tests.parity.mapping import from_gpt
+from tests.parity.peers import need, taming
+from vqf.errors import UserError
+from vqf.generator import Generator
+from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.restore import build_generator
+from vqf.pipelines.stage1 import Critic
+from vqf.registry import build
+from vqf.tokenizer import Tokenizer, build_tokenizer
+
+SIZE, CODES = 16, 24
+TINY = [
+    *("model=vqgan", f"image_size={SIZE}", "model.quantizer.dim=8", f"model.quantizer.codebook_size={CODES}"),
+    *("model.encoder.channels=32", "model.decoder.channels=32", "model.encoder.dim=16"),
+    *("model.encoder.multipliers=[1,2,2]", "model.decoder.multipliers=[1,2,2]"),
+    *("model.encoder.attention=[8]", "model.decoder.attention=[8]"),
+    *("model.discriminator.channels=8", "model.discriminator.layers=2"),
+    *("model.prior.layers=2", "model.prior.heads=2", "model.prior.dim=16", "model.prior.shared_vocabulary=true"),
+]
+CODEBOOKS = ["vq_published", "cosine", "ema", "rotation", "gumbel"]
+
+
+def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
+    """Write a stage-1 run with random weights and optimizer states, as training leaves it."""
+    torch.manual_seed(0)
+    config = compose(*TINY, *words)
+    tokenizer = build_tokenizer(config.model, SIZE).eval()
+    codebook = tokenizer.quantizer.codebook
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        z = tokenizer.quant_conv(tokenizer.encoder(images()[:, :, :SIZE, :SIZE]))
+        spread(codebook if isinstance(codebook, Tensor) else codebook.weight, z)
+    weights = {"ema": copy.deepcopy(tokenizer.state_dict())} if ema else {}
+    modules = {"model": tokenizer}
+    if config.model.discriminator is not None:
+        adversary = build("adversary", config.model.adversary, steps=10)
+        modules["discriminator"] = Critic(
+            build("discriminator", config.model.discriminator, in_channels=3), adversary, {}
+        )
+    optimizers = {}
+    for name, module in modules.items():
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-5)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        weights[name] = module.state_dict()
+        optimizers[name] = optimizer.state_dict()
+    state = {"kind": "stage1", "step": 9, "image_size": [SIZE, SIZE], "classes": []}
+    checkpoints.save(
+        folder,
+        state=state,
+        config=config,
+        weights=weights,
+        optimizers={"optimizers": optimizers, "schedules": {}},
+        keep=0,
+    )
+    return tokenizer
+
+
+def export(folder: Path, to: str, path: Path) -> Path:
+    run(folder.parent / "job", "pipeline=export", f"run={folder}", f"to={to}", f"path={path}")
+    return path
+
+
+def reimport(folder: Path, path: Path) -> Any:
+    run(folder, "pipeline=import", f"path={path}", f"image_size={SIZE}", "heads=2")
+    found = newest(folder)
+    assert found is not None
+    return found
+
+
+def taming_model(path: Path, prefix: str = "") -> Any:
+    """Build what the yaml beside a checkpoint describes, and fill it strictly."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path.with_suffix(".yaml")).model)
+    module, name = settings["target"].rsplit(".", 1)
+    model = getattr(taming(module.removeprefix("taming.")), name)(**settings["params"])
+    whole = torch.load(path, weights_only=True)
+    assert whole["global_step"] == 9
+    tensors = {key: each for key, each in whole["state_dict"].items() if not key.startswith("loss.")}
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def pictures() -> Tensor:
+    return images()[:, :, :SIZE, :SIZE]
+
+
+@pytest.mark.parametrize("codebook", ["vq_published", "ema", "rotation", "cosine"])
+def test_taming_loads_it_and_computes_the_same(codebook: str, tmp_path: Path) -> None:
+    save(tmp_path / "run", f"model/quantizer={codebook}")
+    model = taming_model(export(tmp_path / "run", "taming", tmp_path / "out.ckpt"))
+    check(tmp_path / "run", *run_vqgan(model, pictures()))
+
+
+def check(folder: Path, indices: Tensor, expected: Tensor) -> None:
+    tokenizer = vqf.load(folder)
+    assert isinstance(tokenizer, Tokenizer)
+    with torch.no_grad():
+        out = tokenizer(pictures())
+    assert torch.equal(out.quantized.indices, indices)
+    assert len(indices.unique()) > 2
+    assert difference(out.reconstructions, expected) <= 1e-5
+
+
+def test_taming_s_gumbel_loads_it(tmp_path: Path) -> None:
+    save(tmp_path / "run", "model/quantizer=gumbel", "model.encoder.dim=8")
+    model = taming_model(export(tmp_path / "run", "taming", tmp_path / "out.ckpt"))
+    indices = model.quantize.proj(model.encode_to_prequant(pictures())).argmax(1)
+    codes = model.quantize.embed(indices).movedim(-1, 1)
+    check(tmp_path / "run", indices, model.decode(codes))
+
+
+@pytest.mark.parametrize("codebook", ["vq_published", "ema", "cosine"])
+@pytest.mark.parametrize("attention", [True, False])
+def test_diffusers_loads_it_and_computes_the_same(codebook: str, attention: bool, tmp_path: Path) -> None:
+    words = [f"model.{part}.middle_attention={attention}" for part in ("encoder", "decoder")]
+    words += [] if attention else ["model.encoder.attention=[]", "model.decoder.attention=[]"]
+    save(tmp_path / "run", f"model/quantizer={codebook}", *words)
+    path = export(tmp_path / "run", "diffusers", tmp_path / "out")
+    settings = json.loads((path / "config.json").read_text())
+    model = need("diffusers").VQModel.from_config(settings)
+    model.load_state_dict(load_file(path / "diffusion_pytorch_model.safetensors"))
+    check(tmp_path / "run", *run_diffusers(model.eval(), pictures()))
+    check(tmp_path / "run", *run_diffusers(need("diffusers").VQModel.from_pretrained(path).eval(), pictures()))
+
+
+@pytest.mark.parametrize("to", ["taming", "diffusers"])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_round_trip_is_equal_to_the_bit(codebook: str, to: str, tmp_path: Path) -> None:
+    if (codebook, to) == ("gumbel", "diffusers"):
+        pytest.skip("diffusers has no such quantizer")
+    save(tmp_path / "run", f"model/quantizer={codebook}", *(["model.encoder.dim=8"] if codebook == "gumbel" else []))
+    path = export(tmp_path / "run", to, tmp_path / ("out.ckpt" if to == "taming" else "out"))
+    found, original = reimport(tmp_path / "back", path), newest(tmp_path / "run")
+    assert original is not None
+    back, before = found.weights("model"), original.weights("model")
+    codes = "quantizer.codebook" if codebook == "ema" else "quantizer.codebook.weight"
+    if codebook == "cosine":
+        before[codes] = torch.nn.functional.normalize(before[codes], dim=1)
+    if codebook == "ema":
+        before["quantizer.codebook.weight"] = before.pop(codes)
+    left = {"quantizer.N", "quantizer.m", "quantizer.started", "quantizer.steps"}
+    assert set(before) - left == set(back) - left
+    for name in set(back) - left:
+        assert torch.equal(back[name], before[name]), name
+    assert found.step == (9 if to == "taming" else 0)
+    for part in ("encoder", "decoder"):
+        assert {**original.config.model[part], **found.config.model[part]} == original.config.model[part]
+
+
+def test_discriminator_and_optimizers_make_the_round_trip(tmp_path: Path) -> None:
+    save(tmp_path / "run", "model/quantizer=vq_published")
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    whole = torch.load(path, weights_only=True)
+    judge = taming("modules.discriminator.model").NLayerDiscriminator(ndf=8, n_layers=2)
+    start = "loss.discriminator."
+    judge.load_state_dict(
+        {name.removeprefix(start): each for name, each in whole["state_dict"].items() if name.startswith(start)}
+    )
+    found, original = reimport(tmp_path / "back", path), newest(tmp_path / "run")
+    assert original is not None
+    for name, each in original.weights("discriminator").items():
+        assert torch.equal(found.weights("discriminator")[name], each), name
+    for name in ("model", "discriminator"):
+        ours, back = original.optimizers()["optimizers"][name], found.optimizers()["optimizers"][name]
+        assert len(ours["state"]) == len(back["state"]) > 0
+        for number, entry in ours["state"].items():
+            for key, each in entry.items():
+                assert torch.equal(back["state"][number][key], each)
+
+
+def test_the_order_of_adam_is_the_reference_s(tmp_path: Path) -> None:
+    """The reference's own optimizer takes the state, and every entry lies with the parameter of its shape and name."""
+    save(tmp_path / "run", "model/quantizer=vq_published")
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    model, original = taming_model(path), newest(tmp_path / "run")
+    assert original is not None
+    parts = [model.encoder, model.decoder, model.quantize, model.quant_conv, model.post_quant_conv]
+    optimizer = torch.optim.Adam([each for part in parts for each in part.parameters()])
+    optimizer.load_state_dict(torch.load(path, weights_only=True)["optimizer_states"][0])
+    ours = original.optimizers()["optimizers"]["model"]["state"]
+    tokenizer = vqf.load(tmp_path / "run")
+    from tests.parity.mapping import from_vq_model
+
+    moments = {name: optimizer.state[each]["exp_avg"] for name, each in model.named_parameters()}
+    for number, (name, _) in enumerate(tokenizer.named_parameters()):
+        assert torch.equal(from_vq_model(moments)[name], ours[number]["exp_avg"]), name
+
+
+def test_averaged_weights_are_what_is_written(tmp_path: Path) -> None:
+    save(tmp_path / "run", ema=True)
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    whole, original = torch.load(path, weights_only=True), newest(tmp_path / "run")
+    assert original is not None
+    assert torch.equal(whole["state_dict"]["quant_conv.bias"], original.weights("ema")["quant_conv.bias"])
+    assert not torch.equal(whole["state_dict"]["quant_conv.bias"], original.weights("model")["quant_conv.bias"])
+    assert whole["optimizer_states"] == []
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_transformer(classes: int, tmp_path: Path) -> None:
+    words = ["model/quantizer=vq_published", f"model/conditioner={'label' if classes else 'none'}"]
+    tokenizer, config = save(tmp_path / "first", *words), compose(*TINY, *words)
+    names = [str(i) for i in range(classes)]
+    generator = build_generator(config, tokenizer, names)
+    for parameter in generator.prior.parameters():  # type: ignore[attr-defined]
+        torch.nn.init.normal_(parameter, std=0.3)
+    weights = {"model": generator.prior.state_dict(), "tokenizer": tokenizer.state_dict()}  # type: ignore[attr-defined]
+    state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names}
+    checkpoints.save(tmp_path / "run", state=state, config=config, weights=weights, optimizers={}, keep=0)
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    taming("modules.transformer.mingpt"), taming("models.vqgan")
+    model = taming_model(path)
+    x, labels = pictures(), torch.tensor([3, 1])
+    with torch.no_grad():
+        expected, tokens = model(x, labels if classes else x)
+        prefix = labels[:, None] if classes else torch.zeros(2, 1, dtype=torch.long)
+        assert difference(generator.prior.eval()(tokens, prefix), expected) <= 1e-5  # type: ignore[attr-defined]
+    for name, each in from_gpt(model.transformer.state_dict()).items():
+        assert torch.equal(each, weights["model"][name]), name
+    reimport(tmp_path / "back", path)
+    again = vqf.load(tmp_path / "back")
+    assert isinstance(again, Generator)
+    assert again.classes == names
+    for name, each in again.prior.state_dict().items():  # type: ignore[attr-defined]
+        assert torch.equal(each, weights["model"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "to", "message"),
+    [
+        (
+            ["model/quantizer=gumbel", "model.encoder.dim=8"],
+            "diffusers",
+            "model.quantizer=gumbel: diffusers has no such quantizer",
+        ),
+        (
+            [f"model.{part}.channels=24" for part in ("encoder", "decoder")],
+            "taming",
+            r"to=taming: group norms of \[8, 16\] groups; widths must be multiples of 32",
+        ),
+        (
+            ["model.decoder.blocks=1"],
+            "diffusers",
+            "model.encoder.blocks=2 and model.decoder.blocks=1 must be the same there",
+        ),
+        (
+            [f"model.{part}.stem=2" for part in ("encoder", "decoder")],
+            "taming",
+            "there is no place for 'decoder.unfold.conv.weight'; only model/encoder=conv, stem=1 has one",
+        ),
+    ],
+)
+def test_what_has_no_place_there(words: list[str], to: str, message: str, tmp_path: Path) -> None:
+    save(tmp_path / "run", *words)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", to, tmp_path / "out")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    save(tmp_path / "run")
+    (tmp_path / "out.ckpt").write_text("precious")
+    with pytest.raises(UserError, match="exists already"):
+        export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    assert (tmp_path / "out.ckpt").read_text() == "precious"

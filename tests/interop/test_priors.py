@@ -1,0 +1,226 @@
+"""The reference's transformers with their first stage, imported: the same logits, and runs that sample."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import vqf
+from tests.interop.composing import run
+from tests.parity.comparisons import TOLERANCE, difference
+from tests.parity.mapping import from_gpt
+from tests.parity.peers import CODE_DIM, CODES, NOMINAL, SHAPE, spread_codes, stir, taming
+from vqf.errors import UserError
+from vqf.generator import Generator
+from vqf.interop.priors import Asked
+from vqf.interop.reading import read
+from vqf.pipelines.checkpoint import newest
+from vqf.protocols import Batch
+from vqf.registry import build
+from vqf.tokenizer import Tokenizer
+
+N, CLASSES, HEADS = (NOMINAL // 4) ** 2, 5, 2
+LABELLED = {"target": "taming.modules.util.Labelator", "params": {"n_classes": CLASSES}}
+UNCONDITIONAL = "__is_unconditional__"
+TINY = [f"image_size={NOMINAL}", f"heads={HEADS}"]
+
+
+def network(channels: int = 3) -> dict[str, Any]:
+    nothing = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
+    shape = {**SHAPE, "in_channels": channels, "out_ch": channels}
+    return {"ddconfig": shape, "lossconfig": nothing, "n_embed": CODES, "embed_dim": CODE_DIM}
+
+
+def net2net(condition: Any, block_size: int, n_unmasked: int = 0, **options: Any) -> Any:
+    """Build a Net2NetTransformer with weights of its own."""
+    torch.manual_seed(0)
+    for name in ("models.vqgan", "modules.transformer.mingpt"):  # which it would import by itself, without our stubs
+        taming(name)
+    sizes = {"vocab_size": CODES, "block_size": block_size, "n_layer": 2, "n_head": HEADS, "n_embd": 16}
+    model = taming("models.cond_transformer").Net2NetTransformer(
+        {"target": "taming.modules.transformer.mingpt.GPT", "params": {**sizes, "n_unmasked": n_unmasked}},
+        {"target": "taming.models.vqgan.VQModel", "params": network()},
+        condition,
+        **options,
+    )
+    stir(model.first_stage_model)
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    spread_codes(model.first_stage_model, pictures())
+    model.learning_rate = 1e-3
+    return model.eval()
+
+
+def pictures() -> Tensor:
+    return torch.rand(4, 3, NOMINAL, NOMINAL, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def save(model: Any, path: Path, **more: Any) -> Path:
+    torch.save({"state_dict": model.state_dict(), "global_step": 5, **more}, path)
+    return path
+
+
+def write_settings(path: Path, **params: Any) -> None:
+    OmegaConf.save({"model": {"params": params}}, path.with_suffix(".yaml"))
+
+
+def imported(path: Path, *words: str) -> Generator:
+    run(path.parent / "run", "pipeline=import", f"path={path}", *TINY, *words)
+    generator = vqf.load(path.parent / "run")
+    assert isinstance(generator, Generator)
+    return generator
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_class_conditional(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = net2net(LABELLED, N)
+    generator = imported(save(model, tmp_path / "last.ckpt"), f"classes={CLASSES}").to(dtype)
+    labels, x = torch.tensor([0, 3, 4, 3]), pictures().to(dtype)
+    tokens = generator.tokenizer.tokens(x)
+    with torch.no_grad():
+        expected, codes = model.to(dtype)(x, labels)
+        found = generator.prior(tokens, generator.conditioner(Batch(labels=labels)))
+    assert torch.equal(tokens, codes)
+    assert difference(found, expected) <= TOLERANCE[dtype]
+    assert generator.classes == ["0", "1", "2", "3", "4"]
+    assert generator.sample(2, label=3).shape == (2, 3, NOMINAL, NOMINAL)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_unconditional(start: int, tmp_path: Path) -> None:
+    """The published start token is embedded like code 0; another one gets a table of its own."""
+    model = net2net(UNCONDITIONAL, N, sos_token=start)
+    path = save(model, tmp_path / "last.ckpt")
+    write_settings(path, sos_token=start)
+    generator, x = imported(path), pictures()
+    with torch.no_grad():
+        expected, tokens = model(x, x)
+        prefix = generator.conditioner(Batch(images=x))
+        assert difference(generator.prior(tokens, prefix), expected) <= TOLERANCE[torch.float32]
+    assert generator.classes == []
+    assert generator.sample(2).shape == (2, 3, NOMINAL, NOMINAL)
+
+
+def test_what_the_settings_say(tmp_path: Path) -> None:
+    path = save(net2net(LABELLED, N), tmp_path / "last.ckpt")
+    transformer = {"params": {"n_head": 4, **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1)}}
+    first = {"params": {"ddconfig": {"resolution": NOMINAL}}}
+    write_settings(
+        path, transformer_config=transformer, first_stage_config=first, cond_stage_config=LABELLED, pkeep=0.9
+    )
+    found = read(path)
+    assert found.image_size == (NOMINAL, NOMINAL)
+    assert len(found.classes) == CLASSES
+    expected = {"name": "gpt", "layers": 2, "heads": 4, "dim": 16, "dropout": 0.1, "pkeep": 0.9}
+    assert expected.items() <= found.nodes["prior"].items()
+    assert read(path, asked=Asked(heads=8, classes=2)).nodes["prior"]["heads"] == 8
+
+
+def test_heads_that_nobody_tells(tmp_path: Path) -> None:
+    found = read(save(net2net(UNCONDITIONAL, N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
+    assert found.nodes["prior"]["heads"] == 16
+    assert (
+        "nothing says how many heads the transformer has: 16 are assumed, heads= says otherwise" in found.report.notes
+    )
+
+
+def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+    model = net2net(LABELLED, N)
+    report = read(save(model, tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL), asked=Asked(HEADS, CLASSES)).report
+    assert set(report.taken) | set(report.left) == set(model.state_dict())
+    assert set(report.left.values()) == {"causal mask"}
+
+
+def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path) -> None:
+    model = net2net(LABELLED, N)
+    optimizer = model.configure_optimizers()
+    for _ in range(2):
+        for parameter in model.transformer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    path = save(model, tmp_path / "last.ckpt", optimizer_states=[optimizer.state_dict()])
+    generator = imported(path, f"classes={CLASSES}")
+    checkpoint = newest(tmp_path / "run")
+    assert checkpoint is not None
+    from vqf.pipelines.stage2 import decay_groups
+
+    prior: Any = generator.prior.requires_grad_(True)  # type: ignore[attr-defined]
+    mine = torch.optim.AdamW(decay_groups(prior))
+    mine.load_state_dict(checkpoint.optimizers()["optimizers"]["model"])
+    named = from_gpt(dict(model.transformer.named_parameters()))
+    for name, parameter in prior.named_parameters():
+        named[name].grad = torch.randn_like(parameter)
+        parameter.grad = named[name].grad.clone()
+    mine.step(), optimizer.step()
+    for name, parameter in prior.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=0, atol=1e-7, msg=name)
+    assert {group["weight_decay"] for group in mine.param_groups} == {0.01, 0.0}
+
+
+@pytest.mark.parametrize("unmasked", [0, 3])
+def test_a_spatial_condition(unmasked: int, tmp_path: Path) -> None:
+    """Its tokenizer becomes a run of its own; of the positions, the one that no token takes is left."""
+    condition = {"target": "taming.models.vqgan.VQModel", "params": network()}
+    model = net2net(condition, 2 * N, n_unmasked=unmasked)
+    path = save(model, tmp_path / "last.ckpt")
+    run(tmp_path / "run", "pipeline=import", f"path={path}", *TINY)
+    found, beside = newest(tmp_path / "run"), vqf.load(tmp_path / "run-condition")
+    assert found is not None
+    assert isinstance(beside, Tokenizer)
+    weight = model.cond_stage_model.decoder.conv_out.weight
+    assert torch.equal(beside.last_layer.weight, weight)
+    weights = found.weights("model")
+    assert torch.equal(weights["position_embedding"], model.transformer.pos_emb[:, :-1])
+    assert found.config.model.prior.unmasked_prefix == unmasked
+    prior = build(
+        "prior",
+        found.config.model.prior,
+        **{"vocab_size": CODES, "length": N, "grid": (NOMINAL // 4, NOMINAL // 4)},
+        **{"prefix_vocab": CODES, "prefix_length": N},
+    ).eval()
+    prior.load_state_dict(weights)
+    tokens, prefix = torch.randint(CODES, (2, N)), torch.randint(CODES, (2, N))
+    with torch.no_grad():
+        expected = model.transformer(torch.cat((prefix, tokens), 1)[:, :-1])[0][:, N - 1 :]
+        assert difference(prior(tokens, prefix), expected) <= TOLERANCE[torch.float32]
+    text = (tmp_path / "run" / "import-report.txt").read_text()
+    assert "1 of 32 positions are left: no token ever stands there" in text
+    assert "the prior reads 16 tokens of condition" in text
+    with pytest.raises(UserError, match="no conditioner is chosen"):
+        vqf.load(tmp_path / "run")
+    from vqf.pipelines.restore import load_tokenizer
+
+    assert torch.equal(load_tokenizer(found).last_layer.weight, model.first_stage_model.decoder.conv_out.weight)
+
+
+def test_a_condition_of_depth_maps_is_left_in_one_line(tmp_path: Path) -> None:
+    condition = {"target": "taming.models.vqgan.VQModel", "params": network(1)}
+    found = read(save(net2net(condition, 2 * N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
+    assert found.condition is None
+    assert (
+        "the tokenizer of the condition is left: it reads images of 1 channel; vqf's tokenizers read 3: "
+        "tokenizers of depth and label maps are not supported"
+    ) in found.report.notes
+    assert found.report.left["cond_stage_model.encoder.conv_in.weight"] == "of the condition"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"transformer.ln_f.bias": None}, "'ln_f.bias' is missing"),
+        ({"transformer.head.weight": torch.zeros(CODES + 1, 16)}, r"'head.weight' is \[13, 16\], not \[12, 16\]"),
+        (
+            {"transformer.pos_emb": torch.zeros(1, N - 2, 16)},
+            "its prior has 14 positions, and pictures of 16 x 16 px need 16: give image_size= as it was trained",
+        ),
+        ({"permuter.forward_shuffle_idx": torch.arange(N).flip(0)}, "in an order of its own"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Tensor | None], words: str, tmp_path: Path) -> None:
+    tensors = {**net2net(LABELLED, N).state_dict(), **change}
+    torch.save({"state_dict": {name: each for name, each in tensors.items() if each is not None}}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / "a.ckpt", size=(NOMINAL, NOMINAL), asked=Asked(HEADS, CLASSES))

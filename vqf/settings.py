@@ -58,6 +58,8 @@ SETTINGS = {
     "log.every": Setting((int,), least=1),
     "evaluate.every": Setting((int,), least=1),
     "evaluate.count": Setting((int,), optional=True, least=1),
+    "tokens.root": Setting((Path,), optional=True),
+    "tokens.views": Setting((int,), least=1),
 }
 
 STAGE2 = "stage2"  # holds some of the words again, for the second half of pipeline=full

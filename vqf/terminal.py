@@ -41,20 +41,22 @@ class Bar:
         self.task = progress.add_task(title, total=total, completed=done, note="") if progress else None
         self.began = self.told = time.monotonic()
         self.first = done
+        self.note = ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Say that `count` more of the job is done; `note` stands behind the bar."""
         self.done += count
+        self.note = note or self.note
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, advance=count, note=note or self.progress.tasks[0].fields["note"])
+            self.progress.update(self.task, advance=count, note=self.note)
         elif time.monotonic() - self.told > QUIET_SECONDS:
             self.told = time.monotonic()
-            log.info(self._line(note))
+            log.info(self._line())
 
-    def _line(self, note: str) -> str:
+    def _line(self) -> str:
         rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        return f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left  {note}".rstrip()
+        return f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left  {self.note}".rstrip()
 
 
 @contextmanager

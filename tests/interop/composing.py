@@ -1,20 +1,33 @@
 """Run pipelines inside a test."""
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.composing import compose
 from vqf.registry import build, flat_node
 from vqf.settings import check_config, complete
 
+# Folders, others in every test: set afterwards, so that what the other words compose can be kept.
+PLACES = re.compile(r"(path|run|resume|data\.root)=(.*)")
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """Compose a command line once; copy it before changing it."""
+    return complete(compose(*overrides))
+
 
 def run(run_dir: Path, *overrides: str) -> Any:
     """Run what a command line of these words would, in `run_dir`, and return the pipeline."""
-    config = complete(compose("device=cpu", "logger=[]", "metric=[psnr]", *overrides))
-    if OmegaConf.select(config, "hydra") is not None:
-        del config["hydra"]
+    places = [found for each in overrides if (found := PLACES.fullmatch(each))]
+    words = [each for each in overrides if not PLACES.fullmatch(each)]
+    config = composed("device=cpu", "logger=[]", "metric=[psnr]", *words).copy()
+    for found in places:
+        OmegaConf.update(config, found[1], found[2])
     check_config(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=run_dir)

@@ -1,4 +1,4 @@
-"""`pipeline=export`: the peers' own classes load what vqf writes, whole, and compute the same; and it comes back equal."""
+"""`pipeline=export`: the peers' own classes load what vqf writes, whole, and compute the same; and it comes back."""
 
 import copy
 import json
@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vqf
-from tests.composing import compose
-from tests.interop.composing import run
+from tests.interop.composing import composed, run
 from tests.interop.models import images, run_diffusers, run_vqgan, spread
 from tests.parity.comparisons import difference
 from tests.parity.mapping import from_gpt
@@ -31,7 +30,8 @@ SIZE, CODES = 16, 24
 TINY = [
     *("model=vqgan", f"image_size={SIZE}", "model.quantizer.dim=8", f"model.quantizer.codebook_size={CODES}"),
     *("model.encoder.channels=32", "model.decoder.channels=32", "model.encoder.dim=16"),
-    *("model.encoder.multipliers=[1,2,2]", "model.decoder.multipliers=[1,2,2]"),
+    *("model.encoder.multipliers=[1,2]", "model.decoder.multipliers=[1,2]"),
+    *("model.encoder.blocks=1", "model.decoder.blocks=1"),
     *("model.encoder.attention=[8]", "model.decoder.attention=[8]"),
     *("model.discriminator.channels=8", "model.discriminator.layers=2"),
     *("model.prior.layers=2", "model.prior.heads=2", "model.prior.dim=16", "model.prior.shared_vocabulary=true"),
@@ -42,7 +42,7 @@ CODEBOOKS = ["vq_published", "cosine", "ema", "rotation", "gumbel"]
 def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
     """Write a stage-1 run with random weights and optimizer states, as training leaves it."""
     torch.manual_seed(0)
-    config = compose(*TINY, *words)
+    config = composed(*TINY, *words)
     tokenizer = build_tokenizer(config.model, SIZE).eval()
     codebook = tokenizer.quantizer.codebook
     with torch.no_grad():
@@ -144,11 +144,10 @@ def test_diffusers_loads_it_and_computes_the_same(codebook: str, attention: bool
     check(tmp_path / "run", *run_diffusers(need("diffusers").VQModel.from_pretrained(path).eval(), pictures()))
 
 
-@pytest.mark.parametrize("to", ["taming", "diffusers"])
-@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize(
+    ("codebook", "to"), [*((each, "taming") for each in CODEBOOKS), *((each, "diffusers") for each in CODEBOOKS[:-1])]
+)
 def test_round_trip_is_equal_to_the_bit(codebook: str, to: str, tmp_path: Path) -> None:
-    if (codebook, to) == ("gumbel", "diffusers"):
-        pytest.skip("diffusers has no such quantizer")
     save(tmp_path / "run", f"model/quantizer={codebook}", *(["model.encoder.dim=8"] if codebook == "gumbel" else []))
     path = export(tmp_path / "run", to, tmp_path / ("out.ckpt" if to == "taming" else "out"))
     found, original = reimport(tmp_path / "back", path), newest(tmp_path / "run")
@@ -220,7 +219,7 @@ def test_averaged_weights_are_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [0, 5])
 def test_a_transformer(classes: int, tmp_path: Path) -> None:
     words = ["model/quantizer=vq_published", f"model/conditioner={'label' if classes else 'none'}"]
-    tokenizer, config = save(tmp_path / "first", *words), compose(*TINY, *words)
+    tokenizer, config = save(tmp_path / "first", *words), composed(*TINY, *words)
     names = [str(i) for i in range(classes)]
     generator = build_generator(config, tokenizer, names)
     for parameter in generator.prior.parameters():  # type: ignore[attr-defined]
@@ -260,9 +259,9 @@ def test_a_transformer(classes: int, tmp_path: Path) -> None:
             r"to=taming: group norms of \[8, 16\] groups; widths must be multiples of 32",
         ),
         (
-            ["model.decoder.blocks=1"],
+            ["model.decoder.blocks=2"],
             "diffusers",
-            "model.encoder.blocks=2 and model.decoder.blocks=1 must be the same there",
+            "model.encoder.blocks=1 and model.decoder.blocks=2 must be the same there",
         ),
         (
             [f"model.{part}.stem=2" for part in ("encoder", "decoder")],

@@ -175,12 +175,9 @@ def test_a_spatial_condition(unmasked: int, tmp_path: Path) -> None:
     weights = found.weights("model")
     assert torch.equal(weights["position_embedding"], model.transformer.pos_emb[:, :-1])
     assert found.config.model.prior.unmasked_prefix == unmasked
-    prior = build(
-        "prior",
-        found.config.model.prior,
-        **{"vocab_size": CODES, "length": N, "grid": (NOMINAL // 4, NOMINAL // 4)},
-        **{"prefix_vocab": CODES, "prefix_length": N},
-    ).eval()
+    grid = (NOMINAL // 4, NOMINAL // 4)
+    sizes = {"vocab_size": CODES, "length": N, "grid": grid, "prefix_vocab": CODES, "prefix_length": N}
+    prior = build("prior", found.config.model.prior, **sizes).eval()
     prior.load_state_dict(weights)
     tokens, prefix = torch.randint(CODES, (2, N)), torch.randint(CODES, (2, N))
     with torch.no_grad():

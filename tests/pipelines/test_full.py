@@ -107,9 +107,9 @@ def test_tokens_of_another_tokenizer_are_refused(run: Path, tmp_path: Path) -> N
     other = tmp_path / "other"
     config = compose(*OPTIONS, "seed=1")
     Full(config, other).run()
-    options = [*TINY, "pipeline=stage2", f"run={other / 'stage1'}"]
+    options = [*TINY, "pipeline=stage2", f"run={other / 'stage1'}", f"tokens.root={run / 'stage2' / 'tokens'}"]
     with pytest.raises(UserError, match=r"was made with tokenizer \w+, this run has \w+"):
-        Stage2(compose(*options), tmp_path / "second", tokens=str(run / "stage2" / "tokens")).run()
+        Stage2(compose(*options), tmp_path / "second").run()
 
 
 def test_a_tokenizer_cannot_be_sampled(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Sources of pictures."""
 
-from vqf.data import emoji, folder
+from vqf.data import emoji, folder, shards
 
-__all__ = ["emoji", "folder"]
+__all__ = ["emoji", "folder", "shards"]

@@ -1,21 +1,17 @@
 """A folder of pictures: any number of subfolders, any size, any mode."""
 
-import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from vqf.data.imaging import MAX_PIXELS, UnreadableError, read
-from vqf.data.listing import Division, File, Names, class_of, divide, divide_by_lists, scan
+from vqf.data.imaging import MAX_PIXELS
+from vqf.data.listing import File, Names, class_of, divide, divide_by_lists, scan
+from vqf.data.split import PictureSplit
 from vqf.errors import UserError, unknown
-from vqf.protocols import Sample, Size, pair
-from vqf.randomness import generator
+from vqf.protocols import Size, pair
 from vqf.registry import register
-
-log = logging.getLogger("vqf")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -82,7 +78,7 @@ class Folder:
             self.division = divide_by_lists(self.root, train, validation, extensions)
         self.classes = self.division.classes if labels else []
 
-    def split(self, name: str) -> "FolderSplit":
+    def split(self, name: str) -> PictureSplit:
         """Return "train" or "validation"."""
         parts = {"train": self.division.train, "validation": self.division.validation}
         if name not in parts:
@@ -93,73 +89,10 @@ class Folder:
                 f"data.root: of the {count} pictures in '{self.root}' none is for {name}; "
                 "see data.validation_share, data.validation_last and the lists data.train and data.validation"
             )
-        return FolderSplit(self, name, parts[name], self.division)
-
-
-class FolderSplit:
-    """The pictures of a folder that are for training, or for validation."""
-
-    def __init__(self, data: Folder, part: str, files: list[File], division: Division) -> None:
-        self.data, self.part = data, part
-        self.names = Names(file.name for file in files)
-        self.labels = _labels(files, data.classes, division.depth)
-        self.random_crop = part == "train" and data.crop == "random"
-        self.flip = part == "train" and data.flip
-        self.fingerprint = self._fingerprint(files)
-        self.bad = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # known to all worker processes
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def item(self, epoch: int, index: int) -> Sample:
-        """Return a picture as it looks in an epoch, or the next readable one.
-
-        Raises:
-            UserError: If too many pictures cannot be read.
-        """
-        random = generator(self.data.seed, epoch, index)
-        across, down, mirror = torch.rand(3, generator=random).tolist()
-        if not self.random_crop:
-            across = down = 0.5
-        for each in (*range(index, len(self)), *range(index)):
-            try:
-                image = self._read(each, across, down)
-            except UnreadableError as error:
-                self._count(each, str(error))
-                continue
-            label = None if self.labels is None else int(self.labels[each])
-            return Sample(image.flip(-1) if self.flip and mirror < 0.5 else image, label)
-        raise UserError(f"data.root: none of the {len(self)} {self.part} pictures in '{self.data.root}' can be read")
-
-    def _read(self, index: int, across: float, down: float) -> torch.Tensor:
-        if self.bad[index]:
-            raise UnreadableError("")
-        path = self.data.root / self.names[index]
-        return read(path, self.data.size, across=across, down=down, max_pixels=self.data.max_pixels)
-
-    def _count(self, index: int, reason: str) -> None:
-        if self.bad[index]:
-            return
-        self.bad[index] = True
-        count = int(self.bad.sum())
-        if count > self._limit or count == len(self):
-            raise UserError(
-                f"data.max_bad={self.data.max_bad:g}: {count} of the {len(self)} {self.part} pictures in "
-                f"'{self.data.root}' cannot be read; the last is '{self.names[index]}' ({reason})"
-            )
-        log.warning(f"data.root: cannot read '{self.names[index]}' ({reason}); the next picture takes its place")
-
-    @property
-    def _limit(self) -> int:
-        return max(int(self.data.max_bad * len(self)), 1) if self.data.max_bad > 0 else 0
-
-    def _fingerprint(self, files: list[File]) -> str:
-        digest = hashlib.sha256(repr((self.data.size, self.random_crop, self.flip, self.data.max_pixels)).encode())
-        if self.random_crop or self.flip:
-            digest.update(repr(self.data.seed).encode())
-        for file in files:
-            digest.update(repr(tuple(file)).encode())
-        return digest.hexdigest()
+        files = parts[name]
+        labels = _labels(files, self.classes, self.division.depth)
+        content = (tuple(file) for file in files)
+        return PictureSplit(self, name, Names(file.name for file in files), labels, content)
 
 
 def _labels(files: list[File], classes: list[str], depth: int) -> torch.Tensor | None:

@@ -53,7 +53,9 @@ def open_picture(source: Path | IO[bytes], size: Size | None = None, max_pixels:
             if size is not None:
                 _decode_small(image, size)
             image.load()
-            return _upright(image)
+            upright = _upright(image)
+            upright.format = image.format
+            return upright
     except (UnreadableError, MemoryError):
         raise
     except Exception as error:  # a decoder fed with garbage may raise anything

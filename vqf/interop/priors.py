@@ -68,11 +68,7 @@ def read_prior(contents: Contents, tokenizer: Tokenizer, prefix: Prefix, asked: 
         raise UserError(f"{contents.path}: {error}") from error
     assert isinstance(blank, nn.Module)
     wanted = blank.state_dict()["position_embedding"].shape
-    if weights["position_embedding"].shape[1] < wanted[1]:
-        raise UserError(
-            f"{contents.path}: its prior has {weights['position_embedding'].shape[1]} positions, and pictures of "
-            f"{tokenizer.image_size[0]} x {tokenizer.image_size[1]} px need {wanted[1]}: give image_size= as it was trained"
-        )
+    _check_positions(contents, weights["position_embedding"].shape[1], wanted[1], tokenizer)
     weights["position_embedding"] = _cut(weights["position_embedding"], wanted[1], report)
     check_shapes(contents.path, weights, blank, table)
     for name, (new, _) in moved.items():
@@ -114,6 +110,15 @@ def _cut(positions: Tensor, rows: int, report: Report) -> Tensor:
             f"{positions.shape[1] - rows} of {positions.shape[1]} positions are left: no token ever stands there"
         )
     return positions[:, :rows].clone()
+
+
+def _check_positions(contents: Contents, found: int, wanted: int, tokenizer: Tokenizer) -> None:
+    if found < wanted:
+        height, width = tokenizer.image_size
+        raise UserError(
+            f"{contents.path}: its prior has {found} positions, and pictures of {height} x {width} px need {wanted}: "
+            "give image_size= as it was trained"
+        )
 
 
 def _position(contents: Contents) -> Tensor:

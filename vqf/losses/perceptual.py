@@ -19,7 +19,7 @@ class FeatureLoss(nn.Module):
     widest surroundings. It is sensitive to fine noise: keep l1 beside it.
     """
 
-    def __init__(self, *, weight: float = 1.0, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)) -> None:
+    def __init__(self, *, weight: float = 0.1, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)) -> None:
         super().__init__()
         self.weight = weight
         self.distance = PerceptualDistance(lite(network, taps))

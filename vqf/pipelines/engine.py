@@ -14,7 +14,7 @@ from vqf.randomness import mix
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENGINES = ("auto", "single")
 
-M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class Engine:
         """Run what follows in the engine's precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, module: M) -> M:
-        """Move a module to the device, its convolutions' weights in the order that is fastest there."""
-        return module.to(self.device).to(memory_format=torch.channels_last)
+    def place(self, component: C) -> C:
+        """Move a module to the device, its convolutions' weights in the order that is fastest there.
+
+        A component that is no module has nothing to move.
+        """
+        if isinstance(component, nn.Module):
+            component.to(self.device).to(memory_format=torch.channels_last)
+        return component
 
 
 def make_engine(config: DictConfig) -> Engine:

@@ -20,21 +20,17 @@ TABLE = "held-out pictures"
 
 @register("pipeline", "full")
 class Full:
-    """Both stages after each other; `stage2.*` says what the second does differently.
+    """Both stages after each other; `stage2.*` says what the second does differently."""
 
-    Args:
-        views: Augmented epochs of the training pictures whose tokens stage 2 trains on.
-    """
-
-    def __init__(self, config: DictConfig, run_dir: Path, *, views: int = 1) -> None:
-        self.config, self.run_dir, self.views = config, run_dir, views
+    def __init__(self, config: DictConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
 
     def run(self) -> float | None:
         """Train both stages, write `metrics.json` and the report. Returns stage 2's nats per token."""
         began = time.monotonic()
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         first = Stage1(self._config(stage1), stage1).train()
-        second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2, views=self.views).train()
+        second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2).train()
         self._conclude(first, second, began)
         return second.scalars["nats_per_token"]
 

@@ -146,7 +146,7 @@ def _write_presets(config: DictConfig, run_dir: Path) -> None:
             node = config.model.get(key)
             nodes = (node or {}) if kind.many else {"": node}
             names = [_write_variant(folder, kind, each, name) for name, each in nodes.items() if each is not None]
-            choices[key] = names if kind.many else (names or [None])[0]
+            choices[key] = names if kind.many else next(iter(names), None)
     absent = {key: None for key, choice in choices.items() if choice is None}
     preset = {"defaults": ["_self_", *({key: choice} for key, choice in choices.items())], **absent}
     _save_yaml(folder / "model" / "imported.yaml", preset)

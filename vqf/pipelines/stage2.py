@@ -108,16 +108,10 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 @register("pipeline", "stage2", defaults=[{"override /optimizer": "gpt"}, {"override /schedule": "cosine"}])
 class Stage2:
-    """Train a prior on the codes of a finished run's tokenizer. Returns nats per token, for sweeps.
+    """Train a prior on the codes of a finished run's tokenizer. Returns nats per token, for sweeps."""
 
-    Args:
-        tokens: A folder of cached tokens to use, or to fill; `tokens/` of this run by default.
-        views: How many augmented epochs of the training pictures to cache.
-    """
-
-    def __init__(self, config: DictConfig, run_dir: Path, *, tokens: str | None = None, views: int = 1) -> None:
-        self.config, self.run_dir, self.views = config, run_dir, views
-        self.tokens = Path(tokens) if tokens else run_dir / "tokens"
+    def __init__(self, config: DictConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
 
     def run(self) -> float | None:
         """Train, evaluate, save."""
@@ -176,11 +170,12 @@ class Stage2:
         return config
 
     def _tokenize(self, config: DictConfig, tokenizer: Tokenizer, split: Any, name: str, engine: Engine) -> Tokens:
+        folder = self.run_dir / "tokens" if config.tokens.root is None else Path(config.tokens.root)
         return tokenize(
             tokenizer,
             split,
-            self.tokens / f"{name}.safetensors",
-            views=self.views if name == "train" else 1,
+            folder / f"{name}.safetensors",
+            views=config.tokens.views if name == "train" else 1,
             batch_size=config.batch_size,
             workers=config.workers,
             engine=engine,

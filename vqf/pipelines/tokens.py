@@ -90,7 +90,7 @@ def _read(path: Path, origin: dict[str, str]) -> Tokens:
         for key, value in origin.items():
             if found.get(key) != value:
                 raise UserError(
-                    f"tokens: {path} was made with {key} {found.get(key)}, this run has {value}; "
-                    f"tokens of another {key} mean something else. Leave `tokens` out and they are made anew"
+                    f"tokens.root: {path} was made with {key} {found.get(key)}, this run has {value}; "
+                    f"tokens of another {key} mean something else. Leave tokens.root out and they are made anew"
                 )
         return Tokens(file.get_tensor("tokens"), file.get_tensor("labels") if "labels" in file.keys() else None)  # noqa: SIM118

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("discriminator", "patchgan"): {"channels": 8, "layers": 2},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
     ("data", "folder"): {"root": "{pictures}"},
+    ("data", "shards"): {"root": "{shards}"},
     ("metric", "lpips"): {"weights": "{vgg}"},
     ("logger", "wandb"): {"mode": "disabled"},
+    ("pipeline", "export"): {"path": "somewhere"},
+    ("pipeline", "import"): {"path": "somewhere"},
 }
+PLACES = {"vgg": "vgg.safetensors", "pictures": "pictures", "shards": "shards"}
 LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
 SIZE = 32  # pixels
 
@@ -61,7 +66,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         place.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (20 + i, 50 - i, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(place)
-    return {"{vgg}": str(folder / "vgg.safetensors"), "{pictures}": str(folder / "pictures")}
+    (folder / "shards").mkdir()
+    for part, first in (("train", 0), ("validation", 16)):
+        with tarfile.open(folder / "shards" / f"{part}-000000.tar", "w:") as tar:
+            for i in range(first, first + 8):
+                tar.add(folder / "pictures" / f"class{i % 2}" / f"{i}.png", f"{i}.png")
+    return {f"{{{name}}}": str(folder / file) for name, file in PLACES.items()}
 
 
 @pytest.fixture
@@ -441,7 +451,8 @@ def test_pipeline_contract(name: str, tmp_path: Path) -> None:
     assert set(component.wired) == {"config", "run_dir"}
     words = OmegaConf.load(config_dir() / "config.yaml").keys()
     assert not component.options.keys() & words, "its options would be words that mean something else already"
-    built = registry.build("pipeline", {"name": name}, config=compose(), run_dir=tmp_path / "run")
+    node = {"name": name, **TINY.get(("pipeline", name), {})}
+    built = registry.build("pipeline", node, config=compose(), run_dir=tmp_path / "run")
     assert callable(built.run)
     assert not (tmp_path / "run").exists(), "nothing is written before the run"
 

@@ -200,6 +200,10 @@ class Sampler(Protocol):
         """Draw (B, h * w) tokens.
 
         Sample i of the batch depends on `seed` and `first + i` alone, not on the size of the batch.
+
+        A sampler whose signature has one of these keywords is given it, too: `known`, (B, h * w) tokens to keep,
+        -1 where one is to be drawn; `null_prefix`, (B, M), what the conditioner's method `null(batch)` says in place
+        of a condition, None where it has none; `window`, the grid that the prior was trained on.
         """
         ...
 

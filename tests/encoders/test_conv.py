@@ -21,7 +21,9 @@ def test_published_sizes() -> None:
     assert count(decoder) == (42_449_795, 194)
 
 
-@pytest.mark.parametrize(("multipliers", "stem", "stride"), [((1,), 1, 1), ((1, 2), 1, 2), ((1, 1, 2), 1, 4), ((1, 2), 4, 8)])
+@pytest.mark.parametrize(
+    ("multipliers", "stem", "stride"), [((1,), 1, 1), ((1, 2), 1, 2), ((1, 1, 2), 1, 4), ((1, 2), 4, 8)]
+)
 def test_strides_and_shapes(multipliers: tuple[int, ...], stem: int, stride: int) -> None:
     options = {"channels": 8, "multipliers": multipliers, "blocks": 1, "attention": (), "stem": stem}
     encoder = ConvEncoder(3, 32, dim=5, **options)

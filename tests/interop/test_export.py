@@ -276,9 +276,16 @@ def test_what_has_no_place_there(words: list[str], to: str, message: str, tmp_pa
         export(tmp_path / "run", to, tmp_path / "out")
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["out.ckpt", "out.yaml"])
+def test_nothing_is_overwritten(name: str, tmp_path: Path) -> None:
     save(tmp_path / "run")
-    (tmp_path / "out.ckpt").write_text("precious")
+    (tmp_path / name).write_text("precious")
     with pytest.raises(UserError, match="exists already"):
         export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
-    assert (tmp_path / "out.ckpt").read_text() == "precious"
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_settings_and_weights_are_two_files(tmp_path: Path) -> None:
+    save(tmp_path / "run")
+    with pytest.raises(UserError, match="that is where the settings go"):
+        export(tmp_path / "run", "taming", tmp_path / "out.yaml")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.interop.models import PEERS, SIZE, Peer, gumbel, images, vqgan
 from tests.parity.comparisons import TOLERANCE, difference
-from tests.parity.peers import CODE_DIM, CODES, SHAPE, WIDTHS, Z
+from tests.parity.peers import CODE_DIM, CODES, SHAPE, WIDTHS, Z, taming
 from vqf.errors import UserError
 from vqf.interop.reading import Read, read
 from vqf.tokenizer import Tokenizer, build_tokenizer
@@ -138,6 +138,32 @@ def test_a_file_of_llamagen(tmp_path: Path) -> None:
     check(rebuilt(found), peer, torch.float32)
 
 
+def test_training_state_of_llamagen(tmp_path: Path) -> None:
+    """Both Adams, over the parameters in the order in which the modules register them."""
+    model, judge = PEERS["llamagen"]().model, taming("modules.discriminator.model").NLayerDiscriminator(ndf=8)
+    optimizers = [torch.optim.Adam(each.parameters(), lr=1e-4, betas=(0.9, 0.95)) for each in (model, judge)]
+    for optimizer in optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    states = {"optimizer": optimizers[0].state_dict(), "optimizer_disc": optimizers[1].state_dict()}
+    path = tmp_path / "0000011.pt"
+    torch.save({"model": model.state_dict(), "discriminator": judge.state_dict(), "steps": 11, **states}, path)
+    found = read(path, size=SIZE)
+    assert found.discriminator is not None
+    assert found.discriminator.nodes["discriminator"]["layers"] == 3
+    named = {f"loss.discriminator.{name}": each for name, each in judge.named_parameters()}
+    for part, optimizer, parameters in [
+        (found.tokenizer, optimizers[0], dict(model.named_parameters())),
+        (found.discriminator, optimizers[1], named),
+    ]:
+        assert part.state is not None
+        assert part.state.options["betas"] == [0.9, 0.95]
+        for name, parameter in parameters.items():
+            entry = part.state.entries[found.report.taken[name]]
+            assert torch.equal(entry["exp_avg"], optimizer.state[parameter]["exp_avg"]), name
+
+
 def test_half_precision_is_widened(tmp_path: Path) -> None:
     state = {name: each.half() for name, each in vqgan().model.state_dict().items()}
     found = read(save(state, tmp_path / "last.ckpt"), size=SIZE)
@@ -244,3 +270,27 @@ def test_settings_that_change_what_the_weights_mean(settings: dict[str, object],
     (tmp_path / "config.json").write_text(json.dumps({**dict(peer.model.config), **settings}))
     with pytest.raises(UserError, match=words):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("!!python/object/apply:os.system ['touch {touched}']", "cannot be read as yaml"),
+        ("model: [", "cannot be read as yaml"),
+        ("- 1", "not a mapping of settings"),
+    ],
+)
+def test_settings_are_data(text: str, words: str, tmp_path: Path) -> None:
+    path = save(vqgan().model.state_dict(), tmp_path / "last.ckpt")
+    (tmp_path / "last.yaml").write_text(text.format(touched=tmp_path / "touched"))
+    with pytest.raises(UserError, match=words):
+        read(path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_settings_are_not_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "32")
+    path = save(vqgan().model.state_dict(), tmp_path / "last.ckpt")
+    settings = {"model": {"params": {"ddconfig": {"resolution": "${oc.decode:${oc.env:SECRET}}"}}}}
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "other.yaml")
+    assert read(path, yaml=tmp_path / "other.yaml").image_size == (256, 256)

@@ -10,7 +10,9 @@ from vqf.losses.adversarial import Hinge, Vanilla
 
 def logits() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 1, 3, 3, generator=generator).double() * 2, torch.randn(4, 1, 3, 3, generator=generator).double()
+    return torch.randn(4, 1, 3, 3, generator=generator).double() * 2, torch.randn(
+        4, 1, 3, 3, generator=generator
+    ).double()
 
 
 def test_hinge_is_its_formula() -> None:

@@ -27,7 +27,7 @@ def test_no_condition_follows_the_batch_to_its_device() -> None:
 
 def test_the_label_is_the_prefix() -> None:
     label = build("conditioner", {"name": "label"}, classes=7)
-    assert (label.vocab_size, label.length, label.null) == (7, 1, None)
+    assert (label.vocab_size, label.length, label.null_class) == (7, 1, None)
     labels = torch.tensor([6, 0, 3])
     for mode in (True, False):
         prefix = label.train(mode)(Batch(labels=labels))
@@ -37,7 +37,7 @@ def test_the_label_is_the_prefix() -> None:
 
 def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
     label = build("conditioner", {"name": "label", "drop": 0.2}, classes=7)
-    assert (label.vocab_size, label.null) == (8, 7)
+    assert (label.vocab_size, label.null_class) == (8, 7)
     labels = torch.arange(20_000) % 7
     torch.manual_seed(0)
     prefix = label.train()(Batch(labels=labels))[:, 0]
@@ -46,6 +46,14 @@ def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
     assert torch.equal(prefix[~dropped], labels[~dropped])
     assert torch.equal(label.eval()(Batch(labels=labels))[:, 0], labels)
     assert labels.max() == 6  # the batch itself is untouched
+
+
+def test_only_a_class_that_training_saw_stands_for_no_condition() -> None:
+    batch = Batch(labels=torch.tensor([6, 0, 3]))
+    assert build("conditioner", {"name": "label"}, classes=7).null(batch) is None
+    null = build("conditioner", {"name": "label", "drop": 0.1}, classes=7).null(batch)
+    assert null.dtype == torch.int64
+    assert null.tolist() == [[7], [7], [7]]
 
 
 def test_the_default_generator_decides_which_labels_are_dropped() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqf.errors import UserError
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
-from vqf.transformers.sampling import draw, temperature, top_k, top_p, uniforms
+from vqf.transformers.sampling import draw, min_p, temperature, top_k, top_p, uniforms
 
 rows = st.one_of(
     hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(-8, 8)),
@@ -60,6 +60,17 @@ def test_top_p_of_one_keeps_everything_and_of_nearly_nothing_the_best(logits: np
         assert kept(top_p(row, p)[0]) == [i == int(logits.argmax()) for i in range(len(logits))]
 
 
+@settings(deadline=None)
+@given(rows, st.floats(0.001, 1))
+def test_min_p_keeps_what_is_not_too_unlikely_beside_the_best(logits: np.ndarray, p: float) -> None:
+    probabilities = softmax(logits)
+    ratios = probabilities / probabilities.max()
+    assume(np.abs(ratios[ratios < 1] - p).min(initial=1) > 1e-9)
+    filtered = min_p(torch.from_numpy(logits)[None], p)[0]
+    assert kept(filtered) == [bool(ratio >= p) for ratio in ratios]
+    assert np.array_equal(filtered[filtered > -torch.inf].numpy(), logits[ratios >= p])
+
+
 def test_rounding_never_cuts_the_tail_of_a_large_vocabulary() -> None:
     logits = 3 * torch.randn(20, 65536, generator=torch.Generator().manual_seed(0))
     assert torch.equal(top_p(logits, 1.0), logits)
@@ -67,7 +78,12 @@ def test_rounding_never_cuts_the_tail_of_a_large_vocabulary() -> None:
 
 def test_rows_are_filtered_each_by_itself() -> None:
     logits = torch.randn(5, 4, 30, generator=torch.Generator().manual_seed(0))
-    for apply in (lambda x: top_k(x, 3), lambda x: top_p(x, 0.7), lambda x: temperature(x, 0.5)):
+    for apply in (
+        lambda x: top_k(x, 3),
+        lambda x: top_p(x, 0.7),
+        lambda x: min_p(x, 0.3),
+        lambda x: temperature(x, 0.5),
+    ):
         apart = torch.stack([torch.stack([apply(row) for row in rows]) for rows in logits])
         assert torch.equal(apply(logits), apart)
 
@@ -93,6 +109,9 @@ def test_filters_compose_as_temperature_then_top_k_then_top_p() -> None:
     assert kept(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
     sampler.top_k = None
     assert kept(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
+    sampler.min_p = 0.5  # of the best squared: 1, 0.56, 0.25, 0.06
+    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
+    sampler.min_p = None
     sampler.temperature = 1.0  # 0.4 + 0.3 + 0.2 = 0.9 reaches 0.85
     assert kept(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
 
@@ -271,6 +290,8 @@ def test_a_prior_that_diverged_is_named(cache: bool) -> None:
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"top_p": 1.1}, "top_p must be in"),
+        ({"min_p": 0.0}, "min_p must be in"),
+        ({"min_p": 1.1}, "min_p must be in"),
     ],
 )
 def test_wrong_options_are_named(options: dict, words: str) -> None:

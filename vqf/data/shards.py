@@ -6,21 +6,24 @@ source, the same for any number of worker processes and ranks, and a run goes on
 """
 
 import io
-import json
+import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal
 
 import numpy as np
 import torch
 
 from vqf.data.folder import EXTENSIONS
 from vqf.data.imaging import MAX_PIXELS, UnreadableError
+from vqf.data.labels import manifest_classes, read_label
 from vqf.data.listing import Names
 from vqf.data.split import PictureSplit, tolerated
-from vqf.data.tarindex import Index, Member, Tars, index_of
+from vqf.data.tarindex import SUFFIX, Index, Member, Tars, index_of
 from vqf.errors import UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
@@ -30,23 +33,18 @@ log = logging.getLogger("vqf")
 
 MANIFEST = "manifest.json"  # of pipeline=shard; names the classes
 READERS = 8  # shards that are indexed side by side
-CLASSES_AT_MOST = 1_000_000
+LOST, NO_LABEL = "", -1  # in place of a label and of a checksum: a picture whose label is lost counts as unreadable
 
 
-class Picture(NamedTuple):
-    """A sample of a shard: its picture, and what its label is read from."""
-
-    shard: int
-    image: Member
-    label: Member | None
-
-
-class Part(NamedTuple):
-    """The shards of a part, their samples, and a label for each or none."""
+@dataclass
+class Part:
+    """The samples of the shards of a part: in arrays, of which worker processes share one copy."""
 
     tars: Tars
-    pictures: list[Picture]
-    labels: list[int | str]
+    names: Names
+    shards: np.ndarray  # which shard each lies in
+    places: np.ndarray  # (pictures, 3): offset, size and checksum in it
+    labels: list[int | str]  # one each, or none at all
 
 
 @register("data", "shards")
@@ -102,7 +100,7 @@ class Shards:
         patterns = {"train": train, "validation": validation}
         self.patterns = patterns
         self.parts = {part: self._part(part, pattern, labels) for part, pattern in patterns.items()}
-        if not any(part.pictures for part in self.parts.values()):
+        if not any(part.names for part in self.parts.values()):
             named = " and ".join(f"data.{part}={pattern}" for part, pattern in patterns.items())
             raise UserError(f"data.root: no pictures in shards of '{self.root}'; {named}")
         self.classes, self.numbers = self._classes()
@@ -112,74 +110,95 @@ class Shards:
         if name not in self.parts:
             raise UserError(unknown("split", name, self.parts))
         part = self.parts[name]
-        if not part.pictures:
+        if not part.names:
             raise UserError(f"data.{name}={self.patterns[name]}: no pictures in such shards of '{self.root}'")
         labels = torch.tensor([self.numbers[each] for each in part.labels]) if self.classes else None
         return ShardSplit(self, name, part, labels)
 
     def _part(self, name: str, pattern: str | None, labels: bool) -> Part:
         paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}")
-        indices = _indices(paths, self.index)
-        self._check_whole(paths, indices)
-        pictures = [
-            Picture(shard, *found)
-            for shard, (path, index) in enumerate(zip(paths, indices, strict=True))
-            for found in samples(path, index, self.image, "json" if self.label_key else "cls")
-        ]
-        tars = Tars(paths)
-        return Part(tars, pictures, self._labels(tars, pictures) if labels else [])
+        ending = "json" if self.label_key else "cls"
+        tars, found = Tars(paths), _Found(self.label_key, f".{ending}")
+        cut = []
+        for shard, index in enumerate(indices(paths, self.index)):
+            if not index.whole:
+                cut.append(paths[shard])
+            for image, label in samples(paths[shard], index, self.image, ending):
+                found.add(tars, shard, image, label if labels else None)
+        self._check_cut(cut, len(paths))
+        return found.part(tars, labels)
 
-    def _check_whole(self, paths: list[Path], indices: list[Index]) -> None:
-        cut = [path for path, index in zip(paths, indices, strict=True) if not index.whole]
-        if len(cut) > tolerated(self.max_bad, len(paths)):
+    def _check_cut(self, cut: list[Path], count: int) -> None:
+        if len(cut) > tolerated(self.max_bad, count):
             raise UserError(
-                f"data.max_bad={self.max_bad:g}: {len(cut)} of {len(paths)} shards are cut short or damaged; "
+                f"data.max_bad={self.max_bad:g}: {len(cut)} of {count} shards are cut short or damaged; "
                 f"the last is '{cut[-1]}'"
             )
         for path in cut:
             log.warning(f"data.root: the shard '{path}' is cut short or damaged; what follows is left out")
 
-    def _labels(self, tars: Tars, pictures: list[Picture]) -> list[int | str]:
-        """Return what the label of each picture says; nothing unless all of them have one."""
-        without = next((each for each in pictures if each.label is None), None)
-        if without is None:
-            return [_label(tars, each, self.label_key) for each in pictures]
-        if self.label_key or any(each.label for each in pictures):
-            ending = "json" if self.label_key else "cls"
-            log.warning(f"data.root: no labels, because '{_name(tars, without)}' has no .{ending} beside it")
-        return []
-
     def _classes(self) -> tuple[list[str], dict[int | str, int]]:
         """Return the names of the classes, and the number of each label."""
-        parts = [part for part in self.parts.values() if part.pictures]
+        parts = [part for part in self.parts.values() if part.names]
         if not all(part.labels for part in parts):
             return [], {}
-        found = {label for part in parts for label in part.labels}
-        if not all(isinstance(each, int) for each in found):
-            names = sorted(str(each) for each in found)
-            return names, {each: names.index(str(each)) for each in found}
-        count = max(int(each) for each in found) + 1
-        names = _manifest_classes(self.root / MANIFEST)
-        return names if len(names) >= count else [str(i) for i in range(count)], {i: i for i in range(count)}
+        found = {label for part in parts for label in part.labels} - {LOST}
+        if all(isinstance(each, int) for each in found):
+            count = max((int(each) for each in found), default=-1) + 1
+            names = manifest_classes(self.root / MANIFEST)
+            names = names if len(names) >= count else [str(i) for i in range(count)]
+            return names, {LOST: 0} | {i: i for i in range(count)}
+        ordered = sorted(found, key=str)
+        return [str(each) for each in ordered], {LOST: 0} | {each: i for i, each in enumerate(ordered)}
 
 
 class ShardSplit(PictureSplit):
-    """The pictures of the shards of a part. Where each lies is kept in arrays, which worker processes share."""
+    """The pictures of the shards of a part."""
 
     def __init__(self, data: Shards, name: str, part: Part, labels: torch.Tensor | None) -> None:
-        self.tars = part.tars
-        self.shards = np.array([each.shard for each in part.pictures], dtype=np.int32)
-        images = [each.image for each in part.pictures]
-        self.places = np.array([(each.offset, each.size, each.crc) for each in images], dtype=np.int64)
-        names = Names(_name(part.tars, each) for each in part.pictures)
-        told = ["-"] * len(images) if labels is None else labels.tolist()
-        content = ((names[i], image.size, image.crc, told[i]) for i, image in enumerate(images))
-        super().__init__(data, name, names, labels, content)
+        self.tars, self.shards, self.places = part.tars, part.shards, part.places
+        content = ((each, size, crc) for each, (_, size, crc) in zip(part.names, part.places.tolist(), strict=True))
+        told = [] if labels is None else [labels.tolist(), *data.classes]
+        super().__init__(data, name, part.names, labels, itertools.chain(content, told))
 
     def open(self, index: int) -> IO[bytes]:
         """Return the bytes of a picture."""
         offset, size, crc = self.places[index].tolist()
+        if crc == NO_LABEL:
+            raise UnreadableError("its label cannot be read")
         return io.BytesIO(self.tars.read(int(self.shards[index]), offset, size, crc))
+
+
+class _Found:
+    """What is found in shards, sample by sample."""
+
+    def __init__(self, key: str | None, ending: str) -> None:
+        self.key, self.ending = key, ending
+        self.names: list[str] = []
+        self.shards, self.places = array("i"), array("q")
+        self.labels: list[int | str] = []
+        self.without: str | None = None
+
+    def add(self, tars: Tars, shard: int, image: Member, label: Member | None) -> None:
+        name = f"{tars.paths[shard].name}/{image.key}.{image.ending}"
+        self.names.append(name)
+        self.shards.append(shard)
+        crc = image.crc
+        if label is None:
+            self.without = self.without or name
+        else:
+            try:
+                self.labels.append(read_label(tars, shard, label, self.key, name))
+            except UnreadableError:
+                self.labels.append(LOST)
+                crc = NO_LABEL
+        self.places.extend((image.offset, image.size, crc))
+
+    def part(self, tars: Tars, labels: bool) -> Part:
+        if labels and self.without and (self.labels or self.key):
+            log.warning(f"data.root: no labels, because '{self.without}' has no {self.ending} beside it")
+        shards, places = np.array(self.shards, dtype=np.int32), np.array(self.places, dtype=np.int64)
+        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), [] if self.without else self.labels)
 
 
 def find_shards(root: Path, pattern: str, option: str) -> list[Path]:
@@ -196,10 +215,14 @@ def find_shards(root: Path, pattern: str, option: str) -> list[Path]:
         names = expand_urls(pattern)
     except ValueError as error:
         raise UserError(f"{option}={pattern}: {str(error).lower()}; write it as in train-{{0000..0146}}.tar") from error
-    found = [path for name in names for path in (sorted(root.glob(name)) if set(name) & set("*?") else [root / name])]
-    if twice := next((path for i, path in enumerate(found) if path in set(found[:i])), None):
-        raise UserError(f"{option}={pattern}: names '{twice}' twice")
-    return found
+    found = [path for name in names for path in (_matching(root, name) if set(name) & set("*?") else [root / name])]
+    return list(dict.fromkeys(found))
+
+
+def _matching(root: Path, wildcard: str) -> list[Path]:
+    """Find shards; the index of one that is missing stands for it."""
+    indexed = (path.with_name(path.name.removesuffix(SUFFIX)) for path in root.glob(wildcard + SUFFIX))
+    return sorted({*root.glob(wildcard), *indexed})
 
 
 def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator[tuple[Member, Member | None]]:
@@ -214,49 +237,17 @@ def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator
         if member.ending in group:
             raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.ending}' twice")
         group[member.ending] = member
+    if groups and not index.whole:
+        groups.popitem()  # cut short, or perhaps its label is
     for group in groups.values():
         endings = [image] if image else [each for each in group if f".{each.rpartition('.')[2]}" in EXTENSIONS]
         if endings and endings[0] in group:
             yield group[endings[0]], group.get(label)
 
 
-def _indices(paths: Sequence[Path], folder: Path | None) -> list[Index]:
+def indices(paths: Sequence[Path], folder: Path | None) -> Iterator[Index]:
+    """Yield the index of every shard, several being made at a time."""
     with ThreadPoolExecutor(READERS) as pool, progress("index shards", len(paths)) as bar:
-        made = []
-        for each in pool.map(lambda path: index_of(path, folder), paths):
-            made.append(each)
+        for index in pool.map(lambda path: index_of(path, folder), paths):
+            yield index
             bar.advance()
-    return made
-
-
-def _label(tars: Tars, picture: Picture, key: str | None) -> int | str:
-    member = picture.label
-    assert member is not None, "asked for where there is one"
-    try:
-        text = member.text
-        if text is None:
-            text = tars.read(picture.shard, member.offset, member.size, member.crc).decode()
-        label: Any = text.strip() if key is None else json.loads(text)[key]
-    except (UnreadableError, ValueError, KeyError, TypeError) as error:
-        what = f"no field '{key}'" if isinstance(error, KeyError | TypeError) else str(error)
-        raise UserError(f"data.label_key: '{_name(tars, picture)}' has no label beside it ({what})") from error
-    if isinstance(label, str) and label.isdecimal():
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int | str) or label == "" or label in range(-(2**63), 0):
-        raise UserError(f"data.label_key: the label of '{_name(tars, picture)}' is {label!r}, not a class")
-    if isinstance(label, int) and label >= CLASSES_AT_MOST:
-        raise UserError(f"data.label_key: the label of '{_name(tars, picture)}' is {label}, more than any class")
-    return label
-
-
-def _name(tars: Tars, picture: Picture) -> str:
-    return f"{tars.paths[picture.shard].name}/{picture.image.key}.{picture.image.ending}"
-
-
-def _manifest_classes(path: Path) -> list[str]:
-    """Read the names of the classes that pipeline=shard left beside its shards; none where it did not."""
-    try:
-        classes: Iterable[Any] = json.loads(path.read_text(encoding="utf-8"))["classes"]
-        return [str(each) for each in classes]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

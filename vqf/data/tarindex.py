@@ -68,7 +68,10 @@ def index_of(tar: Path, folder: Path | None = None) -> Index:
     except OSError as error:
         if old is None:
             raise UserError(f"data.root: no shard '{tar}' ({(error.strerror or '').lower()})") from error
-        log.warning(f"data.root: the shard '{tar}' is missing; its {len(old.members)} members count as unreadable")
+        log.warning(
+            f"data.root: the shard '{tar}' is missing; its {len(old.members)} members count as unreadable "
+            f"(if it is not to come back, delete '{place}')"
+        )
         return old
     if old is not None and (old.size, old.mtime_ns) == (state.st_size, state.st_mtime_ns):
         return old

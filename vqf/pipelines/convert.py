@@ -14,12 +14,12 @@ from vqf.interop.blanks import blank_discriminator
 from vqf.interop.geometry import discriminator_node
 from vqf.interop.optimizers import in_order
 from vqf.interop.priors import Asked
-from vqf.interop.reading import read
+from vqf.interop.reading import Read, read
 from vqf.interop.tokenizers import PARTS
 from vqf.interop.writing import TARGETS, Written, write_discriminator, write_prior, write_tokenizer
 from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.common import DEFAULT_IMAGE_SIZE, image_size
-from vqf.pipelines.imported import save_run
+from vqf.pipelines.imported import PRESETS, save_run
 from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import find_tokenizer, load_generator, load_tokenizer
 from vqf.protocols import Size, pair
@@ -66,11 +66,17 @@ class Import:
         if found.condition is not None:
             save_run(found.condition, config, self.run_dir.with_name(f"{self.run_dir.name}-condition"))
         (self.run_dir / REPORT).write_text(found.report.text())
+        self._tell(found)
+
+    def _tell(self, found: Read) -> None:
         for line in found.report.summary():
             log.info("%s", line)
         if found.report.strange:
-            log.warning("%d tensors that vqf does not know were left: %s", len(found.report.strange), REPORT)
-        log.info("%s run in %s; every tensor in %s", found.kind, self.run_dir, self.run_dir / REPORT)
+            log.warning("%d tensors that vqf does not know were left", len(found.report.strange))
+        log.info("a %s run in %s; what became of every tensor in %s", found.kind, self.run_dir, REPORT)
+        if found.kind == "stage1":
+            words = f"--config-dir {self.run_dir / PRESETS} experiment=imported resume={self.run_dir}"
+            log.info("to train it on: python -m vqf.run %s steps=... data=...", words)
 
     def _size(self) -> Size | None:
         """Return the size of pictures that the user chose; None where it is the default of the command line."""
@@ -101,11 +107,16 @@ class Export:
 
     def run(self) -> None:
         """Write it, averaged weights where the run has them."""
-        if self.path.exists():
-            raise UserError(f"path={self.path}: exists already")
+        if self.path == self._settings:
+            raise UserError(f"path={self.path}: that is where the settings go; name the weights, as in path=vqgan.ckpt")
+        for path in (self.path, self._settings):
+            if path.exists():
+                raise UserError(f"path={self.path}: {path} exists already")
         checkpoint = find_tokenizer(self.config.run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.to == "diffusers":
+            if checkpoint.kind == "stage2":
+                log.info("the prior is left out: diffusers has none of its kind")
             self._diffusers(checkpoint)
         elif checkpoint.kind == "stage2":
             self._transformer(checkpoint)
@@ -113,11 +124,15 @@ class Export:
             self._taming(checkpoint)
         log.info("written: %s", self.path)
 
+    @property
+    def _settings(self) -> Path:
+        return self.path / "config.json" if self.to == "diffusers" else self.path.with_suffix(".yaml")
+
     def _diffusers(self, checkpoint: Checkpoint) -> None:
         written = self._tokenizer(checkpoint)
         self.path.mkdir()
         save_file(written.tensors, self.path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        (self.path / "config.json").write_text(json.dumps(written.settings, indent=2))
+        self._settings.write_text(json.dumps(written.settings, indent=2))
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Written:
         tokenizer = load_tokenizer(checkpoint)
@@ -148,6 +163,8 @@ class Export:
             return Written({}, {}), None
         judge = blank_discriminator(node)
         ordered = {name: weights[name] for name in judge.state_dict()}
+        if rest := [name for name in weights if name not in ordered]:
+            log.info("left out, since taming-transformers has no place for it: %s", ", ".join(rest))
         return write_discriminator(ordered), _state(checkpoint, "discriminator", judge, list(ordered))
 
     def _transformer(self, checkpoint: Checkpoint) -> None:
@@ -171,7 +188,7 @@ class Export:
     def _save(self, tensors: dict[str, Tensor], step: int, states: list[Any], settings: dict[str, Any]) -> None:
         lightning = {"epoch": 0, "global_step": step, "pytorch-lightning_version": LIGHTNING, "state_dict": tensors}
         torch.save({**lightning, "optimizer_states": states, "lr_schedulers": [], "callbacks": {}}, self.path)
-        _save_yaml(self.path.with_suffix(".yaml"), {"model": settings})
+        self._settings.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": settings})))
 
 
 def _state(checkpoint: Checkpoint, name: str, module: nn.Module, order: list[str]) -> dict[str, Any] | None:
@@ -181,7 +198,3 @@ def _state(checkpoint: Checkpoint, name: str, module: nn.Module, order: list[str
     if any("exp_avg_sq" not in entry for entry in saved["state"].values()):
         return None
     return in_order(saved, names, [[each for each in order if each in names]])
-
-
-def _save_yaml(path: Path, content: Any) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)))

@@ -154,8 +154,6 @@ def _write_presets(config: DictConfig, run_dir: Path) -> None:
     whole = {"image_size": config.image_size, "ema": config.ema, "optimizer": options}
     defaults = [{"override /model": "imported"}, {"override /optimizer": config.optimizer.name}]
     _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **whole}, "# @package _global_\n")
-    words = "experiment=imported steps=... data=..."
-    log.info("to train it on: python -m vqf.run --config-dir %s %s resume=%s", folder, words, run_dir)
 
 
 def _write_variant(folder: Path, kind: Kind, node: DictConfig, key: str) -> str:

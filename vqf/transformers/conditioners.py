@@ -28,7 +28,7 @@ class Label(nn.Module):
     """The class as one token.
 
     Args:
-        drop: Share of the labels that training replaces by one more class, `null`, which stands for any class
+        drop: Share of the labels that training replaces by one more class, `null_class`, which stands for any class
             (Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598). 0 adds no such class.
     """
 
@@ -41,15 +41,24 @@ class Label(nn.Module):
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be in [0, 1), not {drop}")
         self.drop = drop
-        self.null = classes if drop else None
+        self.null_class = classes if drop else None
         self.vocab_size = classes + bool(drop)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the labels as (B, 1)."""
-        if batch.labels is None:
-            raise ValueError("the batch has no labels; choose model/conditioner=none")
-        labels = batch.labels[:, None]
-        if not self.training or self.null is None:
+        labels = self._labels(batch)
+        if not self.training or self.null_class is None:
             return labels
         dropped = torch.rand(labels.shape, device=labels.device) < self.drop
-        return labels.masked_fill(dropped, self.null)
+        return labels.masked_fill(dropped, self.null_class)
+
+    def null(self, batch: Batch) -> Tensor | None:
+        """Return the prefix (B, 1) of no condition, or None if the prior has never seen one."""
+        if self.null_class is None:
+            return None
+        return torch.full_like(self._labels(batch), self.null_class)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        if batch.labels is None:
+            raise ValueError("the batch has no labels; choose model/conditioner=none")
+        return batch.labels[:, None]

@@ -159,11 +159,18 @@ class GPT(nn.Module):
         return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
 
     @torch.no_grad()
-    def begin(self, prefix: Tensor) -> tuple[Tensor, Cache]:
-        """Read a prefix (B, M); return the logits (B, V) of token 0 and the cache that `advance` extends."""
-        self._check(prefix[:, :1], prefix)
-        cache = Cache([Memory(self.position_embedding.shape[1]) for _ in self.blocks], self.prefix_length)
-        x = self._embed(prefix, prefix[:, :0])
+    def begin(self, prefix: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Read a prefix (B, M), and the first tokens (B, n) if there are any, in one pass.
+
+        Returns:
+            The logits (B, V) of token n, and the cache that `advance` extends.
+        """
+        tokens = prefix[:, :0] if tokens is None else tokens
+        self._check(torch.cat((tokens, tokens.new_zeros(len(tokens), 1)), dim=1), prefix)
+        cache = Cache(
+            [Memory(self.position_embedding.shape[1]) for _ in self.blocks], self.prefix_length + tokens.shape[1]
+        )
+        x = self._embed(prefix, tokens)
         return self._remember(x, self._mask(x), cache), cache
 
     @torch.no_grad()

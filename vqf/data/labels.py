@@ -1,0 +1,49 @@
+"""The labels of samples in shards, and the names of their classes."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vqf.data.imaging import UnreadableError
+from vqf.data.tarindex import Member, Tars
+from vqf.errors import UserError
+
+CLASSES_AT_MOST = 1_000_000
+
+
+def read_label(tars: Tars, shard: int, member: Member, key: str | None, name: str) -> int | str:
+    """Return the label of a sample: a number, or the name of a class.
+
+    Raises:
+        UnreadableError: If its bytes cannot be had.
+        UserError: If it has none, or one that cannot be.
+    """
+    try:
+        text = member.text
+        if text is None:
+            text = tars.read(shard, member.offset, member.size, member.crc).decode()
+        label: Any = text.strip() if key is None else json.loads(text)[key]
+    except UnreadableError:
+        raise
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"data.label_key={key}: no such field in the .json beside '{name}'") from error
+    except ValueError as error:
+        raise UserError(f"data.root: the label beside '{name}' cannot be read ({error})") from error
+    if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        raise UserError(f"data.root: the label beside '{name}' is {label!r}, neither a number nor a word")
+    if isinstance(label, int) and not 0 <= label < CLASSES_AT_MOST:
+        raise UserError(f"data.root: the label beside '{name}' is {label}, not a number from 0 on")
+    return label
+
+
+def manifest_classes(path: Path) -> list[str]:
+    """Read the names of the classes that pipeline=shard left beside its shards; none where it did not."""
+    try:
+        classes: Iterable[Any] = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        return [str(each) for each in classes]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

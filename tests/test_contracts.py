@@ -38,6 +38,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("loss", "lpips"): {"weights": "{vgg}"},
     ("discriminator", "patchgan"): {"channels": 8, "layers": 2},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
+    ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
     ("data", "folder"): {"root": "{pictures}"},
     ("data", "shards"): {"root": "{shards}"},
     ("metric", "lpips"): {"weights": "{vgg}"},
@@ -486,7 +487,8 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
     torch.testing.assert_close(tokenizer.images(tokens), tokenizer(batch.images).reconstructions.clamp(-1, 1))
     for prior in names("prior"):
         node = OmegaConf.create({"name": prior, **TINY.get(("prior", prior), {})})
-        generator = build_generator(OmegaConf.merge(config, {"model": {"prior": node}}), tokenizer, data.classes)
+        OmegaConf.update(config, "model.prior", node, merge=False)
+        generator = build_generator(config, tokenizer, data.classes)
         prefix = generator.conditioner(batch)
         optimizer = torch.optim.Adam(generator.prior.parameters(), lr=1e-3)  # type: ignore[attr-defined]
         losses = []

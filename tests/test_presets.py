@@ -179,7 +179,8 @@ def test_two_steps_of_both_stages(choice: str) -> None:
     engine, data = make_engine(config), build("data", config.data, image_size=config.image_size, seed=0)
     stage = make_stage(config, data, engine)
     batch = Batch.collate([data.split("train").item(0, i) for i in range(4)])
-    assert changes(stage.modules, lambda: [stage.step(step, batch) for step in range(2)])
+    players = {name: stage.modules[name] for name in stage.optimizers}
+    assert changes(players, lambda: [stage.step(step, batch) for step in range(2)])
     if config.model.prior is None:
         return
     generator = build_generator(config, stage.model.eval(), data.classes)

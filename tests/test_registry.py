@@ -185,7 +185,7 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("encoder", {"name": "conv", "in_channels": 1}, "encoder.in_channels: the pipeline sets 'in_channels' of enco"),
         ("data", {"name": "folder"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root"),
         ("data", {"name": "folder", "root": "???"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value"),
-        ("data", {"name": "emoji", "root": "x"}, "data.root: unknown option 'root'. data=folder has it. data 'emoji' "),
+        ("data", {"name": "emoji", "root": "x"}, "data.root: unknown option 'root'. data=folder or shards has it. dat"),
         ("data", {"name": "folder", "root": "${nowhere}"}, "data: Interpolation key 'nowhere' not found"),
         ("optimizer", {"name": "timm", "options": 3}, "optimizer.options: '3' is not a mapping; write it as {a:1,b:2}"),
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),

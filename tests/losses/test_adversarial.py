@@ -66,3 +66,9 @@ def test_a_warm_up_lets_the_discriminator_learn_before_it_counts() -> None:
 def test_a_negative_start_is_refused() -> None:
     with pytest.raises(ValueError, match="never below 0"):
         Hinge(100, start=-1)
+
+
+def test_the_saturating_generator_minimises_the_papers_log() -> None:
+    _, fake = logits()
+    expected = sum(math.log(1 - 1 / (1 + math.exp(-x))) for x in fake.flatten().tolist()) / fake.numel()
+    assert float(Vanilla(10, saturating=True).generator_loss(fake)) == pytest.approx(expected, rel=1e-12)

@@ -23,7 +23,7 @@ def batch() -> Reconstruction:
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
     path = tmp_path_factory.mktemp("vgg") / "vgg.pth"
     torch.save({f"features.{key}": value for key, value in vgg16().features.state_dict().items()}, path)
-    return {"features": {}, "lpips": {"weights": str(path)}}
+    return {"features": {"taps": [0, 1, 2, 3, 5]}, "lpips": {"weights": str(path)}}
 
 
 @pytest.mark.parametrize(("name", "key"), [("features", "perceptual"), ("lpips", "lpips")])

@@ -51,7 +51,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in found.path.iterdir() if f.suffix == ".safetensors"}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that ends here."""
 
 
@@ -62,7 +62,7 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch, stage: str) -> 
 
     def step(self: object, number: int, batch: object) -> object:
         if number == steps:
-            raise Killed
+            raise KilledError
         return original(self, number, batch)
 
     monkeypatch.setattr(cls, "step", step)
@@ -74,7 +74,7 @@ def test_stage1_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Stage1(compose(*TINY), whole).run()
     with monkeypatch.context() as patch:
         interrupt_after(at, patch, "stage1")
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             Stage1(compose(*TINY), cut).run()
     torch.manual_seed(12345)  # another process, another state of the generator
     Stage1(compose(*TINY, "resume=true"), cut).run()
@@ -89,7 +89,7 @@ def test_stage2_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Stage2(compose(*options), tmp_path / "whole").run()
     with monkeypatch.context() as patch:
         interrupt_after(3, patch, "stage2")
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             Stage2(compose(*options), tmp_path / "cut").run()
     Stage2(compose(*options, "resume=true"), tmp_path / "cut").run()
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")

@@ -310,7 +310,7 @@ def test_published_sizes(preset: dict, wired: tuple[int, ...], unread: int, coun
 def test_presets_say_what_they_reproduce_and_carry_their_own_numbers() -> None:
     folder = Path(__file__).parents[2] / "conf" / "model" / "prior"
     presets = sorted(folder.glob("*.yaml"))
-    assert [each.stem for each in presets] == ["gpt_cin", "gpt_ffhq", "gpt_small"]
+    assert {"gpt_cin", "gpt_ffhq", "gpt_small"} <= {each.stem for each in presets}
     assert all(each.read_text().startswith("# ") for each in presets)
     with initialize_config_dir(str(folder.parents[1]), version_base=None):
         small = compose(overrides=["+model/prior=gpt_small", "model.prior.heads=4"]).model.prior

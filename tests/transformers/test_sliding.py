@@ -42,6 +42,7 @@ def gpt(length: int, prefix_length: int = 1) -> GPT:
     model = GPT(V, length, P, prefix_length, layers=2, heads=2, dim=16).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
+    nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
     return model
 
 
@@ -178,6 +179,7 @@ def test_known_tokens_stay_and_the_rest_follows_from_them() -> None:
     assert torch.equal(kept[~hidden], other[~hidden])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 30), st.data())
 def test_windows_start_where_the_notebook_starts_them(half: int, more: int, data: st.DataObject) -> None:
     window, length = 2 * half, 2 * half + more
@@ -185,6 +187,7 @@ def test_windows_start_where_the_notebook_starts_them(half: int, more: int, data
     assert window_start(i, window, length) == i - notebook_local(i, window, length)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 25), st.integers(0, 40), st.data())
 def test_a_window_holds_its_token_inside_of_the_grid(window: int, more: int, data: st.DataObject) -> None:
     length = window + more

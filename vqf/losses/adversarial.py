@@ -106,8 +106,9 @@ class Hinge(Game):
 class Vanilla(Game):
     """The original objective with logits, https://arxiv.org/abs/1406.2661, in VQGAN's `vanilla` form.
 
-    The discriminator maximises log D(x) + log(1 - D(x̂)); the generator raises the logit itself, as in the
-    code of VQGAN.
+    The discriminator maximises log D(x) + log(1 - D(x̂)). The generator raises the logit itself, as in the code
+    of VQGAN; `saturating` makes it minimise log(1 - D(x̂)), the letter of equation 5, which is flat where the
+    discriminator is sure.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Vanilla(Game):
         delta: float = 1e-4,
         clamp: float = 1e4,
         second_forward: bool = False,
+        saturating: bool = False,
     ) -> None:
         super().__init__(
             steps,
@@ -134,10 +136,11 @@ class Vanilla(Game):
             clamp=clamp,
             second_forward=second_forward,
         )
+        self.saturating = saturating
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """-E[logit D(x̂)]."""
-        return -fake.mean()
+        """-E[logit D(x̂)], or E[log(1 - D(x̂))]."""
+        return -F.softplus(fake).mean() if self.saturating else -fake.mean()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """-½ (E[log D(x)] + E[log(1 - D(x̂))]), from logits."""

@@ -15,8 +15,9 @@ from vqf.interop.tokenizers import Part
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import build_generator
-from vqf.pipelines.stage1 import Critic
+from vqf.pipelines.stage1 import Critic, make_critic
 from vqf.pipelines.stage2 import decay_groups
+from vqf.pipelines.usage import UsageWindow
 from vqf.registry import KINDS, Kind, build
 from vqf.terminal import log
 from vqf.tokenizer import build_tokenizer
@@ -28,7 +29,8 @@ def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
     """Write a run that holds what was found, with the choices of `config` for what no file tells."""
     config = _config(found, config)
     modules = _modules(found, config)
-    trained = {"model": modules["model"]} if found.prior else {k: v for k, v in modules.items() if k != "ema"}
+    players = ("model",) if found.prior else ("model", "discriminator")
+    trained = {name: modules[name] for name in players if name in modules}
     states = _states(found, config, trained)
     facts = {"kind": found.kind, "step": found.step, "seed": config.seed, "image_size": list(found.image_size)}
     tokenizer = modules["tokenizer" if found.prior else "model"]
@@ -77,23 +79,16 @@ def _modules(found: Read, config: DictConfig) -> dict[str, Any]:
         prior = build_generator(config, tokenizer, found.classes).prior
         assert isinstance(prior, nn.Module)
         return {"tokenizer": tokenizer, "model": _filled(prior, found.prior)}
-    modules: dict[str, Any] = {"model": tokenizer}
-    if config.model.get("discriminator") is not None:
-        modules["discriminator"] = _critic(found, config)
+    modules: dict[str, Any] = {"model": tokenizer, "usage": UsageWindow(tokenizer.vocab_size)}
+    if critic := make_critic(config):
+        modules["discriminator"] = _with_weights(critic, found)
     if found.tokenizer.average:
         modules["ema"] = build_tokenizer(config.model, found.image_size)
         modules["ema"].load_state_dict(found.tokenizer.average)
     return modules
 
 
-def _critic(found: Read, config: DictConfig) -> Critic:
-    model = config.model
-    nodes = (model.get("regularizer") or {}).items()
-    critic = Critic(
-        build("discriminator", model.discriminator, in_channels=3),
-        build("adversary", model.adversary, steps=config.steps),
-        {key: build("regularizer", node) for key, node in nodes if node},
-    )
+def _with_weights(critic: Critic, found: Read) -> Critic:
     if found.discriminator is None:
         found.report.note("no discriminator was read: the run has a fresh one")
         return critic

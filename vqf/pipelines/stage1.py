@@ -19,6 +19,7 @@ from vqf.pipelines.common import Accumulated, chosen, describe, image_size, star
 from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, Loop
+from vqf.pipelines.usage import UsageWindow
 from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
 from vqf.registry import build, register
 from vqf.terminal import log
@@ -47,7 +48,8 @@ class TokenizerStage:
         self.model, self.losses, self.critic = tokenizer, losses, critic
         self.data, self.config, self.engine = data, config, engine
         self.forward = torch.compile(tokenizer, dynamic=False) if config.compile else tokenizer
-        self.modules: dict[str, nn.Module] = {"model": tokenizer}
+        self.usage = engine.place(UsageWindow(tokenizer.vocab_size))
+        self.modules: dict[str, nn.Module] = {"model": tokenizer, "usage": self.usage}
         self.optimizers: dict[str, Optimizer] = {"model": self._optimizer(tokenizer)}
         if critic is not None:
             self.modules["discriminator"] = critic
@@ -65,6 +67,7 @@ class TokenizerStage:
         pieces = batch.chunk(self.config.accumulate)
         fakes = [self._reconstruct(step, piece, total, 1 / len(pieces)) for piece in pieces]
         total.add({"gradient": step_optimizer(self.optimizers["model"], self.config.clip)})
+        total.add(self.usage.tick())
         if self.critic is not None and step >= self.critic.adversary.start:
             for piece, fake in zip(pieces, fakes, strict=True):
                 self._discriminate(step, piece, fake, total, 1 / len(pieces))
@@ -91,6 +94,7 @@ class TokenizerStage:
         (gradient,) = torch.autograd.grad(reconstruction, leaf)
         total.add({"loss": reconstruction + out.quantized.loss, **terms, "codebook": out.quantized.loss}, share)
         total.add(out.quantized.stats, share)
+        self.usage.see(out.quantized.indices)
         if self.critic is not None and (ramp := self.critic.adversary.ramp(step)) > 0:
             gradient = gradient + ramp * self._adversarial(self.critic, leaf, out, gradient, total, share)
         surrogate = (widen(out.reconstructions) * gradient).sum() + out.quantized.loss
@@ -213,16 +217,15 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
     torch.manual_seed(config.seed)
     tokenizer = engine.place(build_tokenizer(model, image_size(config)))
     losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}
-    return TokenizerStage(tokenizer, losses, _make_critic(config, engine), data, config, engine)
+    return TokenizerStage(tokenizer, losses, engine.place(make_critic(config)), data, config, engine)
 
 
-def _make_critic(config: DictConfig, engine: Engine) -> Critic | None:
+def make_critic(config: DictConfig) -> Critic | None:
+    """Build the second player that a config chooses, if it does."""
     model = config.model
     if model.get("discriminator") is None:
         return None
     discriminator = build("discriminator", model.discriminator, in_channels=3)
     adversary = build("adversary", model.adversary, steps=config.steps)
-    nodes = (model.get("regularizer") or {}).items()
-    return engine.place(
-        Critic(discriminator, adversary, {key: build("regularizer", node) for key, node in nodes if node})
-    )
+    regularizers = {name: build("regularizer", node) for name, node in chosen(model, "regularizer").items()}
+    return Critic(discriminator, adversary, regularizers)

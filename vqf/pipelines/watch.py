@@ -46,7 +46,8 @@ ALARMS = (
     Alarm(
         "perplexity",
         lambda perplexity: perplexity < 2,
-        "every latent falls on one or two codes (perplexity below 2): lower optimizer.lr, or choose model/quantizer=ema",
+        "every latent falls on one or two codes (perplexity below 2): lower optimizer.lr, "
+        "or choose model/quantizer=ema",
     ),
 )
 

@@ -1,0 +1,41 @@
+import pytest
+from PIL import Image
+
+from tests.composing import compose
+from vqf.data.listing import File, divide
+from vqf.errors import UserError
+from vqf.registry import build
+
+PRESETS = ["ade20k", "celebahq", "coco_stuff", "ffhq", "imagenet", "lsun"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_missing_folder_says_what_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    node = compose(f"data={name}").data
+    with pytest.raises(UserError) as caught:
+        build("data", node, image_size=16, seed=0)
+    assert str(caught.value).startswith(f"data.root: no folder '{node.root}' (")
+    assert "http" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [("coco_stuff", {"train2017": 118_287, "val2017": 5000}), ("ade20k", {"training": 20_210, "validation": 2000})],
+)
+def test_the_last_pictures_are_the_official_validation(name, folders):
+    files = sorted(File(f"{folder}/{i:012}.jpg", 1) for folder, count in folders.items() for i in range(count))
+    division = divide(files, 0.05, compose(f"data={name}").data.validation_last)
+    train, validation = folders
+    assert {file.name.split("/")[0] for file in division.train} == {train}
+    assert {file.name.split("/")[0] for file in division.validation} == {validation}
+
+
+def test_imagenet_classes_are_its_folders(tmp_path):
+    for path in ("train/n02/b.JPEG", "train/n01/a.JPEG", "val/n02/c.JPEG"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / path)
+    data = build("data", compose("data=imagenet", f"data.root={tmp_path}").data, image_size=16, seed=0)
+    assert data.classes == ["n01", "n02"]
+    assert data.split("train").labels.tolist() == [0, 1]
+    assert data.split("validation").labels.tolist() == [1]

@@ -1,0 +1,220 @@
+"""The Llama-style prior of LlamaGen.
+
+Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, https://arxiv.org/abs/2406.06525: RMS norm
+before attention and MLP, SwiGLU (https://arxiv.org/abs/2002.05202), rotary positions
+(https://arxiv.org/abs/2104.09864) of which half of a head turns with the row and half with the column, no biases,
+an output head that starts at zero. Optional here: queries and keys normalised per head
+(https://arxiv.org/abs/2302.05442).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqf.protocols import Size
+from vqf.registry import register
+from vqf.transformers.gpt import Cache, Memory
+
+EPS = 1e-5
+
+
+def angles(prefix_length: int, grid: Size, head_dim: int, base: float) -> Tensor:
+    """Return the rotation of every position (prefix_length + h * w, head_dim / 2), in radians.
+
+    The first half of a row turns with the token's row, the second with its column, each at the frequencies
+    base^(-2 k / (head_dim / 2)). The condition is not turned; LlamaGen sets its queries and keys to 0 instead, so
+    that every token heeds it equally.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
+    rows, columns = torch.meshgrid(*(torch.arange(each, dtype=torch.float64) for each in grid), indexing="ij")
+    turned = torch.cat([each.reshape(-1, 1) * frequencies for each in (rows, columns)], dim=1)
+    return torch.cat([torch.zeros(prefix_length, head_dim // 2, dtype=torch.float64), turned])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x (..., T, d) by a rotation (2, T, d / 2), cosines and sines."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation  # float32, whatever the precision around it
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions, over a whole sequence or from one new token to a memory."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.query_norm = nn.RMSNorm(dim // heads, eps=EPS) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(dim // heads, eps=EPS) if qk_norm else nn.Identity()
+        self.residual_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor, memory: Memory | None) -> Tensor:
+        """Map (B, T, dim) to (B, T, dim), causally."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
+        if memory is not None:
+            assert memory.filled == 0 or x.shape[1] == 1, "a memory grows by one token at a time"
+            k, v = memory.extend(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1)
+        return self.residual_dropout(self.proj(rearrange(y, "b h t d -> b t (h d)")))
+
+
+class SwiGLU(nn.Module):
+    """proj(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.proj = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., dim)."""
+        return self.dropout(self.proj(F.silu(self.gate(x)) * self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added after."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(dim, eps=EPS)
+        self.attention = Attention(dim, heads, dropout, qk_norm)
+        self.norm2 = nn.RMSNorm(dim, eps=EPS)
+        self.mlp = SwiGLU(dim, hidden, dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor, memory: Memory | None = None) -> Tensor:
+        """Map (B, T, dim) to (B, T, dim)."""
+        x = x + self.attention(self.norm1(x), rotation, memory)
+        return x + self.mlp(self.norm2(x))
+
+
+@register("prior", "llama")
+class Llama(nn.Module):
+    """An autoregressive transformer over [prefix; tokens] that knows rows and columns of the grid.
+
+    Args:
+        layers: Blocks.
+        heads: Attention heads; `dim` divided by their number is a multiple of 4.
+        dim: Width of the residual stream.
+        multiple_of: The MLP's hidden width is 8/3 of `dim`, rounded up to a multiple of this.
+        base: Of the rotations' frequencies.
+        qk_norm: Normalise queries and keys, which keeps large models stable; LlamaGen does not.
+        dropout: Of the embeddings, the attention weights and both residual branches; LlamaGen's is 0.1.
+    """
+
+    rotation: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        length: int,
+        grid: Size,
+        prefix_vocab: int,
+        prefix_length: int,
+        *,
+        layers: int = 12,
+        heads: int = 12,
+        dim: int = 768,
+        multiple_of: int = 256,
+        base: float = 10000.0,
+        qk_norm: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _check_sizes(layers, heads, dim, multiple_of, base, dropout, prefix_length)
+        assert length == grid[0] * grid[1]
+        self.vocab_size, self.length, self.prefix_length = vocab_size, length, prefix_length
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.prefix_embedding = nn.Embedding(prefix_vocab, dim)
+        self.dropout = nn.Dropout(dropout)
+        hidden = -(-(8 * dim // 3) // multiple_of) * multiple_of
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, qk_norm) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        turned = angles(prefix_length, grid, dim // heads, base)
+        self.register_buffer("rotation", torch.stack((turned.cos(), turned.sin())).float(), persistent=False)
+        self.apply(_initialise)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+        """Return logits (B, N, V); those of token n depend on the prefix and the tokens before n.
+
+        Args:
+            tokens: (B, N) int64 with N up to `length`; the last one is not read.
+            prefix: (B, prefix_length) int64.
+        """
+        self._check(prefix, tokens.shape, least=1)
+        x = self._embed(prefix, tokens[:, :-1])
+        rotation = self.rotation[:, : x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.head(self.norm(x[:, self.prefix_length - 1 :]))
+
+    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the tokens (B, N) in nats, computed in float32 or better."""
+        logits = self(tokens, prefix)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
+
+    @torch.no_grad()
+    def begin(self, prefix: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Read a prefix (B, M), and the first tokens (B, n) if there are any, in one pass.
+
+        Returns:
+            The logits (B, V) of token n, and the cache that `advance` extends.
+        """
+        tokens = prefix[:, :0] if tokens is None else tokens
+        self._check(prefix, tokens.shape, most=self.length - 1)
+        cache = Cache([Memory(self.rotation.shape[1] - 1) for _ in self.blocks], 0)
+        return self._remember(self._embed(prefix, tokens), cache), cache
+
+    @torch.no_grad()
+    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+        """Read the next token (B,); return the logits (B, V) of the one after it."""
+        if cache.position == self.rotation.shape[1] - 1:
+            raise ValueError(f"the sequence is full: the prior models {self.length} tokens")
+        return self._remember(self.dropout(self.token_embedding(token[:, None])), cache)
+
+    def _remember(self, x: Tensor, cache: Cache) -> Tensor:
+        start, cache.position = cache.position, cache.position + x.shape[1]
+        rotation = self.rotation[:, start : cache.position]
+        for block, memory in zip(self.blocks, cache.memories, strict=True):
+            x = block(x, rotation, memory)
+        return self.head(self.norm(x[:, -1]))
+
+    def _embed(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        return self.dropout(torch.cat((self.prefix_embedding(prefix), self.token_embedding(tokens)), dim=1))
+
+    def _check(self, prefix: Tensor, tokens: torch.Size, least: int = 0, most: int | None = None) -> None:
+        most = self.length if most is None else most
+        if len(tokens) != 2 or not least <= tokens[1] <= most:
+            raise ValueError(f"tokens must be (B, N) with N from {least} to {most}, not {tuple(tokens)}")
+        if prefix.shape != (tokens[0], self.prefix_length):
+            raise ValueError(f"prefix must be {(tokens[0], self.prefix_length)}, not {tuple(prefix.shape)}")
+
+
+def _check_sizes(
+    layers: int, heads: int, dim: int, multiple_of: int, base: float, dropout: float, prefix_length: int
+) -> None:
+    for name, size in (("layers", layers), ("heads", heads), ("dim", dim), ("multiple_of", multiple_of)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+    if dim % (4 * heads):
+        near = max(round(dim / (4 * heads)), 1) * 4 * heads
+        raise ValueError(f"dim={dim} must be a multiple of 4 * heads = {4 * heads}; the nearest that fits is {near}")
+    if not base > 0:
+        raise ValueError(f"base must be above 0, not {base}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    if prefix_length < 1:
+        raise ValueError("a prior needs at least one token in front; model/conditioner=none gives a start token")
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from vqf.data import imaging
 from vqf.data.imaging import UnreadableError, contain, cover, open_picture, read, to_rgb, to_tensor
 
 COLORS = np.array([[[200, 30, 60], [0, 0, 0], [255, 255, 255]], [[10, 120, 240], [90, 90, 90], [255, 0, 0]]], np.uint8)
@@ -282,3 +283,32 @@ def test_contain_centres_and_leaves_the_rest_empty():
     assert result.shape == (4, 8, 16)
     assert (result[:, :, 4:12] == 1).all()
     assert result.sum() == 4 * 64
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(4, 90), st.integers(4, 90)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_the_quick_way_agrees_with_pillow(shape, size, across, down):
+    image = Image.fromarray(np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), np.uint8))
+    quick = imaging._cover_whole(image, size, across, down)
+    assert quick.shape == (3, *size)
+    difference = np.abs(quick.permute(1, 2, 0).numpy().astype(int) - np.asarray(cover(image, size, across, down)))
+    assert difference.max() <= 2
+
+
+def test_both_ways_of_reading_agree(monkeypatch):
+    file = saved(noise(120, 96), "PNG")
+    quick = read(file, (40, 40), across=0.2, down=0.7)
+    monkeypatch.setattr(imaging, "VECTORISED", ())
+    exact = read(file, (40, 40), across=0.2, down=0.7)
+    assert (quick - exact).abs().max() <= 2 / 127.5 + 1e-6
+    assert torch.equal(exact, to_tensor(cover(noise(120, 96), (40, 40), 0.2, 0.7)))
+
+
+def test_a_long_picture_is_not_scaled_whole(monkeypatch):
+    monkeypatch.setattr(imaging, "_cover_whole", None)
+    assert read(saved(Image.new("RGB", (4000, 3)), "PNG"), (64, 64)).shape == (3, 64, 64)

@@ -17,6 +17,8 @@ from vqf.protocols import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 2**26
+WASTE = 2.0  # how much larger a scaled picture may be than the part of it that stays
+VECTORISED = ("AVX2", "AVX512")
 
 ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
 UPRIGHT = {
@@ -78,7 +80,10 @@ def read(
     Raises:
         UnreadableError: See `open_picture`.
     """
-    return to_tensor(cover(to_rgb(open_picture(source, size, max_pixels)), size, across, down))
+    image = to_rgb(open_picture(source, size, max_pixels))
+    if _whole_is_quick(image, size):
+        return _to_unit(_cover_whole(image, size, across, down))
+    return to_tensor(cover(image, size, across, down))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -114,8 +119,7 @@ def cover(image: Image.Image, size: Size, across: float = 0.5, down: float = 0.5
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Turn an RGB picture into float (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+    return _to_unit(_pixels(image))
 
 
 def premultiply(pixels: Tensor) -> Tensor:
@@ -140,6 +144,31 @@ def composite(picture: Tensor, color: tuple[float, ...]) -> Tensor:
     """Put premultiplied RGBA (4, H, W) on a colour in [0, 1]. -> (3, H, W) in [-1, 1]."""
     behind = torch.tensor(color).view(3, 1, 1) * (1 - picture[3:])
     return (picture[:3] + behind) * 2 - 1
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def _to_unit(pixels: Tensor) -> Tensor:
+    return pixels.contiguous().float().div_(127.5).sub_(1)
+
+
+def _whole_is_quick(image: Image.Image, size: Size) -> bool:
+    """Say whether `_cover_whole` pays: it is vectorised for x86 only, and also computes what is cut off."""
+    height, width = size
+    area = max(height * image.width, width * image.height) ** 2 / (image.width * image.height)  # once scaled
+    return area <= WASTE * height * width and torch.backends.cpu.get_cpu_capability() in VECTORISED
+
+
+def _cover_whole(image: Image.Image, size: Size, across: float, down: float) -> Tensor:
+    """Do what `cover` does, up to rounding (2 of 255 levels at most in the tests), three times as fast. -> uint8."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    factor = scale * (1 + 1e-9)  # or rounding might take the last row
+    scaled = F.interpolate(_pixels(image)[None], scale_factor=(factor, factor), mode="bicubic", antialias=True)[0]
+    left, top = _cut(image.width * scale - width, across), _cut(image.height * scale - height, down)
+    return scaled[:, top : top + height, left : left + width]
 
 
 def _decode_small(image: Image.Image, size: Size) -> None:

@@ -1,6 +1,7 @@
 """A pipeline that acts on a run takes from it what the command line does not name."""
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from vqf.pipelines import inherit as module
@@ -47,5 +48,6 @@ def test_what_is_named_wins(
     assert NOW.image_size == 256
 
 
-def test_outside_of_a_job_nothing_is_named() -> None:
+def test_outside_of_a_job_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # another test may have run a job in this process
     assert module.given() == []

@@ -103,6 +103,13 @@ def test_stage2_needs_nothing_but_the_run(run: Path, tmp_path: Path) -> None:
     assert generator.tokenizer.vocab_size == 16
 
 
+def test_micro_batches_of_stage2_are_equal_too(run: Path, tmp_path: Path) -> None:
+    config = compose(*TINY, "pipeline=stage2", f"run={run / 'stage1'}", "accumulate=3")
+    with pytest.raises(UserError) as caught:
+        Stage2(config, tmp_path).run()
+    assert str(caught.value) == "accumulate=3 must divide batch_size=8"
+
+
 def test_tokens_of_another_tokenizer_are_refused(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     config = compose(*OPTIONS, "seed=1")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vqf.errors import UserError
 from vqf.pipelines.journal import Journal
 from vqf.protocols import Size, pair
 from vqf.registry import build
@@ -74,6 +75,12 @@ class Accumulated:
         """Add values, of which this micro-batch is a share."""
         for key, value in values.items():
             self.values[key] = self.values.get(key, 0) + value.detach() * share
+
+
+def check_accumulate(config: DictConfig) -> None:
+    """Refuse micro-batches that are not equal."""
+    if config.batch_size % config.accumulate:
+        raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
 
 
 def step_optimizer(optimizer: Optimizer, clip: float | None) -> Tensor:

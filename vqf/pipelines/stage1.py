@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from vqf.errors import UserError
 from vqf.pipelines import evaluation
-from vqf.pipelines.common import Accumulated, chosen, describe, image_size, start_run, step_optimizer
+from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, start_run, step_optimizer
 from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, Loop
@@ -212,8 +212,7 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
         raise UserError("model.discriminator and model.adversary go together: choose both, or null for both")
     if not chosen(model, "loss"):
         raise UserError("model.loss: a tokenizer needs at least one loss, model/loss=[l1]")
-    if config.batch_size % config.accumulate:
-        raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
+    check_accumulate(config)
     torch.manual_seed(config.seed)
     tokenizer = engine.place(build_tokenizer(model, image_size(config)))
     losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from vqf.errors import UserError
 from vqf.generator import Generator
-from vqf.pipelines.common import Accumulated, describe, start_run, step_optimizer
+from vqf.pipelines.common import Accumulated, check_accumulate, describe, start_run, step_optimizer
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import Order
@@ -163,6 +163,7 @@ class Stage2:
         with open_dict(config):
             for part in TOKENIZER_PARTS:  # what the weights were trained as, whatever the command line says
                 config.model[part] = run.model[part]
+        check_accumulate(config)
         if config.model.prior is None or config.model.conditioner is None:
             raise UserError(
                 "model.prior and model.conditioner: stage 2 needs both, model/prior=gpt model/conditioner=none"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.composing import compose
 from tests.pipelines.test_loop import TINY
+from vqf.conditions import Conditions
 from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.complete import Complete
@@ -19,6 +20,7 @@ from vqf.pipelines.restore import build_generator
 from vqf.pipelines.sample import Sample
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
+from vqf.protocols import Batch
 from vqf.registry import build
 from vqf.tokenizer import build_tokenizer
 
@@ -28,7 +30,7 @@ CLASSES = ["cat", "dog", "owl"]
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     """Untrained, in float64: 16 x 16 pixels, classes that training drops."""
-    config = compose(*TINY, "model/conditioner=label", "model.conditioner.drop=0.5")
+    config = compose(*TINY, "model/conditioner=label", "model.conditioner.label.drop=0.5")
     torch.manual_seed(0)
     made = build_generator(config, build_tokenizer(config.model, 16), CLASSES).double().eval()
     for parameter in made.prior.parameters():  # type: ignore[attr-defined]
@@ -68,7 +70,7 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
     with pytest.raises(UserError, match="narrower than the window"):
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
     fewer = generator.sample(1, size=(stride, 16), seed=2)  # the first row of a sequence
-    whole = generator.sample_tokens(torch.tensor([0]), seed=2)
+    whole = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
     assert torch.equal(fewer, generator.tokenizer.images(whole[:, :width], (1, width)))
 
 
@@ -95,7 +97,7 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(generator: Generator,
     mask[: height // 2] = True
     completed = made.complete(pictures(), mask, seed=1)
     tokens = made.sample_tokens(
-        torch.tensor([0, 1, 2]), seed=1, known=indices.masked_fill(~mask, -1).flatten(1)
+        Batch(labels=torch.tensor([0, 1, 2])), seed=1, known=indices.masked_fill(~mask, -1).flatten(1)
     ).reshape(indices.shape)
     assert torch.equal(tokens[:, mask], indices[:, mask])
     assert not torch.equal(tokens, indices)
@@ -132,13 +134,13 @@ def test_a_mask_that_hides_nothing_gives_the_reconstruction(generator: Generator
 def test_guidance_reaches_the_sampler_from_the_conditioner(generator: Generator) -> None:
     guided = with_sampler(generator, "autoregressive", guidance=6.0)
     labels = torch.tensor([0, 1, 2, 0])
-    assert not torch.equal(guided.sample_tokens(labels), generator.sample_tokens(labels))
+    assert not torch.equal(guided.sample_tokens(Batch(labels=labels)), generator.sample_tokens(Batch(labels=labels)))
     null = torch.full((4, 1), 3)
     expected = guided.sampler(guided.prior, labels[:, None], guided.tokenizer.grid, seed=0, null_prefix=null)  # type: ignore[call-arg]
-    assert torch.equal(guided.sample_tokens(labels), expected)
+    assert torch.equal(guided.sample_tokens(Batch(labels=labels)), expected)
     never = build("conditioner", {"name": "label"}, classes=3).eval()
-    without = Generator(guided.tokenizer, never, guided.prior, guided.sampler, CLASSES)
-    with pytest.raises(UserError, match=r"model\.conditioner\.drop"):
+    without = Generator(guided.tokenizer, Conditions({"label": never}), guided.prior, guided.sampler, CLASSES)
+    with pytest.raises(UserError, match=r"model\.conditioner\.label\.drop"):
         without.sample(1)
 
 
@@ -151,7 +153,7 @@ class Zeros:
 
 def test_a_sampler_is_given_what_its_signature_asks_for(generator: Generator) -> None:
     plain = Generator(generator.tokenizer, generator.conditioner, generator.prior, Zeros(), CLASSES)
-    assert not plain.sample_tokens(torch.tensor([0, 1])).any()
+    assert not plain.sample_tokens(Batch(labels=torch.tensor([0, 1]))).any()
     with pytest.raises(UserError, match="cannot keep codes that are known; sampler=autoregressive does"):
         plain.complete(pictures(), torch.ones(16, 16, dtype=torch.bool))
 

@@ -1,13 +1,17 @@
 """The generator: a tokenizer, a prior over its codes, and a sampler. What a user of a stage-2 run holds."""
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vqf.conditions import Conditions
 from vqf.errors import UserError, unknown
-from vqf.protocols import Batch, Conditioner, Prior, Sampler, Size, pair
+from vqf.protocols import Batch, Drawn, Prior, Sampler, Scorer, Size, pair
+from vqf.randomness import mix
 from vqf.tokenizer import Tokenizer
 
 
@@ -16,14 +20,21 @@ class Generator(nn.Module):
 
     Args:
         classes: Names of the labels that the conditioner knows; empty where there are none.
+        scorer: Chooses among candidates, where several are drawn.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, conditioner: Conditioner, prior: Prior, sampler: Sampler, classes: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        conditioner: Conditions,
+        prior: Prior,
+        sampler: Sampler,
+        classes: Sequence[str],
+        scorer: Scorer | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.conditioner, self.prior = tokenizer, conditioner, prior
-        self.sampler = sampler
+        self.sampler, self.scorer = sampler, scorer
         self.classes = list(classes)
 
     @property
@@ -42,10 +53,13 @@ class Generator(nn.Module):
         first: int = 0,
         batch_size: int = 64,
         size: int | Sequence[int] | None = None,
+        conditions: Tensor | None = None,
+        tile: int | None = None,
+        candidates: int = 1,
     ) -> Tensor:
         """Draw `count` images (count, 3, H, W) in [-1, 1].
 
-        Picture i depends on `seed`, `first + i` and its label alone, not on the batch size.
+        Picture i depends on `seed`, `first + i` and its conditions alone, not on the batch size.
 
         Args:
             count: How many.
@@ -54,19 +68,49 @@ class Generator(nn.Module):
             seed: Another seed, other pictures.
             first: The number of the first picture.
             batch_size: Pictures drawn at once.
-            size: Height and width in pixels, or one number for both; as in training by default.
+            size: Height and width in pixels, or one number for both; that of the conditions, or else as in training,
+                by default.
+            conditions: Pictures to draw by, in [-1, 1]: (count, C, H, W), or (C, H, W) for all of them. A map where
+                the prior was trained on maps, a picture where it was trained on low-resolution pictures or edges.
+            tile: Decode no more than so many codes per side at once; see `Tokenizer.decode`.
+            candidates: Draw so many for each, and keep the one that `self.scorer` likes best.
 
         Raises:
-            UserError: If a class does not exist, or the sampler cannot draw that size.
+            UserError: If a class does not exist, the sampler cannot draw that size, or a condition is missing.
         """
-        every, grid = self._labels(count, label, labels, first), self._grid(size)
-        pieces = [
-            self.tokenizer.images(
-                self.sample_tokens(every[i : i + batch_size], seed=seed, first=first + i, grid=grid), grid
-            )
-            for i in range(0, count, batch_size)
-        ]
+        every = Batch(labels=self._labels(count, label, labels, first))
+        if conditions is not None:
+            maps = conditions.expand(count, *conditions.shape[-3:])
+            every = replace(every, conditions=maps, images=maps)
+            size = self._size_of(conditions) if size is None else size
+        grid, pieces = self._grid(size), []
+        for i in range(0, count, batch_size):
+            told = every.part(i, i + batch_size)
+            pieces.append(self._best(told, candidates, seed, first + i, grid, tile))
         return torch.cat(pieces)
+
+    def _best(self, told: Batch, candidates: int, seed: int, first: int, grid: Size, tile: int | None) -> Tensor:
+        """Draw candidates for each picture and return the best ones (B, 3, H, W)."""
+        best = scores = torch.zeros(())
+        for candidate in range(candidates):
+            # The first is what one candidate gives, so that more of them can only add to the choice.
+            key = mix(seed, "candidate", candidate) if candidate else seed
+            tokens = self.sample_tokens(told, seed=key, first=first, grid=grid)
+            images = self.tokenizer.images(tokens, grid, tile)
+            if candidates == 1:
+                return images
+            found = self._score(told, tokens, images, grid)
+            better = found > scores if candidate else torch.ones_like(found, dtype=torch.bool)
+            best = torch.where(better[:, None, None, None], images, best)
+            scores = torch.where(better, found, scores)
+        return best
+
+    def _score(self, told: Batch, tokens: Tensor, images: Tensor, grid: Size) -> Tensor:
+        if self.scorer is None:
+            raise UserError("candidates: a scorer says which is best; choose one with scorer=likelihood")
+        batch = told.to(self.device)
+        prefix = self.conditioner(self.conditioner.prepare(batch)) if grid == self.tokenizer.grid else None
+        return self.scorer(Drawn(images, tokens, self.prior, prefix, batch.labels, self.classes))
 
     @torch.no_grad()
     def complete(
@@ -78,6 +122,7 @@ class Generator(nn.Module):
         seed: int = 0,
         first: int = 0,
         batch_size: int = 64,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         """Draw the hidden part of pictures anew; returns images (B, 3, H, W) in [-1, 1].
 
@@ -93,6 +138,7 @@ class Generator(nn.Module):
             seed: Another seed, other completions.
             first: The number of the first picture.
             batch_size: Pictures drawn at once.
+            conditions: Pictures (B, C, H, W) to draw by; see `sample`.
 
         Raises:
             UserError: If the sampler cannot keep codes, or cannot draw a picture of this size.
@@ -100,47 +146,55 @@ class Generator(nn.Module):
         indices = self._indices(pictures, batch_size)
         grid = (indices.shape[1], indices.shape[2])
         known = indices.masked_fill(~self._known(mask, indices), -1).flatten(1)
-        every = self._labels(len(indices), None, labels, first)
-        return torch.cat(
-            [
-                self.tokenizer.images(
-                    self.sample_tokens(
-                        every[i : i + batch_size],
-                        seed=seed,
-                        first=first + i,
-                        grid=grid,
-                        known=known[i : i + batch_size],
-                    ),
-                    grid,
-                )
-                for i in range(0, len(indices), batch_size)
-            ]
-        )
+        every = Batch(labels=self._labels(len(indices), None, labels, first), conditions=conditions, images=conditions)
+        pieces = []
+        for i in range(0, len(indices), batch_size):
+            told, kept = every.part(i, i + batch_size), known[i : i + batch_size]
+            tokens = self.sample_tokens(told, seed=seed, first=first + i, grid=grid, known=kept)
+            pieces.append(self.tokenizer.images(tokens, grid))
+        return torch.cat(pieces)
 
     @torch.no_grad()
     def sample_tokens(
         self,
-        labels: Tensor,
+        told: Batch,
         *,
         seed: int = 0,
         first: int = 0,
         grid: Size | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Draw token sequences (B, h * w), one for each of the labels (B,).
+        """Draw token sequences (B, h * w), one for each picture that a batch tells of.
 
         Args:
+            told: Labels, maps, ... or the codes that were prepared of them: whatever the conditioners read.
+            seed: Another seed, other tokens.
+            first: The number of the first picture.
+            grid: Height and width in codes; as in training by default.
             known: (B, h * w), tokens to keep, -1 where one is to be drawn.
         """
         self.eval()
-        batch = Batch(labels=labels.to(self.device))
-        null = getattr(self.conditioner, "null", None)
-        offered = {"known": known, "null_prefix": null(batch) if null else None, "window": self.tokenizer.grid}
-        wanted = inspect.signature(self.sampler).parameters
-        grid = grid or self.tokenizer.grid
+        wanted, grid = inspect.signature(self.sampler).parameters, grid or self.tokenizer.grid
         self._check_sampler(grid, known is not None, wanted)
+        told = told.to(self.device)
+        batch = told if told.codes else self.conditioner.prepare(told)
+        prefix, null_prefix = self._prefixes(batch, grid, "window" in wanted)
+        offered = {"known": known, "null_prefix": null_prefix, "window": self.tokenizer.grid}
         given = {key: value for key, value in offered.items() if key in wanted}
-        return self.sampler(self.prior, self.conditioner(batch), grid, seed=seed, first=first, **given)
+        return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **given)
+
+    def _prefixes(self, batch: Batch, grid: Size, sliding: bool) -> tuple[Any, Any]:
+        """Return what stands in front, with and without the condition: tokens, or functions of a window."""
+        told = self.conditioner
+        if not sliding:
+            return told(batch), told.null(batch)
+
+        def at(tell: Callable[[Batch], Any]) -> Callable[[Size, Size], Any]:
+            return lambda start, size: tell(batch.window(start, size, grid))
+
+        height, width = self.tokenizer.grid
+        corner = ((0, 0), (min(height, grid[0]), min(width, grid[1])))
+        return at(told), None if at(told.null)(*corner) is None else at(told.null)
 
     def _check_sampler(self, grid: Size, keeps: bool, wanted: Collection[str]) -> None:
         trained, stride = self.tokenizer.grid, self.tokenizer.stride
@@ -165,6 +219,15 @@ class Generator(nn.Module):
                 f"the nearest that fits is size=[{near[0]},{near[1]}]"
             )
         return height // stride, width // stride
+
+    def _size_of(self, conditions: Tensor) -> Size:
+        (height, width), learned = conditions.shape[-2:], self.tokenizer.image_size
+        if height < learned[0] or width < learned[1]:
+            raise UserError(
+                f"condition: a picture of {height} x {width} pixels is smaller than the {learned[0]} x {learned[1]} "
+                "that the prior has learned"
+            )
+        return height, width
 
     def _indices(self, pictures: Tensor, batch_size: int) -> Tensor:
         if not pictures.is_floating_point():

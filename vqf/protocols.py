@@ -9,7 +9,7 @@ Shapes, everywhere in vqf:
 * a prefix is int64 (B, M), the tokens of a condition, in a vocabulary of their own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +26,8 @@ class Sample:
     image: Tensor  # (3, H, W) float in [-1, 1]
     label: int | None = None
     mask: Tensor | None = None  # (1, H, W) float in [0, 1]: how much of a pixel is drawn, where a source knows
+    condition: Tensor | None = None  # (C, H, W) float in [-1, 1]: a map of the same place, where a source has one
+    place: Tensor | None = None  # (4,) top, left, bottom, right of what is shown, as shares of the whole picture
 
 
 @dataclass
@@ -36,31 +38,63 @@ class Batch:
     labels: Tensor | None = None  # (B,) int64
     masks: Tensor | None = None  # (B, 1, H, W)
     tokens: Tensor | None = None  # (B, N), where stage 2 trains on cached tokens
+    conditions: Tensor | None = None  # (B, C, H, W)
+    places: Tensor | None = None  # (B, 4)
+    codes: Mapping[str, Tensor] = field(default_factory=dict)  # (B, h, w), what a conditioner has prepared, by its name
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> "Batch":
         """Stack samples; a field that the first of them lacks is left out."""
-        first = samples[0]
+        labels = [sample.label for sample in samples]
         return cls(
             images=torch.stack([sample.image for sample in samples]),
-            labels=None if first.label is None else torch.tensor([sample.label for sample in samples]),
-            masks=None if first.mask is None else torch.stack([_present(sample.mask) for sample in samples]),
+            labels=None if labels[0] is None else torch.tensor(labels),
+            masks=_stacked([sample.mask for sample in samples]),
+            conditions=_stacked([sample.condition for sample in samples]),
+            places=_stacked([sample.place for sample in samples]),
         )
 
     def __len__(self) -> int:
-        return next(len(value) for value in self._present().values())
+        return len(self.any)
+
+    @property
+    def any(self) -> Tensor:
+        """One of the fields that are there: for its length and its device."""
+        return next(each for each in (*self._fields().values(), *self.codes.values()))
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move every field to a device."""
-        return replace(self, **{key: value.to(device, non_blocking=True) for key, value in self._present().items()})
+        return self.map(lambda value: value.to(device, non_blocking=True))
 
     def chunk(self, parts: int) -> list["Batch"]:
         """Cut the batch into equal micro-batches."""
-        pieces = {key: value.chunk(parts) for key, value in self._present().items()}
-        return [replace(self, **{key: value[i] for key, value in pieces.items()}) for i in range(parts)]
+        size = -(-len(self) // parts)
+        return [self.part(first, first + size) for first in range(0, len(self), size)]
 
-    def _present(self) -> dict[str, Tensor]:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+    def part(self, start: int, stop: int) -> "Batch":
+        """Return the samples from `start` to `stop` - 1."""
+        return self.map(lambda value: value[start:stop])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with every field changed."""
+        changed = {name: change(value) for name, value in self._fields().items()}
+        return replace(self, **changed, codes={name: change(value) for name, value in self.codes.items()})
+
+    def window(self, start: Size, size: Size, grid: Size) -> "Batch":
+        """Return what one window of a larger grid is told: its part of every map and of the place.
+
+        Args:
+            start: Row and column of the window's first code.
+            size: Its height and width in codes.
+            grid: Height and width of the whole in codes. Prepared codes may be a coarser grid of the same place.
+        """
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.any.device).expand(len(self), 4)
+        places = _part(whole if self.places is None else self.places, start, size, grid)
+        codes = {name: _crop(value, start, size, grid) for name, value in self.codes.items()}
+        return replace(self, images=None, conditions=None, masks=None, tokens=None, places=places, codes=codes)
+
+    def _fields(self) -> dict[str, Tensor]:
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "codes"}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -165,8 +199,29 @@ class Regularizer(Protocol):
     def __call__(self, judged: Judged) -> Tensor: ...  # -> ()
 
 
+class Coder(Protocol):
+    """What a conditioner needs of a tokenizer."""
+
+    vocab_size: int
+    stride: int
+    channels: int  # of its pictures
+
+    def encode(self, images: Tensor) -> Tensor: ...  # (B, C, H, W) -> (B, H / stride, W / stride) int64
+
+    def decode(self, indices: Tensor) -> Tensor: ...  # (B, h, w) -> (B, C, h * stride, w * stride)
+
+
 class Conditioner(Protocol):
-    """What stage 2 is told about a picture, as tokens in front of it. Wired: classes."""
+    """What stage 2 is told about a picture, as tokens in front of it.
+
+    Wired: classes, their number; grid, of the codes of a picture; tokenizer, a `Coder` of the pictures; open_tokenizer,
+    which gives the `Coder` of another run by the run's folder.
+
+    One that has a method `prepare(batch)` turns pictures into codes in it, once, and returns the batch with those
+    codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null(batch)` says
+    there what stands for no condition, (B, M), or None. One that has a method `show(batch)` draws what it is told,
+    (B, C, H, W). One that is told by pictures has their `channels`, and `multiple`, the pixels that divide their sides.
+    """
 
     vocab_size: int
     length: int  # M
@@ -186,7 +241,10 @@ class Prior(Protocol):
 
 @runtime_checkable
 class Autoregressive(Protocol):
-    """A prior that can also be fed one token at a time, remembering keys and values."""
+    """A prior that can also be fed one token at a time, remembering keys and values.
+
+    `begin` may take `tokens`, too: (B, n), the first tokens, read in one pass; it then gives the logits of token n.
+    """
 
     def begin(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, a cache
 
@@ -202,10 +260,29 @@ class Sampler(Protocol):
         Sample i of the batch depends on `seed` and `first + i` alone, not on the size of the batch.
 
         A sampler whose signature has one of these keywords is given it, too: `known`, (B, h * w) tokens to keep,
-        -1 where one is to be drawn; `null_prefix`, (B, M), what the conditioner's method `null(batch)` says in place
-        of a condition, None where it has none; `window`, the grid that the prior was trained on.
+        -1 where one is to be drawn; `null_prefix`, what the conditioner's method `null(batch)` says in place of a
+        condition, None where it has none; `window`, the grid that the prior was trained on. One that takes `window`
+        is given both prefixes as functions of a window's start and size that return (B, M).
         """
         ...
+
+
+@dataclass
+class Drawn:
+    """Samples that a scorer looks at."""
+
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    tokens: Tensor  # (B, N)
+    prior: Any
+    prefix: Tensor | None  # (B, M); None where the picture is larger than what the prior models at once
+    labels: Tensor | None  # (B,)
+    classes: Sequence[str]  # names of all labels
+
+
+class Scorer(Protocol):
+    """Says which of several samples is best."""
+
+    def __call__(self, drawn: Drawn) -> Tensor: ...  # -> (B,), the higher the better
 
 
 class Split(Protocol):
@@ -218,6 +295,15 @@ class Split(Protocol):
     def item(self, epoch: int, index: int) -> Sample: ...
 
 
+@runtime_checkable
+class Streamed(Protocol):
+    """A split whose `item` is quick only for indices that rise; it is trained on as it comes, in no exact order."""
+
+    readers: int  # processes that can share it, those that load data counted
+
+    def stream(self, start: int, rank: int, world: int) -> Iterator[Sample]: ...  # from a step on, without end
+
+
 class Data(Protocol):
     """A source of pictures. Wired: image_size, seed."""
 
@@ -227,15 +313,81 @@ class Data(Protocol):
 
 
 class Metric(Protocol):
-    """A number over held-out pictures. Wired: vocab_size, device."""
+    """Numbers over held-out pictures. Wired: vocab_size, device.
+
+    One that has a method `intervals()` gives the 95 % interval of some of its numbers there, as (low, high). One whose
+    attribute `codes_only` is true looks at the codes alone, and is asked about samples of a prior, too. One whose class
+    has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint.
+    """
 
     def update(self, batch: Reconstruction) -> None: ...
 
     def compute(self) -> dict[str, float]: ...
 
 
+@dataclass
+class FeatureSet:
+    """What a feature network sees in a set of pictures, on the CPU."""
+
+    count: int | None  # pictures behind mean and covariance; None where a file does not say
+    mean: Tensor  # (D,) float64
+    covariance: Tensor  # (D, D) float64, divided by count - 1
+    features: Tensor  # (n, D) float32 of n of them, spread evenly, for metrics that look at single pictures
+    logits: Tensor | None = None  # (n, C) float32 of the same, where the network is a classifier
+
+
+@dataclass
+class Comparison:
+    """What a set metric says."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of some of the values
+
+
+class FeatureNetwork(Protocol):
+    """Describes a picture by a vector."""
+
+    name: str
+    digest: str  # of its weights, and of how it scales pictures
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...  # -> (B, D), logits (B, C) of a classifier
+
+
+@runtime_checkable
+class SetMetric(Protocol):
+    """A metric that compares a set of pictures with a set of real ones, by features. Wired: device.
+
+    As a `Metric` it compares reconstructions with their originals.
+    """
+
+    network: FeatureNetwork
+    prefix: str  # of its names where the pictures are reconstructions: r, as in rFID
+
+    def update(self, batch: Reconstruction) -> None: ...
+
+    def compute(self) -> dict[str, float]: ...
+
+    def compare(self, real: FeatureSet, generated: FeatureSet) -> Comparison: ...
+
+
+class EvaluationProtocol(Protocol):
+    """What is measured on which pictures; a frozen dataclass whose fields are lines of the result. Wired: nothing."""
+
+    task: str  # "reconstruction" or "generation"
+    part: str  # of the data: what is reconstructed, or held out
+    count: int | None  # pictures that are reconstructed or generated; all, or as many as the reference has
+    crop: str
+    resize: str
+    rounding: str
+    reference: str  # "originals", a part of the data, or a file
+    seed: int
+
+
 class Logger(Protocol):
-    """Where numbers and pictures of a run go. Wired: run_dir, config."""
+    """Where numbers and pictures of a run go. Wired: run_dir, config, part.
+
+    `part` says what the folder is of the run in the folder above, as "stage1" of pipeline=full; "" where it is a run.
+    """
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -245,7 +397,10 @@ class Logger(Protocol):
 
 
 class Pipeline(Protocol):
-    """One thing that `python -m vqf.run` can do. Wired: config, run_dir."""
+    """One thing that `python -m vqf.run` can do. Wired: config, run_dir.
+
+    One with the attribute `parallel = True` runs in every process that torchrun starts; others are refused there.
+    """
 
     def run(self) -> float | None: ...  # what a sweeper minimises
 
@@ -261,6 +416,28 @@ def share_of(value: float, steps: int) -> int:
     return round(value * steps) if 0 < value < 1 else int(value)
 
 
-def _present(value: Tensor | None) -> Tensor:
-    assert value is not None, "every sample of a split has the same fields"
-    return value
+def _part(places: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
+    """Return the places (B, 4) of a window of pictures at `places` (B, 4)."""
+    corner, extent = places[:, :2], places[:, 2:] - places[:, :2]
+    ends = [
+        torch.tensor(each, device=places.device) / torch.tensor(grid, device=places.device)
+        for each in (start, (start[0] + size[0], start[1] + size[1]))
+    ]
+    return torch.cat([corner + extent * end for end in ends], dim=1)
+
+
+def _crop(codes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
+    """Return the part (B, h, w) of a map's codes (B, H, W) that a window of the picture's grid covers."""
+    sides = codes.shape[1:]
+    # Rounded up: where codes are coarser, the last of them may be missing, since they cover whole cells only.
+    height, width = (-(-size[i] * sides[i] // grid[i]) for i in (0, 1))
+    top = min(start[0] * sides[0] // grid[0], sides[0] - height)
+    left = min(start[1] * sides[1] // grid[1], sides[1] - width)
+    return codes[:, top : top + height, left : left + width]
+
+
+def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
+    if values[0] is None:
+        return None
+    assert all(value is not None for value in values), "every sample of a split has the same fields"
+    return torch.stack(values)  # type: ignore[arg-type]

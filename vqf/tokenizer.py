@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from vqf.errors import UserError
 from vqf.protocols import Decoder, Encoder, Quantized, Quantizer, Size, pair
 from vqf.registry import build
+from vqf.tiling import SharedNorms, decode_tiles
+
+OVERLAP = 4  # a quarter of a tile
 
 
 @dataclass
 class Reconstructed:
     """One pass through a tokenizer, with what the losses and the adaptive weight need."""
 
-    reconstructions: Tensor  # (B, 3, H, W)
+    reconstructions: Tensor  # (B, C, H, W)
     features: Tensor  # the input of the decoder's last layer
     quantized: Quantized
 
@@ -25,16 +28,20 @@ class Reconstructed:
 class Tokenizer(nn.Module):
     """Encoder, 1x1 convolution, quantizer, 1x1 convolution, decoder.
 
+    Images have C = `channels` channels, 3 unless it was trained on maps.
+
     The two convolutions (quant_conv and post_quant_conv of taming-transformers) belong to the tokenizer,
     so that every quantizer fits every encoder.
     """
 
-    def __init__(self, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, image_size: Size) -> None:
+    def __init__(
+        self, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, image_size: Size, channels: int = 3
+    ) -> None:
         super().__init__()
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.quant_conv = nn.Conv2d(encoder.dim, quantizer.dim, 1)
         self.post_quant_conv = nn.Conv2d(quantizer.dim, encoder.dim, 1)
-        self.image_size = image_size
+        self.image_size, self.channels = image_size, channels
         self.stride = encoder.stride
         self.vocab_size = quantizer.vocab_size
 
@@ -49,37 +56,56 @@ class Tokenizer(nn.Module):
         return self.decoder.last_layer
 
     def forward(self, images: Tensor) -> Reconstructed:
-        """Reconstruct images (B, 3, H, W) as in training."""
+        """Reconstruct images (B, C, H, W) as in training."""
         quantized = self.quantize(images)
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
         return Reconstructed(self.decoder.last_layer(features), features, quantized)
 
     def quantize(self, images: Tensor) -> Quantized:
-        """Encode and quantize images (B, 3, H, W); the search for the nearest code is in float32."""
+        """Encode and quantize images (B, C, H, W); the search for the nearest code is in float32."""
         latents = self.quant_conv(self.encoder(images))
         with torch.autocast(latents.device.type, enabled=False):
             return self.quantizer(latents.to(torch.promote_types(latents.dtype, torch.float32)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Turn images (B, 3, H, W) in [-1, 1] into indices (B, H / stride, W / stride)."""
+        """Turn images (B, C, H, W) in [-1, 1] into indices (B, H / stride, W / stride)."""
         self._check(images)
         return self.quantize(images).indices
 
     @torch.no_grad()
-    def decode(self, indices: Tensor) -> Tensor:
-        """Turn indices (B, h, w) into images (B, 3, h * stride, w * stride), clamped to [-1, 1]."""
-        latents = self.quantizer.lookup(indices)
-        return self.decoder(self.post_quant_conv(latents)).clamp(-1, 1)
+    def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
+        """Turn indices (B, h, w) into images (B, C, h * stride, w * stride).
+
+        Pictures of 1 and 3 channels are clamped to [-1, 1]; with more, the channels are logits of classes.
+
+        Args:
+            indices: (B, h, w) int64.
+            tile: Decode no more than so many codes per side at once, in tiles that overlap by a quarter and fade into
+                each other. It is not the same to the bit: attention sees a tile in place of the whole, and norms use
+                the average over all tiles, for which every tile is decoded twice.
+        """
+        if tile is None or max(indices.shape[1:]) <= tile:
+            images = self._draw(indices)
+        else:
+            norms, options = SharedNorms(self), (self.stride, tile, -(-tile // OVERLAP))
+            with norms.measuring():
+                decode_tiles(self._draw, indices, *options)
+            with norms.applied():
+                images = decode_tiles(self._draw, indices, *options)
+        return images.clamp(-1, 1) if self.channels in (1, 3) else images
+
+    def _draw(self, indices: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(self.quantizer.lookup(indices)))
 
     def tokens(self, images: Tensor) -> Tensor:
         """Turn images into token sequences (B, h * w), row by row."""
         return rearrange(self.encode(images), "b h w -> b (h w)")
 
-    def images(self, tokens: Tensor, grid: Size | None = None) -> Tensor:
-        """Turn token sequences (B, h * w) of a grid into images."""
+    def images(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
+        """Turn token sequences (B, h * w) of a grid into images; see `decode`."""
         height, width = grid or self.grid
-        return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width))
+        return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width), tile)
 
     def fingerprint(self) -> str:
         """Hash the weights: tokens of one tokenizer mean nothing to another."""
@@ -90,8 +116,8 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()[:16]
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W) in [-1, 1], not {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"images must be (B, {self.channels}, H, W) in [-1, 1], not {tuple(images.shape)}")
         if images.shape[2] % self.stride or images.shape[3] % self.stride:
             raise ValueError(
                 f"image height and width must be multiples of the encoder's stride {self.stride}, "
@@ -99,27 +125,33 @@ class Tokenizer(nn.Module):
             )
 
 
-def build_tokenizer(model: DictConfig, image_size: int | Size) -> Tokenizer:
+def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3) -> Tokenizer:
     """Build the tokenizer that the nodes encoder, quantizer and decoder of `model` describe.
+
+    Args:
+        model: Holds the nodes.
+        image_size: Of the pictures that it learns.
+        channels: Of the pictures: 3 for colours, 1 for depth, one for every class of a segmentation.
 
     Raises:
         UserError: If the parts do not fit each other or the image size.
     """
     size = pair(image_size)
-    encoder = build("encoder", model.encoder, in_channels=3, image_size=max(size))
+    nominal = min(size)  # so that weights of a square run of that size fit
+    encoder = build("encoder", model.encoder, in_channels=channels, image_size=nominal)
     if size[0] % encoder.stride or size[1] % encoder.stride:
         nearest = max(round(size[0] / encoder.stride), 1) * encoder.stride
         raise UserError(
             f"image_size={_word(size)}: the stride {encoder.stride} of encoder '{model.encoder.name}' must divide it; "
             f"the nearest that fits is image_size={nearest}"
         )
-    decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=3, image_size=max(size))
+    decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=channels, image_size=nominal)
     if decoder.stride != encoder.stride:
         raise UserError(
             f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder.stride}, encoder "
             f"'{model.encoder.name}' shrinks by {encoder.stride}; give both the same multipliers and stem"
         )
-    return Tokenizer(encoder, build("quantizer", model.quantizer), decoder, size)
+    return Tokenizer(encoder, build("quantizer", model.quantizer), decoder, size, channels)
 
 
 def _word(size: Size) -> str:

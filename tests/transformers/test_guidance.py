@@ -109,7 +109,7 @@ def test_without_guidance_nothing_is_asked_twice() -> None:
 
 
 def test_guidance_without_a_null_prefix_says_what_to_train() -> None:
-    with pytest.raises(UserError, match=r"sampler\.guidance=3: .* model\.conditioner\.drop=0\.1") as caught:
+    with pytest.raises(UserError, match=r"sampler\.guidance=3: .* model\.conditioner\.label\.drop=0\.1") as caught:
         build("sampler", GUIDED)(gpt(), torch.tensor([[0, 1]]), (3, 4), seed=0)
     assert "\n" not in str(caught.value)
 

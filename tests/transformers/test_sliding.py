@@ -132,7 +132,8 @@ def test_a_spatial_condition_is_cropped_with_the_window(ways: dict, callable_pre
     model = gpt(12, 12)
     plain = one_by_one(model, condition, 2, grid, window)
 
-    def by_start(at: tuple[int, int]) -> Tensor:
+    def by_start(at: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        assert size == window
         return torch.cat([condition(b, *at) for b in range(2)])
 
     prefix: Any = by_start if callable_prefix else layout
@@ -165,7 +166,7 @@ def test_guidance_is_the_same_every_way(schedule: str) -> None:
     assert not torch.equal(drawn[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
     whole = build("sampler", {"name": "autoregressive", **options})(gpt(16), prefix, (4, 4), seed=1, null_prefix=null)
     assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), whole)
-    with pytest.raises(UserError, match=r"model\.conditioner\.drop"):
+    with pytest.raises(UserError, match=r"model\.conditioner\.label\.drop"):
         sampler((4, 4), **options)(gpt(16), prefix, (6, 9), seed=SEED)
 
 

@@ -1,15 +1,18 @@
 """Everything in one go: a tokenizer, its tokens, a prior, samples, numbers and a page that shows them."""
 
-import json
 import math
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from vqf import terminal
-from vqf.pipelines.common import chosen, start_run
+from vqf import ranks, terminal
+from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.common import chosen, save_numbers, start_run
+from vqf.pipelines.cost import Meter
+from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS, senses
 from vqf.pipelines.loop import Evaluation
+from vqf.pipelines.saver import best_by
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import register
@@ -20,18 +23,26 @@ TABLE = "held-out pictures"
 
 @register("pipeline", "full")
 class Full:
-    """Both stages after each other; `stage2.*` says what the second does differently."""
+    """Both stages after each other; `stage2.*` says what the second does differently.
+
+    Where the prior reads maps and no run has their tokenizer, it is trained, too; `maps.*` says how it differs.
+    """
+
+    parallel = True
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
 
     def run(self) -> float | None:
         """Train both stages, write `metrics.json` and the report. Returns stage 2's nats per token."""
-        began = time.monotonic()
+        meter = Meter()
+        best_by(self.config.checkpoint.best, {**senses(self.config), **NUMBERS_OF_PRIORS})
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
-        first = Stage1(self._config(stage1), stage1).train()
-        second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2).train()
-        self._conclude(first, second, began)
+        self._train_maps(self.run_dir / "maps")
+        first = Stage1(self._config(stage1), stage1).train("stage1")
+        second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2).train("stage2")
+        if ranks.first():
+            self._conclude(first, second, meter)
         return second.scalars["nats_per_token"]
 
     def _config(self, run_dir: Path, **values: object) -> DictConfig:
@@ -44,23 +55,46 @@ class Full:
                 config.resume = True
             for key, value in values.items():
                 config[key] = str(value) if isinstance(value, Path) else value
+            if config.checkpoint.best not in (NUMBERS_OF_PRIORS if run_dir.name == "stage2" else senses(config)):
+                config.checkpoint.best = None  # a number of the other stage
         return config
+
+    def _train_maps(self, run_dir: Path) -> None:
+        """Train the tokenizer of maps if the prior reads maps and nobody says which run has theirs."""
+        told = chosen(self.config.model, "conditioner").get("spatial")
+        if told is None or told.run is not None:
+            return
+        self.config = self.config.copy()
+        self.config.model.conditioner.spatial.run = str(run_dir)
+        config = self._config(run_dir, subject="condition")
+        for key, value in self.config.maps.items():
+            if key == "model":
+                config.model.update(value)
+            else:
+                config[key] = value
+        Stage1(config, run_dir).train("maps")
 
     def _second(self) -> dict[str, object]:
         return {str(key): value for key, value in self.config.stage2.items()}
 
-    def _conclude(self, first: Evaluation, second: Evaluation, began: float) -> None:
-        numbers = {TABLE: first.scalars, "codes": second.scalars}
-        (self.run_dir / "metrics.json").write_text(json.dumps(numbers, indent=1))
-        with start_run(self.config, self.run_dir, began) as journal:
-            journal.images(self.config.steps, "reconstructions", first.images["reconstructions"])
-            journal.images(self.config.stage2.steps, "samples", second.images["samples"])
-        seconds = time.monotonic() - began
+    def _conclude(self, first: Evaluation, second: Evaluation, meter: Meter) -> None:
+        save_numbers(self.run_dir, {TABLE: first.scalars, "codes": second.scalars})
+        with start_run(self.config, self.run_dir, meter) as journal:
+            journal.images(self._steps("stage1"), "reconstructions", first.images["reconstructions"])
+            for name, images in second.images.items():
+                journal.images(self._steps("stage2"), name, images)
+        seconds = meter.seconds
         nats, most = second.scalars["nats_per_token"], second.scalars["log_vocabulary"]
         rows = [(key, f"{value:.4g}") for key, value in first.scalars.items()]
         rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  of a code drawn blindly", f"{most:.3f}")]
+        rows += _class_rows(second.scalars)
         terminal.table(f"{TABLE}, after {math.floor(seconds / 60)} min {seconds % 60:.0f} s", ("metric", "value"), rows)
         self._point()
+
+    def _steps(self, stage: str) -> int:
+        """Return the steps of a stage that is finished; `minutes` may have decided them."""
+        found = newest(self.run_dir / stage)
+        return self.config.steps if found is None else found.step
 
     def _point(self) -> None:
         for path in [*sorted((self.run_dir / "images").glob("*-latest.png")), self.run_dir / "report.html"]:
@@ -77,3 +111,10 @@ class Full:
             f"pipeline=reconstruct run={run} images=FOLDER_OF_YOUR_PICTURES",
             '-m experiment=quickstart pipeline=stage1 model/quantizer=vq,ema "model/loss=[l1],[l1,features]"',
         ]
+
+
+def _class_rows(scalars: Mapping[str, float]) -> list[tuple[str, str]]:
+    if "class_accuracy" not in scalars:
+        return []
+    samples, real, chance = (f"{scalars[f'class_accuracy{each}']:.1%}" for each in ("", "_real", "_chance"))
+    return [("stage 2, samples seen as their class", samples), ("  held-out pictures; chance", f"{real}; {chance}")]

@@ -1,15 +1,18 @@
 """From a run on disk back to a model: its own config says what to build, its weights fill it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from vqf.conditions import Conditions
 from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.checkpoint import Checkpoint, locate
-from vqf.registry import build, check
+from vqf.pipelines.common import chosen
+from vqf.registry import build, check, nodes
 from vqf.tokenizer import Tokenizer, build_tokenizer
 
 TOKENIZER_PARTS = ("encoder", "quantizer", "decoder")
@@ -56,15 +59,15 @@ def find_generator(path: str | Path | None) -> Checkpoint:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Rebuild the tokenizer of a checkpoint, with averaged weights where it has them, in eval mode."""
-    model = checkpoint.config.model
     _check_registered(checkpoint, TOKENIZER_PARTS)
+    model = checkpoint.config.model
     size: Sequence[int] = checkpoint.state["image_size"]
-    tokenizer = build_tokenizer(model, (size[0], size[1]))
+    tokenizer = build_tokenizer(model, (size[0], size[1]), checkpoint.state.get("channels", 3))
     if checkpoint.kind == "stage2":
         name = "tokenizer"
     else:
         name = "ema" if checkpoint.has("ema") else "model"
-    tokenizer.load_state_dict(checkpoint.weights(name))
+    _fill(tokenizer, checkpoint, name)
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -78,21 +81,56 @@ def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) ->
     config = checkpoint.config
     _check_registered(checkpoint, ("conditioner", "prior"))
     tokenizer = load_tokenizer(checkpoint)
-    generator = build_generator(config, tokenizer, checkpoint.state["classes"], sampler)
+    coders = Coders(checkpoint.state.get("coders", {}))
+    generator = build_generator(config, tokenizer, checkpoint.state["classes"], coders, sampler)
     assert isinstance(generator.prior, torch.nn.Module)
-    generator.prior.load_state_dict(checkpoint.weights("ema" if checkpoint.has("ema") else "model"))
+    _fill(generator.prior, checkpoint, "ema" if checkpoint.has("ema") else "model")
     if checkpoint.has("conditioner"):
-        assert isinstance(generator.conditioner, torch.nn.Module)
-        generator.conditioner.load_state_dict(checkpoint.weights("conditioner"))
+        _fill(generator.conditioner, checkpoint, "conditioner")
     return generator.eval().requires_grad_(False)
 
 
+class Coders:
+    """The tokenizers that conditioners ask for, by the folder of the run that trained each.
+
+    A checkpoint of stage 2 keeps their weights with the conditioner's, and here how they are built, so that it needs
+    no other folder.
+
+    Args:
+        facts: By folder, what is needed to build the tokenizer; its weights come later.
+    """
+
+    def __init__(self, facts: Mapping[str, Any] | None = None) -> None:
+        self.facts = dict(facts or {})
+
+    def __call__(self, run: str) -> Tokenizer:
+        """Build the tokenizer of a run, with its weights unless the facts are known."""
+        if run in self.facts:
+            facts = self.facts[run]
+            size: Sequence[int] = facts["image_size"]
+            built = build_tokenizer(OmegaConf.create(facts["model"]), (size[0], size[1]), facts["channels"])
+            return built.eval().requires_grad_(False)
+        checkpoint = find_tokenizer(run)
+        tokenizer, model = load_tokenizer(checkpoint), checkpoint.config.model
+        parts = {part: OmegaConf.to_container(model[part], resolve=True) for part in TOKENIZER_PARTS}
+        self.facts[run] = {"model": parts, "image_size": list(tokenizer.image_size), "channels": tokenizer.channels}
+        return tokenizer
+
+
 def build_generator(
-    config: DictConfig, tokenizer: Tokenizer, classes: Sequence[str], sampler: DictConfig | None = None
+    config: DictConfig,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    coders: Coders | None = None,
+    sampler: DictConfig | None = None,
 ) -> Generator:
     """Build what stands on a tokenizer, untrained: everything wired comes from built objects."""
-    conditioner = build("conditioner", config.model.conditioner, classes=len(classes))
     grid = tokenizer.grid
+    wired = {"classes": len(classes), "grid": grid, "tokenizer": tokenizer, "open_tokenizer": coders or Coders()}
+    parts = {name: build("conditioner", node, **wired) for name, node in chosen(config.model, "conditioner").items()}
+    if not parts:
+        raise UserError("model.conditioner: none is chosen; model/conditioner=none gives a prior its start token")
+    conditioner = Conditions(parts)
     prior = build(
         "prior",
         config.model.prior,
@@ -105,10 +143,25 @@ def build_generator(
     return Generator(tokenizer, conditioner, prior, build("sampler", sampler or config.sampler), classes)
 
 
+def _fill(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    weights = checkpoint.weights(name)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1:2]).strip()
+        raise UserError(
+            f"{checkpoint.path}: {name}.safetensors is not of the model in config.yaml ({reason})"
+        ) from error
+
+
 def _check_registered(checkpoint: Checkpoint, kinds: Sequence[str]) -> None:
-    for kind in kinds:
+    if not isinstance(checkpoint.config.get("model"), DictConfig):
+        raise UserError(f"{checkpoint.path}: its config.yaml describes no model")
+    for kind, node, place in nodes(checkpoint.config):
+        if kind not in kinds:
+            continue
         try:
-            check(kind, checkpoint.config.model[kind], f"model.{kind}")
+            check(kind, node, place)
         except UserError as error:
             plugins = OmegaConf.to_container(checkpoint.config.get("plugins") or OmegaConf.create([]))
             cure = f"; it was trained with plugins={plugins}: load them first" if plugins else ""

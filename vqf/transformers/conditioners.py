@@ -19,8 +19,7 @@ class NoCondition(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return (B, 1) zeros."""
-        present = next(each for each in (batch.tokens, batch.labels, batch.images) if each is not None)
-        return torch.zeros(len(batch), 1, dtype=torch.int64, device=present.device)
+        return torch.zeros(len(batch), 1, dtype=torch.int64, device=batch.any.device)
 
 
 @register("conditioner", "label")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqf.protocols import Size
 from vqf.registry import register
@@ -105,6 +106,7 @@ class Llama(nn.Module):
         base: Of the rotations' frequencies.
         qk_norm: Normalise queries and keys, which keeps large models stable; LlamaGen does not.
         dropout: Of the embeddings, the attention weights and both residual branches; LlamaGen's is 0.1.
+        gradient_checkpointing: As for `gpt`.
     """
 
     rotation: Tensor
@@ -124,11 +126,13 @@ class Llama(nn.Module):
         base: float = 10000.0,
         qk_norm: bool = False,
         dropout: float = 0.1,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(layers, heads, dim, multiple_of, base, dropout, prefix_length)
         assert length == grid[0] * grid[1]
         self.vocab_size, self.length, self.prefix_length = vocab_size, length, prefix_length
+        self.gradient_checkpointing = gradient_checkpointing
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.prefix_embedding = nn.Embedding(prefix_vocab, dim)
         self.dropout = nn.Dropout(dropout)
@@ -152,7 +156,8 @@ class Llama(nn.Module):
         x = self._embed(prefix, tokens[:, :-1])
         rotation = self.rotation[:, : x.shape[1]]
         for block in self.blocks:
-            x = block(x, rotation)
+            again = self.gradient_checkpointing
+            x = checkpoint(block, x, rotation, use_reentrant=False) if again else block(x, rotation)
         return self.head(self.norm(x[:, self.prefix_length - 1 :]))
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Drawing:
         if self.guided and null_prefix is None:
             raise UserError(
                 f"sampler.guidance={self.guidance:g}: the prior has not learned to go without its condition; "
-                "train it with model/conditioner=label model.conditioner.drop=0.1"
+                "train it with the option drop of its condition, as in model.conditioner.label.drop=0.1"
             )
 
 
@@ -160,7 +160,7 @@ class AutoregressiveSampler(Drawing):
         top_p: Draw among the best codes that together reach this probability; all by default.
         min_p: Draw among the codes at least this many times as likely as the best; all by default.
         guidance: s of classifier-free guidance, u + s (c - u); 1 is none. It needs a prior that was trained with
-            `model.conditioner.drop` and costs a second pass.
+            `model.conditioner.label.drop`, or that of another condition, and costs a second pass.
         guidance_schedule: How s moves from the first token to the last; see `vqf.transformers.guidance.scale_at`.
         guidance_interval: Shares of the sample between which `interval` guides.
         guidance_power: Of `power_cosine`.

@@ -24,7 +24,7 @@ from vqf.registry import register
 from vqf.transformers.guidance import Schedule
 from vqf.transformers.sampling import Drawing, check_numbers, draw, many_uniforms, start
 
-Prefix = Tensor | Callable[[Size], Tensor]
+Prefix = Tensor | Callable[[Size, Size], Tensor]
 
 
 def window_start(position: int, window: int, length: int) -> int:
@@ -48,12 +48,12 @@ def crop(prefix: Prefix, at: Size, window: Size) -> Tensor:
 
     Args:
         prefix: (B, M), the same for every window; (B, H, W), a condition for every token of the grid, whose window
-            is read row by row; or a function of the start that gives (B, M), for everything else.
+            is read row by row; or a function of start and size that gives (B, M), for everything else.
         at: Start of the window.
         window: Its height and width.
     """
     if not isinstance(prefix, Tensor):
-        return prefix(at)
+        return prefix(at, window)
     if prefix.ndim == 2:
         return prefix
     return prefix[:, at[0] : at[0] + window[0], at[1] : at[1] + window[1]].flatten(1)
@@ -124,7 +124,7 @@ class SlidingWindow(Drawing):
 
         Args:
             prior: Gives logits; see `vqf.protocols.Prior`. One whose `begin` takes `tokens`, too, reads them at once.
-            prefix: The condition: (B, M), (B, H, W) or a function of a window's start; see `crop`.
+            prefix: The condition: (B, M), (B, H, W) or a function of a window's start and size; see `crop`.
             grid: Height and width in tokens.
             seed: With `first + i` it decides sample i; every place of the grid has a number of its own.
             first: Index of the batch's first sample.

@@ -1,0 +1,66 @@
+"""Several conditioners at once: what stage 2 is told, one after the other, in front of the codes of a picture."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vqf.protocols import Batch, Conditioner
+
+
+class Conditions(nn.Module):
+    """Conditioners side by side, each with ids of its own.
+
+    Args:
+        parts: By name; their tokens stand in this order.
+    """
+
+    def __init__(self, parts: Mapping[str, Conditioner]) -> None:
+        super().__init__()
+        assert parts, "stage 2 has at least a start token in front"
+        self.parts = dict(parts)
+        self.weights = nn.ModuleDict({name: each for name, each in parts.items() if isinstance(each, nn.Module)})
+        self.vocab_size = sum(each.vocab_size for each in parts.values())
+        self.length = sum(each.length for each in parts.values())
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of the pictures that a condition is drawn as; None where no condition is a picture."""
+        found = [each.channels for each in self.parts.values() if hasattr(each, "channels")]
+        return found[0] if found else None
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that must divide the sides of those pictures."""
+        return math.lcm(*(getattr(each, "multiple", 1) for each in self.parts.values()))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with the codes of all pictures that a condition is made of."""
+        for each in self.parts.values():
+            if hasattr(each, "prepare"):
+                batch = each.prepare(batch)
+        return batch
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the prefix (B, M)."""
+        return self._joined(each(batch) for each in self.parts.values())
+
+    def null(self, batch: Batch) -> Tensor | None:
+        """Return the prefix (B, M) without what can be left out; None if nothing can."""
+        without = [each.null(batch) if hasattr(each, "null") else None for each in self.parts.values()]
+        if all(each is None for each in without):
+            return None
+        parts = zip(self.parts.values(), without, strict=True)
+        return self._joined(part(batch) if left is None else left for part, left in parts)
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """Draw every condition that can be drawn, (B, C, H, W) each."""
+        return {name: each.show(batch) for name, each in self.parts.items() if hasattr(each, "show")}
+
+    def _joined(self, prefixes: Iterable[Tensor]) -> Tensor:
+        first, shifted = 0, []
+        for part, prefix in zip(self.parts.values(), prefixes, strict=True):
+            shifted.append(prefix + first)
+            first += part.vocab_size
+        return torch.cat(shifted, dim=1)

@@ -1,0 +1,219 @@
+"""Conditions that say something about every place of a picture.
+
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a map is
+turned into codes by a tokenizer of its own, and those are put in front of the codes of the picture.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqf.errors import UserError
+from vqf.protocols import Batch, Coder, Size
+from vqf.registry import register
+
+OpenTokenizer = Callable[[str], Coder]
+ANYWHERE = (0.0, 0.0, 1.0, 1.0)
+
+
+class _Codes(nn.Module):
+    """What conditioners share that put the codes of some picture in front."""
+
+    name: str  # under which a batch keeps the codes
+
+    def __init__(self, vocab_size: int, length: int, drop: float) -> None:
+        super().__init__()
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop must be in [0, 1), not {drop}")
+        self.length, self.drop = length, drop
+        self.null_code = vocab_size if drop else None
+        self.vocab_size = vocab_size + bool(drop)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with the codes (B, h, w) of its pictures."""
+        return replace(batch, codes={**batch.codes, self.name: self.encode(batch)})
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the codes row by row as (B, M)."""
+        if self.name not in batch.codes:
+            batch = self.prepare(batch)
+        codes = rearrange(batch.codes[self.name], "b h w -> b (h w)")
+        if codes.shape[1] != self.length:
+            raise UserError(f"the condition has {codes.shape[1]} codes, the prior was trained with {self.length}")
+        if not self.training or self.null_code is None:
+            return codes
+        dropped = torch.rand(len(codes), 1, device=codes.device) < self.drop
+        return codes.masked_fill(dropped, self.null_code)
+
+    def null(self, batch: Batch) -> Tensor | None:
+        """Return the prefix (B, M) of no condition, or None if the prior has never seen one."""
+        if self.null_code is None:
+            return None
+        return torch.full((len(batch), self.length), self.null_code, device=batch.any.device)
+
+    def encode(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+@register("conditioner", "spatial")
+class Spatial(_Codes):
+    """The codes of a map of the same place, by the map's own tokenizer.
+
+    Args:
+        tokenizer: The run of the map's tokenizer, `pipeline=stage1 subject=condition`; `pipeline=full` trains one where
+            none is named.
+        downsample: Shrink the map by this factor before it is encoded: fewer codes in front (`downsample_cond_size` of
+            taming-transformers).
+        drop: Share of the maps that training hides, so that guidance works.
+    """
+
+    name = "spatial"
+
+    def __init__(
+        self,
+        grid: Size,
+        tokenizer: Coder,
+        open_tokenizer: OpenTokenizer,
+        *,
+        run: str | None = None,
+        downsample: int = 1,
+        drop: float = 0.0,
+    ) -> None:
+        if run is None:
+            raise UserError(
+                "model.conditioner.spatial.run: a map has a tokenizer of its own; name its run, or let pipeline=full "
+                "train it. python -m vqf.run pipeline=stage1 subject=condition trains one by itself"
+            )
+        if downsample < 1:
+            raise ValueError(f"downsample must be at least 1, not {downsample}")
+        coder = open_tokenizer(run)
+        super().__init__(coder.vocab_size, _cells(grid, tokenizer.stride, coder.stride * downsample), drop)
+        self.tokenizer, self.downsample, self.channels = coder, downsample, coder.channels
+        self.multiple = coder.stride * downsample
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the codes (B, h, w) of the maps (B, C, H, W)."""
+        if batch.conditions is None:
+            raise UserError(
+                "conditioner 'spatial': the data has no maps beside its pictures; data=pairs and data=earth do"
+            )
+        return self.tokenizer.encode(_smaller(batch.conditions, self.downsample, "nearest"))
+
+    def show(self, batch: Batch) -> Tensor:
+        """Draw the maps (B, C, H, W) as their codes keep them."""
+        return self.tokenizer.decode(batch.codes[self.name])
+
+
+@register("conditioner", "image")
+class Image(_Codes):
+    """The codes of a poorer picture of the same thing: a smaller one, or its edges.
+
+    Args:
+        view: `low_resolution`, or `edges`, their strength by the Sobel operator.
+        factor: How many times smaller its sides are.
+        run: The run of the tokenizer that encodes it; the pictures' own by default.
+        drop: Share of the pictures that training hides, so that guidance works.
+    """
+
+    name = "image"
+
+    def __init__(
+        self,
+        grid: Size,
+        tokenizer: Coder,
+        open_tokenizer: OpenTokenizer,
+        *,
+        view: Literal["low_resolution", "edges"] = "low_resolution",
+        factor: int = 4,
+        run: str | None = None,
+        drop: float = 0.0,
+    ) -> None:
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, not {factor}")
+        coder = tokenizer if run is None else open_tokenizer(run)
+        super().__init__(coder.vocab_size, _cells(grid, tokenizer.stride, coder.stride * factor), drop)
+        # In a list, the pictures' own is no part of this module: its weights are kept elsewhere.
+        self.borrowed, self.tokenizer = [tokenizer], None if run is None else coder
+        self.view, self.factor, self.channels = view, factor, tokenizer.channels
+        self.multiple = coder.stride * factor
+
+    @property
+    def coder(self) -> Coder:
+        """The tokenizer that encodes what is seen."""
+        return self.tokenizer or self.borrowed[0]
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the codes (B, h, w) of a view of the images (B, C, H, W)."""
+        if batch.images is None:
+            raise UserError("conditioner 'image' needs a picture to look at; condition=picture.png gives one")
+        return self.coder.encode(self.look(batch.images))
+
+    def look(self, images: Tensor) -> Tensor:
+        """Return what is told of images (B, C, H, W) in [-1, 1]."""
+        return _smaller(edges(images) if self.view == "edges" else images, self.factor, "area")
+
+    def show(self, batch: Batch) -> Tensor:
+        """Draw what is told, as the codes keep it, as large as the pictures."""
+        small = self.coder.decode(batch.codes[self.name])
+        return F.interpolate(small, scale_factor=float(self.factor), mode="nearest")
+
+
+@register("conditioner", "coordinates")
+class Coordinates(nn.Module):
+    """Where in the whole picture every code stands; a crop, and a window, thus knows what it is a part of.
+
+    `CoordStage` of taming-transformers, with rows and columns that no picture size mixes up.
+
+    Args:
+        rows: Steps that the height of the whole picture is divided into; 1 tells nothing of it.
+        columns: Steps that its width is divided into.
+    """
+
+    def __init__(self, grid: Size, *, rows: int = 32, columns: int = 32) -> None:
+        super().__init__()
+        if min(rows, columns) < 1:
+            raise ValueError(f"rows and columns must be at least 1, not {rows} and {columns}")
+        self.grid, self.bins = grid, (rows, columns)
+        self.length, self.vocab_size = grid[0] * grid[1], rows * columns
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return (B, h * w): row step times `columns`, plus column step, of the centre of every code."""
+        device = batch.any.device
+        whole = torch.tensor(ANYWHERE, device=device).expand(len(batch), 4)
+        places = whole if batch.places is None else batch.places.to(torch.float32)
+        rows, columns = (self._steps(places[:, i], places[:, i + 2], self.grid[i], self.bins[i]) for i in (0, 1))
+        return rearrange(rows[:, :, None] * self.bins[1] + columns[:, None, :], "b h w -> b (h w)")
+
+    @staticmethod
+    def _steps(first: Tensor, last: Tensor, count: int, bins: int) -> Tensor:
+        centres = (torch.arange(count, device=first.device) + 0.5) / count
+        shares = first[:, None] + (last - first)[:, None] * centres
+        return (shares * bins).long().clamp(0, bins - 1)
+
+
+def edges(images: Tensor) -> Tensor:
+    """Return the strength of the edges of images (B, C, H, W) in [-1, 1], in the same range and shape."""
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(grey) / 8
+    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])
+    strength = gradient.norm(dim=1, keepdim=True).clamp(max=1)  # the steepest is from -1 to 1 in two pixels
+    return (strength * 2 - 1).expand_as(images)
+
+
+def _cells(grid: Size, stride: int, other: int) -> int:
+    """Return how many codes of a picture with another stride cover a grid."""
+    sides = [side * stride for side in grid]
+    if any(side % other for side in sides):
+        raise ValueError(f"a condition of {sides[0]} x {sides[1]} pixels does not divide into codes of {other} pixels")
+    return (sides[0] // other) * (sides[1] // other)
+
+
+def _smaller(pictures: Tensor, factor: int, mode: str) -> Tensor:
+    if factor == 1:
+        return pictures
+    return F.interpolate(pictures, size=(pictures.shape[2] // factor, pictures.shape[3] // factor), mode=mode)

@@ -232,8 +232,8 @@ def broken(change: str) -> dict[str, Tensor]:
         ("two", "several tokenizers (, other.) in it"),
         (
             "depth",
-            "it reads images of 1 channel; vqf's tokenizers read 3: "
-            "tokenizers of depth and label maps are not supported",
+            "does not fit the model that its own sizes describe: 'decoder.conv_out.weight' is [3, 32, 3, 3], not "
+            "[1, 32, 3, 3]; 'decoder.conv_out.bias' is [3], not [1]",
         ),
         (
             "other",

@@ -21,16 +21,16 @@ Nodes = dict[str, Any]  # a mapping for every part of a model; null for one that
 NAMED = 3  # faults that an error names
 
 
-def blank_tokenizer(nodes: Nodes, size: Size) -> Tokenizer:
+def blank_tokenizer(nodes: Nodes, size: Size, channels: int = 3) -> Tokenizer:
     """Build a tokenizer on the meta device."""
     with torch.device("meta"):
-        return build_tokenizer(OmegaConf.create(dict(nodes)), size)
+        return build_tokenizer(OmegaConf.create(dict(nodes)), size, channels)
 
 
-def blank_discriminator(node: Node) -> nn.Module:
+def blank_discriminator(node: Node, channels: int = 3) -> nn.Module:
     """Build a discriminator on the meta device, under the names of a run's checkpoint."""
     with torch.device("meta"):
-        return nn.ModuleDict({"discriminator": build("discriminator", node, in_channels=3)})
+        return nn.ModuleDict({"discriminator": build("discriminator", node, in_channels=channels)})
 
 
 @dataclass(frozen=True)

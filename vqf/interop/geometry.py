@@ -14,12 +14,7 @@ Node = dict[str, Any]
 
 def encoder_node(shapes: Shapes, image_size: int) -> Node:
     """Describe the encoder of a tokenizer."""
-    channels, in_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
-    if in_channels != 3:
-        raise UserError(
-            f"it reads images of {in_channels} channel{'s' * (in_channels != 1)}; vqf's tokenizers read 3: "
-            "tokenizers of depth and label maps are not supported"
-        )
+    channels = _shape(shapes, "encoder.conv_in.weight")[0]
     return {
         "name": "conv",
         "dim": _shape(shapes, "encoder.conv_out.weight")[0],
@@ -38,6 +33,11 @@ def decoder_node(shapes: Shapes, image_size: int) -> Node:
         "blocks": node["blocks"] - 1,  # one more than the encoder's
         "middle_attention": "decoder.mid.2.norm1.weight" in shapes,
     }
+
+
+def image_channels(shapes: Shapes) -> int:
+    """Return the channels of the images of a tokenizer: 3, 1 of depth, or one for every class of a segmentation."""
+    return _shape(shapes, "encoder.conv_in.weight")[1]
 
 
 def quantizer_node(shapes: Shapes, name: str) -> Node:

@@ -84,27 +84,37 @@ def read(
 
 def _read_second_stage(contents: Contents, layout: Layout, result: Read, asked: Asked) -> None:
     _check_order(contents)
-    blank = blank_tokenizer(result.tokenizer.nodes, result.image_size)
+    blank = blank_tokenizer(result.tokenizer.nodes, result.image_size, result.tokenizer.channels)
     result.condition = _read_condition(contents, layout, result)
     result.classes = [str(i) for i in range(classes_of(contents, asked))]
     length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.grid[0] * blank.grid[1])
-    node = {"name": "label" if result.classes else "none"} if length == 1 else None
+    node = _conditioner(contents, result) if length == 1 or result.condition else None
     codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"] if result.condition else blank.vocab_size
-    prefix = Prefix(len(result.classes) or 1, 1) if node else Prefix(codes, length)
+    prefix = Prefix(len(result.classes) or 1, 1) if length == 1 else Prefix(codes, length)
     result.prior = read_prior(contents, blank, prefix, asked, result.report)
     result.prior.nodes["conditioner"] = node
     if node is None:
         result.report.note(
-            f"the prior reads {length} tokens of condition, for which vqf has no conditioner: it is kept in the run, "
+            f"the prior reads {length} tokens of a condition that the file does not hold: it is kept in the run, "
             "which can reconstruct but not sample"
         )
+
+
+def _conditioner(contents: Contents, result: Read) -> Nodes:
+    """Return the nodes of the condition; which run holds the tokenizer of a map is not known yet."""
+    if result.condition is None:
+        name = "label" if result.classes else "none"
+        return {name: {"name": name}}
+    small = settings.condition_size(contents.settings)
+    downsample = result.image_size[0] // small if small else 1
+    return {"spatial": {"name": "spatial", "run": None, "downsample": downsample}}
 
 
 def _condition_tokens(contents: Contents, condition: Read | None) -> int | None:
     if condition is None:
         return None
     small = settings.condition_size(contents.settings)
-    stride = blank_tokenizer(condition.tokenizer.nodes, condition.image_size).stride
+    stride = blank_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels).stride
     height, width = (small, small) if small else condition.image_size
     return (height // stride) * (width // stride)
 

@@ -34,6 +34,7 @@ class Part:
     average: Weights = field(default_factory=dict)
     state: State | None = None  # of its optimizer
     image_size: Size = (ASSUMED, ASSUMED)
+    channels: int = 3  # of its images
 
 
 def find_layout(contents: Contents, source: str) -> Layout:
@@ -88,8 +89,9 @@ def read_tokenizer(contents: Contents, prefix: str, layout: Layout, size: Size |
     weights = {new: take(contents.tensors[prefix + name], rule) for name, (new, rule) in moved.items()}
     try:
         size = size or _size(contents, weights, report)
-        nodes = _nodes(contents, kind, weights, max(size))
-        blank = blank_tokenizer(nodes, size)
+        nodes = _nodes(contents, kind, weights, min(size))
+        channels = geometry.image_channels(shapes(weights))
+        blank = blank_tokenizer(nodes, size, channels)
     except UserError as error:
         raise UserError(f"{contents.path}: {error}") from error
     _check_norms(contents, blank)
@@ -101,7 +103,7 @@ def read_tokenizer(contents: Contents, prefix: str, layout: Layout, size: Size |
     renamed = {name: new for name, (new, _) in moved.items()}
     ordered = [name for start in PARTS for name in renamed if name.startswith(start)]
     state = read_state(contents, 0, [ordered], renamed, blank, "tokenizer", report)
-    return Part(nodes, weights, _average(contents, prefix, moved, weights), state, size)
+    return Part(nodes, weights, _average(contents, prefix, moved, weights), state, size, channels)
 
 
 def read_discriminator(contents: Contents, prefix: str, report: Report) -> Part | None:
@@ -111,7 +113,7 @@ def read_discriminator(contents: Contents, prefix: str, report: Report) -> Part 
     renamed = {name: found[0] for name in names if (found := table.ours(name))}
     weights = {new: take(contents.tensors[prefix + name]) for name, new in renamed.items()}
     node = geometry.discriminator_node(shapes(weights))
-    blank = None if node is None else blank_discriminator(node)
+    blank = None if node is None else blank_discriminator(node, weights["discriminator.main.0.weight"].shape[1])
     if node is None or blank is None or shapes(blank.state_dict()) != shapes(weights):
         for name in names:
             report.leave(prefix + name, "a discriminator that is no PatchGAN with batch norm")

@@ -51,7 +51,7 @@ def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: Layout) -> Wri
     if held := [name for name in HELD_BACK if weights.pop(name, None) is not None]:
         notes.append(f"left out, since only training needs them: {', '.join(held)}")
     tensors, names = _translate(weights, [*layout.rules, *WRITTEN[quantizer]], layout.name)
-    network = _network(weights, max(tokenizer.image_size))
+    network = _network(weights, min(tokenizer.image_size))
     make = _taming_settings if layout.name == "taming" else _diffusers_settings
     return Written(tensors, make(tokenizer, quantizer, network), names, notes)
 
@@ -118,9 +118,9 @@ def _taming_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dic
     ddconfig = {
         "double_z": False,
         "z_channels": network["dim"],
-        "resolution": max(tokenizer.image_size),
-        "in_channels": 3,
-        "out_ch": 3,
+        "resolution": min(tokenizer.image_size),
+        "in_channels": tokenizer.channels,
+        "out_ch": tokenizer.channels,
         "ch": network["channels"],
         "ch_mult": network["multipliers"],
         "num_res_blocks": network["blocks"],
@@ -156,14 +156,14 @@ def _temperature(quantizer: Any) -> dict[str, Any]:
 
 
 def _diffusers_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dict[str, Any]:
-    size, levels = max(tokenizer.image_size), range(len(network["multipliers"]))
+    size, levels = min(tokenizer.image_size), range(len(network["multipliers"]))
     attends = [size // 2**i in network["attention"] for i in levels]
     (groups,) = _check_groups(tokenizer, None, "diffusers")
     return {
         "_class_name": "VQModel",
         "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": tokenizer.channels,
+        "out_channels": tokenizer.channels,
         "block_out_channels": [network["channels"] * each for each in network["multipliers"]],
         "down_block_types": [f"{'Attn' * each}DownEncoderBlock2D" for each in attends],
         "up_block_types": [f"{'Attn' * each}UpDecoderBlock2D" for each in reversed(attends)],

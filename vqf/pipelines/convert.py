@@ -63,8 +63,6 @@ class Import:
         found = read(self.path, source=self.source, yaml=self.yaml, size=self._size(), asked=self.asked)
         config = self._without_options()
         save_run(found, config, self.run_dir)
-        if found.condition is not None:
-            save_run(found.condition, config, self.run_dir.with_name(f"{self.run_dir.name}-condition"))
         (self.run_dir / REPORT).write_text(found.report.text())
         self._tell(found)
 

@@ -14,7 +14,7 @@ from vqf.interop.reading import Read
 from vqf.interop.tokenizers import Part
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.inherit import given
-from vqf.pipelines.restore import build_generator
+from vqf.pipelines.restore import Coders, build_generator
 from vqf.pipelines.stage1 import Critic, make_critic
 from vqf.pipelines.stage2 import decay_groups
 from vqf.pipelines.usage import UsageWindow
@@ -26,14 +26,22 @@ PRESETS = "conf"  # in the run's folder: what --config-dir needs to train on
 
 
 def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
-    """Write a run that holds what was found, with the choices of `config` for what no file tells."""
-    config = _config(found, config)
-    modules = _modules(found, config)
+    """Write a run that holds what was found, with the choices of `config` for what no file tells.
+
+    The tokenizer of a condition becomes a run beside it.
+    """
+    asked, config, coders = config, _config(found, config), Coders()
+    if found.condition is not None:
+        beside = run_dir.with_name(f"{run_dir.name}-condition")
+        save_run(found.condition, asked, beside)
+        config.model.conditioner.spatial.run = str(beside)
+    modules = _modules(found, config, coders)
     players = ("model",) if found.prior else ("model", "discriminator")
     trained = {name: modules[name] for name in players if name in modules}
     states = _states(found, config, trained)
     facts = {"kind": found.kind, "step": found.step, "seed": config.seed, "image_size": list(found.image_size)}
     tokenizer = modules["tokenizer" if found.prior else "model"]
+    facts |= {"channels": found.tokenizer.channels, "coders": coders.facts}
     path = checkpoints.save(
         run_dir,
         state={**facts, "classes": list(found.classes), "data": None, "tokenizer": tokenizer.fingerprint()},
@@ -54,7 +62,7 @@ def _config(found: Read, config: DictConfig) -> DictConfig:
         config.image_size = found.image_size[0] if len(set(found.image_size)) == 1 else list(found.image_size)
         config.ema, config.run, config.run_dir = found.decay, None, None
         for key, node in found.nodes.items():
-            config.model[key] = node
+            config.model[key] = {} if node is None and key == "conditioner" else node
         if config.model.get("discriminator") is not None:
             config.model.adversary = {**(config.model.get("adversary") or {"name": "hinge"}), **found.adversary}
         config.optimizer = _optimizer(found, config)
@@ -69,21 +77,22 @@ def _optimizer(found: Read, config: DictConfig) -> Mapping[str, Any]:
     return config.stage2.optimizer if found.prior and "optimizer" not in given() else config.optimizer
 
 
-def _modules(found: Read, config: DictConfig) -> dict[str, Any]:
+def _modules(found: Read, config: DictConfig, coders: Coders) -> dict[str, Any]:
     """Build what the run's checkpoint keeps, with the weights that were found; a discriminator is made if it lacks."""
     torch.manual_seed(config.seed)
-    tokenizer = _filled(build_tokenizer(config.model, found.image_size), found.tokenizer)
+    channels = found.tokenizer.channels
+    tokenizer = _filled(build_tokenizer(config.model, found.image_size, channels), found.tokenizer)
     if found.prior is not None:
-        if config.model.conditioner is None:
+        if not config.model.conditioner:
             return {"tokenizer": tokenizer, "model": _Loose(found.prior.weights)}
-        prior = build_generator(config, tokenizer, found.classes).prior
-        assert isinstance(prior, nn.Module)
-        return {"tokenizer": tokenizer, "model": _filled(prior, found.prior)}
+        generator = build_generator(config, tokenizer, found.classes, coders)
+        told = {"conditioner": generator.conditioner} if generator.conditioner.state_dict() else {}
+        return {"tokenizer": tokenizer, "model": _filled(generator.prior, found.prior), **told}
     modules: dict[str, Any] = {"model": tokenizer, "usage": UsageWindow(tokenizer.vocab_size)}
-    if critic := make_critic(config):
+    if critic := make_critic(config, channels):
         modules["discriminator"] = _with_weights(critic, found)
     if found.tokenizer.average:
-        modules["ema"] = build_tokenizer(config.model, found.image_size)
+        modules["ema"] = build_tokenizer(config.model, found.image_size, channels)
         modules["ema"].load_state_dict(found.tokenizer.average)
     return modules
 

@@ -41,7 +41,7 @@ def files(side: int) -> list[bytes]:
 
 def ours(content: bytes, size: int) -> Tensor:
     """What `data=folder` does with a file."""
-    return read(io.BytesIO(content), (size, size))
+    return read(io.BytesIO(content), (size, size)).picture
 
 
 def pillow(content: bytes, size: int) -> Tensor:

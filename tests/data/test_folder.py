@@ -143,6 +143,71 @@ def test_lists(flat, caplog):
     assert "2 of its pictures are trained on too, such as '01.png'" in caplog.text
 
 
+def test_tables(flat, caplog):
+    table = flat / "train.csv"
+    lists = {"train": str(table), "validation": str(flat / "val.CSV")}
+    table.write_text('note,label,path\n"a, b",dog,03.png\n,cat,01.png\n,dog,"02.png"\n')
+    (flat / "val.CSV").write_text("path,label\r\n04.png,emu\r\n")
+    data = Folder(16, 0, root=str(flat), **lists)
+    assert data.classes == ["cat", "dog", "emu"]
+    train, validation = data.split("train"), data.split("validation")
+    assert list(train.names) == ["03.png", "01.png", "02.png"]
+    assert (train.labels.tolist(), validation.labels.tolist()) == ([1, 0, 1], [2])
+    assert Folder(16, 0, root=str(flat), labels=False, **lists).classes == []
+    before = train.fingerprint
+    table.write_text("path,label\n03.png,5\n01.png,0\n02.png,5\n")
+    (flat / "val.CSV").write_text("path,label\n04.png,2\n")
+    numbers = Folder(16, 0, root=str(flat), **lists)
+    assert numbers.classes == [str(i) for i in range(6)]
+    assert numbers.split("train").labels.tolist() == [5, 0, 5]
+    assert numbers.split("train").fingerprint != before
+    assert not caplog.records
+    table.write_text("path\n03.png\n")
+    assert Folder(16, 0, root=str(flat), **lists).classes == []
+    assert "no labels, because '03.png' has none in a table" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.train: the first line of 'list.csv' names no column 'path' (it has: )"),
+        ("file,label\n", "data.train: the first line of 'list.csv' names no column 'path' (it has: file, label)"),
+        ("path,label\n03.png,a\n04.png,\n", "data.train: line 3 of 'list.csv' has no label"),
+        ("path,label\n03.png,a\n,b\n", "data.train: line 3 of 'list.csv' has no path"),
+        ("path\n03.png\nnone.png\n", "data.train: line 3 of 'list.csv' names 'none.png', which is not in '.'"),
+        ("path\n\0.png\n", "data.train: line 2 of 'list.csv' names '\0.png', which is not in '.'"),
+    ],
+)
+def test_mistakes_in_tables(flat, monkeypatch, content, message):
+    monkeypatch.chdir(flat)
+    (flat / "list.csv").write_text(content)
+    assert worded(lambda: Folder(16, 0, root=".", train="list.csv")) == message
+
+
+def test_lists_below_train_and_val_keep_their_classes(tmp_path):
+    for name in ("train/dog/1.png", "train/cat/2.png", "val/cat/3.png"):
+        paint(tmp_path / name)
+    (tmp_path / "train.txt").write_text("train/dog/1.png\ntrain/cat/2.png\n")
+    data = Folder(16, 0, root=str(tmp_path), train=str(tmp_path / "train.txt"))
+    assert data.classes == ["cat", "dog"]
+    assert data.split("validation").labels.tolist() == [0]
+
+
+def test_lists_of_names_alone_are_found_below_whatever_their_ending(tmp_path):
+    """As the lists of taming-transformers name FFHQ, 52535.png, and CelebA-HQ, imgHQ20126.npy."""
+    for name in ("52000/52535.png", "00000/00001.png", "00000/00002.png", "a/twice.png", "b/twice.png"):
+        paint(tmp_path / name)
+    (tmp_path / "train.txt").write_text("52535.png\n00001.npy\n")
+    (tmp_path / "val.txt").write_text("00002.png\n")
+    lists = {"train": str(tmp_path / "train.txt"), "validation": str(tmp_path / "val.txt")}
+    data = Folder(16, 0, root=str(tmp_path), labels=False, **lists)
+    assert (names(data), names(data, "validation")) == (["52000/52535.png", "00000/00001.png"], ["00000/00002.png"])
+    (tmp_path / "val.txt").write_text("twice.png\n")
+    assert worded(lambda: Folder(16, 0, root=str(tmp_path), **lists)) == (
+        f"data.validation: line 1 of '{tmp_path / 'val.txt'}' names 'twice.png', which is not in '{tmp_path}'"
+    )
+
+
 def test_a_list_may_name_pictures_elsewhere(flat, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "x.png"
     paint(other, (77, 0, 0))
@@ -171,6 +236,47 @@ def test_training_pictures_are_cropped_at_random_and_flipped_but_repeatably(tmp_
     assert centred == list(range(24, 40))
     plain = make(crop="center", flip=False).split("train")
     assert torch.equal(plain.item(0, 0).image, plain.item(9, 0).image)
+
+
+def test_where_a_crop_lies_in_the_whole(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint8), (16, 1))
+    Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "0.png")
+    Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "1.png")
+    data = Folder(16, 0, root=str(tmp_path), validation_last=1)
+    assert data.split("validation").item(0, 0).place.tolist() == [0, 24 / 64, 1, 40 / 64]
+    for epoch in range(12):
+        sample = data.split("train").item(epoch, 0)
+        first, last = ((sample.image[0, 0, [0, -1]] + 1) * 127.5).round().tolist()
+        left, right = (first, last + 1) if first < last else (first + 1, last)  # mirrored, right is below left
+        assert sample.place.tolist() == [0, left / 64, 1, right / 64]
+
+
+def test_regions_colors_and_cv2_are_options(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (60, 50, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    make = lambda **options: Folder(16, 0, root=str(tmp_path), validation_last=1, **options)  # noqa: E731
+    plain = make(crop="center", flip=False)
+    for options in ({"crop": "resized"}, {"jitter": (0.5, 0.5, 0.5, 0.5)}, {"resize": "cv2"}):
+        data = make(**{"crop": "center", "flip": False, **options})
+        train, again = data.split("train"), make(**{"crop": "center", "flip": False, **options}).split("train")
+        assert torch.equal(train.item(4, 1).image, again.item(4, 1).image)
+        assert not torch.equal(train.item(4, 1).image, plain.split("train").item(4, 1).image)
+        assert torch.equal(train.item(4, 1).image, train.item(5, 1).image) == ("resize" in options)
+        assert train.item(4, 1).image.abs().max() <= 1
+        assert train.fingerprint != plain.split("train").fingerprint
+        still = data.split("validation").item(0, 0).image, plain.split("validation").item(0, 0).image
+        assert torch.equal(*still) == ("resize" not in options)
+    areas = [make(crop="resized", crop_area=(0.2, 0.3)).split("train").item(e, 0).place for e in range(20)]
+    assert all(0.18 < (b - t) * (right - left).abs() < 0.32 for t, left, b, right in areas)
+
+
+def test_animations_are_refused_unless_their_first_frame_is_wanted(flat):
+    frames = [Image.new("RGB", (20, 16), (each, 0, 0)) for each in (201, 9)]
+    frames[0].save(flat / "05.png", save_all=True, append_images=frames[1:])
+    assert red(Folder(16, 0, root=str(flat), validation_share=0).split("train").item(0, 5)) == 6
+    first = Folder(16, 0, root=str(flat), validation_share=0, animated="first").split("train")
+    assert red(first.item(0, 5)) == 201
 
 
 def test_height_and_width(flat):
@@ -234,7 +340,7 @@ def test_the_fingerprint_follows_files_and_options(flat):
     plain = {"crop": "center", "flip": False}
     before = fingerprint()
     different = [before, fingerprint("validation"), fingerprint(size=8), fingerprint(seed=1), fingerprint(**plain)]
-    different.append(fingerprint(flip=False))
+    different += [fingerprint(flip=False), fingerprint(animated="first"), fingerprint("validation", resize="cv2")]
     assert fingerprint(**plain) == fingerprint(seed=1, **plain)
     assert fingerprint("validation") == fingerprint("validation", seed=1, **plain)
     paint(flat / "00.png", size=(90, 90))

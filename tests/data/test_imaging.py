@@ -1,5 +1,7 @@
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from vqf.data import imaging
-from vqf.data.imaging import UnreadableError, contain, cover, open_picture, read, to_rgb, to_tensor
+from vqf.data.imaging import UnreadableError, contain, open_picture, to_rgb, to_tensor
+from vqf.data.scaling import box_of, resampled
+from vqf.data.views import View
 
 COLORS = np.array([[[200, 30, 60], [0, 0, 0], [255, 255, 255]], [[10, 120, 240], [90, 90, 90], [255, 0, 0]]], np.uint8)
 BLOCKS = COLORS.repeat(8, 0).repeat(8, 1)  # 16 x 24, six plain squares
@@ -29,9 +33,19 @@ def pixels(tensor):
     return ((tensor.double() + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
+def read(source, size, *given, **options):
+    """What is read of a picture, without where it lies in it."""
+    return imaging.read(source, size, *given, **options).picture
+
+
 def noise(height, width, smooth=8):
     coarse = np.random.default_rng(0).integers(0, 256, (height // smooth, width // smooth, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def chunk(name, content):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def in_three_channels(grey):
@@ -81,6 +95,7 @@ def test_every_mode_becomes_rgb_on_white(image, kind, mode, expected):
     [
         (RGB, {"quality": 100, "subsampling": 0}, "JPEG", 4),
         (RGB.convert("CMYK"), {"quality": 100, "subsampling": 0}, "JPEG", 4),
+        (RGB, {"quality": 100, "subsampling": 0, "progressive": True}, "JPEG", 4),
         (RGB, {"lossless": True}, "WEBP", 1e-4),
     ],
 )
@@ -97,6 +112,17 @@ def test_a_transparent_colour_is_put_on_white(mode):
     np.testing.assert_allclose(pixels(read(saved(plain, "PNG", transparency=marked), SIZE)), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bits_of_each_color(channels):
+    """48 and 64 bits a pixel, which Pillow cannot write; put together as the PNG specification says."""
+    levels = np.dstack([BLOCKS, np.full_like(GREY, 255)])[..., :channels].astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", 24, 16, 16, 2 if channels == 3 else 6, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    np.testing.assert_allclose(pixels(read(io.BytesIO(content), SIZE)), BLOCKS, atol=1e-4)
+
+
 def test_a_16_bit_portable_greymap():
     content = b"P5 24 16 65535\n" + (GREY.astype(">u2") * 257).tobytes()
     np.testing.assert_allclose(pixels(read(io.BytesIO(content), SIZE)), in_three_channels(GREY), atol=1e-4)
@@ -109,10 +135,30 @@ def test_lab_becomes_the_colours_it_was_made_from():
     np.testing.assert_allclose(pixels(read(saved(lab, "TIFF"), SIZE)), np.asarray(mild), atol=3)
 
 
-def test_of_an_animation_the_first_frame():
-    frames = [RGB, Image.new("RGB", RGB.size, "red")]
-    file = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
-    np.testing.assert_allclose(pixels(read(file, SIZE)), BLOCKS, atol=1e-4)
+def animated(kind):
+    return saved(RGB, kind, save_all=True, append_images=[Image.new("RGB", RGB.size, "red")])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_refused_or_its_first_frame_is_taken(kind):
+    with pytest.raises(UnreadableError, match=r"^animated; data.animated=first takes the first frame$"):
+        open_picture(animated(kind), animated="refuse")
+    first = np.asarray(open_picture(animated(kind)).convert("RGB"), dtype=float)
+    np.testing.assert_allclose(pixels(read(animated(kind), SIZE)), first, atol=1e-4)
+    assert np.abs(first - BLOCKS).mean() < 8 < np.abs(first - [255, 0, 0]).mean()
+
+
+@pytest.mark.parametrize("kind", ["MPO", "TIFF"])
+def test_previews_and_pages_are_no_animation(kind):
+    """Phones put a second picture behind a JPEG, which Pillow then calls MPO."""
+    taken = open_picture(animated(kind), animated="refuse")
+    assert taken.format == ("JPEG" if kind == "MPO" else "TIFF")
+    assert np.abs(np.asarray(taken, dtype=float) - BLOCKS).mean() < 8
+
+
+def test_a_color_profile_is_left_alone():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    np.testing.assert_allclose(pixels(read(saved(RGB, "PNG", icc_profile=profile), SIZE)), BLOCKS, atol=1e-4)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -145,12 +191,10 @@ def test_a_large_jpeg_is_decoded_small_with_less_difference_than_another_filter_
     assert small.width * 2 <= full.width
     assert small.width >= 2 * size[1]
     assert small.height >= 2 * size[0]
-    covered = np.asarray(cover(full, size), dtype=float)
-    scale = max(size[0] / full.height, size[1] / full.width)
-    left, top = (int(full.width * scale) - size[1]) // 2 / scale, (int(full.height * scale) - size[0]) // 2 / scale
-    box = (left, top, left + size[1] / scale, top + size[0] / scale)
+    box = box_of((full.height, full.width), size)
+    covered = np.asarray(resampled(full, size, box), dtype=float)
     lanczos = np.asarray(full.resize(size[::-1], Image.Resampling.LANCZOS, box=box), dtype=float)
-    difference = np.asarray(cover(small, size), dtype=float) - covered
+    difference = np.asarray(resampled(small, size, box_of((small.height, small.width), size)), dtype=float) - covered
     assert np.square(difference).mean() < np.square(lanczos - covered).mean()
 
 
@@ -159,6 +203,41 @@ def test_how_small_a_jpeg_is_decoded_reckons_with_its_orientation():
     exif[0x0112] = 6  # 600 x 150 in the file, 150 x 600 upright
     file = saved(Image.fromarray(skimage.data.coffee()[:150]), "JPEG", exif=exif)
     assert open_picture(file, (12, 24)).size == (75, 300)
+
+
+def test_a_part_of_a_large_jpeg_is_decoded_as_large_as_it_is_needed():
+    file = saved(Image.fromarray(skimage.data.coffee()), "JPEG", quality=95)
+    quarter = View(across=0.3, down=0.8, regions=((0.25, 1.0),))  # 245 pixels high and wide
+    assert open_picture(file, (48, 48), view=quarter).size == (300, 200)
+    assert open_picture(file, (48, 48)).size == (150, 100)
+    shown = imaging.read(file, (48, 48), quarter)
+    exact = resampled(open_picture(file), (48, 48), box_of((400, 600), (48, 48), quarter))
+    assert np.square(pixels(shown.picture) - np.asarray(exact, dtype=float)).mean() < 6
+
+
+def test_what_is_shown_says_where_it_lies():
+    shown = imaging.read(saved(noise(64, 96), "PNG"), (32, 32), View(across=0.999))
+    assert (shown.shape, shown.box) == ((64, 96), (32, 0, 96, 64))
+    torch.testing.assert_close(shown.place, torch.tensor([0, 1 / 3, 1, 1]))
+    turned = View(mirrored=True)
+    assert torch.equal(turned.turn(shown.place), shown.place[[0, 3, 2, 1]])
+    assert torch.equal(turned.finish(shown.picture), shown.picture.flip(-1))
+
+
+def test_cv2_scales_every_pixel_of_a_large_jpeg():
+    file = saved(Image.fromarray(skimage.data.coffee()), "JPEG")
+    assert imaging.read(file, (32, 32), resize="cv2").shape == (400, 600)
+
+
+KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_a_file_that_ends_early_is_unreadable(kind, share):
+    content = saved(noise(64, 64), kind).getvalue()
+    with pytest.raises(UnreadableError):
+        read(io.BytesIO(content[: int(len(content) * share)]), (32, 32))
 
 
 CUT = saved(noise(64, 64), "JPEG").getvalue()
@@ -194,16 +273,27 @@ def test_paths_that_cannot_be_opened(tmp_path):
         read(tmp_path, (8, 8))
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
-    file = saved(Image.new("1", (5000, 5000)), "PNG")
+def blank_png(width, height):
+    """The header of a picture, and nothing behind it."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"),
+    [(5000, "5000 x 5000 pixels"), (12_000, "12000 x 12000 pixels"), (40_000, "more pixels than Pillow opens at all")],
+)
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch, side, reason):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UnreadableError, match="5000 x 5000"):
-        read(file, (8, 8), max_pixels=24_999_999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UnreadableError, match=reason):
+            read(blank_png(side, side), (8, 8), max_pixels=24_999_999)
 
 
-VALID = {
-    kind: saved(noise(32, 40), kind).getvalue() for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-} | {"CMYK": saved(noise(32, 40).convert("CMYK"), "JPEG").getvalue()}
+VALID = {kind: saved(noise(32, 40), kind).getvalue() for kind in KINDS} | {
+    "CMYK": saved(noise(32, 40).convert("CMYK"), "JPEG").getvalue()
+}
 
 
 @settings(max_examples=300, deadline=None)
@@ -226,49 +316,6 @@ def test_any_damage_ends_in_a_picture_or_in_unreadable(kind, flips, keep):
     assert -1 <= result.min() <= result.max() <= 1
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    have=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    want=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    across=st.floats(0, 1, exclude_max=True),
-    down=st.floats(0, 1, exclude_max=True),
-)
-def test_cover_gives_the_size_wanted_and_no_foreign_colour(have, want, across, down):
-    plain = Image.new("RGB", have[::-1], (10, 200, 77))
-    result = np.asarray(cover(plain, want, across, down))
-    assert result.shape == (*want, 3)
-    assert (result == [10, 200, 77]).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(across=st.floats(0, 1, exclude_max=True), wide=st.booleans())
-def test_without_scaling_a_crop_copies_pixels(across, wide):
-    picture = noise(32, 56, 4) if wide else noise(56, 32, 4)
-    result = np.asarray(cover(picture, (32, 32), across if wide else 0.9, 0.1 if wide else across))
-    whole, first = np.asarray(picture), int(across * 25)
-    expected = whole[:, first : first + 32] if wide else whole[first : first + 32]
-    assert (result == expected).all()
-
-
-def test_cover_is_resize_then_crop():
-    picture = noise(128, 192)
-    resized = picture.resize((96, 64), Image.Resampling.BICUBIC)
-    for across, first in ((0.0, 0), (0.5, 16), (0.999, 32)):
-        expected = np.asarray(resized.crop((first, 0, first + 64, 64)), dtype=int)
-        assert np.abs(np.asarray(cover(picture, (64, 64), across), dtype=int) - expected).max() <= 1
-
-
-def test_a_very_long_picture_takes_no_more_than_its_part():
-    assert cover(Image.new("RGB", (1, 60_000)), (256, 256)).size == (256, 256)
-
-
-def test_downscaling_is_antialiased():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    result = np.asarray(cover(Image.fromarray(stripes), (16, 16)))[:, 2:-2]
-    assert np.abs(result.astype(int) - 127).max() <= 4
-
-
 def test_black_is_minus_one_and_white_is_one():
     assert (to_tensor(Image.new("RGB", (2, 2), "black")) == -1).all()
     assert (to_tensor(Image.new("RGB", (2, 2), "white")) == 1).all()
@@ -283,59 +330,3 @@ def test_contain_centres_and_leaves_the_rest_empty():
     assert result.shape == (4, 8, 16)
     assert (result[:, :, 4:12] == 1).all()
     assert result.sum() == 4 * 64
-
-
-fractions = st.sampled_from([(1, 2), (2, 3), (3, 4), (1, 1), (5, 4), (3, 2)])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 12), st.booleans(), fractions, st.floats(0, 1))
-def test_the_quick_way_is_pillow_scaling_the_whole_picture_first_across_then_down(
-    short, more, upright, fraction, place
-):
-    numerator, denominator = fraction
-    sides = (short * denominator, (short + more) * denominator)
-    height, width = sides[::-1] if upright else sides
-    image = Image.fromarray(np.random.default_rng(short).integers(0, 256, (height, width, 3), np.uint8))
-    side = short * numerator
-    across = image.resize((width * numerator // denominator, height), Image.Resampling.BICUBIC)
-    whole = across.resize((across.width, height * numerator // denominator), Image.Resampling.BICUBIC)
-    first = min(int(place * (more * numerator + 1)), more * numerator)
-    left, top = (0, first) if upright else (first, 0)
-    expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=int)
-    quick = imaging._cover_whole(image, (side, side), place, place).permute(1, 2, 0).numpy()
-    # Each pass rounds its weights in a way of its own; a level lost in the first is 1.25 at most after the second.
-    assert np.abs(quick - expected).max() <= 2
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.tuples(st.integers(4, 90), st.integers(4, 90)),
-    st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-def test_the_quick_way_cuts_where_the_other_does(shape, size, across, down):
-    rows, columns = np.mgrid[: shape[0], : shape[1]]
-    slopes = np.stack([rows * 250 / shape[0], columns * 250 / shape[1], (rows + columns) * 120 / sum(shape)], axis=2)
-    image = Image.fromarray(slopes.round().astype(np.uint8))
-    quick = imaging._cover_whole(image, size, across, down)
-    assert quick.shape == (3, *size)
-    difference = quick.permute(1, 2, 0).numpy().astype(int) - np.asarray(cover(image, size, across, down))
-    assert np.abs(difference).max() <= 2
-
-
-def test_both_ways_of_reading_agree(monkeypatch):
-    file = saved(noise(120, 96), "PNG")
-    monkeypatch.setattr(imaging, "VECTORISED", (torch.backends.cpu.get_cpu_capability(),))
-    quick = read(file, (40, 40), across=0.2, down=0.7)
-    monkeypatch.setattr(imaging, "VECTORISED", ())
-    exact = read(file, (40, 40), across=0.2, down=0.7)
-    assert (quick - exact).abs().max() <= 2 / 127.5 + 1e-6
-    assert torch.equal(exact, to_tensor(cover(noise(120, 96), (40, 40), 0.2, 0.7)))
-
-
-def test_a_long_picture_is_not_scaled_whole(monkeypatch):
-    monkeypatch.setattr(imaging, "VECTORISED", (torch.backends.cpu.get_cpu_capability(),))
-    monkeypatch.setattr(imaging, "_cover_whole", None)
-    assert read(saved(Image.new("RGB", (4000, 3)), "PNG"), (64, 64)).shape == (3, 64, 64)

@@ -2,11 +2,13 @@ import pytest
 from PIL import Image
 
 from tests.composing import compose
+from vqf.data.labels import numbered
 from vqf.data.listing import File, divide
 from vqf.errors import UserError
 from vqf.registry import build
 
 PRESETS = ["ade20k", "celebahq", "coco_stuff", "ffhq", "imagenet", "lsun"]
+PAIRS = ["ade20k_pairs", "coco_stuff_pairs"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -19,6 +21,20 @@ def test_a_missing_folder_says_what_is_missing(name, tmp_path, monkeypatch):
     assert "http" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_missing_pairs_say_what_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    node = compose(f"data={name}").data
+    for option, folder in (("root", node.images), ("conditions", node.conditions)):
+        with pytest.raises(UserError) as caught:
+            build("data", node, image_size=16, seed=0)
+        assert str(caught.value).startswith(f"data.{option}: no folder '{node.root}/{folder}' (")
+        assert "http" in str(caught.value)
+        picture = tmp_path / node.root / folder / "a.jpg"
+        picture.parent.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(picture)
+
+
 @pytest.mark.parametrize(
     ("name", "folders"),
     [("coco_stuff", {"train2017": 118_287, "val2017": 5000}), ("ade20k", {"training": 20_210, "validation": 2000})],
@@ -29,6 +45,16 @@ def test_the_last_pictures_are_the_official_validation(name, folders):
     train, validation = folders
     assert {file.name.split("/")[0] for file in division.train} == {train}
     assert {file.name.split("/")[0] for file in division.validation} == {validation}
+
+
+def test_imagenet_classes_are_numbered_as_everywhere():
+    from timm.data import ImageNetInfo
+
+    published = [ImageNetInfo("imagenet-1k").index_to_label_name(i) for i in range(1000)]
+    files = [File(f"{part}/{name}/1.JPEG", 1) for part in ("val", "train") for name in reversed(published)]
+    classes, numbers = numbered(divide(files, 0.05, None).labels)
+    assert classes == published
+    assert (published[0], published[999], numbers["n01440764"]) == ("n01440764", "n15075141", 0)
 
 
 def test_imagenet_classes_are_its_folders(tmp_path):

@@ -3,13 +3,15 @@ import logging
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 
 from tests.data.packing import pack, png, red, shard
-from vqf.data.shards import Shards, find_shards
+from vqf.data.patterns import find_shards
+from vqf.data.shards import Shards
 from vqf.data.tarindex import index_of
 from vqf.errors import UserError
 from vqf.pipelines.loader import Order, batches, keyed
@@ -78,6 +80,21 @@ def test_any_number_of_ranks_and_workers_sees_the_same(folder, ranks, workers):
     assert len({tuple(each.labels.tolist()) for each in expected}) == 7
 
 
+def test_twenty_shards_over_two_ranks_and_three_workers_show_every_picture_once_in_an_epoch(tmp_path):
+    for i in range(20):
+        shard(tmp_path / f"train-{i:02}.tar", range(12 * i, 12 * i + 12), cls=lambda each: "0")
+    split = make(tmp_path, train="train-{00..19}.tar", crop="random", flip=True).split("train")
+    orders = [Order(240, 24, 3, rank, 2) for rank in range(2)]
+    parts = [list(batches(split, order, start=0, steps=20, workers=3)) for order in orders]
+    for epoch in range(2):
+        seen = Counter()
+        for part in parts:
+            pictures = [image for batch in part[10 * epoch : 10 * epoch + 10] for image in batch.images]
+            assert len(pictures) == 120
+            seen.update(round(float(image[0].mean() + 1) * 127.5) for image in pictures)
+        assert seen == Counter(range(240))
+
+
 def test_a_process_that_is_spawned_reads_too(folder):
     split = make(folder).split("train")
     split.item(0, 0)
@@ -133,10 +150,6 @@ def test_patterns(folder):
     only = make(folder, train=None)
     assert len(only.split("validation")) == 5
     assert worded(lambda: only.split("train")) == f"data.train=None: no pictures in such shards of '{folder}'"
-    for pattern in ("https://host/{0..3}.tar", "pipe:cat x.tar", "s3://bucket/x.tar"):
-        assert worded(lambda pattern=pattern: make(folder, train=pattern)) == (
-            f"data.train={pattern}: shards are read from a folder; copy them below data.root first"
-        )
     assert worded(lambda: make(folder, train="train-{0..")) == (
         "data.train=train-{0..: unbalanced braces: 'train-{0..'; write it as in train-{0000..0146}.tar"
     )
@@ -245,6 +258,12 @@ def test_the_fingerprint_follows_pictures_and_labels_but_not_the_place(folder, t
     shard(copy / "train-000.tar", [0, 1, 2, 3, 4, 5, 6, 7, 8, 99], cls=lambda each: f"{each % 4}\n")
     different.append(fingerprint(copy))
     assert len(set(different)) == len(different)
+
+
+def test_the_number_of_classes_may_be_given(folder):
+    assert make(folder, classes=9).classes == [str(i) for i in range(9)]
+    message = "data.classes=6: there is a label 6, no number below that"
+    assert worded(lambda: make(folder, classes=6)) == message
 
 
 def test_random_crops_follow_the_key_alone(tmp_path):

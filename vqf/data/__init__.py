@@ -1,5 +1,5 @@
 """Sources of pictures."""
 
-from vqf.data import emoji, folder, shards
+from vqf.data import earth, emoji, folder, pairs, shards, union
 
-__all__ = ["emoji", "folder", "shards"]
+__all__ = ["earth", "emoji", "folder", "pairs", "shards", "union"]

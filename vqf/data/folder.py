@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from vqf.data.imaging import MAX_PIXELS
-from vqf.data.listing import File, Names, class_of, divide, divide_by_lists, scan
+from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
+from vqf.data.labels import numbered
+from vqf.data.listing import File, Names, divide, divide_by_lists, scan
 from vqf.data.split import PictureSplit
+from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 @register("data", "folder")
@@ -29,14 +28,22 @@ class Folder:
 
     Args:
         root: The folder.
-        train: A text file with the path of a training picture per line, relative to the root. Where only one part
-            has a list, the other is every other picture below the root.
+        train: A text file with the path of a training picture per line, relative to the root, or a table `.csv` with a
+            column `path` and, for labels, a column `label`. The name of the file alone will do if no other has it.
+            Where only one part has a list, the other is every other picture below the root.
         validation: The same for validation.
         validation_share: How much is held out by the hash; at least one picture unless 0, every picture if 1.
         validation_last: How many pictures, the last by path, are held out instead.
-        labels: Whether folders name classes.
-        crop: Where training pictures are cropped; validation pictures are cropped at the centre.
+        labels: Whether folders, or tables, name classes.
+        crop: Where training pictures are cropped; validation pictures are cropped at the centre. "resized" shows a part
+            of random area and shape, stretched to the image size, as torchvision's RandomResizedCrop does.
+        crop_area: The least and the largest share of a picture that "resized" shows.
+        crop_ratio: The least and the largest ratio of width to height of that part, 1 being the one of the image size.
         flip: Mirror every other training picture.
+        jitter: How far brightness, contrast and saturation of training pictures are changed, as a share, and the hue,
+            as a share of its circle.
+        resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
+        animated: Whether an animation counts as unreadable, or its first frame as a picture.
         extensions: Endings of the files that count as pictures, in either case.
         max_pixels: The largest picture that is decoded, width times height.
         max_bad: The share of unreadable pictures, one at least unless 0, above which the run stops.
@@ -54,8 +61,13 @@ class Folder:
         validation_share: float = 0.05,
         validation_last: int | None = None,
         labels: bool = True,
-        crop: Literal["center", "random"] = "random",
+        crop: Crop = "random",
+        crop_area: Sequence[float] = AREA,
+        crop_ratio: Sequence[float] = RATIO,
         flip: bool = True,
+        jitter: Sequence[float] = UNCHANGED,
+        resize: Resize = "antialias",
+        animated: Animated = "refuse",
         extensions: Sequence[str] = EXTENSIONS,
         max_pixels: int = MAX_PIXELS,
         max_bad: float = 0.01,
@@ -68,15 +80,19 @@ class Folder:
         if not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad={max_bad} is not in [0, 1]")
         self.size, self.seed, self.root = pair(image_size), seed, Path(root).expanduser()
-        self.crop, self.flip = crop, flip
-        self.max_pixels, self.max_bad = max_pixels, max_bad
+        self.views = Views(crop, crop_area, crop_ratio, flip, jitter, resize)
+        self.animated, self.max_pixels, self.max_bad = animated, max_pixels, max_bad
         _check_folder(self.root, hint)
         if train is None and validation is None:
-            files = _found(self.root, extensions, hint)
+            files = [file for file in _found(self.root, extensions, hint) if self.shows(file.name)]
             self.division = divide(files, validation_share, validation_last)
         else:
             self.division = divide_by_lists(self.root, train, validation, extensions)
-        self.classes = self.division.classes if labels else []
+        self.classes, self.numbers = numbered(self.division.labels if labels else ())
+
+    def shows(self, name: str) -> bool:
+        """Say whether a file that was found is one of the pictures, by its path below the root."""
+        return True
 
     def split(self, name: str) -> PictureSplit:
         """Return "train" or "validation"."""
@@ -90,16 +106,14 @@ class Folder:
                 "see data.validation_share, data.validation_last and the lists data.train and data.validation"
             )
         files = parts[name]
-        labels = _labels(files, self.classes, self.division.depth)
+        labels = self._labels(files)
         content = (tuple(file) for file in files)
         return PictureSplit(self, name, Names(file.name for file in files), labels, content)
 
-
-def _labels(files: list[File], classes: list[str], depth: int) -> torch.Tensor | None:
-    if not classes:
-        return None
-    numbers = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([numbers[class_of(file.name, depth) or ""] for file in files])
+    def _labels(self, files: Sequence[File]) -> torch.Tensor | None:
+        if not self.classes:
+            return None
+        return torch.tensor([self.numbers[self.division.label(file)] for file in files])
 
 
 def _check_folder(root: Path, hint: str | None) -> None:

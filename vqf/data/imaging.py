@@ -1,11 +1,12 @@
-"""Pictures from files nobody vouches for, and the arithmetic of resizing, cropping and transparency.
+"""Pictures from files nobody vouches for, and the arithmetic of transparency.
 
 A file may hold anything: only the formats listed here are decoded, none above a number of pixels, and
 whatever a decoder trips over becomes one exception, `UnreadableError`.
 """
 
+import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vqf.data.scaling import Box, box_of, scaled
+from vqf.data.views import CENTER, Resize, View
 from vqf.protocols import Size
 
+Animated = Literal["refuse", "first"]
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+ANIMATED = ("GIF", "PNG", "WEBP")  # the pages of a TIFF, and the previews in a JPEG of a phone, are no frames
 MAX_PIXELS = 2**26
-WASTE = 2.0  # how much larger a scaled picture may be than the part of it that stays
-VECTORISED = ("AVX2", "AVX512")
 
 ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
 UPRIGHT = {
@@ -32,58 +37,70 @@ UPRIGHT = {
 }
 
 
+# `max_pixels` is checked against the header of every picture, and is stricter.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 class UnreadableError(ValueError):
     """A file that is no picture, a broken one, or one too large to decode."""
 
 
-def open_picture(source: Path | IO[bytes], size: Size | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture and turn it upright, as its EXIF orientation says; of an animation, the first frame.
+class Shown(NamedTuple):
+    """A part of a picture, and which one it is."""
+
+    picture: Tensor  # (3, H, W) float in [-1, 1]
+    box: Box  # in pixels of the whole
+    shape: Size  # rows and columns of the whole, as it was decoded
+
+    @property
+    def place(self) -> Tensor:
+        """Top, left, bottom and right (4,) as shares of the whole."""
+        return self.box.place(self.shape)
+
+
+def open_picture(
+    source: Path | IO[bytes],
+    size: Size | None = None,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    view: View = CENTER,
+    animated: Animated = "first",
+) -> Image.Image:
+    """Decode a picture and turn it upright, as its EXIF orientation says.
 
     Args:
         source: A file's path or its content.
-        size: Height and width that the picture is wanted at. A much larger JPEG is then decoded at a fraction
+        size: Height and width at which what `view` shows is wanted. A much larger JPEG is then decoded at a fraction
             of its size, at least twice the wanted one, which is several times faster.
         max_pixels: The most that is decoded, checked against the header.
+        view: What will be shown of it.
+        animated: Whether an animation is refused, or its first frame taken.
 
     Raises:
         UnreadableError: With a reason in a few words.
     """
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise UnreadableError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-            if size is not None:
-                _decode_small(image, size)
-            image.load()
-            upright = _upright(image)
-            upright.format = image.format
-            return upright
-    except (UnreadableError, MemoryError):
-        raise
-    except Exception as error:  # a decoder fed with garbage may raise anything
-        raise UnreadableError(_reason(error)) from error
+    return _decoded(source, size, max_pixels, view, animated)[0]
 
 
 def read(
     source: Path | IO[bytes],
     size: Size,
+    view: View = CENTER,
     *,
-    across: float = 0.5,
-    down: float = 0.5,
+    resize: Resize = "antialias",
     max_pixels: int = MAX_PIXELS,
-) -> Tensor:
-    """Read a picture of any mode and size as float (3, H, W) in [-1, 1], transparency on white.
-
-    It is scaled until it just covers `size`; what is too much on one side is cut off, `across` and `down`
-    in [0, 1] saying where the part that stays begins, 0.5 being the centre.
+    animated: Animated = "first",
+) -> Shown:
+    """Read the part of a picture of any mode and size that a view shows, transparency on white.
 
     Raises:
         UnreadableError: See `open_picture`.
     """
-    image = to_rgb(open_picture(source, size, max_pixels))
-    if _whole_is_quick(image, size):
-        return _to_unit(_cover_whole(image, size, across, down))
-    return to_tensor(cover(image, size, across, down))
+    roughly = size if resize == "antialias" else None  # cv2 has to see every pixel
+    image, stored = _decoded(source, roughly, max_pixels, view, animated)
+    image, shape = to_rgb(image), (image.height, image.width)
+    box = box_of(shape, size, view, resize, stored)
+    return Shown(to_unit(scaled(image, size, view, resize, stored)), box, shape)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -103,23 +120,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cover(image: Image.Image, size: Size, across: float = 0.5, down: float = 0.5) -> Image.Image:
-    """Scale an RGB picture until it just covers `size`, with antialiasing, and cut off what is too much.
-
-    Only the part that stays is computed, so that no shape, however long, takes more memory than `size`. The cut
-    falls between pixels of the result: a picture that needs no scaling is cut without any loss.
-    """
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    left = _cut(image.width * scale - width, across) / scale
-    top = _cut(image.height * scale - height, down) / scale
-    box = (left, top, min(left + width / scale, image.width), min(top + height / scale, image.height))
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """Turn an RGB picture into float (3, H, W) in [-1, 1]."""
-    return _to_unit(_pixels(image))
+    return to_unit(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1))
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Turn levels, uint8 (C, H, W), into float in [-1, 1]."""
+    return pixels.contiguous().float().div_(127.5).sub_(1)
 
 
 def premultiply(pixels: Tensor) -> Tensor:
@@ -146,41 +154,38 @@ def composite(picture: Tensor, color: tuple[float, ...]) -> Tensor:
     return (picture[:3] + behind) * 2 - 1
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+def _decoded(
+    source: Path | IO[bytes], size: Size | None, max_pixels: int, view: View, animated: Animated
+) -> tuple[Image.Image, Size]:
+    """Return a picture upright, and its rows and columns as it is stored."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise UnreadableError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+            if animated == "refuse" and image.format in ANIMATED and getattr(image, "is_animated", False):
+                raise UnreadableError("animated; data.animated=first takes the first frame")
+            stored = _shape(image)
+            if size is not None:
+                _decode_small(image, box_of(stored, size, view), size)
+            image.load()
+            upright = _upright(image)
+            upright.format = "JPEG" if image.format == "MPO" else image.format
+            return upright, stored
+    except (UnreadableError, MemoryError):
+        raise
+    except Exception as error:  # a decoder fed with garbage may raise anything
+        raise UnreadableError(_reason(error)) from error
 
 
-def _to_unit(pixels: Tensor) -> Tensor:
-    return pixels.contiguous().float().div_(127.5).sub_(1)
-
-
-def _whole_is_quick(image: Image.Image, size: Size) -> bool:
-    """Say whether `_cover_whole` pays: it is vectorised for x86 only, and also computes what is cut off."""
-    height, width = size
-    area = max(height * image.width, width * image.height) ** 2 / (image.width * image.height)  # once scaled
-    return area <= WASTE * height * width and torch.backends.cpu.get_cpu_capability() in VECTORISED
-
-
-def _cover_whole(image: Image.Image, size: Size, across: float, down: float) -> Tensor:
-    """Scale the whole picture and cut where `cover` does, three times as fast. -> uint8 (3, H, W).
-
-    Within two levels of Pillow scaling the whole picture first across, then down: each of the passes rounds.
-    Pillow by itself takes them in the order that costs less; where a cubic overshoots, that is some levels away.
-    """
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    factor = scale * (1 + 1e-9)  # or rounding might take the last row
-    scaled = F.interpolate(_pixels(image)[None], scale_factor=(factor, factor), mode="bicubic", antialias=True)[0]
-    left, top = _cut(image.width * scale - width, across), _cut(image.height * scale - height, down)
-    return scaled[:, top : top + height, left : left + width]
-
-
-def _decode_small(image: Image.Image, size: Size) -> None:
-    height, width = size
-    if _orientation(image) >= 5:  # these values turn the picture by 90 degrees
-        height, width = width, height
-    scale = max(height / image.height, width / image.width)
+def _decode_small(image: Image.Image, box: Box, size: Size) -> None:
+    scale = max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
     image.draft(None, (int(np.ceil(2 * scale * image.width)), int(np.ceil(2 * scale * image.height))))
+
+
+def _shape(image: Image.Image) -> Size:
+    """Return rows and columns of a picture once it is upright."""
+    turned = _orientation(image) >= 5  # these values turn the picture by 90 degrees
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -196,15 +201,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _cut(room: float, place: float) -> int:
-    """Pick one of the whole numbers from 0 to `room`; `place` 0.5 is the middle one."""
-    steps = int(room + 1e-6)
-    return min(int(place * (steps + 1)), steps)
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not a picture of a known format ({', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return "more pixels than Pillow opens at all, 178956970"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return " ".join(str(error).split()) or type(error).__name__

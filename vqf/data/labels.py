@@ -2,11 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqf.data.imaging import UnreadableError
 from vqf.data.tarindex import Member, Tars
 from vqf.errors import UserError
 
@@ -20,24 +19,49 @@ def read_label(tars: Tars, shard: int, member: Member, key: str | None, name: st
         UnreadableError: If its bytes cannot be had.
         UserError: If it has none, or one that cannot be.
     """
+    text = member.text
+    if text is None:
+        text = tars.read(shard, member.offset, member.size, member.crc).decode("utf-8", "replace")
+    return parse_label(text, key, name)
+
+
+def parse_label(text: str, key: str | None, name: str) -> int | str:
+    """Return the label that a `.cls` holds, or a field of a `.json`: a number, or the name of a class.
+
+    Raises:
+        UserError: If it has none, or one that cannot be.
+    """
     try:
-        text = member.text
-        if text is None:
-            text = tars.read(shard, member.offset, member.size, member.crc).decode()
         label: Any = text.strip() if key is None else json.loads(text)[key]
-    except UnreadableError:
-        raise
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"data.label_key={key}: no such field in the .json beside '{name}'") from error
     except ValueError as error:
         raise UserError(f"data.root: the label beside '{name}' cannot be read ({error})") from error
-    if isinstance(label, str) and re.fullmatch("[0-9]{1,9}", label):
-        label = int(label)
+    label = understood(label) if isinstance(label, str) else label
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise UserError(f"data.root: the label beside '{name}' is {label!r}, neither a number nor a word")
     if isinstance(label, int) and not 0 <= label < CLASSES_AT_MOST:
         raise UserError(f"data.root: the label beside '{name}' is {label}, not a number from 0 on")
     return label
+
+
+def understood(label: str) -> int | str:
+    """Read a label: a number, if it is one, or a word."""
+    return int(label) if re.fullmatch("[0-9]{1,9}", label) else label
+
+
+def numbered(labels: Iterable[int | str], names: Sequence[str] = ()) -> tuple[list[str], dict[int | str | None, int]]:
+    """Return the names of the classes, and the number of each label; nothing where there are no labels.
+
+    Numbers stay what they are, and are named by `names` if there are enough; words are counted in their order.
+    """
+    found = set(labels)
+    if found and all(isinstance(each, int) for each in found):
+        count = max(int(each) for each in found) + 1
+        named = list(names) if len(names) >= count else [str(i) for i in range(count)]
+        return named, {i: i for i in range(count)}
+    ordered = sorted(found, key=str)
+    return [str(each) for each in ordered], {each: i for i, each in enumerate(ordered)}
 
 
 def manifest_classes(path: Path) -> list[str]:

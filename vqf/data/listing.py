@@ -1,14 +1,16 @@
 """Which pictures a folder holds, and which of them are for training and which for validation."""
 
+import csv
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 
+from vqf.data.labels import understood
 from vqf.errors import UserError
 from vqf.randomness import share
 
@@ -16,12 +18,15 @@ log = logging.getLogger("vqf")
 
 VALIDATION_FOLDERS = ("val", "validation")
 
+Row = tuple[int, str, int | str | None]  # of a list: number of the line, path, label
+
 
 class File(NamedTuple):
-    """A picture: its path below the root, with slashes, and its length in bytes, -1 where there is none."""
+    """A picture: its path below the root, with slashes, its length in bytes, and the label that a table gives it."""
 
     name: str
-    size: int
+    size: int  # -1 where there is no such file
+    label: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,30 @@ class Division:
 
     train: list[File]
     validation: list[File]
-    depth: int = 0
+    depth: int | None = 0  # None where labels are what a table says
+
+    def label(self, file: File) -> int | str | None:
+        """Return what a table says of a picture, or the folder that names its class; None if there is neither."""
+        if self.depth is None:
+            return file.label
+        folders = file.name.split("/")[:-1]
+        return folders[self.depth] if len(folders) > self.depth and not os.path.isabs(file.name) else None
 
     @property
-    def classes(self) -> list[str]:
-        """The names of the class folders, sorted; none unless every picture lies in one and there are two or more."""
-        names = [class_of(file.name, self.depth) for file in (*self.train, *self.validation)]
-        found = {name for name in names if name is not None}
-        if found and None in names:
-            stray = (*self.train, *self.validation)[names.index(None)].name
-            log.warning(f"data.root: no labels, because '{stray}' lies in no class folder, as other pictures do")
-            return []
-        return sorted(found) if len(found) > 1 else []
+    def labels(self) -> set[int | str]:
+        """The labels; none unless every picture has one and there are two or more."""
+        found: set[int | str] = set()
+        stray = None
+        for file in (*self.train, *self.validation):
+            if (label := self.label(file)) is not None:
+                found.add(label)
+            else:
+                stray = stray or file.name
+        if found and stray:
+            why = "lies in no class folder, as other pictures do" if self.depth is not None else "has none in a table"
+            log.warning(f"data.root: no labels, because '{stray}' {why}")
+            return set()
+        return found if len(found) > 1 else set()
 
 
 class Names(Sequence[str]):
@@ -67,12 +84,6 @@ class Names(Sequence[str]):
         return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
-def class_of(name: str, depth: int) -> str | None:
-    """Return the folder of a path that names its class, if there is one."""
-    folders = name.split("/")[:-1]
-    return folders[depth] if len(folders) > depth and not os.path.isabs(name) else None
-
-
 def scan(root: Path, extensions: Sequence[str]) -> list[File]:
     """List the pictures below a folder, sorted by path; links are followed, hidden files and folders left out.
 
@@ -90,30 +101,38 @@ def scan(root: Path, extensions: Sequence[str]) -> list[File]:
     return sorted(found)
 
 
-def read_list(path: str, root: Path, option: str) -> list[File]:
-    """Read a text file that names a picture per line, its path relative to `root` or absolute.
+def read_list(path: str, root: Path, option: str, extensions: Sequence[str]) -> list[File]:
+    """Read a text file that names a picture per line, its path relative to `root` or absolute, or a table of them.
+
+    A line may also be the name of a picture alone, whatever its ending, if it is the only one below `root`.
 
     Raises:
         UserError: If the list, or a picture that it names, is not there; `option` says where the list was named.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as file:
+            table = path.lower().endswith(".csv")
+            rows = list(_rows(file, path, option) if table else _lines(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{option}: cannot read the list '{path}' ({reason.lower()})") from error
-    files = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            files.append(_file(root, os.path.join(root, line.strip())))
-            if files[-1].size < 0:
-                raise UserError(f"{option}: line {number} of '{path}' names '{line.strip()}', which is not in '{root}'")
+    files: list[File] = []
+    below: Mapping[str, File | None] | None = None
+    for number, name, label in rows:
+        found: File | None = _file(root, os.path.join(root, name))
+        if found is None or found.size < 0:
+            below = _by_stem(scan(root, extensions)) if below is None else below
+            found = below.get(_stem(name))
+        if found is None:
+            raise UserError(f"{option}: line {number} of '{path}' names '{name}', which is not in '{root}'")
+        files.append(found._replace(label=label))
     return files
 
 
 def divide_by_lists(root: Path, train: str | None, validation: str | None, extensions: Sequence[str]) -> Division:
     """Take the parts from lists; a part without one is every other picture below the root."""
     parts = [
-        None if path is None else read_list(path, root, f"data.{option}")
+        None if path is None else read_list(path, root, f"data.{option}", extensions)
         for option, path in (("train", train), ("validation", validation))
     ]
     if None in parts:
@@ -123,7 +142,7 @@ def divide_by_lists(root: Path, train: str | None, validation: str | None, exten
     first, second = (part or [] for part in parts)
     if both := {file.name for file in first} & {file.name for file in second}:
         log.warning(f"data.validation: {len(both)} of its pictures are trained on too, such as '{min(both)}'")
-    return Division(first, second)
+    return Division(first, second, _depth(first + second))
 
 
 def divide(files: list[File], portion: float, last: int | None) -> Division:
@@ -132,7 +151,8 @@ def divide(files: list[File], portion: float, last: int | None) -> Division:
     A portion of 1 is everything, whatever the folders are called.
     """
     if last is not None:
-        return Division(files[: len(files) - last], files[max(len(files) - last, 0) :])
+        first = max(len(files) - last, 0)
+        return Division(files[:first], files[first:])
     if portion == 1:
         return Division([], files)
     top = {file.name.split("/")[0] for file in files if "/" in file.name}
@@ -141,6 +161,14 @@ def divide(files: list[File], portion: float, last: int | None) -> Division:
         train, validation = ([file for file in files if file.name.startswith(f"{each}/")] for each in ("train", name))
         return Division(train, validation, depth=1)
     return _divide_by_hash(files, portion)
+
+
+def _depth(files: Sequence[File]) -> int | None:
+    """Return how deep class folders lie: below train and val, where every picture lies in one of them."""
+    if any(file.label is not None for file in files):
+        return None
+    top = {file.name.split("/")[0] for file in files}
+    return int(bool(top) and top <= {"train", *VALIDATION_FOLDERS})
 
 
 def _divide_by_hash(files: list[File], portion: float) -> Division:
@@ -154,12 +182,45 @@ def _divide_by_hash(files: list[File], portion: float) -> Division:
     return Division(*sides)
 
 
+def _lines(file: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line.strip(), None
+
+
+def _rows(file: Iterable[str], path: str, option: str) -> Iterator[Row]:
+    reader = csv.DictReader(file)
+    columns = reader.fieldnames or []
+    if "path" not in columns:
+        raise UserError(f"{option}: the first line of '{path}' names no column 'path' (it has: {', '.join(columns)})")
+    for row in reader:
+        label = (row.get("label") or "").strip()
+        if not (row["path"] or "").strip():
+            raise UserError(f"{option}: line {reader.line_num} of '{path}' has no path")
+        if "label" in columns and not label:
+            raise UserError(f"{option}: line {reader.line_num} of '{path}' has no label")
+        yield reader.line_num, row["path"].strip(), understood(label) if label else None
+
+
+def _by_stem(files: Iterable[File]) -> dict[str, File | None]:
+    """Find pictures by their names without folder and ending; None where several have the same."""
+    found: dict[str, File | None] = {}
+    for file in files:
+        stem = _stem(file.name.rpartition("/")[2])
+        found[stem] = None if stem in found else file
+    return found
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
 def _file(root: Path, path: str) -> File:
     name = os.path.relpath(path, root)
     name = os.path.abspath(path) if name.startswith(os.pardir + os.sep) else name
     try:
         size = os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):  # a list may name anything
         size = -1
     return File(name.replace(os.sep, "/"), size)
 

@@ -2,49 +2,35 @@
 
 Members that share a name up to the first dot of it are one sample: `0001.jpg` and `0001.cls`. An index beside each
 shard says where its members lie, so that any picture can be read at any time: the order is the one of every data
-source, the same for any number of worker processes and ranks, and a run goes on where it stopped.
+source, the same for any number of worker processes and ranks, and a run goes on where it stopped. Shards that are not
+in a folder are read from end to end: see `vqf.data.streams`.
 """
 
 import io
 import itertools
 import logging
-from array import array
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
-import numpy as np
 import torch
 
-from vqf.data.folder import EXTENSIONS
-from vqf.data.imaging import MAX_PIXELS, UnreadableError
-from vqf.data.labels import manifest_classes, read_label
-from vqf.data.listing import Names
+from vqf.data.contents import LOST, NO_LABEL, Found, Part, indices, samples
+from vqf.data.imaging import MAX_PIXELS, Animated, UnreadableError
+from vqf.data.labels import manifest_classes, numbered
+from vqf.data.patterns import find_shards, is_streamed
+from vqf.data.remote import Remote
 from vqf.data.split import PictureSplit, tolerated
-from vqf.data.tarindex import SUFFIX, Index, Member, Tars, index_of
+from vqf.data.streams import StreamSplit
+from vqf.data.tarindex import Tars
+from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
-from vqf.terminal import progress
 
 log = logging.getLogger("vqf")
 
 MANIFEST = "manifest.json"  # of pipeline=shard; names the classes
-READERS = 8  # shards that are indexed side by side
-LOST, NO_LABEL = "", -1  # in place of a label and of a checksum: a picture whose label is lost counts as unreadable
-
-
-@dataclass
-class Part:
-    """The samples of the shards of a part: in arrays, of which worker processes share one copy."""
-
-    tars: Tars
-    names: Names
-    shards: np.ndarray  # which shard each lies in
-    places: np.ndarray  # (pictures, 3): offset, size and checksum in it
-    labels: list[int | str]  # one each, or none at all
 
 
 @register("data", "shards")
@@ -55,17 +41,30 @@ class Shards:
     there, one cut short, a picture whose checksum is not the indexed one and one that cannot be decoded follow the
     rule of `data=folder`: the next picture that can be read takes the place, up to `max_bad`.
 
+    Shards at an address that webdataset opens are streamed, without an index: validation in order, training shuffled,
+    in an order that depends on the number of ranks and workers.
+
     Args:
-        root: The folder of the shards.
-        train: The shards to train on, below the root: webdataset's braces, such as `train-{0000..0146}.tar`, or
-            wildcards, such as `train-*.tar`; several of them divided by `::`.
+        root: The folder of the shards, or its address.
+        train: The shards to train on, below the root, or addresses: webdataset's braces, such as
+            `train-{0000..0146}.tar`, or wildcards, such as `train-*.tar`; several of them divided by `::`.
         validation: The same for validation.
+        train_pictures: How many pictures the training shards hold, if they are streamed and the `manifest.json` of
+            pipeline=shard is not beside them.
+        validation_pictures: The same for validation.
+        buffer: Pictures that each process which loads a stream holds, to shuffle them.
         labels: Whether labels are read.
         label_key: The field of `.json` that holds the label; by default it is all that `.cls` holds.
+        classes: How many classes there are, where labels are numbers; by default what the shards or the manifest say.
         image: The ending of the picture, where samples hold several; by default the first that is a picture.
         index: A folder for the indices, where there are to be none beside the shards.
-        crop: Where training pictures are cropped; validation pictures are cropped at the centre.
+        crop: See `data=folder`, as for the following.
+        crop_area: The least and the largest share of a picture that crop=resized shows.
+        crop_ratio: The least and the largest ratio of width to height of that part.
         flip: Mirror every other training picture.
+        jitter: How far brightness, contrast, saturation and hue of training pictures are changed.
+        resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
+        animated: Whether an animation counts as unreadable, or its first frame as a picture.
         max_pixels: The largest picture that is decoded, width times height.
         max_bad: The share of unreadable pictures, and of shards cut short, one at least unless 0, above which the
             run stops.
@@ -76,49 +75,75 @@ class Shards:
         image_size: int | Size,
         seed: int,
         *,
-        root: str,
+        root: str | None = None,
         train: str | None = "train-*.tar",
         validation: str | None = "validation-*.tar",
+        train_pictures: int | None = None,
+        validation_pictures: int | None = None,
+        buffer: int = 1000,
         labels: bool = True,
         label_key: str | None = None,
+        classes: int | None = None,
         image: str | None = None,
         index: str | None = None,
-        crop: Literal["center", "random"] = "random",
+        crop: Crop = "random",
+        crop_area: Sequence[float] = AREA,
+        crop_ratio: Sequence[float] = RATIO,
         flip: bool = True,
+        jitter: Sequence[float] = UNCHANGED,
+        resize: Resize = "antialias",
+        animated: Animated = "refuse",
         max_pixels: int = MAX_PIXELS,
         max_bad: float = 0.01,
     ) -> None:
         if not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad={max_bad} is not in [0, 1]")
-        self.size, self.seed, self.root = pair(image_size), seed, Path(root).expanduser()
-        self.crop, self.flip = crop, flip
-        self.max_pixels, self.max_bad = max_pixels, max_bad
+        if buffer < 1:
+            raise ValueError(f"buffer={buffer} is not a number of pictures from 1 on")
+        self.size, self.seed = pair(image_size), seed
+        self.views = Views(crop, crop_area, crop_ratio, flip, jitter, resize)
+        self.animated, self.max_pixels, self.max_bad, self.buffer = animated, max_pixels, max_bad, buffer
         self.image = None if image is None else image.lower().lstrip(".")
         self.label_key, self.index = label_key, None if index is None else Path(index).expanduser()
-        if not self.root.is_dir():
-            raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
-        patterns = {"train": train, "validation": validation}
-        self.patterns = patterns
-        self.parts = {part: self._part(part, pattern, labels) for part, pattern in patterns.items()}
-        if not any(part.names for part in self.parts.values()):
-            named = " and ".join(f"data.{part}={pattern}" for part, pattern in patterns.items())
-            raise UserError(f"data.root: no pictures in shards of '{self.root}'; {named}")
-        self.classes, self.numbers = self._classes()
+        self.patterns = {"train": train, "validation": validation}
+        self.remote: Remote | None = None
+        self.classes: list[str]
+        if any(is_streamed(root, pattern, f"data.{part}") for part, pattern in self.patterns.items() if pattern):
+            lengths = {"train": train_pictures, "validation": validation_pictures}
+            self.remote = Remote(root, self.patterns, lengths, classes if labels else 0)
+            self.classes = self.remote.classes
+        else:
+            self._index(root, labels, classes)
 
-    def split(self, name: str) -> "ShardSplit":
+    def split(self, name: str) -> "ShardSplit | StreamSplit":
         """Return "train" or "validation"."""
-        if name not in self.parts:
-            raise UserError(unknown("split", name, self.parts))
+        if name not in self.patterns:
+            raise UserError(unknown("split", name, self.patterns))
+        if self.remote is not None:
+            return StreamSplit(self, name, self.remote.stream(name))
         part = self.parts[name]
         if not part.names:
             raise UserError(f"data.{name}={self.patterns[name]}: no pictures in such shards of '{self.root}'")
         labels = torch.tensor([self.numbers[each] for each in part.labels]) if self.classes else None
         return ShardSplit(self, name, part, labels)
 
+    def _index(self, root: str | None, labels: bool, classes: int | None) -> None:
+        """Find out what the shards of a folder hold."""
+        if root is None:
+            raise UserError("data.root: give the folder of the shards, or its address")
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
+        self.parts = {part: self._part(part, pattern, labels) for part, pattern in self.patterns.items()}
+        if not any(part.names for part in self.parts.values()):
+            named = " and ".join(f"data.{part}={pattern}" for part, pattern in self.patterns.items())
+            raise UserError(f"data.root: no pictures in shards of '{self.root}'; {named}")
+        self.classes, self.numbers = self._classes(classes)
+
     def _part(self, name: str, pattern: str | None, labels: bool) -> Part:
         paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}")
         ending = "json" if self.label_key else "cls"
-        tars, found = Tars(paths), _Found(self.label_key, f".{ending}")
+        tars, found = Tars(paths), Found(self.label_key, f".{ending}")
         cut = []
         for shard, index in enumerate(indices(paths, self.index)):
             if not index.whole:
@@ -137,19 +162,18 @@ class Shards:
         for path in cut:
             log.warning(f"data.root: the shard '{path}' is cut short or damaged; what follows is left out")
 
-    def _classes(self) -> tuple[list[str], dict[int | str, int]]:
+    def _classes(self, count: int | None) -> tuple[list[str], dict[int | str | None, int]]:
         """Return the names of the classes, and the number of each label."""
         parts = [part for part in self.parts.values() if part.names]
         if not all(part.labels for part in parts):
             return [], {}
         found = {label for part in parts for label in part.labels} - {LOST}
-        if all(isinstance(each, int) for each in found):
-            count = max((int(each) for each in found), default=-1) + 1
-            names = manifest_classes(self.root / MANIFEST)
-            names = names if len(names) >= count else [str(i) for i in range(count)]
-            return names, {LOST: 0} | {i: i for i in range(count)}
-        ordered = sorted(found, key=str)
-        return [str(each) for each in ordered], {LOST: 0} | {each: i for i, each in enumerate(ordered)}
+        if count is not None and (wrong := [each for each in found if isinstance(each, str) or each >= count]):
+            raise UserError(f"data.classes={count}: there is a label {max(wrong, key=str)!r}, no number below that")
+        names = manifest_classes(self.root / MANIFEST)
+        plain = [str(i) for i in range(count or 0)]
+        classes, numbers = numbered(found, names if len(names) >= len(plain) else plain)
+        return classes, {LOST: 0, **numbers}
 
 
 class ShardSplit(PictureSplit):
@@ -167,87 +191,3 @@ class ShardSplit(PictureSplit):
         if crc == NO_LABEL:
             raise UnreadableError("its label cannot be read")
         return io.BytesIO(self.tars.read(int(self.shards[index]), offset, size, crc))
-
-
-class _Found:
-    """What is found in shards, sample by sample."""
-
-    def __init__(self, key: str | None, ending: str) -> None:
-        self.key, self.ending = key, ending
-        self.names: list[str] = []
-        self.shards, self.places = array("i"), array("q")
-        self.labels: list[int | str] = []
-        self.without: str | None = None
-
-    def add(self, tars: Tars, shard: int, image: Member, label: Member | None) -> None:
-        name = f"{tars.paths[shard].name}/{image.key}.{image.ending}"
-        self.names.append(name)
-        self.shards.append(shard)
-        crc = image.crc
-        if label is None:
-            self.without = self.without or name
-        else:
-            try:
-                self.labels.append(read_label(tars, shard, label, self.key, name))
-            except UnreadableError:
-                self.labels.append(LOST)
-                crc = NO_LABEL
-        self.places.extend((image.offset, image.size, crc))
-
-    def part(self, tars: Tars, labels: bool) -> Part:
-        if labels and self.without and (self.labels or self.key):
-            log.warning(f"data.root: no labels, because '{self.without}' has no {self.ending} beside it")
-        shards, places = np.array(self.shards, dtype=np.int32), np.array(self.places, dtype=np.int64)
-        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), [] if self.without else self.labels)
-
-
-def find_shards(root: Path, pattern: str, option: str) -> list[Path]:
-    """Return the shards that a pattern names: those of braces all, whether they are there or not.
-
-    Raises:
-        UserError: For a pattern that is none, and for addresses.
-    """
-    from webdataset.shardlists import expand_urls
-
-    if any(sign in pattern for sign in ("://", "pipe:")):
-        raise UserError(f"{option}={pattern}: shards are read from a folder; copy them below data.root first")
-    try:
-        names = expand_urls(pattern)
-    except ValueError as error:
-        raise UserError(f"{option}={pattern}: {str(error).lower()}; write it as in train-{{0000..0146}}.tar") from error
-    found = [path for name in names for path in (_matching(root, name) if set(name) & set("*?") else [root / name])]
-    return list(dict.fromkeys(found))
-
-
-def _matching(root: Path, wildcard: str) -> list[Path]:
-    """Find shards; the index of one that is missing stands for it."""
-    indexed = (path.with_name(path.name.removesuffix(SUFFIX)) for path in root.glob(wildcard + SUFFIX))
-    return sorted({*root.glob(wildcard), *indexed})
-
-
-def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator[tuple[Member, Member | None]]:
-    """Yield picture and label of every sample of a shard that has a picture.
-
-    Raises:
-        UserError: If a sample has two members of one ending.
-    """
-    groups: dict[str, dict[str, Member]] = {}
-    for member in index.members:
-        group = groups.setdefault(member.key, {})
-        if member.ending in group:
-            raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.ending}' twice")
-        group[member.ending] = member
-    if groups and not index.whole:
-        groups.popitem()  # cut short, or perhaps its label is
-    for group in groups.values():
-        endings = [image] if image else [each for each in group if f".{each.rpartition('.')[2]}" in EXTENSIONS]
-        if endings and endings[0] in group:
-            yield group[endings[0]], group.get(label)
-
-
-def indices(paths: Sequence[Path], folder: Path | None) -> Iterator[Index]:
-    """Yield the index of every shard, several being made at a time."""
-    with ThreadPoolExecutor(READERS) as pool, progress("index shards", len(paths)) as bar:
-        for index in pool.map(lambda path: index_of(path, folder), paths):
-            yield index
-            bar.advance()

@@ -9,13 +9,15 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 
-from vqf.data.imaging import UnreadableError, open_picture, read, to_rgb
+from vqf.data.imaging import Animated, Shown, UnreadableError, open_picture, read, to_rgb
+from vqf.data.views import View, Views
 from vqf.errors import UserError
 from vqf.protocols import Sample, Size
 from vqf.randomness import generator
@@ -29,8 +31,8 @@ class Source(Protocol):
     size: Size
     seed: int
     root: Path
-    crop: Literal["center", "random"]
-    flip: bool
+    views: Views
+    animated: Animated
     max_pixels: int
     max_bad: float
 
@@ -59,8 +61,7 @@ class PictureSplit:
         self, data: Source, part: str, names: Sequence[str], labels: torch.Tensor | None, content: Iterable[object]
     ) -> None:
         self.data, self.part, self.names, self.labels = data, part, names, labels
-        self.random_crop = part == "train" and data.crop == "random"
-        self.flip = part == "train" and data.flip
+        self.views = data.views if part == "train" else data.views.still()
         self.fingerprint = self._fingerprint(content)
         self.bad = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # known to all worker processes
 
@@ -81,18 +82,15 @@ class PictureSplit:
         Raises:
             UserError: If too many pictures cannot be read.
         """
-        random = generator(self.data.seed, epoch, index)
-        across, down, mirror = torch.rand(3, generator=random).tolist()
-        if not self.random_crop:
-            across = down = 0.5
-        for each in (*range(index, len(self)), *range(index)):
+        view = self.views.draw(generator(self.data.seed, epoch, index))
+        for each in chain(range(index, len(self)), range(index)):
             try:
-                image = self._read(each, across, down)
+                shown = self._read(each, view)
             except UnreadableError as error:
                 self._count(each, str(error))
                 continue
             label = None if self.labels is None else int(self.labels[each])
-            return Sample(image.flip(-1) if self.flip and mirror < 0.5 else image, label)
+            return Sample(view.finish(shown.picture), label, place=view.turn(shown.place))
         raise UserError(f"data.root: none of the {len(self)} {self.part} pictures in '{self.data.root}' can be read")
 
     def stored(self, index: int) -> bytes:
@@ -113,7 +111,7 @@ class PictureSplit:
         Raises:
             UnreadableError: If it cannot be read.
         """
-        return to_rgb(open_picture(self.open(index), max_pixels=self.data.max_pixels))
+        return to_rgb(self._decoded(self.open(index)))
 
     def facts(self, index: int, content: bytes) -> Facts:
         """Decode what `stored` returned, and say what it is.
@@ -121,15 +119,19 @@ class PictureSplit:
         Raises:
             UnreadableError: If it is no picture that could be trained on.
         """
-        image = open_picture(io.BytesIO(content), max_pixels=self.data.max_pixels)
+        image = self._decoded(io.BytesIO(content))
         to_rgb(image)
         return Facts(image.format or "?", image.mode, *image.size)
 
-    def _read(self, index: int, across: float, down: float) -> torch.Tensor:
+    def _decoded(self, source: Path | IO[bytes]) -> Image.Image:
+        return open_picture(source, max_pixels=self.data.max_pixels, animated=self.data.animated)
+
+    def _read(self, index: int, view: View) -> Shown:
         if self.bad[index]:
             raise UnreadableError("")
-        source = self.open(index)
-        return read(source, self.data.size, across=across, down=down, max_pixels=self.data.max_pixels)
+        data = self.data
+        limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
+        return read(self.open(index), data.size, view, resize=self.views.resize, **limits)
 
     def _count(self, index: int, reason: str) -> None:
         if self.bad[index]:
@@ -144,8 +146,9 @@ class PictureSplit:
         log.warning(f"data.root: cannot read '{self.names[index]}' ({reason}); the next picture takes its place")
 
     def _fingerprint(self, content: Iterable[object]) -> str:
-        digest = hashlib.sha256(repr((self.data.size, self.random_crop, self.flip, self.data.max_pixels)).encode())
-        if self.random_crop or self.flip:
+        facts = self.data.size, self.views.facts, self.data.max_pixels, self.data.animated
+        digest = hashlib.sha256(repr(facts).encode())
+        if self.views.random:
             digest.update(repr(self.data.seed).encode())
         for each in content:
             digest.update(repr(each).encode())

@@ -12,12 +12,12 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from vqf.data.imaging import UnreadableError
+from vqf.data.imaging import EXTENSIONS, UnreadableError
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
@@ -151,12 +151,34 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{stem}", ending.lower()) if stem and dot else None
 
 
+def checked(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Return key and ending of a member, None where it is no part of a sample.
+
+    Raises:
+        UserError: If its name leads elsewhere.
+    """
+    name = info.name.removeprefix("./")
+    parts = name.split("/")
+    control = any(ord(each) < 32 or ord(each) == 127 for each in name)
+    if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or control:
+        raise UserError(f"data.root: the shard '{tar}' has a member {info.name!a}, which no data set should have")
+    if info.isreg() and info.issparse():
+        raise UserError(f"data.root: the shard '{tar}' has a sparse member '{name}'; pack it again without --sparse")
+    return split_name(name)
+
+
+def picture_among(endings: Iterable[str], wanted: str | None) -> str | None:
+    """Return which member of a sample is the picture: the one that is wanted, or the first that is one."""
+    found = (each for each in endings if (each == wanted if wanted else f".{each.rpartition('.')[2]}" in EXTENSIONS))
+    return next(found, None)
+
+
 def _members(tar: Path, file: BinaryIO, size: int) -> tuple[list[Member], int]:
     """List the members that can be seen, the last of which may be cut short, and where the tar should end."""
     members: list[Member] = []
     end = 0
     for info in _headers(tar, file):
-        named = _checked(tar, info)
+        named = checked(tar, info)
         end = info.offset_data + -(-info.size // BLOCK) * BLOCK if info.isreg() else info.offset_data
         if not info.isreg() or named is None:
             continue
@@ -179,17 +201,6 @@ def _headers(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     except (tarfile.TarError, EOFError) as error:
         if place < 0 and os.fstat(file.fileno()).st_size >= BLOCK:
             raise UserError(f"data.root: the shard '{tar}' is not a tar file ({str(error).lower()})") from error
-
-
-def _checked(tar: Path, info: tarfile.TarInfo) -> tuple[str, str] | None:
-    name = info.name.removeprefix("./")
-    parts = name.split("/")
-    control = any(ord(each) < 32 or ord(each) == 127 for each in name)
-    if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or control:
-        raise UserError(f"data.root: the shard '{tar}' has a member {info.name!a}, which no data set should have")
-    if info.isreg() and info.issparse():
-        raise UserError(f"data.root: the shard '{tar}' has a sparse member '{name}'; pack it again without --sparse")
-    return split_name(name)
 
 
 def _scan(file: BinaryIO, offset: int, size: int, ending: str) -> tuple[str | None, int]:

@@ -13,7 +13,9 @@ from omegaconf import DictConfig
 
 from vqf import terminal
 from vqf.errors import UserError
+from vqf.pipelines.common import image_size
 from vqf.pipelines.files import Files, open_parts, spread
+from vqf.protocols import Size
 from vqf.registry import register
 from vqf.terminal import log, progress
 
@@ -47,7 +49,7 @@ class Check:
         _, parts = open_parts(self.config)
         files = {part: split for part, split in parts.items() if isinstance(split, Files)}
         if len(files) < len(parts):
-            raise UserError(f"data '{self.config.data.name}' keeps no files that could be checked")
+            raise UserError(f"data '{self.config.data.name}' keeps no files that could be checked (a stream neither)")
         counts = {part: len(split) for part, split in parts.items()}
         tasks = [(part, first) for part, count in counts.items() for first in range(0, count, AT_ONCE)]
         seen = []
@@ -55,7 +57,7 @@ class Check:
             for some in spread(Looker(files, counts), tasks, self.config.workers):
                 seen += some
                 bar.advance(len(some))
-        report = summary(seen, list(parts))
+        report = summary(seen, list(parts), image_size(self.config))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _tell(report)
@@ -83,8 +85,8 @@ class Looker:
             return Seen(part, split.names[index], broken=str(error))
 
 
-def summary(seen: Iterable[Seen], parts: Iterable[str]) -> dict[str, Any]:
-    """Count what was seen: a part each, and what is there twice in either."""
+def summary(seen: Iterable[Seen], parts: Iterable[str], size: Size) -> dict[str, Any]:
+    """Count what was seen: a part each, and what is there twice in either; `size` is the one that is wanted."""
     ordered = sorted(seen, key=lambda each: (each.part, each.name))
     twins: dict[str, list[Seen]] = {}
     for each in ordered:
@@ -92,13 +94,13 @@ def summary(seen: Iterable[Seen], parts: Iterable[str]) -> dict[str, Any]:
             twins.setdefault(each.digest, []).append(each)
     double = [group for group in twins.values() if len(group) > 1]
     return {
-        "parts": {part: _part([each for each in ordered if each.part == part]) for part in parts},
+        "parts": {part: _part([each for each in ordered if each.part == part], size) for part in parts},
         "duplicates": [[f"{each.part}: {each.name}" for each in group] for group in double],
         "in_both_parts": sum(len({each.part for each in group}) > 1 for group in double),
     }
 
 
-def _part(seen: list[Seen]) -> dict[str, Any]:
+def _part(seen: list[Seen], size: Size) -> dict[str, Any]:
     good = [each for each in seen if not each.broken]
     return {
         "pictures": len(seen),
@@ -106,6 +108,7 @@ def _part(seen: list[Seen]) -> dict[str, Any]:
         "width": _spread(each.width for each in good),
         "height": _spread(each.height for each in good),
         "shorter_side": _spread(min(each.width, each.height) for each in good),
+        "to_be_enlarged": sum(each.height < size[0] or each.width < size[1] for each in good),
         "modes": dict(Counter(each.mode for each in good).most_common()),
         "formats": dict(Counter(each.format for each in good).most_common()),
     }
@@ -127,7 +130,7 @@ def _tell(report: Mapping[str, Any]) -> None:
             log.warning("%s: cannot read '%s' (%s)", name, picture, why)
     double = report["duplicates"]
     copies = sum(len(group) for group in double) - len(double)
-    log.info("%d exact copies of %d pictures, %d of them in both parts", copies, len(double), report["in_both_parts"])
+    log.info("exact copies: %d, of %d pictures; in both parts: %d", copies, len(double), report["in_both_parts"])
     for group in double[:NAMED]:
         log.info("the same: %s", ", ".join(group[:NAMED]))
 

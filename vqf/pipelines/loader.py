@@ -6,20 +6,25 @@ processes, or of ranks, sees the same pictures in the same order.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from vqf import ranks
 from vqf.errors import UserError
-from vqf.protocols import Batch, Split
+from vqf.protocols import Batch, Sample, Split, Streamed
 from vqf.randomness import generator
 
 log = logging.getLogger("vqf")
 
+K = TypeVar("K")
 Key = tuple[int, int]  # epoch and index: all that a worker needs to know
 Records = list[tuple[int, str]]  # level and text of what a worker had to say
 
@@ -33,34 +38,42 @@ class Order:
         length: Pictures of the split.
         batch_size: Pictures of one step, over all ranks. The last pictures of an epoch, too few for a batch,
             are left out; another epoch leaves out others.
-        rank: This process among `world`, each of which takes an equal part of every batch.
+        rank: This process among `world`, each of which takes an equal part of every micro-batch.
+        accumulate: Micro-batches that a step is cut into, the same ones for any number of processes.
 
     Raises:
         UserError: If not even one batch comes together, or it cannot be divided among the ranks.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: a step needs at least one picture")
         if batch_size > length:
             raise UserError(f"batch_size={batch_size} is larger than the {length} pictures to train on")
-        if batch_size % world:
-            raise UserError(f"batch_size={batch_size} cannot be divided among {world} processes")
+        if batch_size % accumulate:
+            raise UserError(f"accumulate={accumulate} must divide batch_size={batch_size}")
+        if batch_size % (accumulate * world):
+            parts = f"{world} processes and accumulate={accumulate} micro-batches"
+            raise UserError(f"batch_size={batch_size} cannot be divided among {parts}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.accumulate = rank, world, accumulate
         self.epoch_steps = length // batch_size
 
     def batch(self, step: int) -> list[Key]:
         """Return this rank's part of the batch of a step, counted from 0."""
         epoch, position = divmod(step, self.epoch_steps)
-        part = self.batch_size // self.world
-        first = position * self.batch_size + self.rank * part
-        indices = _permutation(self.length, self.seed, epoch)[first : first + part]
-        return [(epoch, index) for index in indices.tolist()]
+        first = position * self.batch_size
+        indices = _permutation(self.length, self.seed, epoch)[first : first + self.batch_size]
+        mine = indices.view(self.accumulate, self.world, -1)[:, self.rank]
+        return [(epoch, index) for index in mine.flatten().tolist()]
 
 
 def batches(split: Split, order: Order, *, start: int, steps: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of steps `start` to `steps` - 1."""
+    """Yield the batches of steps `start` to `steps` - 1; those of a stream in the order in which it comes."""
+    if isinstance(split, Streamed):
+        return _streamed(split, order, start, steps, workers)
     return keyed(split, _Plan(order, start, steps), workers=workers)
 
 
@@ -73,7 +86,24 @@ def sequential(split: Split, batch_size: int, *, count: int | None = None, worke
     length = len(split)
     count = length if count is None else min(count, length)
     keys = [(0, i * length // count) for i in range(count)]
-    return keyed(split, [keys[i : i + batch_size] for i in range(0, count, batch_size)], workers=workers)
+    return keyed(split, in_batches(keys, batch_size), workers=workers)
+
+
+def in_batches(keys: Sequence[K], batch_size: int) -> list[list[K]]:
+    """Cut keys into batches, the last of which may be smaller, and return this process's part of each.
+
+    All parts are equally long, so that they can be collected: the last key fills up the last batch's, and
+    `ranks.collect` cuts it off again.
+    """
+    batch_size = -(-batch_size // ranks.world()) * ranks.world()
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    return [[batch[i] for i in part_of(len(batch))] for batch in batches]
+
+
+def part_of(count: int) -> list[int]:
+    """Return which of `count` things this process does, see `in_batches`."""
+    part = -(-count // ranks.world())
+    return [min(ranks.rank() * part + i, count - 1) for i in range(part)]
 
 
 def keyed(split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0) -> Iterator[Batch]:
@@ -82,16 +112,49 @@ def keyed(split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0) -> I
     Raises:
         UserError: If a picture cannot be had, or a worker process hangs or dies.
     """
-    loader = DataLoader(
-        _Pictures(split),
-        batch_sampler=keys,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        timeout=PATIENCE if workers else 0,
-        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+    if isinstance(split, Streamed):
+        workers = min(workers, 1)  # each would read all of it
+    return _received(_loader(_Pictures(split), workers, batch_sampler=keys), workers)
+
+
+def _streamed(split: Streamed, order: Order, start: int, steps: int, workers: int) -> Iterator[Batch]:
+    if split.readers < order.world:
+        raise UserError(f"data.train: {split.readers} shards cannot be shared by {order.world} processes")
+    if start:
+        log.info("data.train: a stream has no exact order; this run goes on in another one than it would have had")
+    workers = min(workers, split.readers // order.world)
+    loaded = _loader(_Stream(split, order, start), workers, batch_size=None)
+    for _, batch in zip(range(start, steps), _received(loaded, workers), strict=False):
+        yield batch
+
+
+def _loader(pictures: Dataset["_Loaded"], workers: int, **order: Any) -> Iterator["_Loaded"]:
+    return iter(
+        DataLoader(
+            pictures,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            timeout=PATIENCE if workers else 0,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # its own, or the loader would draw from the global one
+            **order,
+        )
     )
-    return _received(iter(loader), workers)
+
+
+def _begin_worker(number: int) -> None:
+    """Leave signals that a scheduler sends to every process of a job to the parent: it needs its workers to answer."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _Plan:
@@ -117,8 +180,7 @@ class _Loaded:
 
     def pin_memory(self) -> "_Loaded":
         if self.batch is not None:
-            for key, value in vars(self.batch).items():
-                setattr(self.batch, key, None if value is None else value.pin_memory())
+            self.batch = self.batch.map(lambda value: value.pin_memory())
         return self
 
 
@@ -129,14 +191,31 @@ class _Pictures(Dataset[_Loaded]):
         self.split = split
 
     def __getitems__(self, keys: Sequence[Key]) -> _Loaded:
-        collector = _Collector()
-        if get_worker_info() is not None:
-            log.handlers, log.propagate = [collector], False
-        try:
-            batch = Batch.collate([self.split.item(epoch, index) for epoch, index in keys])
-        except UserError as mistake:
-            return _Loaded(mistake=mistake, records=collector.records)
-        return _Loaded(batch, records=collector.records)
+        return _load(lambda: [self.split.item(epoch, index) for epoch, index in keys])
+
+
+class _Stream(IterableDataset[_Loaded]):
+    """A stream as the data loader wants it: this process's part of batch after batch, without end."""
+
+    def __init__(self, split: Streamed, order: Order, start: int) -> None:
+        self.split, self.order, self.start = split, order, start
+
+    def __iter__(self) -> Iterator[_Loaded]:
+        part = self.order.batch_size // self.order.world
+        samples = self.split.stream(self.start, self.order.rank, self.order.world)
+        while True:
+            yield _load(lambda: [next(samples) for _ in range(part)])
+
+
+def _load(samples: Callable[[], list[Sample]]) -> _Loaded:
+    """Make a batch; in a worker process, also of what it has to say."""
+    collector = _Collector()
+    if get_worker_info() is not None:
+        log.handlers, log.propagate = [collector], False
+    try:
+        return _Loaded(Batch.collate(samples()), records=collector.records)
+    except UserError as mistake:
+        return _Loaded(mistake=mistake, records=collector.records)
 
 
 class _Collector(logging.Handler):

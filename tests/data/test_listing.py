@@ -1,0 +1,88 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqf.data.listing import VALIDATION_FOLDERS, Division, File, divide, divide_by_lists
+
+names = st.text("ab01/.é", min_size=1, max_size=6).map(lambda text: "/".join(filter(None, text.split("/"))) or "x")
+folders = st.sampled_from(["", "train/", "val/", "validation/", "test/"])
+paths = st.builds(lambda folder, name: folder + name, folders, names)
+listings = st.lists(paths, min_size=1, max_size=30, unique=True).map(lambda found: sorted(File(n, 1) for n in found))
+shares = st.floats(0, 1)
+
+
+def top(file):
+    return file.name.split("/")[0] if "/" in file.name else None
+
+
+@given(listings, shares, st.none() | st.integers(0, 40))
+def test_no_picture_is_on_both_sides_and_none_is_lost_but_those_beside_train_and_val(files, share, last):
+    division = divide(files, share, last)
+    together = [*division.train, *division.validation]
+    assert len(set(together)) == len(together)
+    tops = {top(file) for file in files}
+    folders = last is None and share < 1 and "train" in tops and tops & set(VALIDATION_FOLDERS)
+    lost = set(files) - set(together)
+    assert (
+        all(top(file) not in ("train", min(tops & set(VALIDATION_FOLDERS))) for file in lost) if folders else not lost
+    )
+    assert division.train == sorted(division.train)
+    assert division.validation == sorted(division.validation)
+
+
+@given(listings, st.integers(0, 40))
+def test_the_last_are_the_last(files, last):
+    division = divide(files, 0.5, last)
+    assert division.train + division.validation == files
+    assert len(division.validation) == min(last, len(files))
+
+
+flat = st.lists(names, min_size=1, max_size=60, unique=True).map(lambda found: sorted(File(f"x/{n}", 1) for n in found))
+
+
+@given(flat, flat, st.floats(0.05, 0.95))
+def test_adding_pictures_moves_none_to_the_other_side_unless_one_was_empty(files, more, share):
+    before, after = divide(files, share, None), divide(sorted({*files, *more}), share, None)
+    moved = (set(before.train) & set(after.validation)) | (set(before.validation) & set(after.train))
+    assert len(moved) <= 1  # the one that had to be on a side which would have been empty
+    if len(before.train) > 1 and len(before.validation) > 1:
+        assert not moved
+
+
+@given(flat, shares)
+def test_neither_side_is_empty_unless_it_is_asked_to_be(files, share):
+    division = divide(files, share, None)
+    if len(files) > 1 and 0 < share < 1:
+        assert division.train and division.validation
+    assert bool(division.validation) == (share > 0) or len(files) == 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_share_is_kept(share):
+    division = divide([File(f"{i}.png", 1) for i in range(20_000)], share, None)
+    assert abs(len(division.validation) / 20_000 - share) < 4 * (share * (1 - share) / 20_000) ** 0.5
+
+
+@given(st.sets(st.integers(0, 19)))
+def test_a_part_without_a_list_is_every_other_picture(tmp_path_factory, listed):
+    root = tmp_path_factory.getbasetemp() / "listed"
+    root.mkdir(exist_ok=True)
+    for i in range(20):
+        (root / f"{i:02}.png").touch()
+    (root / "list.txt").write_text("".join(f"{i:02}.png\n" for i in sorted(listed, reverse=True)))
+    for option in ("train", "validation"):
+        lists = {"train": None, "validation": None, option: str(root / "list.txt")}
+        division = divide_by_lists(root, **lists, extensions=[".png"])
+        named, rest = division.train, division.validation
+        named, rest = (named, rest) if option == "train" else (rest, named)
+        assert [file.name for file in named] == [f"{i:02}.png" for i in sorted(listed, reverse=True)]
+        assert [file.name for file in rest] == [f"{i:02}.png" for i in range(20) if i not in listed]
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(0, {"train"}), (1, {"cat", "dog"}), (2, set()), (None, set())], ids=str
+)
+def test_which_folder_names_the_class(depth, expected):
+    division = Division([File("train/cat/1.png", 1), File("train/dog/2.png", 1)], [], depth)
+    assert {division.label(file) for file in division.train} - {None} == expected
+    assert division.labels == (expected if len(expected) > 1 else set())

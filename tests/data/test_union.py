@@ -1,0 +1,96 @@
+import pytest
+import torch
+from PIL import Image
+
+from tests.composing import compose
+from vqf.data.folder import Folder
+from vqf.data.union import Union
+from vqf.errors import UserError
+from vqf.registry import build
+
+
+def paint(folder, count, green):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (20, 16), (i, green, 0)).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    paint(tmp_path / "few", 5, 10)
+    paint(tmp_path / "many", 9, 200)
+    return tmp_path
+
+
+def union(folders, image_size=16, seed=0):
+    parts = {
+        name: {"name": "folder", "root": str(folders / name), "validation_last": last, "labels": False}
+        for name, last in (("few", 2), ("many", 3))
+    }
+    return Union(image_size, seed, parts=parts)
+
+
+def colours(split, epoch=0):
+    seen = [split.item(epoch, index) for index in range(len(split))]
+    return [(sample.label, *((sample.image[:2, 0, 0] + 1) * 127.5).round().int().tolist()) for sample in seen]
+
+
+def test_every_picture_of_every_source_is_there_once_with_its_source_as_label(folders):
+    data = union(folders)
+    assert data.classes == ["few", "many"]
+    assert colours(data.split("train")) == [(0, i, 10) for i in range(3)] + [(1, i, 200) for i in range(6)]
+    assert colours(data.split("validation")) == [(0, i, 10) for i in (3, 4)] + [(1, i, 200) for i in (6, 7, 8)]
+
+
+def test_a_source_shows_its_own_pictures(folders):
+    """Up to its random numbers, which are not those of its neighbours."""
+    validation = union(folders).split("validation")
+    alone = Folder(16, 0, root=str(folders / "many"), validation_last=3).split("validation")
+    assert all(torch.equal(validation.item(0, 2 + i).image, alone.item(0, i).image) for i in range(3))
+    for folder in ("few", "many"):
+        pixels = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3)
+        for path in (folders / folder).iterdir():
+            Image.fromarray(pixels.numpy()).save(path)
+    train = union(folders).split("train")
+    crops = [[train.item(epoch, index).image for epoch in range(8)] for index in (0, 3)]
+    assert not all(torch.equal(a, b) for a, b in zip(*crops, strict=True))
+    again = union(folders).split("train")
+    assert all(torch.equal(again.item(epoch, 3).image, crops[1][epoch]) for epoch in range(8))
+
+
+def test_the_fingerprint_follows_every_source(folders):
+    before = union(folders).split("train").fingerprint
+    assert before == union(folders).split("train").fingerprint
+    assert before != union(folders).split("validation").fingerprint
+    paint(folders / "few", 6, 10)
+    after = union(folders).split("train").fingerprint
+    assert after != before != union(folders, seed=1).split("train").fingerprint
+
+
+def test_mistakes_are_worded(folders):
+    def worded(parts):
+        with pytest.raises(ValueError) as caught:
+            build("data", {"name": "union", "parts": parts}, image_size=16, seed=0)
+        return str(caught.value)
+
+    assert worded({}) == ("data 'union': parts is empty; name sources, as in data.parts.faces={name:folder,root:faces}")
+    assert worded({"a": {"name": "foldr"}}).startswith("data.parts.a: unknown data 'foldr'. Did you mean 'folder'")
+    assert worded({"a": {"name": "folder", "root": "x", "flp": 1}}).startswith("data.parts.a.flp: unknown option 'flp'")
+    assert worded({"a": {"name": "folder", "root": "data.d"}}) == (
+        "data.parts.a.root: no folder 'data.d'; point data.parts.a.root to a folder of images"
+    )
+    with pytest.raises(UserError, match=r"^unknown split 'test'"):
+        union(folders).split("test")
+
+
+def test_faceshq_is_celebahq_and_ffhq(tmp_path):
+    roots = [f"data.parts.{name}.root={tmp_path / name}" for name in ("celebahq", "ffhq")]
+    counts = [f"data.parts.{name}.validation_last=1" for name in ("celebahq", "ffhq")]
+    paint(tmp_path / "celebahq", 3, 1)
+    paint(tmp_path / "ffhq", 4, 2)
+    node = compose("data=faceshq", *roots, *counts).data
+    data = build("data", node, image_size=16, seed=0)
+    assert colours(data.split("train")) == [(0, 0, 1), (0, 1, 1), (1, 0, 2), (1, 1, 2), (1, 2, 2)]
+    for name in ("celebahq", "ffhq"):
+        alone, part = compose(f"data={name}").data, compose("data=faceshq").data.parts[name]
+        assert {key: alone[key] for key in part} == dict(part)

@@ -1,0 +1,92 @@
+"""What indexed shards hold: which samples, where in which shard, and their labels."""
+
+import logging
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqf.data.imaging import UnreadableError
+from vqf.data.labels import read_label
+from vqf.data.listing import Names
+from vqf.data.tarindex import Index, Member, Tars, index_of, picture_among
+from vqf.errors import UserError
+from vqf.terminal import progress
+
+log = logging.getLogger("vqf")
+
+READERS = 8  # shards that are indexed side by side
+LOST, NO_LABEL = "", -1  # in place of a label and of a checksum: a picture whose label is lost counts as unreadable
+
+
+@dataclass
+class Part:
+    """The samples of the shards of a part: in arrays, of which worker processes share one copy."""
+
+    tars: Tars
+    names: Names
+    shards: np.ndarray  # which shard each lies in
+    places: np.ndarray  # (pictures, 3): offset, size and checksum in it
+    labels: list[int | str]  # one each, or none at all
+
+
+class Found:
+    """What is found in shards, sample by sample."""
+
+    def __init__(self, key: str | None, ending: str) -> None:
+        self.key, self.ending = key, ending
+        self.names: list[str] = []
+        self.shards, self.places = array("i"), array("q")
+        self.labels: list[int | str] = []
+        self.without: str | None = None
+
+    def add(self, tars: Tars, shard: int, image: Member, label: Member | None) -> None:
+        name = f"{tars.paths[shard].name}/{image.key}.{image.ending}"
+        self.names.append(name)
+        self.shards.append(shard)
+        crc = image.crc
+        if label is None:
+            self.without = self.without or name
+        else:
+            try:
+                self.labels.append(read_label(tars, shard, label, self.key, name))
+            except UnreadableError:
+                self.labels.append(LOST)
+                crc = NO_LABEL
+        self.places.extend((image.offset, image.size, crc))
+
+    def part(self, tars: Tars, labels: bool) -> Part:
+        if labels and self.without and (self.labels or self.key):
+            log.warning(f"data.root: no labels, because '{self.without}' has no {self.ending} beside it")
+        shards, places = np.array(self.shards, dtype=np.int32), np.array(self.places, dtype=np.int64)
+        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), [] if self.without else self.labels)
+
+
+def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator[tuple[Member, Member | None]]:
+    """Yield picture and label of every sample of a shard that has a picture.
+
+    Raises:
+        UserError: If a sample has two members of one ending.
+    """
+    groups: dict[str, dict[str, Member]] = {}
+    for member in index.members:
+        group = groups.setdefault(member.key, {})
+        if member.ending in group:
+            raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.ending}' twice")
+        group[member.ending] = member
+    if groups and not index.whole:
+        groups.popitem()  # cut short, or perhaps its label is
+    for group in groups.values():
+        if (ending := picture_among(group, image)) is not None:
+            yield group[ending], group.get(label)
+
+
+def indices(paths: Sequence[Path], folder: Path | None) -> Iterator[Index]:
+    """Yield the index of every shard, several being made at a time."""
+    with ThreadPoolExecutor(READERS) as pool, progress("index shards", len(paths)) as bar:
+        for index in pool.map(lambda path: index_of(path, folder), paths):
+            yield index
+            bar.advance()

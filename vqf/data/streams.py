@@ -1,0 +1,220 @@
+"""Shards that are read from end to end, because they lie elsewhere: what webdataset calls streaming.
+
+In order, as validation and tokens want them, a stream is exact: picture i is always the same. Training reads its shards
+side by side and shuffles what comes, which is not: the order depends on the number of ranks and workers, and a run that
+goes on begins another one. No picture is dropped: see `PictureSplit` for what takes the place of a broken one.
+"""
+
+import hashlib
+import io
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Protocol
+
+import torch
+from torch.utils.data import get_worker_info
+
+from vqf.data import addresses
+from vqf.data.addresses import BrokenShardError, shard_name, shown
+from vqf.data.imaging import Animated, UnreadableError, read
+from vqf.data.labels import parse_label
+from vqf.data.split import tolerated
+from vqf.data.tape import Raw, Tape
+from vqf.data.tarindex import picture_among
+from vqf.data.views import View, Views
+from vqf.errors import UserError
+from vqf.protocols import Sample, Size
+from vqf.randomness import generator, mix
+
+log = logging.getLogger("vqf")
+
+
+class Source(Protocol):
+    """What `data=shards` says of the pictures of a stream."""
+
+    size: Size
+    seed: int
+    views: Views
+    animated: Animated
+    max_pixels: int
+    max_bad: float
+    image: str | None
+    label_key: str | None
+    buffer: int
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The shards of a part, and how many pictures they hold; `known` is what tells them from others."""
+
+    urls: list[str]
+    length: int
+    known: tuple[object, ...] = ()
+
+
+class StreamSplit:
+    """The pictures of the shards of a part."""
+
+    def __init__(self, data: Source, part: str, stream: Stream) -> None:
+        self.data, self.part, self.urls, self.length = data, part, stream.urls, stream.length
+        self.views = data.views if part == "train" else data.views.still()
+        self.fingerprint = self._fingerprint(stream)
+        # By shard, each of which only one process reads in training: known to all of them.
+        self.bad, self.broken = (torch.zeros(len(stream.urls), dtype=torch.int64).share_memory_() for _ in range(2))
+        self.named: set[str] = set()
+        self.tape: Tape | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "tape": None}
+
+    @property
+    def readers(self) -> int:
+        """How many processes can share the shards."""
+        return len(self.urls)
+
+    def item(self, epoch: int, index: int) -> Sample:
+        """Return the picture that comes at a place, or the next readable one.
+
+        Indices that rise cost one reading of the shards; a lower one begins another.
+
+        Raises:
+            UserError: If too much cannot be read, or the shards hold fewer pictures than was said.
+        """
+        view = self.views.draw(generator(self.data.seed, epoch, index))
+        tape = self._tape()
+        for raw in itertools.chain(tape.since(index), tape.since(0)):
+            if (sample := self._sample(raw, view)) is not None:
+                self._check_length(tape)
+                return sample
+        self._check_length(tape)
+        raise self._nothing()
+
+    def stream(self, start: int, rank: int, world: int) -> Iterator[Sample]:
+        """Yield training pictures for ever, in the part of the shards that this process reads.
+
+        Every process has shards of its own, and reads them again and again, each time in another order, through a
+        buffer in which the pictures are shuffled; no picture comes again before each has come once.
+
+        Args:
+            start: The step at which the run begins, or goes on.
+            rank: This process among `world`, not counting those that load data.
+
+        Raises:
+            UserError: If too much cannot be read.
+        """
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = list(range(len(self.urls)))[rank * workers + worker :: world * workers]
+        random = Random(mix(self.data.seed, "stream", start, rank, worker))
+        for raw in self._turns(mine, random):
+            view = self.views.draw(generator(self.data.seed, raw.turn, raw.name))
+            if (sample := self._sample(raw, view)) is not None:
+                yield sample
+
+    def _turns(self, shards: list[int], random: Random) -> Iterator[Raw]:
+        from webdataset.filters import _shuffle
+
+        for turn in itertools.count():
+            random.shuffle(shards)
+            seen = 0
+            for raw in _shuffle(self._raws(shards), self.data.buffer, self.data.buffer, rng=random):
+                seen += 1
+                yield replace(raw, turn=turn)
+            if len(self.named) >= seen:
+                raise self._nothing()
+
+    def _raws(self, shards: Iterable[int]) -> Iterator[Raw]:
+        """Yield the pictures of shards in order; one that is broken ends where it breaks."""
+        ending = "json" if self.data.label_key else "cls"
+        for shard in shards:
+            try:
+                for sample in addresses.samples(self.urls[shard]):
+                    key = sample.pop("__key__")
+                    picture = picture_among((each for each in sample if each != "__url__"), self.data.image)
+                    if picture is not None:
+                        name = f"{shard_name(self.urls[shard])}/{key}.{picture}"
+                        yield Raw(shard, name, sample[picture], sample.get(ending))
+            except BrokenShardError as error:
+                self._count_shard(shard, str(error))
+
+    def _tape(self) -> Tape:
+        """Return what reads the shards in order; a process that is forked does not go on with another's."""
+        if self.tape is None or self.tape.process != os.getpid():
+            self.tape = Tape(lambda: self._raws(range(len(self.urls))))
+        return self.tape
+
+    def _sample(self, raw: Raw, view: View) -> Sample | None:
+        data = self.data
+        try:
+            shown = read(
+                io.BytesIO(raw.content),
+                data.size,
+                view,
+                resize=self.views.resize,
+                max_pixels=data.max_pixels,
+                animated=data.animated,
+            )
+        except UnreadableError as error:
+            self._count(raw, str(error))
+            return None
+        return Sample(view.finish(shown.picture), self._label(raw), place=view.turn(shown.place))
+
+    def _label(self, raw: Raw) -> int | None:
+        data = self.data
+        if not data.classes:
+            return None
+        if raw.label is None:
+            raise UserError(f"data.root: '{raw.name}' has no label beside it; data.labels=false goes on without")
+        label = parse_label(raw.label.decode("utf-8", "replace"), data.label_key, raw.name)
+        if not isinstance(label, int) or label >= len(data.classes):
+            raise UserError(f"data.root: the label beside '{raw.name}' is {label!r}, not below {len(data.classes)}")
+        return label
+
+    def _count(self, raw: Raw, reason: str) -> None:
+        if raw.name in self.named:
+            return
+        self.named.add(raw.name)
+        self.bad[raw.shard] += 1
+        count = int(self.bad.sum())
+        if count > tolerated(self.data.max_bad, self.length):
+            raise UserError(
+                f"data.max_bad={self.data.max_bad:g}: {count} of the {self.length} {self.part} pictures cannot be "
+                f"read; the last is '{raw.name}' ({reason})"
+            )
+        log.warning(f"data.root: cannot read '{raw.name}' ({reason}); the next picture takes its place")
+
+    def _count_shard(self, shard: int, reason: str) -> None:
+        if self.broken[shard]:
+            return
+        self.broken[shard] = 1
+        count, name = int(self.broken.sum()), shown(self.urls[shard])
+        if count > tolerated(self.data.max_bad, len(self.urls)):
+            raise UserError(
+                f"data.max_bad={self.data.max_bad:g}: {count} of the {len(self.urls)} {self.part} shards cannot be "
+                f"read to their end; the last is '{name}' ({reason})"
+            )
+        log.warning(f"data.root: cannot read the shard '{name}' to its end ({reason}); other pictures take the places")
+
+    def _check_length(self, tape: Tape) -> None:
+        if tape.length is not None and self.length - tape.length > tolerated(self.data.max_bad, self.length):
+            raise UserError(
+                f"data.{self.part}_pictures={self.length}: its {len(self.urls)} shards hold {tape.length} pictures"
+            )
+
+    def _nothing(self) -> UserError:
+        last = shown(self.urls[-1])
+        return UserError(f"data.{self.part}: no picture in {len(self.urls)} shards can be read; the last is '{last}'")
+
+    def _fingerprint(self, stream: Stream) -> str:
+        data = self.data
+        facts = [data.size, self.views.facts, data.max_pixels, data.animated, data.image, data.label_key, data.classes]
+        facts += [stream.urls, stream.length, stream.known, data.seed if self.views.random else None]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -1,8 +1,11 @@
 """What `vqf.protocols` promises of each kind, asked of every component that is registered."""
 
 import copy
+import inspect
 import math
+import shutil
 import tarfile
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.composing import compose
+from tests.metrics.sets import Linear, gaussians
 from vqf import registry
+from vqf.conditions import Conditions
+from vqf.generator import Generator
 from vqf.pipelines.engine import make_engine
+from vqf.pipelines.files import PARTS
 from vqf.pipelines.restore import build_generator
 from vqf.pipelines.stage1 import make_stage
-from vqf.protocols import Autoregressive, Batch, Judged, Reconstruction
+from vqf.protocols import Autoregressive, Batch, Drawn, Judged, Reconstruction, SetMetric
 from vqf.registry import KINDS, components, names
 from vqf.run import config_dir
 from vqf.tokenizer import Tokenizer
@@ -37,20 +44,28 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("quantizer", "vq"): CODES,
     ("loss", "lpips"): {"weights": "{vgg}"},
     ("discriminator", "patchgan"): {"channels": 8, "layers": 2},
+    ("conditioner", "spatial"): {"run": "somewhere"},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
     ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
     ("data", "folder"): {"root": "{pictures}"},
+    ("data", "pairs"): {"root": "{pairs}"},
     ("data", "shards"): {"root": "{shards}"},
+    ("data", "union"): {"parts": {"one": {"name": "emoji"}, "other": {"name": "emoji", "flip": True}}},
     ("metric", "lpips"): {"weights": "{vgg}"},
+    ("metric", "is"): {"splits": 2},
+    ("protocol", "gfid_adm"): {"reference": "reference.npz"},
     ("logger", "wandb"): {"mode": "disabled"},
+    ("pipeline", "compare"): {"runs": "somewhere"},
     ("pipeline", "export"): {"path": "somewhere"},
     ("pipeline", "import"): {"path": "somewhere"},
 }
-PLACES = {"vgg": "vgg.safetensors", "pictures": "pictures", "shards": "shards"}
+PLACES = {"vgg": "vgg.safetensors", "pictures": "pictures", "pairs": "pairs", "shards": "shards"}
 LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
 SIZE = 32  # pixels
 
 every = {kind: pytest.mark.parametrize("name", names(kind)) for kind in KINDS}
+every_conditioner = pytest.mark.parametrize("conditioner", names("conditioner"))
+every_sampler = pytest.mark.parametrize("sampler", names("sampler"))
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +82,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         place.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (20 + i, 50 - i, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(place)
+    for part in ("images", "conditions"):
+        shutil.copytree(folder / "pictures", folder / "pairs" / part)
     (folder / "shards").mkdir()
     for part, first in (("train", 0), ("validation", 16)):
         with tarfile.open(folder / "shards" / f"{part}-000000.tar", "w:") as tar:
@@ -290,13 +307,42 @@ def test_regularizer_contract(build: Any, name: str) -> None:
 
 def a_batch(count: int = 4) -> Batch:
     return Batch(
-        pictures(count), torch.arange(count) % 3, torch.ones(count, 1, SIZE, SIZE), torch.arange(12).expand(count, 12)
+        images=pictures(count),
+        labels=torch.arange(count) % 3,
+        masks=torch.ones(count, 1, SIZE, SIZE),
+        tokens=torch.arange(12).expand(count, 12),
+        conditions=pictures(count, seed=7),
+        places=torch.tensor([0.25, 0.0, 0.5, 0.5]).expand(count, 4),
+    )
+
+
+CELL = 4  # pixels of a picture's code
+
+
+class Brightness:
+    """A tokenizer without weights: a code is how bright a cell is."""
+
+    vocab_size, stride, channels = 9, CELL, 3
+
+    def encode(self, images: Tensor) -> Tensor:
+        grey = torch.nn.functional.avg_pool2d(images.mean(1), self.stride)
+        return ((grey + 1) / 2 * self.vocab_size).long().clamp(0, self.vocab_size - 1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        grey = indices.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2) / self.vocab_size * 2 - 1
+        return grey[:, None].expand(-1, 3, -1, -1)
+
+
+def a_conditioner(build: Any, name: str) -> Any:
+    grid = (SIZE // CELL, SIZE // CELL)
+    return build(
+        "conditioner", name, classes=3, grid=grid, tokenizer=Brightness(), open_tokenizer=lambda _: Brightness()
     )
 
 
 @every["conditioner"]
 def test_conditioner_contract(build: Any, name: str) -> None:
-    conditioner = build("conditioner", name, classes=3)
+    conditioner = a_conditioner(build, name)
     for training in (True, False):
         if isinstance(conditioner, nn.Module):
             conditioner.train(training)
@@ -305,6 +351,57 @@ def test_conditioner_contract(build: Any, name: str) -> None:
         assert prefix.min() >= 0 and prefix.max() < conditioner.vocab_size
     assert torch.equal(conditioner(a_batch()), prefix)
     assert torch.equal(conditioner(a_batch(2)), prefix[:2])
+
+
+@every["conditioner"]
+def test_a_condition_that_is_prepared_says_the_same_and_is_cut_with_a_window(build: Any, name: str) -> None:
+    whole = Conditions({name: a_conditioner(build, name)}).eval()
+    batch = a_batch()
+    prepared = whole.prepare(batch)
+    assert torch.equal(whole(prepared), whole(batch))
+    full = prepared.window((0, 0), (8, 8), (8, 8))
+    assert torch.equal(whole(full), whole(batch))
+    wide = replace(batch, images=pictures(4).repeat(1, 1, 1, 2), conditions=pictures(4, 7).repeat(1, 1, 1, 2))
+    for left in (0, 8):  # both halves show the same, so that only the place may differ
+        here = whole(whole.prepare(wide).window((0, left), (8, 8), (8, 16)))
+        assert name == "coordinates" or torch.equal(here, whole(batch))
+        assert here.shape == (4, whole.length) and here.max() < whole.vocab_size
+
+
+@every["prior"]
+@every_conditioner
+@every_sampler
+def test_every_prior_draws_under_every_condition_with_every_sampler(
+    build: Any, name: str, conditioner: str, sampler: str
+) -> None:
+    """Twice the size in one direction, where the sampler can, and once more with another seed."""
+    told = Conditions({conditioner: a_conditioner(build, conditioner)}).eval()
+    grid = (SIZE // CELL, SIZE // CELL)
+    sizes = {"vocab_size": V, "length": 64, "grid": grid, "prefix_vocab": told.vocab_size, "prefix_length": told.length}
+    prior = build("prior", name, **sizes).eval()
+    for parameter in prior.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    drawer = build("sampler", sampler)
+    generator = Generator(FakeTokenizer(grid), told, prior, drawer, ["a", "b", "c"])  # type: ignore[arg-type]
+    wide = "window" in inspect.signature(drawer).parameters
+    shape = (grid[0], grid[1] + 2) if wide else grid
+    batch = replace(a_batch(2), tokens=None, images=pictures(2).repeat(1, 1, 1, 2)[..., : CELL * shape[1]])
+    batch = replace(batch, conditions=batch.images, masks=None)
+    tokens = generator.sample_tokens(batch, seed=1, grid=shape)
+    assert tokens.shape == (2, shape[0] * shape[1]) and 0 <= tokens.min() and tokens.max() < V
+    alone = generator.sample_tokens(batch.map(lambda each: each[1:]), seed=1, first=1, grid=shape)
+    assert torch.equal(alone, tokens[1:])
+    assert not torch.equal(generator.sample_tokens(batch, seed=2, grid=shape), tokens)
+
+
+class FakeTokenizer(nn.Module):
+    """What a generator asks of a tokenizer to draw tokens."""
+
+    stride, channels = CELL, 3
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid, self.weight = grid, nn.Parameter(torch.zeros(1))
 
 
 V, GRID, P, M = 11, (3, 4), 5, 2  # codes, their grid, ids of a prefix and its length
@@ -363,6 +460,18 @@ def test_sampler_contract(build: Any, name: str) -> None:
     assert not torch.equal(sampler(prior, prefix, GRID, seed=2), tokens)
 
 
+@every["scorer"]
+def test_scorer_contract(build: Any, name: str) -> None:
+    """A number for each picture, whatever else is looked at."""
+    scorer, prior, (tokens, prefix) = build("scorer", name), a_prior(build, "gpt"), sequences(3)
+    labels, classes = torch.tensor([5, 0, 999]), [str(i) for i in range(1000)]
+    drawn = Drawn(pictures(3), tokens, prior, prefix, labels, classes)
+    scores = scorer(drawn)
+    assert scores.shape == (3,) and scores.isfinite().all() and not scores.requires_grad
+    last = Drawn(pictures(3)[2:], tokens[2:], prior, prefix[2:], labels[2:], classes)
+    torch.testing.assert_close(scorer(last), scores[2:], rtol=1e-4, atol=1e-5)
+
+
 @every["data"]
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_data_contract(build: Any, name: str, part: str) -> None:
@@ -382,6 +491,14 @@ def test_data_contract(build: Any, name: str, part: str) -> None:
         if sample.mask is not None and other.mask is not None:
             assert sample.mask.shape == (1, 16, 16) and 0 <= sample.mask.min() and sample.mask.max() <= 1
             assert torch.equal(sample.mask, other.mask)
+        if sample.condition is not None and other.condition is not None:
+            assert sample.condition.shape[1:] == (16, 16) and sample.condition.dtype == torch.float32
+            assert sample.condition.min() >= -1 and sample.condition.max() <= 1
+            assert torch.equal(sample.condition, other.condition)
+        if sample.place is not None and other.place is not None:
+            top, left, bottom, right = sample.place.tolist()
+            assert 0 <= top < bottom <= 1 and left != right
+            assert torch.equal(sample.place, other.place)
     assert len(Batch.collate([split.item(0, i) for i in range(min(len(split), 3))])) == min(len(split), 3)
 
 
@@ -396,8 +513,23 @@ def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int =
     return metric.compute()
 
 
+def compared(metric: SetMetric, shift: float) -> dict[str, float]:
+    """What a metric says of a set that lies so far from the real one."""
+    return metric.compare(gaussians(200), gaussians(200, shift, seed=1)).values
+
+
 @every["metric"]
-def test_metric_contract(build: Any, name: str) -> None:
+def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqf.metrics.sets.embedding", lambda *_: Linear())
+    metric = build("metric", name, vocab_size=16, device="cpu")
+    if isinstance(metric, SetMetric):
+        here, near, far = (compared(metric, shift) for shift in (0.0, 0.3, 1.0))
+        assert here and here.keys() == near.keys() == far.keys()
+        for key, best in here.items():
+            assert math.isfinite(best)
+            assert best > near[key] > far[key] or best < near[key] < far[key], key
+        assert len(here) > 1 or measured(build, name, 0.3).keys() == {f"{metric.prefix}{key}" for key in here}
+        return
     perfect, near, far = (measured(build, name, spread) for spread in (0.0, 0.05, 0.3))
     assert perfect and perfect.keys() == near.keys() == far.keys()
     few_codes = measured(build, name, 0.0, codes=3)
@@ -408,9 +540,22 @@ def test_metric_contract(build: Any, name: str) -> None:
     assert measured(build, name, 0.3, parts=3) == pytest.approx(far, rel=1e-5)
 
 
+@every["protocol"]
+def test_protocol_contract(build: Any, name: str) -> None:
+    protocol = build("protocol", name)
+    assert protocol.task in ("reconstruction", "generation")
+    assert protocol.part in PARTS
+    assert protocol.count is None or protocol.count > 1
+    assert (protocol.reference == "originals") <= (protocol.task == "reconstruction")
+    options = registry.find("protocol", name).options
+    assert {each.name for each in fields(protocol)} == options.keys(), "every line can be set"
+    with pytest.raises(FrozenInstanceError):
+        protocol.seed = 3
+
+
 @every["logger"]
 def test_logger_contract(build: Any, name: str, tmp_path: Path) -> None:
-    logger = build("logger", name, run_dir=tmp_path, config=compose("model=small", "data=emoji"))
+    logger = build("logger", name, run_dir=tmp_path, config=compose("model=small", "data=emoji"), part="")
     logger.scalars(1, {"loss": 0.5, "validation/psnr": 20.0})
     logger.images(1, "reconstructions", pictures(5))
     logger.scalars(2, {"loss": math.nan})

@@ -109,7 +109,10 @@ ONE_MISTAKE = [
         "experiment=quikstart: unknown experiment 'quikstart'. Did you mean 'quickstart'? "
         "Known: broken, listed, misspelt, mistyped, quickstart, stale, sweep.",
     ),
-    ("hydra/launcher=slurm", "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib."),
+    (
+        "hydra/launcher=slurm",
+        "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib, submitit_local, submitit_slurm.",
+    ),
     # a group or word that is not there
     ("modle=small", f"modle=small: unknown word 'modle'. Did you mean 'model'? {HELP}"),
     (

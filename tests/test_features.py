@@ -1,6 +1,7 @@
 """The frozen networks: do they answer as published, stay frozen, and refuse wrong files?"""
 
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES as CLASSES
 from vqf import features
 from vqf.errors import UserError
 from vqf.features import PerceptualDistance, lite, lite_classifier, lpips_heads, unit, vgg16
+from vqf.weights import verified
 
 CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
 
@@ -106,9 +108,9 @@ def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
-    assert features._verified(source) == source
+    assert verified(source) == source
     with pytest.raises(UserError, match="damaged"):
-        features._verified(tmp_path / name)
+        verified(tmp_path / name)
 
 
 def test_a_position_without_any_feature_has_a_finite_gradient() -> None:
@@ -130,7 +132,7 @@ def test_heads_of_lpips_fit_vgg16() -> None:
 
 
 def test_changed_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "HEADS_SHA256", "0" * 64)
+    monkeypatch.setitem(features.TRUNKS, "vgg", replace(features.TRUNKS["vgg"], heads="0" * 64))
     with pytest.raises(UserError, match="reinstall lpips"):
         lpips_heads()
 
@@ -184,7 +186,7 @@ def test_vgg16_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: py
         vgg16()
     message = str(error.value)
     assert "\n" not in message
-    for words in (features.VGG_URL, "vgg16-397923af.pth", "model.loss.lpips.weights=FILE"):
+    for words in (features.TRUNKS["vgg"].url, "vgg16-397923af.pth", "model.loss.lpips.weights=FILE"):
         assert words in message
 
 

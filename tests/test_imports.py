@@ -14,21 +14,38 @@ COMPONENTS = ("encoders", "quantizers", "discriminators", "transformers", "losse
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a component may import besides its own package.
-SHARED = {"vqf.registry", "vqf.protocols", "vqf.errors", "vqf.terminal", "vqf.features", "vqf.randomness"}
+SHARED = {
+    "vqf.registry",
+    "vqf.protocols",
+    "vqf.errors",
+    "vqf.terminal",
+    "vqf.features",
+    "vqf.randomness",
+    "vqf.ranks",
+    "vqf.weights",
+    "vqf.embeddings",
+    "vqf.collector",
+}
 
 # What the files at the top of the package may import of vqf; those that are absent: nothing.
 TOP = {
     "registry": {"errors"},
-    "features": {"errors"},
+    "ranks": {"errors"},
+    "weights": {"errors"},
+    "features": {"errors", "weights"},
+    "embeddings": {"errors", "features", "protocols", "weights"},
+    "collector": {"errors", "protocols"},
     "optimizers": {"registry", "errors", "protocols"},
     "plugins": {"errors"},
-    "tokenizer": {"protocols", "registry", "errors"},
-    "generator": {"protocols", "registry", "errors", "tokenizer"},
+    "tokenizer": {"protocols", "registry", "errors", "tiling"},
+    "conditions": {"protocols"},
+    "generator": {"protocols", "registry", "errors", "tokenizer", "conditions", "randomness"},
     "settings": {"errors", "registry"},
-    "folders": {"pipelines.checkpoint"},
+    "folders": {"pipelines.checkpoint", "trust"},
     "explain": {"errors", "registry"},
-    "command": {"errors", "explain", "settings"},
-    "run": {"command", "errors", "folders", "plugins", "registry", "settings"},
+    "trust": {"errors"},
+    "command": {"errors", "explain", "settings", "trust"},
+    "run": {"command", "errors", "folders", "plugins", "ranks", "registry", "settings"},
 }
 
 # Packages that take long to import, or that not every run needs.

@@ -43,7 +43,9 @@ def test_the_wheel_holds_the_package_and_its_presets(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"vqf/{path}" for path in files(ROOT / "vqf")} | {f"vqf/conf/{path}" for path in files(ROOT / "conf")}
     assert {path for path in inside if not path.startswith("vqf-")} == expected
-    assert any(path.startswith("vqf/data/assets/emoji/") for path in inside)
+    for name in ("emoji", "earth"):
+        assert any(path.startswith(f"vqf/data/assets/{name}/") for path in inside)
+        assert any(path.endswith(f"licenses/vqf/data/assets/{name}/NOTICE") for path in inside)
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -183,13 +183,13 @@ def test_what_acts_on_a_run_writes_beside_it(tmp_path: Path, monkeypatch: pytest
 class Process:
     """`python -m vqf.run` in a folder of its own."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], **environment: str) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         folder.mkdir()
         self.folder = folder
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "vqf.run", f"plugins=[{TOY}]", "pipeline=toy", *arguments],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -207,7 +207,6 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pr
     base = tmp_path_factory.mktemp("processes")
     commands = {"bug": ["do=break"], "refusal": ["do=refuse", "count=2"], "long": ["do=wait"]}
     started = {name: Process(base / name, arguments) for name, arguments in commands.items()}
-    started["follower"] = Process(base / "follower", ["count=7"], RANK="1")
     yield started
     for each in started.values():
         each.popen.kill()
@@ -232,9 +231,3 @@ def test_control_c_ends_with_a_line(processes: dict[str, Process]) -> None:
         time.sleep(0.01)
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == (130, "", "interrupted\n")
-
-
-def test_hydra_writes_nothing_for_the_followers_of_torchrun(processes: dict[str, Process]) -> None:
-    process = processes["follower"]
-    assert process.end()[0] == 0
-    assert [path.name for path in process.folder.iterdir()] == ["count"], "what the toy writes, and no file of Hydra's"

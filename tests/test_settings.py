@@ -9,7 +9,7 @@ from tests.composing import compose
 from vqf.command import config_dir
 from vqf.errors import UserError
 from vqf.registry import KINDS, find, names, register
-from vqf.settings import SETTINGS, STAGE2, check_config, complete
+from vqf.settings import SECTIONS, SETTINGS, check_config, complete
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,10 @@ def leaves(node: Any, prefix: str = "") -> set[str]:
 def test_every_word_of_the_config_has_its_rule() -> None:
     own = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"))
     assert isinstance(own, dict)
-    words = {key: value for key, value in own.items() if key not in ("defaults", "hydra", STAGE2)}
+    words = {key: value for key, value in own.items() if key not in ("defaults", "hydra", *SECTIONS)}
     assert leaves(words) == set(SETTINGS)
-    assert leaves(own[STAGE2]) <= set(SETTINGS)
+    for name in SECTIONS:
+        assert leaves(own[name]) <= set(SETTINGS)
 
 
 def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
@@ -74,10 +75,20 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
         ("resume", "nowhere", "resume=nowhere: no such folder in {cwd}"),
         ("resume", None, "resume=null: 'null' is not true or false or a path"),
         ("checkpoint.every", 0, "checkpoint.every=0: must be a whole number of at least 1"),
+        (
+            "guard.nonfinite",
+            "skipp",
+            "guard.nonfinite=skipp: unknown value 'skipp'. Did you mean 'skip'? Known: stop, skip, rollback.",
+        ),
+        ("checkpoint.on_failure", "wait", "checkpoint.on_failure=wait: unknown value 'wait'. Known: stop, go_on."),
         ("evaluate.count", 0, "evaluate.count=0: must be a whole number of at least 1"),
         ("stage2.steps", "x", "stage2.steps=x: 'x' is not a whole number"),
         ("plugins", 3, "plugins=3: '3' is not a list or a word"),
-        ("checkpoint", 5, "checkpoint=5: 'checkpoint' is not a word by itself; give checkpoint.every=... or the like"),
+        (
+            "checkpoint",
+            5,
+            "checkpoint=5: 'checkpoint' is not a word by itself; give checkpoint.background=... or the like",
+        ),
         ("stepz", 5, "stepz: unknown word 'stepz'. Did you mean 'steps'? python -m vqf.run --help lists them."),
         ("log.evry", 5, "log.evry: unknown word 'evry' in log. Did you mean 'every'? Known: every."),
         (

@@ -25,6 +25,7 @@ from yaml import YAMLError
 from vqf import explain
 from vqf.errors import UserError, unknown
 from vqf.settings import check_config
+from vqf.trust import foreign_words
 
 # What composing raises; the ValueError is Hydra's, for a group set to null.
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -76,6 +77,7 @@ class Composer:
         if flags.config_path and not Path(flags.config_path).is_dir():
             raise UserError(f"--config-path {flags.config_path}: no such folder")
         path = create_config_search_path(str(Path(flags.config_path or config_dir()).absolute()))
+        self.others = bool(flags.config_path or flags.config_dir)  # whether files that are not vqf's may be chosen
         if flags.config_dir:
             extra = Path(flags.config_dir).absolute()
             if not extra.is_dir():
@@ -102,12 +104,20 @@ class Composer:
             config = self.compose(lines)
         except FAULTS as error:
             return self._find(lines) or [explain.explain(error)]
+        found = list(self._foreign(config, lines))
         try:
             if runs:
                 check_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
         except UserError as error:
-            return str(error).splitlines()
-        return []
+            found += str(error).splitlines()
+        return found
+
+    def _foreign(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
+        """Yield a line for every word that a file of others may not set."""
+        if not self.others:
+            return
+        given = OverridesParser.create().parse_overrides(list(lines))
+        yield from foreign_words(config, _own(), [each.key_or_group.replace("/", ".") for each in given])
 
     def choices(self) -> dict[str, str]:
         """Return every name that a group offers, and how to choose it."""
@@ -159,6 +169,16 @@ class Composer:
             group = f"{parent}/{name}" if parent else name
             yield group
             yield from self._groups(group)
+
+
+def _own() -> list[DictConfig]:
+    """Return what Hydra says by itself, and what vqf's own files make of it."""
+    loader = ConfigLoaderImpl(create_config_search_path(None))
+    plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
+    config = OmegaConf.create({"hydra": OmegaConf.to_container(plain.hydra, resolve=False)})
+    own = OmegaConf.merge(config, OmegaConf.load(config_dir() / "config.yaml"))
+    own.hydra.job_logging = OmegaConf.load(config_dir() / "hydra" / "job_logging" / "vqf.yaml")
+    return [plain, own]  # type: ignore[list-item]
 
 
 def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], list[str]]:

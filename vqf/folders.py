@@ -10,10 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from vqf.pipelines.checkpoint import run_folder
+from vqf.trust import check_links
 
 OUTPUTS = Path("outputs")
 TIME = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
 CHOICES = Path(".hydra") / "hydra.yaml"
+ALONE = {"compare"}  # pipelines that have no model or data of their own to name a folder by
 
 
 def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> str:
@@ -25,14 +27,24 @@ def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, nam
         resume: A folder or one of its checkpoints to go on with, or True for the newest of this name and pipeline.
         name: Names the folder of this and similar runs.
         pipeline: What runs; `resume=true` must not go on with a folder of samples.
+
+    Raises:
+        UserError: If there is a link in it that leads out of it.
     """
+    chosen = _choose(run_dir, run, resume, name, pipeline)
+    check_links(chosen.expanduser())
+    return str(chosen)
+
+
+def _choose(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> Path:
     if run_dir is not None:
-        return str(run_dir)
+        return Path(run_dir)
     if isinstance(resume, str):
-        return str(run_folder(Path(resume).expanduser()))
-    here = OUTPUTS / (_beside(run) or name)
+        return run_folder(Path(resume).expanduser())
+    name = "/".join(part for part in name.split("/") if part not in ("", ".."))  # what a file of presets is called
+    here = OUTPUTS / (_beside(run) or (pipeline if pipeline in ALONE else name))
     newest = _newest(here, pipeline) if resume else None
-    return str(newest or here / datetime.now().strftime(TIME))
+    return newest or here / datetime.now().strftime(TIME)
 
 
 def output_dir() -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from vqf.errors import UserError, unknown_place
+from vqf.errors import UserError, unknown, unknown_place
 from vqf.registry import KINDS, components, config_mistakes
 
 PHRASES = {
@@ -34,17 +34,20 @@ class Setting:
     least: float | None = None
     most: float | None = None
     exists: bool = False  # a path that must be there already
+    choices: tuple[str, ...] = ()
 
 
 SETTINGS = {
     "plugins": Setting((list, str)),
     "seed": Setting((int,), least=0),
     "image_size": Setting((int, list), least=1),
+    "subject": Setting((str,)),
     "device": Setting((str,)),
     "precision": Setting((str,)),
     "engine": Setting((str,)),
     "compile": Setting((bool,)),
     "steps": Setting((int,), least=0),
+    "minutes": Setting((float,), optional=True, least=0),
     "batch_size": Setting((int,), least=1),
     "accumulate": Setting((int,), least=1),
     "clip": Setting((float,), optional=True, least=0),
@@ -54,15 +57,22 @@ SETTINGS = {
     "run_dir": Setting((Path,), optional=True),
     "resume": Setting((bool, Path), exists=True),
     "checkpoint.every": Setting((int,), least=1),
+    "allow_changes": Setting((bool,)),
     "checkpoint.keep": Setting((int,), least=0),
+    "checkpoint.best": Setting((str,), optional=True),
+    "checkpoint.background": Setting((bool,)),
+    "checkpoint.on_failure": Setting((str,), choices=("stop", "go_on")),
+    "guard.nonfinite": Setting((str,), choices=("stop", "skip", "rollback")),
+    "guard.limit": Setting((int,), least=0),
     "log.every": Setting((int,), least=1),
     "evaluate.every": Setting((int,), least=1),
     "evaluate.count": Setting((int,), optional=True, least=1),
+    "evaluate.samples": Setting((int,), least=0),
     "tokens.root": Setting((Path,), optional=True),
     "tokens.views": Setting((int,), least=1),
 }
 
-STAGE2 = "stage2"  # holds some of the words again, for the second half of pipeline=full
+SECTIONS = ("stage2", "maps")  # hold some of the words again, for one part of pipeline=full
 
 
 def check_config(config: DictConfig) -> None:
@@ -72,8 +82,9 @@ def check_config(config: DictConfig) -> None:
         UserError: All the mistakes, a line each.
     """
     mistakes = [*_clashes(config), *_unread(config, places(config)), *_wrong(config), *config_mistakes(config)]
-    if isinstance(second := config.get(STAGE2), DictConfig):
-        mistakes += [*_wrong(second, f"{STAGE2}."), *config_mistakes(second, f"{STAGE2}.")]
+    for name in SECTIONS:
+        if isinstance(part := config.get(name), DictConfig):
+            mistakes += [*_wrong(part, f"{name}."), *config_mistakes(part, f"{name}.")]
     if mistakes:
         raise UserError("\n".join(mistakes))
 
@@ -94,7 +105,7 @@ def places(config: DictConfig) -> set[str]:
     name = OmegaConf.select(config, "pipeline.name")
     options = {key for each in components("pipeline") if each.name == name for key in each.options}
     groups = {kind.group.replace("/", ".") for kind in KINDS.values()}
-    return {*SETTINGS, *groups, *options, *(f"{STAGE2}.{each}" for each in (*SETTINGS, *groups))}
+    return {*SETTINGS, *groups, *options, *(f"{part}.{each}" for part in SECTIONS for each in (*SETTINGS, *groups))}
 
 
 def _clashes(config: DictConfig) -> Iterator[str]:
@@ -146,6 +157,8 @@ def _fault(setting: Setting, value: Any) -> str | None:
     if not any(_is(value, each) for each in setting.types):
         kinds = [PHRASES[each] for each in setting.types] + ["null"] * setting.optional
         return f"'{written(value)}' is not {' or '.join(kinds)}"
+    if setting.choices and value not in setting.choices:
+        return unknown("value", value, setting.choices)
     numbers = value if isinstance(value, ListConfig) else [value]
     if setting.least is not None and not all(_is(each, setting.types[0]) and each >= setting.least for each in numbers):
         return f"must be {PHRASES[setting.types[0]]} of at least {setting.least}"

@@ -5,6 +5,7 @@ every few seconds, so that logs stay readable.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,15 @@ class TerminalHandler(logging.Handler):
         console.print(self.format(record), markup=False, soft_wrap=True)
 
 
+class LogFile(logging.FileHandler):
+    """A log file that is done without where it cannot be written, as on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leave a record out; a bug keeps its traceback."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:.2f}/s")
@@ -42,6 +52,11 @@ class Bar:
         self.began = self.told = time.monotonic()
         self.first = done
         self.note = ""
+
+    @property
+    def left(self) -> int:
+        """How much is still to do."""
+        return self.total - self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Say that `count` more of the job is done; `note` stands behind the bar."""
@@ -86,7 +101,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     """Print a table: first column left, the others right."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        drawn.add_column(name, justify="right" if i else "left")
+        drawn.add_column(Text(name), justify="right" if i else "left")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))  # as they are: rich would take [l1] for a style
     console.print(drawn)

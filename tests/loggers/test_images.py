@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqf.errors import UserError
-from vqf.loggers.pictures import GAP, grid
+from vqf.loggers.pictures import GAP, cut, grid
 from vqf.registry import build
 
 
@@ -62,3 +62,31 @@ def test_files_are_named_by_step_and_the_newest_is_there_twice(tmp_path: Path) -
 def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="limit=0"):
         build("logger", {"name": "images", "limit": 0}, run_dir=tmp_path, config=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "size"), [("samples", 11, (5, 7)), ("completions", 9, (4, 4)), ("a", 1, (130, 9))]
+)
+def test_a_grid_is_taken_apart_again(tmp_path: Path, name: str, count: int, size: tuple[int, int]) -> None:
+    images = torch.rand(count, 3, *size) * 2 - 1
+    build("logger", {"name": "images"}, run_dir=tmp_path, config=None, part="").images(3, name, images)
+    found = [np.array(each) for each in cut(tmp_path / "images" / f"{name}-latest.png")]
+    expected = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.stack(found), expected)
+
+
+def test_what_belongs_together_is_neither_parted_by_the_end_of_a_row_nor_by_the_limit(tmp_path: Path) -> None:
+    logger = build("logger", {"name": "images", "limit": 8}, run_dir=tmp_path, config=None, part="")
+    for name in ("completions", "conditions-map", "samples"):
+        logger.images(0, name, torch.rand(12, 3, 4, 4))
+    folder = tmp_path / "images"
+    counts = {path.stem: len(cut(path)) for path in folder.glob("*-latest.png")}
+    assert counts == {"completions-latest": 6, "conditions-map-latest": 8, "samples-latest": 8}
+    with Image.open(folder / "completions-latest.png") as sheet:
+        assert sheet.width == 6 * (8 + GAP) + GAP
+
+
+def test_a_picture_from_elsewhere_is_one_picture(tmp_path: Path) -> None:
+    Image.new("L", (30, 20), 7).save(tmp_path / "chart.png")
+    (picture,) = cut(tmp_path / "chart.png")
+    assert (picture.size, picture.getpixel((3, 3))) == ((30, 20), (7, 7, 7))

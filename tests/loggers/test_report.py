@@ -1,21 +1,29 @@
 """The report: everything a made-up run left on disk, and nothing from anywhere else."""
 
+import base64
+import io
 import json
 import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
+from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
+from vqf.loggers.about import duration
+from vqf.loggers.codebook import heat_map
 from vqf.loggers.curves import curve
+from vqf.loggers.pictures import cut
 from vqf.loggers.records import parts, pictures
-from vqf.loggers.report import duration, number, write_report
+from vqf.loggers.report import number, write_report
 from vqf.registry import build
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
-EVIL = '<script src="https://evil.example/x.js">alert(1)</script>'
 
 
 class Page(HTMLParser):
@@ -52,32 +60,9 @@ class Page(HTMLParser):
         return [value for key, value in self.attributes if key == name]
 
 
-def write_metrics(folder: Path, steps: int, validation: dict[str, float]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for step in range(10, steps + 1, 10):
-        lines.append({"step": step, "time": step / 2, "loss": 1 / step, "lr/model": 1e-3, "oddity": "nan"})
-        if step % 50 == 0:
-            lines.append({"step": step, "time": step / 2, **{f"validation/{k}": v for k, v in validation.items()}})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of both stages, with words in it that are meant to break the page."""
-    run_dir = tmp_path / f"{EVIL.replace('/', '_')}"
-    write_metrics(run_dir / "stage1", 1000, {"psnr": 21.5, "loss": 0.25, "<b>bold</b>": 3.0})
-    write_metrics(run_dir / "stage2", 100, {"nats_per_token": 4.5})
-    (run_dir / ".hydra").mkdir()
-    (run_dir / ".hydra" / "config.yaml").write_text(f"seed: 0\nnote: '{EVIL}'\nhome: https://example.org\n")
-    (run_dir / ".hydra" / "overrides.yaml").write_text("- experiment=quickstart\n- model/loss=[l1,features]\n")
-    (run_dir / "metrics.json").write_text(json.dumps({"held-out pictures": {"psnr": 21.98765, EVIL: 1.0}}))
-    for folder, seed in ((run_dir, 0), (run_dir / "stage1", 0), (run_dir / "stage2", 1)):
-        torch.manual_seed(seed)
-        logger = build("logger", {"name": "images"}, run_dir=folder, config=None)
-        for step in (500, 1000):
-            logger.images(step, "reconstructions" if seed == 0 else "samples", torch.rand(4, 3, 8, 8))
-    return run_dir
+    return make_run(tmp_path)
 
 
 def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
@@ -85,7 +70,7 @@ def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
     page = Page(path)
     assert path == run / "report.html"
     for name in ("src", "href", "xlink:href", "action", "srcset", "data"):
-        assert all(value.startswith(("data:image/png;base64,", "#")) for value in page.values(name)), name
+        assert all(value.startswith(("data:image/webp;base64,", "#")) for value in page.values(name)), name
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     source = path.read_text()
@@ -97,6 +82,8 @@ def test_nothing_is_loaded_from_elsewhere(run: Path) -> None:
 
 def test_words_of_the_run_stay_words(run: Path) -> None:
     page = Page(write_report(run))
+    # Folder, number, caption, class over samples, in the table (name and title), under a completion, config.
+    assert page.text.count("alert(1)") >= 7
     assert EVIL in page.text
     assert "<b>bold</b>" in page.text
     assert "b" not in page.tags
@@ -106,21 +93,114 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
     page = Page(write_report(run))
     for words in (
         "21.99",
-        "held-out pictures",
+        "22.0\u00a0dB",
+        "99.5\u00a0%",
+        "Held-out pictures",
         "Stage 1, the tokenizer",
         "Stage 2, the prior",
         "nats_per_token",
         "python -m vqf.run experiment=quickstart 'model/loss=[l1,features]'",
-        "seed: 0",
+        "seed: 3",
         "torch",
-        "took 9 min 10 s",
+        "Took 9 min 10 s",
+        "emoji, 64 × 64 pixels",
+        "conv encoder, ema quantizer, conv decoder",
+        "l1 + features + patchgan hinge",
+        "gpt told label",
+        "2,200 of 8 pictures, then 900 of 8 pictures",
+        "16 codes in all, 4 different ones of 6",
+        "50.0\u00a0% of the samples",
     ):
-        assert words in page.text
-    # stage 1: loss, psnr, the bold one, lr; stage 2: loss, nats, lr
-    assert page.tags.count("svg") == 7
+        assert words in page.text, words
+    # stage 1: loss, psnr, the bold one, lr; stage 2: loss, nats, lr; how often codes are used
+    assert page.tags.count("svg") == 8
     assert len(page.values("id")) == len(set(page.values("id")))
-    # The run's picture and stage 1's are the same file, and are shown once.
-    assert len(page.values("src")) == 2
+
+
+def test_every_picture_is_shown_once_and_by_itself(run: Path) -> None:
+    page = Page(write_report(run))
+    # The run's own reconstructions and those of stage 1 are the same file. The codes come with a map of their use.
+    assert page.tags.count("img") == 16 + 4 + 4 + 12 + 9 + 1 + 1
+    shown = [_decoded(uri) for uri in page.values("src")]
+    grid = run / "stage1" / "images" / "reconstructions-latest.png"
+    for i, expected in enumerate(cut(grid)):
+        assert np.array_equal(np.array(shown[i]), np.array(expected))
+    assert {picture.size for picture in shown} == {(16, 16), (3, 2)}
+
+
+def _decoded(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+
+
+def test_samples_stand_under_their_classes(run: Path) -> None:
+    page = Page(write_report(run))
+    places = [page.text.index(name) for name in ("Samples", CLASSES[0], LONG, "Is a sample of its class?")]
+    assert places == sorted(places)
+    source = (run / "report.html").read_text()
+    samples = source[source.index("<h2>Samples") : source.index("<h2>Is a sample")]
+    assert [group.count("<img") for group in samples.split("<h3>")[1:]] == [3, 3, 3, 3]
+    row = source[source.index("3 Donau") :].split("</tr>")[0]
+    assert re.findall(r"--share: (\d+)", row) == ["33", "33", "33", "0"]  # of three samples, one in each
+
+
+def test_a_sample_of_every_class_is_named_beneath(run: Path) -> None:
+    details = run / "stage2" / "details.json"
+    labels = [f"class {i}" for i in range(12)]
+    details.write_text(json.dumps({"samples": {"labels": labels}}))
+    page = Page(write_report(run))
+    assert all(label in page.text for label in labels)
+    assert "Is a sample of its class?" not in page.text
+
+
+def test_a_measurement_shows_its_protocol_intervals_and_floors(tmp_path: Path) -> None:
+    content = {
+        "protocol": {"name": "reconstruction", "crop": "center", "count": 236},
+        "values": {"psnr": 22.0625, "rfd_lite2": 12.5},
+        "intervals": {"psnr": [21.75, 22.5]},
+        "floors": {"rfd_lite2": 3.25},
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    page = Page(write_report(tmp_path))
+    for words in ("22.06", "95 %: 21.75 to 22.5", "real against real: 3.25", "crop", "center"):
+        assert words in page.text, words
+
+
+def test_a_run_on_another_run_does_not_describe_a_model_of_its_own(run: Path) -> None:
+    path = run / ".hydra" / "config.yaml"
+    config = OmegaConf.merge(OmegaConf.load(path), {"pipeline": {"name": "sample"}, "run": "outputs/first"})
+    OmegaConf.save(config, path)
+    page = Page(write_report(run))
+    assert "outputs/first" in page.text
+    assert "drawn by a trained prior" in page.text
+    assert "conv encoder" not in page.text
+
+
+def test_the_price_is_told(run: Path) -> None:
+    summary = {
+        "wall_seconds": 7260,
+        "processor_seconds": 14400,
+        "processor": "Some Processor",
+        "threads": 2,
+        "processes": 1,
+        "peak_memory_bytes": 3 * 2**29,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run))
+    for words in ("Took 2 h 1 min on Some Processor, 2 threads", "4 CPU hours", "1.50 GiB"):
+        assert words in page.text, words
+    (run / "summary.json").write_text(json.dumps({**summary, "accelerator": "A GPU", "processes": 8}))
+    page = Page(write_report(run))
+    for words in ("on 8 × A GPU", "16.1 GPU hours, 4 CPU hours"):
+        assert words in page.text, words
+
+
+def test_the_map_of_the_codes_tells_used_from_dead() -> None:
+    picture = np.array(heat_map([5, 0, 1, 500, 0]))
+    assert picture.shape == (2, 3, 4)
+    assert picture[0, 1].tolist() == picture[1, 1].tolist() == [214, 69, 65, 255]
+    light = picture[..., :3].sum(2).astype(int)
+    assert light[0, 2] < light[0, 0] < light[1, 0]
+    assert picture[1, 2, 3] == 0  # there is no sixth code
 
 
 def test_numbers_fall_back_on_the_last_look_at_held_out_data(run: Path) -> None:

@@ -8,6 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from vqf.errors import UserError
+from vqf.metrics.mean import bootstrap
 from vqf.protocols import Metric, Reconstruction
 from vqf.registry import build
 
@@ -119,3 +120,13 @@ def test_ssim_refuses_pictures_smaller_than_its_window() -> None:
 def test_batch_size_does_not_change_results(batch: Reconstruction, name: str, size: int) -> None:
     pieces = [part(batch, i, i + size) for i in range(0, 7, size)]
     assert measure(name, *pieces) == pytest.approx(measure(name, batch), abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "keys"), [("psnr", {"psnr", "psnr_masked"}), ("ssim", {"ssim"})])
+def test_intervals_are_of_the_means_over_pictures(batch: Reconstruction, name: str, keys: set[str]) -> None:
+    whole = metric(name)
+    whole.update(batch)
+    each = [measure(name, part(batch, i, i + 1)) for i in range(7)]
+    assert whole.intervals().keys() == keys
+    for key, found in whole.intervals().items():
+        assert found == pytest.approx(bootstrap(np.array([values[key] for values in each])), abs=1e-9)

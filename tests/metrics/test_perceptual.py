@@ -1,11 +1,17 @@
 """Perceptual metrics: the losses of the same names, averaged over pictures."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import lpips
 import numpy as np
 import pytest
 import skimage.data
 import torch
+import torchvision
 from torchvision.models import vgg16
 
+from vqf.errors import UserError
 from vqf.protocols import Reconstruction
 from vqf.registry import build
 
@@ -46,3 +52,38 @@ def test_no_graph_is_kept(batch: Reconstruction) -> None:
     metric = build("metric", {"name": "features"}, vocab_size=8, device=torch.device("cpu"))
     metric.update(Reconstruction(batch.images, batch.reconstructions.clone().requires_grad_(), batch.indices))
     assert not metric.mean.total.requires_grad
+
+
+@pytest.mark.parametrize("trunk", ["alex", "vgg", "squeeze"])
+def test_lpips_equals_the_lpips_packages_on_every_trunk(
+    batch: Reconstruction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trunk: str
+) -> None:
+    """One random trunk for both, since the real ones are downloads; the calibrated heads are real in both."""
+    builder = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[trunk]
+    with torch.device("meta"):  # the classifiers above the trunks are large
+        features = getattr(torchvision.models, builder)(weights=None).features
+    features.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for layer in features.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.reset_parameters()
+    with monkeypatch.context() as patch:
+        patch.setattr(lpips.pretrained_networks.tv, builder, lambda **_: SimpleNamespace(features=features))
+        theirs = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
+    path = tmp_path / "trunk.pth"
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, path)
+    metric = build(
+        "metric", {"name": "lpips", "network": trunk, "weights": str(path)}, vocab_size=8, device=torch.device("cpu")
+    )
+    metric.update(batch)
+    with torch.no_grad():
+        each = theirs(batch.images, batch.reconstructions.clamp(-1, 1)).flatten().numpy()
+    key = "lpips" if trunk == "vgg" else f"lpips_{trunk}"
+    assert metric.compute() == pytest.approx({key: each.mean()}, rel=1e-5)
+    low, high = metric.intervals()[key]
+    assert each.min() < low < each.mean() < high < each.max()
+
+
+def test_trunks_are_not_mixed_up(batch: Reconstruction, options: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(UserError, match="not torchvision's AlexNet"):
+        build("metric", {"name": "lpips", "network": "alex", **options["lpips"]}, vocab_size=8, device="cpu")

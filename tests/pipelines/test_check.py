@@ -36,6 +36,7 @@ def test_what_a_folder_holds(pictures, tmp_path, workers, caplog, capsys):
     assert train["width"] == {"min": 10, "median": 16, "max": 50}
     assert train["height"] == {"min": 16, "median": 20, "max": 90}
     assert train["shorter_side"] == {"min": 10, "median": 16, "max": 50}
+    assert (train["to_be_enlarged"], validation["to_be_enlarged"]) == (1, 1)
     assert train["modes"] == {"RGB": 4, "L": 2}
     assert train["formats"] == {"PNG": 4, "JPEG": 2}
     assert report["duplicates"] == [
@@ -47,8 +48,41 @@ def test_what_a_folder_holds(pictures, tmp_path, workers, caplog, capsys):
     assert "10 / 16 / 50" in capsys.readouterr().out
 
 
+def test_every_kind_of_trouble_is_named(tmp_path):
+    """One picture of each kind that no run can be trained on, among others that look odd and are fine."""
+    made = {"fine.png": png(), "copy.png": png(), "empty.jpg": b"", "text.png": b"hello", "cut.png": png()[:60]}
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
+    frames = [Image.new("RGB", (20, 16), color) for color in ("red", "blue")]
+    for name, kind in (("moving.gif", "GIF"), ("phone.jpg", "MPO")):
+        frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:])
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    Image.new("I;16", (16, 16)).save(tmp_path / "deep.png")
+    Image.new("CMYK", (16, 16)).save(tmp_path / "print.jpg")
+    frames[0].quantize(4).save(tmp_path / "palette.png")
+    Image.new("RGBA", (16, 16)).save(tmp_path / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (90, 30)).save(tmp_path / "turned.jpg", exif=turned)
+    config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_share=0")
+    Check(config, tmp_path / "run").run()
+    report = json.loads((tmp_path / "run" / "check.json").read_text())
+    part = report["parts"]["train"]
+    assert part["unreadable"] == {
+        "bomb.png": "9000 x 9000 pixels, more than max_pixels=67108864",
+        "cut.png": "image file is truncated",
+        "empty.jpg": "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+        "moving.gif": "animated; data.animated=first takes the first frame",
+        "text.png": "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+    }
+    assert part["modes"] == {"RGB": 4, "RGBA": 1, "I;16": 1, "P": 1, "CMYK": 1}
+    assert part["formats"] == {"PNG": 5, "JPEG": 3}
+    assert (part["height"]["max"], part["width"]["max"], part["to_be_enlarged"]) == (90, 30, 0)
+    assert report["duplicates"] == [["train: copy.png", "train: fine.png"]]
+
+
 def test_a_source_without_files(tmp_path):
-    with pytest.raises(UserError, match=r"^data 'emoji' keeps no files that could be checked$"):
+    with pytest.raises(UserError, match=r"^data 'emoji' keeps no files that could be checked \(a stream neither\)$"):
         Check(compose("data=emoji", "image_size=16"), tmp_path / "run").run()
 
 

@@ -1,6 +1,10 @@
 """Checkpoints are whole or not there: every fault is made for real."""
 
+import hashlib
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +83,78 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 3)
     assert open_checkpoint(save(tmp_path, 3)).step == 3
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    left = tmp_path / "checkpoints" / ".step-00000002.tmp-1234"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    found = newest(tmp_path)
+    assert found and found.step == 1
+    checkpoints.set_aside(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("killed_at", ["rename to its name", "delete what was there"])
+def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """The only one, written anew by a process that dies in between."""
+    save(tmp_path, 3, keep=1)
+
+    def killed(self: Path, target: Path) -> Path:
+        if killed_at == "rename to its name" and ".tmp-" in self.name:
+            os._exit(9)
+        renamed = rename(self, target)
+        if ".tmp-" in self.name:
+            os._exit(9)
+        return renamed
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", killed)
+    if (child := os.fork()) == 0:
+        save(tmp_path, 3, keep=1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.undo()
+    found = newest(tmp_path)
+    assert found and found.step == 3
+    checkpoints.set_aside(tmp_path, 3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    found = newest(tmp_path)
+    assert found and torch.equal(found.weights("model")["a"], WEIGHTS["a"])
+
+
+def test_those_after_a_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    checkpoints.set_aside(tmp_path, 4)
+    names = [f"{name}0000000{step}" for name, step in (("aside-step-", 6), ("step-", 2), ("step-", 4))]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert "aside-step-00000006" in caplog.text
+    found = newest(tmp_path, every=4)
+    assert found and found.step == 4
+
+
+def test_nothing_in_a_checkpoint_runs_code(tmp_path: Path) -> None:
+    """Not even where the manifest was made to fit."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    file = save(tmp_path, 1) / "optimizers.pt"
+    torch.save({"optimizers": Evil()}, file)
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    content = file.read_bytes()
+    manifest["files"][file.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+    found = open_checkpoint(file.parent)
+    with pytest.raises(UserError, match=r"optimizers\.pt is none of vqf's"):
+        found.optimizers()
+    assert not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)  # it would have
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:

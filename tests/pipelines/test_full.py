@@ -1,5 +1,6 @@
 """The whole chain at miniature size, and everything that acts on a finished run."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from tests.composing import compose
 from tests.pipelines.test_loop import TINY
 from vqf.errors import UserError
 from vqf.generator import Generator
+from vqf.pipelines import classes
+from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
 from vqf.pipelines.reconstruct import Reconstruct
 from vqf.pipelines.sample import Sample
@@ -21,14 +24,17 @@ from vqf.registry import build, flat_node
 from vqf.tokenizer import Tokenizer
 
 OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "logger=[images,report]"]
+JUDGED = 16  # samples that the classifier looks at
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    config = compose(*OPTIONS)
+    config = compose(*OPTIONS, f"evaluate.samples={JUDGED}")
     pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
-    pipeline.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classes, "MOST", 64)
+        pipeline.run()
     return folder
 
 
@@ -41,6 +47,49 @@ def test_what_lies_on_disk(run: Path) -> None:
     assert not list(run.glob("stage*/report.html"))
     for name in ("reconstructions-latest.png", "samples-latest.png"):
         assert Image.open(run / "images" / name).size[0] > 64
+
+
+def test_samples_are_judged_once_at_the_end(run: Path) -> None:
+    numbers = json.loads((run / "metrics.json").read_text())["codes"]
+    assert numbers["class_accuracy_chance"] == 1 / 8
+    assert all(0 <= numbers[f"class_accuracy{each}"] <= 1 for each in ("", "_real", "_drawn"))
+    lines = [json.loads(line) for line in (run / "stage2" / "metrics.jsonl").open()]
+    (judged,) = [line for line in lines if "validation/class_accuracy" in line]
+    assert judged["step"] == 4
+    assert judged["validation/class_accuracy"] == numbers["class_accuracy"]
+    confusion = json.loads((run / "stage2" / "details.json").read_text())["classes"]["confusion"]
+    assert [sum(row) for row in confusion] == [JUDGED // 8] * 8
+
+
+def test_the_page_shows_both_ends_the_codes_samples_by_class_and_completions(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    titles = re.findall(r"<h2>([^<]*)", page)
+    assert titles == [
+        *("Reconstructions", "The best of them", "The worst of them", "What the codes are used for", "Samples"),
+        *("Is a sample of its class?", "Completions", "Numbers", "Curves", "How it was made"),
+    ]
+    samples = page[page.index("<h2>Samples") : page.index("<h2>Is a sample")]
+    assert re.findall(r"<h3>([^<]*)", samples)[:2] == ["Activities", "Animals &amp; Nature"]
+    assert samples.count("<img") == 32
+    details = json.loads((run / "stage1" / "details.json").read_text())
+    assert sum(details["codes"]["counts"]) == 16 * 4  # held-out pictures of 2 x 2 codes
+    ends = [float(details[end]["captions"][0].split()[0]) for end in ("worst", "best")]
+    assert ends[0] < ends[1]
+
+
+def test_what_acts_on_a_run_has_a_page_of_its_own(run: Path, tmp_path: Path) -> None:
+    words = [f"run={run}", "logger=[images,report]", "metric=[psnr]"]
+    Sample(compose("pipeline=sample", *words), tmp_path / "s", count=9).run()
+    Complete(compose("pipeline=complete", *words), tmp_path / "c", count=3).run()
+    Reconstruct(compose("pipeline=reconstruct", *words), tmp_path / "r", count=5).run()
+    pages = {name: (tmp_path / name / "report.html").read_text() for name in "scr"}
+    assert pages["s"].count("<img") == 9
+    assert "<h3>Activities" in pages["s"]
+    assert pages["c"].count("<img") == 9
+    captions = re.findall(r"<figcaption>([^<]*)", pages["c"])
+    assert set(captions) <= {html.escape(each) for each in vqf.load(run).classes}  # type: ignore[union-attr]
+    assert "The worst of them" in pages["r"]
+    assert "What the codes are used for" in pages["r"]
 
 
 def test_load_gives_a_generator_and_a_tokenizer(run: Path) -> None:

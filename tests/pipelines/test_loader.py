@@ -2,6 +2,7 @@ import logging
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from vqf.errors import UserError
 from vqf.pipelines import loader
-from vqf.pipelines.loader import Order, batches, keyed, sequential
-from vqf.protocols import Sample
+from vqf.pipelines.loader import Order, batches, in_batches, keyed, sequential
+from vqf.protocols import Batch, Sample
 
 log = logging.getLogger("vqf")
 
@@ -83,6 +84,34 @@ def test_ranks_share_the_batch_of_one_process(part, world, more, seed, step):
     assert {len(each) for each in parts} == {part}
 
 
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(0, 100))
+def test_ranks_share_every_micro_batch_of_one_process(part, world, accumulate, seed, step):
+    batch_size = part * world * accumulate
+    length = batch_size + 3
+    together = Order(length, batch_size, seed, accumulate=accumulate).batch(step)
+    orders = [Order(length, batch_size, seed, rank, world, accumulate) for rank in range(world)]
+    parts = [order.batch(step) for order in orders]
+    for i in range(accumulate):
+        piece = [key for each in parts for key in each[i * part : (i + 1) * part]]
+        assert piece == together[i * part * world : (i + 1) * part * world]
+
+
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 5))
+def test_equal_parts_of_held_out_batches_come_together_to_all_of_them(count, batch_size, world):
+    keys, parts = list(range(count)), []
+    for rank in range(world):
+        with mock.patch.multiple("vqf.ranks", rank=lambda rank=rank: rank, world=lambda: world):
+            parts.append(in_batches(keys, batch_size))
+    assert len({len(part) for part in parts}) == 1
+    collected, left = [], count
+    for batch in zip(*parts, strict=True):
+        assert len({len(part) for part in batch}) == 1
+        now = min(len(batch[0]) * world, left)
+        collected += [key for part in batch for key in part][:now]
+        left -= now
+    assert collected == keys
+
+
 def test_the_order_is_frozen():
     order = Order(10, 4, seed=0)
     assert [order.batch(step) for step in range(4)] == [
@@ -131,6 +160,15 @@ def test_workers_change_nothing(workers):
         assert torch.equal(one.masks, other.masks)
 
 
+def test_every_field_of_a_batch_is_pinned(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = Batch(torch.zeros(1, 3, 2, 2), labels=torch.zeros(1), codes={"map": torch.zeros(1, 2, 2)})
+    assert len(loader._Loaded(batch).pin_memory().batch) == 1
+    assert len(pinned) == 3
+    assert loader._Loaded().pin_memory().batch is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_generator_is_left_alone(workers):
     torch.manual_seed(0)
@@ -161,7 +199,8 @@ def test_keyed_shows_what_is_asked_for():
     [
         ((12, 64, 0), "batch_size=64 is larger than the 12 pictures to train on"),
         ((12, 0, 0), "batch_size=0: a step needs at least one picture"),
-        ((12, 10, 0, 0, 4), "batch_size=10 cannot be divided among 4 processes"),
+        ((12, 10, 0, 0, 4), "batch_size=10 cannot be divided among 4 processes and accumulate=1 micro-batches"),
+        ((12, 10, 0, 0, 1, 4), "accumulate=4 must divide batch_size=10"),
     ],
 )
 def test_impossible_orders(arguments, message):

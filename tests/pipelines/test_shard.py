@@ -137,6 +137,17 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(pictures, tmp_path,
     assert "left out: 'train/ant/04.png' (not a picture of a known format" in caplog.text
 
 
+def test_the_picture_of_a_phone_is_copied_as_the_jpeg_that_it_is(pictures, tmp_path):
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    path = pictures / "val" / "ant" / "20.png"
+    frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
+    written(configured(pictures), tmp_path / "shards")
+    _, split = read(tmp_path / "shards", "validation")
+    assert split.names[0].endswith("00000000.jpg")
+    assert split.stored(0) == path.read_bytes()
+    assert split.picture(0).getpixel((5, 5))[0] > 250
+
+
 def test_finished_shards_are_kept_and_damaged_ones_written_again(pictures, tmp_path, monkeypatch, caplog):
     to, config = tmp_path / "shards", configured(pictures)
     written(config, to, shard_size=6)

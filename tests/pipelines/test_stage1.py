@@ -146,7 +146,8 @@ def test_what_cannot_be_trained(overrides: list[str], words: str) -> None:
 def test_engine_words() -> None:
     config: DictConfig = compose(*TINY)
     for key, value, words in [
-        ("engine", "ddpp", "engine=ddpp: unknown engine 'ddpp'. Known: auto, single."),
+        ("engine", "ddpp", "engine=ddpp: unknown engine 'ddpp'. Did you mean 'ddp'? Known: auto, single, ddp, fsdp2."),
+        ("engine", "ddp", "engine=ddp: start it with torchrun --nproc-per-node 2 -m vqf.run ..., or use engine=auto"),
         ("precision", "fp8", "precision=fp8: unknown precision 'fp8'. Known: fp32, bf16."),
     ]:
         changed = OmegaConf.merge(config, {key: value})

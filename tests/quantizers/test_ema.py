@@ -1,16 +1,18 @@
 """The codebook of moving averages: formula, peers, start, revival, state, several processes."""
 
 import copy
-from pathlib import Path
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tests.parity.peers import need
+from tests.processes import together
+from vqf import ranks
 from vqf.quantizers.codebook import nearest
 from vqf.quantizers.ema import KMEANS_ROUNDS, EMAQuantizer
 
@@ -273,37 +275,36 @@ def test_decay_is_a_share(decay: float) -> None:
         EMAQuantizer(dim=D, codebook_size=V, decay=decay)
 
 
-def process(rank: int, folder: str) -> None:
-    """What each of two processes does: see half of every batch; noise of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What happens to codebooks in a few steps of training on a part of every batch."""
     torch.manual_seed(0)
     codes = torch.randn(V, D).double()
-    torch.manual_seed(1 + rank)
     update = running(codes, revive=0, decay=0.9)
-    results = {"kmeans codes": update._kmeans(flat(latents(5).chunk(2)[rank]), codes)}
-    started = {start: EMAQuantizer(dim=D, codebook_size=V, start=start, revive=1.5) for start in ("latents", "kmeans")}  # type: ignore[arg-type]
-    for name, quantizer in {"update": update, **started}.items():
+    results = {"kmeans codes": update._kmeans(flat(part(latents(5))), codes)}
+    quantizers = {"update": update}
+    for start, count in itertools.product(("latents", "kmeans"), (V, 70)):  # 70 codes are more than latents
+        quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, start=start, revive=1.5)  # type: ignore[arg-type]
+    torch.manual_seed(1 + ranks.rank())  # noise of its own
+    for name, quantizer in quantizers.items():
+        revived = 0
         for step in range(3):
-            revived = quantizer.double()(latents(step).chunk(2)[rank]).stats["revived"]
+            q = quantizer.double()(part(latents(step)))
+            revived += int(q.stats["revived"])
         results |= {f"{name} {buffer}": getattr(quantizer, buffer) for buffer in BUFFERS}
-        results[f"{name} revived"] = revived
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        results |= {f"{name} revived": torch.tensor(revived), f"{name} perplexity": q.stats["perplexity"]}
+    return results
 
 
-def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first.keys() == second.keys()
+def of_two() -> dict[str, Tensor]:
+    return train(lambda batch: batch.chunk(2)[ranks.rank()])
+
+
+def test_two_processes_have_the_codebook_of_one_with_the_whole_batch() -> None:
+    first, second = together(2, of_two)
+    alone = train(lambda batch: batch)
+    assert first.keys() == second.keys() == alone.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
-    assert int(first["latents revived"]) > 0  # or the draw of a revival would not have been tried
-
-    torch.manual_seed(0)
-    codes = torch.randn(V, D).double()
-    alone = running(codes, revive=0, decay=0.9)
-    torch.testing.assert_close(first["kmeans codes"], alone._kmeans(flat(latents(5)), codes), rtol=1e-12, atol=1e-12)
-    for step in range(3):
-        alone(latents(step))
-    for name in BUFFERS:
-        torch.testing.assert_close(first[f"update {name}"], getattr(alone, name), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=key)
+    for name in ("latents 7", "kmeans 7", "latents 70"):
+        assert int(first[f"{name} revived"]) > 0, "the draw of a revival has not been tried"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from vqf.discriminators.batchnorm import SyncBatchNorm2d
 from vqf.registry import register
 
 
@@ -21,8 +22,10 @@ class PatchGAN(nn.Module):
         in_channels: Channels of the images.
         channels: Width of the first layer (ndf); doubles a layer, up to eight times.
         layers: Strided layers (n_layers).
-        norm: "batch" as published. "group" does not mix the pictures of a batch: the better choice for
-            small batches, for several processes and for gradient accumulation.
+        norm: "batch" as published; of several processes each then normalises its own part of the batch. "sync_batch"
+            has the statistics of all of them, as one process with the whole batch would, and the same weights.
+            "group" does not mix the pictures of a batch: the better choice for small batches and for gradient
+            accumulation.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class PatchGAN(nn.Module):
         *,
         channels: int = 64,
         layers: int = 3,
-        norm: Literal["batch", "group"] = "batch",
+        norm: Literal["batch", "sync_batch", "group"] = "batch",
     ) -> None:
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
@@ -40,7 +43,7 @@ class PatchGAN(nn.Module):
             stride = 2 if i < layers else 1
             net += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False),
-                nn.BatchNorm2d(widths[i]) if norm == "batch" else nn.GroupNorm(8, widths[i]),
+                _norm(norm, widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         net.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
@@ -50,6 +53,12 @@ class PatchGAN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Judge images (B, in_channels, H, W): logits (B, 1, h, w)."""
         return self.main(images)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "group":
+        return nn.GroupNorm(8, channels)
+    return SyncBatchNorm2d(channels) if kind == "sync_batch" else nn.BatchNorm2d(channels)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,10 +1,10 @@
 """Terms that hold a discriminator back, so that the generator can still learn from it."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqf import ranks
 from vqf.protocols import Judged
 from vqf.registry import register
 
@@ -39,9 +39,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def _follow(self, means: Tensor) -> None:
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = ranks.mean(means)
         rate = torch.where(self.seen > 0, 1 - self.decay, 1.0)
         self.averages.lerp_(means.to(self.averages.dtype), rate.to(self.averages.dtype))
         self.seen.fill_(1)

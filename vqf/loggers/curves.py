@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Points = Sequence[tuple[float, float]]  # (step, value)
@@ -15,21 +15,45 @@ SMOOTH_FROM, WINDOWS = 60, 40  # points from which on a line of means is drawn, 
 
 def curve(series: Mapping[str, Points]) -> str:
     """Draw series named "training" and "validation" over steps as one SVG element."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    style |= {"svg.fonttype": "none", "svg.hashsalt": repr(series), "font.family": "sans-serif", "font.size": 9}
-    with rc_context(style):
-        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> None:
         for name, points in series.items():
             _draw(axes, name, points)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
+
+    return _figure(draw, repr(series))
+
+
+def ranks(counts: Sequence[int]) -> str:
+    """Draw how often every code is used, the codes used most first, as one SVG element."""
+
+    def draw(axes: Any) -> None:
+        axes.fill_between(range(len(counts)), counts, step="post", color=COLORS["training"], alpha=0.35, linewidth=0)
+        axes.axhline(
+            sum(counts) / len(counts), color=COLORS["validation"], linewidth=1.2, linestyle="--", label="even use"
+        )
+        axes.set(xlim=(0, len(counts)), ylim=(0, None), xlabel="codes, those used most first", ylabel="uses")
+        axes.legend(frameon=False, fontsize=8)
+
+    return _figure(draw, repr(counts))
+
+
+def _figure(draw: Callable[[Any], None], salt: str) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    )
+    style |= {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9}
+    with rc_context(style):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         drawn = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(drawn, format="svg", transparent=True, metadata=empty)

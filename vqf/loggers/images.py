@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vqf.loggers.pictures import grid
+from vqf.loggers.pictures import columns_of, save_grid, together
 from vqf.registry import register
 
 
@@ -32,8 +32,11 @@ class Images:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = name.replace("/", "-")
         path = self.folder / f"{name}-{step:08d}.png"
-        grid(images[: self.limit]).save(path)
+        save_grid(images[: self._most(name)], path, columns_of(name))
         shutil.copyfile(path, self.folder / f"{name}-latest.png")
 
     def close(self) -> None:
         """Everything is on disk already."""
+
+    def _most(self, name: str) -> int:
+        return max(self.limit // together(name), 1) * together(name)

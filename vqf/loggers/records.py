@@ -24,6 +24,12 @@ class Part:
     seconds: float
 
     @property
+    def heading(self) -> str:
+        """What it is called."""
+        names = {"": "Training", "stage1": "Stage 1, the tokenizer", "stage2": "Stage 2, the prior"}
+        return names.get(self.name, self.name.capitalize())
+
+    @property
     def keys(self) -> list[str]:
         """Every key, those that were also measured on held-out data first, learning rates last."""
         keys = list(dict.fromkeys([*self.validation, *self.training]))
@@ -44,6 +50,11 @@ def pictures(folder: Path) -> dict[str, Path]:
     """Return the newest picture of every name in the `images/` of a folder."""
     newest = [path for path in sorted((folder / "images").glob("*.png")) if not STEPPED.search(path.stem)]
     return {path.stem.removesuffix("-latest"): path for path in newest}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a folder, whole or not: only its config is read."""
+    return max(folder.glob("checkpoints/step-*"), default=None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

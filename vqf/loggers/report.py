@@ -1,42 +1,27 @@
 """The report of a run: one page that holds everything and needs nothing, for a browser, a printer or a mail."""
 
-import base64
-import hashlib
 import importlib.metadata
 import importlib.resources
 import logging
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vqf.loggers import about
+from vqf.loggers.codebook import codebook, confusion
 from vqf.loggers.curves import curve
-from vqf.loggers.records import Part, command, parts, pictures, read_json, read_text
+from vqf.loggers.galleries import galleries
+from vqf.loggers.meanings import HIGHLIGHTS, MEANINGS, SHARES
+from vqf.loggers.records import Part, command, parts, read_json, read_text
 from vqf.registry import register
 
 PACKAGES = ("vqf", "torch", "hydra-core", "timm")
-
-# What a number means, for readers who did not choose it.
-MEANINGS = {
-    "psnr": "peak signal-to-noise ratio, dB, mean over pictures; higher is better",
-    "psnr_masked": "PSNR of what is drawn, without the empty background; higher is better",
-    "psnr_pooled": "PSNR of all pictures taken together; higher is better",
-    "ssim": "structural similarity, at most 1; higher is better",
-    "perceptual": "perceptual distance (EfficientNet-Lite, LPIPS form, uncalibrated); lower is better",
-    "lpips": "LPIPS v0.1 on VGG16; lower is better",
-    "usage": "share of the codebook that held-out pictures use",
-    "perplexity": "codes that, used evenly, would carry as much",
-    "dead": "codes that no held-out picture uses",
-    "nats_per_token": "stage 2, negative log-likelihood of held-out codes; lower is better",
-    "log_vocabulary": "the same of codes drawn blindly, ln of the vocabulary",
-}
-CAPTIONS = {
-    "reconstructions": "Held-out pictures. Each pair: the original, then what came back through the codes.",
-    "samples": "Drawn by the prior, code by code.",
-}
+CURVES = 6  # of a stage that are shown at once; the others unfold
 
 
 @register("logger", "report")
@@ -61,11 +46,38 @@ class Report:
             log.warning("the report could not be written", exc_info=True)
 
 
+@dataclass
+class Row:
+    """A number of a table."""
+
+    name: str
+    number: Any
+    beside: str = ""  # its interval, and the same of real pictures
+
+    @property
+    def value(self) -> str:
+        """The number as it is written."""
+        return worded(self.name, self.number)
+
+    @property
+    def meaning(self) -> str:
+        """What it says."""
+        return MEANINGS.get(self.name, "")
+
+
+@dataclass
+class Table:
+    """Numbers that were measured together."""
+
+    title: str
+    rows: list[Row]
+
+
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` from whatever a run has on disk: numbers, pictures, config, command."""
     from jinja2 import Environment, StrictUndefined
 
-    source = (importlib.resources.files("vqf.loggers") / "report.html.j2").read_text()
+    source = (importlib.resources.files("vqf.loggers") / "report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
     page = template.render(collect(run_dir))
     path = run_dir / "report.html"
@@ -76,16 +88,27 @@ def write_report(run_dir: Path) -> Path:
 def collect(run_dir: Path) -> dict[str, Any]:
     """Gather what the page shows."""
     found, summary = parts(run_dir), read_json(run_dir / "summary.json")
-    seconds = summary.get("wall_seconds") or sum(part.seconds for part in found)
+    # A run in several processes, one after the other, knows the time of the last; its records know that of all.
+    seconds = max(summary.get("wall_seconds") or 0, sum(part.seconds for part in found))
+    config, (title, place) = about.load_config(run_dir), about.title(run_dir)
+    tables = _tables(run_dir, found)
+    details = {key: value for part in found for key, value in read_json(part.folder / "details.json").items()}
     return {
-        "title": run_dir.absolute().name,
-        "place": run_dir.absolute().parent.name,
-        "tables": _tables(run_dir, found),
-        "pictures": _pictures(run_dir, found),
-        "curves": [(_heading(part), _curves(part)) for part in found],
+        "title": title,
+        "place": place,
+        "kind": about.kind(config),
+        "price": about.price(summary, seconds),
+        "highlights": _highlights(tables),
+        "galleries": galleries(run_dir, found),
+        "codebook": codebook([*found, Part(run_dir, "", {}, {}, 0.0)]),
+        "confusion": confusion(details),
+        "class_words": _class_words(tables),
+        "tables": tables,
+        "protocol": _protocol(run_dir),
+        "curves": [(part.heading, *_curves(part)) for part in found],
+        "facts": about.facts(config, summary, seconds),
         "command": command(run_dir, summary),
         "config": read_text(run_dir / ".hydra" / "config.yaml"),
-        "duration": duration(seconds),
         "versions": summary.get("versions") or versions(),
     }
 
@@ -101,15 +124,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def duration(seconds: Any) -> str:
-    """Word a time; empty where there is none."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds <= 0:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def number(value: Any) -> str:
     """Word a number with four digits that matter."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -119,43 +133,76 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _tables(run_dir: Path, found: list[Part]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Return titled rows (name, number, meaning): the final table, or the last look at held-out data."""
-    final = {title: row for title, row in read_json(run_dir / "metrics.json").items() if isinstance(row, dict)}
+def worded(key: str, value: Any) -> str:
+    """Word a number as its name asks for."""
+    return f"{100 * value:.1f}\u00a0%" if key in SHARES and _is_finite(value) else number(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _tables(run_dir: Path, found: list[Part]) -> list[Table]:
+    """Return what a protocol measured, the final table, or the last look at held-out data."""
+    content = read_json(run_dir / "metrics.json")
+    if isinstance(content.get("values"), dict) and isinstance(content.get("protocol"), dict):
+        return [_measured(content)]
+    final = {title: row for title, row in content.items() if isinstance(row, dict)}
     last = {
-        f"{_heading(part)}, step {number(points[-1][0])}": {key: each[-1][1] for key, each in part.validation.items()}
+        f"{part.heading}, step {number(points[-1][0])}": {key: each[-1][1] for key, each in part.validation.items()}
         for part in found
         if (points := next(iter(part.validation.values()), None))
     }
     return [
-        (title, [(key, number(value), MEANINGS.get(key, "")) for key, value in row.items()])
+        Table(title[:1].upper() + title[1:], [Row(key, value) for key, value in row.items()])
         for title, row in (final or last).items()
     ]
 
 
-def _pictures(run_dir: Path, found: list[Part]) -> list[dict[str, str]]:
-    """Return the newest pictures of the run and its stages, each picture once."""
-    shown: dict[str, dict[str, str]] = {}
-    folders = {run_dir: "", **{part.folder: _heading(part) for part in found if part.name}}
-    for folder, heading in folders.items():
-        for name, path in pictures(folder).items():
-            content = path.read_bytes()
-            title = name.replace("_", " ").capitalize()
-            picture = {
-                "title": f"{title} · {heading}" if heading else title,
-                "caption": CAPTIONS.get(name, ""),
-                "uri": f"data:image/png;base64,{base64.b64encode(content).decode()}",
-            }
-            shown.setdefault(hashlib.sha256(content).hexdigest(), picture)
-    return list(shown.values())
+def _measured(content: Mapping[str, Any]) -> Table:
+    """Return the table of a protocol, each number with its interval and its floor."""
+    rows = []
+    for key, value in content["values"].items():
+        beside = []
+        if isinstance(span := content.get("intervals", {}).get(key), list) and len(span) == 2:
+            beside.append(f"95 %: {number(span[0])} to {number(span[1])}")
+        if (floor := content.get("floors", {}).get(key)) is not None:
+            beside.append(f"real against real: {number(floor)}")
+        rows.append(Row(key, value, "; ".join(beside)))
+    return Table(str(content["protocol"].get("name", "")), rows)
 
 
-def _curves(part: Part) -> list[tuple[str, str]]:
-    """Draw every key that was measured more than once."""
+def _protocol(run_dir: Path) -> list[tuple[str, str]]:
+    """Return the lines of the protocol that a run measured by, if it did."""
+    content = read_json(run_dir / "metrics.json").get("protocol")
+    return [(str(key), str(value)) for key, value in content.items()] if isinstance(content, dict) else []
+
+
+def _highlights(tables: Iterable[Table]) -> list[tuple[str, str]]:
+    """Return the numbers that are said first, and what each counts."""
+    values = {row.name: row.number for table in tables for row in table.rows}
+    return [
+        (form.format(values[key]) or worded(key, values[key]), words)
+        for key, (form, words) in HIGHLIGHTS.items()
+        if _is_finite(values.get(key))
+    ]
+
+
+def _class_words(tables: Iterable[Table]) -> str:
+    """Say what the classifier sees, for comparison."""
+    values = {row.name: row.value for table in tables for row in table.rows}
+    names = [f"class_accuracy{each}" for each in ("", "_real", "_drawn", "_chance")]
+    if not all(name in values for name in names):
+        return ""
+    samples, real, drawn, chance = (values[name] for name in names)
+    return (
+        f"{samples} of the samples are seen as the class that was asked for. Of held-out pictures {real} are seen as "
+        f"theirs, {drawn} once they have gone through the codes; guessing would hit {chance}."
+    )
+
+
+def _curves(part: Part) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Draw every key that was measured more than once: those that matter most, and the others."""
     drawn = {key: part.series(key) for key in part.keys}
-    return [(key, curve(series)) for key, series in drawn.items() if max(map(len, series.values())) > 1]
-
-
-def _heading(part: Part) -> str:
-    names = {"": "Training", "stage1": "Stage 1, the tokenizer", "stage2": "Stage 2, the prior"}
-    return names.get(part.name, part.name)
+    every = [(key, curve(series)) for key, series in drawn.items() if max(map(len, series.values())) > 1]
+    return every[:CURVES], every[CURVES:]

@@ -1,9 +1,14 @@
 """Weights & Biases, https://docs.wandb.ai."""
 
+import json
 import logging
+import netrc
+import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -11,34 +16,53 @@ from torch import Tensor
 from vqf.loggers.pictures import grid
 from vqf.registry import register
 
+MEMORY = "wandb.json"  # in the run's folder: under which id it is known
+
 
 @register("logger", "wandb")
 class WandB:
-    """Sends numbers and pictures to Weights & Biases, or keeps them in the run's folder for `wandb sync`.
+    """Sends a run to Weights & Biases, or keeps it in the run's folder for `wandb sync`.
 
-    Whatever goes wrong in it is said once, and the run goes on without it. The key comes from `wandb login` or
-    the environment, never from the config, which is logged unresolved.
+    The parts of pipeline=full are one run, its numbers under `stage1/` and `stage2/`; a run that is resumed goes on
+    under its id. Whatever goes wrong is said once, and the training goes on without it. The key comes from
+    `wandb login` or the environment, never from the config, which is logged unresolved.
+
+    Args:
+        run_dir: The run's folder.
+        config: Logged as it is.
+        part: What the folder is of the run in the folder above.
+        mode: `auto` is online where there is a key, and offline where there is none; WANDB_MODE decides before it.
+        project: Where the run is filed.
+        entity: Whose project it is; by default that of the key.
+        group: Runs of one group are shown together.
+        tags: Words to find the run by.
+        checkpoints: Keep the newest checkpoint as an artifact, too, when the run ends.
     """
 
     def __init__(
         self,
         run_dir: Path,
         config: DictConfig,
+        part: str,
         *,
-        mode: Literal["offline", "online", "disabled"] = "offline",
+        mode: Literal["auto", "offline", "online", "disabled"] = "auto",
         project: str = "vqf",
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
+        checkpoints: bool = False,
     ) -> None:
+        self.run_dir, self.part, self.checkpoints = run_dir, part, checkpoints
+        self.prefix = f"{part}/" if part else ""
         self.run: Any = None
         self.quiet = False
+        self.known = set[str]()
         where: dict[str, Any] = {"project": project, "entity": entity, "group": group, "tags": list(tags) or None}
-        self._try(lambda: self._begin(run_dir, config, {"mode": mode, **where}))
+        self._try(lambda: self._begin(config, {"mode": _mode(mode), **where}))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers."""
-        self._try(lambda: self.run.log({"step": step, **values}))
+        self._try(lambda: self._log(step, values))
 
     def images(self, step: int, name: str, images: Tensor) -> None:
         """Log a grid of pictures."""
@@ -46,30 +70,73 @@ class WandB:
         def send() -> None:
             import wandb
 
-            self.run.log({"step": step, name: wandb.Image(grid(images))})
+            self._log(step, {name: wandb.Image(grid(images))})
 
         self._try(send)
 
     def close(self) -> None:
-        """Finish the run."""
-        self._try(lambda: self.run.finish())
+        """Keep the codes' table as an artifact, and finish the run, unless this is a part of one."""
+        self._try(self._end)
         self.quiet = True
 
-    def _begin(self, run_dir: Path, config: DictConfig, where: Mapping[str, Any]) -> None:
+    def _begin(self, config: DictConfig, where: Mapping[str, Any]) -> None:
         import wandb
 
+        root = self.run_dir.absolute().parent if self.part else self.run_dir.absolute()
+        root.mkdir(parents=True, exist_ok=True)
         plain: Any = OmegaConf.to_container(config, resolve=False)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        memory, active = root / MEMORY, wandb.run
+        known = _remembered(memory)
+        if active is not None and active.id == known:  # the part before this one
+            self.run = active
+            self.run.config.update(plain, allow_val_change=True)
+            return
+        goes_on = known is not None and plain.get("resume", False) is not False
+        name = known if goes_on else uuid.uuid4().hex[:8]
         self.run = wandb.init(
             **where,
-            name="/".join(run_dir.absolute().parts[-2:]),
-            dir=str(run_dir),
+            id=name,
+            resume="allow",
+            reinit="finish_previous",
+            name="/".join(root.parts[-2:]),
+            dir=str(root),
             config=plain,
             settings=wandb.Settings(silent=True, console="off"),
         )
+        memory.write_text(json.dumps({"id": name, "project": where["project"], "entity": where["entity"]}))
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
         # wandb's own counter refuses to go back, as after resuming, and to be written twice.
-        self.run.define_metric("step", hidden=True)
-        self.run.define_metric("*", step_metric="step")
+        axis = f"{self.prefix}step"
+        named = {f"{self.prefix}{key}": value for key, value in values.items()}
+        if not self.known:
+            self.run.define_metric(axis, hidden=True)
+        for key in named.keys() - self.known:
+            self.run.define_metric(key, step_metric=axis)
+        self.known |= named.keys()
+        self.run.log({axis: step, **named})
+
+    def _end(self) -> None:
+        import wandb
+
+        counts = _counts(self.run_dir / "details.json")
+        if counts:
+            total = sum(counts) or 1
+            rows = [[code, count, count / total] for code, count in enumerate(counts)]
+            artifact = wandb.Artifact(self._artifact("codes"), "codes")
+            artifact.add(wandb.Table(columns=["code", "count", "share"], data=rows), "codes")
+            self.run.log_artifact(artifact)
+        folders = sorted((self.run_dir / "checkpoints").glob("step-*")) if self.checkpoints else []
+        for folder in folders[-1:]:
+            artifact = wandb.Artifact(self._artifact("checkpoint"), "model", metadata={"step": int(folder.name[5:])})
+            for file in sorted(folder.iterdir()):
+                artifact.add_file(str(file))
+            self.run.log_artifact(artifact)
+        if not self.part:
+            self.run.finish()
+
+    def _artifact(self, what: str) -> str:
+        return "-".join(filter(None, [self.run.id, self.part, what]))
 
     def _try(self, action: Callable[[], Any]) -> None:
         if self.quiet:
@@ -79,3 +146,35 @@ class WandB:
         except Exception as error:
             self.quiet = True
             logging.getLogger("vqf").warning("wandb stopped, the run goes on without it: %s", error)
+
+
+def _mode(word: str) -> str:
+    if word != "auto":
+        return word
+    return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+
+
+def _has_key() -> bool:
+    """Tell whether `wandb login` or the environment left a key; asking wandb itself could wait for an answer."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _remembered(memory: Path) -> str | None:
+    try:
+        return json.loads(memory.read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _counts(path: Path) -> list[int]:
+    """Return how often held-out pictures chose every code, where that was counted."""
+    try:
+        return json.loads(path.read_text())["codes"]["counts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,5 +1,5 @@
-"""Metrics: what held-out reconstructions and their codes are worth, in numbers."""
+"""Metrics: what held-out reconstructions, their codes, and samples are worth, in numbers."""
 
-from vqf.metrics import codebook, distortion, perceptual
+from vqf.metrics import codebook, distortion, frechet, kernel, neighbours, perceptual, score
 
-__all__ = ["codebook", "distortion", "perceptual"]
+__all__ = ["codebook", "distortion", "frechet", "kernel", "neighbours", "perceptual", "score"]

@@ -1,5 +1,7 @@
 """How much of the codebook held-out pictures use."""
 
+from typing import ClassVar
+
 import torch
 
 from vqf.metrics.mean import precise
@@ -14,6 +16,9 @@ class Usage:
     `usage` is the share of the vocabulary that occurs, `dead` how many codes do not, and `perplexity` the number
     of codes that, used evenly, would carry as much: exp of the entropy.
     """
+
+    codes_only = True
+    higher_is_better: ClassVar = {"usage": True, "perplexity": True, "dead": False}
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)

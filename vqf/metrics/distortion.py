@@ -1,5 +1,7 @@
 """Distances between pixels: PSNR and SSIM of reconstructions, on [0, 1], clamped and not rounded to 8 bits."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,8 @@ class PSNR:
     is drawn: pixels count by their mask, and pictures with an empty mask do not.
     """
 
+    higher_is_better: ClassVar = {"psnr": True, "psnr_pooled": True, "psnr_masked": True}
+
     def __init__(self, device: torch.device | str) -> None:
         self.psnr, self.error, self.masked = Mean(device), Mean(device), Mean(device)
 
@@ -43,6 +47,11 @@ class PSNR:
         values = {"psnr": self.psnr.value(), "psnr_pooled": pooled}
         return values | ({"psnr_masked": self.masked.value()} if self.masked.count else {})
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return those of the means over pictures."""
+        masked = {"psnr_masked": self.masked.interval()} if self.masked.count else {}
+        return {"psnr": self.psnr.interval()} | masked
+
 
 @register("metric", "ssim")
 class SSIM:
@@ -52,6 +61,8 @@ class SSIM:
     https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: a Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01,
     K2 = 0.03, only where the window lies inside the picture.
     """
+
+    higher_is_better: ClassVar = {"ssim": True}
 
     def __init__(self, device: torch.device | str) -> None:
         self.mean = Mean(device)
@@ -69,6 +80,10 @@ class SSIM:
     def compute(self) -> dict[str, float]:
         """Return `ssim`."""
         return {"ssim": self.mean.value()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return that of `ssim`."""
+        return {"ssim": self.mean.interval()}
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

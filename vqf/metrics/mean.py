@@ -1,7 +1,11 @@
-"""A mean that does not depend on how the pictures were cut into batches."""
+"""A mean that does not depend on how the pictures were cut into batches, and how sure it is."""
 
+import numpy as np
 import torch
 from torch import Tensor
+
+LEVEL, RESAMPLES = 0.95, 1000
+AT_ONCE = 2**18  # numbers that are drawn together
 
 
 class Mean:
@@ -10,15 +14,31 @@ class Mean:
     def __init__(self, device: torch.device | str) -> None:
         self.total = torch.zeros((), dtype=precise(device), device=device)
         self.count = torch.zeros((), dtype=precise(device), device=device)
+        self.values: list[Tensor] = []
 
     def add(self, values: Tensor) -> None:
         """Add values (B,)."""
         self.total += values.sum(dtype=self.total.dtype)
         self.count += values.numel()
+        self.values.append(values.detach())
 
     def value(self) -> float:
         """Return the mean; nan before the first value."""
         return float(self.total / self.count)
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of the mean; nan before the first value."""
+        return bootstrap(torch.cat(self.values).double().cpu().numpy()) if self.count else (np.nan, np.nan)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of values (n,): percentiles over resamples, the same at every call."""
+    random = np.random.default_rng(0)
+    rows = min(-(-AT_ONCE // len(values)), RESAMPLES)
+    draws = (random.integers(len(values), size=(rows, len(values))) for _ in range(0, RESAMPLES, rows))
+    means = np.concatenate([values[each].mean(1) for each in draws])[:RESAMPLES]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def precise(device: torch.device | str) -> torch.dtype:

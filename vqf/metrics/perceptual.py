@@ -4,52 +4,61 @@ The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), 
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from vqf.features import Lite, PerceptualDistance, lite, lpips_heads, vgg16
+from vqf.features import Lite, LPIPSTrunk, PerceptualDistance, lite, lpips_heads, lpips_trunk
 from vqf.metrics.mean import Mean
 from vqf.protocols import Reconstruction
 from vqf.registry import register
+from vqf.weights import fingerprint
+
+
+class Distance:
+    """The mean over pictures of a perceptual distance, under a name."""
+
+    def __init__(self, name: str, distance: PerceptualDistance, device: torch.device | str) -> None:
+        self.name, self.distance, self.mean = name, distance.to(device), Mean(device)
+        self.digest = fingerprint(distance)
+
+    @torch.no_grad()
+    def update(self, batch: Reconstruction) -> None:
+        """Look at a batch."""
+        self.mean.add(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean."""
+        return {self.name: self.mean.value()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return that of the mean."""
+        return {self.name: self.mean.interval()}
 
 
 @register("metric", "features")
-class Perceptual:
+class Perceptual(Distance):
     """Perceptual distance (EfficientNet-Lite, LPIPS form, uncalibrated): not comparable with published LPIPS."""
+
+    higher_is_better: ClassVar = {"perceptual": False}
 
     def __init__(
         self, device: torch.device | str, *, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)
     ) -> None:
-        self.distance = PerceptualDistance(lite(network, taps)).to(device)
-        self.mean = Mean(device)
-
-    def update(self, batch: Reconstruction) -> None:
-        """Look at a batch."""
-        self.mean.add(_compare(self.distance, batch))
-
-    def compute(self) -> dict[str, float]:
-        """Return `perceptual`."""
-        return {"perceptual": self.mean.value()}
+        super().__init__("perceptual", PerceptualDistance(lite(network, taps)), device)
 
 
 @register("metric", "lpips")
-class LPIPS:
-    """LPIPS v0.1 on VGG16, as papers report it. `weights` is a file of torchvision's VGG16; None: torch's hub."""
+class LPIPS(Distance):
+    """LPIPS v0.1: `lpips` on VGG16, `lpips_alex` and `lpips_squeeze` on the other trunks that it was published with.
 
-    def __init__(self, device: torch.device | str, *, weights: str | None = None) -> None:
-        self.distance = PerceptualDistance(vgg16(weights), lpips_heads()).to(device)
-        self.mean = Mean(device)
+    Args:
+        network: The trunk. Papers report VGG16 or AlexNet, and often do not say which.
+        weights: A file of torchvision's weights of it; None: torch's hub.
+    """
 
-    def update(self, batch: Reconstruction) -> None:
-        """Look at a batch."""
-        self.mean.add(_compare(self.distance, batch))
+    higher_is_better: ClassVar = {"lpips": False, "lpips_alex": False, "lpips_squeeze": False}
 
-    def compute(self) -> dict[str, float]:
-        """Return `lpips`."""
-        return {"lpips": self.mean.value()}
-
-
-@torch.no_grad()
-def _compare(distance: PerceptualDistance, batch: Reconstruction) -> Tensor:
-    return distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1))
+    def __init__(self, device: torch.device | str, *, network: LPIPSTrunk = "vgg", weights: str | None = None) -> None:
+        distance = PerceptualDistance(lpips_trunk(network, weights), lpips_heads(network))
+        super().__init__("lpips" if network == "vgg" else f"lpips_{network}", distance, device)

@@ -1,5 +1,33 @@
 """Pipelines: what `python -m vqf.run` can do, chosen with `pipeline=`."""
 
-from vqf.pipelines import check, complete, convert, full, reconstruct, sample, shard, stage1, stage2
+from vqf.pipelines import (
+    check,
+    compare,
+    complete,
+    convert,
+    evaluate,
+    evaluation_protocol,
+    full,
+    plan,
+    reconstruct,
+    sample,
+    shard,
+    stage1,
+    stage2,
+)
 
-__all__ = ["check", "complete", "convert", "full", "reconstruct", "sample", "shard", "stage1", "stage2"]
+__all__ = [
+    "check",
+    "compare",
+    "complete",
+    "convert",
+    "evaluate",
+    "evaluation_protocol",
+    "full",
+    "plan",
+    "reconstruct",
+    "sample",
+    "shard",
+    "stage1",
+    "stage2",
+]

@@ -1,25 +1,58 @@
 """An exponential moving average of a module's weights."""
 
-import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
-    """Follows a module: θ' ← d θ' + (1 - d) θ, with d rising from 0 so that the start is forgotten soon."""
+    """Follows a module: θ' ← d θ' + (1 - d) θ, with d rising from 0 so that the start is forgotten soon.
+
+    Holds tensors, not a second module: where the weights are shards, so are their averages.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema={decay} is the decay of an average: at least 0 and below 1")
         self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = module
+        parameters = dict(module.named_parameters(remove_duplicate=False))  # of tied weights, every name
+        copies = {id(each): each.detach().clone() for each in parameters.values()}
+        self.tensors: dict[str, Tensor] = {name: copies[id(each)] for name, each in parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after a step; buffers (a codebook of moving averages, say) are copied."""
+    def update(self, step: int) -> None:
+        """Take in the weights after a step."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        for average, now in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(now.detach(), 1 - decay)
-        for kept, current in zip(self.module.buffers(), module.buffers(), strict=True):
-            kept.copy_(current)
+        for name, now in self.module.named_parameters():
+            self.tensors[name].lerp_(now.detach(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the module have the averages for its weights; its buffers (a codebook, say) are not averaged."""
+        own = {name: each.detach().clone() for name, each in self.module.named_parameters()}
+        self._give(self.tensors)
+        try:
+            yield
+        finally:
+            self._give(own)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of the module with the averages in it."""
+        return {**self.module.state_dict(), **self.tensors}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            KeyError: If it is of another module.
+        """
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def _give(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(tensors[name])

@@ -8,25 +8,34 @@ safetensors nor torch notices a flipped byte.
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from yaml import YAMLError
 
 from vqf.errors import UserError
 from vqf.terminal import log
+from vqf.trust import check_resolved
 
 FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+KINDS = ("stage1", "stage2")
+ASIDE = "aside-"  # in front of the name of a checkpoint that the run does not count any more
 
 
 class BrokenCheckpointError(UserError):
@@ -56,12 +65,43 @@ class Checkpoint:
         return (self.path / f"{name}.safetensors").is_file()
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Read weights, on the CPU."""
-        return load_file(self.path / f"{name}.safetensors")
+        """Read weights, on the CPU.
+
+        Raises:
+            BrokenCheckpointError: If the file is none.
+        """
+        try:
+            return load_file(self.path / f"{name}.safetensors")
+        except SafetensorError as error:
+            raise BrokenCheckpointError(f"{self.path}: {name}.safetensors holds no weights ({error})") from error
 
     def optimizers(self) -> dict[str, Any]:
-        """Read the states of optimizers and schedules, on the CPU."""
-        return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
+        """Read the states of optimizers and schedules, on the CPU.
+
+        Raises:
+            BrokenCheckpointError: If there is more in the file than numbers.
+        """
+        try:
+            return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise BrokenCheckpointError(f"{self.path}: optimizers.pt is none of vqf's ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Best:
+    """The held-out number by which a checkpoint is the best one."""
+
+    metric: str
+    higher: bool  # whether more of it is better
+
+    def score(self, state: Mapping[str, Any]) -> float:
+        """Return what `state.json` says of it, so that more is better; -inf where it was not measured at that step."""
+        look = state.get("look") or {}
+        value = look.get("values", {}).get(self.metric, math.nan)
+        if look.get("step") != state["step"] or math.isnan(value):
+            return -math.inf
+        return value if self.higher else -value
 
 
 def save(
@@ -72,26 +112,47 @@ def save(
     weights: Mapping[str, Mapping[str, Tensor]],
     optimizers: Mapping[str, Any],
     keep: int,
+    best: Best | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`.
+    """Write the checkpoint of `state["step"]`, then delete all but the newest `keep` and the best; with 0, none.
 
     Raises:
         OSError: If it cannot be written; earlier checkpoints are untouched then.
     """
     folder = run_dir / FOLDER
-    final = folder / f"step-{state['step']:08d}"
+    final = folder / _name(state["step"])
     with _beside(final) as folder_now:
         for name, tensors in weights.items():
-            save_file(
-                {key: each.detach().contiguous() for key, each in tensors.items()}, folder_now / f"{name}.safetensors"
-            )
-        torch.save(dict(optimizers), folder_now / "optimizers.pt")
+            write_weights(tensors, folder_now / f"{name}.safetensors")
+        _write_states(optimizers, folder_now / "optimizers.pt")
         (folder_now / "state.json").write_text(json.dumps(state, indent=1))
         OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
         _write_manifest(folder_now, state)
-    for old in _folders(folder)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(_folders(folder), keep, best)
     return final
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Make the checkpoint of `step` the newest of a run that goes on from there, and clear what killed writers left.
+
+    Later ones are broken, or of a time that is not to be; as they stand they would be taken for the newest, and push
+    out those that count. They are renamed, not deleted.
+    """
+    folder = run_dir / FOLDER
+    for former in folder.glob(".step-*.former"):
+        final = folder / former.name[1:].removesuffix(".former")
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            former.rename(final)
+    for unfinished in folder.glob(".step-*.tmp-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for later in _folders(folder):
+        if _step(later) > step:
+            aside = folder / f"{ASIDE}{later.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+            log.warning("set aside as %s: the run goes on from step %d", aside, step)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -103,20 +164,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise BrokenCheckpointError(f"{path}: format {manifest.get('format')} of a checkpoint; this vqf reads {FORMAT}")
-    for name, facts in manifest["files"].items():
+    for name, facts in _mapping(manifest.get("files")).items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise BrokenCheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != facts["size"] or _sha256(file) != facts["sha256"]:
+        if file.stat().st_size != _mapping(facts).get("size") or _sha256(file) != facts.get("sha256"):
             raise BrokenCheckpointError(f"{path}: {name} is not what was written (size or hash differ)")
-    config = OmegaConf.load(path / "config.yaml")
-    assert isinstance(config, DictConfig)
-    return Checkpoint(path, _read_json(path / "state.json"), config)
+    state, config = _read_json(path / "state.json"), _read_config(path / "config.yaml")
+    check_resolved(state.get("coders"), path / "state.json")  # which become config, too
+    if state.get("kind") not in KINDS or not isinstance(state.get("step"), int):
+        raise BrokenCheckpointError(f"{path}: state.json does not say of which stage and step it is")
+    return Checkpoint(path, state, config)
 
 
-def newest(run_dir: Path) -> Checkpoint | None:
-    """Open the newest whole checkpoint of a run; those passed over are named in the log."""
+def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
+    """Open the newest whole checkpoint of a run; those passed over are named in the log.
+
+    Args:
+        run_dir: The run's folder.
+        every: Only look at steps that are multiples of this.
+    """
     for path in reversed(_folders(run_dir / FOLDER)):
+        if _step(path) % every:
+            continue
         try:
             return open_checkpoint(path)
         except BrokenCheckpointError as error:
@@ -168,13 +238,87 @@ def _beside(final: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             _flush(file)
-        if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
+        if final.exists():  # the same step again: at no moment there is none
+            shutil.rmtree(_former(final), ignore_errors=True)
+            final.rename(_former(final))
         temporary.rename(final)
         _flush(final.parent)
+        shutil.rmtree(_former(final), ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, and flush it to disk.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        save_file({key: each.detach().contiguous() for key, each in tensors.items()}, path, metadata)
+        _flush(path)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):  # the number is all it keeps of an OSError
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def _write_states(states: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        kept = _KeepsError(file)
+        try:
+            torch.save(dict(states), kept)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise kept.error or error from None
+
+
+class _KeepsError:
+    """A file that remembers why it could not be written: torch tells that in words of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _prune(folders: list[Path], keep: int, best: Best | None) -> None:
+    kept = {*folders[-keep:], best and _best_of(folders, best)}
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _best_of(folders: list[Path], best: Best) -> Path | None:
+    """Return the first of those that score best; None where nothing was measured."""
+    found, top = None, -math.inf
+    for folder in folders:
+        try:
+            score = best.score(_read_json(folder / "state.json"))
+        except BrokenCheckpointError:
+            continue
+        if score > top:
+            found, top = folder, score
+    return found
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    """Read the step of a checkpoint off its name; 0 where somebody gave it another."""
+    found = re.search(r"step-(\d+)", path.name)
+    return int(found[1]) if found else 0
 
 
 def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
@@ -183,15 +327,45 @@ def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
+def _former(final: Path) -> Path:
+    return final.with_name(f".{final.name}.former")
+
+
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    """List the checkpoints by step; where a writer was killed while it replaced one, the one that was there."""
+    if not folder.is_dir():
+        return []
+    former = {path.name[1:].removesuffix(".former"): path for path in folder.glob(".step-*.former")}
+    found = former | {path.name: path for path in folder.glob("step-*")}
+    return [found[name] for name in sorted(found)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise BrokenCheckpointError(f"{path.parent}: {path.name} is no mapping")
+    return found
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    """Return what should be a mapping, and an empty one for anything else."""
+    return found if isinstance(found, dict) else {}
+
+
+def _read_config(path: Path) -> DictConfig:
+    """Read a config, which is numbers and names: nothing in it is looked up or run."""
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({reason})") from error
+    if not isinstance(config, DictConfig):
+        raise BrokenCheckpointError(f"{path.parent}: {path.name} is no config")
+    check_resolved(OmegaConf.to_container(config, resolve=False), path)
+    return config
 
 
 def _sha256(path: Path) -> str:

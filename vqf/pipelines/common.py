@@ -1,25 +1,25 @@
 """Small things that every pipeline does."""
 
 import json
-import math
+import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from vqf import ranks
 from vqf.errors import UserError
-from vqf.pipelines.journal import Journal
+from vqf.pipelines.cost import Meter
+from vqf.pipelines.journal import Journal, Silence
 from vqf.protocols import Size, pair
 from vqf.registry import build
+from vqf.terminal import log
 
 DEFAULT_IMAGE_SIZE = 256
 
@@ -36,33 +36,54 @@ def chosen(config: DictConfig, group: str) -> dict[str, DictConfig]:
 
 
 @contextmanager
-def start_run(config: DictConfig, run_dir: Path, began: float | None = None) -> Iterator[Journal]:
+def start_run(config: DictConfig, run_dir: Path, meter: Meter | None = None, part: str = "") -> Iterator[Journal]:
     """Open the journal of a run, and close its loggers whatever happens.
 
     Args:
         config: Names the loggers.
         run_dir: Where they write.
-        began: When the run began by `time.monotonic`, if earlier than now.
+        meter: Of what the run costs, if it began earlier than now.
+        part: What this is of the run in the folder above, as "stage1" of pipeline=full; empty for a run of its own.
+
+    Of several processes the first alone writes.
     """
+    if not ranks.first():
+        yield Silence()
+        return
     nodes = chosen(config, "logger").values()
-    journal = Journal(run_dir, [build("logger", node, run_dir=run_dir, config=config) for node in nodes])
-    began = time.monotonic() if began is None else began
+    journal = Journal(run_dir, [build("logger", node, run_dir=run_dir, config=config, part=part) for node in nodes])
+    meter = meter or Meter()
     try:
         yield journal
     finally:
-        _summarize(run_dir, time.monotonic() - began)
+        try:
+            _summarize(run_dir, meter)
+        except OSError as error:  # a full disk takes no finished run down with it
+            log.warning("summary.json cannot be written: %s", error.strerror)
         journal.close()
 
 
-def _summarize(run_dir: Path, seconds: float) -> None:
+def _summarize(run_dir: Path, meter: Meter) -> None:
     """Write down what made the run, for its report."""
     versions = {name: version(name) for name in ("vqf", "torch", "hydra-core")}
     summary = {
-        "command": shlex.join(["python", "-m", "vqf.run", *sys.argv[1:]]),
-        "wall_seconds": round(seconds, 1),
+        "command": shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]]),
+        **meter.facts(),
         "versions": {**versions, "python": platform.python_version()},
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def _launcher() -> list[str]:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
+    machines = [f"--nnodes={ranks.world() // here}"] if ranks.world() > here else []
+    return ["python"] if ranks.world() == 1 else ["torchrun", *machines, f"--nproc-per-node={here}"]
+
+
+def save_numbers(run_dir: Path, tables: Mapping[str, Mapping[str, float]]) -> None:
+    """Write `metrics.json`, the last look at held-out pictures, in the first process."""
+    if ranks.first():
+        (run_dir / "metrics.json").write_text(json.dumps(tables, indent=1))
 
 
 class Accumulated:
@@ -81,15 +102,6 @@ def check_accumulate(config: DictConfig) -> None:
     """Refuse micro-batches that are not equal."""
     if config.batch_size % config.accumulate:
         raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
-
-
-def step_optimizer(optimizer: Optimizer, clip: float | None) -> Tensor:
-    """Clip the gradients if asked to, take one step, forget the gradients; returns their norm before clipping."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def describe(what: str, module: nn.Module) -> str:

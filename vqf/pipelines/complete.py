@@ -1,5 +1,6 @@
 """Keep the upper part of held-out pictures and draw the rest: completion, section 4.2 of the paper of VQGAN."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vqf.pipelines.common import start_run
 from vqf.pipelines.engine import make_engine
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import sequential
-from vqf.pipelines.pictures import save_pictures
+from vqf.pipelines.pictures import as_colours, save_pictures
 from vqf.pipelines.restore import find_generator, load_generator
 from vqf.protocols import Batch
 from vqf.registry import build, register
@@ -39,6 +40,7 @@ class Complete:
         if count < 1:
             raise UserError(f"count={count}: complete at least one picture")
         self.config, self.run_dir, self.keep, self.count = config, run_dir, keep, count
+        self.labels: list[int] = []  # of the pictures
 
     def run(self) -> None:
         """Write `completions/*.png` and a grid of originals, what was kept of them, and completions."""
@@ -53,6 +55,7 @@ class Complete:
         save_pictures(rows[:, 2], self.run_dir / "completions", names)
         with start_run(config, self.run_dir) as journal:
             journal.images(checkpoint.step, "completions", rearrange(rows[:SHOWN], "b three c h w -> (b three) c h w"))
+            journal.details({"completions": {"captions": [data.classes[label] for label in self.labels[:SHOWN]]}})
         log.info("%d pictures in %s", len(rows), self.run_dir / "completions")
 
     def _rows(self, generator: Generator, batches: Iterator[Batch], seed: int) -> Iterator[Tensor]:
@@ -66,10 +69,29 @@ class Complete:
                 completed = generator.complete(
                     images, mask, labels=batch.labels, seed=seed, first=done, batch_size=len(batch)
                 )
+                self.labels += [] if batch.labels is None else batch.labels.tolist()
                 kept = images.masked_fill(~enlarged(mask, generator), 0)
                 yield torch.stack([images, kept, completed], dim=1).cpu()
                 done += len(batch)
                 bar.advance(len(batch))
+
+
+def complete_tokens(generator: Generator, told: Batch, *, seed: int, first: int = 0, keep: float = 0.5) -> Tensor:
+    """Complete pictures that are known by their tokens; returns (B, 3, 3, H, W) as the grid of this pipeline has them.
+
+    The originals, too, are drawn from their codes.
+    """
+    assert told.tokens is not None
+    mask = upper(generator, keep)
+    known = told.tokens.masked_fill(~mask.flatten(), -1)
+    completed = generator.sample_tokens(told, seed=seed, first=first, known=known)
+    whole, drawn = (as_colours(generator.tokenizer.images(each).float()) for each in (told.tokens, completed))
+    return torch.stack([whole, whole.masked_fill(~enlarged(mask, generator), 0), drawn], dim=1)
+
+
+def can_complete(generator: Generator) -> bool:
+    """Say whether there is a lower part, and the sampler keeps what is known."""
+    return generator.tokenizer.grid[0] > 1 and "known" in inspect.signature(generator.sampler).parameters
 
 
 def upper(generator: Generator, keep: float) -> Tensor:

@@ -1,28 +1,47 @@
-"""Where and in which precision the arithmetic happens, and the seeds of its noise."""
+"""Where, in which precision and in how many processes the arithmetic happens, and the seeds of its noise.
 
-from contextlib import AbstractContextManager
+Everything that several processes need is torch's own: DistributedDataParallel, fully_shard, torchrun. This file
+decides which of them is called.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from vqf import ranks
 from vqf.errors import UserError, unknown
+from vqf.pipelines import sharding
 from vqf.randomness import mix
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ENGINES = ("auto", "single")
+ENGINES = ("auto", "single", "ddp", "fsdp2")
+
+# What DistributedDataParallel calls the sending of buffers before every forward, before torch 2.15 and after.
+_takes = inspect.signature(DistributedDataParallel).parameters
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _takes else "broadcast_buffers"
 
 C = TypeVar("C")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One device and one precision."""
+    """One device, one precision, and how the weights lie on the processes.
+
+    Under "ddp" every process has all weights. Under "fsdp2" each keeps a share of every weight, of its gradient and
+    of what the optimizer remembers, and borrows the rest of a block while the block runs.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    kind: str = "single"
 
     def autocast(self) -> AbstractContextManager[None]:
         """Run what follows in the engine's precision."""
@@ -37,18 +56,98 @@ class Engine:
             component.to(self.device).to(memory_format=torch.channels_last)
         return component
 
+    def spread(
+        self, module: nn.Module, method: str = "forward", *, compiled: bool = False, sharded: bool = True
+    ) -> Callable[..., Any]:
+        """Return what to call in training in place of `module.method`, so that gradients become those of all parts.
+
+        Under fsdp2 the module's parameters are replaced: build the optimizer afterwards.
+
+        Args:
+            module: Placed, and the same in every process.
+            method: What computes its part of a loss.
+            compiled: Whether torch compiles it.
+            sharded: Whether fsdp2 may cut it; a small one is copied to every process instead.
+        """
+        if self.kind == "fsdp2" and sharded:
+            sharding.shard(module, self.device, compiled)
+            return module if method == "forward" else getattr(module, method)
+        called = module if method == "forward" else _Method(module, method)
+        if compiled:
+            called = torch.compile(called, dynamic=False)  # type: ignore[assignment]
+        if self.kind == "single":
+            return called
+        devices = None if self.device.type == "cpu" else [self.device]
+        # Buffers are aligned once a step instead, and gradients lie where they are sent from.
+        return DistributedDataParallel(called, devices, gradient_as_bucket_view=True, **{BUFFERS: False})
+
+    def collecting(self, called: Callable[..., Any], more: bool) -> AbstractContextManager[None]:
+        """Hold gradients back while `more` micro-batches follow, where that saves sending them."""
+        if more and isinstance(called, DistributedDataParallel):
+            return called.no_sync()
+        return nullcontext()
+
+    def align(self, modules: Iterable[nn.Module]) -> None:
+        """Give every process the first one's buffers: each has seen other pictures."""
+        if ranks.world() > 1:
+            sharding.align(modules)
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Hold all weights of a module in every process, so that any method of it can be called."""
+        return sharding.whole(module) if self.kind == "fsdp2" else nullcontext()
+
+    def gather(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return tensors as one process alone would have them; where they are shards, only in the first, on the CPU.
+
+        Every process must call it.
+        """
+        return {name: sharding.gather(each) for name, each in tensors.items()}
+
+    def cut(self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Undo `gather`: return of each tensor the share that this process has of `like`."""
+        return {name: sharding.cut(each, like.get(name)) for name, each in tensors.items()}
+
+    def load(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Load weights that `gather` gave."""
+        module.load_state_dict(self.cut(weights, module.state_dict()))
+
+    def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state as one process alone would have it, see `gather`."""
+        state = optimizer.state_dict()
+        return {**state, "state": {number: self.gather(each) for number, each in state["state"].items()}}
+
+    def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load a state that `gather_optimizer` gave."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = {
+            number: {name: sharding.cut(each, parameters[number]) for name, each in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": entries})
+
+
+class _Method(nn.Module):
+    """A module that is called by one of its methods."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *arguments: Any) -> Any:
+        return getattr(self.module, self.method)(*arguments)
+
 
 def make_engine(config: DictConfig) -> Engine:
     """Read device, precision and engine of a config.
 
     Raises:
-        UserError: If a word is unknown or the device is not there.
+        UserError: If a word is unknown, the device is not there, or the processes do not fit the engine.
     """
-    if config.engine not in ENGINES:
-        raise UserError(f"engine={config.engine}: {unknown('engine', config.engine, ENGINES)}")
+    kind = _kind(config.engine)
     if config.precision not in PRECISIONS:
         raise UserError(f"precision={config.precision}: {unknown('precision', config.precision, PRECISIONS)}")
-    return Engine(_device(str(config.device)), PRECISIONS[config.precision])
+    name = str(config.device)
+    return Engine(_device(name) if ranks.world() == 1 else _own_device(name), PRECISIONS[config.precision], kind)
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -57,8 +156,24 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed the noise of what follows as a pure function of `parts`, so that no random state needs saving."""
-    torch.manual_seed(mix(*parts))
+    """Seed the noise of what follows as a pure function of `parts` and the process, so that no state needs saving.
+
+    The first process draws what one alone would draw; the others must not, or pictures of one batch would share
+    their noise.
+    """
+    torch.manual_seed(mix(*parts, *([f"rank {ranks.rank()}"] if ranks.rank() else [])))
+
+
+def _kind(word: str) -> str:
+    if word not in ENGINES:
+        raise UserError(f"engine={word}: {unknown('engine', word, ENGINES)}")
+    if word == "auto":
+        return "ddp" if ranks.joined() else "single"
+    if word == "single" and ranks.world() > 1:
+        raise UserError(f"engine=single: {ranks.world()} processes were started; engine=ddp or fsdp2 uses them")
+    if word != "single" and not ranks.joined():
+        raise UserError(f"engine={word}: start it with torchrun --nproc-per-node 2 -m vqf.run ..., or use engine=auto")
+    return word
 
 
 def _device(name: str) -> torch.device:
@@ -71,4 +186,18 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name}: {reason}; device=auto takes what is there, device=cpu always works") from error
+    return device
+
+
+def _own_device(name: str) -> torch.device:
+    """Return the device of this process among several: a GPU each, or the CPU that they share."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name}: several processes need device=cuda, a GPU each, or device=cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not ranks.local() < torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device={name}: process {ranks.local()} of this machine has no GPU, there are {count}")
+    device = _device(f"cuda:{ranks.local()}")
+    torch.cuda.set_device(device)
     return device

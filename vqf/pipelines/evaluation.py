@@ -7,15 +7,18 @@ from einops import rearrange
 from omegaconf import DictConfig
 from torch import Tensor
 
-from vqf import terminal
+from vqf import ranks, terminal
+from vqf.pipelines.album import Album
 from vqf.pipelines.common import chosen
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.loop import Evaluation
+from vqf.pipelines.pictures import as_colours
 from vqf.protocols import Batch, Metric, Reconstruction, Split
-from vqf.registry import build
+from vqf.registry import build, find
 from vqf.tokenizer import Tokenizer
 
 SHOWN = 24  # pairs of pictures in a grid
+NUMBERS_OF_PRIORS = {"nats_per_token": False}  # whether more is better, as `senses` has it of tokenizers
 
 
 def build_metrics(config: DictConfig, vocab_size: int, engine: Engine) -> dict[str, Metric]:
@@ -24,6 +27,12 @@ def build_metrics(config: DictConfig, vocab_size: int, engine: Engine) -> dict[s
         name: build("metric", node, vocab_size=vocab_size, device=engine.device)
         for name, node in chosen(config, "metric").items()
     }
+
+
+def senses(config: DictConfig) -> dict[str, bool]:
+    """Return of the numbers of a config's metrics whether more is better, where a metric says so."""
+    targets = [find("metric", node.name).target for node in chosen(config, "metric").values()]
+    return {key: sense for each in targets for key, sense in getattr(each, "higher_is_better", {}).items()}
 
 
 def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstruction:
@@ -38,15 +47,29 @@ def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstru
 def evaluate(
     tokenizer: Tokenizer, batches: Iterable[Batch], count: int, metrics: Mapping[str, Metric], engine: Engine
 ) -> dict[str, float]:
-    """Reconstruct `count` pictures and compute every metric over them."""
+    """Reconstruct `count` pictures and compute every metric over them.
+
+    Several processes reconstruct a part of every batch each, and the first one computes the metrics of all of it, so
+    that a metric need not know of them; then all are told.
+    """
     tokenizer.eval()
     with terminal.progress("evaluate", count) as bar:
         for batch in batches:
-            reconstruction = reconstruct(tokenizer, batch.to(engine.device), engine)
-            for metric in metrics.values():
-                metric.update(reconstruction)
-            bar.advance(len(batch))
-    return {key: value for metric in metrics.values() for key, value in metric.compute().items()}
+            now = min(len(batch) * ranks.world(), bar.left)
+            whole = _collect(reconstruct(tokenizer, batch.to(engine.device), engine), now)
+            if whole is not None:
+                for metric in metrics.values():
+                    metric.update(whole)
+            bar.advance(now)
+    if not ranks.first():
+        return ranks.same({})
+    return ranks.same({key: value for metric in metrics.values() for key, value in metric.compute().items()})
+
+
+def _collect(part: Reconstruction, count: int) -> Reconstruction | None:
+    """Return the reconstructions of all processes in the first one, None in the others."""
+    fields = {name: None if each is None else ranks.collect(each, count) for name, each in vars(part).items()}
+    return Reconstruction(**fields) if ranks.first() else None  # type: ignore[arg-type]
 
 
 def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int = SHOWN) -> Tensor:
@@ -54,13 +77,17 @@ def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int 
     count = min(count, len(split))
     samples = [split.item(0, i * len(split) // count) for i in range(count)]
     shown = reconstruct(tokenizer, Batch.collate(samples).to(engine.device), engine)
-    return rearrange([shown.images, shown.reconstructions], "two b c h w -> (b two) c h w")
+    pairs = [as_colours(shown.images), as_colours(shown.reconstructions)]
+    return rearrange(pairs, "two b c h w -> (b two) c h w")
 
 
 def report(
     tokenizer: Tokenizer, split: Split, batches: Iterable[Batch], count: int, config: DictConfig, engine: Engine
 ) -> Evaluation:
     """Evaluate the metrics of a config on pictures of a split, and show some of them."""
-    metrics = build_metrics(config, tokenizer.vocab_size, engine)
-    scalars = evaluate(tokenizer, batches, count, metrics, engine)
-    return Evaluation(scalars, {"reconstructions": side_by_side(tokenizer, split, engine)})
+    metrics, album = build_metrics(config, tokenizer.vocab_size, engine), Album(tokenizer.vocab_size, engine.device)
+    scalars = evaluate(tokenizer, batches, count, {**metrics, "album": album}, engine)
+    if not ranks.first():
+        return Evaluation(scalars)
+    pairs = side_by_side(tokenizer, split, engine)
+    return Evaluation(scalars, {"reconstructions": pairs, **album.images()}, album.details())

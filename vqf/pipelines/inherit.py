@@ -6,6 +6,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vqf.trust import OWN_WORDS
+
 WHOLE = {"model", "experiment"}  # choices that decide every place
 
 
@@ -13,7 +15,7 @@ def inherit(config: DictConfig, run: DictConfig, places: Sequence[str]) -> DictC
     """Return `config` with some places taken from the config of a run, unless the command line names them.
 
     A group that is chosen (`data=folder`) replaces the run's node; a value that is set (`model.prior.layers=4`)
-    changes the run's node; whatever is not named stays as the run had it.
+    changes the run's node; whatever is not named stays as the run had it, but for where files are written.
 
     Args:
         config: As composed for this command.
@@ -28,10 +30,18 @@ def inherit(config: DictConfig, run: DictConfig, places: Sequence[str]) -> DictC
         for place in places:
             if place not in named:
                 OmegaConf.update(result, place, OmegaConf.select(run, place), merge=False, force_add=True)
+                _forget_places(result, place)
         for key in named:
             if any(key.startswith(f"{place}.") and place not in named for place in places):
                 OmegaConf.update(result, key, OmegaConf.select(config, key), merge=False, force_add=True)
     return result
+
+
+def _forget_places(config: DictConfig, place: str) -> None:
+    """Take away where the run had files written, such as data.index: it may be somebody else's."""
+    for word in OWN_WORDS:
+        if word.startswith(f"{place}.") and OmegaConf.select(config, word) is not None:
+            OmegaConf.update(config, word, None)
 
 
 def given() -> list[str]:

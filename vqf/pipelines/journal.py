@@ -2,48 +2,125 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from vqf.protocols import Logger
+from vqf.terminal import log
 
 
 class Journal:
-    """Appends scalars to `metrics.jsonl` and hands them, and pictures, to every logger."""
+    """Appends scalars to `metrics.jsonl` and hands them, and pictures, to every logger.
+
+    A full disk ends no run here: lines wait in memory until there is room, a logger goes without what it cannot write.
+    """
 
     def __init__(self, run_dir: Path, loggers: Sequence[Logger]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         self.loggers = loggers
         self.began = time.time()
+        self.waiting: list[str] = []  # lines that could not be written yet
+        self.failed: set[str | int] = set()  # who could not write the last time
 
     def rewind(self, step: int) -> None:
         """Forget what an interrupted process wrote after the checkpoint that the run goes on from."""
         if not self.path.is_file():
             return
         lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-        self.path.write_text("".join(f"{line}\n" for line in lines))
+        beside = self.path.with_suffix(".tmp")  # or a process killed here would lose what was there
+        beside.write_text("".join(f"{line}\n" for line in lines))
+        beside.replace(self.path)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of a step."""
         finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time() - self.began, 3), **finite}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time() - self.began, 3), **finite})
+        self._tell("metrics.jsonl", partial(self._append, line))
         for logger in self.loggers:
-            logger.scalars(step, values)
+            self._tell(logger, partial(logger.scalars, step, values))
 
     def images(self, step: int, name: str, images: Tensor) -> None:
         """Record pictures (B, 3, H, W) of a step."""
         for logger in self.loggers:
-            logger.images(step, name, images)
+            self._tell(logger, partial(logger.images, step, name, images))
+
+    def details(self, values: Mapping[str, Any]) -> None:
+        """Keep what was said of pictures and codes, in `details.json`: the newest of every name."""
+        if values:
+            self._tell("details.json", partial(self._keep, values))
+
+    def sync(self) -> None:
+        """See to it that what was recorded so far outlives the machine."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _append(self, line: str) -> None:
+        self.waiting.append(line)
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(f"{each}\n" for each in self.waiting))
+        except OSError:
+            if self.path.exists():
+                os.truncate(self.path, before)  # half a line may be there
+            raise
+        self.waiting = []
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        path = self.path.with_name("details.json")
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps({**known, **values}))
+        beside.replace(path)
+
+    def _tell(self, whom: Logger | str, action: Callable[[], None]) -> None:
+        key = whom if isinstance(whom, str) else id(whom)
+        try:
+            action()
+            self.failed.discard(key)
+        except OSError as error:
+            if key not in self.failed:
+                name = whom if isinstance(whom, str) else type(whom).__name__
+                log.warning("%s cannot be written: %s; the run goes on", name, error.strerror or error)
+            self.failed.add(key)
 
     def close(self) -> None:
         """Let every logger finish."""
         for logger in self.loggers:
-            logger.close()
+            self._tell(logger, logger.close)
+
+
+class Silence(Journal):
+    """The journal of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        """Forget nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record nothing."""
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Record nothing."""
+
+    def details(self, values: Mapping[str, Any]) -> None:
+        """Keep nothing."""
+
+    def sync(self) -> None:
+        """Nothing was recorded."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _step(line: str) -> float:

@@ -1,64 +1,46 @@
 """The training loop: how long, on what, and when to look, log and save. What is optimised is the stage's business."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from vqf import terminal
+from vqf import ranks, terminal
 from vqf.errors import UserError
 from vqf.pipelines import checkpoint as checkpoints
-from vqf.pipelines.average import Average
+from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.engine import Engine, seed_everything
+from vqf.pipelines.guard import Guard, Trouble
 from vqf.pipelines.journal import Journal
+from vqf.pipelines.memory import explained
+from vqf.pipelines.resume import check_fit, find_resume, refuse_to_overwrite, shared
+from vqf.pipelines.saver import Saver, best_by
+from vqf.pipelines.signals import TERMINATED, Signals
+from vqf.pipelines.stage import Evaluation, Stage
+from vqf.pipelines.training import Training
 from vqf.pipelines.watch import Watch
 from vqf.protocols import Batch
-from vqf.registry import build
 from vqf.terminal import log
 
 IN_THE_BAR = 4  # numbers behind the progress bar
 
-# A schedule runs from the first step on, an optimizer that waits (the discriminator's) takes its first step later.
-warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+Batches = Callable[[int, int], Iterator[Batch]]
 
 
 @dataclass
-class Evaluation:
-    """What a look at held-out data shows."""
+class Progress:
+    """Where a run stands, as `state.json` has it."""
 
-    scalars: dict[str, float]
-    images: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Stage(Protocol):
-    """What is optimised."""
-
-    kind: str  # "stage1" or "stage2"
-
-    @property
-    def model(self) -> nn.Module: ...  # what is averaged and evaluated
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]: ...  # what a checkpoint keeps, `model` under the name "model"
-
-    @property
-    def optimizers(self) -> Mapping[str, Optimizer]: ...
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...  # kept in the checkpoint's state.json
-
-    def step(self, step: int, batch: Batch) -> dict[str, Tensor]: ...
-
-    def evaluate(self, model: nn.Module) -> Evaluation: ...
+    step: int = 0  # steps done
+    passed: int = 0  # batches passed over by going back: the next one is number step + passed
+    best: float | None = None  # score of the best look so far
+    look: dict[str, Any] | None = None  # at held-out pictures, the last one: its step, and its values
 
 
 class Loop:
@@ -66,126 +48,200 @@ class Loop:
 
     def __init__(self, stage: Stage, config: DictConfig, run_dir: Path, engine: Engine, journal: Journal) -> None:
         self.stage, self.config, self.run_dir, self.engine, self.journal = stage, config, run_dir, engine, journal
-        self.watch = Watch()
-        self.average = None if config.ema is None else Average(stage.model, config.ema)
-        self.schedules: dict[str, LRScheduler] = {
-            name: build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
-            for name, optimizer in stage.optimizers.items()
-        }
+        self.training = Training(stage, config, engine)
+        self.progress = Progress()
+        self.guard, self.watch, self.signals = Guard(stage.kind, config.guard), Watch(), Signals()
+        self.best = best_by(config.checkpoint.best, stage.higher_is_better)
+        self.saver = Saver(run_dir, config.checkpoint, self.best, before=journal.sync)
 
-    def run(self, batches: Callable[[int, int], Iterator[Batch]]) -> Evaluation:
+    def run(self, batches: Batches) -> Evaluation:
         """Train, then look once more and save.
 
         Args:
-            batches: Given the first step and the one to stop before, yields the batch of each.
+            batches: Given the number of the first batch and of the one to stop before, yields them.
+
+        Raises:
+            SystemExit: After SIGTERM, when all is saved.
         """
-        config, start = self.config, self._resume()
-        with (
-            closing(batches(start, config.steps)) as source,  # type: ignore[type-var]
-            terminal.progress(self.stage.kind, config.steps, start) as bar,
-        ):
-            for step, batch in enumerate(source, start):
-                seed_everything(config.seed, self.stage.kind, step)
-                values = self.stage.step(step, batch.to(self.engine.device))
-                self._after(step, values, bar)
-        evaluation = self._evaluate(config.steps)
-        self._save(config.steps)
-        return evaluation
+        with closing(self.saver), self.signals:
+            self._begin()
+            with terminal.progress(self.stage.kind, self.config.steps, self.progress.step) as bar:
+                while self.progress.step < self.config.steps:
+                    self._go(batches, bar)
+            return self._conclude()
 
-    def _after(self, step: int, values: Mapping[str, Tensor], bar: terminal.Bar) -> None:
-        done, config = step + 1, self.config
-        for schedule in self.schedules.values():
-            schedule.step()
-        if self.average:
-            self.average.update(self.stage.model, step)
-        bar.advance()
-        if done % config.log.every == 0 or done == config.steps:
-            bar.advance(0, terminal.note(dict(list(self._log(done, values).items())[:IN_THE_BAR])))
-        if done == config.steps:
-            return
-        if done % config.evaluate.every == 0:
-            self._evaluate(done)
-        if done % config.checkpoint.every == 0:
-            self._save(done)
+    def _go(self, batches: Batches, bar: terminal.Bar) -> None:
+        """Take steps: all that are left, or until some have to be undone."""
+        first = self.progress.step + self.progress.passed
+        with closing(batches(first, self.config.steps + self.progress.passed)) as source:  # type: ignore[type-var]
+            for batch in source:
+                values = self._step(batch)
+                bar.advance()
+                if trouble := self._after(values, bar):
+                    bar.advance(-self._go_back(trouble))
+                    return
 
-    def _log(self, step: int, values: Mapping[str, Tensor]) -> dict[str, float]:
-        scalars = {key: float(value) for key, value in values.items()}
-        bad = [key for key, value in scalars.items() if not math.isfinite(value)]
-        rates = {f"lr/{name}": float(each.get_last_lr()[0]) for name, each in self.schedules.items()}
-        self._record(step, scalars | rates)
-        if bad:
-            raise UserError(
-                f"{self.stage.kind}, step {step}: '{bad[0]}' is {scalars[bad[0]]}; the newest checkpoint is kept. "
-                f"Lower optimizer.lr, set clip=1, or warm up with schedule.warmup=0.05, and go on with resume=true"
-            )
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        progress, kind = self.progress, self.stage.kind
+        seed_everything(self.config.seed, kind, progress.step + progress.passed)
+        with explained(f"{kind}, step {progress.step + 1}", kind, self.config):
+            values = self.stage.step(progress.step, batch.to(self.engine.device))
+        self.guard.see(progress.step, values)
+        self.training.follow(progress.step)
+        progress.step += 1
+        return values
+
+    def _after(self, values: Mapping[str, Tensor], bar: terminal.Bar) -> Trouble | None:
+        """Do what is due between two steps; returns what asks for going back, if anything does."""
+        done, config = self.progress.step, self.config
+        last, asked = done == config.steps, self.signals.save()
+        logs = last or done % config.log.every == 0
+        looks = not last and done % config.evaluate.every == 0
+        saves = asked or (not last and done % config.checkpoint.every == 0)
+        if logs:
+            bar.advance(0, terminal.note(dict(list(self._log(values).items())[:IN_THE_BAR])))
+        if trouble := self._trouble(logs or looks or saves):
+            return trouble
+        self.saver.check()
+        if looks:
+            saves |= self._record(self._evaluate())
+        ends = asked and self.signals.end()
+        if ends:
+            self.saver.settle()  # or the last one might be passed over
+        if saves:
+            self._save()
+        if ends:
+            self._end()
+        return None
+
+    def _trouble(self, due: bool) -> Trouble | None:
+        """Read the guard's record, which a GPU would be waited for: only where something waits for it anyway."""
+        moved = all(player.moved for player in self.stage.players.values())
+        if due or self.guard.policy == "skip" or self.engine.device.type == "cpu":
+            return self.guard.read(moved)
+        return None
+
+    def _log(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        scalars = joint({key: float(value) for key, value in values.items()})
+        self._say(scalars | self.training.rates())
         return scalars
 
-    def _record(self, step: int, values: Mapping[str, float]) -> None:
-        self.journal.scalars(step, values)
-        self.watch.look(step, values)
+    def _say(self, values: Mapping[str, float]) -> None:
+        self.journal.scalars(self.progress.step, values)
+        if ranks.first():
+            self.watch.look(self.progress.step, values)
 
-    def _evaluate(self, step: int) -> Evaluation:
-        model = self.average.module if self.average else self.stage.model
+    def _evaluate(self, last: bool = False) -> Evaluation:
+        if self.config.workers:
+            self.saver.settle()  # processes are forked now, and should not be while a thread writes
+        model = self.stage.model
         model.eval()
         seed_everything(self.config.seed, "evaluate")
-        with torch.no_grad():
+        averaged = self.training.average.applied() if self.training.average else nullcontext()
+        with (
+            torch.no_grad(),
+            averaged,
+            self.engine.whole(model),
+            explained(f"{self.stage.kind}, held-out pictures", self.stage.kind, self.config),
+        ):
             evaluation = self.stage.evaluate(model)
-        model.train(not self.average)
-        self._record(step, {f"validation/{key}": value for key, value in evaluation.scalars.items()})
-        for name, images in evaluation.images.items():
-            self.journal.images(step, name, images)
+            if last:
+                evaluation = evaluation.join(self.stage.conclude(model))
+        model.train()
         return evaluation
 
-    def _save(self, step: int) -> None:
-        weights = {name: module.state_dict() for name, module in self.stage.modules.items()}
-        if self.average:
-            weights["ema"] = self.average.module.state_dict()
-        states = {
-            "optimizers": {name: each.state_dict() for name, each in self.stage.optimizers.items()},
-            "schedules": {name: each.state_dict() for name, each in self.schedules.items()},
-        }
-        state = {"kind": self.stage.kind, "step": step, "seed": self.config.seed, **self.stage.facts}
-        path = checkpoints.save(
-            self.run_dir,
-            state=state,
-            config=self.config,
-            weights=weights,
-            optimizers=states,
-            keep=self.config.checkpoint.keep,
-        )
-        log.info("saved %s", path)
+    def _record(self, evaluation: Evaluation) -> bool:
+        """Hand a look to the loggers; returns whether it is the best so far."""
+        progress = self.progress
+        self._say({f"validation/{key}": value for key, value in evaluation.scalars.items()})
+        for name, images in evaluation.images.items():
+            self.journal.images(progress.step, name, images)
+        self.journal.details(evaluation.details)
+        progress.look = {"step": progress.step, "values": evaluation.scalars}
+        score = self.best.score(asdict(progress)) if self.best else -math.inf
+        if score == -math.inf or (progress.best is not None and score <= progress.best):
+            return False
+        progress.best = score
+        return True
 
-    def _resume(self) -> int:
+    def _save(self) -> None:
+        state = {"kind": self.stage.kind, "seed": self.config.seed, **self.stage.facts, **asdict(self.progress)}
+        snapshot = self.training.snapshot({**state, "guard": self.guard.state(), "watch": self.watch.state()})
+        if snapshot is not None:
+            self.saver.save(snapshot)
+        self.guard.saved()
+
+    def _begin(self) -> None:
+        """Become the checkpoint that is to be resumed, or begin."""
         found = find_resume(self.config.resume, self.run_dir)
+        if found is None or checkpoints.run_folder(found.path).resolve() != self.run_dir.resolve():
+            refuse_to_overwrite(self.run_dir)
         if found is None:
-            self.journal.rewind(0)
-            return 0
+            self._forget(-1)
+            if self.guard.policy == "rollback":
+                self._save()  # or there would be nothing to go back to
+            return
         if found.kind != self.stage.kind:
             raise UserError(f"resume: {found.path} is of a {found.kind} run, and this is {self.stage.kind}")
-        for name, module in self.stage.modules.items():
-            module.load_state_dict(found.weights(name))
-        if self.average:
-            self.average.module.load_state_dict(found.weights("ema"))
-        states = found.optimizers()
-        for name, optimizer in self.stage.optimizers.items():
-            optimizer.load_state_dict(states["optimizers"][name])
-            self.schedules[name].load_state_dict(states["schedules"][name])
-        self.journal.rewind(found.step)
+        if found.step > self.config.steps:
+            raise UserError(f"steps={self.config.steps}: counts from the start, and {found.path} is at {found.step}")
+        check_fit(found, self.config, self.stage.facts)
+        self._become(found)
         log.info("going on from %s", found.path)
-        return found.step
+
+    def _become(self, found: Checkpoint) -> None:
+        self.training.restore(found)
+        self.progress = Progress(**{each.name: found.state.get(each.name, each.default) for each in fields(Progress)})
+        self.guard.load(found.state.get("guard", {}))
+        self.watch.load(found.state.get("watch", {}))
+        ranks.wait()  # every process has read it
+        self._forget(found.step)
+
+    def _forget(self, step: int) -> None:
+        """Clear what came after a step in another life of the run."""
+        if ranks.first():
+            checkpoints.set_aside(self.run_dir, step)
+        self.journal.rewind(step)
+
+    def _go_back(self, trouble: Trouble) -> int:
+        """Go back to the newest checkpoint, to go on from there with the batch after the one that made the trouble.
+
+        PaLM, https://arxiv.org/abs/2204.02311, section 5.1. Only checkpoints at multiples of checkpoint.every count,
+        so that a run does not depend on when it was asked for others. Returns how many steps are undone.
+        """
+        self.saver.settle()
+        before, every = self.progress, self.config.checkpoint.every
+        found = shared(lambda: checkpoints.newest(self.run_dir, every))
+        if found is None:
+            raise UserError(f"{self.stage.kind}, step {trouble.step + 1}: {trouble.words}; no checkpoint to go back to")
+        self._become(found)
+        self.progress.passed = trouble.step + before.passed + 1 - found.step
+        if ranks.first():
+            log.warning("back at step %d, and on with other pictures", found.step)
+        return before.step - found.step
+
+    def _conclude(self) -> Evaluation:
+        """Look at held-out pictures with the final weights and save, unless an earlier process of the run did."""
+        known = self.progress.look is not None and self.progress.look["step"] == self.config.steps
+        evaluation = self._evaluate(last=True)
+        if not known:
+            self._record(evaluation)
+            self.saver.settle()
+            self._save()
+            self.saver.finish()
+        ranks.wait()  # what follows may read what the first process has written
+        if self.signals.save() and self.signals.end():
+            self._end()
+        return evaluation
+
+    def _end(self) -> NoReturn:
+        self.saver.finish()
+        ranks.wait()
+        log.info("ended by SIGTERM, saved at step %d; resume=true goes on", self.progress.step)
+        raise SystemExit(TERMINATED)
 
 
-def find_resume(resume: bool | str, run_dir: Path) -> checkpoints.Checkpoint | None:
-    """Open the checkpoint that `resume=` means: of this run's folder, or the one that is named.
-
-    Raises:
-        UserError: If a named folder has none. `resume=true` without any starts from the beginning, so that
-            one command serves the first and every later process of a job.
-    """
-    if resume is False:
-        return None
-    path = run_dir if resume is True else Path(str(resume))
-    found = checkpoints.open_checkpoint(path) if (path / checkpoints.MANIFEST).is_file() else checkpoints.newest(path)
-    if found is None and resume is not True:
-        raise UserError(f"resume={resume}: no whole checkpoint there; give a run's folder or one of its checkpoints")
-    return found
+def joint(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of each number over the processes, each of which saw as many pictures."""
+    means = ranks.mean(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
+    return dict(zip(values, means, strict=True))

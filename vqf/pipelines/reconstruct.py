@@ -7,14 +7,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf import terminal
 from vqf.pipelines import evaluation
+from vqf.pipelines.album import Album
 from vqf.pipelines.common import start_run
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import sequential
 from vqf.pipelines.pictures import save_pictures
 from vqf.pipelines.restore import find_tokenizer, load_tokenizer
+from vqf.pipelines.subject import build_subject
 from vqf.protocols import Metric, Reconstruction, Split
-from vqf.registry import build, register
+from vqf.registry import register
 from vqf.terminal import log
 from vqf.tokenizer import Tokenizer
 
@@ -36,27 +38,34 @@ class Reconstruct:
     def run(self) -> None:
         """Write `reconstructions/*.png`, a grid beside the originals, and `metrics.json`."""
         checkpoint = find_tokenizer(self.config.run)
-        config = inherit(self.config, checkpoint.config, ["data", "image_size", "batch_size"])
+        config = inherit(self.config, checkpoint.config, ["data", "subject", "image_size", "batch_size"])
         if self.images is not None:
             with open_dict(config):
+                config.subject = "image"
                 config.data = OmegaConf.create({"name": "folder", "root": self.images, "validation_share": 1.0})
         engine = make_engine(config)
         tokenizer = engine.place(load_tokenizer(checkpoint))
-        data = build("data", config.data, image_size=tokenizer.image_size, seed=config.seed)
+        data = build_subject(config, tokenizer.image_size)
         split = data.split("validation")
-        scalars = self._reconstruct(tokenizer, split, config, engine)
+        album = Album(tokenizer.vocab_size, engine.device)
+        scalars = self._reconstruct(tokenizer, split, config, engine, album)
         with start_run(config, self.run_dir) as journal:
             journal.scalars(checkpoint.step, {f"validation/{key}": value for key, value in scalars.items()})
-            journal.images(checkpoint.step, "reconstructions", evaluation.side_by_side(tokenizer, split, engine))
+            pairs = evaluation.side_by_side(tokenizer, split, engine)
+            for name, images in {"reconstructions": pairs, **album.images()}.items():
+                journal.images(checkpoint.step, name, images)
+            journal.details(album.details())
         (self.run_dir / "metrics.json").write_text(json.dumps({"reconstruction": scalars}, indent=1))
         terminal.table("reconstruction", ("metric", "value"), [(key, f"{value:.4g}") for key, value in scalars.items()])
         log.info("pictures in %s", self.run_dir / "reconstructions")
 
-    def _reconstruct(self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine) -> dict[str, float]:
+    def _reconstruct(
+        self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine, album: Album
+    ) -> dict[str, float]:
         count = min(self.count or len(split), len(split))
         batches = sequential(split, config.batch_size, count=count, workers=config.workers)
         metrics: dict[str, Metric] = evaluation.build_metrics(config, tokenizer.vocab_size, engine)
-        metrics["saved"] = _Saver(self.run_dir / "reconstructions")
+        metrics |= {"saved": _Saver(self.run_dir / "reconstructions"), "album": album}
         return evaluation.evaluate(tokenizer, batches, count, metrics, engine)
 
 

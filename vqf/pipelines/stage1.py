@@ -4,21 +4,26 @@ VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator
 https://arxiv.org/abs/1711.00937.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
+from vqf import ranks
 from vqf.errors import UserError
 from vqf.pipelines import evaluation
-from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, start_run, step_optimizer
+from vqf.pipelines.budget import fix_steps
+from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, save_numbers, start_run
 from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, Loop
+from vqf.pipelines.player import Player
+from vqf.pipelines.subject import build_subject, channels_of
 from vqf.pipelines.usage import UsageWindow
 from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
 from vqf.registry import build, register
@@ -32,6 +37,9 @@ class TokenizerStage:
     Both play on one shared forward of the tokenizer. The losses are taken on a leaf cut at the reconstruction:
     their gradients there give the adaptive weight, through the last layer alone, and then go back through the
     tokenizer once. This is the gradient of the whole expression without keeping the graph for a second pass.
+
+    Several processes average the two gradients at the last layer first, so that the weight, too, is that of the
+    whole batch. It is a ratio: of micro-batches, each has its own.
     """
 
     kind = "stage1"
@@ -47,32 +55,42 @@ class TokenizerStage:
     ) -> None:
         self.model, self.losses, self.critic = tokenizer, losses, critic
         self.data, self.config, self.engine = data, config, engine
-        self.forward = torch.compile(tokenizer, dynamic=False) if config.compile else tokenizer
+        self.forward = engine.spread(tokenizer, compiled=config.compile)  # before the optimizer is built
         self.usage = engine.place(UsageWindow(tokenizer.vocab_size))
         self.modules: dict[str, nn.Module] = {"model": tokenizer, "usage": self.usage}
-        self.optimizers: dict[str, Optimizer] = {"model": self._optimizer(tokenizer)}
+        self.players = {"model": self._player(tokenizer, self.usage)}
         if critic is not None:
+            self.judge = engine.spread(critic, "both", sharded=False)
             self.modules["discriminator"] = critic
-            self.optimizers["discriminator"] = self._optimizer(critic)
+            self.players["discriminator"] = self._player(critic)
+        self.optimizers: dict[str, Optimizer] = {name: each.optimizer for name, each in self.players.items()}
+        self.higher_is_better = evaluation.senses(config)
         self.facts: Mapping[str, Any] = {
             "classes": list(data.classes),
             "data": data.split("train").fingerprint,
+            "held_out": data.split("validation").fingerprint,
             "image_size": list(tokenizer.image_size),
+            "channels": tokenizer.channels,
         }
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Move both players once; returns what to log."""
         total = Accumulated()
         self.model.train()
+        for player in self.players.values():
+            player.begin()
         pieces = batch.chunk(self.config.accumulate)
-        fakes = [self._reconstruct(step, piece, total, 1 / len(pieces)) for piece in pieces]
-        total.add({"gradient": step_optimizer(self.optimizers["model"], self.config.clip)})
+        fakes = []
+        for i, piece in enumerate(pieces, 1):
+            with self.engine.collecting(self.forward, more=i < len(pieces)):
+                fakes.append(self._reconstruct(step, piece, total, 1 / len(pieces)))
         total.add(self.usage.tick())
+        total.add({"gradient": self.players["model"].move(total.values)})
         if self.critic is not None and step >= self.critic.adversary.start:
-            for piece, fake in zip(pieces, fakes, strict=True):
-                self._discriminate(step, piece, fake, total, 1 / len(pieces))
-            norm = step_optimizer(self.optimizers["discriminator"], self.config.clip)
-            total.add({"discriminator_gradient": norm})
+            for i, (piece, fake) in enumerate(zip(pieces, fakes, strict=True), 1):
+                with self.engine.collecting(self.judge, more=i < len(pieces)):
+                    self._discriminate(step, piece, fake, total, 1 / len(pieces))
+            total.add({"discriminator_gradient": self.players["discriminator"].move(total.values)})
         return total.values
 
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -82,6 +100,10 @@ class TokenizerStage:
         count = min(config.evaluate.count or len(split), len(split))
         held_out = sequential(split, config.batch_size, count=count, workers=config.workers)
         return evaluation.report(model, split, held_out, count, config, self.engine)
+
+    def conclude(self, model: nn.Module) -> Evaluation:
+        """Add nothing to the last look."""
+        return Evaluation({})
 
     def _reconstruct(self, step: int, batch: Batch, total: Accumulated, share: float) -> Tensor:
         images = batch.images
@@ -109,18 +131,18 @@ class TokenizerStage:
             logits = widen(critic(leaf))
         fooling = critic.adversary.generator_loss(logits)
         (adversarial,) = torch.autograd.grad(fooling, leaf)
-        weight = critic.adversary.weight(*(self._at_last_layer(out.features, each) for each in (gradient, adversarial)))
+        weight = critic.adversary.weight(*ranks.mean(self._at_last_layer(out.features, gradient, adversarial)))
         total.add({"generator": fooling, "gan_weight": weight}, share)
         return weight * adversarial
 
-    def _at_last_layer(self, features: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient of the last layer's weight, given that of its output."""
+    def _at_last_layer(self, features: Tensor, *gradients: Tensor) -> Tensor:
+        """Return the gradients of the last layer's weight, given those of its output, one behind the other."""
         layer = self.model.last_layer
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        output = layer(widen(features.detach()))
-        (at_weight,) = torch.autograd.grad(output, [weight], gradient)
-        return at_weight
+        # They do not depend on the weights, of which a process may have only a share.
+        blank = {name: gradients[0].new_zeros(each.shape) for name, each in layer.named_parameters()}
+        weight = blank["weight"].requires_grad_()
+        output = functional_call(layer, blank, widen(features.detach()))
+        return torch.stack([torch.autograd.grad(output, weight, each, retain_graph=True)[0] for each in gradients])
 
     def _discriminate(self, step: int, batch: Batch, fake: Tensor, total: Accumulated, share: float) -> None:
         critic, images = self.critic, batch.images
@@ -130,7 +152,7 @@ class TokenizerStage:
                 fake = widen(self.forward(images).reconstructions)
         with self.engine.autocast():
             # One after the other: batch norm must not normalise real and fake by common statistics.
-            real_logits, fake_logits = widen(critic(images)), widen(critic(fake))
+            real_logits, fake_logits = (widen(each) for each in self.judge(images, fake))
         loss = critic.adversary.discriminator_loss(real_logits, fake_logits)
         judged = Judged(critic, images, real_logits, fake_logits, step)
         terms = {name: each(judged) for name, each in critic.regularizers.items()}
@@ -139,9 +161,9 @@ class TokenizerStage:
         logits = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
         total.add({"discriminator": loss, **logits, **terms}, share)
 
-    def _optimizer(self, module: nn.Module) -> Optimizer:
+    def _player(self, module: nn.Module, *others: nn.Module) -> Player:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return build("optimizer", self.config.optimizer, params=trained)
+        return Player(build("optimizer", self.config.optimizer, params=trained), [module, *others], self.config)
 
 
 class Critic(nn.Module):
@@ -158,23 +180,31 @@ class Critic(nn.Module):
         """Judge images (B, 3, H, W)."""
         return self.discriminator(images)
 
+    def both(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge images and their reconstructions, one after the other."""
+        return self(images), self(fake)
+
 
 class frozen:  # noqa: N801
     """Let gradients pass through a module without reaching its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def __enter__(self) -> None:
-        self.module.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
 
     def __exit__(self, *exception: object) -> None:
-        self.module.requires_grad_(True)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
 
 
 @register("pipeline", "stage1")
 class Stage1:
     """Train a tokenizer. Returns the first validation metric that falls as pictures get better, for sweeps."""
+
+    parallel = True
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
@@ -182,23 +212,33 @@ class Stage1:
     def run(self) -> float | None:
         """Train, evaluate, save."""
         evaluation = self.train()
+        save_numbers(self.run_dir, {"held-out pictures": evaluation.scalars})
         return -evaluation.scalars["psnr"] if "psnr" in evaluation.scalars else None
 
-    def train(self) -> Evaluation:
-        """Train to the end and return the last look at held-out pictures."""
+    def train(self, part: str = "") -> Evaluation:
+        """Train to the end and return the last look at held-out pictures.
+
+        Args:
+            part: What this is of a longer run, for loggers.
+        """
         config, engine = self.config, make_engine(self.config)
-        data = build("data", config.data, image_size=image_size(config), seed=config.seed)
+        data = build_subject(config, image_size(config))
+        split = data.split("train")
+        order = Order(
+            len(split), config.batch_size, config.seed, ranks.rank(), ranks.world(), accumulate=config.accumulate
+        )
+
+        def source(start: int, stop: int) -> Iterator[Batch]:
+            return batches(split, order, start=start, steps=stop, workers=config.workers)
+
+        def trial() -> TokenizerStage:
+            return make_stage(self.config, data, engine)
+
+        config = fix_steps(config, self.run_dir, engine, trial, source, late_from=game_begins(config))
         stage = make_stage(config, data, engine)
         log.info("%s", describe("tokenizer", stage.model))
-        split = data.split("train")
-        order = Order(len(split), config.batch_size, config.seed)
-        with start_run(config, self.run_dir) as journal:
-            loop = Loop(stage, config, self.run_dir, engine, journal)
-
-            def source(start: int, stop: int) -> Iterator[Batch]:
-                return batches(split, order, start=start, steps=stop, workers=config.workers)
-
-            return loop.run(source)
+        with start_run(config, self.run_dir, part=part) as journal:
+            return Loop(stage, config, self.run_dir, engine, journal).run(source)
 
 
 def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage:
@@ -214,17 +254,24 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
         raise UserError("model.loss: a tokenizer needs at least one loss, model/loss=[l1]")
     check_accumulate(config)
     torch.manual_seed(config.seed)
-    tokenizer = engine.place(build_tokenizer(model, image_size(config)))
+    channels = channels_of(data)
+    tokenizer = engine.place(build_tokenizer(model, image_size(config), channels))
     losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}
-    return TokenizerStage(tokenizer, losses, engine.place(make_critic(config)), data, config, engine)
+    return TokenizerStage(tokenizer, losses, engine.place(make_critic(config, channels)), data, config, engine)
 
 
-def make_critic(config: DictConfig) -> Critic | None:
+def make_critic(config: DictConfig, channels: int = 3) -> Critic | None:
     """Build the second player that a config chooses, if it does."""
     model = config.model
     if model.get("discriminator") is None:
         return None
-    discriminator = build("discriminator", model.discriminator, in_channels=3)
+    discriminator = build("discriminator", model.discriminator, in_channels=channels)
     adversary = build("adversary", model.adversary, steps=config.steps)
     regularizers = {name: build("regularizer", node) for name, node in chosen(model, "regularizer").items()}
     return Critic(discriminator, adversary, regularizers)
+
+
+def game_begins(config: DictConfig) -> Callable[[int], int] | None:
+    """Return what says, given the steps of a run, at which of them the second player joins; None if none does."""
+    adversary = config.model.get("adversary")
+    return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vqf import ranks
+
 WINDOW = 100  # steps
 
 
@@ -25,6 +27,7 @@ class UsageWindow(nn.Module):
 
     def tick(self) -> dict[str, Tensor]:
         """End a step; returns the share of codes used within the window, and how many were not."""
+        self.age.copy_(ranks.least(self.age))  # chosen in any process
         fresh = self.age < self.window
         self.age += 1
         return {"usage": fresh.float().mean(), "dead": (~fresh).sum()}

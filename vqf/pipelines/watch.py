@@ -8,6 +8,7 @@ in the pictures.
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vqf.terminal import log
 
@@ -59,6 +60,17 @@ class Watch:
         self.alarms = alarms
         self.recent = {alarm.key: deque[bool](maxlen=PATIENCE) for alarm in alarms}
         self.raised: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run must know to raise the same alarms."""
+        return {"recent": {key: list(each) for key, each in self.recent.items()}, "raised": sorted(self.raised)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, or from nothing."""
+        for key, recent in self.recent.items():
+            recent.clear()
+            recent.extend(state.get("recent", {}).get(key, ()))
+        self.raised = set(state.get("raised", ()))
 
     def look(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Take in the numbers of one look; logs and returns the alarms that they raise."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vqf import ranks
+
 
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
     """Return the index of the nearest code for every vector, the first of equals.
@@ -35,8 +37,14 @@ def histogram(indices: Tensor, size: int) -> Tensor:
     return flat.new_zeros(size).index_add_(0, flat, torch.ones_like(flat))
 
 
-def usage(counts: Tensor) -> dict[str, Tensor]:
-    """Describe how a batch uses the codebook: perplexity exp(-Σ p log p), and the share of codes it touches."""
+def usage(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
+    """Describe how a batch uses the codebook: perplexity exp(-Σ p log p), and the share of codes it touches.
+
+    Args:
+        counts: How often each code is chosen.
+        training: Whether every process is here with its part of the batch, and all of it is to be described.
+    """
+    counts = ranks.total(counts) if training else counts
     p = counts / counts.sum().clamp(min=1)
     entropy = -(p * (p + 1e-10).log()).sum()
     return {"perplexity": entropy.exp(), "batch_usage": (counts > 0).float().mean()}

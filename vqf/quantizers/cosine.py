@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqf import ranks
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
 from vqf.registry import register
@@ -63,8 +64,8 @@ class CosineQuantizer(nn.Module):
         loss = self.weight * (F.mse_loss(e, z.detach()) + self.beta * commitment_loss)
         if self.entropy:
             # -|ẑ - ê|² is 2 ẑ·ê but for a constant
-            loss = loss + self.entropy * entropy_loss(2 * flat @ codes.T / self.entropy_temperature)
-        stats = {**usage(histogram(indices, self.vocab_size)), "commitment": commitment_loss.detach()}
+            loss = loss + self.entropy * entropy_loss(2 * flat @ codes.T / self.entropy_temperature, self.training)
+        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
         return Quantized(straight_through(z, e), indices, loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -72,9 +73,14 @@ class CosineQuantizer(nn.Module):
         return rearrange(F.normalize(self.codebook(indices), dim=-1), "b h w d -> b d h w")
 
 
-def entropy_loss(logits: Tensor) -> Tensor:
-    """E[H(p)] - H(E[p]) for logits (N, V): small where every latent is sure of a code and all codes are used."""
+def entropy_loss(logits: Tensor, training: bool = False) -> Tensor:
+    """E[H(p)] - H(E[p]) for logits (N, V): small where every latent is sure of a code and all codes are used.
+
+    Args:
+        logits: (N, V).
+        training: Whether every process is here with its part of the batch: E[p] is over all of it.
+    """
     log_p = logits.log_softmax(1)
     p = log_p.exp()
-    mean = p.mean(0)
+    mean = ranks.joint_mean(p.mean(0)) if training else p.mean(0)
     return -(p * log_p).sum(1).mean() + (mean * mean.clamp(min=1e-10).log()).sum()

@@ -9,11 +9,11 @@ in Jukebox, https://arxiv.org/abs/2005.00341, section 3.1.
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqf import ranks
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
 from vqf.registry import register
@@ -79,7 +79,7 @@ class EMAQuantizer(nn.Module):
         indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         commitment_loss = F.mse_loss(z, e)
-        stats = {**usage(histogram(indices, self.vocab_size)), "commitment": commitment_loss.detach()}
+        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
         if self.training:
             stats["revived"] = self._update(flat, chosen)
         return Quantized(straight_through(z, e), indices, self.beta * commitment_loss, stats)
@@ -129,28 +129,23 @@ class EMAQuantizer(nn.Module):
         """Return, over all ranks, how often each code was chosen (V,) and the sum of its latents (V, dim)."""
         n = histogram(chosen, self.vocab_size).to(self.N.dtype)
         total = torch.zeros_like(self.m).index_add_(0, chosen, flat.to(self.m.dtype))
-        if _several_processes():
-            dist.all_reduce(n)
-            dist.all_reduce(total)
-        return n, total
+        return ranks.total(n), ranks.total(total)
 
     def _draw(self, flat: Tensor) -> Tensor:
-        """Draw a latent of the batch for every code, the same on every rank, with a little noise where they repeat."""
-        count = self.vocab_size
-        if len(flat) >= count:
-            drawn = flat[torch.randperm(len(flat), device=flat.device)[:count]].to(self.m.dtype)
-        else:
-            drawn = flat[torch.randint(len(flat), (count,), device=flat.device)].to(self.m.dtype)
-            drawn = drawn + 0.01 * drawn.std() * torch.randn_like(drawn)
-        if _several_processes():
-            dist.broadcast(drawn, 0)
-        return drawn
+        """Draw a latent of the batch for every code, from all ranks, with a little noise where they repeat."""
+        count, several = self.vocab_size, ranks.world() * len(flat)
+        if several >= count:
+            return self._at(flat, torch.randperm(several, device=flat.device)[:count])
+        drawn = self._at(flat, torch.randint(several, (count,), device=flat.device))
+        return drawn + 0.01 * drawn.std() * ranks.from_first(torch.randn_like(drawn))
+
+    def _at(self, flat: Tensor, rows: Tensor) -> Tensor:
+        """Return rows of the latents of all ranks behind each other, those that the first rank has drawn."""
+        rows = ranks.from_first(rows)
+        mine = (rows // len(flat) == ranks.rank())[:, None]
+        return ranks.total(torch.where(mine, flat[rows % len(flat)], 0).to(self.m.dtype))
 
 
 def _ask_again(quantizer: nn.Module, incompatible_keys: Any) -> None:
     """After loading a state, `started` may be anything."""
     quantizer.known_started = False  # type: ignore[assignment]
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -71,7 +71,7 @@ class GumbelQuantizer(nn.Module):
         if self.training:
             self.steps += 1
         counts = histogram(indices, self.vocab_size)
-        stats = {**usage(counts), "kl": kl.detach(), "temperature": temperature}
+        stats = {**usage(counts, self.training), "kl": kl.detach(), "temperature": temperature}
         return Quantized(latents, indices, self.kl_weight * kl, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class VectorQuantizer(nn.Module):
         codebook_loss = F.mse_loss(e, z.detach())
         commitment_loss = F.mse_loss(z, e.detach())
         loss = self.weight * (self.codebook_weight * codebook_loss + self.commitment_weight * commitment_loss)
-        stats = {**usage(histogram(indices, self.vocab_size)), "commitment": commitment_loss.detach()}
+        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
         return Quantized(self.estimate(z, e), indices, loss, stats)
 
     def estimate(self, z: Tensor, e: Tensor) -> Tensor:

@@ -1,0 +1,299 @@
+"""Evaluating runs of either stage, trained here at miniature size: the numbers, the facts, and where they lie."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from torch import Tensor
+
+import vqf
+from tests.composing import compose
+from tests.metrics.sets import Linear, frechet
+from tests.pipelines.test_loop import TINY
+from vqf.collector import set_of
+from vqf.errors import UserError
+from vqf.generator import Generator
+from vqf.pipelines.cropping import to_pixels
+from vqf.pipelines.evaluate import Evaluate, spread
+from vqf.pipelines.evaluation_protocol import digest
+from vqf.pipelines.full import Full
+from vqf.pipelines.statistics import floor_sets
+from vqf.protocols import Batch
+from vqf.registry import build, find, flat_node, names
+from vqf.settings import complete
+from vqf.tokenizer import Tokenizer
+
+TRAINED, HELD_OUT = 24, 12
+PRDC = ("precision", "recall", "density", "coverage")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small data sets in two classes, alike but for a pixel, and two reference batches alike but for a name."""
+    root = tmp_path_factory.mktemp("folders")
+    pixels = np.random.default_rng(0).integers(0, 256, (TRAINED + HELD_OUT, 3, 4, 3), dtype=np.uint8)
+    for name in ("one", "other"):
+        pixels[TRAINED, 1, 1, 0] ^= 64
+        for i, picture in enumerate(pixels):
+            place = root / name / ("train" if i < TRAINED else "val") / f"class{i % 2}" / f"{i:02d}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).resize((28, 20), Image.Resampling.BICUBIC).save(place)
+        np.savez(root / f"{name}.npz", arr_0=pixels[:10].repeat(4, 1).repeat(4, 2), name=np.array(name))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    words = ("data=folder", f"data.root={folders / 'one'}", "data.flip=false", "data.crop=center")
+    config = compose(*TINY, *words, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "model/conditioner=label")
+    config.model.conditioner.label.drop = 0.1  # so that samples can be guided
+    pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
+    pipeline.run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    return complete(compose("pipeline=evaluate", "logger=[]", "metric=[psnr,usage,fd]"))
+
+
+@pytest.fixture
+def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Evaluate with some places set as the command line would, and read what was written."""
+
+    def evaluated(where: str = ".", **places: Any) -> dict[str, Any]:
+        places = {key.replace("__", "."): value for key, value in places.items()}
+        config = OmegaConf.merge(composed, {"run": str(run / where)})
+        for place, value in places.items():
+            OmegaConf.update(config, place, value, merge=False, force_add=True)
+        monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: list(places))
+        Evaluate(config, tmp_path / "own", statistics=str(tmp_path / "statistics")).run()
+        return json.loads((tmp_path / "own" / "metrics.json").read_text())
+
+    return evaluated
+
+
+@pytest.fixture(autouse=True)
+def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
+    network = Linear()
+    monkeypatch.setattr("vqf.metrics.sets.embedding", lambda *_: network)
+    return network
+
+
+def pictures(folders: Path, part: str) -> Tensor:
+    node = {"name": "folder", "root": str(folders / "one"), "crop": "center", "flip": False}
+    split = build("data", node, image_size=16, seed=0).split(part)
+    return torch.stack([split.item(0, i).image for i in range(len(split))])
+
+
+def on_8_bits(images: Tensor) -> Tensor:
+    return torch.floor((images + 1) * 127.5 + 0.5).clamp(0, 255) / 127.5 - 1
+
+
+def test_reconstructions_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
+    found = evaluate("stage1")
+    tokenizer = vqf.load(run / "stage1")
+    assert isinstance(tokenizer, Tokenizer)
+    originals = pictures(folders, "validation")
+    codes = tokenizer.encode(originals)
+    drawn = on_8_bits(tokenizer.decode(codes))
+    pairs = zip(originals, drawn, strict=True)
+    each = [peak_signal_noise_ratio(to_pixels(x).numpy(), to_pixels(y).numpy()) for x, y in pairs]
+    assert found["values"]["psnr"] == pytest.approx(np.mean(each), abs=1e-4)
+    low, high = found["intervals"]["psnr"]
+    assert low < np.mean(each) < high and high - low == pytest.approx(4 * np.std(each) / HELD_OUT**0.5, rel=0.2)
+    assert found["values"]["usage"] == len(codes.unique()) / 16
+    real, generated = (set_of(*linear(images)) for images in (originals, drawn))
+    assert found["values"]["rfd_linear"] == pytest.approx(frechet(real, generated), rel=1e-3)
+    assert found["checkpoint"]["kind"] == "stage1" and found["checkpoint"]["step"] == 6
+
+
+def test_samples_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
+    found = evaluate(protocol={"name": "generation", "count": 20})
+    generator = vqf.load(run)
+    assert isinstance(generator, Generator)
+    tokens = generator.sample_tokens(Batch(labels=torch.arange(20) % 2), seed=0)
+    drawn = on_8_bits(generator.tokenizer.images(tokens))
+    real, generated = (set_of(*linear(each)) for each in (pictures(folders, "train"), drawn))
+    assert found["values"]["fd_linear"] == pytest.approx(frechet(real, generated), rel=1e-3)
+    assert found["values"]["usage"] == len(tokens.unique()) / 16
+    assert "psnr" not in found["values"], "a sample has no original"
+    assert found["protocol"]["samples_per_class"] == "10" and found["protocol"]["reference_count"] == TRAINED
+    lines = map(json.loads, (run / "stage2" / "metrics.jsonl").read_text().splitlines())
+    seen = [line["validation/nats_per_token"] for line in lines if "validation/nats_per_token" in line]
+    assert found["values"]["nats_per_token"] == pytest.approx(seen[-1], rel=1e-4), "the number that training ends with"
+
+
+def test_without_a_protocol_a_run_is_measured_as_what_it_is(evaluate: Any) -> None:
+    alone = evaluate("stage1")
+    assert alone["protocol"]["name"] == "reconstruction"
+    protocol = evaluate()["protocol"]
+    assert protocol["name"] == "generation" and protocol["count"] == TRAINED, "as many samples as there are pictures"
+    assert protocol["sampler"] == "autoregressive" and protocol["samples_per_class"] == "12"
+    reconstructed = evaluate(protocol={"name": "reconstruction"})
+    assert reconstructed["checkpoint"]["kind"] == "stage2", "a prior's run keeps its tokenizer"
+    assert reconstructed["values"] == alone["values"] and reconstructed["protocol"] == alone["protocol"]
+
+
+def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
+    metric = {"fd": {"name": "fd"}, "kd_lite2": {"name": "kid", "network": "lite2"}, "prdc": {"name": "prdc"}}
+    found = evaluate("stage1", metric=metric, protocol={"name": "reconstruction", "seed": 3})
+    assert found.keys() == {
+        *("protocol", "values", "intervals", "floors", "settings"),
+        *("checkpoint", "command", "versions", "device", "precision", "seconds"),
+    }
+    protocol = found["protocol"]
+    facts = {
+        "name": "reconstruction", "task": "reconstruction", "data": "folder", "subject": "image", "part": "validation",
+        "count": HELD_OUT, "image_size": "16 x 16", "crop": "source", "resize": "by the data source",
+        "rounding": "nearest", "reference": "originals", "reference_count": HELD_OUT, "seed": 3,
+    }  # fmt: skip
+    assert {key: protocol[key] for key in facts} == facts
+    assert protocol.keys() - facts.keys() == {"pictures", "reference_pictures", "hash"}
+    assert protocol["pictures"] == protocol["reference_pictures"]
+    assert protocol["hash"] == digest(protocol)
+    of_sets = {"rfd_linear", "kd_linear", *(f"{key}_linear" for key in PRDC)}
+    assert found["settings"].keys() == found["values"].keys() == of_sets
+    assert found["settings"]["kd_linear"] == {"name": "kid", "network": "lite2", "network_digest": "linear-1"}
+    assert found["floors"].keys() == of_sets, "real pictures against real ones beside every distance"
+    assert {"vqf", "torch", "torch-fidelity", "python"} <= found["versions"].keys()
+
+
+def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Path, evaluate: Any) -> None:
+    protocol = {"name": "reconstruction", "count": 9}
+    first = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
+    own = evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})
+    path = run / "stage1" / "evaluations" / f"reconstruction-{own['protocol']['hash'][:8]}" / "metrics.json"
+    both = json.loads(path.read_text())
+    assert both == own and {"psnr", "usage"} <= both["values"].keys()
+    assert both["values"].items() >= first["values"].items()
+    both["checkpoint"]["sha256"] = "another"
+    path.write_text(json.dumps(both))
+    assert "psnr" not in evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})["values"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_numbers(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if "evaluations" in path.parts:
+            raise PermissionError(13, "permission denied")
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert evaluate("stage1", protocol={"name": "reconstruction", "count": 11})["protocol"]["count"] == 11
+
+
+CHANGES: dict[str, Any] = {
+    "protocol.part": "train",
+    "protocol.count": 5,
+    "protocol.crop": "adm",
+    "protocol.resize": "lanczos",
+    "protocol.rounding": "truncate",
+    "protocol.reference": "validation",
+    "protocol.labels": "uniform",
+    "protocol.seed": 5,
+    "data.root": "other",
+    "sampler.top_k": 3,
+    "sampler.guidance": 2.0,
+}
+OF_SAMPLES = {"protocol.labels", "sampler.top_k", "sampler.guidance"}
+
+
+@pytest.mark.parametrize(("name", "without"), [("reconstruction", OF_SAMPLES), ("generation", set())])
+def test_every_line_changes_the_hash(folders: Path, evaluate: Any, name: str, without: set[str]) -> None:
+    plain = {"name": name, "crop": "center", "count": 6}
+    base = evaluate(protocol=plain, metric={})["protocol"]
+    assert evaluate(protocol=plain, metric={})["protocol"] == base
+    tried = CHANGES.keys() - without
+    assert {f"protocol.{option}" for option in find("protocol", name).options} <= tried
+    hashes = {base["hash"]}
+    for place in tried:
+        value = str(folders / "other") if place == "data.root" else CHANGES[place]
+        changed = evaluate(protocol=plain, metric={}, **{place: value})["protocol"]
+        assert changed["hash"] not in hashes, f"{place} changes nothing"
+        hashes.add(changed["hash"])
+    for line in base.keys() - {"hash"}:
+        assert digest({**base, line: "another"}) != digest(base) == base["hash"]
+
+
+def test_a_reference_batch_is_known_by_its_content(folders: Path, tmp_path: Path, evaluate: Any) -> None:
+    found = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folders / f"{name}.npz", tmp_path / name / "batch.npz")
+        protocol = {"name": "gfid_adm", "count": 6, "reference": str(tmp_path / name / "batch.npz")}
+        found.append(evaluate(protocol=protocol, metric={})["protocol"])
+    first, second = found
+    assert first["reference"] == second["reference"] == "batch.npz"
+    assert {key for key in first if first[key] != second[key]} == {"reference_pictures", "hash"}
+    assert first["rounding"] == "truncate" and first["crop"] == "adm" and first["labels"] == "uniform"
+
+
+def test_no_two_protocols_have_one_hash(folders: Path, evaluate: Any) -> None:
+    hashes = set()
+    for name in names("protocol"):
+        reference = {"reference": str(folders / "one.npz")} if name == "gfid_adm" else {}
+        hashes.add(evaluate(protocol={"name": name, "count": 6, **reference}, metric={})["protocol"]["hash"])
+    assert len(hashes) == len(names("protocol"))
+
+
+def test_floors_take_real_pictures_in_place_of_the_generated_ones(folders: Path, evaluate: Any, linear: Linear) -> None:
+    found = evaluate(protocol={"name": "small", "count": 10}, metric={"fd": {"name": "fd"}, "is": {"name": "is"}})
+    pair = floor_sets(set_of(*linear(pictures(folders, "train"))), 10, seed=0)
+    assert pair is not None
+    assert found["floors"]["fd_linear"] == pytest.approx(frechet(*pair), rel=1e-3)
+    assert found["protocol"]["labels"] == "pictures"
+
+
+def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None:
+    found = evaluate("stage1", metric={"is": {"name": "is"}}, protocol={"name": "reconstruction", "seed": 4})
+    assert found["values"].keys() == {"score_linear"} and found["floors"] == {}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "places", "line"),
+    [
+        ({"name": "gfid_adm", "reference": "nowhere.npz"}, {}, "protocol.reference=nowhere.npz: no such file"),
+        ({"name": "rfid_val"}, {"data": {"name": "emoji"}}, "take crop=source"),
+        ({"name": "generation", "reference": "originals"}, {}, "samples have none"),
+        ({"name": "small", "count": 1}, {}, "protocol.count=1: a set of pictures needs at least two"),
+        ({"name": "small", "seed": -1}, {}, "protocol.seed=-1 is negative"),
+    ],
+)
+def test_mistakes_are_one_line(evaluate: Any, protocol: dict[str, Any], places: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)) as error:
+        evaluate(protocol=protocol, **places)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_alone_draws_no_samples(evaluate: Any) -> None:
+    with pytest.raises(UserError, match="this needs the run of a prior"):
+        evaluate("stage1", protocol={"name": "small"})
+
+
+def test_how_many_samples_a_class_has_in_words() -> None:
+    assert spread(torch.arange(8) % 4, 4) == "2"
+    assert spread(torch.tensor([0, 0, 2]), 3) == "0 to 2"
+    assert spread(torch.zeros(5, dtype=torch.int64), 0) == "no classes"
+
+
+@pytest.mark.slow
+def test_the_default_metrics_need_no_download(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real EfficientNet-Lite2: what a tokenizer draws that has hardly trained is far from the originals."""
+    monkeypatch.undo()
+    config = compose("pipeline=evaluate", f"run={run / 'stage1'}", "logger=[]")
+    Evaluate(complete(config), tmp_path, statistics=str(tmp_path)).run()
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    expected = {"psnr", "ssim", "perceptual", "usage", "rfd_lite2", "kd_lite2", *(f"{key}_lite2" for key in PRDC)}
+    assert expected <= found["values"].keys()
+    assert found["values"]["kd_lite2"] > 3 * abs(found["floors"]["kd_lite2"])

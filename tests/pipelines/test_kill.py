@@ -1,0 +1,139 @@
+"""A run that is killed with SIGKILL, at random moments and again and again, ends as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.packing import pack, png
+from vqf.pipelines.checkpoint import newest
+
+STEPS, KILLS = 24, 20
+ROOT = Path(__file__).parents[2]
+
+# Everything that has a memory: GAN, codebook of averages, LeCam's averages, EMA, schedule, micro-batches, augmentation.
+WORDS = [
+    "model=small",
+    "image_size=16",
+    "batch_size=8",
+    "accumulate=2",
+    f"steps={STEPS}",
+    "ema=0.9",
+    "clip=1.0",
+    "optimizer.lr=1e-3",
+    "schedule=cosine",
+    "model.encoder.channels=8",
+    "model.decoder.channels=8",
+    "model/quantizer=ema",
+    "model.quantizer.dim=4",
+    "model.quantizer.codebook_size=16",
+    "model/loss=[l1]",
+    "model.discriminator.channels=8",
+    "model.adversary.start=5",
+    "+model/regularizer=[lecam]",
+    "model/conditioner=[label]",
+    "model.prior.layers=1",
+    "model.prior.heads=2",
+    "model.prior.dim=16",
+    "logger=[images]",
+    "metric=[psnr,usage]",
+    "evaluate.every=9",
+    "log.every=1",
+    "checkpoint.every=5",
+    "checkpoint.keep=3",
+    "checkpoint.best=psnr",
+]
+SECOND = ["pipeline=stage2", "checkpoint.best=nats_per_token", "tokens.views=2"]
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    """Write the same pictures as files and as tar shards; returns the words that choose each."""
+    for part, count in (("train", 40), ("val", 8)):
+        members = []
+        for i in range(count):
+            content = png((i * 5 % 256, i * 11 % 256, 40 * (i % 5)), (18 + i % 3, 20))
+            path = folder / "files" / part / f"class{i % 2}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            members += [(f"{i:03}.cls", str(i % 2).encode()), (f"{i:03}.png", content)]
+        name = {"train": "train", "val": "validation"}[part]
+        half = len(members) // 4 * 2
+        pack(folder / "tars" / f"{name}-0.tar", members[:half])
+        pack(folder / "tars" / f"{name}-1.tar", members[half:])
+    return {"folder": str(folder / "files"), "shards": str(folder / "tars")}
+
+
+def kill(folder: Path, jobs: list[dict[str, object]]) -> dict[str, list[str]]:
+    """Run jobs, see `killing`; returns what the kills of each interrupted."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.killing", json.dumps(jobs), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {each["name"]: each["killed"] for each in map(json.loads, done.stdout.splitlines())}
+
+
+def left(run: Path) -> dict[str, object]:
+    """What a run leaves, without what no two runs share: times, and the words that said where to write."""
+    found = newest(run)
+    assert found and found.step == STEPS
+    files = [*found.path.iterdir(), *(run / "images").iterdir()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "log": [{key: value for key, value in line.items() if key != "time"} for line in lines],
+        "optimizers": dict(flat(found.optimizers())),
+        **{file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".png")},
+        "state": found.state,
+    }
+
+
+def flat(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of nested containers; pickle writes equal ones in more than one way."""
+    if isinstance(tree, dict | list):
+        for key, each in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from flat(each, f"{place}/{key}")
+    else:
+        yield place, (tree.dtype, tree.shape, tree.tolist()) if isinstance(tree, torch.Tensor) else tree
+
+
+def compare(folder: Path, name: str) -> None:
+    """Compare a run that was killed with the one that was not."""
+    cut, whole = left(folder / name), left(folder / f"{name}-whole")
+    assert cut.keys() == whole.keys()
+    assert {"model.safetensors", "ema.safetensors"} < whole.keys()
+    for key, value in whole.items():
+        assert cut[key] == value, key
+    steps = [line["step"] for line in whole["log"] if "loss" in line]  # type: ignore[attr-defined]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    data = ["data=folder", f"data.root={pictures(tmp_path)['folder']}"]
+    job = {"name": "run", "command": [*WORDS, *data], "steps": STEPS, "kills": 3, "seed": 1, "whole": False}
+    assert len(kill(tmp_path, [job])["run"]) == 3
+    compare(tmp_path, "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_runs_killed_twenty_times_end_as_if_nothing_had_happened(tmp_path: Path, source: str, workers: int) -> None:
+    data = [f"data={source}", f"data.root={pictures(tmp_path)[source]}", f"workers={workers}"]
+    rest = {"steps": STEPS, "kills": KILLS, "whole": source == "folder" and workers == 0}
+    first = {"name": "first", "command": [*WORDS, *data], "seed": workers, **rest}
+    on = [*WORDS, *data, *SECOND, f"run={tmp_path / 'first-whole'}"]
+    killed = kill(tmp_path, [first, {"name": "second", "command": on, "seed": 10 + workers, **rest}])
+    for name, moments in killed.items():
+        counts = Counter(each.split(" at ")[0] for each in moments)
+        assert len(moments) == KILLS and 3 <= counts["save"] <= KILLS - 3, counts
+        compare(tmp_path, name)

@@ -1,0 +1,365 @@
+"""A plan says what a run then needs: checked against the allocator's own record of real steps."""
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from tests.composing import compose
+from tests.processes import together
+from vqf import ranks
+from vqf.errors import UserError
+from vqf.pipelines import plan as plans
+from vqf.pipelines.average import Average
+from vqf.pipelines.engine import make_engine
+from vqf.pipelines.estimate import EVERY, Estimate, build_job, estimate, estimate_drawing, stage_config
+from vqf.pipelines.ledger import Ledger
+from vqf.pipelines.measured import measure
+from vqf.pipelines.plan import Plan
+from vqf.pipelines.pretend import WIDENED, CudaRules
+from vqf.settings import complete
+
+CPU = torch.device("cpu")
+
+TINY = [
+    "model=small",
+    "data=emoji",
+    "image_size=32",
+    "batch_size=8",
+    "steps=10",
+    "model.encoder.channels=16",
+    "model.decoder.channels=16",
+    "model/quantizer=vq",
+    "model.quantizer.codebook_size=64",
+    "model.prior.dim=64",
+    "device=cpu",
+]
+
+
+def tiny(*overrides: str) -> DictConfig:
+    return complete(compose(*TINY, *overrides))
+
+
+def allocated(name: str, config: DictConfig) -> int:
+    """The most bytes that torch's CPU allocator had handed out at once during two steps of a stage."""
+    now = stage_config(config, name, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        job = build_job(name, now, make_engine(now), 10)
+        average = None if now.ema is None else Average(job.stage.model, now.ema)
+        with torch.profiler.record_function("steps"):
+            for step in (EVERY + 1, EVERY):
+                job.stage.step(step, job.batch())
+                if average:
+                    average.update(step)
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda each: each.start_ns())
+    (began,) = [each.start_ns() for each in events if each.name() == "steps"]
+    changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
+    held = accumulate(count for _, count in changes)
+    return max(count for (at, _), count in zip(changes, held, strict=True) if at > began)
+
+
+SLOW = pytest.mark.slow
+STEPS = [
+    ("stage1", "model/loss=[l1]", []),
+    ("stage1", "model.discriminator=null model.adversary=null optimizer=sgd model/loss=[l2] ema=0.99", []),
+    ("stage2", "stage2.accumulate=4", []),
+    ("stage1", "model/loss=[l1,features]", SLOW),
+    ("stage1", "model/loss=[l1] accumulate=4", SLOW),
+    ("stage1", "model/loss=[l1] precision=bf16 ema=0.99", SLOW),
+    ("stage1", "model/loss=[l1] +model/regularizer=[lecam,r1] model/quantizer=ema optimizer=adamw", SLOW),
+    ("stage1", "model/loss=[l1] model/quantizer=gumbel image_size=[32,64] clip=1", SLOW),
+    ("stage2", "precision=bf16 model/prior=llama_small model.prior.layers=2 model.prior.heads=4", SLOW),
+    ("stage2", "stage2.ema=0.99 model.prior.dropout=0", SLOW),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), [pytest.param(*each[:2], marks=each[2]) for each in STEPS])
+def test_the_peak_is_that_of_real_steps(name: str, words: str) -> None:
+    config = tiny(*words.split())
+    planned = estimate(name, config, CPU, classes=10).peak("single")
+    assert planned == pytest.approx(allocated(name, config), rel=0.15)
+
+
+def of_processes(name: str, overrides: list[str], kind: str) -> int:
+    """What `allocated` is in one of several processes."""
+    config = tiny(*overrides, f"engine={kind}")
+    config.batch_size //= ranks.world()
+    config.stage2.batch_size = config.batch_size
+    return allocated(name, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("stage1", "model/loss=[l1] model.encoder.channels=64 model.decoder.channels=64 ema=0.9"),
+        ("stage2", "model.prior.dim=256 model.prior.layers=6 stage2.batch_size=8"),
+    ],
+)
+def test_the_peak_of_each_of_two_processes(name: str, words: str, kind: str) -> None:
+    planned = estimate(name, tiny(*words.split()), CPU, world=2, classes=10).peak(kind)
+    for measured in together(2, of_processes, name, words.split(), kind):
+        assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_a_measured_peak_is_the_allocators() -> None:
+    config = tiny("model/loss=[l1]", "ema=0.9")
+    found = measure("stage1", config, make_engine(config), 10)
+    assert found.peak == pytest.approx(allocated("stage1", config), rel=0.02)
+    assert found.seconds > 0
+
+
+def test_the_ledger_counts_by_hand() -> None:
+    x, weight = torch.ones(5, 7), nn.Parameter(torch.ones(7, 11))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    ledger = Ledger({"all": {}, "half": {"weights": 0.5, "gradients": 0.5, "optimizer": 0.5}, "none": {"weights": 0}})
+    ledger.enter([weight], "weights")
+    with ledger, ledger.attending([weight], optimizer, "gradients", "optimizer"):
+        y = (x @ weight).square()  # the product is kept for the backward pass
+        assert ledger.flops == 2 * 5 * 7 * 11
+        assert ledger.live == {"weights": 4 * 77, "activations": 2 * 4 * 55}
+        y.sum().backward()
+        assert ledger.live["gradients"] == 4 * 77
+        assert ledger.flops == 2 * (2 * 5 * 7 * 11)
+        optimizer.step()
+        assert ledger.live["optimizer"] == 4 * 77  # momentum
+        optimizer.zero_grad()
+        assert ledger.live["gradients"] == 0
+        view = y[:2]
+        before = ledger.live["activations"]
+        del y
+        assert ledger.live["activations"] == before  # its storage lives on in the view
+        del view
+        assert ledger.live["activations"] == before - 4 * 55
+    assert sum(ledger.peaks["all"].values()) > sum(ledger.peaks["half"].values()) > 0
+    assert ledger.peaks["half"]["weights"] == ledger.peaks["all"]["weights"] / 2
+    assert ledger.peaks["none"]["weights"] == 0
+
+
+def test_operations_are_those_of_the_published_formulas() -> None:
+    """A GPT of L layers of width d: 6 N for each token trained on, and 12 L d T for attention (Kaplan et al., 2020)."""
+    config = tiny("model.prior.dropout=0", "model.prior.layers=4", "model.prior.dim=256", "stage2.batch_size=4")
+    found = estimate("stage2", config, CPU, classes=10)
+    matrices = 4 * 12 * 256**2 + 256 * 64
+    expected = 4 * found.tokens * (6 * matrices + 12 * 4 * 256 * found.tokens)
+    assert found.flops == pytest.approx(expected, rel=0.05)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    config = tiny()
+    job = build_job("stage1", config, make_engine(config), 10)
+    found = estimate("stage1", config, CPU, classes=10)
+    of = {name: sum(each.numel() for each in part.parameters()) for name, part in job.stage.model.named_children()}
+    of["discriminator"] = sum(each.numel() for each in job.stage.critic.parameters())
+    assert of.items() <= found.parameters.items()
+    assert found.trained == sum(of.values()) and found.tokens == 16
+
+
+def test_processes_share_the_batch_and_fsdp_the_weights() -> None:
+    config = tiny("model/loss=[l1]", "model.discriminator=null", "model.adversary=null", "ema=0.9")
+    alone = estimate("stage1", config, CPU)
+    several = estimate("stage1", config, CPU, world=4)
+    quarter = estimate("stage1", tiny(*["model/loss=[l1]", "batch_size=2"]), CPU)
+    assert several.flops == pytest.approx(alone.flops / 4, rel=0.05)
+    assert quarter.parameters["encoder"] == several.parameters["encoder"]
+    ddp, sharded = several.peaks["ddp"], several.peaks["fsdp2"]
+    assert ddp["weights"] == alone.peaks["single"]["weights"]
+    for kind in ("weights", "average"):
+        assert sharded[kind] == pytest.approx(ddp[kind] / 4)
+    with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
+        estimate("stage1", config, CPU, world=3)
+
+
+@pytest.mark.parametrize("prior", ["gpt_tiny", "llama_small"])
+def test_drawing_needs_the_keys_and_values_of_every_token(prior: str) -> None:
+    config = tiny(f"model/prior={prior}", "model.prior.layers=3", "model.prior.heads=4", "stage2.batch_size=5")
+    found = estimate_drawing(config, CPU, classes=10)
+    assert found is not None
+    now = stage_config(config, "stage2", 1)
+    stage = build_job("stage2", now, make_engine(now), 10).stage
+    prefix = stage.generator.conditioner(build_job("stage2", now, make_engine(now), 10).batch())
+    _, cache = stage.model.eval().begin(prefix)
+    held = sum(each.keys.nbytes + each.values.nbytes for each in cache.memories)
+    assert found["cache"] == pytest.approx(held, rel=0.02)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "cross_entropy": lambda x: F.cross_entropy(x.flatten(1), x.argmax(1).flatten(1)[:, 0]),
+    "mse_loss": lambda x: F.mse_loss(x, x),
+    "l1_loss": lambda x: F.l1_loss(x, x),
+    "sum": lambda x: x.sum((1, 2)),
+    "pow": lambda x: x.pow(2),
+    "softplus": lambda x: F.softplus(x),
+    "silu": lambda x: F.silu(x),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "square": lambda x: x.square(),
+    "gelu": lambda x: F.gelu(x),
+    "conv2d": lambda x: F.conv2d(x, x.float().mean(0, keepdim=True)),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=2.0),
+    "leaky_relu": lambda x: F.leaky_relu(x),
+    "mean": lambda x: x.mean(),
+    "norm": lambda x: x.norm(),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_stays_narrow_on_a_gpu_is_what_torch_says(name: str) -> None:
+    """The oracle is torch's own autocast for CUDA, which tensors without content obey where there is no GPU."""
+    function = RULES[name]
+    with FakeTensorMode():
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            expected = function(torch.empty(2, 4, 8, 8, dtype=torch.bfloat16, device="cuda")).dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+        with torch.autocast("cpu", torch.bfloat16), CudaRules():
+            assert function(torch.empty(2, 4, 8, 8, dtype=torch.bfloat16)).dtype == expected
+
+
+def test_the_rules_of_a_gpu_name_functions_that_exist() -> None:
+    assert all(any(hasattr(home, name) for home in (torch, F, Tensor)) for name in WIDENED)
+
+
+def test_a_gpu_need_not_be_there() -> None:
+    config = tiny("model/loss=[l1]", "precision=bf16", "device=cuda")
+    wide = estimate("stage1", config, torch.device("cuda")).peak("single")
+    narrow = estimate("stage1", config, CPU).peak("single")
+    assert wide > 1.05 * narrow  # group norms widen what they keep
+    assert Plan(config, Path("unused")).device.type == "cuda"
+
+
+@pytest.mark.slow
+def test_the_papers_model_needs_no_weights_and_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download"))
+    config = complete(compose("model=vqgan", "data=folder", "data.root=/nowhere", "device=cuda"))
+    first = estimate("stage1", config, torch.device("cuda"))
+    assert sum(first.parameters[part] for part in first.parameters if part not in ("discriminator", "loss lpips")) == (
+        72_141_699
+    )
+    assert first.parameters["loss lpips"] == 14_714_688 + 1472  # VGG16's convolutions, five heads
+    assert estimate("stage2", config, torch.device("cuda")).tokens == 256
+
+
+class Told(list[str]):
+    """The lines of the log."""
+
+    def info(self, text: str, *values: object) -> None:
+        self.append(text % values)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    lines = Told()
+    monkeypatch.setattr(plans, "log", lines)
+    return lines
+
+
+def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny("model/loss=[l1]", "stage2.batch_size=16")
+    Plan(config, tmp_path / "here", flops=1e9, classes=10).run()
+    written = json.loads((tmp_path / "here" / "plan.json").read_text())
+    found = estimate("stage1", config, CPU, classes=10)
+    assert written["stage1"]["peak"] == {"single": found.peak("single")}
+    assert written["stage1"]["seconds"] == found.flops / 1e9
+    assert written["stage2"]["pictures"] == 16 and written["sample"]["bytes"]["cache"] > 0
+    assert told[0].startswith(f"stage1: {found.trained:,} trained parameters, 16 tokens a picture, ")
+    assert told[0].endswith(f" s a step, {plans.duration(written['stage1']['seconds'] * 10)} for 10 steps")
+    assert "memory of a process" in capsys.readouterr().out
+
+
+def test_real_steps_stand_beside_the_plan(tmp_path: Path, told: Told) -> None:
+    Plan(tiny("model/loss=[l1]", "model/prior=gpt_tiny"), tmp_path, measure=True, classes=10).run()
+    written = json.loads((tmp_path / "plan.json").read_text())
+    for stage in ("stage1", "stage2"):
+        assert written[stage]["measured_peak"] == pytest.approx(written[stage]["peak"]["single"], rel=0.15)
+        assert written[stage]["seconds"] > 0
+
+
+def pretended(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 0) -> Estimate:
+    """An estimate of 1,200 bytes for every picture of a micro-batch, of 300 of weights, and half of it all in bf16."""
+    half = 0.5 if config.precision == "bf16" else 1
+    pictures = config.batch_size / config.accumulate / world * 1200 * half
+    peaks = {"single": {"activations": pictures, "weights": 300}}
+    if world > 1:
+        peaks = {"ddp": peaks["single"], "fsdp2": {"activations": pictures, "weights": 300 / world}}
+    return Estimate(name, {}, 0, 1, peaks, 0)
+
+
+@pytest.mark.parametrize(
+    ("memory", "words", "remedies"),
+    [
+        (10000, "", {}),
+        (5000, "", {"accumulate=2": 4 * 1200 + 300, "precision=bf16": 4800 + 300}),
+        (4000, "", {"accumulate=4": 2 * 1200 + 300, "precision=bf16 accumulate=2": 2400 + 300}),
+        (4000, "accumulate=2", {"accumulate=4": 2 * 1200 + 300, "precision=bf16": 2400 + 300}),
+        (1000, "", {"precision=bf16 accumulate=8": 600 + 300}),
+        (10, "", {}),
+    ],
+)
+def test_it_says_with_what_a_run_fits(
+    memory: int, words: str, remedies: dict, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "estimate", pretended)
+    monkeypatch.setattr(plans, "stages_of", lambda config: ["stage1"])
+    Plan(tiny(*words.split()), tmp_path, memory=(memory + 100) / 2**30).run()
+    assert json.loads((tmp_path / "plan.json").read_text())["stage1"]["remedies"] == remedies
+    assert (
+        told[2:-1] == [f"  {words} brings it to {plans.size(peak)}" for words, peak in remedies.items()] or not remedies
+    )
+    assert ("fits into" in told[1]) == (memory == 10000)
+    assert ("fewer channels" in told[2]) == (memory == 10)
+
+
+def test_sharding_is_a_way_to_fit(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "estimate", pretended)
+    Plan(tiny("batch_size=2"), tmp_path, world=2, memory=1400 / 2**30).run()
+    remedies = json.loads((tmp_path / "plan.json").read_text())["stage1"]["remedies"]
+    assert remedies == {"precision=bf16": 900, "engine=fsdp2": 1350}
+
+
+@pytest.mark.slow
+def test_the_remedies_hold() -> None:
+    peaks = [estimate("stage1", tiny("model/loss=[l1]", f"accumulate={n}"), CPU).peak("single") for n in (1, 2, 4)]
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world": 0}, "world=0: must be more than 0"),
+        ({"memory": -1.0}, "memory=-1.0: must be more than 0"),
+        ({"world": 3}, "batch_size=8 cannot be divided among 3 processes and accumulate=1 micro-batches"),
+        ({"world": 2, "measure": True}, "measure=true takes the steps of one process; leave out world=2"),
+    ],
+)
+def test_mistakes_are_lines(tmp_path: Path, told: Told, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Plan(tiny("model.prior=null"), tmp_path, **options).run()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")]
+)
+def test_sizes_are_readable(count: int, words: str) -> None:
+    assert plans.size(count) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.5, "0.5 seconds"), (90, "1.5 minutes"), (864000, "10.0 days")])
+def test_times_are_readable(seconds: float, words: str) -> None:
+    assert plans.duration(seconds) == words

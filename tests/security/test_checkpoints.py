@@ -1,0 +1,199 @@
+"""Somebody else's checkpoint: nothing in it runs, nothing in it is looked up, and nothing is written beside it."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import vqf
+from tests.security.canary import PAYLOADS, Canary
+from tests.security.conftest import MakeRun, seal
+from vqf.errors import UserError
+from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines.checkpoint import MANIFEST, BrokenCheckpointError, newest, open_checkpoint
+from vqf.tokenizer import Tokenizer
+
+
+def files_of(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_an_honest_one_opens(make_run: MakeRun, tmp_path: Path) -> None:
+    path = seal(make_run())
+    before = files_of(tmp_path)
+    assert isinstance(vqf.load(path), Tokenizer)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("where", ["alone", "in a state"])
+def test_optimizers_that_would_run_code(make_run: MakeRun, canary: Canary, payload: str, where: str) -> None:
+    path = make_run()
+    bad = canary.payloads()[payload]
+    torch.save(bad if where == "alone" else {"optimizers": {"model": {"state": {0: bad}}}}, path / "optimizers.pt")
+    with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt is none of vqf's"):
+        open_checkpoint(seal(path)).optimizers()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_weights_that_are_a_pickle(make_run: MakeRun, canary: Canary, payload: str) -> None:
+    path = make_run()
+    torch.save(canary.payloads()[payload], path / "model.safetensors")
+    with pytest.raises(BrokenCheckpointError, match=r"model.safetensors holds no weights"):
+        vqf.load(seal(path))
+
+
+def tensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of safetensors, its header as it is given."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(start: int, end: int, shape: list[int]) -> dict[str, Any]:
+    return {"x": {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        tensors({}, length=2**63),
+        tensors({}, length=2**40),
+        tensors(b"{" * 100_000),
+        tensors(entry(0, 2**50, [2**48]), bytes(16)),
+        tensors(entry(0, 16, [2**62, 2**62]), bytes(16)),
+        tensors(entry(16, 0, [4]), bytes(16)),
+        tensors(entry(0, 16, [400]), bytes(16)),
+        tensors({**entry(0, 16, [4]), "y": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}}, bytes(24)),
+        tensors({"x": {"dtype": "os.system", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    ],
+    ids=["empty", "no header", "2^63", "2^40", "nested", "beyond", "overflow", "backwards", "shape", "overlap", "type"],
+)
+def test_headers_that_lie(make_run: MakeRun, content: bytes) -> None:
+    path = make_run()
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(BrokenCheckpointError, match=r"model.safetensors holds no weights"):
+        vqf.load(seal(path))
+
+
+def test_weights_of_another_shape_are_a_line(make_run: MakeRun) -> None:
+    path = make_run()
+    (path / "model.safetensors").write_bytes(tensors(entry(0, 16, [4]), bytes(16)))
+    with pytest.raises(UserError, match=r"is not of the model in config\.yaml \(Missing key") as caught:
+        vqf.load(seal(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside", "..", "."])
+def test_a_manifest_cannot_name_what_lies_elsewhere(make_run: MakeRun, tmp_path: Path, name: str) -> None:
+    path = make_run()
+    (path.parent / "outside").write_bytes(b"x")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][name] = {"size": 1, "sha256": "0" * 64}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BrokenCheckpointError, match="is missing"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "3", "null", '{"format": 1, "files": [1]}', '{"format": 1, "files": {"state.json": 3}}'),
+        '{"format": 1, "files": {"state.json": {"size": "x"}}}',
+        "[" * 100_000,
+    ],
+    ids=range(8),
+)
+def test_a_manifest_of_anything(make_run: MakeRun, content: str) -> None:
+    path = make_run()
+    (path / MANIFEST).write_text(content)
+    if "files" in content and "state" not in content:  # a manifest that names nothing vouches for nothing
+        assert open_checkpoint(path).kind == "stage1"
+        return
+    with pytest.raises(BrokenCheckpointError):
+        open_checkpoint(path)
+    assert newest(path.parents[1]) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"kind": "../x", "step": 1}', '{"kind": "stage1", "step": "../../x"}']
+)
+def test_a_state_of_anything(make_run: MakeRun, content: str) -> None:
+    path = make_run()
+    (path / "state.json").write_text(content)
+    with pytest.raises(BrokenCheckpointError):
+        open_checkpoint(seal(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: !!python/object/apply:os.system ['{command}']",
+        "!!python/object/new:os.system ['{command}']",
+        "a: !!python/name:os.system",
+        "a: !!python/module:os",
+        "a: [",
+        "[a, b]",
+        "",
+        "\x00\x01",
+    ],
+)
+def test_a_config_that_is_code_or_none(make_run: MakeRun, canary: Canary, content: str) -> None:
+    path = make_run()
+    (path / "config.yaml").write_text(content.replace("{command}", canary.command))
+    with pytest.raises(UserError):
+        vqf.load(seal(path))
+
+
+def test_a_config_names_no_code(make_run: MakeRun, canary: Canary) -> None:
+    for place in ("model__encoder___target_", "model__quantizer___target_"):
+        path = make_run(place, **{place: "os.system", place.replace("_target_", "command"): canary.command})
+        with pytest.raises(UserError, match="_target_: unknown option '_target_'"):
+            vqf.load(seal(path))
+
+
+def test_a_config_imports_nothing(make_run: MakeRun, canary: Canary, tmp_path: Path) -> None:
+    plugin = tmp_path / "evil_plugin.py"
+    plugin.write_text(f"import os\nos.system({canary.command!r})\n")
+    assert isinstance(vqf.load(seal(make_run("one", plugins=[str(plugin)]))), Tokenizer)
+    path = make_run("two", plugins=[str(plugin)], model__quantizer__name="theirs")
+    with pytest.raises(
+        UserError, match=r"unknown quantizer 'theirs'.*it was trained with plugins=\['.*evil_plugin.py'\]"
+    ):
+        vqf.load(seal(path))
+
+
+@pytest.mark.parametrize("place", ["image_size", "model.encoder.channels", "wandb"])
+def test_a_config_looks_nothing_up(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setenv("VQF_TEST_SECRET", "s3cr3t")
+    path = make_run()
+    config = OmegaConf.load(path / "config.yaml")
+    OmegaConf.set_struct(config, False)
+    OmegaConf.update(config, place, "${oc.env:VQF_TEST_SECRET}", force_add=True)
+    OmegaConf.save(config, path / "config.yaml")
+    with pytest.raises(UserError, match=r"holds '\$\{oc.env:VQF_TEST_SECRET\}'") as caught:
+        vqf.load(seal(path))
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_state_looks_nothing_up(make_run: MakeRun) -> None:
+    """What it says of the tokenizers of conditions becomes config."""
+    path = make_run(state={"coders": {"run": {"model": {"encoder": {"name": "${oc.env:HOME}"}}}}})
+    with pytest.raises(UserError, match=r"state.json: holds '\$\{oc.env:HOME\}'"):
+        open_checkpoint(path)
+
+
+def test_pruning_does_not_follow_links(make_run: MakeRun, tmp_path: Path, config: Any) -> None:
+    kept = tmp_path / "mine" / "precious"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    run = make_run().parents[1]
+    os.symlink(kept.parent, run / checkpoints.FOLDER / "step-00000000")
+    checkpoints.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
+    assert kept.read_text() == "x"

@@ -1,0 +1,282 @@
+"""Somebody else's weights, tars, indices and pictures: read as what they say they are, or refused in a line."""
+
+import importlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.security.canary import PAYLOADS, Canary
+from vqf.data import imaging
+from vqf.data.imaging import UnreadableError
+from vqf.errors import UserError
+from vqf.interop import unpickle
+from vqf.pipelines.pictures import read_picture
+from vqf.pipelines.statistics import _load as read_reference
+from vqf.pipelines.tokens import _read as read_tokens
+from vqf.registry import build
+from vqf.weights import read_weights
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".safetensors"])
+def test_weights_that_would_run_code(tmp_path: Path, canary: Canary, payload: str, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    torch.save({"state_dict": {"x": canary.payloads()[payload]}}, path)
+    with pytest.raises(UserError):
+        read_weights(path)
+    with pytest.raises(UserError):
+        unpickle.load(path)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_every_place_that_takes_a_file_of_weights(tmp_path: Path, canary: Canary, payload: str) -> None:
+    path = tmp_path / "vgg.pth"
+    torch.save(canary.payloads()[payload], path)
+    with pytest.raises(UserError):
+        build("loss", {"name": "lpips", "weights": str(path)})
+    with pytest.raises(UserError):
+        build("metric", {"name": "lpips", "weights": str(path)}, vocab_size=4, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_statistics_that_would_run_code(tmp_path: Path, canary: Canary, payload: str) -> None:
+    np.savez(tmp_path / "theirs.npz", mu=np.array([canary.payloads()[payload]], dtype=object), sigma=np.eye(1))
+    with pytest.raises(UserError, match=r"not an \.npz file that can be read"):
+        read_reference(tmp_path / "theirs.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, struct.pack("<Q", 2**60) + b"{}"])
+def test_tokens_that_are_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "train.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        read_tokens(path, {})
+
+
+def a_picture(size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path: Path, *members: tuple[str, bytes, bytes, str]) -> None:
+    """Write a tar of members: name, type, content, where a link leads."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, kind, content, link in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), link
+            tar.addfile(info, io.BytesIO(content))
+
+
+def shards(folder: Path, **options: Any) -> Any:
+    return build("data", {"name": "shards", "root": str(folder), "validation": None, **options}, image_size=8, seed=0)
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*")}
+
+
+NAMES = ["/abs.png", "../up.png", "a/../../up.png", "..", "a\\..\\up.png", "C:/x.png", "x\n.png", "x\x1b[2J.png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pack(
+        folder / "train-0.tar", ("good.png", tarfile.REGTYPE, a_picture(), ""), (name, tarfile.REGTYPE, a_picture(), "")
+    )
+    before = everything_below(tmp_path)
+    with pytest.raises(UserError, match="which no data set should have") as caught:
+        shards(folder)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert everything_below(tmp_path) == before
+
+
+KINDS = {
+    "symlink": tarfile.SYMTYPE,
+    "hard link": tarfile.LNKTYPE,
+    "device": tarfile.CHRTYPE,
+    "block device": tarfile.BLKTYPE,
+    "fifo": tarfile.FIFOTYPE,
+    "folder": tarfile.DIRTYPE,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_in_a_tar_is_no_picture(tmp_path: Path, kind: str) -> None:
+    folder, secret = tmp_path / "data", tmp_path / "secret.png"
+    folder.mkdir()
+    secret.write_bytes(a_picture(16))
+    pack(
+        folder / "train-0.tar",
+        ("bad.png", KINDS[kind], b"", str(secret)),
+        ("good.png", tarfile.REGTYPE, a_picture(), ""),
+    )
+    before = everything_below(tmp_path) | {str(folder / "train-0.tar.idx")}
+    split = shards(folder).split("train")
+    assert list(split.names) == ["train-0.tar/good.png"]
+    split.item(0, 0)
+    assert everything_below(tmp_path) == before
+
+
+@pytest.fixture
+def indexed(tmp_path: Path) -> Path:
+    """A folder with a shard and its index."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pack(folder / "train-0.tar", ("good.png", tarfile.REGTYPE, a_picture(), ""))
+    shards(folder)
+    return folder
+
+
+LIES: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "offset": lambda m: [*m[:2], 10**15, *m[3:]],
+    "size": lambda m: [*m[:3], 2**62, *m[4:]],
+    "a gigabyte": lambda m: [*m[:3], 2**30 + 1, *m[4:]],
+    "header": lambda m: [*m[:2], 0, *m[3:]],
+    "checksum": lambda m: [*m[:4], 0, *m[5:]],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_index_that_lies(indexed: Path, lie: str) -> None:
+    place = indexed / "train-0.tar.idx"
+    content = json.loads(place.read_text())
+    content["members"] = [LIES[lie](content["members"][0])]
+    place.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"data.max_bad|unreadable"):
+        shards(indexed).split("train").item(0, 0)
+
+
+@pytest.mark.parametrize("member", [[], [1, 2, 3, 4, 5], ["k", "png", -1, 4, 5], ["k", "png", 1.5, 4, 5], "x", None])
+def test_an_index_of_anything_is_made_again(indexed: Path, member: Any) -> None:
+    place = indexed / "train-0.tar.idx"
+    content = json.loads(place.read_text())
+    content["members"] = [member]
+    place.write_text(json.dumps(content))
+    assert list(shards(indexed).split("train").names) == ["train-0.tar/good.png"]
+
+
+@pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", "Pipe:"])
+def test_an_address_that_is_a_command_needs_a_word_of_the_user(
+    canary: Canary, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VQF_ALLOW_PIPES", raising=False)
+    for options in ({"root": scheme + canary.command}, {"root": "x", "train": scheme + canary.command}):
+        with pytest.raises(UserError, match="runs a command of the shell"):
+            build("data", {"name": "shards", "train_pictures": 1, "validation": None, **options}, image_size=8, seed=0)
+
+
+def test_an_address_is_no_part_of_a_command(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """webdataset before 1.0 put it between quotes in a line for the shell."""
+    started: list[tuple[Any, dict[str, Any]]] = []
+
+    def noted(arguments: Any, **options: Any) -> Any:
+        started.append((arguments, options))
+        raise OSError("nothing is started in this test")
+
+    importlib.import_module("webdataset.gopen")
+    monkeypatch.setattr(sys.modules["webdataset.gopen"], "Popen", noted)  # the package has a function of that name
+    for scheme in ("https", "http", "sftp", "gs", "ais"):
+        url = f"{scheme}://host/'; {canary.command}; '"
+        data = {"name": "shards", "root": url, "train": "a.tar", "validation": None, "train_pictures": 1}
+        with pytest.raises(UserError):
+            build("data", data, image_size=8, seed=0).split("train").item(0, 0)
+    assert started
+    assert all(isinstance(arguments, list) and not options.get("shell") for arguments, options in started)
+
+
+def postscript(canary: Canary) -> bytes:
+    return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(%pipe%{canary.command}) (w) file\n%%EOF\n".encode()
+
+
+def other_format(name: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, name)
+    return file.getvalue()
+
+
+def both_readers(content: bytes, path: Path) -> None:
+    """Try a file as a picture of data, and as one that a person hands in."""
+    path.write_bytes(content)
+    with pytest.raises(UnreadableError):
+        imaging.read(io.BytesIO(content), (8, 8), imaging.CENTER)
+    with pytest.raises(UserError) as caught:
+        read_picture(path, 3)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_postscript_is_never_handed_to_ghostscript(
+    tmp_path: Path, canary: Canary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a command was started"))
+    both_readers(postscript(canary), tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("name", ["PCX", "TGA", "ICO", "PDF", "EPS", "SGI", "IM", "DDS", "JPEG2000", "AVIF"])
+def test_formats_that_nobody_asked_for(tmp_path: Path, name: str) -> None:
+    both_readers(other_format(name), tmp_path / "picture.png")
+
+
+def test_a_plugin_for_pictures_is_not_asked(tmp_path: Path) -> None:
+    """Whatever else is installed may teach Pillow formats of its own."""
+    asked = []
+
+    def accept(prefix: bytes) -> bool:
+        asked.append(prefix)
+        return True
+
+    Image.register_open("EVIL", lambda *_: pytest.fail("opened"), accept)
+    try:
+        both_readers(b"EVIL" * 16, tmp_path / "picture.png")
+    finally:
+        Image.OPEN.pop("EVIL")
+        Image.ID.remove("EVIL")
+    assert not asked
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"".join(chunk(*each) for each in (*chunks, (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
+
+
+@pytest.mark.parametrize("side", [20_000, 60_000, 2**31 - 1])
+def test_a_bomb_is_not_decoded(tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    both_readers(png(side, side), tmp_path / "picture.png")
+
+
+def test_text_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
+    text = b"Comment\0\0" + zlib.compress(bytes(2**27), 9)
+    both_readers(png(8, 8, (b"zTXt", text)), tmp_path / "picture.png")
+
+
+def test_a_folder_of_pictures_reads_and_writes_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "a").mkdir(parents=True)
+    for i in range(4):
+        (folder / "a" / f"{i}.png").write_bytes(a_picture())
+    os.symlink(folder, folder / "a" / "loop")
+    before = everything_below(folder)
+    data = build("data", {"name": "folder", "root": str(folder)}, image_size=8, seed=0)
+    names = [name for part in ("train", "validation") for name in data.split(part).names]
+    assert sorted(names) == [f"a/{i}.png" for i in range(4)]
+    assert everything_below(folder) == before

@@ -1,0 +1,62 @@
+"""TensorBoard, https://www.tensorflow.org/tensorboard."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from vqf.errors import UserError
+from vqf.loggers.pictures import grid
+from vqf.registry import register
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@register("logger", "tensorboard")
+class TensorBoard:
+    """Writes numbers, pictures and the config into `tensorboard/` of the run's folder.
+
+    A resumed run goes on in the same curves: what the interrupted process wrote behind the checkpoint is hidden.
+
+    Args:
+        run_dir: The run's folder.
+        config: Shown as text, unresolved.
+        flush_seconds: How long numbers may wait before they are on disk.
+    """
+
+    def __init__(self, run_dir: Path, config: DictConfig, *, flush_seconds: int = 30) -> None:
+        if find_spec("tensorboard") is None:
+            raise UserError('logger=tensorboard: the package is missing; pip install "vqf[tensorboard]"')
+        self.folder, self.config, self.flush_seconds = run_dir / "tensorboard", config, flush_seconds
+        self.writer: SummaryWriter | None = None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers."""
+        for key, value in values.items():
+            self._open(step).add_scalar(key, value, step)
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Write a grid of pictures."""
+        self._open(step).add_image(name, np.asarray(grid(images)), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what waits."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _open(self, step: int) -> "SummaryWriter":
+        """Open the file at the first step that is logged: all that an earlier process wrote from there on is void."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purged = step if self.folder.is_dir() else None
+            self.writer = SummaryWriter(str(self.folder), purge_step=purged, flush_secs=self.flush_seconds)
+            text = OmegaConf.to_yaml(self.config, resolve=False)
+            self.writer.add_text("config", f"```yaml\n{text}```", step)
+        return self.writer

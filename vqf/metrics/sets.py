@@ -1,0 +1,36 @@
+"""What all metrics that compare sets of pictures by their features have in common."""
+
+import torch
+
+from vqf.collector import Collector
+from vqf.embeddings import INCEPTION, embedding
+from vqf.protocols import Comparison, FeatureSet, Reconstruction
+
+
+class SetComparison:
+    """Compares generated pictures with real ones; as a metric of a tokenizer, reconstructions with their originals."""
+
+    prefix = ""
+
+    def __init__(self, device: torch.device | str, network: str, weights: str | None, sha256: str | None) -> None:
+        self.network = embedding(network, weights, sha256, torch.device(device))
+        self.digest = self.network.digest
+        self.real, self.generated = Collector(self.network), Collector(self.network)
+
+    def update(self, batch: Reconstruction) -> None:
+        """Look at a batch."""
+        self.real.add(batch.images)
+        self.generated.add(batch.reconstructions)
+
+    def compute(self) -> dict[str, float]:
+        """Compare the reconstructions with the originals."""
+        values = self.compare(self.real.result(), self.generated.result()).values
+        return {f"{self.prefix}{key}": value for key, value in values.items()}
+
+    def compare(self, real: FeatureSet, generated: FeatureSet) -> Comparison:
+        """Compare two sets."""
+        raise NotImplementedError
+
+    def named(self, inception: str, other: str) -> str:
+        """Return the name of a number: only those of the Inception network have the names of papers."""
+        return inception if self.network.name == INCEPTION else f"{other}_{self.network.name}"

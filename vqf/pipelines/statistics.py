@@ -1,0 +1,232 @@
+"""What feature networks see in sets of real pictures: computed once, kept in a folder under the hash of the pixels."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqf import terminal
+from vqf.collector import Collector, set_of
+from vqf.embeddings import INCEPTION
+from vqf.errors import UserError
+from vqf.pipelines.cropping import rounded, to_pixels
+from vqf.pipelines.loader import sequential
+from vqf.protocols import Batch, FeatureNetwork, FeatureSet, Split
+from vqf.randomness import generator
+from vqf.terminal import log
+from vqf.weights import sha256
+
+Networks = Mapping[str, FeatureNetwork]  # by their digests
+Sets = dict[str, FeatureSet]  # by the digest of the network that saw it
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Real pictures as a protocol shows them."""
+
+    split: Split
+    count: int
+    rounding: str
+    batch_size: int
+    workers: int
+    device: torch.device
+
+    def batches(self, what: str) -> Iterator[Batch]:
+        """Yield them on the device, as the protocol shows them, under a progress bar."""
+        with terminal.progress(what, self.count) as bar:
+            for batch in sequential(self.split, self.batch_size, count=self.count, workers=self.workers):
+                yield shown(batch.to(self.device), self.rounding)
+                bar.advance(len(batch))
+
+    def images(self, what: str) -> Iterator[Tensor]:
+        """Yield their images (B, C, H, W) alone."""
+        for batch in self.batches(what):
+            assert batch.images is not None
+            yield batch.images
+
+    def hash(self) -> str:
+        """Hash their pixels."""
+        pixels = PixelHash(self.rounding)
+        for images in self.images("hash the reference"):
+            pixels.add(images)
+        return pixels.result()
+
+
+def shown(batch: Batch, rounding: str) -> Batch:
+    """Return real pictures as a protocol shows them: to the nearest pixel even where generated ones are cut."""
+    assert batch.images is not None
+    return replace(batch, images=rounded(batch.images, "none" if rounding == "none" else "nearest"))
+
+
+class PixelHash:
+    """Hashes pictures in their order, however they are cut into batches: their pixels, or numbers if not rounded."""
+
+    def __init__(self, rounding: str) -> None:
+        self.digest, self.exact, self.started = hashlib.sha256(), rounding == "none", False
+
+    def add(self, images: Tensor) -> None:
+        """Hash images (B, C, H, W) in [-1, 1]."""
+        if not self.started:
+            self.digest.update(repr(tuple(images.shape[1:])).encode())
+            self.started = True
+        content = images.float() if self.exact else to_pixels(images)
+        self.digest.update(content.cpu().contiguous().numpy().tobytes())
+
+    def result(self) -> str:
+        """Return the hash, to 16 digits."""
+        return self.digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A set of real pictures, or a file about one."""
+
+    digest: str  # of the pixels, or of the file
+    count: int | None  # pictures; None where the file does not say
+    sets: Sets
+
+
+class Statistics:
+    """A folder of what networks saw, a file for each set of pictures and network.
+
+    A file that cannot be read is made anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of_pictures(self, pictures: Pictures, digest: str, networks: Networks) -> Reference:
+        """Return what networks see in pictures whose pixels have a hash."""
+        sets = self._sets(digest, networks, lambda: pictures.images("look at the reference"), pictures.count)
+        return Reference(digest, pictures.count, sets)
+
+    def of_file(self, path: Path, networks: Networks, batch_size: int, device: torch.device) -> Reference:
+        """Return what a reference batch says: moments of Inception's features as `mu` and `sigma`, pictures as `arr_0`.
+
+        Raises:
+            UserError: If the file cannot be read, or lacks what a network needs.
+        """
+        arrays = _load(path)
+        digest, pictures = sha256(path)[:16], arrays.get("arr_0")
+        sets: Sets = {}
+        if pictures is not None and networks:
+            sets = self._sets(digest, networks, lambda: _batches(pictures, batch_size, device), len(pictures))
+        for key, network in networks.items():
+            if network.name == INCEPTION and "mu" in arrays:
+                sets[key] = _with_moments(sets.get(key), arrays, path)
+            elif key not in sets:
+                raise UserError(
+                    f"protocol.reference={path}: has no pictures (arr_0) for {network.name} to look at; its moments "
+                    "are of the Inception network, metric=[fid]"
+                )
+        return Reference(digest, None if "mu" in arrays or pictures is None else len(pictures), sets)
+
+    def _sets(self, digest: str, networks: Networks, batches: Callable[[], Iterable[Tensor]], count: int) -> Sets:
+        paths = {key: self.folder / f"{digest}-{each.name}-{key}.safetensors" for key, each in networks.items()}
+        sets = {key: found for key, path in paths.items() if (found := _read(path)) is not None}
+        missing = {key: network for key, network in networks.items() if key not in sets}
+        if missing:
+            new = collect(batches(), missing, count)
+            for key, found in new.items():
+                _write(paths[key], found)
+            sets |= new
+        return sets
+
+
+def collect(batches: Iterable[Tensor], networks: Networks, count: int) -> Sets:
+    """Look at pictures with every network."""
+    collectors = {key: Collector(network, count) for key, network in networks.items()}
+    for images in batches:
+        for collector in collectors.values():
+            collector.add(images)
+    return {key: collector.result() for key, collector in collectors.items()}
+
+
+def floor_sets(whole: FeatureSet, count: int, seed: int) -> tuple[FeatureSet, FeatureSet] | None:
+    """Return real pictures in place of the reference and of the generated ones; None if too few are known.
+
+    `count` of them, at most half, are taken out at random and compared with the others; where the moments are of more
+    pictures than are kept, with the moments of all.
+    """
+    known = len(whole.features)
+    taken = min(count, known // 2)
+    if taken < 2:
+        return None
+    order = torch.randperm(known, generator=generator(seed, "floor"))
+    rest, some = _pick(whole, order[taken:]), _pick(whole, order[:taken])
+    if whole.count != known:
+        rest = replace(rest, count=whole.count, mean=whole.mean, covariance=whole.covariance)
+    return rest, some
+
+
+def _pick(whole: FeatureSet, numbers: Tensor) -> FeatureSet:
+    return set_of(whole.features[numbers], None if whole.logits is None else whole.logits[numbers])
+
+
+def _with_moments(seen: FeatureSet | None, arrays: Mapping[str, np.ndarray], path: Path) -> FeatureSet:
+    mean, covariance = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
+    if covariance.shape != (len(mean), len(mean)) or (seen is not None and seen.features.shape[1] != len(mean)):
+        raise UserError(f"protocol.reference={path}: mu and sigma do not fit each other, or the network")
+    features = seen.features if seen is not None else torch.zeros(0, len(mean))
+    return FeatureSet(None, mean, covariance, features, None if seen is None else seen.logits)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("mu", "sigma", "arr_0") if key in file.files}
+    except Exception as error:  # a zip file of anything
+        raise UserError(f"protocol.reference={path}: not an .npz file that can be read ({error})") from error
+    if ("mu" in arrays) != ("sigma" in arrays) or not arrays:
+        raise UserError(f"protocol.reference={path}: needs mu and sigma, or pictures as arr_0")
+    if "arr_0" in arrays and (arrays["arr_0"].ndim != 4 or arrays["arr_0"].dtype != np.uint8):
+        raise UserError(f"protocol.reference={path}: arr_0 must be uint8 (N, H, W, 3)")
+    return arrays
+
+
+def _batches(pictures: np.ndarray, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    with terminal.progress("look at the reference", len(pictures)) as bar:
+        for i in range(0, len(pictures), batch_size):
+            pixels = torch.from_numpy(pictures[i : i + batch_size]).to(device)
+            yield pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+            bar.advance(len(pixels))
+
+
+def _write(path: Path, found: FeatureSet) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"mean": found.mean, "covariance": found.covariance, "features": found.features}
+    if found.logits is not None:
+        tensors["logits"] = found.logits
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    tensors = {key: each.contiguous() for key, each in tensors.items()}
+    save_file(tensors, temporary, {"count": str(found.count), "sha256": _content(tensors)})
+    temporary.rename(path)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> FeatureSet | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = file.metadata()
+        if facts["sha256"] != _content(tensors):
+            raise ValueError("not what was written")
+        return FeatureSet(int(facts["count"]), **tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s: %s; made anew", path, error)
+        return None

@@ -1,0 +1,232 @@
+"""The processes of one run: which of them this is, and what they say to each other.
+
+torchrun, or a launcher that sets the same variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), starts
+them; each sees its own part of every batch. Alone, every function here is the identity, so that nobody has to ask.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vqf.errors import UserError
+
+PATIENCE = timedelta(minutes=30)  # that one process waits for another
+MOMENT = timedelta(seconds=10)  # that a process waits for another to say a line
+
+T = TypeVar("T")
+
+_store: dist.Store | None = None
+_spoke = False  # whether this process has said why it ends
+
+
+def world() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if joined() else 1
+
+
+def rank() -> int:
+    """Return the number of this one, from 0."""
+    return dist.get_rank() if joined() else 0
+
+
+def first() -> bool:
+    """Tell whether this is the process that writes files and speaks to the user."""
+    return rank() == 0
+
+
+def joined() -> bool:
+    """Tell whether this is one of the processes of a launcher, be there only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def local() -> int:
+    """Return the number of this process on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that a launcher started beside this one, and part from them at the end.
+
+    Raises:
+        UserError: If the launcher's variables are not complete, or the others do not come.
+    """
+    global _store
+    if joined() or not _launched():
+        yield
+        return
+    try:
+        _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = dist.PrefixStore("group", _store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+        wait()  # the store lives in the first
+    except Exception as error:
+        _leave_word(str(error))  # before the others see a broken connection
+        raise
+    finally:
+        count = world()
+        dist.destroy_process_group()
+        if _spoke:
+            _linger(count)
+
+
+def _launched() -> bool:
+    place = {"MASTER_ADDR", "MASTER_PORT"}
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and (absent := sorted({"RANK", *place} - os.environ.keys())):
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {absent[0]}: start the processes with torchrun")
+    return place | {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def once(say: Callable[[], None], words: str) -> None:
+    """Let the first process that comes here speak; the others wait until it has spoken.
+
+    Args:
+        say: Does it.
+        words: What `overheard` returns in the others.
+    """
+    if _store is None:
+        say()
+        return
+    with suppress(RuntimeError):  # the store may have ended with the first process
+        _leave_word(words)
+        if _store.add("speakers", 1) == 1:
+            say()
+            _store.set("spoken", "")
+        _store.wait(["spoken"], MOMENT)
+
+
+def overheard() -> str | None:
+    """Return why another process has failed, if one has: a broken connection to it is no news then."""
+    with suppress(RuntimeError):
+        if _store is not None and not _spoke and _store.check(["words"]):
+            words = _store.get("words").decode()
+            _store.add("heard", 1)
+            return words
+    return None
+
+
+def _leave_word(words: str) -> None:
+    global _spoke
+    if _store is None or _spoke:
+        return
+    _spoke = True
+    with suppress(RuntimeError):
+        _store.compare_set("words", "", words)
+        _store.add("heard", 1)
+
+
+def _linger(count: int) -> None:
+    """Stay until so many processes know why this one ends: the store that says so may end with it."""
+    until = time.monotonic() + MOMENT.total_seconds()
+    with suppress(RuntimeError):
+        while _store is not None and _store.add("heard", 0) < count and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def same(value: T) -> T:
+    """Return the first process's value, anything small that can be pickled, in all of them."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def any_of(fact: bool) -> bool:
+    """Tell whether something is true in any process."""
+    if world() == 1:
+        return fact
+    flag = torch.tensor(int(fact))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    any_of(False)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes, without a gradient."""
+    return tensor if world() == 1 else _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """Return the mean over all processes, without a gradient."""
+    return tensor if world() == 1 else _reduced(tensor, dist.ReduceOp.SUM) / world()
+
+
+def least(tensor: Tensor) -> Tensor:
+    """Return the elementwise minimum over all processes, without a gradient."""
+    return tensor if world() == 1 else _reduced(tensor, dist.ReduceOp.MIN)
+
+
+def joint_mean(tensor: Tensor) -> Tensor:
+    """Return the mean over all processes, with the gradient of this one's tensor.
+
+    For a loss that is a function f of a mean over the batch: with p = mean of p_r, the average of f'(p) ∂p_r over
+    processes, which is what their gradients become, is the gradient of f(p).
+    """
+    return tensor if world() == 1 else mean(tensor.detach()) + (tensor - tensor.detach())
+
+
+def joint_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes, whose gradient is the sum of theirs: as often differentiable as one likes."""
+    return tensor if world() == 1 else _Sum.apply(tensor)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return total(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return joint_sum(gradient)
+
+
+def from_first(tensor: Tensor) -> Tensor:
+    """Return the first process's tensor in all of them; shape and type must be the same everywhere."""
+    if world() == 1:
+        return tensor
+    sent = tensor.detach().contiguous().clone()
+    _broadcast(sent)
+    return sent
+
+
+def collect(tensor: Tensor, count: int) -> Tensor | None:
+    """Return the tensors of all processes behind each other, cut to `count` rows, in the first; None in the others.
+
+    Args:
+        tensor: Of the same shape everywhere.
+        count: Of rows that are wanted.
+    """
+    if world() == 1:
+        return tensor[:count]
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world())] if first() else None
+    dist.gather(tensor, parts, dst=0)
+    return None if parts is None else torch.cat(parts)[:count]
+
+
+def _reduced(tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> Tensor:
+    result = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op=operation)
+    return result
+
+
+def _broadcast(tensor: Tensor) -> None:
+    dist.broadcast(tensor, 0)

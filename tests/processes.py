@@ -18,7 +18,9 @@ from vqf import ranks
 PATIENCE = 900  # seconds
 
 
-def together(count: int, work: Callable[..., Any], *arguments: Any, joined: bool = True) -> list[Any]:
+def together(
+    count: int, work: Callable[..., Any], *arguments: Any, joined: bool = True, mortal: bool = False
+) -> list[Any]:
     """Run `work` in so many processes at once and return what each gives.
 
     Args:
@@ -26,6 +28,7 @@ def together(count: int, work: Callable[..., Any], *arguments: Any, joined: bool
         work: A function at the top of a module, which every process imports.
         arguments: Pickled into every process.
         joined: Whether the processes have found each other; otherwise they have only been told where to.
+        mortal: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.processes", work.__module__])
@@ -40,7 +43,7 @@ def together(count: int, work: Callable[..., Any], *arguments: Any, joined: bool
         ends.append(mine)
         processes.append(process)
     try:
-        return [_received(end) for end in ends]
+        return [_received(end, mortal) for end in ends]
     finally:
         for process in processes:
             process.join(10)
@@ -73,9 +76,14 @@ def _process(
     end.send_bytes(pickle.dumps(found))  # whole: tensors in shared memory would end with this process
 
 
-def _received(end: Connection) -> Any:
+def _received(end: Connection, mortal: bool) -> Any:
     assert end.poll(PATIENCE), "a process hangs"
-    value, trouble = pickle.loads(end.recv_bytes())
+    try:
+        value, trouble = pickle.loads(end.recv_bytes())
+    except EOFError:
+        value, trouble = "", "" if mortal else "it died"
+    if trouble and mortal:
+        return trouble
     if trouble:
         raise AssertionError(f"in a process:\n{trouble}")
     return value

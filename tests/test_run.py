@@ -171,6 +171,21 @@ def test_resume_goes_on_with_the_newest_run_of_the_same_pipeline(
     assert choose_run_dir("mine", None, True, "vqgan-ffhq", "stage1") == "mine"
 
 
+@pytest.mark.parametrize("left", ["", "hydra:\n  runtime:\n    choices:\n      pipe", "hydra: [", "\x00\xff"])
+def test_resume_finds_a_run_of_which_half_of_hydras_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = Path("outputs/vqgan-ffhq")
+    run = facts(base / "1", "full")
+    (run / ".hydra" / "hydra.yaml").write_bytes(left.encode("latin-1"))
+    config = run / "stage1" / "checkpoints" / "step-00000010" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("pipeline: {name: full}")
+    assert choose_run_dir(None, None, True, "vqgan-ffhq", "full") == str(run)
+    assert choose_run_dir(None, None, True, "vqgan-ffhq", "stage1") != str(run)
+
+
 @pytest.mark.parametrize("inside", ["", "checkpoints/step-00000010"])
 def test_what_acts_on_a_run_writes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -3,13 +3,17 @@
 conf/config.yaml asks for it as `${vqf.run_dir:...}`; importing this module is what makes that word known.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from vqf.pipelines.checkpoint import run_folder
+from vqf.pipelines.checkpoint import FOLDER, run_folder
 from vqf.trust import check_links
 
 OUTPUTS = Path("outputs")
@@ -61,11 +65,24 @@ def _beside(run: str | None) -> str | None:
 
 
 def _newest(folder: Path, pipeline: str) -> Path | None:
-    for candidate in sorted(folder.glob("*/"), reverse=True):
-        facts = candidate / CHOICES
-        if facts.is_file() and OmegaConf.select(OmegaConf.load(facts), "hydra.runtime.choices.pipeline") == pipeline:
-            return candidate
-    return None
+    runs = sorted(folder.glob("*/"), reverse=True)
+    return next((run for run in runs if next(_pipelines(run), None) == pipeline), None)
+
+
+def _pipelines(run: Path) -> Iterator[str]:
+    """Yield which pipeline made a run, as Hydra's file says, or as its checkpoints do.
+
+    A process that was killed while it began again may have left half a file of Hydra's.
+    """
+    yield from _told(run / CHOICES, "hydra.runtime.choices.pipeline")
+    for path in run.rglob(f"{FOLDER}/step-*/config.yaml"):
+        yield from _told(path, "pipeline.name")
+
+
+def _told(path: Path, place: str) -> Iterator[str]:
+    with suppress(OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
+        if (found := OmegaConf.select(OmegaConf.load(path), place)) is not None:
+            yield str(found)
 
 
 # Cached with the config that asks, so that the time is read once in a run and once in a sweep.

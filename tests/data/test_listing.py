@@ -79,9 +79,7 @@ def test_a_part_without_a_list_is_every_other_picture(tmp_path_factory, listed):
         assert [file.name for file in rest] == [f"{i:02}.png" for i in range(20) if i not in listed]
 
 
-@pytest.mark.parametrize(
-    ("depth", "expected"), [(0, {"train"}), (1, {"cat", "dog"}), (2, set()), (None, set())], ids=str
-)
+@pytest.mark.parametrize(("depth", "expected"), [(0, {"train"}), (1, {"cat", "dog"}), (2, set()), (None, set())])
 def test_which_folder_names_the_class(depth, expected):
     division = Division([File("train/cat/1.png", 1), File("train/dog/2.png", 1)], [], depth)
     assert {division.label(file) for file in division.train} - {None} == expected

@@ -307,6 +307,17 @@ def test_a_broken_picture_is_replaced_by_the_next_and_named_once(private, caplog
     )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_counted_once_however_often_it_is_read(private, workers, caplog):
+    members = [(f"{i:02}.png", png((i, 0, 0)) if i != 3 else b"") for i in range(6)]
+    pack(private / "train-00.tar", members)
+    split = streamed("train-00.tar", root=f"file:{private}", classes=0, train_pictures=6, max_bad=0.2).split("train")
+    for _ in range(3):
+        assert of_batches(sequential(split, 4, workers=workers)) == [0, 1, 2, 4, 4, 5]
+    assert int(split.bad.sum()) == 1
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_tells_of_broken_pictures(private, workers, caplog):
     members = [(f"{i:02}.png", png((i, 0, 0)) if i != 3 else b"") for i in range(6)]
@@ -512,7 +523,7 @@ def test_a_tokenizer_is_trained_on_a_stream(folder, serve, tmp_path, workers, ca
 @given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=12))
 def test_a_tape_gives_what_a_list_gives(length, indices):
     begun = []
-    raws = [Raw(0, str(i), b"", None) for i in range(length)]
+    raws = [Raw(str(i), b"", None) for i in range(length)]
     tape = Tape(lambda: begun.append(1) or iter(raws))
     for index in indices:
         found = list(tape.since(index))

@@ -18,6 +18,7 @@ from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
 from vqf.loggers.about import duration
 from vqf.loggers.codebook import heat_map
 from vqf.loggers.curves import curve
+from vqf.loggers.meanings import meaning
 from vqf.loggers.pictures import cut
 from vqf.loggers.records import parts, pictures
 from vqf.loggers.report import number, write_report
@@ -163,6 +164,7 @@ def test_a_measurement_shows_its_protocol_intervals_and_floors(tmp_path: Path) -
     page = Page(write_report(tmp_path))
     for words in ("22.06", "95 %: 21.75 to 22.5", "real against real: 3.25", "crop", "center"):
         assert words in page.text, words
+    assert "reconstructions: Frechet distance to real pictures, on other features than FID's" in page.text
 
 
 def test_a_run_on_another_run_does_not_describe_a_model_of_its_own(run: Path) -> None:
@@ -280,6 +282,26 @@ def test_curves_take_the_ink_of_the_page_and_share_no_names() -> None:
 )
 def test_numbers_are_short(value: float, words: str) -> None:
     assert number(value) == words
+
+
+def test_every_number_of_a_metric_has_a_meaning() -> None:
+    named = [
+        "psnr",
+        "ssim",
+        "perceptual",
+        "lpips",
+        "usage",
+        "dead",
+        "fid",
+        "rfid",
+        "kid",
+        "is",
+        "recall",
+        "rdensity_lite2",
+    ]
+    assert [key for key in named if not meaning(key)] == []
+    assert meaning("rusage") == meaning("something") == ""
+    assert meaning("rfd_lite2") == f"reconstructions: {meaning('fd_lite2')}"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vqf.errors import UserError
+from vqf.pipelines import atomic
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import BrokenCheckpointError, locate, newest, open_checkpoint
 
@@ -73,7 +74,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_flush", full)
+    monkeypatch.setattr(atomic, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -19,6 +19,7 @@ from PIL import Image
 
 import vqf
 from tests import test_run
+from tests.browser import WANTED, find_browser, open_browser
 from tests.composing import compose
 from tests.pipelines.test_full import OPTIONS
 from tests.pipelines.test_loop import TINY, KilledError, interrupt_after
@@ -151,7 +152,7 @@ def test_markdown_and_page_hold_the_same_table_and_mark_the_best(sweep: Path, tm
     best = next(iter(rows.values()))
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     header, first = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2))
-    assert first[header.index("psnr")] == f"**{float(best['training/psnr']):.4g}**"
+    assert first[header.index("psnr")] == f"**{float(best['training/psnr']):#.4g}**"
     assert first[header.index("run")] == best["run"]
     assert sum("**" in cell for line in lines[2:5] for cell in [line.split("|")[1 + header.index("psnr")]]) == 1
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page(tmp_path))
@@ -188,6 +189,22 @@ def test_the_page_needs_nothing_else(sweep: Path, tmp_path: Path) -> None:
     assert found.tags.count("img") == 4
     assert all(address.startswith("data:image/png;base64,") for address in found.addresses)
     assert "@import" not in page(tmp_path) and "url(" not in page(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_screen_a_phone_and_paper(sweep: Path, tmp_path: Path) -> None:
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"no Chromium is installed, nobody looks at the page; {WANTED}=chromium demands one")
+    compare(tmp_path, sweep)
+    with open_browser(program, tmp_path / "profile") as browser:
+        for width, mobile, paper in ((1200, False, False), (390, True, False), (700, False, True)):
+            browser.open(tmp_path / "comparison.html", width, mobile=mobile, paper=paper)
+            assert browser.complaints == [] and browser.run("document.documentElement.scrollWidth") == width
+            assert browser.run("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
+            browser.screenshot(tmp_path / f"comparison-{width}.png")
+        lost = "[...document.querySelectorAll('td')].filter(each => each.getBoundingClientRect().right > 701).length"
+        assert browser.run(lost) == 0  # paper cannot be pushed from side to side
 
 
 def strips(where: Path) -> list[np.ndarray]:
@@ -298,7 +315,7 @@ def test_intervals_floors_and_older_steps_are_shown(sweep: Path, tmp_path: Path)
     key = "reconstruction/fd_lite2"
     assert (rows["1"][f"{key} low"], rows["1"][f"{key} high"]) == ("4.25", "6.5")
     text = (tmp_path / "comparison.md").read_text()
-    assert "**5 (4.25 to 6.5) at step 2**" in text or "**5 (4.25 to 6.5)**" in text
+    assert "**5 (4.250 to 6.500) at step 2**" in text
     assert "Real pictures against real ones: fd_lite2 3.25." in notes(tmp_path)
 
 

@@ -165,7 +165,10 @@ def test_conditions_in_a_list_guide_together(run: Path, tmp_path: Path, monkeypa
         "sampler.guidance=3",
         condition=str(a_map(tmp_path / "m.png", 32, 24)),
     )
-    assert Image.open(samples / "m-000000.png").size == (32, 32)  # sides are multiples of 16: half the picture has codes, too
+    assert Image.open(samples / "m-000000.png").size == (
+        32,
+        32,
+    )  # sides are multiples of 16: half the picture has codes, too
 
 
 def test_a_resumed_stage2_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:

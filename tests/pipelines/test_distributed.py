@@ -1,6 +1,8 @@
 """Several processes do what one does: the same gradients, numbers, codebooks, held-out looks and checkpoints."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,7 +24,7 @@ from vqf.pipelines.engine import make_engine, seed_everything
 from vqf.pipelines.loader import Order
 from vqf.pipelines.loop import Loop
 from vqf.pipelines.restore import build_generator
-from vqf.pipelines.stage1 import make_stage
+from vqf.pipelines.stage1 import TokenizerStage, make_stage
 from vqf.pipelines.stage2 import PriorStage
 from vqf.pipelines.tokens import Tokens
 from vqf.protocols import Batch
@@ -330,3 +332,36 @@ def test_a_run_goes_on_with_another_number_of_processes(engine: str, alone: Path
     trained(str(more), "steps=2", "schedule=constant")
     together(2, trained, str(more), f"engine={engine}", "resume=true", "schedule=constant")
     close(saved(fewer), saved(more))
+
+
+def interrupted(folder: str, what: int, *overrides: str) -> None:
+    """A run whose second process gets a signal in the middle of step 3."""
+    original = TokenizerStage.step
+
+    def step(self: TokenizerStage, number: int, batch: Batch) -> dict[str, Tensor]:
+        if number == 3 and ranks.rank() == 1:
+            os.kill(os.getpid(), what)
+        return original(self, number, batch)
+
+    TokenizerStage.step = step  # type: ignore[method-assign]  # this process ends soon
+    trained(folder, *overrides)
+
+
+@SLOW
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_lost_a_process_goes_on_to_the_bit(what: signal.Signals, tmp_path: Path) -> None:
+    long = ["steps=6", "model.discriminator.norm=batch"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    together(2, trained, str(whole), *long)
+    first, second = together(2, interrupted, str(cut), int(what), *long, mortal=True)
+    if what == signal.SIGKILL:
+        assert "RuntimeError" in first and second == "", "the other process ends as well"
+    else:
+        assert "SystemExit: 143" in first and "SystemExit: 143" in second
+        assert (cut / "checkpoints" / "step-00000004").is_dir()
+    together(2, trained, str(cut), *long, "resume=true")
+    expected, found = saved(whole, 6), saved(cut, 6)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert lines(cut) == lines(whole)

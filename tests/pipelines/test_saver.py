@@ -19,9 +19,11 @@ from omegaconf import OmegaConf
 from tests.composing import compose
 from tests.pipelines.test_loop import TINY, lines
 from vqf.errors import UserError
+from vqf.pipelines import atomic
 from vqf.pipelines import checkpoint as checkpoints
-from vqf.pipelines.checkpoint import Best, newest
-from vqf.pipelines.saver import Saver, best_by
+from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.retention import Best, best_by
+from vqf.pipelines.saver import Saver
 from vqf.pipelines.stage1 import Stage1, TokenizerStage
 from vqf.pipelines.training import Snapshot
 from vqf.protocols import Batch
@@ -198,7 +200,7 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise FULL
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(atomic, "save_file", full)
 
 
 def test_a_full_disk_can_be_gone_on_with(
@@ -234,7 +236,7 @@ def test_the_last_checkpoint_is_tried_again_and_is_never_lost_in_silence(
 
 
 def test_a_bug_in_the_thread_is_no_full_disk(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "save_file", lambda *_: {}["a bug"])
+    monkeypatch.setattr(atomic, "save_file", lambda *_: {}["a bug"])
     saver.save(snapshot(1))
     with pytest.raises(KeyError, match="a bug"):
         saver.settle()
@@ -245,8 +247,8 @@ def test_a_file_that_may_not_grow_is_a_full_disk_for_every_writer(tmp_path: Path
     """The operating system refuses, not a stand-in: safetensors and torch word that in ways of their own."""
     path, big = tmp_path / name, torch.zeros(100_000)
     writers = {
-        "model.safetensors": lambda: checkpoints.write_weights({"a": big}, path),
-        "optimizers.pt": lambda: checkpoints._write_states({"a": big}, path),
+        "model.safetensors": lambda: atomic.write_weights({"a": big}, path),
+        "optimizers.pt": lambda: atomic.write_states({"a": big}, path),
         "manifest.json": lambda: path.write_text("0" * 400_000),
     }
     with limited(64_000), pytest.raises(OSError) as caught:

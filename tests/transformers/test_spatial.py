@@ -100,7 +100,9 @@ def test_coordinates_count_rows_and_columns_of_the_whole_picture() -> None:
 
 def test_the_windows_of_a_picture_are_told_what_the_picture_is_told() -> None:
     """Wherever a window stands, the coordinates of a code are those it has in the whole."""
-    whole = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(1, (10, 14))
+    whole = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(
+        1, (10, 14)
+    )
     here = conditioner("coordinates", rows=20, columns=30)
     for top in range(7):
         for left in range(9):
@@ -153,7 +155,11 @@ def test_what_training_hides_is_hidden_whole_and_named_by_null(name: str) -> Non
 
 def test_conditions_in_a_list_have_ids_of_their_own() -> None:
     label = build("conditioner", {"name": "label", "drop": 0.5}, classes=3).eval()
-    parts = {"label": label, "spatial": conditioner("spatial"), "coordinates": conditioner("coordinates", rows=4, columns=4)}
+    parts = {
+        "label": label,
+        "spatial": conditioner("spatial"),
+        "coordinates": conditioner("coordinates", rows=4, columns=4),
+    }
     both = Conditions(parts).eval()
     assert (both.length, both.vocab_size) == (1 + 24 + 24, 4 + 11 + 16)
     batch = Batch(labels=torch.tensor([2, 0]), conditions=maps())

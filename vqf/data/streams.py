@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
@@ -31,6 +31,8 @@ from vqf.protocols import Sample, Size
 from vqf.randomness import generator, mix
 
 log = logging.getLogger("vqf")
+
+NAMES = 2**20  # places for the names of bad pictures: two hardly ever share one
 
 
 class Source(Protocol):
@@ -64,9 +66,8 @@ class StreamSplit:
         self.data, self.part, self.urls, self.length = data, part, stream.urls, stream.length
         self.views = data.views if part == "train" else data.views.still()
         self.fingerprint = self._fingerprint(stream)
-        # By shard, each of which only one process reads in training: known to all of them.
-        self.bad, self.broken = (torch.zeros(len(stream.urls), dtype=torch.int64).share_memory_() for _ in range(2))
-        self.named: set[str] = set()
+        # Known to all processes: which pictures are bad, by a hash of their names, and which shards are broken.
+        self.bad, self.broken = (torch.zeros(n, dtype=torch.bool).share_memory_() for n in (NAMES, len(stream.urls)))
         self.tape: Tape | None = None
 
     def __len__(self) -> int:
@@ -110,25 +111,21 @@ class StreamSplit:
         Raises:
             UserError: If too much cannot be read.
         """
+        from webdataset.filters import _shuffle
+
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine = list(range(len(self.urls)))[rank * workers + worker :: world * workers]
         random = Random(mix(self.data.seed, "stream", start, rank, worker))
-        for raw in self._turns(mine, random):
-            view = self.views.draw(generator(self.data.seed, raw.turn, raw.name))
-            if (sample := self._sample(raw, view)) is not None:
-                yield sample
-
-    def _turns(self, shards: list[int], random: Random) -> Iterator[Raw]:
-        from webdataset.filters import _shuffle
-
         for turn in itertools.count():
-            random.shuffle(shards)
-            seen = 0
-            for raw in _shuffle(self._raws(shards), self.data.buffer, self.data.buffer, rng=random):
-                seen += 1
-                yield replace(raw, turn=turn)
-            if len(self.named) >= seen:
+            random.shuffle(mine)
+            fruitful = False
+            for raw in _shuffle(self._raws(mine), self.data.buffer, self.data.buffer, rng=random):
+                view = self.views.draw(generator(self.data.seed, turn, raw.name))
+                if (sample := self._sample(raw, view)) is not None:
+                    fruitful = True
+                    yield sample
+            if not fruitful:
                 raise self._nothing()
 
     def _raws(self, shards: Iterable[int]) -> Iterator[Raw]:
@@ -141,7 +138,7 @@ class StreamSplit:
                     picture = picture_among((each for each in sample if each != "__url__"), self.data.image)
                     if picture is not None:
                         name = f"{shard_name(self.urls[shard])}/{key}.{picture}"
-                        yield Raw(shard, name, sample[picture], sample.get(ending))
+                        yield Raw(name, sample[picture], sample.get(ending))
             except BrokenShardError as error:
                 self._count_shard(shard, str(error))
 
@@ -179,10 +176,10 @@ class StreamSplit:
         return label
 
     def _count(self, raw: Raw, reason: str) -> None:
-        if raw.name in self.named:
+        place = mix(raw.name) % NAMES
+        if self.bad[place]:
             return
-        self.named.add(raw.name)
-        self.bad[raw.shard] += 1
+        self.bad[place] = True
         count = int(self.bad.sum())
         if count > tolerated(self.data.max_bad, self.length):
             raise UserError(
@@ -194,7 +191,7 @@ class StreamSplit:
     def _count_shard(self, shard: int, reason: str) -> None:
         if self.broken[shard]:
             return
-        self.broken[shard] = 1
+        self.broken[shard] = True
         count, name = int(self.broken.sum()), shown(self.urls[shard])
         if count > tolerated(self.data.max_bad, len(self.urls)):
             raise UserError(

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 class Raw:
     """A picture as it comes, not yet decoded."""
 
-    shard: int
     name: str
     content: bytes
     label: bytes | None
-    turn: int = 0  # how often its shard was read before
 
 
 class Tape:

@@ -131,7 +131,7 @@ class ConvEncoder(nn.Module):
         dropout: Rate inside the residual blocks.
         stem: Fold patches of this side into channels first (pixel-unshuffle): 1/stem² of the work.
         gradient_checkpointing: Keep only the input of every block for the backward pass, which runs it again: less
-            memory, a third more work, the same gradients.
+            memory, up to a third more work, the same gradients.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,16 @@ class Gallery:
     part: str  # the stage that they are of; empty where that is clear
     groups: list[Group]
     together: int = 1
-    classes: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.classes = any(group.title for group in self.groups)
+    @property
+    def classes(self) -> bool:
+        """Whether the groups are classes."""
+        return any(group.title for group in self.groups)
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return sum(len(group.units) for group in self.groups)
 
 
 def galleries(run_dir: Path, parts: Iterable[Part]) -> list[Gallery]:

@@ -18,11 +18,33 @@ MEANINGS = {
     "class_accuracy_real": "the same of held-out pictures",
     "class_accuracy_drawn": "the same of held-out pictures that went through the codes: what samples could reach",
     "class_accuracy_chance": "the same of a classifier that guesses",
-    "rfid": "Frechet Inception distance between reconstructions and originals; lower is better",
-    "fid": "Frechet Inception distance between samples and real pictures; lower is better",
-    "kid": "kernel Inception distance; lower is better",
-    "rkid": "kernel Inception distance of reconstructions; lower is better",
 }
+
+# Of metrics that compare two sets of pictures by the features of a network.
+SETS = {
+    "fid": "Frechet Inception distance to real pictures; lower is better",
+    "kid": "kernel Inception distance to real pictures; lower is better",
+    "is": "Inception score; higher is better",
+    "fd": "Frechet distance to real pictures, on other features than FID's; lower is better",
+    "kd": "kernel distance to real pictures, on other features than KID's; lower is better",
+    "score": "how sure another network than Inception is of what it sees, and how varied that is; higher is better",
+    "precision": "share of the pictures that look real; higher is better",
+    "recall": "share of real pictures that look like some of the pictures; higher is better",
+    "density": "how densely real pictures lie around the pictures; higher is better",
+    "coverage": "share of real pictures with one of the pictures near; higher is better",
+}
+
+
+def meaning(key: str) -> str:
+    """Say what a number means; empty where nobody has said so here."""
+    if key in MEANINGS:
+        return MEANINGS[key]
+    name = key.partition("_")[0]
+    if name in SETS:
+        return SETS[name]
+    return f"reconstructions: {SETS[name[1:]]}" if name.startswith("r") and name[1:] in SETS else ""
+
+
 SHARES = {"usage", *(f"class_accuracy{each}" for each in ("", "_real", "_drawn", "_chance"))}  # written in per cent
 
 # What is said first: how the number is written, and what it counts.

@@ -16,7 +16,7 @@ from vqf.loggers import about
 from vqf.loggers.codebook import codebook, confusion
 from vqf.loggers.curves import curve
 from vqf.loggers.galleries import galleries
-from vqf.loggers.meanings import HIGHLIGHTS, MEANINGS, SHARES
+from vqf.loggers.meanings import HIGHLIGHTS, SHARES, meaning
 from vqf.loggers.records import Part, command, parts, read_json, read_text
 from vqf.registry import register
 
@@ -62,7 +62,7 @@ class Row:
     @property
     def meaning(self) -> str:
         """What it says."""
-        return MEANINGS.get(self.name, "")
+        return meaning(self.name)
 
 
 @dataclass

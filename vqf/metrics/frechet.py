@@ -3,6 +3,8 @@
 GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (FID), https://arxiv.org/abs/1706.08500
 """
 
+from typing import ClassVar
+
 import torch
 
 from vqf.embeddings import INCEPTION
@@ -34,6 +36,8 @@ class FID(Frechet):
         sha256: What the file must have, where it is not the published one.
     """
 
+    higher_is_better: ClassVar = {"rfid": False}
+
     def __init__(self, device: torch.device | str, *, weights: str | None = None, sha256: str | None = None) -> None:
         super().__init__(device, INCEPTION, weights, sha256)
 
@@ -46,6 +50,8 @@ class FD(Frechet):
         network: "lite2", which needs no download, or any classifier of timm.
         weights: A file of its weights; None: timm's hub.
     """
+
+    higher_is_better: ClassVar = {"rfd_lite2": False}
 
     def __init__(self, device: torch.device | str, *, network: str = "lite2", weights: str | None = None) -> None:
         super().__init__(device, network, weights, None)

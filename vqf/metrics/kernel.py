@@ -3,6 +3,8 @@
 Demystifying MMD GANs (KID), https://arxiv.org/abs/1801.01401
 """
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -27,6 +29,8 @@ class KID(SetComparison):
         subsets: How many.
         subset_size: Pictures of each, at most half of the smaller set.
     """
+
+    higher_is_better: ClassVar = {"kid": False, "kd_lite2": False}
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ Improved Precision and Recall Metric for Assessing Generative Models, https://ar
 Reliable Fidelity and Diversity Metrics for Generative Models (density, coverage), https://arxiv.org/abs/2002.09797
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ class PRDC(SetComparison):
         wider: Neighbours of density and coverage.
         pictures: At most so many of each set.
     """
+
+    higher_is_better: ClassVar = {
+        f"{name}{network}": True
+        for name in ("precision", "recall", "density", "coverage")
+        for network in ("", "_lite2")
+    }
 
     def __init__(
         self,

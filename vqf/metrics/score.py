@@ -3,6 +3,8 @@
 Improved Techniques for Training GANs (IS), https://arxiv.org/abs/1606.03498
 """
 
+from typing import ClassVar
+
 import torch
 
 from vqf.errors import UserError
@@ -26,6 +28,8 @@ class InceptionScore(SetComparison):
         sha256: What Inception's file must have, where it is not the published one.
         splits: The score is the mean over so many parts of the set.
     """
+
+    higher_is_better: ClassVar = {"is": True, "score_lite2": True}
 
     def __init__(
         self,

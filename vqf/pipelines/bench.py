@@ -1,6 +1,7 @@
 """What every evaluation needs, whatever it measures: the pictures of a protocol, the metrics, and the reference."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +86,20 @@ class Bench:
             count: What is reconstructed or generated.
             reference: With what it is compared.
         """
-        protocol, node = self.protocol, self.config.protocol
-        name = protocol.reference if protocol.reference in (ORIGINALS, *PARTS) else Path(protocol.reference).name
-        return {
-            "name": node.name,
-            "task": protocol.task,
-            "data": self.config.data.name,
-            "subject": self.config.subject,
-            "part": protocol.part,
+        protocol = self.protocol
+        lines = {each.name: getattr(protocol, each.name) for each in fields(protocol)}  # type: ignore[arg-type]
+        if lines["reference"] not in (ORIGINALS, *PARTS):
+            lines["reference"] = Path(protocol.reference).name  # a path says where, the hash says what
+        found = {
             "pictures": pictures,
             "count": count,
             "image_size": " x ".join(map(str, self.tokenizer.image_size)),
             **how(protocol.crop, protocol.resize),
-            "rounding": protocol.rounding,
-            "reference": name,
             "reference_pictures": reference.digest,
             "reference_count": reference.count,
-            "seed": protocol.seed,
         }
+        of = {"name": self.config.protocol.name, "task": protocol.task, "data": self.config.data.name}
+        return {**of, "subject": self.config.subject, **lines, **found}
 
     def compare(self, found: Measurement, reference: Reference, generated: Sets, count: int) -> None:
         """Add what every set metric says of generated pictures, and of real ones in their place."""

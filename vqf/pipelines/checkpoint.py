@@ -8,26 +8,25 @@ safetensors nor torch notices a flipped byte.
 
 import hashlib
 import json
-import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from yaml import YAMLError
 
 from vqf.errors import UserError
+from vqf.pipelines.atomic import beside, recover, write_states, write_weights
+from vqf.pipelines.retention import Best, prune
 from vqf.terminal import log
 from vqf.trust import check_resolved
 
@@ -88,22 +87,6 @@ class Checkpoint:
             raise BrokenCheckpointError(f"{self.path}: optimizers.pt is none of vqf's ({reason})") from error
 
 
-@dataclass(frozen=True)
-class Best:
-    """The held-out number by which a checkpoint is the best one."""
-
-    metric: str
-    higher: bool  # whether more of it is better
-
-    def score(self, state: Mapping[str, Any]) -> float:
-        """Return what `state.json` says of it, so that more is better; -inf where it was not measured at that step."""
-        look = state.get("look") or {}
-        value = look.get("values", {}).get(self.metric, math.nan)
-        if look.get("step") != state["step"] or math.isnan(value):
-            return -math.inf
-        return value if self.higher else -value
-
-
 def save(
     run_dir: Path,
     *,
@@ -121,14 +104,14 @@ def save(
     """
     folder = run_dir / FOLDER
     final = folder / _name(state["step"])
-    with _beside(final) as folder_now:
+    with beside(final) as folder_now:
         for name, tensors in weights.items():
             write_weights(tensors, folder_now / f"{name}.safetensors")
-        _write_states(optimizers, folder_now / "optimizers.pt")
+        write_states(optimizers, folder_now / "optimizers.pt")
         (folder_now / "state.json").write_text(json.dumps(state, indent=1))
         OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
         _write_manifest(folder_now, state)
-    _prune(_folders(folder), keep, best)
+    prune(_folders(folder), keep, best)
     return final
 
 
@@ -139,14 +122,7 @@ def set_aside(run_dir: Path, step: int) -> None:
     out those that count. They are renamed, not deleted.
     """
     folder = run_dir / FOLDER
-    for former in folder.glob(".step-*.former"):
-        final = folder / former.name[1:].removesuffix(".former")
-        if final.exists():
-            shutil.rmtree(former, ignore_errors=True)
-        else:
-            former.rename(final)
-    for unfinished in folder.glob(".step-*.tmp-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    recover(folder, "step-*")
     for later in _folders(folder):
         if _step(later) > step:
             aside = folder / f"{ASIDE}{later.name}"
@@ -227,90 +203,6 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
 
 
-@contextmanager
-def _beside(final: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name, flush it, and rename it when it is complete."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
-        if final.exists():  # the same step again: at no moment there is none
-            shutil.rmtree(_former(final), ignore_errors=True)
-            final.rename(_former(final))
-        temporary.rename(final)
-        _flush(final.parent)
-        shutil.rmtree(_former(final), ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, and flush it to disk.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    try:
-        save_file({key: each.detach().contiguous() for key, each in tensors.items()}, path, metadata)
-        _flush(path)
-    except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):  # the number is all it keeps of an OSError
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        raise
-
-
-def _write_states(states: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        kept = _KeepsError(file)
-        try:
-            torch.save(dict(states), kept)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise kept.error or error from None
-
-
-class _KeepsError:
-    """A file that remembers why it could not be written: torch tells that in words of its own."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _prune(folders: list[Path], keep: int, best: Best | None) -> None:
-    kept = {*folders[-keep:], best and _best_of(folders, best)}
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _best_of(folders: list[Path], best: Best) -> Path | None:
-    """Return the first of those that score best; None where nothing was measured."""
-    found, top = None, -math.inf
-    for folder in folders:
-        try:
-            score = best.score(_read_json(folder / "state.json"))
-        except BrokenCheckpointError:
-            continue
-        if score > top:
-            found, top = folder, score
-    return found
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -325,10 +217,6 @@ def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
     files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "kind": state["kind"], "step": state["step"], "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _former(final: Path) -> Path:
-    return final.with_name(f".{final.name}.former")
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -371,11 +259,3 @@ def _read_config(path: Path) -> DictConfig:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

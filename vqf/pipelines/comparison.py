@@ -2,6 +2,7 @@
 
 import csv
 import importlib.resources
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,9 @@ def _cell(column: Column, number: Number | None, run: Run) -> Cell:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) and abs(value) >= 1 else f"{value:.4g}"
+    """Word a number with four digits that matter, as many in every row."""
+    whole = value == round(value) if math.isfinite(value) else False
+    return f"{value:,.0f}" if whole or abs(value) >= 9999.5 else f"{value:#.4g}"
 
 
 def _duration(seconds: float) -> str:

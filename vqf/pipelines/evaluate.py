@@ -143,7 +143,7 @@ def samples(bench: Bench, generator: Generator) -> Measurement:
     found.add(Comparison({"nats_per_token": nats}), {}, {})
     bench.finish(found, of_codes)
     bench.compare(found, reference, generated, count)
-    told_of = {"labels": protocol.labels, "samples_per_class": spread(torch.cat(labels), len(generator.classes))}
+    told_of = {"samples_per_class": spread(torch.cat(labels), len(generator.classes))}
     found.state(bench.facts(pixels, count, reference) | told_of | flat(bench.config.sampler, "sampler"))
     found.grids["samples"] = torch.cat(shown)
     return found

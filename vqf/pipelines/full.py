@@ -12,7 +12,7 @@ from vqf.pipelines.common import chosen, save_numbers, start_run
 from vqf.pipelines.cost import Meter
 from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS, senses
 from vqf.pipelines.loop import Evaluation
-from vqf.pipelines.saver import best_by
+from vqf.pipelines.retention import best_by
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import register

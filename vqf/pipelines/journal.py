@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vqf.pipelines.atomic import write_text
 from vqf.protocols import Logger
 from vqf.terminal import log
 
@@ -34,9 +35,7 @@ class Journal:
         if not self.path.is_file():
             return
         lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-        beside = self.path.with_suffix(".tmp")  # or a process killed here would lose what was there
-        beside.write_text("".join(f"{line}\n" for line in lines))
-        beside.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of a step."""
@@ -77,9 +76,7 @@ class Journal:
     def _keep(self, values: Mapping[str, Any]) -> None:
         path = self.path.with_name("details.json")
         known = json.loads(path.read_text()) if path.is_file() else {}
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps({**known, **values}))
-        beside.replace(path)
+        write_text(path, json.dumps({**known, **values}))
 
     def _tell(self, whom: Logger | str, action: Callable[[], None]) -> None:
         key = whom if isinstance(whom, str) else id(whom)

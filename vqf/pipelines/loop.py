@@ -20,7 +20,8 @@ from vqf.pipelines.guard import Guard, Trouble
 from vqf.pipelines.journal import Journal
 from vqf.pipelines.memory import explained
 from vqf.pipelines.resume import check_fit, find_resume, refuse_to_overwrite, shared
-from vqf.pipelines.saver import Saver, best_by
+from vqf.pipelines.retention import best_by
+from vqf.pipelines.saver import Saver
 from vqf.pipelines.signals import TERMINATED, Signals
 from vqf.pipelines.stage import Evaluation, Stage
 from vqf.pipelines.training import Training

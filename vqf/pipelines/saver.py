@@ -1,14 +1,14 @@
 """Writes checkpoints beside the training, and says what becomes of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vqf.errors import UserError, unknown
+from vqf.errors import UserError
 from vqf.pipelines import checkpoint as checkpoints
-from vqf.pipelines.checkpoint import Best
+from vqf.pipelines.retention import Best
 from vqf.pipelines.training import Snapshot
 from vqf.terminal import log
 
@@ -128,19 +128,6 @@ class Saver:
             f"the checkpoint of step {_step(snapshot)} cannot be written to {folder}: {error.strerror or error}; "
             + (f"{kept} is kept" if kept else "there is no earlier one")
         )
-
-
-def best_by(metric: str | None, known: Mapping[str, bool]) -> Best | None:
-    """Read checkpoint.best, given which held-out numbers there are and whether more of each is better.
-
-    Raises:
-        UserError: If there is no such number.
-    """
-    if metric is None:
-        return None
-    if metric not in known:
-        raise UserError(f"checkpoint.best: {unknown('held-out number', metric, known)}")
-    return Best(metric, known[metric])
 
 
 def _step(snapshot: Snapshot) -> int:

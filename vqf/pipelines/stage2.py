@@ -31,7 +31,7 @@ from vqf.pipelines.loop import Evaluation, Loop
 from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.player import Player
 from vqf.pipelines.restore import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer
-from vqf.pipelines.saver import best_by
+from vqf.pipelines.retention import best_by
 from vqf.pipelines.tokens import Tokens, tokenize
 from vqf.protocols import Batch
 from vqf.registry import build, register

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqf import ranks, terminal
 from vqf.conditions import Conditions
 from vqf.errors import UserError
-from vqf.pipelines.checkpoint import write_weights
+from vqf.pipelines.atomic import write_weights
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.loader import Order, in_batches, keyed
 from vqf.protocols import Batch, Split

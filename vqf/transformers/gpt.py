@@ -102,7 +102,7 @@ class GPT(nn.Module):
         shared_vocabulary: Embed the prefix with the table of the codes, as taming-transformers does: id k of a
             condition is then the same vector as code k.
         gradient_checkpointing: Keep only the input of every block for the backward pass, which runs it again: less
-            memory, a third more work, the same gradients.
+            memory, up to a third more work, the same gradients.
     """
 
     def __init__(

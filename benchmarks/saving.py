@@ -1,0 +1,74 @@
+"""What a step waits for a checkpoint: `python benchmarks/saving.py FOLDER`.
+
+The paper's model with its discriminator and the moments of both Adams, as stage 1 of `model=vqgan` holds them: the copy
+that a step waits for, and the writing that a thread does meanwhile (hashes and flushing to disk included).
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from vqf import terminal
+from vqf.command import config_dir
+from vqf.pipelines.engine import make_engine
+from vqf.pipelines.saver import Saver
+from vqf.pipelines.stage1 import TokenizerStage, make_stage
+from vqf.pipelines.training import Training
+from vqf.registry import build
+
+
+def compose(*words: str) -> DictConfig:
+    """Compose the config of a command line."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        return compose("config", overrides=list(words))
+
+
+def trained(config: DictConfig, size: int) -> TokenizerStage:
+    """Return a stage whose optimizers have moments."""
+    data = build("data", config.data, image_size=size, seed=0)
+    stage = make_stage(config, data, make_engine(config))
+    for optimizer in stage.optimizers.values():
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    return stage
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    run_dir = Path(tempfile.mkdtemp(dir=arguments.folder))
+    config = compose("model=vqgan", "model/loss=[l1]", "image_size=64", "checkpoint.keep=1")
+    stage = trained(config, 64)
+    training = Training(stage, config, make_engine(config))
+    saver, times = Saver(run_dir, config.checkpoint, None, before=lambda: None), dict[str, list[float]]()
+    try:
+        for step in range(arguments.rounds):
+            began = time.perf_counter()
+            snapshot = training.snapshot({"kind": "stage1", "step": step, "seed": 0, **stage.facts})
+            assert snapshot is not None
+            saver.save(snapshot)
+            times.setdefault("a step waits", []).append(time.perf_counter() - began)
+            saver.settle()
+            times.setdefault("until it is on the disk", []).append(time.perf_counter() - began)
+        size = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+    finally:
+        saver.close()
+        shutil.rmtree(run_dir)
+    rows = [(name, f"{statistics.median(each):.2f} s") for name, each in times.items()]
+    terminal.table(f"a checkpoint of {size / 1e6:.0f} MB, median of {arguments.rounds}", ("", "time"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Files and folders that are either whole or not there, also when the process is killed or the disk is full."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def beside(final: Path) -> Iterator[Path]:
+    """Write a folder under a temporary name, flush it, and rename it when it is complete.
+
+    Where there is one of that name, it stays as `former` until the new one is there.
+
+    Raises:
+        OSError: If it cannot be written; nothing of it is left then.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            flush(file)
+        if final.exists():  # the same step again: at no moment there is none
+            shutil.rmtree(former(final), ignore_errors=True)
+            final.rename(former(final))
+        temporary.rename(final)
+        flush(final.parent)
+        shutil.rmtree(former(final), ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def former(final: Path) -> Path:
+    """Return where a folder stays while another takes its name."""
+    return final.with_name(f".{final.name}.former")
+
+
+def recover(folder: Path, pattern: str) -> None:
+    """Clear what killed writers left of the folders of a pattern inside of a folder."""
+    for left in folder.glob(f".{pattern}.former"):
+        final = folder / left.name[1:].removesuffix(".former")
+        if final.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(final)
+    for unfinished in folder.glob(f".{pattern}.tmp-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file; a process killed here leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, and flush it to disk.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        save_file({key: each.detach().contiguous() for key, each in tensors.items()}, path, metadata)
+        flush(path)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):  # the number is all it keeps of an OSError
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def write_states(states: Mapping[str, Any], path: Path) -> None:
+    """Write what `torch.load` reads.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with path.open("wb") as file:
+        kept = _KeepsError(file)
+        try:
+            torch.save(dict(states), kept)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise kept.error or error from None
+
+
+class _KeepsError:
+    """A file that remembers why it could not be written: torch tells that in words of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def flush(path: Path) -> None:
+    """See to it that a file or folder outlives the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,61 @@
+"""Which checkpoints of a run are kept: the newest, and the best."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqf.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Best:
+    """The held-out number by which a checkpoint is the best one."""
+
+    metric: str
+    higher: bool  # whether more of it is better
+
+    def score(self, state: Mapping[str, Any]) -> float:
+        """Return what `state.json` says of it, so that more is better; -inf where it was not measured at that step."""
+        look = state.get("look") or {}
+        value = look.get("values", {}).get(self.metric, math.nan)
+        if look.get("step") != state["step"] or math.isnan(value):
+            return -math.inf
+        return value if self.higher else -value
+
+
+def best_by(metric: str | None, known: Mapping[str, bool]) -> Best | None:
+    """Read checkpoint.best, given which held-out numbers there are and whether more of each is better.
+
+    Raises:
+        UserError: If there is no such number.
+    """
+    if metric is None:
+        return None
+    if metric not in known:
+        raise UserError(f"checkpoint.best: {unknown('held-out number', metric, known)}")
+    return Best(metric, known[metric])
+
+
+def prune(folders: Sequence[Path], keep: int, best: Best | None) -> None:
+    """Delete all of a run's checkpoints, oldest first, but the newest `keep` and the best; with 0, none."""
+    kept = {*folders[-keep:], best and _best_of(folders, best)}
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _best_of(folders: Sequence[Path], best: Best) -> Path | None:
+    """Return the first of those that score best; None where nothing was measured."""
+    found, top = None, -math.inf
+    for folder in folders:
+        try:
+            score = best.score(json.loads((folder / "state.json").read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken
+            continue
+        if score > top:
+            found, top = folder, score
+    return found

@@ -185,7 +185,11 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("encoder", {"name": "conv", "in_channels": 1}, "encoder.in_channels: the pipeline sets 'in_channels' of enco"),
         ("data", {"name": "folder"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root"),
         ("data", {"name": "folder", "root": "???"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value"),
-        ("data", {"name": "emoji", "root": "x"}, "data.root: unknown option 'root'. data=folder or shards has it. dat"),
+        (
+            "data",
+            {"name": "emoji", "root": "x"},
+            "data.root: unknown option 'root'. data=folder or pairs or shards has it. dat",
+        ),
         ("data", {"name": "folder", "root": "${nowhere}"}, "data: Interpolation key 'nowhere' not found"),
         ("optimizer", {"name": "timm", "options": 3}, "optimizer.options: '3' is not a mapping; write it as {a:1,b:2}"),
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),
@@ -295,7 +299,8 @@ def test_presets_that_set_values_stand_first_in_their_own_list() -> None:
 
 @pytest.mark.parametrize("component", EVERY, ids=lambda each: f"{each.kind}-{each.name}")
 def test_every_default_survives_the_config(component: registry.Component) -> None:
-    missing = {key: "x" for key, each in component.options.items() if each.default is each.empty}
+    needed = {key: each for key, each in component.options.items() if each.default is each.empty}
+    missing = {key: {"a": 1} if "Mapping" in str(each.annotation) else "x" for key, each in needed.items()}
     options = check(component.kind, {**registry._options(component), **missing, "name": component.name})
     defaults = {key: each.default for key, each in component.options.items() if key not in missing}
     assert {key: value for key, value in options.items() if key not in missing} == defaults

@@ -20,7 +20,6 @@ from vqf.interop.priors import Asked
 from vqf.interop.reading import read
 from vqf.pipelines.checkpoint import newest
 from vqf.protocols import Batch
-from vqf.registry import build
 from vqf.tokenizer import Tokenizer
 
 N, CLASSES, HEADS = (NOMINAL // 4) ** 2, 5, 2
@@ -164,7 +163,7 @@ def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("unmasked", [0, 3])
 def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> None:
-    """Its tokenizer becomes a run of its own, of depth (1 channel), pictures or classes (many); the prior draws by maps."""
+    """Its tokenizer becomes a run of its own, of depth (1 channel), pictures or classes; the prior draws by maps."""
     condition = {"target": "taming.models.vqgan.VQModel", "params": network(channels)}
     model = net2net(condition, 2 * N, n_unmasked=unmasked)
     generator = imported(save(model, tmp_path / "last.ckpt"))
@@ -194,9 +193,10 @@ def test_a_condition_that_the_file_does_not_hold_is_kept_as_it_is(tmp_path: Path
     tensors = {name: each for name, each in net2net(spatial(), 2 * N).state_dict().items() if "cond_stage" not in name}
     torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={tmp_path / 'last.ckpt'}", *TINY)
-    assert "the prior reads 16 tokens of a condition that the file does not hold" in (
-        tmp_path / "run" / "import-report.txt"
-    ).read_text()
+    assert (
+        "the prior reads 16 tokens of a condition that the file does not hold"
+        in (tmp_path / "run" / "import-report.txt").read_text()
+    )
     found = newest(tmp_path / "run")
     assert found is not None
     assert torch.equal(found.weights("model")["head.weight"], tensors["transformer.head.weight"])

@@ -15,11 +15,12 @@ from tests.parity.peers import CODE_DIM, CODES, NOMINAL, WIDTHS, Z, spread_codes
 from vqf.discriminators.patchgan import PatchGAN
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.stage1 import make_stage
-from vqf.protocols import Batch
+from vqf.protocols import Batch, Sample
 
 CONF = Path(__file__).parents[2] / "conf"
 ENGINE = Engine(torch.device("cpu"), torch.float32)
-DATA = SimpleNamespace(classes=[], split=lambda name: SimpleNamespace(fingerprint=""))
+COLOURED = Sample(torch.zeros(3, 1, 1))
+DATA = SimpleNamespace(classes=[], split=lambda name: SimpleNamespace(fingerprint="", item=lambda *_: COLOURED))
 LR = 1e-3
 SMALL = [
     f"image_size={NOMINAL}",

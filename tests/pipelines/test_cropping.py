@@ -20,7 +20,9 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(skimage.data.astronaut()).resize((width, height))
 
 
-@pytest.mark.parametrize(("width", "height"), [(200, 140), (141, 300), (96, 96), (60, 50), (67, 64), (64, 69), (147, 49)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(200, 140), (141, 300), (96, 96), (60, 50), (67, 64), (64, 69), (147, 49)]
+)
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos", "box"])
 def test_center_is_torchvisions_resize_and_center_crop(width: int, height: int, name: str) -> None:
     expected = Compose([Resize(64, InterpolationMode(name)), CenterCrop(64)])(photo(width, height))

@@ -77,9 +77,10 @@ class Engine:
             called = torch.compile(called, dynamic=False)  # type: ignore[assignment]
         if self.kind == "single":
             return called
+        buffers: dict[str, Any] = {BUFFERS: False}
         devices = None if self.device.type == "cpu" else [self.device]
         # Buffers are aligned once a step instead, and gradients lie where they are sent from.
-        return DistributedDataParallel(called, devices, gradient_as_bucket_view=True, **{BUFFERS: False})
+        return DistributedDataParallel(called, devices, gradient_as_bucket_view=True, **buffers)
 
     def collecting(self, called: Callable[..., Any], more: bool) -> AbstractContextManager[None]:
         """Hold gradients back while `more` micro-batches follow, where that saves sending them."""

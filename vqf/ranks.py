@@ -22,7 +22,7 @@ MOMENT = timedelta(seconds=10)  # that a process waits for another to say a line
 
 T = TypeVar("T")
 
-_store: dist.Store | None = None
+_store: "dist.Store | None" = None
 _spoke = False  # whether this process has said why it ends
 
 
@@ -58,7 +58,7 @@ def together() -> Iterator[None]:
     Raises:
         UserError: If the launcher's variables are not complete, or the others do not come.
     """
-    global _store
+    global _store, _spoke
     if joined() or not _launched():
         yield
         return
@@ -69,6 +69,7 @@ def together() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+    _spoke = False
     try:
         yield
         wait()  # the store lives in the first

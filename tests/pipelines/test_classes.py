@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from tests.processes import together
 from vqf.conditions import Conditions
 from vqf.generator import Generator
 from vqf.pipelines.classes import Classifier, Judge, Verdict, equally_often, reads_labels
@@ -72,10 +73,14 @@ class Album(nn.Module):
         return self.pictures[tokens[:, 0]].detach()
 
 
+def _tokens(codes: Tensor, labels: Tensor) -> Tokens:
+    return Tokens([{"tokens": codes[:, None].int(), "labels": labels}], len(codes))
+
+
 def cached() -> dict[str, Tokens]:
     count = TRAINED * len(CLASSES)
     codes = {"train": torch.arange(count), "validation": torch.arange(count, count + HELD_OUT * len(CLASSES))}
-    return {name: Tokens(each[None, :, None].int(), few()[name][1]) for name, each in codes.items()}
+    return {name: _tokens(each, few()[name][1]) for name, each in codes.items()}
 
 
 def planted(draw: Draw, conditioner: str = "label") -> Generator:
@@ -138,6 +143,21 @@ def test_the_verdict_is_the_same_again_and_has_names(copies: Verdict) -> None:
     assert again is not None
     assert again.scalars() == copies.scalars()
     assert list(again.scalars()) == [f"class_accuracy{each}" for each in ("", "_real", "_drawn", "_chance")]
+
+
+def judged() -> Verdict | None:
+    """The verdict on a generator whose pictures depend on the number of the sample, in batches that leave a rest."""
+    return verdict(planted(of_the_class), HELD_OUT * len(CLASSES) - 3)
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees() -> None:
+    alone = judged()
+    assert alone is not None
+    for found in together(2, judged):
+        assert found is not None
+        assert found.scalars() == pytest.approx(alone.scalars())
+        assert torch.equal(found.confusion, alone.confusion)
 
 
 def test_only_samples_that_are_asked_for_by_class_are_judged() -> None:

@@ -130,7 +130,7 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
     """Training on the cache sees the prefix that encoding on the fly gives; other conditions do not fit the cache."""
     from safetensors.torch import load_file
 
-    kept = load_file(run / "stage2" / "tokens" / "validation.safetensors")
+    kept = load_file(run / "stage2" / "tokens" / "validation-00000.safetensors")
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
     from vqf.registry import build
@@ -141,8 +141,8 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
         sample = split.item(0, index)
         assert sample.condition is not None
         codes = generator.conditioner.parts["spatial"].tokenizer.encode(sample.condition[None])  # type: ignore[attr-defined]
-        assert torch.equal(kept["codes.spatial"][0, index].long(), codes[0])
-        assert torch.equal(kept["tokens"][0, index].long(), generator.tokenizer.tokens(sample.image[None])[0])
+        assert torch.equal(kept["codes.spatial"][index].long(), codes[0])
+        assert torch.equal(kept["tokens"][index].long(), generator.tokenizer.tokens(sample.image[None])[0])
     named(monkeypatch, "model.conditioner")
     words = [f"run={run}", f"tokens.root={run / 'stage2' / 'tokens'}", "model/conditioner=none", "pipeline=stage2"]
     with pytest.raises(UserError, match=r"was made with conditions \w+, this run has \w+"):

@@ -142,9 +142,10 @@ def prior_stage(config: Any) -> PriorStage:
     classes = build("data", config.data, image_size=16, seed=0).classes
     generator = build_generator(config, tokenizer, classes)
     drawn = torch.Generator().manual_seed(1)
-    shape = (1, IMAGES, tokenizer.grid[0] * tokenizer.grid[1])
+    shape = (IMAGES, tokenizer.grid[0] * tokenizer.grid[1])
     tokens = torch.randint(CODES, shape, generator=drawn, dtype=torch.int32)
-    held = Tokens(tokens, torch.randint(len(classes), (IMAGES,), generator=drawn))
+    labels = torch.randint(len(classes), (IMAGES,), generator=drawn)
+    held = Tokens([{"tokens": tokens, "labels": labels}], IMAGES)
     return PriorStage(generator, held, {"classes": list(classes)}, config, make_engine(config))
 
 

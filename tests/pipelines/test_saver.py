@@ -22,9 +22,11 @@ from vqf.errors import UserError
 from vqf.pipelines import atomic
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.full import Full
 from vqf.pipelines.retention import Best, best_by
 from vqf.pipelines.saver import Saver
 from vqf.pipelines.stage1 import Stage1, TokenizerStage
+from vqf.pipelines.stage2 import Stage2
 from vqf.pipelines.training import Snapshot
 from vqf.protocols import Batch
 
@@ -159,6 +161,24 @@ def test_only_held_out_numbers_with_a_sense_can_be_best() -> None:
     assert str(caught.value) == (
         "checkpoint.best: unknown held-out number 'pnsr'. Did you mean 'psnr'? Known: psnr, usage."
     )
+
+
+@pytest.mark.parametrize(
+    ("best", "first", "second"), [("psnr", "psnr", None), ("nats_per_token", None, "nats_per_token")]
+)
+def test_each_stage_has_the_best_that_it_can_measure(
+    tmp_path: Path, best: str, first: str | None, second: str | None
+) -> None:
+    full = Full(compose("pipeline=full", f"checkpoint.best={best}"), tmp_path)
+    assert full._config(tmp_path / "stage1").checkpoint.best == first
+    assert full._config(tmp_path / "stage2").checkpoint.best == second
+
+
+@pytest.mark.parametrize("pipeline", [Full, Stage2])
+def test_a_slip_in_the_best_shows_before_anything_is_made(tmp_path: Path, pipeline: type) -> None:
+    with pytest.raises(UserError, match=r"^checkpoint\.best: unknown held-out number 'ndb'\."):
+        pipeline(compose("checkpoint.best=ndb"), tmp_path).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_best_look_is_saved_at_once_and_kept(tmp_path: Path) -> None:

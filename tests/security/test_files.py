@@ -25,7 +25,7 @@ from vqf.errors import UserError
 from vqf.interop import unpickle
 from vqf.pipelines.pictures import read_picture
 from vqf.pipelines.statistics import _load as read_reference
-from vqf.pipelines.tokens import _read as read_tokens
+from vqf.pipelines.tokens import Manifest
 from vqf.registry import build
 from vqf.weights import read_weights
 
@@ -60,10 +60,13 @@ def test_statistics_that_would_run_code(tmp_path: Path, canary: Canary, payload:
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, struct.pack("<Q", 2**60) + b"{}"])
 def test_tokens_that_are_none(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "train.safetensors"
-    path.write_bytes(content)
+    manifest = Manifest(tmp_path, "train", {}, pictures=3, views=1)
+    manifest.file(0).write_bytes(content)
     with pytest.raises(UserError):
-        read_tokens(path, {})
+        manifest.open()
+    manifest.path.write_bytes(content)
+    with pytest.raises(UserError):
+        Manifest(tmp_path, "train", {}, pictures=3, views=1)
 
 
 def a_picture(size: int = 8) -> bytes:

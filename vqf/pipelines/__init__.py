@@ -14,6 +14,7 @@ from vqf.pipelines import (
     shard,
     stage1,
     stage2,
+    tokenize,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "shard",
     "stage1",
     "stage2",
+    "tokenize",
 ]

@@ -126,11 +126,7 @@ def build_generator(
 ) -> Generator:
     """Build what stands on a tokenizer, untrained: everything wired comes from built objects."""
     grid = tokenizer.grid
-    wired = {"classes": len(classes), "grid": grid, "tokenizer": tokenizer, "open_tokenizer": coders or Coders()}
-    parts = {name: build("conditioner", node, **wired) for name, node in chosen(config.model, "conditioner").items()}
-    if not parts:
-        raise UserError("model.conditioner: none is chosen; model/conditioner=none gives a prior its start token")
-    conditioner = Conditions(parts)
+    conditioner = build_conditions(config, tokenizer, classes, coders)
     prior = build(
         "prior",
         config.model.prior,
@@ -141,6 +137,22 @@ def build_generator(
         prefix_length=conditioner.length,
     )
     return Generator(tokenizer, conditioner, prior, build("sampler", sampler or config.sampler), classes)
+
+
+def build_conditions(
+    config: DictConfig, tokenizer: Tokenizer, classes: Sequence[str], coders: Coders | None = None
+) -> Conditions:
+    """Build the conditioners of a config, for the pictures of a tokenizer.
+
+    Raises:
+        UserError: If there is none.
+    """
+    grid = tokenizer.grid
+    wired = {"classes": len(classes), "grid": grid, "tokenizer": tokenizer, "open_tokenizer": coders or Coders()}
+    parts = {name: build("conditioner", node, **wired) for name, node in chosen(config.model, "conditioner").items()}
+    if not parts:
+        raise UserError("model.conditioner: none is chosen; model/conditioner=none gives a prior its start token")
+    return Conditions(parts)
 
 
 def _fill(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:

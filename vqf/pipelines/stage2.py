@@ -25,6 +25,7 @@ from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe
 from vqf.pipelines.complete import can_complete, complete_tokens
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS
+from vqf.pipelines.files import PARTS
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import Order, part_of
 from vqf.pipelines.loop import Evaluation, Loop
@@ -32,7 +33,8 @@ from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.player import Player
 from vqf.pipelines.restore import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer
 from vqf.pipelines.retention import best_by
-from vqf.pipelines.tokens import Tokens, tokenize
+from vqf.pipelines.tokenize import Coder, token_folder, tokenize_part
+from vqf.pipelines.tokens import Tokens
 from vqf.protocols import Batch
 from vqf.registry import build, register
 from vqf.terminal import log
@@ -212,9 +214,8 @@ class Stage2:
         torch.manual_seed(config.seed)
         coders = Coders()
         generator = build_generator(config, tokenizer, data.classes, coders).to(engine.device)
-        cached = {
-            name: self._tokenize(config, generator, data.split(name), name, engine) for name in ("train", "validation")
-        }
+        coder, folder = Coder(tokenizer, generator.conditioner, engine), token_folder(config, self.run_dir)
+        cached = {part: tokenize_part(coder, data.split(part), part, folder, config) for part in PARTS}
         facts = {
             "classes": list(data.classes),
             "image_size": list(tokenizer.image_size),
@@ -266,16 +267,3 @@ class Stage2:
                 "model.prior and model.conditioner: stage 2 needs both, model/prior=gpt model/conditioner=none"
             )
         return config
-
-    def _tokenize(self, config: DictConfig, generator: Generator, split: Any, name: str, engine: Engine) -> Tokens:
-        folder = self.run_dir / "tokens" if config.tokens.root is None else Path(config.tokens.root)
-        return tokenize(
-            generator.tokenizer,
-            generator.conditioner.eval(),
-            split,
-            folder / f"{name}.safetensors",
-            views=config.tokens.views if name == "train" else 1,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            engine=engine,
-        )

@@ -1,41 +1,57 @@
-"""Cached tokens: what stage 2 trains on, made once from a data source by one tokenizer."""
+"""Tokens on disk: what stage 2 trains on, made once from a data source by one tokenizer.
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+Every view of every picture is a row: row r is picture r % pictures as it looks in view r // pictures. A view is one
+epoch's augmentation. Rows lie in shards, so many in each, which are mapped into memory: of a part that is larger than
+the memory there is, only what was looked at last is there.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqf import ranks, terminal
-from vqf.conditions import Conditions
 from vqf.errors import UserError
-from vqf.pipelines.atomic import write_weights
-from vqf.pipelines.engine import Engine
-from vqf.pipelines.loader import Order, in_batches, keyed
-from vqf.protocols import Batch, Split
-from vqf.tokenizer import Tokenizer
+from vqf.pipelines.atomic import flush, write_weights
+from vqf.pipelines.loader import Key, Order
+from vqf.pipelines.shard import sha256
+from vqf.protocols import Batch
+from vqf.terminal import log
 
+VERSION = 1
+ROWS = 4096  # of a shard: 4 MiB where a picture has 256 tokens
 CODES = "codes."  # in front of the name of a condition
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a split.
+    """The tokens of a part of the data; epoch e trains on view e modulo their number.
 
-    A view is one epoch's augmentation of every picture; epoch e trains on view e modulo their number.
+    A shard has "tokens" (R, N) int32, which is half the memory, and vocabularies stay below 2**31; where the data has
+    them "labels" (R,) int64 and "places" (R, 4) float; and for every condition that is a picture "codes.<name>"
+    (R, h, w) int32. R is the same for all shards but the last.
     """
 
-    tokens: Tensor  # (views, pictures, N) int32: half the memory, and vocabularies stay below 2**31
-    labels: Tensor | None  # (pictures,) int64
-    places: Tensor | None = None  # (views, pictures, 4) float
-    codes: Mapping[str, Tensor] = field(default_factory=dict)  # (views, pictures, h, w) int32, of conditions
+    shards: Sequence[Mapping[str, Tensor]]
+    pictures: int
 
     def __len__(self) -> int:
-        return self.tokens.shape[1]
+        return self.pictures
+
+    @property
+    def views(self) -> int:
+        """How often each picture is there."""
+        return sum(len(shard["tokens"]) for shard in self.shards) // self.pictures
+
+    @property
+    def codes(self) -> list[str]:
+        """The names of the conditions whose codes are here."""
+        return [name.removeprefix(CODES) for name in self.shards[0] if name.startswith(CODES)]
 
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` to `stop` - 1."""
@@ -45,105 +61,157 @@ class Tokens:
 
     def pick(self, epochs: list[int], indices: list[int]) -> Batch:
         """Return the batch of some pictures, as they look in some epochs."""
-        views = [epoch % len(self.tokens) for epoch in epochs]
-        labels = None if self.labels is None else self.labels[indices]
-        places = None if self.places is None else self.places[views, indices]
-        codes = {name: each[views, indices].long() for name, each in self.codes.items()}
-        return Batch(labels=labels, tokens=self.tokens[views, indices].long(), places=places, codes=codes)
+        rows = torch.tensor(epochs) % self.views * self.pictures + torch.tensor(indices)
+        found = self._gather(rows)
+        codes = {name: found[f"{CODES}{name}"].long() for name in self.codes}
+        labels, places = found.get("labels"), found.get("places")
+        return Batch(labels=labels, tokens=found["tokens"].long(), places=places, codes=codes)
+
+    def _gather(self, rows: Tensor) -> dict[str, Tensor]:
+        size = len(self.shards[0]["tokens"])
+        found = {name: each.new_empty(len(rows), *each.shape[1:]) for name, each in self.shards[0].items()}
+        for number in (rows // size).unique().tolist():
+            here = (rows // size == number).nonzero().flatten()
+            for name, column in self.shards[number].items():
+                found[name][here] = column[rows[here] % size]
+        return found
 
 
-def tokenize(
-    tokenizer: Tokenizer,
-    conditions: Conditions,
-    split: Split,
-    path: Path,
-    *,
-    views: int,
-    batch_size: int,
-    workers: int,
-    engine: Engine,
-) -> Tokens:
-    """Read the tokens of a split, and the codes of its conditions, from `path`, or make them and write them there.
+class Manifest:
+    """`<part>.json`: what the shards of a part were made of, how many there are, and the hash of each.
+
+    Args:
+        folder: Of the shards, `<part>-00000.safetensors` and so on.
+        part: "train" or "validation".
+        origin: What decides the tokens, each by its name.
+        pictures: Of the part.
+        views: Of each picture.
+        rows: Of a shard; as many as the folder began with by default.
 
     Raises:
-        UserError: If `path` holds the tokens of another tokenizer, of other conditions, or of other pictures.
+        UserError: If the folder has the tokens of another origin, or other shards, or a manifest that is none.
     """
-    origin = {"tokenizer": tokenizer.fingerprint(), "data": split.fingerprint, "views": str(views)}
-    origin["conditions"] = _fingerprint(conditions)
-    if ranks.same(path.is_file()):
-        return _read(path, origin)
-    pieces: dict[str, list[Tensor]] = defaultdict(list)
-    with terminal.progress(f"tokenize {path.stem}", views * len(split)) as bar:
-        for batch in _all_views(split, views, batch_size, workers):
-            now = min(len(batch) * ranks.world(), bar.left)
-            for name, piece in _pieces(tokenizer, conditions, batch.to(engine.device), engine).items():
-                if (whole := ranks.collect(piece, now)) is not None:
-                    pieces[name].append(whole)
-            bar.advance(now)
-    if not ranks.first():
-        ranks.wait()
-        return _read(path, origin)
-    found = {name: torch.cat(each).unflatten(0, (views, len(split))) for name, each in pieces.items()}
-    if "labels" in found:
-        found["labels"] = found["labels"][0].contiguous()
-    _write(path, found, origin)
-    ranks.wait()  # the others read what is written now
-    return _gather(found)
+
+    def __init__(
+        self, folder: Path, part: str, origin: Mapping[str, str], pictures: int, views: int, rows: int | None = None
+    ) -> None:
+        self.folder, self.part, self.origin = folder, part, dict(origin)
+        self.path, self.pictures, self.total = folder / f"{part}.json", pictures, pictures * views
+        self.rows, self.shards = rows or ROWS, dict[str, dict[str, Any]]()
+        if self.path.exists():
+            self._take_up(rows)
+        self.count = -(-self.total // self.rows)
+
+    def file(self, number: int) -> Path:
+        """Return where a shard lies."""
+        return self.folder / f"{self.part}-{number:05d}.safetensors"
+
+    def size(self, number: int) -> int:
+        """Return the rows of a shard; the last may have fewer."""
+        return min(self.rows, self.total - number * self.rows)
+
+    def keys(self, number: int, batch_size: int) -> Iterator[list[Key]]:
+        """Yield view and index of the rows of a shard, in batches, of which the last may be smaller."""
+        first = number * self.rows
+        stop = first + self.size(number)
+        for start in range(first, stop, batch_size):
+            yield [divmod(row, self.pictures) for row in range(start, min(start + batch_size, stop))]
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not there, or not as they were written."""
+        found = []
+        for number in range(self.count):
+            path = self.file(number)
+            known = self.shards.get(path.name)
+            if known is not None and path.is_file() and sha256(path) == known.get("sha256"):
+                continue
+            if known is not None:
+                log.warning("'%s' is not what %s says; it is made again", path, self.path.name)
+            self.shards.pop(path.name, None)
+            found.append(number)
+        return found
+
+    def write(self, number: int, columns: Mapping[str, Tensor]) -> str:
+        """Write a shard beside its name, rename it when it is whole, and return its hash."""
+        path = self.file(number)
+        temporary = path.with_name(f".{path.name}.partial")
+        with _writing(path):
+            try:
+                write_weights(columns, temporary)
+                digest = sha256(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return digest
+
+    def add(self, hashes: Mapping[int, str]) -> None:
+        """Record shards that are written, by their numbers."""
+        for number, digest in hashes.items():
+            self.shards[self.file(number).name] = {"rows": self.size(number), "sha256": digest}
+        finished = len(self.shards) == self.count
+        facts = {"pictures": self.pictures, "rows": self.rows, "finished": finished}
+        content = {"version": VERSION, **facts, "origin": self.origin, "shards": dict(sorted(self.shards.items()))}
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        with _writing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            flush(temporary)
+            temporary.replace(self.path)
+
+    def open(self) -> Tokens:
+        """Map the shards into memory.
+
+        Raises:
+            UserError: If one of them holds something else.
+        """
+        shards = [_mapped(self.file(number)) for number in range(self.count)]
+        for number, shard in enumerate(shards):
+            found = {name: len(column) for name, column in shard.items()}
+            if found != dict.fromkeys({"tokens", *shards[0]}, self.size(number)):
+                raise _damaged(self.file(number), f"{self.size(number)} rows of tokens were to be in it")
+        return Tokens(shards, self.pictures)
+
+    def _take_up(self, rows: int | None) -> None:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            version, theirs, origin, shards = (found[key] for key in ("version", "rows", "origin", "shards"))
+            if version != VERSION or not isinstance(theirs, int) or theirs < 1:
+                raise ValueError(f"version {version}, rows {theirs}")
+            named = {key: origin.get(key) for key in self.origin}
+            self.shards = {name: dict(each) for name, each in shards.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(self.path, str(error)) from error
+        for key, value in self.origin.items():
+            if named[key] != value:
+                raise UserError(
+                    f"tokens.root: {self.path} was made with {key} {named[key]}, this run has {value}; "
+                    f"tokens of another {key} mean something else. Leave tokens.root out and they are made anew"
+                )
+        if rows not in (None, theirs):
+            raise UserError(f"rows={rows}: the shards in {self.folder} have {theirs}; leave rows out, or delete them")
+        self.rows = theirs
 
 
-def _pieces(tokenizer: Tokenizer, conditions: Conditions, batch: Batch, engine: Engine) -> dict[str, Tensor]:
-    """Return what is kept of a batch, under the names that the file has."""
-    assert batch.images is not None
-    with torch.no_grad(), engine.autocast():
-        tokens, told = tokenizer.tokens(batch.images), conditions.prepare(batch)
-    kept = {"tokens": tokens.int(), "labels": told.labels, "places": told.places}
-    kept |= {f"{CODES}{name}": each.int() for name, each in told.codes.items()}
-    return {name: each.cpu() for name, each in kept.items() if each is not None}
-
-
-def _gather(found: Mapping[str, Tensor]) -> Tokens:
-    codes = {name.removeprefix(CODES): each for name, each in found.items() if name.startswith(CODES)}
-    return Tokens(found["tokens"], found.get("labels"), found.get("places"), codes)
-
-
-def _fingerprint(conditions: Conditions) -> str:
-    """Hash the weights of every tokenizer that makes codes of conditions, and which conditions there are."""
-    digest = hashlib.sha256(repr([(name, each.length) for name, each in conditions.parts.items()]).encode())
-    for name, tensor in sorted(conditions.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _all_views(split: Split, views: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    keys = [(view, index) for view in range(views) for index in range(len(split))]
-    return keyed(split, in_batches(keys, batch_size), workers=workers)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], origin: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        write_weights(tensors, temporary, origin)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"tokens.root: {path} cannot be written: {error.strerror}; make room, or name another"
         ) from error
-    temporary.replace(path)
 
 
-def _read(path: Path, origin: dict[str, str]) -> Tokens:
+def _mapped(path: Path) -> dict[str, Tensor]:
     try:
-        opened = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise UserError(f"tokens.root: {path} is damaged ({error}); delete it, and it is made anew") from error
-    with opened as file:
-        found = file.metadata() or {}
-        for key, value in origin.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"tokens.root: {path} was made with {key} {found.get(key)}, this run has {value}; "
-                    f"tokens of another {key} mean something else. Leave tokens.root out and they are made anew"
-                )
-        return _gather({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+    if any(column.ndim == 0 for column in found.values()):
+        raise _damaged(path, "it holds no rows")
+    return found
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"tokens.root: {path} is damaged ({why}); delete it, and it is made anew")

@@ -1,0 +1,307 @@
+"""Tokens at scale: the same shards whoever makes them, and nothing made twice."""
+
+import hashlib
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from tests.composing import compose
+from tests.pipelines.test_loop import TINY, weights
+from tests.processes import together
+from vqf.conditions import Conditions
+from vqf.errors import UserError
+from vqf.pipelines import tokenize
+from vqf.pipelines.engine import Engine
+from vqf.pipelines.stage1 import Stage1
+from vqf.pipelines.stage2 import Stage2
+from vqf.pipelines.tokenize import Coder, Tokenize, tokenize_part
+from vqf.pipelines.tokens import Manifest, Tokens
+from vqf.protocols import Batch, Sample
+from vqf.registry import build
+
+PICTURES, VIEWS = 23, 3
+
+
+class KilledError(Exception):
+    """Stands for a process that ends here."""
+
+
+class Pictures:
+    """Pictures of one number, which says of which view and index they are; each with a label, a map and a place."""
+
+    fingerprint = "numbers"
+
+    def __init__(self, count: int = PICTURES) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, epoch: int, index: int) -> Sample:
+        image = torch.full((3, 4, 4), (epoch * 10 + index) / 1000)
+        return Sample(image, label=index % 5, condition=-image, place=torch.tensor([0.0, 0.0, index / 100, 1.0]))
+
+
+class Numbers(nn.Module):
+    """A tokenizer whose codes are the number of a picture; it counts what it is shown, and can be stopped."""
+
+    def __init__(self, most: int = 10**9) -> None:
+        super().__init__()
+        self.seen, self.most = 0, most
+
+    def tokens(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        if self.seen > self.most:
+            raise KilledError
+        return (images[:, 0].flatten(1) * 1000).round().long()
+
+    def fingerprint(self) -> str:
+        return "numbers"
+
+
+class Map:
+    """A condition that is a map: its codes are the map's numbers."""
+
+    vocab_size, length = 1000, 4
+
+    def prepare(self, batch: Batch) -> Batch:
+        assert batch.conditions is not None
+        codes = (batch.conditions[:, 0, :2, :2] * -1000).round().long()
+        return Batch(labels=batch.labels, places=batch.places, codes={"map": codes})
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return batch.codes["map"].flatten(1)
+
+
+def coder(tokenizer: Numbers | None = None) -> Coder:
+    engine = Engine(torch.device("cpu"), torch.float32)
+    return Coder(tokenizer or Numbers(), Conditions({"map": Map()}), engine)  # type: ignore[arg-type, dict-item]
+
+
+def config(batch_size: int = 4, workers: int = 0) -> DictConfig:
+    return OmegaConf.create({"tokens": {"views": VIEWS}, "batch_size": batch_size, "workers": workers})
+
+
+def make(folder: Path, tokenizer: Numbers | None = None, *, rows: int | None = 10, workers: int = 0) -> Tokens:
+    return tokenize_part(coder(tokenizer), Pictures(), "train", folder, config(workers=workers), rows)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kept(tokens: Tokens) -> dict[str, Tensor]:
+    return {name: torch.cat([shard[name] for shard in tokens.shards]) for name in tokens.shards[0]}
+
+
+@pytest.mark.parametrize("rows", [1, 10, 23, 69, None])
+def test_shards_hold_what_the_tokenizer_says(rows: int | None, tmp_path: Path) -> None:
+    tokenizer, split = Numbers(), Pictures()
+    found = kept(make(tmp_path, tokenizer, rows=rows))
+    assert tokenizer.seen == PICTURES * VIEWS
+    samples = [split.item(view, index) for view in range(VIEWS) for index in range(PICTURES)]
+    numbers = torch.tensor([view * 10 + index for view in range(VIEWS) for index in range(PICTURES)])
+    assert torch.equal(found["tokens"], numbers[:, None].expand(-1, 16).int())
+    assert torch.equal(found["codes.map"], numbers[:, None, None].expand(-1, 2, 2).int())
+    assert found["labels"].tolist() == [sample.label for sample in samples]
+    assert torch.equal(found["places"], torch.stack([sample.place for sample in samples if sample.place is not None]))
+
+
+def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
+    make(tmp_path)
+    found = json.loads((tmp_path / "train.json").read_text())
+    names = [f"train-{number:05d}.safetensors" for number in range(7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "train.json"]
+    assert {name: each["rows"] for name, each in found["shards"].items()} == dict.fromkeys(names, 10) | {names[6]: 9}
+    for name, each in found["shards"].items():
+        assert each["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    origin = {"tokenizer": "numbers", "data": "numbers", "views": "3", **found["origin"]}
+    assert found["origin"] == origin and origin.keys() == {"tokenizer", "data", "views", "conditions"}
+    assert (found["pictures"], found["rows"], found["finished"]) == (PICTURES, 10, True)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    make(tmp_path / "one")
+    make(tmp_path / "two", workers=2)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def made_by_a_process(folder: str) -> int:
+    tokenizer = Numbers()
+    make(Path(folder), tokenizer)
+    return tokenizer.seen
+
+
+def test_processes_make_what_one_makes(tmp_path: Path) -> None:
+    """Shards 0, 2, 4 and 6 are the first process's, 1, 3 and 5 the other's; both open all of them."""
+    make(tmp_path / "one")
+    assert together(2, made_by_a_process, str(tmp_path / "two")) == [39, 30]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    for number in (1, 5):
+        (tmp_path / "two" / f"train-{number:05d}.safetensors").unlink()
+    assert together(2, made_by_a_process, str(tmp_path / "two")) == [10, 10]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "gone": Path.unlink,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "a bit flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_only_what_is_not_whole_is_made_again(name: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    before = files(tmp_path)
+    for number, rows in ((2, 10), (6, 9)):
+        DAMAGES[name](tmp_path / f"train-{number:05d}.safetensors")
+        tokenizer = Numbers()
+        found = make(tmp_path, tokenizer, rows=None)
+        assert tokenizer.seen == rows and files(tmp_path) == before
+        assert found.shards[number]["tokens"][0, 0] == number * 10 // PICTURES * 10 + number * 10 % PICTURES
+
+
+def test_what_is_whole_is_not_touched(tmp_path: Path) -> None:
+    make(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+    make(tmp_path, tokenizer := Numbers())
+    assert tokenizer.seen == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("seen", [0, 9, 10, 35, 68])
+def test_a_run_that_is_killed_loses_the_shard_in_flight(seen: int, tmp_path: Path) -> None:
+    make(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        make(tmp_path / "cut", Numbers(most=seen))
+    assert not json.loads((tmp_path / "cut" / "train.json").read_text())["finished"]
+    make(tmp_path / "cut", tokenizer := Numbers())
+    assert tokenizer.seen == PICTURES * VIEWS - seen // 10 * 10
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["write", "add"])
+def test_killed_while_a_shard_is_written_or_recorded(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "whole")
+    kept_method, calls = getattr(Manifest, place), []
+
+    def dies(self: Manifest, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            (self.folder / ".train-00003.safetensors.partial").write_bytes(b"half")
+            raise KilledError
+        return kept_method(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        patched.setattr(Manifest, place, dies)
+        make(tmp_path / "cut")
+    make(tmp_path / "cut", tokenizer := Numbers())
+    done = 3 if place == "write" else 2  # the first record is that it begins
+    assert tokenizer.seen == PICTURES * VIEWS - done * 10
+    (tmp_path / "cut" / ".train-00003.safetensors.partial").unlink(missing_ok=True)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4000 pictures in shards of 20 rows never more than 20 are alive, nor their keys."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    call = Coder.__call__
+
+    def watched(self: Coder, batch: Batch) -> dict[str, Tensor]:
+        nonlocal most
+        found = call(self, batch)
+        alive[:] = [each for each in alive if each() is not None] + [weakref.ref(found["tokens"])]
+        most = max(most, sum(len(each()) for each in alive))  # type: ignore[arg-type]
+        return found
+
+    keys: list[int] = []
+    item = Pictures.item
+
+    def counted(self: Pictures, epoch: int, index: int) -> Sample:
+        keys.append(index)
+        return item(self, epoch, index)
+
+    class Slow(Numbers):
+        def tokens(self, images: Tensor) -> Tensor:
+            assert len(keys) - self.seen <= 2 * len(images), "pictures are read ahead of what is encoded"
+            return super().tokens(images)
+
+    monkeypatch.setattr(Coder, "__call__", watched)
+    monkeypatch.setattr(Pictures, "item", counted)
+    found = tokenize_part(coder(Slow()), Pictures(4000), "validation", tmp_path, config(5), 20)
+    assert len(found.shards) == 200 and len(keys) == 4000
+    assert most == 20
+
+
+def test_conditions_that_make_no_codes_share_tokens() -> None:
+    """Labels and places are kept in any case; only what is encoded decides."""
+
+    def origin(*names: str) -> str:
+        parts = {name: build("conditioner", {"name": name}, classes=5, grid=(2, 2), tokenizer=None) for name in names}
+        return tokenize._fingerprint(Conditions(parts))
+
+    assert origin("none") == origin("label") == origin("label", "none")
+    assert origin("none") != tokenize._fingerprint(Conditions({"map": Map()}))  # type: ignore[dict-item]
+    longer = Map()
+    longer.length = 8  # type: ignore[misc]
+    fingerprints = {tokenize._fingerprint(Conditions({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
+    assert len(fingerprints) == 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Stage1(compose(*TINY, "steps=2"), folder).run()
+    return folder
+
+
+def test_stage2_trains_on_shards_as_on_its_own(run: Path, tmp_path: Path) -> None:
+    words = [f"run={run}", "tokens.views=2"]
+    root = f"tokens.root={tmp_path / 'tokens'}"
+    Tokenize(compose(*TINY, "pipeline=tokenize", root, *words), tmp_path, rows=96).run()
+    assert len(list((tmp_path / "tokens").glob("train-*.safetensors"))) == -(-2800 // 96)
+    before = files(tmp_path / "tokens")
+    Stage2(compose(*TINY, "pipeline=stage2", *words, "steps=4"), tmp_path / "own").run()
+    Stage2(compose(*TINY, "pipeline=stage2", *words, "steps=4", root), tmp_path / "shards").run()
+    assert weights(tmp_path / "own") == weights(tmp_path / "shards")
+    assert not (tmp_path / "shards" / "tokens").exists() and files(tmp_path / "tokens") == before
+    assert sorted(path.name for path in (tmp_path / "own" / "tokens").iterdir()) == [
+        *("train-00000.safetensors", "train.json", "validation-00000.safetensors", "validation.json")
+    ]
+
+
+def test_the_run_decides_size_and_data(run: Path, tmp_path: Path) -> None:
+    """Nothing but the run is named, and the folder of this run is the default."""
+    Tokenize(compose("pipeline=tokenize", f"run={run}", "batch_size=100"), tmp_path).run()
+    found = json.loads((tmp_path / "tokens" / "validation.json").read_text())
+    assert found["pictures"] == 236 and found["finished"]
+
+
+def test_views_of_another_number_are_refused(run: Path, tmp_path: Path) -> None:
+    words = ["pipeline=tokenize", f"run={run}", f"tokens.root={tmp_path / 'tokens'}"]
+    Tokenize(compose(*TINY, *words), tmp_path).run()
+    with pytest.raises(UserError, match="was made with views 1, this run has 2"):
+        Tokenize(compose(*TINY, *words, "tokens.views=2"), tmp_path).run()
+
+
+def test_a_shard_has_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows=0: a shard has at least one"):
+        Tokenize(compose("pipeline=tokenize"), tmp_path, rows=0)

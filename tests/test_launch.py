@@ -35,6 +35,7 @@ SMALL = [
     "model.prior.dim=16",
     "metric=[psnr]",
     "evaluate.count=9",
+    "evaluate.samples=0",
     "log.every=1",
 ]
 

@@ -14,12 +14,14 @@ from vqf.pipelines.engine import make_engine
 from vqf.pipelines.estimate import Estimate, estimate, estimate_drawing, stage_config, stages_of
 from vqf.pipelines.ledger import Bytes
 from vqf.pipelines.measured import Measured, measure
+from vqf.pipelines.remedies import changed, changes, written
 from vqf.registry import register
 from vqf.terminal import log, table
 
 GIB = 2**30
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 DAY, HOUR, MINUTE = 86400, 3600, 60
+ROWS = ("weights", "gradients", "optimizer", "average", "discriminator", "frozen networks", "activations", "borrowed")
 
 
 @register("pipeline", "plan")
@@ -93,25 +95,26 @@ class Plan:
 
     def _advise(self, name: str, found: Estimate, memory: float) -> dict[str, int]:
         """Say whether a stage fits, and if not, with which options it does."""
-        if (needs := found.peak(self._view(self.config))) <= memory:
-            log.info("%s fits into %s", name, size(memory))
+        needs = found.peak(self._view(self.config))
+        if needs <= memory:
+            log.info("%s fits into %s with %s to spare", name, size(memory), size(memory - needs))
             return {}
         log.info("%s does not fit into %s: it needs %s", name, size(memory), size(needs))
         remedies = dict(self._remedies(name, memory))
         for words, peak in remedies.items():
             log.info("  %s brings it to %s", words, size(peak))
         if not remedies:
-            log.info("  nor with accumulate=, precision=bf16 or engine=fsdp2: fewer channels, or a smaller image_size")
+            log.info("  no option alone makes it fit: fewer channels, or a smaller image_size")
         return remedies
 
     def _remedies(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
         """Yield options that make a stage fit, the mildest of each kind, and its peak then."""
-        for family in changes(stage_config(self.config, name, self.world), self.world):
+        for family in changes(name, stage_config(self.config, name, self.world), self.world):
             for change in family:
-                config = _changed(self.config, name, change)
+                config = changed(self.config, name, change)
                 peak = self._estimate(name, config).peak(self._view(config))
                 if peak <= memory:
-                    yield " ".join(f"{key}={value}" for key, value in change.items()), peak
+                    yield written(change), peak
                     break
 
     def _view(self, config: DictConfig) -> str:
@@ -123,19 +126,6 @@ class Plan:
         rows = [(kind, size(count)) for kind, count in drawing.items() if count]
         title = f"sample: memory, {self.config.stage2.batch_size} pictures at once"
         table(title, ("", "bytes"), [*rows, ("peak", size(sum(drawing.values())))])
-
-
-def changes(config: DictConfig, world: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield families of options that lower the memory, each from the mildest on."""
-    pieces = [n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0]
-    split = [{"accumulate": n} for n in pieces]
-    yield list(split)
-    if config.precision == "fp32":
-        narrow: dict[str, Any] = {"precision": "bf16"}
-        yield [narrow, *({**narrow, **each} for each in split)]
-    if world > 1 and config.engine != "fsdp2":
-        shared: dict[str, Any] = {"engine": "fsdp2"}
-        yield [shared, *({**shared, **each} for each in split)]
 
 
 def summary(found: Estimate, seconds: float | None, steps: int) -> str:
@@ -166,7 +156,7 @@ def duration(seconds: float) -> str:
 
 def _tell_memory(title: str, found: Estimate, world: int, measured: Measured | None) -> None:
     header = ["", *(view if world == 1 else f"{view}, {world} processes" for view in found.peaks)]
-    kinds = {kind: None for peak in found.peaks.values() for kind, count in peak.items() if count}
+    kinds = [kind for kind in ROWS if any(peak.get(kind) for peak in found.peaks.values())]
     rows = [[kind, *(size(peak.get(kind, 0)) for peak in found.peaks.values())] for kind in kinds]
     rows.append(["peak", *(size(found.peak(view)) for view in found.peaks)])
     if measured:
@@ -176,16 +166,6 @@ def _tell_memory(title: str, found: Estimate, world: int, measured: Measured | N
 
 def _peaks(found: Estimate) -> Mapping[str, int]:
     return {view: found.peak(view) for view in found.peaks}
-
-
-def _changed(config: DictConfig, name: str, change: Mapping[str, Any]) -> DictConfig:
-    config = config.copy()
-    with open_dict(config):
-        for key, value in change.items():
-            config[key] = value
-            if name == "stage2" and key in config.stage2:
-                config.stage2[key] = value
-    return config
 
 
 def _device(config: DictConfig) -> torch.device:

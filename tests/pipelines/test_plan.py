@@ -298,7 +298,7 @@ def test_real_steps_stand_beside_the_plan(tmp_path: Path, told: Told) -> None:
 
 
 def pretended(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 0) -> Estimate:
-    """An estimate of 1,200 bytes for every picture of a micro-batch, less in bf16 and with checkpoints, and of weights."""
+    """An estimate of 1,200 bytes for a picture of a micro-batch, less in bf16 and with checkpoints; 300 of weights."""
     share = (0.5 if config.precision == "bf16" else 1) * (0.75 if config.model.encoder.gradient_checkpointing else 1)
     pictures = config.batch_size / config.accumulate / world * 1200 * share
     peaks = {"single": {"activations": pictures, "weights": 300}}

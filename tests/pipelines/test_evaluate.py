@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.full import Full
 from vqf.pipelines.statistics import floor_sets
 from vqf.protocols import Batch
-from vqf.registry import build, find, flat_node, names
+from vqf.registry import build, find, flat_node, names, register
 from vqf.settings import complete
 from vqf.tokenizer import Tokenizer
 
@@ -131,6 +132,8 @@ def test_samples_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear
     lines = map(json.loads, (run / "stage2" / "metrics.jsonl").read_text().splitlines())
     seen = [line["validation/nats_per_token"] for line in lines if "validation/nats_per_token" in line]
     assert found["values"]["nats_per_token"] == pytest.approx(seen[-1], rel=1e-4), "the number that training ends with"
+    other = evaluate(protocol={"name": "generation", "count": 20, "seed": 1})
+    assert other["values"]["fd_linear"] != found["values"]["fd_linear"], "another seed draws other samples"
 
 
 def test_without_a_protocol_a_run_is_measured_as_what_it_is(evaluate: Any) -> None:
@@ -279,6 +282,16 @@ def test_mistakes_are_one_line(evaluate: Any, protocol: dict[str, Any], places: 
 def test_a_tokenizer_alone_draws_no_samples(evaluate: Any) -> None:
     with pytest.raises(UserError, match="this needs the run of a prior"):
         evaluate("stage1", protocol={"name": "small"})
+
+
+@pytest.mark.usefixtures("isolated")
+def test_the_protocol_of_the_page_can_be_registered(evaluate: Any) -> None:
+    page = (Path(vqf.__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@register" in block]
+    exec(code, {"__name__": "mine", "register": register, "dataclass": dataclass, "ClassVar": ClassVar})
+    found = evaluate(protocol={"name": "mine", "count": 4}, metric={})["protocol"]
+    facts = {"name": "mine", "task": "generation", "count": 4, "resize": "lanczos", "labels": "uniform", "seed": 7}
+    assert found.items() >= facts.items()
 
 
 def test_how_many_samples_a_class_has_in_words() -> None:

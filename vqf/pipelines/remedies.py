@@ -29,7 +29,9 @@ def changes(name: str, config: DictConfig, world: int) -> Iterator[list[Change]]
     }
     narrow = {"precision": "bf16"} if config.precision == "fp32" else {}
     shared = {"engine": "fsdp2"} if world > 1 and config.engine != "fsdp2" else {}
-    for first in filter(None, (narrow, again, shared, {**narrow, **again} if narrow and again else {})):
+    both = {**narrow, **again} if narrow and again else {}
+    firsts: list[Change] = [each for each in (narrow, again, shared, both) if each]
+    for first in firsts:
         yield [first, *({**first, **each} for each in split)]
 
 

@@ -27,6 +27,15 @@ class Comparison:
     exact: bool = field(default=False, compare=False)  # in float64 alone
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What stands above a test: the first lines of its module's and its own docstring, and the dtypes it runs in."""
+
+    title: str
+    how: str
+    dtypes: tuple[torch.dtype, ...]
+
+
 Results = dict[tuple[Comparison, torch.dtype], float]  # the largest difference of each
 RESULTS = pytest.StashKey[Results]()
 
@@ -63,15 +72,30 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return found  # type: ignore[return-value]
 
 
-def declared() -> dict[Comparison, tuple[str, str]]:
-    """Return every comparison of this folder with the first lines of its module's and its test's docstrings."""
-    found: dict[Comparison, tuple[str, str]] = {}
+def declared() -> dict[Comparison, Declared]:
+    """Return every comparison of this folder."""
+    found: dict[Comparison, Declared] = {}
     for module, test in _tests():
         for mark in getattr(test, "pytestmark", []):
             for each in mark.args if mark.name == "compares" else ():
                 assert each not in found, f"{each} is declared twice"
-                found[each] = (_first_line(module), _first_line(test))
+                found[each] = Declared(_first_line(module), _first_line(test), _dtypes(test, each))
     return found
+
+
+def lacking(results: Results) -> list[str]:
+    """Name the numbers that `results` ought to hold and does not."""
+    wanted = [(each, dtype) for each, about in declared().items() for dtype in about.dtypes]
+    return [f"{each.part}, {each.peer}: {each.what}, {dtype}" for each, dtype in wanted if (each, dtype) not in results]
+
+
+def _dtypes(test: Callable[..., Any], comparison: Comparison) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that a test is run in: those of its own `dtype`, of the fixture, or float64."""
+    own = [mark.args[1] for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == "dtype"]
+    if own:
+        return tuple(own[0])
+    takes = "dtype" in inspect.signature(test).parameters and not comparison.exact
+    return tuple(TOLERANCE) if takes else (torch.float64,)
 
 
 def _tests() -> Iterator[tuple[Any, Callable[..., Any]]]:

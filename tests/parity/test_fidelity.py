@@ -1,15 +1,65 @@
 """docs/fidelity.md, and the measure that everything in it is made with."""
 
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.parity.comparisons import Comparison, declared, difference
-from tests.parity.fidelity import listed
+from tests.parity.comparisons import TOLERANCE, Comparison, Results, declared, difference
+from tests.parity.fidelity import PAGE, listed, write
+from tests.parity.peers import need
+
+NUMBER = re.compile(r"equal|\d(\.\d)?e-\d\d")
 
 
 def test_the_page_lists_the_comparisons_that_exist() -> None:
-    """Not the digits, which another processor rounds otherwise; `python -m tests.parity` writes them."""
-    assert listed() == {comparison: how for comparison, (_, how) in declared().items()}
+    """Each with a number for every dtype that it is made in. Not which digits: another processor rounds otherwise."""
+    found, wanted = listed(), declared()
+    assert {comparison: row.how for comparison, row in found.items()} == {
+        comparison: about.how for comparison, about in wanted.items()
+    }
+    for comparison, about in wanted.items():
+        numbers = found[comparison].numbers
+        assert set(numbers) == set(about.dtypes), comparison
+        for dtype, number in numbers.items():
+            assert NUMBER.fullmatch(number), comparison
+            assert number == "equal" or float(number) <= TOLERANCE[dtype], comparison
+
+
+def complete() -> Results:
+    return {(comparison, dtype): 2e-12 for comparison, about in declared().items() for dtype in about.dtypes}
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    page, results = tmp_path / "fidelity.md", complete()
+    shutil.copy(PAGE, page)
+    write(results, page)
+    assert {number for row in listed(page).values() for number in row.numbers.values()} == {"2e-12"}
+    assert listed(page).keys() == declared().keys()
+    before, lost = page.read_text(), next(iter(results))
+    del results[lost]
+    with pytest.raises(ValueError, match=re.escape(f"1 numbers are missing, the first is of {lost[0].part}")):
+        write(results, page)
+    with pytest.raises(ValueError, match="stays as it is"):
+        write({}, page)
+    assert page.read_text() == before
+
+
+def test_the_command_prints_what_it_measures_and_keeps_a_page_that_it_cannot_fill() -> None:
+    need("taming")
+    before = PAGE.read_text()
+    command = [sys.executable, "-m", "tests.parity", "-k", "test_older_class"]
+    done = subprocess.run(command, cwd=PAGE.parents[1], capture_output=True, text=True, check=True)
+    assert PAGE.read_text() == before
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| quantizer `vq`")]
+    assert [NUMBER.fullmatch(row.split(" | ")[-1].rstrip(" |")) is not None for row in rows] == [True, True], (
+        done.stdout
+    )
+    assert "fidelity.md stays as it is" in done.stdout
 
 
 def test_every_layer_has_its_own_scale() -> None:

@@ -16,6 +16,8 @@ OWN_WORDS = (
     "hydra.searchpath",
 )
 
+SERVICE_LOG = "wandb/*run-*/logs/debug-core.log"  # made once, by name, and never opened for writing through the link
+
 
 def foreign_words(config: DictConfig, own: Sequence[DictConfig], given: Collection[str]) -> Iterator[str]:
     """Yield a line for every word that a file sets, and only the command line may.
@@ -48,12 +50,14 @@ def check_resolved(content: Any, path: Path) -> None:
 def check_links(folder: Path) -> None:
     """Refuse a folder to write in that has a link out of it: what a run writes would land there.
 
+    The link that wandb itself makes is none of them: to a log that its service keeps elsewhere, and writes there.
+
     Raises:
         UserError: Naming the link.
     """
     root = folder.resolve()
     for path in folder.rglob("*") if folder.is_dir() else ():
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not path.resolve().is_relative_to(root) and not path.match(SERVICE_LOG):
             raise UserError(
                 f"{folder}: '{path.relative_to(folder)}' is a link to {path.resolve()}, outside of this folder, and a "
                 "run would write there; take it away, or name another run_dir"

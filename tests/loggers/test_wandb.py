@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 import wandb
 from omegaconf import DictConfig, OmegaConf
 
+from tests import test_run
 from tests.composing import compose
 from tests.loggers.wandb_file import history, records
 from tests.pipelines.test_loop import TINY
 from vqf.errors import UserError
 from vqf.pipelines.full import Full
 from vqf.registry import build, find
+from vqf.trust import check_links
+
+command_line = test_run.run  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,28 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path: Path, confi
     assert json.loads((tmp_path / "wandb.json").read_text())["id"] == known
     use(make(tmp_path, OmegaConf.merge(config, {"resume": False})))  # type: ignore[arg-type]
     assert len(ids(files(tmp_path))) == 2
+
+
+@pytest.mark.slow
+def test_a_command_with_wandb_can_be_resumed(command_line: test_run.Run) -> None:
+    """wandb leaves a link to a log of its service outside of the run, which is no reason to refuse the run."""
+    words = [*TINY, "run_dir=run", "logger=[wandb]", "pipeline=stage1", "checkpoint.every=1", "checkpoint.keep=0"]
+    command_line(*words, "steps=1")
+    wandb.teardown()
+    run = Path("run").resolve()
+    outward = [path for path in (run / "wandb").rglob("*") if not path.resolve().is_relative_to(run)]
+    assert [path.name for path in outward] == ["debug-core.log"], "or this test shows nothing"
+    command_line(*words, "steps=2", "resume=true", "allow_changes=true")
+    rows = [row for path in files(Path("run")) for row in history(path)]
+    assert {row["step"] for row in rows if "loss" in row} == {1, 2}
+
+
+@pytest.mark.parametrize("link", ["wandb", "wandb/latest", "wandb/run-1-a/logs", "wandb/run-1-a/files/debug-core.log"])
+def test_any_other_link_out_of_a_run_is_refused(tmp_path: Path, link: str) -> None:
+    (tmp_path / "run" / link).parent.mkdir(parents=True)
+    os.symlink(tmp_path / "outside", tmp_path / "run" / link)
+    with pytest.raises(UserError, match=f"'{link}' is a link to"):
+        check_links(tmp_path / "run")
 
 
 def test_a_broken_memory_means_a_new_run(tmp_path: Path, config: DictConfig) -> None:

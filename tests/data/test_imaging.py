@@ -9,11 +9,11 @@ import skimage.data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps
 
 from vqf.data import imaging
 from vqf.data.imaging import UnreadableError, contain, open_picture, to_rgb, to_tensor
-from vqf.data.scaling import box_of, resampled
+from vqf.data.scaling import box_of, resampled, scaled
 from vqf.data.views import View
 
 COLORS = np.array([[[200, 30, 60], [0, 0, 0], [255, 255, 255]], [[10, 120, 240], [90, 90, 90], [255, 0, 0]]], np.uint8)
@@ -179,40 +179,76 @@ def test_broken_exif_does_not_matter():
     np.testing.assert_allclose(pixels(read(file, SIZE)), BLOCKS, atol=1e-4)
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("size", [(32, 32), (64, 24)])
-def test_a_large_jpeg_is_decoded_small_with_less_difference_than_another_filter_makes(orientation, size):
+def text(side):
+    picture = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(picture)
+    for y in range(0, side, 12):
+        pen.text((0, y), "The quick brown fox jumps over 0123456789 lazy dogs. " * (side // 250 + 1), fill="black")
+    return picture
+
+
+def photograph(side):
+    return Image.fromarray(skimage.data.astronaut()).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def off(kind, side, size, **options):
+    """How far a JPEG that is decoded small is from one that is not: the root of the mean square, in levels."""
+    file = saved(kind(side), "JPEG", quality=95, **options)
+    full = to_rgb(open_picture(file))
+    file.seek(0)
+    assert open_picture(file, (size, size)).width < full.width
+    file.seek(0)
+    exact = scaled(full, (size, size)).permute(1, 2, 0).numpy().astype(float)
+    return np.square(pixels(read(file, (size, size))) - exact).mean() ** 0.5
+
+
+@pytest.mark.parametrize("side", [1536, 1537, 1543, 1731])  # a half, of a side that two divides, and that it does not
+@pytest.mark.parametrize(("kind", "most"), [(photograph, 1), (text, 3), (lambda side: noise(side, side, 1), 2)])
+def test_a_large_jpeg_decoded_small_is_as_if_it_were_decoded_whole(kind, most, side):
+    assert off(kind, side, 256) <= most
+
+
+@pytest.mark.parametrize(("side", "size"), [(776, 64), (781, 64), (1543, 64), (1551, 64)])  # a quarter, and an eighth
+@pytest.mark.parametrize(("kind", "most"), [(photograph, 1), (text, 3), (lambda side: noise(side, side, 1), 2)])
+def test_at_a_quarter_and_an_eighth(kind, most, side, size):
+    assert off(kind, side, size) <= most
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_of_odd_sides_decoded_small_is_not_shifted_whichever_way_it_is_turned(orientation):
+    """A slope shows a shift of half a pixel everywhere; noise would hide it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = saved(Image.fromarray(skimage.data.coffee()), "JPEG", quality=95, exif=exif)
-    small = open_picture(file, size)
-    file.seek(0)
-    full = open_picture(file)
-    assert small.width * 2 <= full.width
-    assert small.width >= 2 * size[1]
-    assert small.height >= 2 * size[0]
-    box = box_of((full.height, full.width), size)
-    covered = np.asarray(resampled(full, size, box), dtype=float)
-    lanczos = np.asarray(full.resize(size[::-1], Image.Resampling.LANCZOS, box=box), dtype=float)
-    difference = np.asarray(resampled(small, size, box_of((small.height, small.width), size)), dtype=float) - covered
-    assert np.square(difference).mean() < np.square(lanczos - covered).mean()
+    ramp = np.linspace(0, 255, 393)
+    slopes = np.dstack([np.tile(ramp[:385], (393, 1)), np.tile(ramp[:, None], (1, 385)), np.full((393, 385), 99)])
+    file = saved(Image.fromarray(slopes.round().astype(np.uint8)), "JPEG", quality=100, subsampling=0, exif=exif)
+    assert max(open_picture(file, (16, 16)).size) == 50
+    for view in (View(), View(0.2, 0.9), View(0.3, 0.6, regions=((0.9, 1.0),))):
+        file.seek(0)
+        shown = imaging.read(file, (16, 16), view)
+        file.seek(0)
+        full = to_rgb(open_picture(file))
+        shape = full.height, full.width
+        exact = np.asarray(resampled(full, (16, 16), box_of(shape, (16, 16), view)), dtype=float)
+        assert np.abs(pixels(shown.picture).round() - exact).max() <= 1
+        assert (shown.shape, shown.box) == (shape, box_of(shape, (16, 16), view))
 
 
 def test_how_small_a_jpeg_is_decoded_reckons_with_its_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6  # 600 x 150 in the file, 150 x 600 upright
     file = saved(Image.fromarray(skimage.data.coffee()[:150]), "JPEG", exif=exif)
-    assert open_picture(file, (12, 24)).size == (75, 300)
+    assert open_picture(file, (12, 24)).size == (75, 300)  # 3 x 24 would fit into 38, but 3 x 12 not into 37
 
 
 def test_a_part_of_a_large_jpeg_is_decoded_as_large_as_it_is_needed():
     file = saved(Image.fromarray(skimage.data.coffee()), "JPEG", quality=95)
     quarter = View(across=0.3, down=0.8, regions=((0.25, 1.0),))  # 245 pixels high and wide
-    assert open_picture(file, (48, 48), view=quarter).size == (300, 200)
-    assert open_picture(file, (48, 48)).size == (150, 100)
-    shown = imaging.read(file, (48, 48), quarter)
-    exact = resampled(open_picture(file), (48, 48), box_of((400, 600), (48, 48), quarter))
-    assert np.square(pixels(shown.picture) - np.asarray(exact, dtype=float)).mean() < 6
+    assert open_picture(file, (32, 32), view=quarter).size == (300, 200)
+    assert open_picture(file, (32, 32)).size == (150, 100)
+    shown = imaging.read(file, (32, 32), quarter)
+    exact = resampled(open_picture(file), (32, 32), box_of((400, 600), (32, 32), quarter))
+    assert np.square(pixels(shown.picture) - np.asarray(exact, dtype=float)).mean() < 4
 
 
 def test_what_is_shown_says_where_it_lies():

@@ -110,6 +110,17 @@ def test_a_map_of_another_scale_lies_on_its_picture(tmp_path, height, crop):
         assert error < 0.01 and error < shifted / 3
 
 
+def test_a_map_lies_on_a_large_jpeg_of_odd_sides(tmp_path):
+    """Such a JPEG is decoded at a fraction of its size, which is no whole number of pixels."""
+    ramp = np.linspace(0, 255, 393)
+    slopes = np.dstack([np.tile(ramp[:385], (393, 1)), np.tile(ramp[:, None], (1, 385)), np.full((393, 385), 99)])
+    save(tmp_path / "conditions" / "a.png", slopes)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(slopes.astype(np.uint8)).save(tmp_path / "images" / "a.jpg", quality=100, subsampling=0)
+    for sample in items(pairs(tmp_path)):
+        assert (sample.image - sample.condition).abs().max() <= 2.5 / 127.5  # a pixel of either is 0.65 levels
+
+
 def test_labels_become_one_channel_per_class(tmp_path):
     numbers = RNG.integers(5, size=(32, 48))
     colours = RNG.integers(256, size=(5, 3))

@@ -4,6 +4,7 @@ A file may hold anything: only the formats listed here are decoded, none above a
 whatever a decoder trips over becomes one exception, `UnreadableError`.
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vqf.data.scaling import Box, box_of, scaled
+from vqf.data.scaling import Box, Extent, box_of, scaled
 from vqf.data.views import CENTER, Resize, View
 from vqf.protocols import Size
 
@@ -24,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 ANIMATED = ("GIF", "PNG", "WEBP")  # the pages of a TIFF, and the previews in a JPEG of a phone, are no frames
 MAX_PIXELS = 2**26
+MARGIN = 3  # times the wanted size that a JPEG is decoded at, at least; what that changes is in docs/data.md, measured
 
 ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
 UPRIGHT = {
@@ -35,6 +37,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = (5, 6, 7, 8)  # by 90 degrees
+ENDS_LEFT, ENDS_ON_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where the last pixels of a row or column are, once it is upright
 
 
 # `max_pixels` is checked against the header of every picture, and is stricter.
@@ -50,7 +54,7 @@ class Shown(NamedTuple):
 
     picture: Tensor  # (3, H, W) float in [-1, 1]
     box: Box  # in pixels of the whole
-    shape: Size  # rows and columns of the whole, as it was decoded
+    shape: Size  # rows and columns of the whole, as it is stored
 
     @property
     def place(self) -> Tensor:
@@ -71,7 +75,7 @@ def open_picture(
     Args:
         source: A file's path or its content.
         size: Height and width at which what `view` shows is wanted. A much larger JPEG is then decoded at a fraction
-            of its size, at least twice the wanted one, which is several times faster.
+            of its size, at least `MARGIN` times the wanted one, which is faster.
         max_pixels: The most that is decoded, checked against the header.
         view: What will be shown of it.
         animated: Whether an animation is refused, or its first frame taken.
@@ -97,10 +101,9 @@ def read(
         UnreadableError: See `open_picture`.
     """
     roughly = size if resize == "antialias" else None  # cv2 has to see every pixel
-    image, stored = _decoded(source, roughly, max_pixels, view, animated)
-    image, shape = to_rgb(image), (image.height, image.width)
-    box = box_of(shape, size, view, resize, stored)
-    return Shown(to_unit(scaled(image, size, view, resize, stored)), box, shape)
+    image, extent = _decoded(source, roughly, max_pixels, view, animated)
+    picture = to_unit(scaled(to_rgb(image), size, view, resize, extent))
+    return Shown(picture, box_of(extent.shape, size, view, resize), extent.shape)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -156,8 +159,8 @@ def composite(picture: Tensor, color: tuple[float, ...]) -> Tensor:
 
 def _decoded(
     source: Path | IO[bytes], size: Size | None, max_pixels: int, view: View, animated: Animated
-) -> tuple[Image.Image, Size]:
-    """Return a picture upright, and its rows and columns as it is stored."""
+) -> tuple[Image.Image, Extent]:
+    """Return a picture upright, and how what is stored lies in it."""
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -165,27 +168,33 @@ def _decoded(
             if animated == "refuse" and image.format in ANIMATED and getattr(image, "is_animated", False):
                 raise UnreadableError("animated; data.animated=first takes the first frame")
             stored = _shape(image)
-            if size is not None:
-                _decode_small(image, box_of(stored, size, view), size)
+            factor = 1 if size is None else _decode_small(image, box_of(stored, size, view), size)
             image.load()
             upright = _upright(image)
             upright.format = "JPEG" if image.format == "MPO" else image.format
-            return upright, stored
+            return upright, _extent(stored, factor, upright, _orientation(image))
     except (UnreadableError, MemoryError):
         raise
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise UnreadableError(_reason(error)) from error
 
 
-def _decode_small(image: Image.Image, box: Box, size: Size) -> None:
-    scale = max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
-    image.draft(None, (int(np.ceil(2 * scale * image.width)), int(np.ceil(2 * scale * image.height))))
+def _decode_small(image: Image.Image, box: Box, size: Size) -> int:
+    """Have a JPEG decoded at a fraction of its size, if a part of it is wanted that small; returns which."""
+    scale = MARGIN * max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
+    width, wanted = image.width, (math.ceil(scale * image.width), math.ceil(scale * image.height))
+    done = image.draft(None, wanted)
+    return 1 if done is None else round(width / done[1][2])  # what the picture fills of a row; image.width is rounded
+
+
+def _extent(stored: Size, factor: int, upright: Image.Image, orientation: int) -> Extent:
+    top, left = upright.height - stored[0] / factor, upright.width - stored[1] / factor
+    return Extent(stored, factor, top * (orientation in ENDS_ON_TOP), left * (orientation in ENDS_LEFT))
 
 
 def _shape(image: Image.Image) -> Size:
     """Return rows and columns of a picture once it is upright."""
-    turned = _orientation(image) >= 5  # these values turn the picture by 90 degrees
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return (image.width, image.height) if _orientation(image) in TURNED else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -39,18 +39,32 @@ class Box(NamedTuple):
         return torch.tensor([self.top / rows, self.left / columns, self.bottom / rows, self.right / columns])
 
 
-def box_of(
-    shape: Size, size: Size, view: View = CENTER, resize: Resize = "antialias", stored: Size | None = None
-) -> Box:
+class Extent(NamedTuple):
+    """How a picture lies in the pixels that were decoded of it: of a JPEG, perhaps, at a fraction of its size.
+
+    What is left over of a side that the factor does not divide is a pixel by itself, which the picture fills in part:
+    1025 pixels at a half are 513, and the picture ends in the middle of the last, or begins in the middle of the first.
+    """
+
+    shape: Size  # rows and columns of the picture as it is stored
+    factor: int = 1  # pixels of it, across and down, that became one
+    top: float = 0.0  # where it begins
+    left: float = 0.0
+
+    def within(self, box: Box) -> Box:
+        """Return where a part of the picture lies in what was decoded."""
+        small = box.at(1 / self.factor, 1 / self.factor)
+        return Box(small.left + self.left, small.top + self.top, small.right + self.left, small.bottom + self.top)
+
+
+def box_of(shape: Size, size: Size, view: View = CENTER, resize: Resize = "antialias") -> Box:
     """Return the part of a picture, of so many rows and columns, that a view shows at some height and width.
 
     Where the picture is scaled until it covers the size, the cut falls between pixels of the result: what needs no
-    scaling is cut without any loss. A region is whole pixels of the picture as it is `stored`, if it was decoded at a
-    fraction of its size.
+    scaling is cut without any loss. A region is whole pixels of the picture.
     """
     if view.regions:
-        stored = stored or shape
-        return _region(stored, size, view).at(shape[0] / stored[0], shape[1] / stored[1])
+        return _region(shape, size, view)
     (rows, columns), (height, width) = shape, size
     tall, wide = _covering(shape, size, resize)
     top, left = cut(tall - height, view.down), cut(wide - width, view.across)
@@ -59,7 +73,7 @@ def box_of(
 
 
 def scaled(
-    image: Image.Image, size: Size, view: View = CENTER, resize: Resize = "antialias", stored: Size | None = None
+    image: Image.Image, size: Size, view: View = CENTER, resize: Resize = "antialias", extent: Extent | None = None
 ) -> Tensor:
     """Return what a view shows of an RGB picture, uint8 (3, H, W). See `box_of`.
 
@@ -67,16 +81,16 @@ def scaled(
     is the bilinear of OpenCV, bit for bit: no antialiasing, so fine detail turns into noise, as it does in
     taming-transformers.
     """
-    shape = (image.height, image.width)
-    box = box_of(shape, size, view, resize, stored)
-    if view.regions and (stored is None or stored == shape):
+    extent = extent or Extent((image.height, image.width))
+    box = box_of(extent.shape, size, view, resize)
+    if view.regions and extent.factor == 1:
         part = _pixels(image.crop(box))
         return _bilinear(part, size) if resize == "cv2" else _bicubic(part, size)
     if resize == "cv2":
         return _cover_bilinear(_pixels(image), size, view)
-    if not view.regions and _whole_is_quick(shape, size):
-        return _cover_whole(_pixels(image), size, view)
-    return _pixels(resampled(image, size, box))
+    if not view.regions and extent.top == extent.left == 0 and _whole_is_quick(extent.shape, size):
+        return _cover_whole(_pixels(image), size, view, extent)
+    return _pixels(resampled(image, size, extent.within(box)))
 
 
 def resampled(
@@ -127,15 +141,16 @@ def _whole_is_quick(shape: Size, size: Size) -> bool:
     return tall * wide <= WASTE * size[0] * size[1]
 
 
-def _cover_whole(pixels: Tensor, size: Size, view: View) -> Tensor:
+def _cover_whole(pixels: Tensor, size: Size, view: View, extent: Extent | None = None) -> Tensor:
     """Scale the whole picture and cut where `box_of` does; where processors have vectors, six times as fast as Pillow.
 
     Within two levels of Pillow scaling the whole picture first across, then down: each of the passes rounds.
     Pillow by itself takes them in the order that costs less; where a cubic overshoots, that is some levels away.
     """
-    (height, width), shape = size, (pixels.shape[1], pixels.shape[2])
+    extent = extent or Extent((pixels.shape[1], pixels.shape[2]))
+    (height, width), shape = size, extent.shape
     tall, wide = _covering(shape, size, "antialias")
-    factor = max(height / shape[0], width / shape[1])
+    factor = max(height / shape[0], width / shape[1]) * extent.factor
     whole = pixels if factor == 1 else _by(factor * (1 + 1e-9), pixels)  # or rounding might take the last row
     top, left = cut(tall - height, view.down), cut(wide - width, view.across)
     return whole[:, top : top + height, left : left + width]

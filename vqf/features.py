@@ -9,7 +9,7 @@ EfficientNet, https://arxiv.org/abs/1905.11946; its Lite form has no squeeze-exc
 """
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -111,21 +111,27 @@ class PerceptualDistance(nn.Module):
     r"""d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalised features y (LPIPS, eq. 1).
 
     `heads` are the squared weights w_l^2, each (C_l,); None means 1. With `dropout` the heads see half of the
-    squared differences while training, as the reference's do.
+    squared differences while training, as the reference's do. `normalise` is what makes features unit vectors.
     """
 
-    def __init__(self, network: Features, heads: Sequence[Tensor] | None = None, dropout: bool = False) -> None:
+    def __init__(
+        self,
+        network: Features,
+        heads: Sequence[Tensor] | None = None,
+        dropout: bool = False,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.network, self.dropout = network, dropout
+        self.network, self.dropout, self.normalise = network, dropout, normalise or unit
         self.heads = nn.ParameterList(heads or ()).requires_grad_(False)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Compare (B, 3, H, W) with (B, 3, H, W) -> (B,). No gradient reaches `images`."""
         with torch.no_grad():
-            targets = [unit(y) for y in self.network(images)]
+            targets = [self.normalise(y) for y in self.network(images)]
         distance = reconstructions.new_zeros(len(reconstructions), dtype=targets[0].dtype)
         for i, (y, target) in enumerate(zip(self.network(reconstructions), targets, strict=True)):
-            distance = distance + self._compare(unit(y), target, i)
+            distance = distance + self._compare(self.normalise(y), target, i)
         return distance
 
     def _compare(self, y: Tensor, target: Tensor, tap: int) -> Tensor:
@@ -141,6 +147,11 @@ def unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
     The epsilon stands under the root: beside it, as in the reference, an all-zero position has a NaN gradient.
     """
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + epsilon)
+
+
+def published_unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
+    """Do the same by the letter of the reference, an all-zero position's NaN gradient included."""
+    return features / (features.square().sum(1, keepdim=True).sqrt() + epsilon)
 
 
 def lite(name: Lite, taps: Sequence[int]) -> Features:

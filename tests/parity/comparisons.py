@@ -28,6 +28,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """How far apart two sides are, or, where `peer` is a number, how far each is from the float64 truth."""
+
+    ours: float
+    peer: float | None = None
+
+    def __str__(self) -> str:
+        own = f"{self.ours:.0e}" if self.ours else "equal"
+        return own if self.peer is None else f"{own}, peer {self.peer:.0e}"
+
+
+@dataclass(frozen=True)
 class Declared:
     """What stands above a test: the first lines of its module's and its own docstring, and the dtypes it runs in."""
 
@@ -36,7 +48,7 @@ class Declared:
     dtypes: tuple[torch.dtype, ...]
 
 
-Results = dict[tuple[Comparison, torch.dtype], float]  # the largest difference of each
+Results = dict[tuple[Comparison, torch.dtype], Gap]  # the largest of each
 RESULTS = pytest.StashKey[Results]()
 
 
@@ -44,7 +56,7 @@ def compares(part: str, peer: str, *what: str, exact: bool = False) -> pytest.Ma
     """Declare what a test compares. It must `record` all of it, and nothing else.
 
     `exact` is for gradients: through forty layers the rounding of float32 is as large as a small mistake, and it
-    moves units over the edge of their ReLU. They are compared in float64 alone.
+    moves units over the edge of their ReLU. They are compared in float64 alone; test_rounding measures them in float32.
     """
     return pytest.mark.compares(*(Comparison(part, peer, each, exact) for each in what))
 
@@ -63,6 +75,13 @@ def difference(ours: Tensors, theirs: Tensors) -> float:
         layer = name.rpartition(".")[0]
         scales[layer] = max(scales.get(layer, 0.0), _largest(each))
     return max(_largest_gap(ours[name], theirs[name]) / (scales[name.rpartition(".")[0]] or 1.0) for name in theirs)
+
+
+def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Return |found - truth| / |truth|, of all tensors as one vector."""
+    assert set(found) == set(truth), f"only one side has {sorted(set(found) ^ set(truth))}"
+    gaps = torch.stack([(found[name].double() - truth[name].double()).norm() for name in truth])
+    return float(gaps.norm() / torch.stack([each.double().norm() for each in truth.values()]).norm())
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

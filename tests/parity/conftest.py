@@ -1,13 +1,16 @@
 """Fixtures of the comparisons with other packages, and the one through which every comparison is measured."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from tests.parity.comparisons import RESULTS, TOLERANCE, Tensors, difference
-from tests.parity.peers import LONG, trunk
+from tests.parity.comparisons import RESULTS, TOLERANCE, Gap, Tensors, difference, distance
+from tests.parity.peers import trunk
+
+Named = Mapping[str, Tensor]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,18 +31,8 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The random VGG16 of `peers.trunk`, in a file as vqf reads it."""
-    return _save(tmp_path_factory, 1.0)
-
-
-@pytest.fixture(scope="session")
-def long_vgg_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same with features a hundred times as long."""
-    return _save(tmp_path_factory, LONG)
-
-
-def _save(factory: pytest.TempPathFactory, gain: float) -> str:
-    path = factory.mktemp("vgg") / "vgg16.safetensors"
-    save_file({f"features.{name}": each for name, each in trunk(gain).features.state_dict().items()}, path)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file({f"features.{name}": each for name, each in trunk().features.state_dict().items()}, path)
     return str(path)
 
 
@@ -55,12 +48,28 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Tensors, T
         if expected[what].exact and dtype != torch.float64:
             return
         gap, key = difference(ours, theirs), (expected[what], dtype)
-        results[key] = max(results.get(key, 0.0), gap)
+        results[key] = Gap(max(results[key].ours if key in results else 0.0, gap))
         assert gap <= TOLERANCE[dtype], f"{expected[what]}: {gap:.1e}"
 
     yield compare
     if not hasattr(request.node, "failed"):
         assert seen == set(expected), f"declared but not recorded: {sorted(set(expected) - seen)}"
+
+
+@pytest.fixture
+def record_rounding(request: pytest.FixtureRequest) -> Callable[[Named, Named, Named], None]:
+    """Call `record_rounding(ours, theirs, truth)`: fails where ours is twice as far from the truth as theirs."""
+    (mark,) = request.node.iter_markers("compares")
+    (comparison,) = mark.args
+    results = request.config.stash[RESULTS]
+
+    def compare(ours: Named, theirs: Named, truth: Named) -> None:
+        gap = Gap(distance(ours, truth), distance(theirs, truth))
+        results[comparison, torch.float32] = gap
+        assert gap.peer, "theirs has no rounding: is it in float32?"
+        assert gap.ours <= 2 * gap.peer, f"{comparison}: {gap}"
+
+    return compare
 
 
 @pytest.hookimpl(wrapper=True)

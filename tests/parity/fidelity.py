@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.parity.comparisons import TOLERANCE, Comparison, Results, declared, lacking
+from tests.parity.comparisons import TOLERANCE, Comparison, Gap, Results, declared, lacking
 
 PAGE = Path(__file__).parents[2] / "docs" / "fidelity.md"
 MARK = "<!-- Below: python -m tests.parity -->"
@@ -69,7 +69,5 @@ def listed(page: Path = PAGE) -> dict[Comparison, Row]:
     return found
 
 
-def _word(difference: float | None) -> str:
-    if difference is None:
-        return NOTHING
-    return f"{difference:.0e}" if difference else "equal"
+def _word(gap: Gap | None) -> str:
+    return NOTHING if gap is None else str(gap)

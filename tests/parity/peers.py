@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 # The smallest convolutional autoencoder with everything in it: a level that only widens, one that attends, shortcuts.
 WIDTHS, NOMINAL, Z, CODES, CODE_DIM = (1, 2, 2), 16, 16, 12, 8
-LONG = 100.0  # gain of a VGG16 whose features are long beside the epsilon of LPIPS
 SHAPE = {
     "ch": 32,
     "out_ch": 3,
@@ -90,11 +89,10 @@ def _stubs() -> Iterator[None]:
                 sys.modules[module] = original
 
 
-def trunk(gain: float = 1.0) -> Any:
+def trunk() -> Any:
     """Build VGG16 without the classifier, which LPIPS does not use and which takes seconds to draw; always the same.
 
-    The real weights are a download of 528 MB. `gain` makes all features longer, which changes nothing in LPIPS but the
-    weight of its epsilon: vqf puts it under the root, the reference beside it.
+    The real weights are a download of 528 MB.
     """
     from torchvision.models.vgg import cfgs, make_layers
 
@@ -102,14 +100,14 @@ def trunk(gain: float = 1.0) -> Any:
         layers = make_layers(cfgs["D"])
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.zeros(each.shape) for name, each in layers.state_dict().items()}
-    for name, each in state.items():
+    for each in state.values():
         if each.ndim > 1:
-            each.normal_(std=(2 / each[0].numel()) ** 0.5 * (gain if name == "0.weight" else 1), generator=generator)
+            each.normal_(std=(2 / each[0].numel()) ** 0.5, generator=generator)
     layers.load_state_dict(state, assign=True)
     return SimpleNamespace(features=layers)
 
 
-def taming_lpips(gain: float = 1.0) -> Any:
+def taming_lpips() -> Any:
     """Import the reference's LPIPS so that it takes the random trunk, and the real heads from the `lpips` package."""
     module = taming("modules.losses.lpips")
     heads = Path(need("lpips").__file__).parent / "weights" / "v0.1" / "vgg.pth"
@@ -118,7 +116,7 @@ def taming_lpips(gain: float = 1.0) -> Any:
         state = torch.load(heads, map_location="cpu", weights_only=True)
         assert not self.load_state_dict(state, strict=False).unexpected_keys
 
-    module.models = SimpleNamespace(vgg16=lambda **_: trunk(gain))
+    module.models = SimpleNamespace(vgg16=lambda **_: trunk())
     module.LPIPS.load_from_pretrained = load
     return module.LPIPS
 

@@ -47,30 +47,35 @@ def configure(*overrides: str) -> DictConfig:
 
 
 class Sides:
-    """A reference's VQModel with its loss, and vqf's stage with the same weights, both in float64."""
+    """A reference's VQModel with its loss, and vqf's stage with the same weights, both in one dtype.
 
-    def __init__(self, vgg_file: str, *overrides: str, gain: float = 1.0, **loss: Any) -> None:
-        taming_lpips(gain)
+    The weights are drawn alike whatever the dtype, but for rounding.
+    """
+
+    def __init__(self, vgg_file: str, *overrides: str, dtype: torch.dtype = torch.float64, **loss: Any) -> None:
+        self.dtype = dtype
+        taming_lpips()
         options = {"disc_start": 0, "disc_weight": 0.8, "disc_ndf": 8, "disc_num_layers": 2, **loss}
         target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
         self.theirs = vq_model(torch.float64, {"target": target, "params": options}).train()
         self.theirs.loss.perceptual_loss.eval()  # exact, as vqf's is by default; see test_lpips
         self.theirs.learning_rate = LR
-        spread_codes(self.theirs, self.images())
-        weights = f"model.loss.lpips.weights={vgg_file}"
+        spread_codes(self.theirs, self.images().double())
+        self.theirs.to(dtype)
+        perceptual = [f"model.loss.lpips.weights={vgg_file}", "model.loss.lpips.epsilon=beside"]
         self.ours = make_stage(
-            configure("model=vqgan", *SMALL, *PLAYERS, weights, f"optimizer.lr={LR}", *overrides), DATA, ENGINE
+            configure("model=vqgan", *SMALL, *PLAYERS, *perceptual, f"optimizer.lr={LR}", *overrides), DATA, ENGINE
         )
         self.discriminator = next(
             each for each in self.ours.modules["discriminator"].modules() if isinstance(each, PatchGAN)
         )
         for module in [*self.ours.modules.values(), *self.ours.losses.values()]:
-            module.double()
+            module.to(dtype)
         self.ours.model.load_state_dict(from_vq_model(self.theirs.state_dict()))
         self.discriminator.load_state_dict(self.theirs.loss.discriminator.state_dict())
 
     def images(self) -> Tensor:
-        return torch.rand(2, 3, NOMINAL, NOMINAL, dtype=torch.float64) * 2 - 1
+        return (torch.rand(2, 3, NOMINAL, NOMINAL, dtype=torch.float64) * 2 - 1).to(self.dtype)
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         return self.ours.step(step, Batch(images=images))

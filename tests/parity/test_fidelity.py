@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.comparisons import TOLERANCE, Comparison, Results, declared, difference
+from tests.parity.comparisons import TOLERANCE, Comparison, Gap, Results, declared, difference, distance
 from tests.parity.fidelity import PAGE, listed, write
 from tests.parity.peers import need
 
-NUMBER = re.compile(r"equal|\d(\.\d)?e-\d\d")
+NUMBER = re.compile(r"(equal|\de-\d\d)(, peer \de-\d\d)?")
 
 
 def test_the_page_lists_the_comparisons_that_exist() -> None:
@@ -26,12 +26,12 @@ def test_the_page_lists_the_comparisons_that_exist() -> None:
         numbers = found[comparison].numbers
         assert set(numbers) == set(about.dtypes), comparison
         for dtype, number in numbers.items():
-            assert NUMBER.fullmatch(number), comparison
-            assert number == "equal" or float(number) <= TOLERANCE[dtype], comparison
+            assert (shown := NUMBER.fullmatch(number)), comparison
+            assert shown[2] or number == "equal" or float(number) <= TOLERANCE[dtype], comparison
 
 
 def complete() -> Results:
-    return {(comparison, dtype): 2e-12 for comparison, about in declared().items() for dtype in about.dtypes}
+    return {(comparison, dtype): Gap(2e-12) for comparison, about in declared().items() for dtype in about.dtypes}
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -67,6 +67,11 @@ def test_every_layer_has_its_own_scale() -> None:
     assert difference({**theirs, "a.bias": torch.tensor([1.1])}, theirs) == pytest.approx(1e-3)
     assert difference({**theirs, "b.weight": torch.tensor([2e-6])}, theirs) == pytest.approx(1.0)
     assert difference(theirs, theirs) == 0.0
+
+
+def test_the_distance_is_that_of_all_tensors_as_one_vector() -> None:
+    truth = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    assert distance({"a": torch.tensor([3.0, 0.3]), "b": torch.tensor([4.4])}, truth) == pytest.approx(0.1)
 
 
 def test_one_wrong_index_is_seen() -> None:

@@ -30,11 +30,14 @@ def one_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 @compares("loss `lpips`", "lpips `LPIPS(net='vgg')`", "distance")
 @compares("loss `lpips`", "lpips `LPIPS(net='vgg')`", "gradient of the reconstructions", exact=True)
-def test_lpips_package(dtype: torch.dtype, vgg_file: str, monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
-    """48 x 32 pixels; the heads are v0.1 in both."""
+@pytest.mark.parametrize("epsilon", ["under", "beside"])
+def test_lpips_package(
+    dtype: torch.dtype, epsilon: Any, vgg_file: str, monkeypatch: pytest.MonkeyPatch, record: Any
+) -> None:
+    """48 x 32 pixels; the heads are v0.1 in both; the epsilon under the root and beside it."""
     reconstructions, pictures = images(dtype)
     expected = package(dtype, monkeypatch)(pictures, reconstructions).mean()
-    found = LPIPS(weights=vgg_file).to(dtype)(reconstructions, pictures)
+    found = LPIPS(weights=vgg_file, epsilon=epsilon).to(dtype)(reconstructions, pictures)
     record("distance", found, expected)
     at_reconstructions = [torch.autograd.grad(each, reconstructions)[0] for each in (found, expected)]
     record("gradient of the reconstructions", *at_reconstructions)

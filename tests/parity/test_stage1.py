@@ -1,4 +1,4 @@
-"""Training stage 1: the reference's own `training_step` and losses against vqf's `TokenizerStage`, in float64."""
+"""Training stage 1: the reference's own `training_step` and losses against vqf's `TokenizerStage`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_vq_model
-from tests.parity.peers import LONG, lightning_step, play, shared_step
+from tests.parity.peers import lightning_step, play, shared_step
 from tests.parity.stages import LR, Sides, configure, watch
 
 TERMS = {  # vqf's name: the reference's
@@ -21,17 +21,18 @@ TERMS = {  # vqf's name: the reference's
 }
 
 
+@compares("pipeline `stage1`", "taming `VQModel.training_step`", "each term of the losses", "adaptive weight")
 @compares(
     "pipeline `stage1`",
     "taming `VQModel.training_step`",
-    *("each term of the losses", "adaptive weight"),
     *("gradients of the autoencoder", "gradients of the discriminator"),
+    exact=True,
 )
 @pytest.mark.parametrize("objective", ["hinge", "vanilla"])
-def test_gradients(objective: str, vgg_file: str, record: Any) -> None:
+def test_gradients(dtype: torch.dtype, objective: str, vgg_file: str, record: Any) -> None:
     """One step of both players, hinge and vanilla, with the adaptive weight: the reference's two `autograd.grad`
     through the whole graph, vqf's cut at the reconstruction. Every parameter of both players."""
-    sides = Sides(vgg_file, f"model/adversary={objective}", disc_loss=objective)
+    sides = Sides(vgg_file, f"model/adversary={objective}", dtype=dtype, disc_loss=objective)
     images, theirs = sides.images(), sides.theirs
     optimizers, _ = theirs.configure_optimizers()
     for player in (0, 1):
@@ -42,8 +43,8 @@ def test_gradients(objective: str, vgg_file: str, record: Any) -> None:
 
     logged = {name.removeprefix("train/"): each for name, each in theirs.logged.items()}
     expected = {ours: logged[name] for ours, name in TERMS.items()} | {"l1": logged["nll_loss"] - logged["p_loss"]}
-    record("each term of the losses", {name: terms[name].double() for name in expected}, expected)
-    record("adaptive weight", terms["gan_weight"].double(), logged["d_weight"])
+    record("each term of the losses", {name: terms[name].to(dtype) for name in expected}, expected)
+    record("adaptive weight", terms["gan_weight"].to(dtype), logged["d_weight"])
     trained = {name: each.grad for name, each in theirs.named_parameters() if not name.startswith("loss.")}
     record("gradients of the autoencoder", at_tokenizer, from_vq_model(trained))
     record("gradients of the discriminator", at_discriminator, gradients(theirs.loss.discriminator))
@@ -55,10 +56,10 @@ def test_gradients(objective: str, vgg_file: str, record: Any) -> None:
     "weights and running statistics after three steps",
     "Adam's averages after three steps",
 )
-def test_shared_forward(long_vgg_file: str, record: Any) -> None:
+def test_shared_forward(vgg_file: str, record: Any) -> None:
     """Three steps of both players on three batches. vqf shows the discriminator the reconstruction that the autoencoder
     was just trained on, so the reference's modules are driven by a loop that does so too."""
-    sides = Sides(long_vgg_file, gain=LONG)
+    sides = Sides(vgg_file)
     optimizers, _ = sides.theirs.configure_optimizers()
     for step in range(3):
         images = sides.images()
@@ -74,10 +75,10 @@ def test_shared_forward(long_vgg_file: str, record: Any) -> None:
     "weights and running statistics after three steps",
     "Adam's averages after three steps",
 )
-def test_second_forward(long_vgg_file: str, record: Any) -> None:
+def test_second_forward(vgg_file: str, record: Any) -> None:
     """Three steps exactly as the reference takes them: for the discriminator it runs the autoencoder again, with the
     weights that were just updated."""
-    sides = Sides(long_vgg_file, "model.adversary.second_forward=true", gain=LONG)
+    sides = Sides(vgg_file, "model.adversary.second_forward=true")
     optimizers, _ = sides.theirs.configure_optimizers()
     for step in range(3):
         images = sides.images()
@@ -88,12 +89,12 @@ def test_second_forward(long_vgg_file: str, record: Any) -> None:
 
 
 @compares("pipeline `stage1`", "taming `VQModel.training_step` before `disc_start`", "weights of the autoencoder")
-def test_before_the_discriminator_starts(long_vgg_file: str, record: Any) -> None:
+def test_before_the_discriminator_starts(vgg_file: str, record: Any) -> None:
     """Two steps before the start and the first of the game. Until then the reference computes the discriminator all the
     same: its weights stay, but its running statistics and its Adam's count of steps move, so that its first real steps
     have another length. vqf leaves it alone; the autoencoder is the same."""
     options = ("model.adversary.start=2", "model.adversary.second_forward=true")
-    sides = Sides(long_vgg_file, *options, gain=LONG, disc_start=2)
+    sides = Sides(vgg_file, *options, disc_start=2)
     optimizers, _ = sides.theirs.configure_optimizers()
     before = {name: each.clone() for name, each in sides.discriminator.state_dict().items()}
     for step in range(3):

@@ -4,10 +4,11 @@ The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
-from vqf.features import Lite, PerceptualDistance, lite, lpips_heads, vgg16
+from vqf.features import Lite, PerceptualDistance, lite, lpips_heads, published_unit, unit, vgg16
 from vqf.registry import register
 
 
@@ -34,13 +35,23 @@ class LPIPS(nn.Module):
     """LPIPS v0.1 on VGG16, the perceptual loss of VQGAN.
 
     `weights` is a file of torchvision's VGG16; None takes it from torch's hub. The reference trains with dropout
-    0.5 in front of the heads, which makes the loss a noisy unbiased estimate; `dropout` brings that back.
+    0.5 in front of the heads, which makes the loss a noisy unbiased estimate; `dropout` brings that back. It divides
+    features by their length plus 1e-10, which has a NaN gradient where all are 0: `epsilon: beside` does so, too, and
+    `under` puts the number under the root of the length.
     """
 
-    def __init__(self, *, weight: float = 1.0, weights: str | None = None, dropout: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        weights: str | None = None,
+        dropout: bool = False,
+        epsilon: Literal["under", "beside"] = "under",
+    ) -> None:
         super().__init__()
         self.weight = weight
-        self.distance = PerceptualDistance(vgg16(weights), lpips_heads(), dropout)
+        normalise = published_unit if epsilon == "beside" else unit
+        self.distance = PerceptualDistance(vgg16(weights), lpips_heads(), dropout, normalise)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""

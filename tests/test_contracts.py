@@ -377,8 +377,7 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     """Twice the size in one direction, where the sampler can, and once more with another seed."""
     told = Conditions({conditioner: a_conditioner(build, conditioner)}).eval()
     grid = (SIZE // CELL, SIZE // CELL)
-    sizes = {"vocab_size": V, "length": 64, "grid": grid, "prefix_vocab": told.vocab_size, "prefix_length": told.length}
-    prior = build("prior", name, **sizes).eval()
+    prior = build("prior", name, vocab_size=V, length=64, grid=grid, **behind(told)).eval()
     for parameter in prior.parameters():
         nn.init.normal_(parameter, std=0.3)
     drawer = build("sampler", sampler)
@@ -392,6 +391,39 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     alone = generator.sample_tokens(batch.map(lambda each: each[1:]), seed=1, first=1, grid=shape)
     assert torch.equal(alone, tokens[1:])
     assert not torch.equal(generator.sample_tokens(batch, seed=2, grid=shape), tokens)
+
+
+def behind(told: Conditions) -> dict[str, Any]:
+    """What a prior is told of its condition."""
+    return {"prefix_vocab": told.vocab_size, "prefix_length": told.length, "prefix_places": told.places}
+
+
+COPIED, SQUARE = 16, (4, 4)  # codes of a map, which are the codes of the picture, and their grid
+
+
+def least_without_places(tokens: Tensor) -> float:
+    """Mean nats per token left to who knows how often a code occurs, but not where: log(N! / prod n_v!) / N."""
+    counts = torch.nn.functional.one_hot(tokens, COPIED).sum(1).double()
+    return float((math.lgamma(tokens.shape[1] + 1) - (counts + 1).lgamma().sum(1)).mean()) / tokens.shape[1]
+
+
+@every["prior"]
+def test_a_prior_copies_a_map_code_by_code(name: str) -> None:
+    """It finds, for every place, the code of the map there; and so stays far below who does not know of places."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": COPIED, "length": 16, "grid": SQUARE, "prefix_vocab": COPIED, "prefix_length": 16}
+    places = [(float(i), float(j)) for i in range(SQUARE[0]) for j in range(SQUARE[1])]
+    taken = {"layers": 2, "heads": 4, "dim": 32, "dropout": 0.0, "multiple_of": 8}
+    options = {key: value for key, value in taken.items() if key in registry.find("prior", name).options}
+    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_places=places)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
+    for _ in range(250):
+        maps = torch.randint(COPIED, (32, 16))
+        optimizer.zero_grad()
+        prior.loss(maps, maps).backward()
+        optimizer.step()
+    maps = torch.randint(COPIED, (256, 16))
+    assert prior.eval().loss(maps, maps).item() < least_without_places(maps) / 4
 
 
 class FakeTokenizer(nn.Module):
@@ -409,7 +441,8 @@ N = GRID[0] * GRID[1]
 
 
 def a_prior(build: Any, name: str) -> Any:
-    prior = build("prior", name, vocab_size=V, length=N, grid=GRID, prefix_vocab=P, prefix_length=M).eval()
+    prefix = {"prefix_vocab": P, "prefix_length": M, "prefix_places": [None, (1.0, 1.5)]}
+    prior = build("prior", name, vocab_size=V, length=N, grid=GRID, **prefix).eval()
     for parameter in prior.parameters():  # so far from 0 that every input matters
         nn.init.normal_(parameter, std=0.3)
     return prior

@@ -16,7 +16,10 @@ PRIOR = {"layers": 6, "heads": 2, "dim": 32, "dropout": 0.2}
 WIRED = {
     "encoder": {"in_channels": 3, "image_size": 32},
     "decoder": {"dim": 8, "out_channels": 3, "image_size": 32},
-    "prior": {"vocab_size": 8, "length": 64, "grid": (8, 8), "prefix_vocab": 4, "prefix_length": 1},
+    "prior": {
+        **{"vocab_size": 8, "length": 64, "grid": (8, 8), "prefix_vocab": 4},
+        **{"prefix_length": 1, "prefix_places": [None]},
+    },
 }
 OPTIONS = {
     ("encoder", "conv"): {**CONV, "dim": 8},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from vqf.protocols import Batch, Conditioner
+from vqf.protocols import Batch, Conditioner, Place
 
 
 class Conditions(nn.Module):
@@ -23,6 +23,12 @@ class Conditions(nn.Module):
         self.weights = nn.ModuleDict({name: each for name, each in parts.items() if isinstance(each, nn.Module)})
         self.vocab_size = sum(each.vocab_size for each in parts.values())
         self.length = sum(each.length for each in parts.values())
+
+    @property
+    def places(self) -> list[Place | None]:
+        """The place in the picture that each token of the prefix speaks of; None where it speaks of none."""
+        parts = self.parts.values()
+        return [place for each in parts for place in getattr(each, "places", [None] * each.length)]
 
     @property
     def channels(self) -> int | None:

@@ -11,12 +11,14 @@ Shapes, everywhere in vqf:
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 Size = tuple[int, int]
+Place = tuple[float, float]  # row and column in the grid of a picture's codes; the centre of a code is a whole number
 
 
 @dataclass
@@ -92,6 +94,10 @@ class Batch:
         places = _part(whole if self.places is None else self.places, start, size, grid)
         codes = {name: _crop(value, start, size, grid) for name, value in self.codes.items()}
         return replace(self, images=None, conditions=None, masks=None, tokens=None, places=places, codes=codes)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return every tensor that is there by its name."""
+        return {**self._fields(), **{f"codes.{name}": value for name, value in self.codes.items()}}
 
     def _fields(self) -> dict[str, Tensor]:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "codes"}
@@ -221,6 +227,8 @@ class Conditioner(Protocol):
     codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null(batch)` says
     there what stands for no condition, (B, M), or None. One that has a method `show(batch)` draws what it is told,
     (B, C, H, W). One that is told by pictures has their `channels`, and `multiple`, the pixels that divide their sides.
+    One whose tokens speak of places in the picture has `places`, M of them.
+    `field` names the field of a batch that it is told by: `conditions` by default, `images` or `places`.
     """
 
     vocab_size: int
@@ -230,7 +238,11 @@ class Conditioner(Protocol):
 
 
 class Prior(Protocol):
-    """A distribution over token sequences. Wired: vocab_size, length, grid, prefix_vocab, prefix_length."""
+    """A distribution over token sequences.
+
+    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_places, for each token of the
+    prefix the `Place` that it speaks of, None where it speaks of none.
+    """
 
     vocab_size: int
 
@@ -304,8 +316,20 @@ class Streamed(Protocol):
     def stream(self, start: int, rank: int, world: int) -> Iterator[Sample]: ...  # from a step on, without end
 
 
+class ConditionReader(Protocol):
+    """Reads a map from a file as the samples of a data source have theirs. A ValueError says why it cannot."""
+
+    classes: int  # where every channel is a class; 0 where a map is a picture
+
+    def __call__(self, path: Path) -> Tensor: ...  # -> (C, H, W), a pixel of the file for a pixel
+
+
 class Data(Protocol):
-    """A source of pictures. Wired: image_size, seed."""
+    """A source of pictures. Wired: image_size, seed.
+
+    One with maps beside its pictures has a function of its class, `condition_reader`, that takes some of its options by
+    name and returns a `ConditionReader`. It opens no data: a run is also sampled where its data is not.
+    """
 
     classes: Sequence[str]  # names of the labels; empty where there are none
 
@@ -342,6 +366,7 @@ class Comparison:
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of some of the values
+    settings: dict[str, Any] = field(default_factory=dict)  # what an option came to where it depends on the sets
 
 
 class FeatureNetwork(Protocol):

@@ -1,5 +1,6 @@
 """The Llama-style prior: against formulas, against itself with and without a cache, and at what it is for."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def tiny(**options: object) -> Llama:
     """In float64 and eval mode, with weights so large that every input matters."""
     torch.manual_seed(0)
     options = {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8, **options}
-    llama = Llama(V, N, GRID, P, M, **options).double().eval()  # type: ignore[arg-type]
+    llama = Llama(V, N, GRID, P, [None] * M, **options).double().eval()  # type: ignore[arg-type]
     for parameter in llama.parameters():
         nn.init.normal_(parameter, std=0.5)
     return llama
@@ -32,7 +33,7 @@ def sequences(batch: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def rotations(grid: tuple[int, int], dim: int) -> Tensor:
-    turned = angles(0, grid, dim, 10000.0)
+    turned = angles(list(itertools.product(range(grid[0]), range(grid[1]))), dim, 10000.0)
     return torch.stack((turned.cos(), turned.sin())).reshape(2, *grid, dim // 2)
 
 
@@ -62,12 +63,15 @@ def test_half_of_a_head_turns_with_the_row_and_half_with_the_column() -> None:
     torch.testing.assert_close(turned, by_hand, rtol=1e-12, atol=1e-12)
 
 
-def test_the_condition_is_not_turned() -> None:
-    assert not angles(3, (2, 2), 8, 10000.0)[:3].any()
-    assert angles(3, (2, 2), 8, 10000.0).shape == (7, 4)
-    llama = tiny()
-    assert (llama.rotation[0, :M] == 1).all()
-    assert not llama.rotation[1, :M].any()
+def test_a_condition_is_turned_as_the_code_at_its_place_and_no_other() -> None:
+    places = [None, (1.0, 2.0), (0.5, 1.5), None]
+    rotation = Llama(V, N, GRID, P, places, layers=1, heads=2, dim=16).rotation
+    cells = rotation[:, 4:].unflatten(1, GRID)
+    for m in (0, 3):
+        assert (rotation[0, m] == 1).all() and not rotation[1, m].any()
+    assert torch.equal(rotation[:, 1], cells[:, 1, 2])
+    between = sum(cells[0, i, j] + 1j * cells[1, i, j] for i in (0, 1) for j in (1, 2))  # the mean of its four angles
+    assert torch.allclose(between / between.abs(), rotation[0, 2] + 1j * rotation[1, 2])
 
 
 def test_swiglu_is_its_formula() -> None:
@@ -136,7 +140,7 @@ def test_what_it_has_no_position_for_is_refused() -> None:
 )
 def test_published_sizes(layers: int, heads: int, dim: int, millions: int) -> None:
     with torch.device("meta"):
-        llama = Llama(16384, 256, (16, 16), 1001, 1, layers=layers, heads=heads, dim=dim)
+        llama = Llama(16384, 256, (16, 16), 1001, [None], layers=layers, heads=heads, dim=dim)
     hidden = -(-(8 * dim // 3) // 256) * 256
     block = 4 * dim**2 + 3 * dim * hidden + 2 * dim
     count = sum(each.numel() for each in llama.parameters())
@@ -146,7 +150,7 @@ def test_published_sizes(layers: int, heads: int, dim: int, millions: int) -> No
 
 def test_a_fresh_one_knows_nothing_exactly() -> None:
     torch.manual_seed(0)
-    llama = Llama(V, N, GRID, P, M, layers=2, heads=2, dim=64)
+    llama = Llama(V, N, GRID, P, [None] * M, layers=2, heads=2, dim=64)
     assert not llama(*sequences()).any()
     assert all(not name.endswith("bias") for name, _ in llama.named_parameters())
     assert llama.blocks[0].mlp.gate.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -156,7 +160,7 @@ def test_a_fresh_one_knows_nothing_exactly() -> None:
 def test_it_learns_eight_sequences_by_heart() -> None:
     torch.manual_seed(0)
     tokens, prefix = torch.randint(V, (8, N)), torch.arange(8)[:, None]
-    llama = Llama(V, N, GRID, 8, 1, layers=2, heads=2, dim=32, multiple_of=8, dropout=0.0)
+    llama = Llama(V, N, GRID, 8, [None], layers=2, heads=2, dim=32, multiple_of=8, dropout=0.0)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=5e-3, betas=(0.9, 0.95))
     for _ in range(200):
         optimizer.zero_grad()
@@ -188,7 +192,7 @@ def test_rotations_keep_their_precision_in_bfloat16() -> None:
     ],
 )
 def test_wrong_options_are_named(options: dict, words: str) -> None:
-    wired = {"vocab_size": V, "length": N, "grid": GRID, "prefix_vocab": P, "prefix_length": M}
+    wired = {"vocab_size": V, "length": N, "grid": GRID, "prefix_vocab": P, "prefix_places": [None] * M}
     with pytest.raises(RegistryError, match=words) as caught:
         build("prior", {"name": "llama", **options}, **wired)
     assert "\n" not in str(caught.value)
@@ -197,6 +201,6 @@ def test_wrong_options_are_named(options: dict, words: str) -> None:
 def test_the_small_preset() -> None:
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
         small = compose(overrides=["+model/prior=llama_small", "model.prior.heads=4"]).model.prior
-    llama = build("prior", small, vocab_size=1024, length=256, grid=(16, 16), prefix_vocab=1, prefix_length=1)
+    llama = build("prior", small, vocab_size=1024, length=256, grid=(16, 16), prefix_vocab=1, prefix_places=[None])
     assert (len(llama.blocks), llama.blocks[0].attention.heads, llama.norm.weight.numel()) == (6, 4, 256)
     assert sum(each.numel() for each in llama.parameters()) == pytest.approx(5e6, rel=0.2)

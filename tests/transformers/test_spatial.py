@@ -1,5 +1,6 @@
 """Conditions that say something about every place: codes of maps and poorer pictures, and coordinates."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,27 @@ def test_maps_may_have_fewer_codes_than_pictures(stride: int, downsample: int, l
     step = stride * downsample
     expected = (maps()[:, 0, ::step, ::step] * 10).round().long().flatten(1)  # nearest takes the first pixel of a cell
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("stride", "downsample"), [(2, 1), (4, 1), (1, 1), (2, 2)])
+def test_a_code_of_a_map_stands_in_the_middle_of_what_it_covers(stride: int, downsample: int) -> None:
+    places = conditioner("spatial", stride=stride, downsample=downsample).places
+    step = stride * downsample
+    for (row, column), (top, left) in zip(
+        places, itertools.product(range(0, 8, step), range(0, 12, step)), strict=True
+    ):
+        middle = (top + (step - 1) / 2, left + (step - 1) / 2)  # of its pixels
+        assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # code k of the picture covers the pixels 2 k and 2 k + 1
+
+
+def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> None:
+    label = build("conditioner", {"name": "label"}, classes=3)
+    told = Conditions(
+        {"coordinates": conditioner("coordinates"), "label": label, "image": conditioner("image", factor=2)}
+    )
+    grid = [(i, j) for i in range(4) for j in range(6)]
+    assert told.places == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
+    assert len(told.places) == told.length
 
 
 def test_a_window_sees_its_part_of_every_map() -> None:

@@ -135,6 +135,7 @@ def build_generator(
         grid=grid,
         prefix_vocab=conditioner.vocab_size,
         prefix_length=conditioner.length,
+        prefix_places=conditioner.places,
     )
     return Generator(tokenizer, conditioner, prior, build("sampler", sampler or config.sampler), classes)
 

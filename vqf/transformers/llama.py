@@ -7,30 +7,32 @@ an output head that starts at zero. Optional here: queries and keys normalised p
 (https://arxiv.org/abs/2302.05442).
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqf.protocols import Size
+from vqf.protocols import Place, Size
 from vqf.registry import register
 from vqf.transformers.gpt import Cache, Memory
 
 EPS = 1e-5
 
 
-def angles(prefix_length: int, grid: Size, head_dim: int, base: float) -> Tensor:
-    """Return the rotation of every position (prefix_length + h * w, head_dim / 2), in radians.
+def angles(places: Sequence[Place | None], head_dim: int, base: float) -> Tensor:
+    """Return the rotation of tokens at some places (n, head_dim / 2), in radians.
 
     The first half of a row turns with the token's row, the second with its column, each at the frequencies
-    base^(-2 k / (head_dim / 2)). The condition is not turned; LlamaGen sets its queries and keys to 0 instead, so
-    that every token heeds it equally.
+    base^(-2 k / (head_dim / 2)). A token without a place is not turned; LlamaGen, which knows no others in front, sets
+    their queries and keys to 0 instead, so that every token heeds them equally.
     """
     frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
-    rows, columns = torch.meshgrid(*(torch.arange(each, dtype=torch.float64) for each in grid), indexing="ij")
-    turned = torch.cat([each.reshape(-1, 1) * frequencies for each in (rows, columns)], dim=1)
-    return torch.cat([torch.zeros(prefix_length, head_dim // 2, dtype=torch.float64), turned])
+    turns = torch.tensor([place or (0.0, 0.0) for place in places], dtype=torch.float64)
+    return (turns[:, :, None] * frequencies).flatten(1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -98,6 +100,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """An autoregressive transformer over [prefix; tokens] that knows rows and columns of the grid.
 
+    A token of the prefix that speaks of a place, as a map's code does, is turned as the picture's code there is.
+
     Args:
         layers: Blocks.
         heads: Attention heads; `dim` divided by their number is a multiple of 4.
@@ -117,7 +121,7 @@ class Llama(nn.Module):
         length: int,
         grid: Size,
         prefix_vocab: int,
-        prefix_length: int,
+        prefix_places: Sequence[Place | None],
         *,
         layers: int = 12,
         heads: int = 12,
@@ -129,9 +133,9 @@ class Llama(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(layers, heads, dim, multiple_of, base, dropout, prefix_length)
+        _check_sizes(layers, heads, dim, multiple_of, base, dropout, len(prefix_places))
         assert length == grid[0] * grid[1]
-        self.vocab_size, self.length, self.prefix_length = vocab_size, length, prefix_length
+        self.vocab_size, self.length, self.prefix_length = vocab_size, length, len(prefix_places)
         self.gradient_checkpointing = gradient_checkpointing
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.prefix_embedding = nn.Embedding(prefix_vocab, dim)
@@ -140,7 +144,8 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, qk_norm) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        turned = angles(prefix_length, grid, dim // heads, base)
+        cells = itertools.product(map(float, range(grid[0])), map(float, range(grid[1])))
+        turned = angles([*prefix_places, *cells], dim // heads, base)
         self.register_buffer("rotation", torch.stack((turned.cos(), turned.sin())).float(), persistent=False)
         self.apply(_initialise)
         nn.init.zeros_(self.head.weight)

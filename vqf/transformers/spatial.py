@@ -4,6 +4,7 @@ Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2
 turned into codes by a tokenizer of its own, and those are put in front of the codes of the picture.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -14,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.errors import UserError
-from vqf.protocols import Batch, Coder, Size
+from vqf.protocols import Batch, Coder, Place, Size
 from vqf.registry import register
 
 OpenTokenizer = Callable[[str], Coder]
@@ -26,11 +27,11 @@ class _Codes(nn.Module):
 
     name: str  # under which a batch keeps the codes
 
-    def __init__(self, vocab_size: int, length: int, drop: float) -> None:
+    def __init__(self, vocab_size: int, places: list[Place], drop: float) -> None:
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be in [0, 1), not {drop}")
-        self.length, self.drop = length, drop
+        self.places, self.length, self.drop = places, len(places), drop
         self.null_code = vocab_size if drop else None
         self.vocab_size = vocab_size + bool(drop)
 
@@ -73,6 +74,7 @@ class Spatial(_Codes):
     """
 
     name = "spatial"
+    field = "conditions"
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Spatial(_Codes):
         if downsample < 1:
             raise ValueError(f"downsample must be at least 1, not {downsample}")
         coder = open_tokenizer(run)
-        super().__init__(coder.vocab_size, _cells(grid, tokenizer.stride, coder.stride * downsample), drop)
+        super().__init__(coder.vocab_size, _centres(grid, tokenizer.stride, coder.stride * downsample), drop)
         self.tokenizer, self.downsample, self.channels = coder, downsample, coder.channels
         self.multiple = coder.stride * downsample
 
@@ -121,6 +123,7 @@ class Image(_Codes):
     """
 
     name = "image"
+    field = "images"
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class Image(_Codes):
         if factor < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
         coder = tokenizer if run is None else open_tokenizer(run)
-        super().__init__(coder.vocab_size, _cells(grid, tokenizer.stride, coder.stride * factor), drop)
+        super().__init__(coder.vocab_size, _centres(grid, tokenizer.stride, coder.stride * factor), drop)
         # In a list, the pictures' own is no part of this module: its weights are kept elsewhere.
         self.borrowed, self.tokenizer = [tokenizer], None if run is None else coder
         self.view, self.factor, self.channels = view, factor, tokenizer.channels
@@ -174,12 +177,15 @@ class Coordinates(nn.Module):
         columns: Steps that its width is divided into.
     """
 
+    field = "places"
+
     def __init__(self, grid: Size, *, rows: int = 32, columns: int = 32) -> None:
         super().__init__()
         if min(rows, columns) < 1:
             raise ValueError(f"rows and columns must be at least 1, not {rows} and {columns}")
         self.grid, self.bins = grid, (rows, columns)
-        self.length, self.vocab_size = grid[0] * grid[1], rows * columns
+        self.places = _centres(grid, 1, 1)
+        self.length, self.vocab_size = len(self.places), rows * columns
 
     def forward(self, batch: Batch) -> Tensor:
         """Return (B, h * w): row step times `columns`, plus column step, of the centre of every code."""
@@ -205,12 +211,13 @@ def edges(images: Tensor) -> Tensor:
     return (strength * 2 - 1).expand_as(images)
 
 
-def _cells(grid: Size, stride: int, other: int) -> int:
-    """Return how many codes of a picture with another stride cover a grid."""
+def _centres(grid: Size, stride: int, other: int) -> list[Place]:
+    """Return the centres, on a grid of codes of a stride, of the codes of another stride that cover the same pixels."""
     sides = [side * stride for side in grid]
     if any(side % other for side in sides):
         raise ValueError(f"a condition of {sides[0]} x {sides[1]} pixels does not divide into codes of {other} pixels")
-    return (sides[0] // other) * (sides[1] // other)
+    rows, columns = ([((k + 0.5) * other / stride) - 0.5 for k in range(side // other)] for side in sides)
+    return list(itertools.product(rows, columns))
 
 
 def _smaller(pictures: Tensor, factor: int, mode: str) -> Tensor:

@@ -1,7 +1,9 @@
 """Fixtures for every test."""
 
 import copy
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +24,14 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {kind: dict(components) for kind, components in registry._components.items()}
     monkeypatch.setattr(registry, "_components", known)
     monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Let a test run a whole command line in this process; what Hydra does to logging ends with the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers.copy(), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level = handlers, level

@@ -1,7 +1,6 @@
 """The command line from end to end: where a run writes, how it ends, what it says."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -24,22 +23,17 @@ Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None) -> Iterator[Run]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_logging: None) -> Run:
     """Run a command line with the toy pipeline in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    root = logging.getLogger()
-    handlers, level = root.handlers.copy(), root.level
 
     def ran(*arguments: str) -> None:
         sys.modules.pop("toy", None)  # or it would not register again
         monkeypatch.setattr(sys, "argv", ["vqf", f"plugins=[{TOY}]", *arguments])
         main()
 
-    yield ran
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level = handlers, level
+    return ran
 
 
 def folders(base: Path = Path("outputs")) -> list[str]:

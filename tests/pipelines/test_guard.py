@@ -128,7 +128,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(
             assert set(unchanged) == set(kept[step + 1])
         else:
             assert "model/quantizer.codebook" not in unchanged and "usage/age" not in unchanged
-    said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "step skipped" in record.getMessage()]
     assert [line.split(";")[1] for line in said] == [" step skipped, 1 of at most 10 in a row"] * 2
     assert said[0].startswith("stage1, step 1: 'l1' is ") and said[1].startswith("stage1, step 5: ")
 

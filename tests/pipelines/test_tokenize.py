@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.composing import compose
 from tests.pipelines.test_loop import TINY, weights
-from tests.processes import together
+from tests.processes import PATIENCE, together
 from vqf.conditions import Conditions
 from vqf.errors import UserError
 from vqf.pipelines import tokenize
@@ -193,6 +196,33 @@ def test_a_run_that_is_killed_loses_the_shard_in_flight(seen: int, tmp_path: Pat
     make(tmp_path / "cut", tokenizer := Numbers())
     assert tokenizer.seen == PICTURES * VIEWS - seen // 10 * 10
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+class Deadly(Numbers):
+    """A tokenizer that kills its process at the 36th picture."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        if self.seen + len(images) > 35:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().tokens(images)
+
+
+def make_and_die(folder: str) -> None:
+    make(Path(folder), Deadly())
+
+
+def test_a_process_that_is_killed_leaves_whole_shards(tmp_path: Path) -> None:
+    make(tmp_path / "whole")
+    process = multiprocessing.get_context("forkserver").Process(target=make_and_die, args=(str(tmp_path / "cut"),))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
+    assert cut.keys() == {"train.json", *(f"train-0000{number}.safetensors" for number in range(3))}
+    assert all(cut[name] == whole[name] for name in cut if name != "train.json")
+    make(tmp_path / "cut", tokenizer := Numbers())
+    assert tokenizer.seen == PICTURES * VIEWS - 30
+    assert files(tmp_path / "cut") == whole
 
 
 @pytest.mark.parametrize("place", ["write", "add"])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def test_a_primary_config_of_theirs_is_looked_at_as_well(say: Say, tmp_path: Pat
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None) -> Iterator[Callable[..., int]]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_logging: None) -> Callable[..., int]:
     """Run a command line in this process, in an empty folder; returns its exit status."""
     monkeypatch.chdir(tmp_path)
 

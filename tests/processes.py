@@ -19,7 +19,12 @@ PATIENCE = 900  # seconds
 
 
 def together(
-    count: int, work: Callable[..., Any], *arguments: Any, joined: bool = True, mortal: bool = False
+    count: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    joined: bool = True,
+    mortal: bool = False,
+    parents: bool = False,
 ) -> list[Any]:
     """Run `work` in so many processes at once and return what each gives.
 
@@ -29,6 +34,7 @@ def together(
         arguments: Pickled into every process.
         joined: Whether the processes have found each other; otherwise they have only been told where to.
         mortal: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
+        parents: Whether a process may start others, as one that loads data by workers does.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.processes", work.__module__])
@@ -37,7 +43,7 @@ def together(
     for rank in range(count):
         told = variables(rank, count, port)
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_process, args=(theirs, told, joined, work, arguments), daemon=True)
+        process = context.Process(target=_process, args=(theirs, told, joined, work, arguments), daemon=not parents)
         process.start()
         theirs.close()
         ends.append(mine)

@@ -39,13 +39,14 @@ TOP = {
     "plugins": {"errors"},
     "tokenizer": {"protocols", "registry", "errors", "tiling"},
     "conditions": {"protocols"},
-    "generator": {"protocols", "registry", "errors", "tokenizer", "conditions", "randomness"},
+    "canvas": {"protocols", "errors", "conditions"},
+    "generator": {"canvas", "protocols", "registry", "errors", "tokenizer", "conditions", "randomness"},
     "settings": {"errors", "registry"},
     "folders": {"pipelines.checkpoint", "trust"},
     "explain": {"errors", "registry"},
     "trust": {"errors"},
     "command": {"errors", "explain", "settings", "trust"},
-    "run": {"command", "errors", "folders", "plugins", "ranks", "registry", "settings"},
+    "run": {"command", "errors", "folders", "pipelines.faults", "plugins", "ranks", "registry", "settings"},
 }
 
 # Packages that take long to import, or that not every run needs.

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _store: "dist.Store | None" = None
 _spoke = False  # whether this process has said why it ends
+_taken = 0  # how many of the lines that the others left this process has read
 
 
 def world() -> int:
@@ -58,7 +59,7 @@ def together() -> Iterator[None]:
     Raises:
         UserError: If the launcher's variables are not complete, or the others do not come.
     """
-    global _store, _spoke
+    global _store, _spoke, _taken
     if joined() or not _launched():
         yield
         return
@@ -69,7 +70,7 @@ def together() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
-    _spoke = False
+    _spoke, _taken = False, 0
     try:
         yield
         wait()  # the store lives in the first
@@ -135,6 +136,33 @@ def _linger(count: int) -> None:
     with suppress(RuntimeError):
         while _store is not None and _store.add("heard", 0) < count and time.monotonic() < until:
             time.sleep(0.02)
+
+
+def leave(line: str) -> None:
+    """Leave a line for the first process, which may be busy."""
+    if _store is not None:
+        with suppress(RuntimeError):  # it may have ended
+            _store.set(f"line {_store.add('lines', 1)}", line)
+
+
+def left() -> list[str]:
+    """Return what the other processes have left since this was last called, in the first."""
+    global _taken
+    found: list[str] = []
+    with suppress(RuntimeError):
+        while _store is not None and _taken < _store.add("lines", 0):
+            found.append(_store.get(f"line {_taken + 1}").decode())
+            _taken += 1
+    return found
+
+
+def each(value: T) -> list[T]:
+    """Return every process's value, anything small that can be pickled, in all of them."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def same(value: T) -> T:
@@ -206,6 +234,21 @@ def from_first(tensor: Tensor) -> Tensor:
     sent = tensor.detach().contiguous().clone()
     _broadcast(sent)
     return sent
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which each process may hold a share, as it does of parameters under fsdp2."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Write into such a tensor a value that every process has."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    tensor.copy_(value)
 
 
 def collect(tensor: Tensor, count: int) -> Tensor | None:

@@ -16,6 +16,7 @@ from omegaconf.errors import InterpolationResolutionError
 from vqf import folders, ranks
 from vqf.command import check_command, config_dir, ordered
 from vqf.errors import UserError
+from vqf.pipelines.faults import pass_on
 from vqf.plugins import load_plugins, requested
 from vqf.registry import build, flat_node
 from vqf.settings import check_config, complete
@@ -115,6 +116,7 @@ def _stop(words: str) -> NoReturn:
     job = HydraConfig.get()
     where = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
     if ranks.first():
+        pass_on()  # what led to it, in the others
         logging.getLogger("vqf.failure").error("%s", words)  # for log.txt alone
     if where and job.launcher._target_ != OWN_PROCESS:
         raise UserError(f"{where}{words}")  # which the launcher carries to the process that said -m

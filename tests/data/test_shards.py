@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from tests.data.packing import pack, png, red, shard
+from tests.processes import together
+from vqf import ranks
 from vqf.data.patterns import find_shards
 from vqf.data.shards import Shards
 from vqf.data.tarindex import index_of
@@ -80,19 +82,24 @@ def test_any_number_of_ranks_and_workers_sees_the_same(folder, ranks, workers):
     assert len({tuple(each.labels.tolist()) for each in expected}) == 7
 
 
+def seen(root):
+    """The reds that this process of a run trains on, step by step."""
+    split = make(root, train="train-{00..19}.tar", crop="random", flip=True).split("train")
+    order = Order(240, 24, 3, ranks.rank(), ranks.world())
+    found = batches(split, order, start=0, steps=20, workers=3, every=7)
+    return [[round(float(image[0].mean() + 1) * 127.5) for image in batch.images] for batch in found]
+
+
 def test_twenty_shards_over_two_ranks_and_three_workers_show_every_picture_once_in_an_epoch(tmp_path):
+    """In processes of their own that start at once, so that both make the indices, too."""
     for i in range(20):
         shard(tmp_path / f"train-{i:02}.tar", range(12 * i, 12 * i + 12), cls=lambda each: "0")
-    split = make(tmp_path, train="train-{00..19}.tar", crop="random", flip=True).split("train")
-    orders = [Order(240, 24, 3, rank, 2) for rank in range(2)]
-    parts = [list(batches(split, order, start=0, steps=20, workers=3)) for order in orders]
+    parts = together(2, seen, tmp_path, parents=True)
+    assert [[len(step) for step in part] for part in parts] == [[12] * 20] * 2
+    steps = [parts[0][step] + parts[1][step] for step in range(20)]
     for epoch in range(2):
-        seen = Counter()
-        for part in parts:
-            pictures = [image for batch in part[10 * epoch : 10 * epoch + 10] for image in batch.images]
-            assert len(pictures) == 120
-            seen.update(round(float(image[0].mean() + 1) * 127.5) for image in pictures)
-        assert seen == Counter(range(240))
+        assert Counter(red for step in steps[10 * epoch : 10 * epoch + 10] for red in step) == Counter(range(240))
+    assert steps[:10] != steps[10:]
 
 
 def test_a_process_that_is_spawned_reads_too(folder):

@@ -4,6 +4,7 @@ from PIL import Image
 
 from tests.composing import compose
 from vqf.data.folder import Folder
+from vqf.data.imaging import UnreadableError
 from vqf.data.union import Union
 from vqf.errors import UserError
 from vqf.registry import build
@@ -65,6 +66,30 @@ def test_the_fingerprint_follows_every_source(folders):
     paint(folders / "few", 6, 10)
     after = union(folders).split("train").fingerprint
     assert after != before != union(folders, seed=1).split("train").fingerprint
+
+
+def test_files_are_those_of_the_sources(folders):
+    train = union(folders).split("train")
+    assert list(train.names) == [f"few/{i:03}.png" for i in range(3)] + [f"many/{i:03}.png" for i in range(6)]
+    assert train.names[2:4] == ["few/002.png", "many/000.png"]
+    assert train.labels.tolist() == [train.item(0, i).label for i in range(9)] == [0] * 3 + [1] * 6
+    for i in range(9):
+        path = folders / train.names[i]
+        assert train.stored(i) == path.read_bytes()
+        assert train.picture(i).size == (20, 16)
+        assert train.facts(i, train.stored(i)) == ("PNG", "RGB", 20, 16)
+    (folders / "few" / "001.png").write_bytes(b"broken")
+    with pytest.raises(UnreadableError):
+        train.picture(1)
+    assert train.item(0, 1).label == 0
+    assert [flags.tolist() for flags in train.faults()] == [[False, True, False], [False] * 6]
+    with pytest.raises(IndexError):
+        train.names[9]
+
+
+def test_a_source_without_files_leaves_the_union_without(folders):
+    parts = {"few": {"name": "folder", "root": str(folders / "few")}, "emoji": {"name": "emoji"}}
+    assert not hasattr(Union(16, 0, parts=parts).split("train"), "stored")
 
 
 def test_mistakes_are_worded(folders):

@@ -24,6 +24,8 @@ from vqf.randomness import generator
 
 log = logging.getLogger("vqf")
 
+NAMED = 100  # unreadable pictures that a line names
+
 
 class Source(Protocol):
     """What a data source says of its pictures, the same for both parts."""
@@ -133,16 +135,33 @@ class PictureSplit:
         limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
         return read(self.open(index), data.size, view, resize=self.views.resize, **limits)
 
+    def faults(self) -> list[torch.Tensor]:
+        """Return which pictures cannot be read, as far as anybody has looked."""
+        return [self.bad]
+
+    def check_faults(self, last: str = "") -> None:
+        """Stop if they are too many.
+
+        Args:
+            last: What is to be said of the one that was found just now.
+
+        Raises:
+            UserError: Once all that are known are named in the log.
+        """
+        count = int(self.bad.sum())
+        if count <= tolerated(self.data.max_bad, len(self)) and count < len(self):
+            return
+        log.warning(f"data.root: cannot read {listed([self.names[i] for i in self.bad.nonzero().flatten().tolist()])}")
+        raise UserError(
+            f"data.max_bad={self.data.max_bad:g}: {count} of the {len(self)} {self.part} pictures in "
+            f"'{self.data.root}' cannot be read{last}"
+        )
+
     def _count(self, index: int, reason: str) -> None:
         if self.bad[index]:
             return
         self.bad[index] = True
-        count = int(self.bad.sum())
-        if count > tolerated(self.data.max_bad, len(self)) or count == len(self):
-            raise UserError(
-                f"data.max_bad={self.data.max_bad:g}: {count} of the {len(self)} {self.part} pictures in "
-                f"'{self.data.root}' cannot be read; the last is '{self.names[index]}' ({reason})"
-            )
+        self.check_faults(f"; the last is '{self.names[index]}' ({reason})")
         log.warning(f"data.root: cannot read '{self.names[index]}' ({reason}); the next picture takes its place")
 
     def _fingerprint(self, content: Iterable[object]) -> str:
@@ -153,6 +172,12 @@ class PictureSplit:
         for each in content:
             digest.update(repr(each).encode())
         return digest.hexdigest()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Word names, and of very many the first."""
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(f"'{name}'" for name in names[:NAMED]) + more
 
 
 def tolerated(max_bad: float, count: int) -> int:

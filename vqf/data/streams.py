@@ -22,7 +22,7 @@ from vqf.data import addresses
 from vqf.data.addresses import BrokenShardError, shard_name, shown
 from vqf.data.imaging import Animated, UnreadableError, read
 from vqf.data.labels import parse_label
-from vqf.data.split import tolerated
+from vqf.data.split import listed, tolerated
 from vqf.data.tape import Raw, Tape
 from vqf.data.tarindex import picture_among
 from vqf.data.views import View, Views
@@ -175,29 +175,42 @@ class StreamSplit:
             raise UserError(f"data.root: the label beside '{raw.name}' is {label!r}, not below {len(data.classes)}")
         return label
 
+    def faults(self) -> list[torch.Tensor]:
+        """Return which pictures and shards cannot be read, as far as anybody has looked."""
+        return [self.bad, self.broken]
+
+    def check_faults(self, last: str = "") -> None:
+        """Stop if they are too many.
+
+        Args:
+            last: What is to be said of the one that was found just now.
+
+        Raises:
+            UserError: If they are.
+        """
+        pictures, shards = int(self.bad.sum()), int(self.broken.sum())
+        of_part = f"data.max_bad={self.data.max_bad:g}: {{}} of the {{}} {self.part} "
+        if pictures > tolerated(self.data.max_bad, self.length):
+            raise UserError(f"{of_part.format(pictures, self.length)}pictures cannot be read{last}")
+        if shards > tolerated(self.data.max_bad, len(self.urls)):
+            names = listed([shown(self.urls[i]) for i in self.broken.nonzero().flatten().tolist()])
+            log.warning(f"data.root: cannot read to their end {names}")
+            raise UserError(f"{of_part.format(shards, len(self.urls))}shards cannot be read to their end{last}")
+
     def _count(self, raw: Raw, reason: str) -> None:
         place = mix(raw.name) % NAMES
         if self.bad[place]:
             return
         self.bad[place] = True
-        count = int(self.bad.sum())
-        if count > tolerated(self.data.max_bad, self.length):
-            raise UserError(
-                f"data.max_bad={self.data.max_bad:g}: {count} of the {self.length} {self.part} pictures cannot be "
-                f"read; the last is '{raw.name}' ({reason})"
-            )
+        self.check_faults(f"; the last is '{raw.name}' ({reason})")
         log.warning(f"data.root: cannot read '{raw.name}' ({reason}); the next picture takes its place")
 
     def _count_shard(self, shard: int, reason: str) -> None:
         if self.broken[shard]:
             return
         self.broken[shard] = True
-        count, name = int(self.broken.sum()), shown(self.urls[shard])
-        if count > tolerated(self.data.max_bad, len(self.urls)):
-            raise UserError(
-                f"data.max_bad={self.data.max_bad:g}: {count} of the {len(self.urls)} {self.part} shards cannot be "
-                f"read to their end; the last is '{name}' ({reason})"
-            )
+        name = shown(self.urls[shard])
+        self.check_faults(f"; the last is '{name}' ({reason})")
         log.warning(f"data.root: cannot read the shard '{name}' to its end ({reason}); other pictures take the places")
 
     def _check_length(self, tape: Tape) -> None:

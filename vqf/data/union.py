@@ -3,11 +3,16 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
+import torch
+from PIL import Image
+
+from vqf.data.split import Facts
 from vqf.errors import UserError
 from vqf.protocols import Data, Sample, Size, Split, Streamed
 from vqf.randomness import mix
@@ -36,7 +41,12 @@ class Union:
 
     def split(self, name: str) -> "UnionSplit":
         """Return "train" or "validation"."""
-        return UnionSplit({source: data.split(name) for source, data in self.sources.items()})
+        parts = {source: self._part(source, name) for source in self.sources}
+        return FilesUnion(parts) if all(hasattr(part, "stored") for part in parts.values()) else UnionSplit(parts)
+
+    def _part(self, source: str, name: str) -> Split:
+        with _worded(source):
+            return self.sources[source].split(name)
 
 
 class UnionSplit:
@@ -47,7 +57,7 @@ class UnionSplit:
             raise UserError(
                 f"data.parts.{stream}: a stream cannot be one of several sources; copy its shards to a folder"
             )
-        self.parts = list(parts.values())
+        self.sources, self.parts = list(parts), list(parts.values())
         self.ends = list(accumulate(len(part) for part in self.parts))
         facts = [(name, len(part), part.fingerprint) for name, part in parts.items()]
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -57,14 +67,89 @@ class UnionSplit:
 
     def item(self, epoch: int, index: int) -> Sample:
         """Return a picture as it looks in an epoch, labelled with the number of its source."""
+        source, place = self.find(index)
+        with _worded(self.sources[source]):
+            return replace(self.parts[source].item(epoch, place), label=source)
+
+    def find(self, index: int) -> tuple[int, int]:
+        """Return the number of the source of a picture, and the picture's number there."""
+        index = range(len(self))[index]
         source = bisect_right(self.ends, index)
-        before = self.ends[source - 1] if source else 0
-        return replace(self.parts[source].item(epoch, index - before), label=source)
+        return source, index - (self.ends[source - 1] if source else 0)
+
+    def faults(self) -> list[torch.Tensor]:
+        """Return which pictures cannot be read, source by source, as far as anybody has looked."""
+        return [flags for part in self.parts for flags in getattr(part, "faults", list)()]
+
+    def check_faults(self) -> None:
+        """Stop if they are too many of a source.
+
+        Raises:
+            UserError: If so.
+        """
+        for name, part in zip(self.sources, self.parts, strict=True):
+            with _worded(name):
+                getattr(part, "check_faults", lambda: None)()
+
+
+class FilesUnion(UnionSplit):
+    """Of sources that all have files: these can be had, too, each from its source, none in place of another."""
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        super().__init__(parts)
+        self.files = list(parts.values())
+        counts = torch.tensor([len(part) for part in self.files])
+        self.names, self.labels = _Names(self), torch.arange(len(self.files)).repeat_interleave(counts)
+
+    def stored(self, index: int) -> bytes:
+        """See `PictureSplit`, as for the following."""
+        source, place = self.find(index)
+        content: bytes = self.files[source].stored(place)
+        return content
+
+    def picture(self, index: int) -> Image.Image:
+        """Return a whole picture, upright and in RGB."""
+        source, place = self.find(index)
+        image: Image.Image = self.files[source].picture(place)
+        return image
+
+    def facts(self, index: int, content: bytes) -> Facts:
+        """Decode what `stored` returned, and say what it is."""
+        source, place = self.find(index)
+        found: Facts = self.files[source].facts(place, content)
+        return found
+
+
+class _Names(Sequence[str]):
+    """The names of the pictures of a union, behind those of their sources."""
+
+    def __init__(self, split: FilesUnion) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source, place = self.split.find(index)
+        return f"{self.split.sources[source]}/{self.split.files[source].names[place]}"
+
+
+@contextmanager
+def _worded(name: str) -> Iterator[None]:
+    """Let a mistake name the options of the source that makes it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(OPTION, f"data.parts.{name}.", str(error))) from error
 
 
 def _open(name: str, node: Mapping[str, Any], image_size: int | Size, seed: int) -> Data:
-    try:
+    with _worded(name):
         source: Data = build("data", node, image_size=image_size, seed=seed)
-    except UserError as error:
-        raise UserError(re.sub(OPTION, f"data.parts.{name}.", str(error))) from error
-    return source
+        return source

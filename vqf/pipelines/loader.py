@@ -10,15 +10,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vqf import ranks
 from vqf.errors import UserError
+from vqf.pipelines.faults import Records, agree, noted, say
 from vqf.protocols import Batch, Sample, Split, Streamed
 from vqf.randomness import generator
 
@@ -26,9 +28,11 @@ log = logging.getLogger("vqf")
 
 K = TypeVar("K")
 Key = tuple[int, int]  # epoch and index: all that a worker needs to know
-Records = list[tuple[int, str]]  # level and text of what a worker had to say
 
-PATIENCE = 600.0  # seconds that the next batch may take
+TIMEOUT = 600.0  # seconds that the next batch may take
+
+# A scheduler may send these to every process of a job. The parent answers them, and needs its workers for it.
+LEFT_TO_PARENT = {signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 class Order:
@@ -70,23 +74,50 @@ class Order:
         return [(epoch, index) for index in mine.flatten().tolist()]
 
 
-def batches(split: Split, order: Order, *, start: int, steps: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of steps `start` to `steps` - 1; those of a stream in the order in which it comes."""
+def batches(
+    split: Split,
+    order: Order,
+    *,
+    start: int,
+    steps: int,
+    workers: int,
+    timeout: float = TIMEOUT,
+    every: int | None = None,
+) -> Iterator[Batch]:
+    """Yield the batches of steps `start` to `steps` - 1; those of a stream in the order in which it comes.
+
+    Args:
+        timeout: Seconds that a batch may take where workers load it.
+        every: After so many steps, and at the end, the processes tell each other what they could not read.
+
+    Raises:
+        UserError: See `keyed`, and if all processes together could not read too much.
+    """
     if isinstance(split, Streamed):
-        return _streamed(split, order, start, steps, workers)
-    return keyed(split, _Plan(order, start, steps), workers=workers)
+        found = _streamed(split, order, start, steps, workers, timeout)
+    else:
+        found = keyed(split, _Plan(order, start, steps), workers=workers, timeout=timeout)
+    for step, batch in enumerate(found, start + 1):
+        yield batch
+        if every and step % every == 0:
+            agree(split)
+    agree(split)
 
 
-def sequential(split: Split, batch_size: int, *, count: int | None = None, workers: int = 0) -> Iterator[Batch]:
+def sequential(
+    split: Split, batch_size: int, *, count: int | None = None, workers: int = 0, timeout: float = TIMEOUT
+) -> Iterator[Batch]:
     """Yield every picture of a split once, in order, as it looks in epoch 0; the last batch may be smaller.
 
     Args:
         count: Yield only so many pictures, spread evenly over the split.
+        timeout: Seconds that a batch may take where workers load it.
     """
     length = len(split)
     count = length if count is None else min(count, length)
     keys = [(0, i * length // count) for i in range(count)]
-    return keyed(split, in_batches(keys, batch_size), workers=workers)
+    yield from keyed(split, in_batches(keys, batch_size), workers=workers, timeout=timeout)
+    agree(split)
 
 
 def in_batches(keys: Sequence[K], batch_size: int) -> list[list[K]]:
@@ -106,7 +137,9 @@ def part_of(count: int) -> list[int]:
     return [min(ranks.rank() * part + i, count - 1) for i in range(part)]
 
 
-def keyed(split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0) -> Iterator[Batch]:
+def keyed(
+    split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0, timeout: float = TIMEOUT
+) -> Iterator[Batch]:
     """Yield a batch for every list of keys.
 
     Raises:
@@ -114,44 +147,57 @@ def keyed(split: Split, keys: Iterable[Sequence[Key]], *, workers: int = 0) -> I
     """
     if isinstance(split, Streamed):
         workers = min(workers, 1)  # each would read all of it
-    return _received(_loader(_Pictures(split), workers, batch_sampler=keys), workers)
+    return _received(_loader(_Pictures(split), workers, timeout, batch_sampler=keys), workers, timeout)
 
 
-def _streamed(split: Streamed, order: Order, start: int, steps: int, workers: int) -> Iterator[Batch]:
+def _streamed(
+    split: Streamed, order: Order, start: int, steps: int, workers: int, timeout: float
+) -> Iterator[Batch]:
     if split.readers < order.world:
         raise UserError(f"data.train: {split.readers} shards cannot be shared by {order.world} processes")
     if start:
         log.info("data.train: a stream has no exact order; this run goes on in another one than it would have had")
     workers = min(workers, split.readers // order.world)
-    loaded = _loader(_Stream(split, order, start), workers, batch_size=None)
-    for _, batch in zip(range(start, steps), _received(loaded, workers), strict=False):
+    loaded = _loader(_Stream(split, order, start), workers, timeout, batch_size=None)
+    for _, batch in zip(range(start, steps), _received(loaded, workers, timeout), strict=False):
         yield batch
 
 
-def _loader(pictures: Dataset["_Loaded"], workers: int, **order: Any) -> Iterator["_Loaded"]:
-    return iter(
-        DataLoader(
-            pictures,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            timeout=PATIENCE if workers else 0,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # its own, or the loader would draw from the global one
-            **order,
-        )
+def _loader(pictures: Dataset["_Loaded"], workers: int, timeout: float, **order: Any) -> Iterator["_Loaded"]:
+    loader = DataLoader(
+        pictures,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+        **order,
     )
+    with _blocked(LEFT_TO_PARENT):
+        return iter(loader)
+
+
+@contextmanager
+def _blocked(numbers: set[signal.Signals]) -> Iterator[None]:
+    """Block signals in this thread, and for all their lives in processes that are started meanwhile.
+
+    A thread of theirs that is older than their first line, such as torch and multiprocessing start, has it that way.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(number: int) -> None:
-    """Leave signals that a scheduler sends to every process of a job to the parent: it needs its workers to answer."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if signal.SIGTERM in LEFT_TO_PARENT:
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
 def _obey_parent() -> None:
+    """End this process at the SIGTERM of the parent, which so ends a worker that hangs, and at nobody else's."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -208,50 +254,36 @@ class _Stream(IterableDataset[_Loaded]):
 
 
 def _load(samples: Callable[[], list[Sample]]) -> _Loaded:
-    """Make a batch; in a worker process, also of what it has to say."""
-    collector = _Collector()
-    if get_worker_info() is not None:
-        log.handlers, log.propagate = [collector], False
-    try:
-        return _Loaded(Batch.collate(samples()), records=collector.records)
-    except UserError as mistake:
-        return _Loaded(mistake=mistake, records=collector.records)
+    """Make a batch, with what is to be said about it."""
+    with noted() as records:
+        try:
+            return _Loaded(Batch.collate(samples()), records=records)
+        except UserError as mistake:
+            return _Loaded(mistake=mistake, records=records)
 
 
-class _Collector(logging.Handler):
-    """In a worker, keep log records for the parent, which owns the terminal and the log file.
-
-    A lock of theirs that happened to be held when the worker was forked would never be released in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: Records = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append((record.levelno, record.getMessage()))
-
-
-def _received(loaded: Iterator[_Loaded], workers: int) -> Iterator[Batch]:
+def _received(loaded: Iterator[_Loaded], workers: int, timeout: float) -> Iterator[Batch]:
     while True:
         try:
             each = next(loaded)
         except StopIteration:
             return
         except RuntimeError as error:
-            if trouble := _worker_trouble(str(error), workers):
+            if trouble := _worker_trouble(str(error), workers, timeout):
                 raise UserError(trouble) from error
             raise
-        for level, text in each.records:
-            log.log(level, text)
+        say(each.records)
         if each.batch is None:
             raise each.mistake or AssertionError("a batch or a mistake")
         yield each.batch
 
 
-def _worker_trouble(text: str, workers: int) -> str | None:
+def _worker_trouble(text: str, workers: int, timeout: float) -> str | None:
     if "timed out after" in text:
-        return f"workers={workers}: no batch came for {PATIENCE:.0f} s; a worker hangs (a network disk?); try workers=0"
+        return (
+            f"workers={workers}: no batch came for {timeout:g} s; a worker hangs (a network disk?); "
+            "try workers=0, or a longer worker_timeout"
+        )
     if "exited unexpectedly" in text:
         return f"workers={workers}: a worker process died (out of memory?); try fewer of them"
     return None

@@ -86,6 +86,7 @@ class TokenizerStage:
                 fakes.append(self._reconstruct(step, piece, total, 1 / len(pieces)))
         total.add(self.usage.tick())
         total.add({"gradient": self.players["model"].move(total.values)})
+        total.add(self._follow())
         if self.critic is not None and step >= self.critic.adversary.start:
             for i, (piece, fake) in enumerate(zip(pieces, fakes, strict=True), 1):
                 with self.engine.collecting(self.judge, more=i < len(pieces)):
@@ -98,7 +99,9 @@ class TokenizerStage:
         assert isinstance(model, Tokenizer)
         split, config = self.data.split("validation"), self.config
         count = min(config.evaluate.count or len(split), len(split))
-        held_out = sequential(split, config.batch_size, count=count, workers=config.workers)
+        held_out = sequential(
+            split, config.batch_size, count=count, workers=config.workers, timeout=config.worker_timeout
+        )
         return evaluation.report(model, split, held_out, count, config, self.engine)
 
     def conclude(self, model: nn.Module) -> Evaluation:
@@ -122,6 +125,11 @@ class TokenizerStage:
         surrogate = (widen(out.reconstructions) * gradient).sum() + out.quantized.loss
         (surrogate * share).backward()
         return leaf.detach()
+
+    def _follow(self) -> dict[str, Tensor]:
+        """Let the quantizer move what no gradient moves, if the step was taken."""
+        update = getattr(self.model.quantizer, "update", None)
+        return update() if update is not None and self.players["model"].moved else {}
 
     def _adversarial(
         self, critic: "Critic", leaf: Tensor, out: Reconstructed, gradient: Tensor, total: Accumulated, share: float
@@ -229,7 +237,8 @@ class Stage1:
         )
 
         def source(start: int, stop: int) -> Iterator[Batch]:
-            return batches(split, order, start=start, steps=stop, workers=config.workers)
+            loading = {"workers": config.workers, "timeout": config.worker_timeout}
+            return batches(split, order, start=start, steps=stop, every=config.log.every, **loading)
 
         def trial() -> TokenizerStage:
             return make_stage(self.config, data, engine)

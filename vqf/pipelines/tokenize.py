@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqf import ranks, terminal
 from vqf.conditions import Conditions
 from vqf.pipelines.engine import Engine, make_engine
+from vqf.pipelines.faults import agree
 from vqf.pipelines.files import open_parts
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import keyed
@@ -108,7 +109,7 @@ def _make(manifest: Manifest, missing: list[int], coder: Coder, split: Split, co
     """Make shards, as many at a time as there are processes, and record them: what is killed loses these at most."""
     mine, world = missing[ranks.rank() :: ranks.world()], ranks.world()
     keys = (batch for number in mine for batch in manifest.keys(number, config.batch_size))
-    batches = keyed(split, keys, workers=config.workers)
+    batches = keyed(split, keys, workers=config.workers, timeout=config.worker_timeout)
     if ranks.first():
         manifest.add({})
     ranks.wait()  # the folder is there
@@ -125,6 +126,7 @@ def _make(manifest: Manifest, missing: list[int], coder: Coder, split: Split, co
             hashes = ranks.collect(torch.tensor([list(digest)], dtype=torch.uint8), len(now))
             if hashes is not None:
                 manifest.add({number: bytes(each).hex() for number, each in zip(now, hashes.tolist(), strict=True)})
+            agree(split)
     ranks.wait()  # all of them are written
 
 

@@ -4,6 +4,7 @@ torchrun, or a launcher that sets the same variables (RANK, WORLD_SIZE, LOCAL_RA
 them; each sees its own part of every batch. Alone, every function here is the identity, so that nobody has to ask.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ def together() -> Iterator[None]:
     if joined() or not _launched():
         yield
         return
+    import torch.distributed.nn  # before there is a group: its functions would keep it alive as their default
+
     try:
         _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -79,9 +82,19 @@ def together() -> Iterator[None]:
         raise
     finally:
         count = world()
-        dist.destroy_process_group()
+        _part()
         if _spoke:
             _linger(count)
+
+
+def _part() -> None:
+    """Leave the group, and end its threads.
+
+    One that still holds a tensor when the interpreter ends would abort the process. They end with the last reference
+    to the group, and a model spread by DDP, which has one, is part of a cycle.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _launched() -> bool:

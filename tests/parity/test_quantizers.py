@@ -195,11 +195,37 @@ def test_ema(dtype: torch.dtype, record: Any) -> None:
         (at_z,) = torch.autograd.grad((expected * pull).sum() + loss.sum(), z)
         out = ours(z)
         (found,) = torch.autograd.grad((out.latents * pull).sum() + out.loss, z)
+        ours.update()
         record("indices", out.indices, indices)
         record("commitment loss", out.loss, loss.squeeze())
         record("gradient of the latents", found, at_z)
     after = {"codebook": book.embed[0], "m": book.embed_avg[0], "N": book.cluster_size[0]}
     record("codebook and averages after three batches", {name: getattr(ours, name) for name in after}, after)
+
+
+@compares("quantizer `ema` with `debias`", "Sonnet `VectorQuantizerEMA`, by formula", "indices", "codes, four batches")
+@pytest.mark.parametrize("dtype", [torch.float64], ids=["float64"])
+def test_ema_of_sonnet(dtype: torch.dtype, record: Any) -> None:
+    """Averages from 0, divided by 1 - γ^t, and Laplace smoothing: its update written out in the test; decay 0.9."""
+    codes, decay, epsilon = torch.randn(CODES, DIM, dtype=torch.float64).to(dtype), 0.9, 1e-5
+    ours = EMAQuantizer(dim=DIM, codebook_size=CODES, decay=decay, epsilon=epsilon, revive=0, debias=True).to(dtype)
+    state = {"codebook": codes, "m": codes, "N": torch.ones(CODES), "updates": torch.tensor(0)}
+    ours.load_state_dict({**state, "started": torch.tensor(True)})
+    hidden_n, hidden_sum = torch.zeros(CODES, dtype=dtype), torch.zeros(CODES, DIM, dtype=dtype)
+    for t in range(1, 5):
+        z = torch.randn(30, DIM, 5, 7, dtype=dtype)  # enough that every code is chosen
+        vectors = rearrange(z, "b d h w -> (b h w) d")
+        chosen = torch.cdist(vectors, codes).argmin(1)
+        out = ours(z)
+        ours.update()
+        record("indices", out.indices, rearrange(chosen, "(b h w) -> b h w", b=30, h=5))
+        one_hot = torch.nn.functional.one_hot(chosen, CODES).to(dtype)
+        hidden_n = hidden_n - (hidden_n - one_hot.sum(0)) * (1 - decay)
+        hidden_sum = hidden_sum - (hidden_sum - one_hot.T @ vectors) * (1 - decay)
+        size, total = hidden_n / (1 - decay**t), hidden_sum / (1 - decay**t)
+        smoothed = (size + epsilon) / (size.sum() + CODES * epsilon) * size.sum()
+        codes = total / smoothed[:, None]
+        record("codes, four batches", ours.codebook, codes)
 
 
 @compares("quantizer `rotation`", "vector-quantize-pytorch `rotation_trick`", "latents", "gradient of the latents")

@@ -326,6 +326,20 @@ def test_a_run_of_two_processes_is_that_of_one(engine: str, alone: Path, tmp_pat
 
 @SLOW
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_codes_learned_by_gradient_move_to_the_same_latents(engine: str, tmp_path: Path) -> None:
+    """Where each process keeps all weights, and where it keeps a share."""
+    words = ["model/quantizer=vq", "model.quantizer.start=kmeans", "model.quantizer.revive=7", "accumulate=2"]
+    trained(str(tmp_path / "alone"), *words)
+    together(2, trained, str(tmp_path / "two"), f"engine={engine}", *words)
+    numbers = lines(tmp_path / "alone")
+    assert sum(value for key, value in numbers.items() if key.endswith(" revived")) > 0
+    assert float(numbers["1 perplexity"]) < float(numbers["4 perplexity"])
+    close(lines(tmp_path / "two"), numbers, rtol=1e-7)
+    close(saved(tmp_path / "two"), saved(tmp_path / "alone"))
+
+
+@SLOW
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_run_goes_on_with_another_number_of_processes(engine: str, alone: Path, tmp_path: Path) -> None:
     fewer, more = tmp_path / "fewer", tmp_path / "more"
     together(2, trained, str(fewer), f"engine={engine}", "steps=2", "schedule=constant")

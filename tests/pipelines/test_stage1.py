@@ -119,6 +119,28 @@ def test_accumulation_of_a_plain_loss_is_the_whole_batch(monkeypatch: pytest.Mon
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "gumbel", "vq"])
+@pytest.mark.parametrize("overrides", [["accumulate=4"], ["model.adversary.second_forward=true"]], ids=str)
+def test_what_a_quantizer_moves_by_itself_it_moves_once_a_step(quantizer: str, overrides: list[str]) -> None:
+    """However many micro-batches there are, and forwards for the discriminator."""
+    options = {"gumbel": ["model.quantizer.anneal_steps=10"], "vq": ["model.quantizer.revive=0.1"]}
+    words = [f"model/quantizer={quantizer}", *options.get(quantizer, [])]
+    plain, other = stage(*words), stage(*words, *overrides)
+    if quantizer == "ema":  # which would start at the first of the micro-batches
+        for each in (plain, other):
+            each.model.quantizer.started.fill_(True)
+    for step in (2, 3, 4):
+        other.modules["model"].load_state_dict(plain.modules["model"].state_dict())
+        for each in (plain, other):
+            torch.manual_seed(step)
+            each.step(step, Batch(images=images()))
+        moved = dict(plain.model.quantizer.named_buffers())
+        for name, buffer in other.model.quantizer.named_buffers():
+            torch.testing.assert_close(buffer, moved[name], rtol=1e-9, atol=1e-12, msg=name)
+    if quantizer == "gumbel":
+        assert int(other.model.quantizer.steps) == 3
+
+
 def test_bf16_runs_and_stays_close() -> None:
     config = compose(*TINY, "precision=bf16")
     data = build("data", config.data, image_size=16, seed=0)

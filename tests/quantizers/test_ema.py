@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tests.parity.peers import need
 from tests.processes import together
 from vqf import ranks
+from vqf.protocols import Quantized
+from vqf.quantizers import ema
 from vqf.quantizers.codebook import nearest
-from vqf.quantizers.ema import KMEANS_ROUNDS, EMAQuantizer
+from vqf.quantizers.ema import EMAQuantizer
+from vqf.quantizers.renewal import KMEANS_ROUNDS, kmeans
 
 V, D = 7, 3
 BUFFERS = ("codebook", "N", "m")
@@ -42,6 +46,13 @@ def running(codebook: Tensor, **options: Any) -> EMAQuantizer:
     return quantizer
 
 
+def step_on(quantizer: EMAQuantizer, z: Tensor) -> Quantized:
+    """A training step on one batch; what it was quantized to, with the numbers of both methods."""
+    q = quantizer(z)
+    q.stats |= quantizer.update()
+    return q
+
+
 def test_follows_the_formula() -> None:
     torch.manual_seed(0)
     decay, epsilon, beta = 0.9, 0.1, 0.4
@@ -57,7 +68,7 @@ def test_follows_the_formula() -> None:
             mine = [v for v, c in zip(vectors, chosen, strict=True) if c == k]
             N[k] = decay * N[k] + (1 - decay) * len(mine)
             m[k] = decay * m[k] + (1 - decay) * sum(mine, torch.zeros(D).double())
-        q = quantizer(z)
+        q = step_on(quantizer, z)
         assert q.indices.flatten().tolist() == chosen
         torch.testing.assert_close(flat(q.latents), e[chosen], rtol=0, atol=1e-12)
         assert float(q.loss) == pytest.approx(beta * sum(squares) / z.numel(), rel=1e-12)
@@ -77,7 +88,7 @@ def test_equals_vector_quantize_pytorch() -> None:
     for step in range(6):
         z1, z2 = (latents(step).float().requires_grad_() for _ in range(2))
         expected, indices, loss = theirs(z1)
-        q = ours(z2)
+        q = step_on(ours, z2)
         assert torch.equal(q.indices, indices)
         torch.testing.assert_close(q.latents, expected)
         torch.testing.assert_close(q.loss, loss.squeeze())
@@ -91,23 +102,40 @@ def test_equals_vector_quantize_pytorch() -> None:
         torch.testing.assert_close(ours.N, theirs._codebook.cluster_size[0])
 
 
-def test_differs_from_sonnet_by_a_start_that_is_forgotten() -> None:
-    """Sonnet's averages begin at 0 and are divided by 1 - γ^t; those of ours that begin at 1 lose it as γ^t."""
+def sonnet(vectors: Tensor, e: Tensor, decay: float, epsilon: float, state: dict[str, Tensor]) -> Tensor:
+    """One update of Sonnet's VectorQuantizerEMA, by its own formula; `state` begins with zeros."""
+    chosen = torch.cdist(vectors, e).argmin(1)
+    one_hot = F.one_hot(chosen, len(e)).to(e.dtype)
+    state["t"] = state["t"] + 1
+    averages = []
+    for name, value in (("N", one_hot.sum(0)), ("m", one_hot.T @ vectors)):
+        state[name] = state[name] - (state[name] - value) * (1 - decay)
+        averages.append(state[name] / (1 - decay ** state["t"]))
+    N, m = averages
+    n = N.sum()
+    return m / ((N + epsilon) / (n + len(e) * epsilon) * n)[:, None]
+
+
+def test_debias_is_sonnets_convention_and_the_default_forgets_the_difference() -> None:
     torch.manual_seed(0)
     centres = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0]]).double()
-    quantizer = running(centres + 1, decay=0.9, revive=0)
-    n, hidden_N, hidden_m = torch.full((3,), 4.0).double(), torch.zeros(3).double(), torch.zeros(3, 2).double()
+    options = {"decay": 0.9, "epsilon": 0.01, "revive": 0}
+    default, debiased, expected = (
+        running(centres + 1, **options),
+        running(centres + 1, **options, debias=True),
+        centres + 1,
+    )
+    state = {"t": torch.tensor(0.0).double(), "N": torch.zeros(3).double(), "m": torch.zeros(3, 2).double()}
     gaps = []
-    for step in range(1, 101):
-        z = centres.repeat(4, 1) + 0.1 * torch.randn(12, 2).double()
-        quantizer(image(z))
-        hidden_N = 0.9 * hidden_N + 0.1 * n
-        hidden_m = 0.9 * hidden_m + 0.1 * z.view(4, 3, 2).sum(0)
-        N, m = hidden_N / (1 - 0.9**step), hidden_m / (1 - 0.9**step)
-        smoothed = (N + 1e-5) / (N.sum() + 3e-5) * N.sum()
-        gaps.append(float((quantizer.codebook - m / smoothed[:, None]).abs().max()))
+    for _ in range(100):
+        z = centres.repeat(4, 1)[torch.randperm(12)[:9]] + 0.1 * torch.randn(9, 2).double()
+        expected = sonnet(z, expected, 0.9, 0.01, state)
+        step_on(default, image(z))
+        step_on(debiased, image(z))
+        torch.testing.assert_close(debiased.codebook, expected, rtol=1e-12, atol=1e-12)
+        gaps.append(float((default.codebook - expected).abs().max()))
     assert gaps[0] > 0.5
-    assert gaps[-1] < 1e-4
+    assert gaps[-1] < 1e-3
 
 
 def test_starts_at_latents_of_the_first_batch() -> None:
@@ -133,7 +161,7 @@ def test_kmeans_equals_scipys() -> None:
     torch.manual_seed(0)
     vectors = flat(latents(0, batch=20))
     codes = torch.cat([vectors[: V - 1], torch.full((1, D), 100.0).double()])  # nobody chooses the last one
-    found = EMAQuantizer(dim=D, codebook_size=V, start="kmeans").double()._kmeans(vectors, codes)
+    found = kmeans(vectors, codes)
     with pytest.warns(UserWarning, match="clusters is empty"):
         expected, _ = kmeans2(vectors.numpy(), codes.numpy(), iter=KMEANS_ROUNDS, minit="matrix")
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
@@ -144,7 +172,7 @@ def test_kmeans_recovers_separated_clusters(monkeypatch: pytest.MonkeyPatch) -> 
     centres = 10 * torch.eye(5).double()
     vectors = (centres[:, None] + 0.5 * torch.randn(5, 30, 5).double()).flatten(0, 1)
     quantizer = EMAQuantizer(dim=5, codebook_size=5, start="kmeans", decay=0.9).double()
-    monkeypatch.setattr(quantizer, "_draw", lambda flat: vectors[[149, 0, 60, 30, 90]])  # one of each cluster
+    monkeypatch.setattr(ema, "draw", lambda *_: vectors[[149, 0, 60, 30, 90]])  # one of each cluster
     quantizer._start(vectors)
     means = vectors.view(5, 30, 5).mean(1)
     torch.testing.assert_close(quantizer.codebook, means[[4, 0, 2, 1, 3]], rtol=1e-9, atol=1e-12)
@@ -175,21 +203,21 @@ def lonely(**options: Any) -> tuple[EMAQuantizer, Tensor]:
 def test_a_forgotten_code_is_revived_at_a_latent_and_stays_there() -> None:
     """A code moved without its averages falls back at the next update (espnet/espnet#6284)."""
     quantizer, vectors = lonely(revive=0.03)
-    q = quantizer(image(vectors))
+    q = step_on(quantizer, image(vectors))
     assert int(q.stats["revived"]) == 1
     revived = quantizer.codebook[2].clone()
     assert (vectors - revived).norm(dim=1).min() < 1e-3
     assert float(quantizer.N[2]) == pytest.approx(0.1)
     elsewhere = quantizer.codebook[:1].repeat(30, 1)  # a batch that leaves it alone
     for _ in range(3):
-        q = quantizer(image(elsewhere))
+        q = step_on(quantizer, image(elsewhere))
         assert not (q.indices == 2).any() and int(q.stats["revived"]) == 0
         torch.testing.assert_close(quantizer.codebook[2], revived, rtol=1e-3, atol=0)
 
 
 def test_a_revived_code_is_chosen() -> None:
     quantizer, vectors = lonely(revive=0.03)
-    assert not (quantizer(image(vectors)).indices == 2).any()
+    assert not (step_on(quantizer, image(vectors)).indices == 2).any()
     assert (quantizer(image(vectors)).indices == 2).any()
 
 
@@ -200,7 +228,7 @@ def test_every_code_is_used_once_revival_has_worked() -> None:
         far = torch.cat([torch.randn(2, D), 50 + torch.randn(30, D)]).double()
         quantizer = running(far, decay=0.8, revive=revive)
         for step in range(40):
-            quantizer(latents(step, batch=20))
+            step_on(quantizer, latents(step, batch=20))
         share[revive] = float(quantizer(latents(99, batch=20)).stats["batch_usage"])
     assert share[0.0] < 0.1 and share[0.03] > 0.9
 
@@ -208,18 +236,18 @@ def test_every_code_is_used_once_revival_has_worked() -> None:
 def test_revive_0_never_revives() -> None:
     quantizer, vectors = lonely(revive=0)
     for _ in range(5):
-        assert int(quantizer(image(vectors)).stats["revived"]) == 0
+        assert int(step_on(quantizer, image(vectors)).stats["revived"]) == 0
     assert quantizer.codebook[2].min() > 100
 
 
 def test_starts_once_without_asking_the_device_again() -> None:
     torch.manual_seed(0)
     quantizer = EMAQuantizer(dim=D, codebook_size=V).double()
-    quantizer(latents(0))
+    step_on(quantizer, latents(0))
     assert bool(quantizer.started)
     quantizer.started.fill_(False)  # nobody looks any more
     before = quantizer.codebook.clone()
-    quantizer(latents(1))
+    step_on(quantizer, latents(1))
     assert (quantizer.codebook - before).abs().max() < 0.5 * before.std()
 
 
@@ -227,7 +255,7 @@ def started_then_fresh() -> tuple[EMAQuantizer, EMAQuantizer]:
     torch.manual_seed(0)
     started, fresh = (EMAQuantizer(dim=D, codebook_size=V, revive=0).double() for _ in range(2))
     for step in range(3):
-        started(latents(step))
+        step_on(started, latents(step))
     return started, fresh
 
 
@@ -240,7 +268,7 @@ def test_a_loaded_codebook_goes_on_where_it_was(nested: bool) -> None:
         fresh.load_state_dict(started.state_dict())
     copied = copy.deepcopy(started)
     for step in range(3, 6):
-        q, p, r = (each(latents(step)) for each in (started, fresh, copied))
+        q, p, r = (step_on(each, latents(step)) for each in (started, fresh, copied))
         assert torch.equal(q.indices, p.indices) and torch.equal(q.indices, r.indices)
     for name in BUFFERS:
         assert torch.equal(getattr(started, name), getattr(fresh, name))
@@ -251,15 +279,42 @@ def test_loading_a_state_from_before_the_start_starts_again() -> None:
     started, fresh = started_then_fresh()
     started.load_state_dict(fresh.state_dict())
     far = 1000 + latents(7)
-    started(far)
+    step_on(started, far)
     assert started.codebook.min() > 900
 
 
 def test_eval_moves_nothing_even_before_the_start() -> None:
     quantizer = EMAQuantizer(dim=D, codebook_size=V).double().eval()
     before = copy.deepcopy(quantizer.state_dict())
-    quantizer(latents(0))
+    assert step_on(quantizer, latents(0)).stats.get("revived") is None
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+
+
+def test_micro_batches_move_it_once_as_the_whole_batch_does() -> None:
+    torch.manual_seed(0)
+    whole, parts = running(codes := torch.randn(V, D).double(), revive=0), running(codes, revive=0)
+    for step in range(3):
+        step_on(whole, latents(step))
+        for piece in latents(step).chunk(4):
+            parts(piece)
+            assert torch.equal(parts.codebook, codes)  # it stays for the whole step
+        parts.update()
+        codes = parts.codebook.clone()
+        for name in BUFFERS:
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+
+
+def test_forwards_without_gradients_and_given_up_steps_do_not_count() -> None:
+    quantizer, other = started_then_fresh()
+    other.load_state_dict(state := copy.deepcopy(quantizer.state_dict()))
+    with torch.no_grad():
+        quantizer(latents(8))
+    assert quantizer.update() == {}
+    quantizer(latents(9))
+    quantizer.load_state_dict(state)  # as where a step is skipped
+    for each in (quantizer, other):
+        step_on(each, latents(3))
+    assert all(torch.equal(getattr(quantizer, name), getattr(other, name)) for name in BUFFERS)
 
 
 def test_an_index_that_does_not_exist_is_refused() -> None:
@@ -280,7 +335,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(0)
     codes = torch.randn(V, D).double()
     update = running(codes, revive=0, decay=0.9)
-    results = {"kmeans codes": update._kmeans(flat(part(latents(5))), codes)}
+    results = {"kmeans codes": kmeans(flat(part(latents(5))), codes)}
     quantizers = {"update": update}
     for start, count in itertools.product(("latents", "kmeans"), (V, 70)):  # 70 codes are more than latents
         quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, start=start, revive=1.5)  # type: ignore[arg-type]
@@ -288,7 +343,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     for name, quantizer in quantizers.items():
         revived = 0
         for step in range(3):
-            q = quantizer.double()(part(latents(step)))
+            q = step_on(quantizer.double(), part(latents(step)))
             revived += int(q.stats["revived"])
         results |= {f"{name} {buffer}": getattr(quantizer, buffer) for buffer in BUFFERS}
         results |= {f"{name} revived": torch.tensor(revived), f"{name} perplexity": q.stats["perplexity"]}

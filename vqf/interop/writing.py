@@ -17,7 +17,11 @@ from vqf.interop.rules import Rule, Table, flatten
 from vqf.tokenizer import Tokenizer
 
 GROUPS = 32  # of taming-transformers' group norms, whatever the width
-HELD_BACK = ("quantizer.N", "quantizer.m", "quantizer.started", "quantizer.steps")  # only training needs them
+# Only training needs them.
+HELD_BACK = (
+    *("quantizer.N", "quantizer.m", "quantizer.started", "quantizer.updates", "quantizer.steps"),
+    *("quantizer.renewal.N", "quantizer.renewal.started"),
+)
 
 
 @dataclass

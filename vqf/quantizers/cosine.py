@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqf import ranks
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.renewal import Start, renewal
 from vqf.registry import register
 
 
@@ -31,6 +32,8 @@ class CosineQuantizer(nn.Module):
         entropy: Weight of the entropy term, off in both papers. It keeps a matrix with a row for every latent
             and a column for every code.
         entropy_temperature: Its softmax is over -|ẑ - ê|² divided by this.
+        revive: As for `vq`.
+        start: As for `vq`; the means of k-means are brought back to the sphere.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class CosineQuantizer(nn.Module):
         weight: float = 1.0,
         entropy: float = 0.0,
         entropy_temperature: float = 0.01,
+        revive: float = 0.0,
+        start: Start | None = None,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, codebook_size=codebook_size)
@@ -52,13 +57,17 @@ class CosineQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1, 1)
         with torch.no_grad():
             self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=1))
+        self.renewal = renewal(codebook_size, revive, start, F.normalize)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, dim, h, w); the result has norm 1 in every cell."""
         b, _, h, _ = z.shape
         z = F.normalize(z, dim=1)
         flat, codes = rearrange(z, "b d h w -> (b h w) d"), F.normalize(self.codebook.weight, dim=1)
-        indices = rearrange(nearest(flat.detach(), codes.detach()), "(b h w) -> b h w", b=b, h=h)
+        chosen = nearest(flat.detach(), codes.detach())
+        if self.renewal is not None and self.training and torch.is_grad_enabled():
+            self.renewal.see(flat.detach(), chosen)
+        indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         commitment_loss = F.mse_loss(z, e.detach())
         loss = self.weight * (F.mse_loss(e, z.detach()) + self.beta * commitment_loss)
@@ -67,6 +76,10 @@ class CosineQuantizer(nn.Module):
             loss = loss + self.entropy * entropy_loss(2 * flat @ codes.T / self.entropy_temperature, self.training)
         stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
         return Quantized(straight_through(z, e), indices, loss, stats)
+
+    def update(self) -> dict[str, Tensor]:
+        """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
+        return {} if self.renewal is None else self.renewal.update(self.codebook.weight)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, dim, h, w) of indices (B, h, w), each of norm 1."""

@@ -29,8 +29,7 @@ class GumbelQuantizer(nn.Module):
         kl_weight: Weight of KL(softmax(l) | uniform); the published VQGAN has 1e-8.
         temperature_start: τ.
         temperature_end: τ after `anneal_steps`; the published VQGAN goes from 0.9 to 1e-6.
-        anneal_steps: Training forwards (steps times micro-batches) over which τ falls along half a cosine; 0 keeps
-            it where it starts.
+        anneal_steps: Optimizer steps over which τ falls along half a cosine; 0 keeps it where it starts.
     """
 
     steps: Tensor
@@ -68,11 +67,14 @@ class GumbelQuantizer(nn.Module):
         indices = noisy.argmax(1)
         latents = self._codes((noisy / temperature).softmax(1), indices)
         kl = self._kl(logits)
-        if self.training:
-            self.steps += 1
         counts = histogram(indices, self.vocab_size)
         stats = {**usage(counts, self.training), "kl": kl.detach(), "temperature": temperature}
         return Quantized(latents, indices, self.kl_weight * kl, stats)
+
+    def update(self) -> dict[str, Tensor]:
+        """End an optimizer step, as which the temperature counts it."""
+        self.steps += 1
+        return {}
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, dim, h, w) of indices (B, h, w)."""

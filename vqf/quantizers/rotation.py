@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqf.quantizers.codebook import straight_through
+from vqf.quantizers.renewal import Start
 from vqf.quantizers.vector import VectorQuantizer
 from vqf.registry import register
 
@@ -30,6 +31,8 @@ class RotationQuantizer(VectorQuantizer):
         beta: As for `vq`.
         beta_on: As for `vq`.
         weight: As for `vq`.
+        revive: As for `vq`.
+        start: As for `vq`.
     """
 
     def __init__(
@@ -40,8 +43,18 @@ class RotationQuantizer(VectorQuantizer):
         beta: float = 0.25,
         beta_on: Literal["commitment", "codebook"] = "commitment",
         weight: float = 1.0,
+        revive: float = 0.0,
+        start: Start | None = None,
     ) -> None:
-        super().__init__(dim=dim, codebook_size=codebook_size, beta=beta, beta_on=beta_on, weight=weight)
+        super().__init__(
+            dim=dim,
+            codebook_size=codebook_size,
+            beta=beta,
+            beta_on=beta_on,
+            weight=weight,
+            revive=revive,
+            start=start,
+        )
 
     def estimate(self, z: Tensor, e: Tensor) -> Tensor:
         """Return the codes `e` (B, dim, h, w), with the gradient for `z` of turning and scaling it onto them."""

@@ -6,12 +6,14 @@ log p(x|z_q) + |sg[z_e] - e|² + β |z_e - sg[e]|².
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.renewal import Start, renewal
 from vqf.registry import register
 
 
@@ -26,6 +28,10 @@ class VectorQuantizer(nn.Module):
         beta_on: Which term: "commitment" is the equation; "codebook" is what the code of VQGAN does
             (`legacy=True`) and every published VQGAN was trained with, a commitment weight of 1 in effect.
         weight: Weight of the two terms together in the total loss (codebook_weight).
+        revive: A code that is chosen less often a step than this, by a moving average, is moved to a random latent
+            of the batch; 0 never revives.
+        start: Where codes begin, after the first step: at latents of its batch, or at the means of a few rounds of
+            k-means from there; by default where they are drawn, as published.
     """
 
     def __init__(
@@ -36,6 +42,8 @@ class VectorQuantizer(nn.Module):
         beta: float = 0.25,
         beta_on: Literal["commitment", "codebook"] = "commitment",
         weight: float = 1.0,
+        revive: float = 0.0,
+        start: Start | None = None,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, codebook_size=codebook_size)
@@ -45,18 +53,26 @@ class VectorQuantizer(nn.Module):
         self.commitment_weight = beta if beta_on == "commitment" else 1.0
         self.codebook = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
+        self.renewal = renewal(codebook_size, revive, start)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, dim, h, w)."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
-        indices = rearrange(nearest(flat, self.codebook.weight.detach()), "(b h w) -> b h w", b=b, h=h)
+        chosen = nearest(flat, self.codebook.weight.detach())
+        if self.renewal is not None and self.training and torch.is_grad_enabled():
+            self.renewal.see(flat, chosen)
+        indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         codebook_loss = F.mse_loss(e, z.detach())
         commitment_loss = F.mse_loss(z, e.detach())
         loss = self.weight * (self.codebook_weight * codebook_loss + self.commitment_weight * commitment_loss)
         stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
         return Quantized(self.estimate(z, e), indices, loss, stats)
+
+    def update(self) -> dict[str, Tensor]:
+        """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
+        return {} if self.renewal is None else self.renewal.update(self.codebook.weight)
 
     def estimate(self, z: Tensor, e: Tensor) -> Tensor:
         """Return the codes `e`, with an estimate of their gradient for the latents `z`: the straight-through one."""

@@ -67,8 +67,8 @@ def test_a_job_that_fails_is_named_and_takes_no_other_with_it(launcher: str, tmp
     done = vqf("-m", *LAUNCHERS[launcher], *toy, "run_dir=sweep", folder=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("#1 ") and told.endswith(" count=2: count=2: the toy wants another")
+    job = f"#1 plugins=[{TOY}] pipeline=toy do=refuse count=2 run_dir=sweep"
+    assert done.stderr.splitlines()[-1] == f"{job}: count=2: the toy wants another"
     assert [(tmp_path / "sweep" / job / "count").read_text() for job in "012"] == ["1", "2", "3"]
 
 

@@ -27,12 +27,12 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What one word may be: of one of `types`, and null if `optional`; numbers from `least` to `most`."""
+    """What one word may be: of one of `types`, and null if `optional`; numbers from `least`, and `below` another."""
 
     types: tuple[type, ...]
     optional: bool = False
     least: float | None = None
-    most: float | None = None
+    below: float | None = None
     exists: bool = False  # a path that must be there already
     choices: tuple[str, ...] = ()
 
@@ -46,13 +46,15 @@ SETTINGS = {
     "precision": Setting((str,)),
     "engine": Setting((str,)),
     "compile": Setting((bool,)),
+    "deterministic": Setting((bool,)),
     "steps": Setting((int,), least=0),
     "minutes": Setting((float,), optional=True, least=0),
     "batch_size": Setting((int,), least=1),
     "accumulate": Setting((int,), least=1),
     "clip": Setting((float,), optional=True, least=0),
-    "ema": Setting((float,), optional=True, least=0, most=1),
+    "ema": Setting((float,), optional=True, least=0, below=1),
     "workers": Setting((int,), least=0),
+    "worker_timeout": Setting((float,), least=1),
     "run": Setting((Path,), optional=True, exists=True),
     "run_dir": Setting((Path,), optional=True),
     "resume": Setting((bool, Path), exists=True),
@@ -162,8 +164,8 @@ def _fault(setting: Setting, value: Any) -> str | None:
     numbers = value if isinstance(value, ListConfig) else [value]
     if setting.least is not None and not all(_is(each, setting.types[0]) and each >= setting.least for each in numbers):
         return f"must be {PHRASES[setting.types[0]]} of at least {setting.least}"
-    if setting.most is not None and value > setting.most:
-        return f"must be at most {setting.most}"
+    if setting.below is not None and value >= setting.below:
+        return f"must be below {setting.below}"
     if setting.exists and isinstance(value, str) and not Path(value).expanduser().is_dir():
         return f"no such folder in {Path.cwd()}"
     return None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,32 @@ class Shaken:
 def test_a_scheduler_that_signals_every_process_leaves_the_loading_ones_alone(number: int) -> None:
     shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential(Shaken(number), 2, workers=1)]  # type: ignore[index]
     assert shown == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.fixture
+def thread_at_birth() -> Iterator[None]:
+    """Have every process that is forked begin with a second thread, as one does that inherits an open queue."""
+    on = [True]
+    os.register_at_fork(
+        after_in_child=lambda: on and threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    )
+    yield
+    on.clear()
+
+
+@pytest.mark.usefixtures("thread_at_birth")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_no_thread_of_a_loading_process_is_older_than_its_orders(number: int) -> None:
+    for _ in range(3):  # the kernel chooses the thread that a signal is for
+        assert len(list(sequential(Shaken(number), 2, workers=1))) == 3  # type: ignore[arg-type]
+
+
+def test_this_process_goes_on_to_hear_signals() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loading = sequential(Shaken(0), 2, workers=1)  # type: ignore[arg-type]
+    next(loading)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    loading.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

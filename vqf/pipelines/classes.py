@@ -145,7 +145,8 @@ class Judge:
         split, tokens, config = self.data.split(part), self.cached[part], self.config
         count = min(most, len(split))
         lots = in_batches([i * len(split) // count for i in range(count)], config.batch_size)
-        pictures = keyed(split, [[(0, index) for index in lot] for lot in lots], workers=config.workers)
+        keys = [[(0, index) for index in lot] for lot in lots]
+        pictures = keyed(split, keys, workers=config.workers, timeout=config.worker_timeout)
         table = Table()
         with terminal.progress(f"classes, {part}", count) as bar:
             for lot, batch in zip(lots, pictures, strict=True):

@@ -63,7 +63,8 @@ class Reconstruct:
         self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine, album: Album
     ) -> dict[str, float]:
         count = min(self.count or len(split), len(split))
-        batches = sequential(split, config.batch_size, count=count, workers=config.workers)
+        loading = {"workers": config.workers, "timeout": config.worker_timeout}
+        batches = sequential(split, config.batch_size, count=count, **loading)
         metrics: dict[str, Metric] = evaluation.build_metrics(config, tokenizer.vocab_size, engine)
         metrics |= {"saved": _Saver(self.run_dir / "reconstructions"), "album": album}
         return evaluation.evaluate(tokenizer, batches, count, metrics, engine)

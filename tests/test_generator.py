@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -174,6 +175,105 @@ def test_the_pipeline_completes_held_out_pictures(run: Path, tmp_path: Path) -> 
     assert [each.name for each in files] == [f"{i:06d}.png" for i in range(6)]
     assert {Image.open(each).size for each in files} == {(16, 16)}
     assert list((tmp_path / "images").glob("completions*.png"))
+
+
+def completed(run: Path, folder: Path, *words: str, **options: Any) -> dict[str, bytes]:
+    Complete(compose("pipeline=complete", f"run={run}", "logger=[]", *words), folder, **options).run()
+    return {each.name: each.read_bytes() for each in (folder / "completions").iterdir()}
+
+
+def a_mask(path: Path, hidden: tuple[slice, slice], side: int) -> str:
+    pixels = np.full((side, side), 255, np.uint8)
+    pixels[hidden] = 0
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("side", [16, 64, 5])
+def test_a_mask_of_any_size_says_what_is_drawn_anew(
+    run: Path, tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Black in the lower right quarter: those codes, of a grid of 2 x 2, are drawn, and nothing else."""
+    seen = []
+    monkeypatch.setattr(Generator, "complete", lambda self, pictures, mask, **options: seen.append(mask) or pictures)
+    middle = -(-side // 2)
+    completed(
+        run, tmp_path, mask=a_mask(tmp_path / "mask.png", (slice(middle, None), slice(middle, None)), side), count=2
+    )
+    assert seen[0].tolist() == [[True, True], [True, False]]
+    with pytest.raises(UserError, match="no pixel is black, so there is nothing to draw"):
+        completed(run, tmp_path / "b", mask=a_mask(tmp_path / "white.png", (slice(0), slice(0)), 9))
+    with pytest.raises(UserError, match="keep and mask: both say what is kept"):
+        completed(run, tmp_path / "b", mask=str(tmp_path / "mask.png"), keep=0.3)
+
+
+def test_own_pictures_are_completed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 50, 3)).astype(np.uint8)).save(
+        tmp_path / "mine/a.png"
+    )
+    mask = a_mask(tmp_path / "mask.png", (slice(0, 8), slice(0, 8)), 16)
+    first = completed(run, tmp_path / "a", images=str(tmp_path / "mine"), mask=mask, label="Objects")
+    assert list(first) == ["000000.png"]
+    assert first == completed(run, tmp_path / "b", images=str(tmp_path / "mine"), mask=mask, label="Objects")
+
+
+def test_a_folder_that_is_gone_on_with_holds_the_same_pictures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: ["batch_size"])
+    whole = completed(run, tmp_path / "whole", "batch_size=2", count=5)
+    completed(run, tmp_path / "cut", "batch_size=2", count=5)
+    for name in ("000003.png", "000004.png"):
+        (tmp_path / "cut" / "completions" / name).unlink()
+    times = {each: each.stat().st_mtime_ns for each in (tmp_path / "cut" / "completions").iterdir()}
+    assert completed(run, tmp_path / "cut", "batch_size=2", "resume=true", count=5) == whole
+    kept = [each.name for each, time in times.items() if each.stat().st_mtime_ns == time]
+    assert sorted(kept) == ["000000.png", "000001.png"]
+    mask = a_mask(tmp_path / "mask.png", (slice(0, 9), slice(0, 9)), 16)
+    for words, options, difference in (
+        (["seed=3"], {}, "seed 0 → 3"),
+        ([], {"mask": mask}, r"kept \[1,1,0,0\] → \[0,0,0,0\]"),
+        ([], {"label": "Objects"}, "label null → Objects, picture"),
+        ([], {"count": 4}, "picture"),
+    ):
+        with pytest.raises(UserError, match=rf"00000\d\.png was drawn with other settings: {difference}"):
+            completed(run, tmp_path / "cut", "resume=true", *words, **{"count": 5, **options})
+
+
+SETTINGS: list[tuple[list[str], dict[str, Any], str]] = [
+    (["seed=5", "sampler.temperature=3"], {}, "seed 0 → 5, sampler.temperature 1.0 → 3.0"),
+    (["sampler=sliding_window"], {}, "sampler autoregressive → sliding_window"),
+    ([], {"label": "Objects"}, "label null → Objects"),
+    ([], {"size": [16, 16]}, r"size null → \[16,16\]"),
+    (["scorer=likelihood"], {"candidates": 2}, "scorer null → likelihood, candidates 1 → 2"),
+]
+
+
+@pytest.mark.parametrize(("words", "options", "difference"), SETTINGS)
+def test_samples_of_other_settings_are_not_mixed(
+    run: Path,
+    tmp_path: Path,
+    words: list[str],
+    options: dict[str, Any],
+    difference: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sample(*words: str, **options: Any) -> None:
+        Sample(compose("pipeline=sample", f"run={run}", "logger=[]", *words), tmp_path, **options).run()
+
+    monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: ["sampler"])
+    sample(count=2)
+    before = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
+    sample("resume=true", count=3)  # more of the same
+    with pytest.raises(UserError, match=f"000000.png was drawn with other settings: {difference}; set them") as caught:
+        sample("resume=true", *words, count=4, **options)
+    assert "\n" not in str(caught.value)
+    after = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
+    assert sorted(after) == [f"00000{i}.png" for i in range(3)] and before.items() <= after.items()
+    Image.new("RGB", (16, 16)).save(tmp_path / "samples" / "000001.png")
+    with pytest.raises(UserError, match=r"000001\.png does not say how it was drawn"):
+        sample("resume=true", count=3)
 
 
 @pytest.mark.parametrize(("options", "words"), [({"keep": 1.0}, "keep=1.0: must be"), ({"count": 0}, "count=0: compl")])

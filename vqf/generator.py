@@ -1,6 +1,7 @@
 """The generator: a tokenizer, a prior over its codes, and a sampler. What a user of a stage-2 run holds."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqf.canvas import enlarged, fields, gather, size_of
 from vqf.conditions import Conditions
 from vqf.errors import UserError, unknown
 from vqf.protocols import Batch, Drawn, Prior, Sampler, Scorer, Size, pair
@@ -53,7 +55,7 @@ class Generator(nn.Module):
         first: int = 0,
         batch_size: int = 64,
         size: int | Sequence[int] | None = None,
-        conditions: Tensor | None = None,
+        conditions: Tensor | Batch | None = None,
         tile: int | None = None,
         candidates: int = 1,
     ) -> Tensor:
@@ -68,26 +70,40 @@ class Generator(nn.Module):
             seed: Another seed, other pictures.
             first: The number of the first picture.
             batch_size: Pictures drawn at once.
-            size: Height and width in pixels, or one number for both; that of the conditions, or else as in training,
-                by default.
+            size: Height and width in pixels, or one number for both; as in training by default. Pictures that are drawn
+                by others are as large as these, whatever their size is.
             conditions: Pictures to draw by, in [-1, 1]: (count, C, H, W), or (C, H, W) for all of them. A map where
-                the prior was trained on maps, a picture where it was trained on low-resolution pictures or edges.
+                the prior was trained on maps, a picture where it was trained on low-resolution pictures or edges. A
+                batch, with a row for each or one for all, where it was trained on both, or is told places.
             tile: Decode no more than so many codes per side at once; see `Tokenizer.decode`.
             candidates: Draw so many for each, and keep the one that `self.scorer` likes best.
 
         Raises:
             UserError: If a class does not exist, the sampler cannot draw that size, or a condition is missing.
         """
-        every = Batch(labels=self._labels(count, label, labels, first))
-        if conditions is not None:
-            maps = conditions.expand(count, *conditions.shape[-3:])
-            every = replace(every, conditions=maps, images=maps)
-            size = self._size_of(conditions) if size is None else size
-        grid, pieces = self._grid(size), []
+        every = gather(conditions, self.conditioner, count)
+        if every.labels is None or label is not None or labels is not None:
+            every = replace(every, labels=self._labels(count, label, labels, first))
+        if (kept := size_of(every)) is None:
+            grid = self._grid(size)
+            kept = (grid[0] * self.tokenizer.stride, grid[1] * self.tokenizer.stride)
+        elif size is not None:
+            raise UserError(f"size={size}: a picture is as large as its condition; leave size out")
+        else:
+            every, grid = self._fitted(every, kept)
+        pieces = []
         for i in range(0, count, batch_size):
             told = every.part(i, i + batch_size)
             pieces.append(self._best(told, candidates, seed, first + i, grid, tile))
-        return torch.cat(pieces)
+        return torch.cat(pieces)[..., : kept[0], : kept[1]]
+
+    def _fitted(self, told: Batch, size: Size) -> tuple[Batch, Size]:
+        """Continue conditions of a size until codes fill them, of the picture and of its conditions."""
+        stride = self.tokenizer.stride
+        unit = math.lcm(stride, self.conditioner.multiple)
+        least = self.tokenizer.image_size
+        height, width = (-(-max(size[i], least[i]) // unit) * unit for i in (0, 1))
+        return enlarged(told, size, (height, width)), (height // stride, width // stride)
 
     def _best(self, told: Batch, candidates: int, seed: int, first: int, grid: Size, tile: int | None) -> Tensor:
         """Draw candidates for each picture and return the best ones (B, 3, H, W)."""
@@ -122,7 +138,7 @@ class Generator(nn.Module):
         seed: int = 0,
         first: int = 0,
         batch_size: int = 64,
-        conditions: Tensor | None = None,
+        conditions: Tensor | Batch | None = None,
     ) -> Tensor:
         """Draw the hidden part of pictures anew; returns images (B, 3, H, W) in [-1, 1].
 
@@ -138,7 +154,8 @@ class Generator(nn.Module):
             seed: Another seed, other completions.
             first: The number of the first picture.
             batch_size: Pictures drawn at once.
-            conditions: Pictures (B, C, H, W) to draw by; see `sample`.
+            conditions: Pictures (B, C, H, W) to draw by, or a batch with more; see `sample`. A prior that is told by
+                the pictures themselves sees them whole by default.
 
         Raises:
             UserError: If the sampler cannot keep codes, or cannot draw a picture of this size.
@@ -146,7 +163,9 @@ class Generator(nn.Module):
         indices = self._indices(pictures, batch_size)
         grid = (indices.shape[1], indices.shape[2])
         known = indices.masked_fill(~self._known(mask, indices), -1).flatten(1)
-        every = Batch(labels=self._labels(len(indices), None, labels, first), conditions=conditions, images=conditions)
+        every = gather(self._seen(conditions, pictures), self.conditioner, len(indices))
+        if every.labels is None or labels is not None:
+            every = replace(every, labels=self._labels(len(indices), None, labels, first))
         pieces = []
         for i in range(0, len(indices), batch_size):
             told, kept = every.part(i, i + batch_size), known[i : i + batch_size]
@@ -198,6 +217,12 @@ class Generator(nn.Module):
 
     def _check_sampler(self, grid: Size, keeps: bool, wanted: Collection[str]) -> None:
         trained, stride = self.tokenizer.grid, self.tokenizer.stride
+        window = getattr(self.sampler, "window", None)
+        if window not in (None, trained) and (places := fields(self.conditioner)):
+            raise UserError(
+                f"sampler.window=[{window[0]},{window[1]}]: this prior is told {', '.join(sorted(places))} of windows "
+                f"of {trained[0]} x {trained[1]} codes, as in training; leave sampler.window out"
+            )
         if keeps and "known" not in wanted:
             raise UserError("sampler: this one cannot keep codes that are known; sampler=autoregressive does")
         # Fewer rows are the start of a sequence; fewer or more columns are another sequence.
@@ -220,14 +245,12 @@ class Generator(nn.Module):
             )
         return height // stride, width // stride
 
-    def _size_of(self, conditions: Tensor) -> Size:
-        (height, width), learned = conditions.shape[-2:], self.tokenizer.image_size
-        if height < learned[0] or width < learned[1]:
-            raise UserError(
-                f"condition: a picture of {height} x {width} pixels is smaller than the {learned[0]} x {learned[1]} "
-                "that the prior has learned"
-            )
-        return height, width
+    def _seen(self, conditions: Tensor | Batch | None, pictures: Tensor) -> Tensor | Batch | None:
+        """Return the conditions of pictures, those that are their own condition included."""
+        if isinstance(conditions, Tensor) or not pictures.is_floating_point():
+            return conditions
+        told = conditions or Batch()
+        return replace(told, images=pictures) if told.images is None else told
 
     def _indices(self, pictures: Tensor, batch_size: int) -> Tensor:
         if not pictures.is_floating_point():

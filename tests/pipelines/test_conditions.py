@@ -2,26 +2,30 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import vqf
 from tests.composing import compose
 from tests.pipelines.test_loop import TINY
+from vqf.data.maps import Reading
 from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
-from vqf.pipelines.pictures import as_colours, read_picture
+from vqf.pipelines.pictures import as_colours, condition_reader, read_picture, reader_of_maps
 from vqf.pipelines.reconstruct import Reconstruct
 from vqf.pipelines.sample import Sample
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
+from vqf.protocols import Batch, Size
 from vqf.protocols import Sample as Shown
-from vqf.registry import register
+from vqf.registry import build, register
 from vqf.tokenizer import Tokenizer
 
 EARTH = [*TINY, "data=earth", "data.crops=32", "evaluate.count=4", "model/conditioner=spatial"]
@@ -34,6 +38,10 @@ class Zones:
 
     def __init__(self, image_size: tuple[int, int], seed: int) -> None:
         self.size, self.classes = image_size, ()
+
+    @staticmethod
+    def condition_reader() -> Reading:
+        return Reading("labels", CLASSES)
 
     def split(self, name: str) -> "Zones":
         self.fingerprint = name
@@ -89,21 +97,36 @@ def test_a_drawn_map_becomes_a_picture_of_its_size(run: Path, tmp_path: Path) ->
     assert [(again / each.name).read_bytes() == each.read_bytes() for each in first.iterdir()] == [True, True]
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
-    picture = generator.sample(1, conditions=read_picture(path, 3))
-    assert picture.shape == (1, 3, 24, 40)
+    picture = generator.sample(1, conditions=read_picture(path))
+    saved = read_picture(first / "map-000000.png")
+    torch.testing.assert_close(picture[0], saved, rtol=0, atol=1 / 255)
 
 
-def test_sides_are_brought_to_what_the_stride_divides(run: Path, tmp_path: Path) -> None:
-    samples = drawn(run, tmp_path / "out", condition=str(a_map(tmp_path / "map.png", 37, 29)))
-    assert Image.open(samples / "map-000000.png").size == (40, 32)
+@pytest.mark.parametrize("size", [(37, 29), (16, 16), (9, 30), (5, 3)])
+def test_a_map_of_any_size_gives_a_picture_of_exactly_that_size(run: Path, tmp_path: Path, size: Size) -> None:
+    """What the stride does not divide, or is smaller than a window, is continued by its edge, and cut off again."""
+    path = a_map(tmp_path / "map.png", *size)
+    samples = drawn(run, tmp_path / "out", condition=str(path))
+    assert Image.open(samples / "map-000000.png").size == size
+    generator, whole = vqf.load(run), read_picture(path)
+    assert isinstance(generator, Generator)
+    sides = [max(-(-side // 8) * 8, 16) for side in whole.shape[1:]]
+    rows, columns = (torch.arange(side).clamp(max=old - 1) for side, old in zip(sides, whole.shape[1:], strict=True))
+    enlarged = generator.sample(1, conditions=whole[:, rows][:, :, columns])
+    assert torch.equal(generator.sample(1, conditions=whole), enlarged[..., : size[1], : size[0]])
 
 
 def test_a_folder_of_maps_gives_a_picture_for_each(run: Path, tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     for name in "ab":
         a_map(tmp_path / "maps" / f"{name}.png", 16, 16, "P" if name == "a" else "L")
+    (tmp_path / "maps" / ".DS_Store").write_bytes(b"\0")
+    (tmp_path / "maps" / "notes.txt").write_text("not a map")
     samples = drawn(run, tmp_path / "out", condition=str(tmp_path / "maps"))
     assert sorted(each.name for each in samples.iterdir()) == ["a-000000.png", "b-000000.png"]
+    a_map(tmp_path / "maps" / "a.bmp", 16, 24)
+    samples = drawn(run, tmp_path / "two", condition=str(tmp_path / "maps"))
+    assert sorted(each.name for each in samples.iterdir()) == [f"{name}-000000.png" for name in ("a.bmp", "a.png", "b")]
 
 
 def test_without_a_map_held_out_ones_take_turns(run: Path, tmp_path: Path) -> None:
@@ -133,8 +156,6 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
     kept = load_file(run / "stage2" / "tokens" / "validation-00000.safetensors")
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
-    from vqf.registry import build
-
     config = compose(*EARTH)
     split = build("data", config.data, image_size=(16, 16), seed=config.seed).split("validation")
     for index in (0, len(split) - 1):
@@ -149,26 +170,92 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
         Stage2(compose(*TINY, "data=earth", "data.crops=32", *words), tmp_path / "other").run()
 
 
-def test_conditions_in_a_list_guide_together(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    named(monkeypatch, "model.conditioner", "sampler", "steps")
-    words = [f"run={run / 'stage1'}", f"model.conditioner.spatial.run={run / 'maps'}", "pipeline=stage2", "steps=2"]
-    many = ["model/conditioner=[spatial,coordinates,image]", "model.conditioner.spatial.drop=0.3"]
-    config = compose(*EARTH[:-1], *many, "model.conditioner.image.factor=2", *words, "sampler=sliding_window")
-    Stage2(config, tmp_path / "many").run()
-    generator = vqf.load(tmp_path / "many")
-    assert isinstance(generator, Generator)
-    assert generator.conditioner.length == 4 + 4 + 1
-    samples = drawn(
-        tmp_path / "many",
-        tmp_path / "out",
-        "sampler=sliding_window",
-        "sampler.guidance=3",
-        condition=str(a_map(tmp_path / "m.png", 32, 24)),
+@pytest.fixture(scope="module")
+def many(run: Path) -> Path:
+    """A prior that is told maps, places and poorer pictures."""
+    folder, words = run.parent / "many", [f"run={run / 'stage1'}", f"model.conditioner.spatial.run={run / 'maps'}"]
+    conditioners = ["model/conditioner=[spatial,coordinates,image]", "model.conditioner.spatial.drop=0.3"]
+    config = compose(
+        *EARTH[:-1], *conditioners, "model.conditioner.image.factor=2", *words, "pipeline=stage2", "steps=2"
     )
-    assert Image.open(samples / "m-000000.png").size == (
-        32,
-        32,
-    )  # sides are multiples of 16: half the picture has codes, too
+    with pytest.MonkeyPatch.context() as patch:
+        named(patch, "model.conditioner", "steps")
+        Stage2(config, folder).run()
+    return folder
+
+
+def held_out(count: int) -> Batch:
+    data = build("data", compose(*EARTH).data, image_size=(16, 16), seed=0).split("validation")
+    return Batch.collate([data.item(0, i * len(data) // count) for i in range(count)])
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Take notes of what every prior is told."""
+    notes: list[Batch] = []
+    sample_tokens = Generator.sample_tokens
+
+    def noting(self: Generator, told: Batch, **options: Any) -> torch.Tensor:
+        notes.append(told)
+        return sample_tokens(self, told, **options)
+
+    monkeypatch.setattr(Generator, "sample_tokens", noting)
+    return notes
+
+
+def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named(monkeypatch, "sampler")
+    generator = vqf.load(many)
+    assert isinstance(generator, Generator) and generator.conditioner.length == 4 + 4 + 1
+    a_map(tmp_path / "m.png", 32, 24), a_map(tmp_path / "p.jpg", 32, 24)
+    both = {"spatial": str(tmp_path / "m.png"), "image": str(tmp_path / "p.jpg")}
+    words = ["sampler=sliding_window", "sampler.guidance=3"]
+    samples = drawn(many, tmp_path / "out", *words, condition=both)
+    assert Image.open(samples / "m-000000.png").size == (32, 24)
+    for condition, message in (
+        (both["spatial"], r"told by several pictures; give each, as condition=\{spatial:spatial.png,image:image.png\}"),
+        ({"spatial": both["spatial"]}, "the picture for conditioner 'image' is missing"),
+        ({**both, "map": both["spatial"]}, r"condition\.map: no conditioner of this prior"),
+        ({**both, "spatial": str(a_map(tmp_path / "s.png", 16, 16))}, "pictures of 16 x 16 and 24 x 32 pixels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            drawn(many, tmp_path / "wrong", *words, condition=condition)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_held_out_samples_tell_all_that_they_have(many: Path, tmp_path: Path, told: list[Batch]) -> None:
+    """Map, picture and place, those of the sample that training would have shown."""
+    drawn(many, tmp_path / "out", count=3)
+    expected = held_out(3)
+    assert len(told) == 1 and (expected.places[:, 2] - expected.places[:, 0] < 0.1).all()  # type: ignore[index]
+    for name in ("images", "conditions", "places"):
+        assert torch.equal(getattr(told[0], name), getattr(expected, name))
+
+
+def test_a_place_says_where_a_drawn_map_lies(many: Path, tmp_path: Path, told: list[Batch]) -> None:
+    both = {"spatial": str(a_map(tmp_path / "m.png", 24, 20)), "image": str(a_map(tmp_path / "p.png", 24, 20))}
+    with pytest.MonkeyPatch.context() as patch:
+        named(patch, "sampler")
+        drawn(many, tmp_path / "out", "sampler=sliding_window", condition=both, place=[0.2, 0.0, 0.4, 1.0])
+    # 20 rows are continued to 32, 24 columns to 32: the part that is kept still lies where it was said.
+    torch.testing.assert_close(told[0].places, torch.tensor([[0.2, 0.0, 0.2 + 0.2 * 32 / 20, 32 / 24]]))
+    with pytest.raises(UserError, match=r"place=\[0\.5, 0\.2\]: give top, left, bottom and right"):
+        drawn(many, tmp_path / "wrong", condition=both, place=[0.5, 0.2])
+
+
+def test_completion_is_told_what_training_was(
+    many: Path, tmp_path: Path, told: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named(monkeypatch, "batch_size")
+    config = compose("pipeline=complete", f"run={many}", "logger=[]", "batch_size=2")
+    Complete(config, tmp_path, count=4).run()
+    expected = held_out(4)
+    assert [len(each) for each in told] == [2, 2]
+    for name in ("images", "conditions", "places"):
+        assert torch.equal(torch.cat([getattr(each, name) for each in told]), getattr(expected, name))
+    assert len(list((tmp_path / "completions").iterdir())) == 4
+    with pytest.raises(UserError, match="images: this prior draws by maps, too; give pictures and maps"):
+        Complete(config, tmp_path / "own", images=str(tmp_path / "completions")).run()
 
 
 def test_a_resumed_stage2_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
@@ -200,23 +287,57 @@ def test_maps_of_classes_have_a_channel_for_each(tmp_path: Path) -> None:
     samples = drawn(tmp_path / "run", tmp_path / "out", condition=str(tmp_path / "numbers.png"))
     assert Image.open(samples / "numbers-000000.png").size == (24, 24)
     Image.new("L", (16, 16), CLASSES).save(tmp_path / "wrong.png")
-    with pytest.raises(UserError, match="a pixel is of class 5; there are 5, counted from 0"):
+    with pytest.raises(UserError, match=r"the label 5 is not below data\.labels=5"):
         drawn(tmp_path / "run", tmp_path / "wrong", condition=str(tmp_path / "wrong.png"))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 7])
-def test_what_is_read_is_what_was_saved(channels: int, tmp_path: Path) -> None:
-    numbers = torch.randint(7 if channels == 7 else 256, (12, 8, 3), dtype=torch.uint8)
-    pixels: Tensor = numbers if channels == 3 else numbers[..., 0]
-    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
-    found = read_picture(tmp_path / "a.png", channels)
-    assert found.shape == (channels, 12, 8)
-    if channels == 7:
-        assert torch.equal(found.argmax(0), pixels.long()) and torch.equal(found.sum(0), torch.ones(12, 8))
-        assert len(as_colours(found[None]).flatten(2).unique(dim=2)[0].T) == 7
+def pixels_of(maps: str, labels: int) -> np.ndarray:
+    """Return pixels (12, 16, ...) of a map of a kind, as a file has them: every class occurs, and 255 for none."""
+    random = np.random.default_rng(0)
+    if maps == "labels":
+        return np.append(np.arange(192 - 20) % (labels - 1), [255] * 20).reshape(12, 16).astype(np.uint8)
+    if maps == "grey16":
+        return random.integers(2**16, size=(12, 16)).astype(np.uint16)
+    return random.integers(256, size=(12, 16, 3) if maps in ("rgb", "palette") else (12, 16)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("maps", "labels"),
+    [("rgb", 0), ("palette", 0), ("grey", 0), ("grey16", 0), ("labels", 2), ("labels", 3), ("labels", 5)],
+)
+def test_sampling_reads_a_map_as_training_does(maps: str, labels: int, tmp_path: Path) -> None:
+    """The same file, beside its picture in `data=pairs`, and handed in to draw by; and as the format defines it."""
+    pixels = pixels_of(maps, labels)
+    for name in ("images", "conditions"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (16, 12)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "conditions" / "a.png")
+    words = [f"data.maps={'grey' if maps == 'grey16' else maps}", f"data.root={tmp_path}"]
+    words += [f"data.labels={labels}", "data.unlabelled=255"] if labels else []
+    config = compose("data=pairs", *words, "data.validation_share=0", "data.flip=false")
+    trained = build("data", config.data, image_size=(12, 16), seed=0).split("train").item(0, 0).condition
+    sampled = reader_of_maps(config.data)(tmp_path / "conditions" / "a.png")
+    assert torch.equal(trained, sampled)
+    if labels:
+        moved = torch.from_numpy(np.where(pixels == 255, 0, pixels.astype(int) + 1))
+        assert torch.equal(sampled, torch.nn.functional.one_hot(moved, labels).permute(2, 0, 1).float())
+        assert len(as_colours(sampled[None]).flatten(2).unique(dim=2)[0].T) == labels
     else:
-        assert torch.equal(((found + 1) * 127.5).round(), pixels.reshape(12, 8, -1).permute(2, 0, 1).float())
-        assert as_colours(found[None]).shape == (1, 3, 12, 8)
+        levels = torch.from_numpy(pixels.reshape(12, 16, -1).astype(np.float64)).permute(2, 0, 1)
+        step = 65535 if maps == "grey16" else 255
+        torch.testing.assert_close(sampled.double(), levels / step * 2 - 1, rtol=0, atol=1 / 255)
+    reader = condition_reader(config.data)
+    assert reader is not None and reader.classes == labels
+
+
+@pytest.mark.usefixtures("isolated")
+def test_data_that_does_not_say_how_it_reads_maps_is_not_guessed_at(tmp_path: Path) -> None:
+    register("data", "mute")(type("Mute", (Zones,), {"condition_reader": None}))
+    words = [each for each in FULL if not each.startswith("data")]
+    Full(compose(*words, "data=mute", "evaluate.count=4"), tmp_path / "run").run()
+    with pytest.raises(UserError, match="data 'mute' does not say how it reads a map from a file"):
+        drawn(tmp_path / "run", tmp_path / "out", condition=str(a_map(tmp_path / "a.png", 16, 16, "L")))
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def refusals() -> list[tuple[list[str], str]]:
@@ -241,12 +362,12 @@ def test_stage2_says_where_maps_would_come_from(run: Path, tmp_path: Path, monke
         Stage2(compose(*words, f"model.conditioner.spatial.run={run / 'maps'}"), tmp_path / "b").run()
 
 
-def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
     for condition, words in (
         ("nowhere.png", "no such file or folder"),
-        ("empty", "the folder is empty"),
+        ("empty", "no pictures .* in this folder"),
         ("text.png", "no picture that can be read"),
     ):
         with pytest.raises(UserError, match=words) as caught:
@@ -254,8 +375,12 @@ def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="a picture is as large as its condition"):
         drawn(run, tmp_path / "out", condition="a.png", size=64)
-    small = a_map(tmp_path / "small.png", 8, 8)
-    with pytest.raises(
-        UserError, match="a picture of 8 x 8 pixels is smaller than the 16 x 16 that the prior has learned"
-    ):
-        drawn(run, tmp_path / "out", condition=str(small))
+    with pytest.raises(UserError, match=r"size=32: this prior draws by pictures \(spatial\), .* condition=FILE"):
+        drawn(run, tmp_path / "out", size=32)
+    words = r"sampler.window=\[1,1\]: this prior is told conditions of windows of 2 x 2 codes, as in training; leave"
+    monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: ["sampler"])
+    with pytest.raises(UserError, match=words):
+        drawn(run, tmp_path / "out", "sampler=sliding_window", "sampler.window=1", count=1)
+    with pytest.raises(UserError, match="place: this prior is not told places"):
+        drawn(run, tmp_path / "out", condition=str(a_map(tmp_path / "map.png", 16, 16)), place=[0, 0, 1, 1])
+    assert not (tmp_path / "out").exists()

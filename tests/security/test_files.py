@@ -219,7 +219,7 @@ def both_readers(content: bytes, path: Path) -> None:
     with pytest.raises(UnreadableError):
         imaging.read(io.BytesIO(content), (8, 8), imaging.CENTER)
     with pytest.raises(UserError) as caught:
-        read_picture(path, 3)
+        read_picture(path)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqf.data.imaging import open_picture
+from vqf.data.maps import Reading
 from vqf.errors import UserError, unknown
 from vqf.protocols import Sample, Size, pair
 from vqf.randomness import generator
@@ -88,6 +89,11 @@ class Earth:
         self.classes: list[str] = []
         _check_room("the validation band", self.extent(), self.stop - self.start)
         _check_room("the rest of the earth", self.extent(scale), self.start + WIDTH - self.stop)
+
+    @staticmethod
+    def condition_reader() -> Reading:
+        """Return what reads a drawn map: its colours as they are."""
+        return Reading("palette")
 
     def split(self, name: str) -> "EarthSplit":
         """Return "train" or "validation"."""

@@ -8,6 +8,7 @@ import torch
 from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.labels import numbered
 from vqf.data.listing import File, Names, divide, divide_by_lists, scan
+from vqf.data.maps import Reading
 from vqf.data.split import PictureSplit
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import UserError, unknown
@@ -89,6 +90,11 @@ class Folder:
         else:
             self.division = divide_by_lists(self.root, train, validation, extensions)
         self.classes, self.numbers = numbered(self.division.labels if labels else ())
+
+    @staticmethod
+    def picture_reader() -> Reading:
+        """Return what reads a picture whole, in any folder: upright, its transparency on white."""
+        return Reading("rgb")
 
     def shows(self, name: str) -> bool:
         """Say whether a file that was found is one of the pictures, by its path below the root."""

@@ -1,6 +1,7 @@
 """What the pixels of a map mean: colours, brightness, or numbers of classes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqf.data.imaging import UnreadableError, to_rgb, to_tensor
+from vqf.data.imaging import MAX_PIXELS, UnreadableError, open_picture, to_rgb, to_tensor
 
 Kind = Literal["rgb", "grey", "palette", "labels"]
 
@@ -32,6 +33,27 @@ class Reading:
             raise ValueError(f"labels={self.labels}, but maps=labels needs the number of classes, as data.labels=151")
         if self.kind != "labels" and (self.labels or self.unlabelled is not None):
             raise ValueError(f"labels and unlabelled are for maps=labels, not for maps={self.kind}")
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are, each with a channel of its own; 0 where a map is a picture."""
+        return self.labels
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read a map whole, as stage 2 is shown it: (C, H, W), a pixel of the file for a pixel.
+
+        Raises:
+            UnreadableError: See `open_picture` and `understood`.
+        """
+        return self.condition(self.values(self.open(path)))
+
+    def open(self, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """Open a map and understand it.
+
+        Raises:
+            UnreadableError: See `open_picture` and `understood`.
+        """
+        return self.understood(open_picture(path, max_pixels=max_pixels))
 
     @property
     def filter(self) -> Image.Resampling:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vqf.data.folder import Folder
-from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated, Shown, UnreadableError, open_picture
+from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated, Shown, UnreadableError
 from vqf.data.listing import File, Names, scan
 from vqf.data.maps import Kind, Reading
 from vqf.data.scaling import Box, resampled
@@ -86,7 +86,8 @@ class Pairs(Folder):
         hint: str | None = None,
     ) -> None:
         base = Path(root).expanduser()
-        self.reading, self.suffix, self.maps = Reading(maps, labels, unlabelled), suffix, base / conditions
+        self.reading = self.condition_reader(maps, labels, unlabelled)
+        self.suffix, self.maps = suffix, base / conditions
         self.together = self.maps.resolve() == (base / images).resolve()
         if self.together and not suffix:
             raise ValueError(f"images and conditions are both '{images}'; give data.suffix, which tells them apart")
@@ -112,6 +113,11 @@ class Pairs(Folder):
             hint=hint,
         )
         self.partners = _partners(self.maps, suffix, hint)
+
+    @staticmethod
+    def condition_reader(maps: Kind = "rgb", labels: int = 0, unlabelled: int | None = None) -> Reading:
+        """Return what reads a map that lies in no folder of pairs; see `vqf.protocols.Data`."""
+        return Reading(maps, labels, unlabelled)
 
     def shows(self, name: str) -> bool:
         """Say whether a file is a picture, and no map in the same folder."""
@@ -184,7 +190,7 @@ class PairSplit(PictureSplit):
         if not name:
             raise UnreadableError("no map")
         try:
-            picture = self.reading.understood(open_picture(self.folder / name, max_pixels=self.data.max_pixels))
+            picture = self.reading.open(self.folder / name, self.data.max_pixels)
         except UnreadableError as error:
             raise UnreadableError(f"its map '{name}': {error}") from error
         rows, columns = shape

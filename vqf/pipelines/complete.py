@@ -1,22 +1,28 @@
-"""Keep the upper part of held-out pictures and draw the rest: completion, section 4.2 of the paper of VQGAN."""
+"""Keep a part of pictures and draw the rest: completion, section 4.2 of the paper of VQGAN, in- and outpainting."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from vqf import terminal
+from vqf.canvas import picture_fields
 from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.common import start_run
+from vqf.pipelines.cost import Meter
 from vqf.pipelines.engine import make_engine
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import sequential
-from vqf.pipelines.pictures import as_colours, save_pictures
+from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
+from vqf.pipelines.pictures import as_colours, read_picture
 from vqf.pipelines.restore import find_generator, load_generator
 from vqf.protocols import Batch
 from vqf.registry import build, register
@@ -27,53 +33,128 @@ SHOWN = 16  # rows of the grid
 
 @register("pipeline", "complete")
 class Complete:
-    """Complete held-out pictures of a stage-2 run's data from their upper part.
+    """Complete held-out pictures of a stage-2 run's data, or pictures of any folder, from a part of them.
+
+    `resume=true` goes on with a folder that was not finished; one of other settings is refused.
 
     Args:
-        keep: Share of the rows of codes that is kept, from the top.
-        count: How many pictures, spread evenly over the split.
+        keep: Share of the rows of codes that is kept, from the top; half of them where no mask is given.
+        mask: A picture that is white where pictures are kept and black where they are drawn anew, stretched to their
+            size. A code is kept where all of its pixels are.
+        images: A folder of pictures, scaled and cropped as `data=folder` does; by default the validation split of the
+            run's data.
+        label: The class of all of them, by number or name; by default their own, or classes take turns.
+        count: How many pictures, spread evenly.
     """
 
-    def __init__(self, config: DictConfig, run_dir: Path, *, keep: float = 0.5, count: int = 16) -> None:
-        if not 0 < keep < 1:
+    def __init__(
+        self,
+        config: DictConfig,
+        run_dir: Path,
+        *,
+        keep: float | None = None,
+        mask: str | None = None,
+        images: str | None = None,
+        label: str | None = None,
+        count: int = 16,
+    ) -> None:
+        if keep is not None and mask is not None:
+            raise UserError("keep and mask: both say what is kept; give one of them")
+        if keep is not None and not 0 < keep < 1:
             raise UserError(f"keep={keep}: must be between 0 and 1; pipeline=sample draws whole pictures")
         if count < 1:
             raise UserError(f"count={count}: complete at least one picture")
-        self.config, self.run_dir, self.keep, self.count = config, run_dir, keep, count
-        self.labels: list[int] = []  # of the pictures
+        self.config, self.run_dir, self.keep, self.count = config, run_dir, 0.5 if keep is None else keep, count
+        self.mask, self.images, self.label = mask, images, label
+        self.captions: list[str] = []
 
     def run(self) -> None:
         """Write `completions/*.png` and a grid of originals, what was kept of them, and completions."""
+        meter = Meter()
         checkpoint = find_generator(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "sampler", "batch_size"])
+        if self.images is not None:
+            with open_dict(config):
+                config.data = OmegaConf.create(
+                    {"name": "folder", "root": self.images, "validation_share": 1.0, "labels": False}
+                )
         engine = make_engine(config)
         generator = load_generator(checkpoint, config.sampler).to(engine.device)
-        data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
-        batches = sequential(data.split("validation"), config.batch_size, count=self.count, workers=config.workers)
-        rows = torch.cat(list(self._rows(generator, batches, config.seed)))
-        names = (f"{i:06d}" for i in range(len(rows)))
-        save_pictures(rows[:, 2], self.run_dir / "completions", names)
-        with start_run(config, self.run_dir) as journal:
-            journal.images(checkpoint.step, "completions", rearrange(rows[:SHOWN], "b three c h w -> (b three) c h w"))
-            journal.details({"completions": {"captions": [data.classes[label] for label in self.labels[:SHOWN]]}})
-        log.info("%d pictures in %s", len(rows), self.run_dir / "completions")
+        label = None if self.label is None else generator.classes[generator.class_index(self.label)]
+        if self.images is not None and "conditions" in picture_fields(generator.conditioner).values():
+            raise UserError(
+                "images: this prior draws by maps, too; give pictures and maps, data=pairs data.root=FOLDER"
+            )
+        mask = upper(generator, self.keep) if self.mask is None else read_mask(Path(self.mask).expanduser(), generator)
+        settings = settings_of(checkpoint, config, label=label, kept=mask.flatten().int().tolist())
+        rows = self._complete(generator, mask, config, settings)
+        with start_run(config, self.run_dir, meter) as journal:
+            journal.images(checkpoint.step, "completions", rearrange(rows, "b three c h w -> (b three) c h w"))
+            journal.details({"completions": {"captions": self.captions[:SHOWN]}})
+        log.info("pictures in %s", self.run_dir / "completions")
 
-    def _rows(self, generator: Generator, batches: Iterator[Batch], seed: int) -> Iterator[Tensor]:
-        """Yield (B, 3, 3, H, W): originals, the kept part of them on grey, completions."""
-        mask = upper(generator, self.keep)
-        done = 0
+    def _complete(self, generator: Generator, mask: Tensor, config: DictConfig, settings: Mapping[str, Any]) -> Tensor:
+        """Draw and save; return the first rows (B, 3, 3, H, W): originals, their kept part on grey, completions."""
+        data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
+        loading = {"workers": config.workers, "timeout": config.worker_timeout}
+        batches = sequential(data.split("validation"), config.batch_size, count=self.count, **loading)
+        folder, rows, done = PictureFolder(self.run_dir / "completions", bool(config.resume)), [], 0
         with terminal.progress("complete", self.count) as bar:
             for batch in batches:
-                assert batch.images is not None
-                images = batch.images.to(generator.device)
-                completed = generator.complete(
-                    images, mask, labels=batch.labels, seed=seed, first=done, batch_size=len(batch)
-                )
-                self.labels += [] if batch.labels is None else batch.labels.tolist()
-                kept = images.masked_fill(~enlarged(mask, generator), 0)
-                yield torch.stack([images, kept, completed], dim=1).cpu()
-                done += len(batch)
-                bar.advance(len(batch))
+                told = self._told(batch, generator)
+                names = {f"{done + i:06d}": {**settings, "picture": digest(told, i)} for i in range(len(told))}
+                if not folder.has(names):
+                    self._save(generator, folder, names, told, mask, done)
+                if done < SHOWN:
+                    assert told.images is not None
+                    drawn = torch.stack([folder.read(name) for name in names])
+                    kept = told.images.masked_fill(~enlarged(mask, generator).cpu(), 0)
+                    rows.append(torch.stack([told.images, kept, drawn], dim=1))
+                done += len(told)
+                bar.advance(len(told))
+        return torch.cat(rows)[:SHOWN]
+
+    def _told(self, batch: Batch, generator: Generator) -> Batch:
+        """Return pictures with everything that is known of them, and note what they are called."""
+        if self.label is not None:
+            batch = replace(batch, labels=torch.full((len(batch),), generator.class_index(self.label)))
+        if batch.labels is not None and generator.classes:
+            self.captions += [generator.classes[each] for each in batch.labels.tolist()]
+        return replace(batch, masks=None)
+
+    @staticmethod
+    def _save(
+        generator: Generator,
+        folder: PictureFolder,
+        names: Mapping[str, Mapping[str, Any]],
+        told: Batch,
+        mask: Tensor,
+        first: int,
+    ) -> None:
+        assert told.images is not None
+        settings: Mapping[str, Any] = next(iter(names.values()))
+        completed = generator.complete(
+            told.images.to(generator.device),
+            mask,
+            conditions=told.to(generator.device),
+            seed=settings["seed"],
+            first=first,
+            batch_size=len(names),
+        )
+        for (name, each), picture in zip(names.items(), completed, strict=True):
+            folder.save(name, picture, each)
+
+
+def read_mask(path: Path, generator: Generator) -> Tensor:
+    """Read which codes (h, w) are known: those of which no pixel of a mask, stretched to their grid, is black.
+
+    Raises:
+        UserError: If it cannot be read, or hides nothing.
+    """
+    hidden = (read_picture(path).mean(0) < 0).float()
+    if not hidden.any():
+        raise UserError(f"mask={path}: no pixel is black, so there is nothing to draw; white is what is kept")
+    return F.adaptive_max_pool2d(hidden[None, None], generator.tokenizer.grid)[0, 0].to(generator.device) == 0
 
 
 def complete_tokens(generator: Generator, told: Batch, *, seed: int, first: int = 0, keep: float = 0.5) -> Tensor:

@@ -1,18 +1,19 @@
-"""Pictures in and out of files, for pipelines."""
+"""Pictures in and out of files, for pipelines. How a file is read is for the data sources to say."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
+from omegaconf import DictConfig
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vqf.errors import UserError
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # what a person draws in, and no more
-MAX_PIXELS = 2**26
+from vqf.protocols import ConditionReader
+from vqf.registry import check, find
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -24,7 +25,8 @@ def to_image(picture: Tensor) -> Image.Image:
 def as_colours(pictures: Tensor) -> Tensor:
     """Return pictures (B, C, H, W) of any channels in colours, (B, 3, H, W) in [-1, 1].
 
-    One channel is grey. More than three are the scores of classes, of which the best is shown in a colour of its own.
+    One channel is grey. Two, or more than three, are the scores of classes, of which the best is shown in a colour of
+    its own.
     """
     if pictures.shape[1] == 1:
         return pictures.expand(-1, 3, -1, -1)
@@ -36,43 +38,79 @@ def as_colours(pictures: Tensor) -> Tensor:
     return rearrange(palette.clamp(0, 1)[pictures.argmax(1)] * 2 - 1, "b h w c -> b c h w")
 
 
-def read_picture(path: Path, channels: int, stride: int = 1) -> Tensor:
-    """Read a picture (C, H, W) in [-1, 1], its sides scaled to the nearest multiples of a stride.
-
-    Args:
-        path: Of the file.
-        channels: 3: its colours; 1: its grey; more: 1 in the channel of each pixel's number, 0 in all others.
-        stride: What divides both sides afterwards. Nearest-neighbour scaling keeps the colours that a map is drawn in.
+def read_picture(path: Path) -> Tensor:
+    """Read a picture whole, (3, H, W) in [-1, 1], as `data=folder` reads its own.
 
     Raises:
-        UserError: If there is no picture, or a pixel's number has no channel.
+        UserError: If there is none that can be read.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            width, height = (max(round(side / stride), 1) * stride for side in file.size)
-            if width * height > MAX_PIXELS:
-                raise UserError(f"{path}: {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
-            mode = {3: "RGB", 1: "L"}.get(channels, file.mode if file.mode in ("P", "L") else "L")
-            pixels = torch.from_numpy(np.array(file.convert(mode).resize((width, height), Image.Resampling.NEAREST)))
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # whatever a decoder trips over
-        raise UserError(f"{path}: no picture that can be read ({error}); give a {' or '.join(FORMATS)} file") from error
-    if channels > 3:
-        return _one_hot(path, pixels, channels)
-    return rearrange(pixels, "h w ... -> (...) h w").float() / 127.5 - 1
+    return _read(find("data", "folder").target.picture_reader(), path)  # type: ignore[attr-defined]
 
 
-def _one_hot(path: Path, numbers: Tensor, classes: int) -> Tensor:
-    if numbers.max() >= classes:
-        raise UserError(f"{path}: a pixel is of class {int(numbers.max())}; there are {classes}, counted from 0")
-    return rearrange(torch.nn.functional.one_hot(numbers.long(), classes), "h w c -> c h w").float()
+def condition_reader(data: DictConfig) -> ConditionReader | None:
+    """Return what reads maps from files as a data source reads its own; None if it says nothing of that.
+
+    Args:
+        data: Its node, as a run was trained with.
+    """
+    make = getattr(find("data", data.name).target, "condition_reader", None)
+    if make is None:
+        return None
+    options = check("data", data)
+    return make(**{key: options[key] for key in inspect.signature(make).parameters if key in options})
+
+
+def reader_of_maps(data: DictConfig) -> Callable[[Path], Tensor]:
+    """Return `condition_reader`, whose mistakes are the user's.
+
+    Raises:
+        UserError: If the data source says nothing of how a file becomes a map.
+    """
+    reader = condition_reader(data)
+    if reader is None:
+        raise UserError(
+            f"condition: data '{data.name}' does not say how it reads a map from a file; give its class a function "
+            "condition_reader (vqf.protocols.Data), or leave condition out to draw by held-out maps"
+        )
+    return lambda path: _read(reader, path)
+
+
+def picture_files(path: Path) -> list[Path]:
+    """List the pictures of a folder, by name, or the file itself; hidden files and what ends otherwise are left out.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if not path.exists():
+        raise UserError(f"condition={path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    endings: tuple[str, ...] = tuple(find("data", "folder").options["extensions"].default)
+    files = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
+    found = sorted(each for each in files if each.name.lower().endswith(endings))
+    if not found:
+        raise UserError(f"condition={path}: no pictures ({', '.join(endings)}) in this folder")
+    return found
 
 
 def save_pictures(pictures: Iterable[Tensor], folder: Path, names: Iterable[str]) -> None:
     """Write pictures (C, H, W) as PNG files of the given names into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     for picture, name in zip(pictures, names, strict=True):
-        temporary = folder / f".{name}.tmp"
-        to_image(picture).save(temporary, format="PNG")
-        temporary.rename(folder / f"{name}.png")  # what is there is whole, whatever happens
+        save_picture(picture, folder / f"{name}.png")
+
+
+def save_picture(picture: Tensor, path: Path, said: PngInfo | None = None) -> None:
+    """Write a picture (C, H, W), and what is said of it; the file is whole, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp")
+    to_image(picture).save(temporary, format="PNG", pnginfo=said)
+    temporary.rename(path)
+
+
+def _read(reader: Callable[[Path], Tensor], path: Path) -> Tensor:
+    try:
+        return reader(path)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: no picture that can be read ({error})") from error

@@ -1,7 +1,8 @@
 """Draw new pictures from a finished stage-2 run."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vqf import terminal
+from vqf.canvas import fields, picture_fields
 from vqf.errors import UserError
 from vqf.generator import Generator
+from vqf.pipelines import drawn_by
 from vqf.pipelines.classes import reads_labels
 from vqf.pipelines.common import start_run
+from vqf.pipelines.cost import Meter
+from vqf.pipelines.drawn_by import Condition, DrawnBy
 from vqf.pipelines.engine import make_engine
 from vqf.pipelines.inherit import inherit
-from vqf.pipelines.pictures import as_colours, read_picture, save_pictures
+from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
+from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.restore import find_generator, load_generator
 from vqf.protocols import Batch
 from vqf.registry import build, register
@@ -26,11 +32,20 @@ from vqf.terminal import log
 SHOWN = 64  # pictures in the grid
 
 
+@dataclass
+class Shown:
+    """The first pictures that one condition gave, for the grid."""
+
+    pictures: list[Tensor] = field(default_factory=list)  # (3, H, W)
+    told: list[Batch | None] = field(default_factory=list)  # of one row
+
+
 @register("pipeline", "sample")
 class Sample:
     """Draw new pictures from the prior of a run.
 
-    `resume=true` goes on with a folder that was not finished: what is there is not drawn again.
+    `resume=true` goes on with a folder that was not finished: what is there is not drawn again. Every picture holds the
+    settings that decided it, and a folder of others is refused.
 
     Args:
         count: How many; 64 by default, or one for each condition.
@@ -40,8 +55,11 @@ class Sample:
         candidates: Draw so many for each picture, and keep the one that `scorer=` likes best.
         tile: Decode no more than so many codes per side at once, in tiles that fade into each other; null decodes a
             picture whole.
-        condition: A picture to draw by, or a folder of them: a map, or what else the prior was trained on. Each gives
+        condition: A picture to draw by, or a folder of them: a map, or what else the prior was trained on. One for each
+            conditioner where several are told by pictures: `condition={spatial:map.png,image:photo.png}`. Each gives
             `count` pictures of its own size. By default held-out conditions of the run's data take turns.
+        place: Where in the whole picture a condition lies, for a prior that is told places: top, left, bottom and right
+            as shares of it; by default a condition is the whole.
     """
 
     def __init__(
@@ -54,7 +72,8 @@ class Sample:
         size: int | Sequence[int] | None = None,
         candidates: int = 1,
         tile: int | None = 128,
-        condition: str | None = None,
+        condition: str | Mapping[str, str] | None = None,
+        place: Sequence[float] | None = None,
     ) -> None:
         if candidates < 1 or (tile is not None and tile < 8):
             raise UserError(f"candidates={candidates} must be at least 1, tile={tile} at least 8 codes")
@@ -62,54 +81,89 @@ class Sample:
             raise UserError(f"count={count}: draw at least one picture")
         if condition is not None and size is not None:
             raise UserError("size and condition: a picture is as large as its condition; leave size out")
+        if condition is None and place is not None:
+            raise UserError("place: says where a condition lies; give condition=, too")
         self.config, self.run_dir, self.label, self.size = config, run_dir, label, size
-        self.candidates, self.tile = candidates, tile
+        self.candidates, self.tile, self.place = candidates, tile, place
         self.count = count or (1 if condition else 64)
-        self.condition = None if condition is None else Path(condition).expanduser()
+        self.condition: Condition | None = condition
 
     def run(self) -> None:
         """Write `samples/*.png` and a grid of them."""
+        meter = Meter()
         checkpoint = find_generator(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "sampler", "batch_size"])
         engine = make_engine(config)
         generator = load_generator(checkpoint, config.sampler).to(engine.device)
         generator.scorer = build("scorer", config.scorer) if config.get("scorer") else None
         label = None if self.label is None else generator.class_index(self.label)
-        with start_run(config, self.run_dir) as journal:
-            for name, conditions in self._conditions(generator, config):
-                shown = self._draw(generator, name, label, conditions, config)
-                kind = "samples" if conditions is None else "conditions"
-                journal.images(0, f"{kind}-{name}".strip("-"), beside(shown, conditions))
-                journal.details(self._said(generator, label, len(shown)))
+        named = None if label is None else generator.classes[label]
+        options = {"label": named, "size": _plain(self.size), "candidates": self.candidates, "tile": self.tile}
+        settings = settings_of(checkpoint, config, **options)
+        conditions = self._conditions(generator, config)
+        drawn = ((each, self._draw(generator, each, settings, config.batch_size)) for each in conditions)
+        first = next(drawn)  # what is wrong with the options shows here, before there is a report
+        with start_run(config, self.run_dir, meter) as journal:
+            for told, shown in chain([first], drawn):
+                kind = "conditions" if picture_fields(generator.conditioner) else "samples"
+                journal.images(0, f"{kind}-{told.name}".strip("-"), beside(shown, generator))
+                journal.details(self._said(generator, label, len(shown.pictures)))
         log.info("pictures in %s", self.run_dir / "samples")
 
-    def _draw(
-        self, generator: Generator, name: str, label: int | None, conditions: Tensor | None, config: DictConfig
-    ) -> Tensor:
+    def _conditions(self, generator: Generator, config: DictConfig) -> Iterator[DrawnBy]:
+        if self.condition is not None:
+            return iter(drawn_by.files(self.condition, self.place, generator, config.data))
+        if pictures := picture_fields(generator.conditioner):
+            if self.size is not None:
+                raise UserError(
+                    f"size={self.size}: this prior draws by pictures ({', '.join(pictures)}), and what it draws is as "
+                    "large as they are; give condition=FILE of that size"
+                )
+        elif self.size is not None and fields(generator.conditioner):
+            return iter([DrawnBy("", lambda first, last: None)])  # of another size than in training: the whole picture
+        return iter([drawn_by.held_out(generator, config, self.count)])
+
+    def _draw(self, generator: Generator, by: DrawnBy, settings: Mapping[str, Any], size: int) -> Shown:
         """Draw and save pictures batch by batch, and return the first of them."""
-        folder, size, shown = self.run_dir / "samples", config.batch_size, []
+        folder, shown = PictureFolder(self.run_dir / "samples", bool(self.config.resume)), Shown()
         with terminal.progress("sample", self.count) as bar:
             for i in range(0, self.count, size):
                 now = min(size, self.count - i)
-                paths = [folder / f"{name}{j:06d}.png" for j in range(i, i + now)]
-                if not (config.resume and all(path.is_file() for path in paths)):
-                    told = conditions if conditions is None or conditions.ndim == 3 else conditions[i : i + now]
-                    pictures = generator.sample(
-                        now,
-                        label=label,
-                        seed=config.seed,
-                        first=i,
-                        batch_size=now,
-                        size=self.size,
-                        conditions=told,
-                        tile=self.tile,
-                        candidates=self.candidates,
-                    )
-                    save_pictures(pictures, folder, (path.stem for path in paths))
+                told = by.told(i, i + now)
+                rows = [j if told is not None and len(told) == now else 0 for j in range(now)]
+                names = {
+                    f"{by.name}{i + j:06d}": {**settings, "condition": digest(told, row)} for j, row in enumerate(rows)
+                }
+                if not folder.has(names):
+                    self._save(generator, folder, names, told, i)
                 if i < SHOWN:
-                    shown += [read_picture(path, 3) for path in paths]
+                    shown.pictures += [folder.read(name) for name in names]
+                    shown.told += [told and told.part(row, row + 1) for row in rows]
                 bar.advance(now)
-        return torch.stack(shown[:SHOWN])
+        return Shown(shown.pictures[:SHOWN], shown.told[:SHOWN])
+
+    def _save(
+        self,
+        generator: Generator,
+        folder: PictureFolder,
+        names: Mapping[str, Mapping[str, Any]],
+        told: Batch | None,
+        first: int,
+    ) -> None:
+        some: Mapping[str, Any] = next(iter(names.values()))
+        pictures = generator.sample(
+            len(names),
+            label=some["label"],
+            seed=some["seed"],
+            first=first,
+            batch_size=len(names),
+            size=self.size,
+            conditions=told,
+            tile=self.tile,
+            candidates=self.candidates,
+        )
+        for (name, settings), picture in zip(names.items(), pictures, strict=True):
+            folder.save(name, picture, settings)
 
     def _said(self, generator: Generator, label: int | None, count: int) -> dict[str, Any]:
         """Return the classes of what is shown, for those who look at it."""
@@ -118,38 +172,15 @@ class Sample:
             return {}
         return {"samples": {"labels": [names[i % len(names) if label is None else label] for i in range(count)]}}
 
-    def _conditions(self, generator: Generator, config: DictConfig) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield what to draw by, (C, H, W) or (count, C, H, W), and what its files are called."""
-        channels = generator.conditioner.channels
-        if channels is None and self.condition is not None:
-            raise UserError("condition: this prior was not trained on maps or pictures; label= may choose a class")
-        if self.condition is not None and channels is not None:
-            multiple = math.lcm(generator.tokenizer.stride, generator.conditioner.multiple)
-            for path in _files(self.condition):
-                yield f"{path.stem}-", read_picture(path, channels, multiple)
-        else:
-            yield "", None if channels is None else self._held_out(generator, config)
 
-    def _held_out(self, generator: Generator, config: DictConfig) -> Tensor:
-        data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
-        split, wanted = data.split("validation"), "image" if "image" in generator.conditioner.parts else "condition"
-        samples = [split.item(0, i * len(split) // self.count) for i in range(self.count)]
-        return torch.stack([getattr(sample, wanted) for sample in samples])
+def beside(shown: Shown, generator: Generator) -> Tensor:
+    """Return each picture after the pictures that it was drawn by, if there are any."""
+    pictures = torch.stack(shown.pictures)
+    rows = []
+    for name in dict.fromkeys(picture_fields(generator.conditioner).values()):
+        rows.append(as_colours(torch.cat([getattr(told, name) for told in shown.told])).to(pictures))
+    return rearrange([*rows, pictures], "rows b c h w -> (b rows) c h w")
 
 
-def beside(pictures: Tensor, conditions: Tensor | None) -> Tensor:
-    """Return each picture after its condition, if it has one."""
-    if conditions is None:
-        return pictures
-    conditions = conditions if conditions.ndim == 3 else conditions[: len(pictures)]
-    shown = as_colours(conditions.expand(len(pictures), *conditions.shape[-3:])).to(pictures)
-    return rearrange([shown, pictures], "two b c h w -> (b two) c h w")
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"condition={path}: no such file or folder")
-    found = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    if not found:
-        raise UserError(f"condition={path}: the folder is empty")
-    return found
+def _plain(size: int | Sequence[int] | None) -> int | list[int] | None:
+    return size if size is None or isinstance(size, int) else list(size)

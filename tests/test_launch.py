@@ -65,6 +65,14 @@ def command(folder: str, arguments: list[str]) -> Ended:
     return Ended(status, out.getvalue(), err.getvalue())
 
 
+def threads_left(folder: str, arguments: list[str]) -> list[str]:
+    """Run a command line in this process, and return the threads of the group that are still there."""
+    ended = command(folder, arguments)
+    assert ended.status == 0, ended.err
+    names = (path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    return [name for name in names if "gloo" in name]
+
+
 def chorus(folder: Path, *arguments: str) -> list[Ended]:
     """Run the plugin's pipeline in two processes."""
     return together(2, command, str(folder), [f"plugins=[{CHORUS}]", "pipeline=chorus", *arguments], joined=False)
@@ -86,6 +94,12 @@ def test_a_mistake_is_one_line_whoever_makes_it(tmp_path: Path, who: str) -> Non
     assert line in [f"process {each} does not sing" for each in who]
     (log,) = tmp_path.glob("*/*/*/log.txt")
     assert log.read_text().splitlines()[-1].split("ERROR ")[1] in (line, f"process {who[0]} does not sing")
+
+
+def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
+    """One that frees a tensor while the interpreter ends aborts a process that has done all of its work."""
+    words = [*SMALL, "pipeline=stage1", "steps=1", "logger=[]", "engine=ddp", "device=cpu"]
+    assert together(2, threads_left, str(tmp_path), words, joined=False) == [[], []]
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -81,6 +81,15 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     assert report["duplicates"] == [["train: copy.png", "train: fine.png"]]
 
 
+def test_a_union(pictures, tmp_path):
+    parts = f"{{a:{{name:folder,root:{pictures}}},b:{{name:folder,root:{pictures / 'train'},validation_last:3}}}}"
+    Check(compose("data=union", f"+data.parts={parts}", "image_size=16"), tmp_path / "run").run()
+    report = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert {name: part["pictures"] for name, part in report["parts"].items()} == {"train": 11, "validation": 4}
+    named = [name for part in report["parts"].values() for name in part["unreadable"]]
+    assert sorted(named) == ["a/train/broken.png", "b/broken.png"]
+
+
 def test_a_source_without_files(tmp_path):
     with pytest.raises(UserError, match=r"^data 'emoji' keeps no files that could be checked \(a stream neither\)$"):
         Check(compose("data=emoji", "image_size=16"), tmp_path / "run").run()

@@ -197,6 +197,48 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(pictures, tmp_path, worke
     assert files(to) == files(tmp_path / "whole")
 
 
+def test_a_union_is_copied_file_by_file(pictures, tmp_path, caplog):
+    """Whole pictures, not what the union shows of them; a broken one is no copy of its neighbour."""
+    (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
+    parts = [
+        f"data.parts.{kind}={{name:folder,root:{pictures}/train/{kind},validation_last:2}}" for kind in ("ant", "bee")
+    ]
+    config = compose("data=union", "+data.parts={}", *(f"+{part}" for part in parts), "image_size=16")
+    manifest = written(config, tmp_path / "shards", shuffle=False)
+    assert manifest["classes"] == ["ant", "bee"]
+    assert [each["pictures"] for each in manifest["shards"]] == [15, 4]
+    assert list(manifest["shards"][0]["left_out"]) == ["ant/04.png"]
+    assert "15 pictures" not in caplog.text
+    _, split = read(tmp_path / "shards")
+    originals = [path for kind in ("ant", "bee") for path in sorted(pictures.glob(f"train/{kind}/*"))[:8]]
+    originals = [path for path in originals if path.name != "04.png"]
+    assert [split.stored(i) for i in range(15)] == [path.read_bytes() for path in originals]
+    assert split.labels.tolist() == [0] * 7 + [1] * 8
+
+
+@pytest.mark.parametrize("kind", ["pairs", "earth", "union"])
+def test_maps_are_not_lost_in_silence(pictures, tmp_path, kind):
+    root = pictures / "train" / "ant"
+    words = {
+        "pairs": ["data=pairs", f"data.root={root}", "data.images=.", "data.conditions=../bee", "data.suffix=_x"],
+        "earth": ["data=earth", "data.crops=4"],
+        "union": ["data=union", f"+data.parts={{a:{{name:folder,root:{root}}},b:{{name:earth,crops:4}}}}"],
+    }[kind]
+    if kind == "pairs":
+        for path in sorted(root.iterdir()):
+            (root.parent / "bee" / f"{path.stem}_x.png").write_bytes(path.read_bytes())
+    config = compose(*words, "image_size=16")
+    how = "original" if kind == "pairs" else "png"
+    with pytest.raises(UserError) as caught:
+        written(config, tmp_path / "shards", format=how)
+    assert str(caught.value) == (
+        f"pictures_alone=false: data '{kind}' has maps, and shards keep none; train on it as it is, or write its "
+        "pictures with pictures_alone=true"
+    )
+    assert not (tmp_path / "shards").exists()
+    assert written(config, tmp_path / "shards", format=how, pictures_alone=True)["finished"]
+
+
 def test_shards_of_shards(pictures, tmp_path):
     written(configured(pictures), tmp_path / "first", shuffle=False)
     config = compose("data=shards", f"data.root={tmp_path / 'first'}", "image_size=16")

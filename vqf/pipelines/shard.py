@@ -65,6 +65,7 @@ class Shard:
         size: What a shorter side that is longer is scaled down to.
         shard_size: Pictures of a shard.
         quality: Of jpg and webp.
+        pictures_alone: Leave out the maps of a source that has some, which shards do not keep.
         shuffle: Put training pictures in an order that the seed decides, for readers that read shards from end to end.
     """
 
@@ -78,6 +79,7 @@ class Shard:
         size: int | None = None,
         shard_size: int = 5000,
         quality: int = 95,
+        pictures_alone: bool = False,
         shuffle: bool = True,
     ) -> None:
         if shard_size < 1 or (size is not None and size < 1):
@@ -87,7 +89,7 @@ class Shard:
         if size is not None and format == "original":
             raise ValueError(f"size={size}: a copied file keeps its size; give format=jpg, png or webp")
         self.config, self.format, self.size, self.quality = config, format, size, quality
-        self.shard_size, self.shuffle = shard_size, shuffle
+        self.shard_size, self.shuffle, self.pictures_alone = shard_size, shuffle, pictures_alone
         self.folder = run_dir / "shards" if to is None else Path(to).expanduser()
 
     def run(self) -> None:
@@ -95,6 +97,11 @@ class Shard:
         data, parts = open_parts(self.config)
         if self.format == "original" and not all(isinstance(split, Files) for split in parts.values()):
             raise UserError(f"format=original: data '{self.config.data.name}' has no files to copy; give format=png")
+        if not self.pictures_alone and any(map(_has_maps, parts.values())):
+            raise UserError(
+                f"pictures_alone=false: data '{self.config.data.name}' has maps, and shards keep none; train on it as "
+                "it is, or write its pictures with pictures_alone=true"
+            )
         tasks = [task for part, split in parts.items() for task in self._tasks(part, split)]
         asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
         asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
@@ -253,6 +260,11 @@ def sha256(path: Path) -> str:
     """Return the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_maps(split: Split) -> bool:
+    """Say whether the first picture has one, or the last: a union's sources differ."""
+    return any(split.item(0, index).condition is not None for index in {0, len(split) - 1})
 
 
 def _name(split: Split, index: int) -> str:

@@ -2,10 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqf.data.listing import VALIDATION_FOLDERS, Division, File, divide, divide_by_lists
+from vqf.data.listing import Division, File, divide, divide_by_lists
 
 names = st.text("ab01/.é", min_size=1, max_size=6).map(lambda text: "/".join(filter(None, text.split("/"))) or "x")
-folders = st.sampled_from(["", "train/", "val/", "validation/", "test/"])
+folders = st.sampled_from(["", "train/", "Training/", "val/", "validation/", "test/", "Valid/"])
+TRAINING, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 paths = st.builds(lambda folder, name: folder + name, folders, names)
 listings = st.lists(paths, min_size=1, max_size=30, unique=True).map(lambda found: sorted(File(n, 1) for n in found))
 shares = st.floats(0, 1)
@@ -20,12 +21,14 @@ def test_no_picture_is_on_both_sides_and_none_is_lost_but_those_beside_train_and
     division = divide(files, share, last)
     together = [*division.train, *division.validation]
     assert len(set(together)) == len(together)
-    tops = {top(file) for file in files}
-    folders = last is None and share < 1 and "train" in tops and tops & set(VALIDATION_FOLDERS)
+    tops = {top(file).lower(): top(file) for file in files if top(file)}
+    first = [next((tops[name] for name in names if name in tops), None) for names in (TRAINING, HELD_OUT)]
     lost = set(files) - set(together)
-    assert (
-        all(top(file) not in ("train", min(tops & set(VALIDATION_FOLDERS))) for file in lost) if folders else not lost
-    )
+    if last is None and share < 1 and all(first):
+        assert [{top(file) for file in part} for part in (division.train, division.validation)] == [{f} for f in first]
+        assert not {top(file) for file in lost} & {*first}
+    else:
+        assert not lost
     assert division.train == sorted(division.train)
     assert division.validation == sorted(division.validation)
 
@@ -84,3 +87,50 @@ def test_which_folder_names_the_class(depth, expected):
     division = Division([File("train/cat/1.png", 1), File("train/dog/2.png", 1)], [], depth)
     assert {division.label(file) for file in division.train} - {None} == expected
     assert division.labels == (expected if len(expected) > 1 else set())
+
+
+LAYOUTS = {
+    "train and val": (["train", "val"], "train", "val", "'train' is for training, 'val' for validation"),
+    "in any case": (["Train", "VAL"], "Train", "VAL", "'Train' is for training, 'VAL' for validation"),
+    "valid": (["train", "valid"], "train", "valid", "'train' is for training, 'valid' for validation"),
+    "test": (["train", "test"], "train", "test", "'train' is for training, 'test' for validation"),
+    "of ADE20K": (["training", "validation"], "training", "validation", "'training' is for training, 'validation' for"),
+    "all three": (
+        ["train", "val", "test"],
+        "train",
+        "val",
+        "'train' is for training, 'val' for validation; 4 pictures beside them are left out",
+    ),
+    "train alone": (["train"], "train", "train", "all pictures are in 'train'; a share of them is held out"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_folders_are_called_says_what_they_are_for_and_their_folders_name_the_classes(layout, caplog):
+    folders, train, validation, words = LAYOUTS[layout]
+    caplog.set_level("INFO", "vqf")
+    files = sorted(File(f"{folder}/{kind}/{i}.png", 1) for folder in folders for kind in ("ant", "bee") for i in (1, 2))
+    division = divide(files, 0.3, None)
+    assert {file.name.split("/")[0] for file in division.train} == {train}
+    assert {file.name.split("/")[0] for file in division.validation} == {validation}
+    assert division.labels == {"ant", "bee"}
+    (record,) = caplog.records
+    assert words in record.getMessage()
+
+
+@pytest.mark.parametrize(("folders", "named"), [(["test", "valid"], "valid"), (["train", "ant"], "train")])
+def test_a_part_without_its_counterpart_is_a_class_and_said_to_be_one(folders, named, caplog):
+    division = divide(sorted(File(f"{folder}/{i}.png", 1) for folder in folders for i in range(4)), 0.3, None)
+    assert division.labels == {*folders}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"'{named}' is taken for a class like any other folder" in record.getMessage()
+
+
+def test_lists_below_folders_of_any_of_these_names_have_the_classes_below_them(tmp_path):
+    for name in ("Training/ant/1.png", "Training/bee/2.png", "test/bee/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "held.txt").write_text("test/bee/3.png\n")
+    division = divide_by_lists(tmp_path, None, str(tmp_path / "held.txt"), [".png"])
+    assert division.labels == {"ant", "bee"}

@@ -81,6 +81,27 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     assert report["duplicates"] == [["train: copy.png", "train: fine.png"]]
 
 
+def test_classes_and_how_many_pictures_each_has(tmp_path, capsys):
+    root = tmp_path / "pictures"
+    for i in range(30):
+        path = root / ("train" if i < 24 else "test") / ("ant", "bee", "cow")[i % 3 if i < 24 else i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png((i, 0, 0)))
+    words = "data=folder", f"data.root={root}", "image_size=16"
+    Check(compose(*words), tmp_path / "run").run()
+    report = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert report["parts"]["train"]["classes"] == {"ant": 8, "bee": 8, "cow": 8}
+    assert report["parts"]["validation"]["classes"] == {"ant": 3, "bee": 3, "cow": 0}
+    assert "ant 3, bee 3, cow 0" in capsys.readouterr().out
+    for i in range(20):
+        (root / "train" / f"more{i}").mkdir()
+        (root / "train" / f"more{i}" / "a.png").write_bytes(png((i, 9, 0)))
+    Check(compose(*words), tmp_path / "run").run()
+    assert "23, of 1 to 8" in capsys.readouterr().out
+    Check(compose(*words, "data.labels=false"), tmp_path / "run").run()
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["parts"]["train"]["classes"] == {}
+
+
 def test_a_union(pictures, tmp_path):
     parts = f"{{a:{{name:folder,root:{pictures}}},b:{{name:folder,root:{pictures / 'train'},validation_last:3}}}}"
     Check(compose("data=union", f"+data.parts={parts}", "image_size=16"), tmp_path / "run").run()

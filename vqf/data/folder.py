@@ -21,9 +21,9 @@ class Folder:
     """Every picture below a folder, scaled until it covers the image size, then cropped to it.
 
     What is held out for validation: what the lists say; else the last `validation_last` pictures by path; else what
-    lies in a folder `val` or `validation`, if there is a folder `train` beside it; else a share of the pictures that
-    a hash of their paths picks, so that adding pictures moves none to the other side. The folders below the root (or
-    below `train` and `val`) name the classes, if every picture lies in one.
+    lies in a folder `val`, `valid`, `validation` or `test`, if there is a folder `train` beside it; else a share of the
+    pictures that a hash of their paths picks, so that adding pictures moves none to the other side. The folders below
+    the root (or below `train` and `val`) name the classes, if every picture lies in one.
 
     A picture that cannot be read is replaced by the next one of its part that can, and named once in the log.
 

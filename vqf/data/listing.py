@@ -4,7 +4,7 @@ import csv
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -16,7 +16,8 @@ from vqf.randomness import share
 
 log = logging.getLogger("vqf")
 
-VALIDATION_FOLDERS = ("val", "validation")
+TRAINING_FOLDERS = ("train", "training")  # in any case, as the following
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")  # the first that is there; others are left out
 
 Row = tuple[int, str, int | str | None]  # of a list: number of the line, path, label
 
@@ -148,7 +149,7 @@ def divide_by_lists(root: Path, train: str | None, validation: str | None, exten
 def divide(files: list[File], portion: float, last: int | None) -> Division:
     """Divide pictures: the last so many, or as folders named train and val do, or by a hash of each path.
 
-    A portion of 1 is everything, whatever the folders are called.
+    A portion of 1 is everything, whatever the folders are called. What is made of the folders' names is logged.
     """
     if last is not None:
         first = max(len(files) - last, 0)
@@ -156,19 +157,40 @@ def divide(files: list[File], portion: float, last: int | None) -> Division:
     if portion == 1:
         return Division([], files)
     top = {file.name.split("/")[0] for file in files if "/" in file.name}
-    name = next((each for each in VALIDATION_FOLDERS if each in top), None)
-    if name and "train" in top:
-        train, validation = ([file for file in files if file.name.startswith(f"{each}/")] for each in ("train", name))
-        return Division(train, validation, depth=1)
+    training, held_out = (_named(top, names) for names in (TRAINING_FOLDERS, VALIDATION_FOLDERS))
+    if training and held_out:
+        return _divide_by_folders(files, training, held_out)
+    if training and all(file.name.startswith(f"{training}/") for file in files):
+        log.info(f"data.root: all pictures are in '{training}'; a share of them is held out")
+        return replace(_divide_by_hash(files, portion), depth=1)
+    if found := training or held_out:
+        log.warning(
+            f"data.root: '{found}' is taken for a class like any other folder, for it has no counterpart "
+            f"({', '.join(VALIDATION_FOLDERS if training else TRAINING_FOLDERS)}) beside it"
+        )
     return _divide_by_hash(files, portion)
+
+
+def _named(folders: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the folder that has the first of some names that one has, in any case."""
+    found = {folder.lower(): folder for folder in sorted(folders)}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _divide_by_folders(files: list[File], training: str, held_out: str) -> Division:
+    parts = [[file for file in files if file.name.startswith(f"{each}/")] for each in (training, held_out)]
+    left = len(files) - sum(map(len, parts))
+    beside = f"; {left} pictures beside them are left out" if left else ""
+    log.info(f"data.root: '{training}' is for training, '{held_out}' for validation{beside}")
+    return Division(*parts, depth=1)
 
 
 def _depth(files: Sequence[File]) -> int | None:
     """Return how deep class folders lie: below train and val, where every picture lies in one of them."""
     if any(file.label is not None for file in files):
         return None
-    top = {file.name.split("/")[0] for file in files}
-    return int(bool(top) and top <= {"train", *VALIDATION_FOLDERS})
+    top = {file.name.split("/")[0].lower() for file in files}
+    return int(bool(top) and top <= {*TRAINING_FOLDERS, *VALIDATION_FOLDERS})
 
 
 def _divide_by_hash(files: list[File], portion: float) -> Division:

@@ -3,23 +3,25 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from vqf import terminal
 from vqf.errors import UserError
 from vqf.pipelines.common import image_size
 from vqf.pipelines.files import Files, open_parts, spread
-from vqf.protocols import Size
+from vqf.protocols import Size, Split
 from vqf.registry import register
 from vqf.terminal import log, progress
 
 AT_ONCE = 64  # pictures that a process is handed
+LISTED = 10  # kinds of anything that the table names; the file names all
 NAMED = 5  # broken and double pictures that the terminal names; the file names all
 
 
@@ -46,7 +48,7 @@ class Check:
 
     def run(self) -> None:
         """Print a table and write `check.json`."""
-        _, parts = open_parts(self.config)
+        data, parts = open_parts(self.config)
         files = {part: split for part, split in parts.items() if isinstance(split, Files)}
         if len(files) < len(parts):
             raise UserError(f"data '{self.config.data.name}' keeps no files that could be checked (a stream neither)")
@@ -58,6 +60,8 @@ class Check:
                 seen += some
                 bar.advance(len(some))
         report = summary(seen, list(parts), image_size(self.config))
+        for part, split in parts.items():
+            report["parts"][part]["classes"] = _classes(split, data.classes)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _tell(report)
@@ -100,6 +104,15 @@ def summary(seen: Iterable[Seen], parts: Iterable[str], size: Size) -> dict[str,
     }
 
 
+def _classes(split: Split, names: Sequence[str]) -> dict[str, int]:
+    """Count the pictures of every class; nothing where there are none."""
+    labels = getattr(split, "labels", None)
+    if labels is None:
+        return {}
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    return dict(zip(names, counts, strict=True))
+
+
 def _part(seen: list[Seen], size: Size) -> dict[str, Any]:
     good = [each for each in seen if not each.broken]
     return {
@@ -140,6 +153,9 @@ def _words(value: Any) -> str:
         return str(value)
     if "median" in value:
         return f"{value['min']} / {value['median']} / {value['max']}"
-    if all(isinstance(each, int) for each in value.values()):
+    counts = [each for each in value.values() if isinstance(each, int)]
+    if len(counts) > LISTED:
+        return f"{len(counts)}, of {min(counts)} to {max(counts)}"
+    if len(counts) == len(value):
         return ", ".join(f"{key} {count}" for key, count in value.items()) or "0"
     return str(len(value))

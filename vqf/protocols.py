@@ -275,6 +275,8 @@ class Sampler(Protocol):
         -1 where one is to be drawn; `null_prefix`, what the conditioner's method `null(batch)` says in place of a
         condition, None where it has none; `window`, the grid that the prior was trained on. One that takes `window`
         is given both prefixes as functions of a window's start and size that return (B, M).
+
+        Options that `speed_options` of its class lists change no token: they are no lines of an evaluation's protocol.
         """
         ...
 
@@ -341,7 +343,8 @@ class Metric(Protocol):
 
     One that has a method `intervals()` gives the 95 % interval of some of its numbers there, as (low, high). One whose
     attribute `codes_only` is true looks at the codes alone, and is asked about samples of a prior, too. One whose class
-    has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint.
+    has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint, and is sorted
+    that way in a comparison.
     """
 
     def update(self, batch: Reconstruction) -> None: ...

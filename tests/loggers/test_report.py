@@ -21,7 +21,8 @@ from vqf.loggers.curves import curve
 from vqf.loggers.meanings import meaning
 from vqf.loggers.pictures import cut
 from vqf.loggers.records import parts, pictures
-from vqf.loggers.report import number, write_report
+from vqf.loggers.report import write_report
+from vqf.loggers.tables import number
 from vqf.registry import build
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -247,7 +248,7 @@ def test_time_adds_up_over_processes_and_keys_are_in_order(tmp_path: Path) -> No
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     (part,) = parts(tmp_path)
     assert part.seconds == 7.5
-    assert part.keys == ["psnr", "loss", "lr/model"]
+    assert part.keys == ["loss", "psnr", "lr/model"]
 
 
 def test_newest_pictures_are_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import re
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ from vqf.pipelines.ranking import LOWER
 from vqf.pipelines.runs import find_runs, read_run
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.registry import build
+from vqf.protocols import Reconstruction
+from vqf.registry import build, register
+from vqf.settings import complete
 from vqf.tokenizer import Tokenizer
 
 command_line = test_run.run  # a fixture
@@ -50,7 +53,12 @@ RUNS = {
 }
 PROTOCOL = {"name": "reconstruction", "part": "validation", "count": 236, "crop": "source", "image_size": "16 x 16"}
 
-BESIDE = ("intervals", "floors", "settings")  # what stands beside the protocol in a file of pipeline=evaluate
+BESIDE = (
+    "intervals",
+    "floors",
+    "settings",
+    "higher_is_better",
+)  # what stands beside the protocol in a file of pipeline=evaluate
 
 
 def train(folder: Path, *options: str) -> Path:
@@ -99,16 +107,19 @@ def looked(folder: Path) -> dict[str, float]:
     return {k.removeprefix("validation/"): v for k, v in found[-1].items() if k.startswith("validation/")}
 
 
-def evaluate(folder: Path, values: dict[str, float], /, step: int | None = None, **changes: Any) -> None:
+def evaluate(folder: Path, values: dict[str, float], /, step: int | None = None, **changes: Any) -> Path:
     """Write what pipeline=evaluate leaves below a run."""
     protocol = PROTOCOL | {key: value for key, value in changes.items() if key not in BESIDE}
     protocol |= {"hash": digest(protocol)}
-    place = folder / "evaluations" / f"{protocol['name']}-{protocol['hash'][:8]}"
+    done = step or max(int(each.name[5:]) for each in (folder / "checkpoints").iterdir())
+    place = folder / "evaluations" / f"{protocol['name']}-{protocol['hash'][:8]}" / f"stage1-{done:08d}"
     place.mkdir(parents=True)
-    done = max(int(each.name[5:]) for each in (folder / "checkpoints").iterdir())
-    content = {"protocol": protocol, "values": values, "checkpoint": {"kind": "stage1", "step": step or done}}
+    manifest = folder / "checkpoints" / f"step-{done:08d}" / "manifest.json"
+    mark = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "gone"
+    content = {"protocol": protocol, "values": values, "checkpoint": {"kind": "stage1", "step": done, "sha256": mark}}
     content |= {key: value for key, value in changes.items() if key in BESIDE}
     (place / "metrics.json").write_text(json.dumps(content))
+    return place / "metrics.json"
 
 
 def page(where: Path) -> str:
@@ -260,6 +271,8 @@ def test_two_protocols_that_runs_share_stand_side_by_side(sweep: Path, tmp_path:
         values = [float(row[choice]) for row in rows.values()]
         assert values == sorted(values, reverse=True) and len(values) == 3
     assert any(re.fullmatch(r"\S+ and \S+ differ in crop: \w+ and \w+\.", line) for line in notes(tmp_path))
+    folders = {path.name for path in (sweep / "0" / "evaluations").iterdir()}
+    assert {first.partition("/")[0], second.partition("/")[0]} == folders, "the hash is the one of the folder"
 
 
 def test_settings_of_a_metric_are_lines_of_its_protocol(sweep: Path, tmp_path: Path) -> None:
@@ -270,6 +283,80 @@ def test_settings_of_a_metric_are_lines_of_its_protocol(sweep: Path, tmp_path: P
     assert [rows[name]["reconstruction/lpips"] for name in RUNS] == ["0.5", "1.5", ""]
     assert [rows[name]["reconstruction/psnr"] for name in RUNS] == ["20.0"] * 3
     assert any("metric.net: vgg and alex" in line for line in notes(tmp_path))
+
+
+def test_protocols_are_told_apart_where_they_measure_the_same_only(sweep: Path, tmp_path: Path) -> None:
+    for name in RUNS:
+        for i, metric in enumerate(("psnr", "ssim", "rfid", "psnr", "psnr")):
+            evaluate(sweep / name, {metric: 1.0 + i + int(name)}, seed=i)
+    compare(tmp_path, sweep)
+    told = [line for line in notes(tmp_path) if " differ in " in line]
+    assert len(told) == 2, "three protocols measured psnr"
+    assert all(set(re.findall(r"seed: (\d) and (\d)", line)[0]) <= {"0", "3", "4"} for line in told)
+
+
+def test_two_settings_of_a_metric_that_runs_share_are_two_columns(sweep: Path, tmp_path: Path) -> None:
+    for name, net in (("0", "alex"), ("1", "alex"), ("10", "vgg")):
+        evaluate(sweep / name, {"lpips": int(name) + 0.5}, settings={"lpips": {"name": "lpips", "net": net}})
+    shutil.copytree(sweep / "10", sweep / "11")
+    rows = compare(tmp_path, sweep)
+    names = [f"reconstruction/lpips (metric.net {net})" for net in ("alex", "vgg")]
+    assert [[rows[name][key] for key in names] for name in ("0", "1", "10", "11")] == [
+        *(["0.5", ""], ["1.5", ""], ["", "10.5"], ["", "10.5"])
+    ]
+    assert next(iter(compare(tmp_path, sweep, sort=f"-{names[0]}"))) == "1"
+
+
+def test_a_number_that_says_which_way_is_better_is_believed(sweep: Path, tmp_path: Path) -> None:
+    for name in RUNS:
+        evaluate(sweep / name, {"gap": 20.0 + int(name)}, higher_is_better={"gap": False})
+    assert list(compare(tmp_path, sweep)) == ["0", "1", "10"]
+    assert notes(tmp_path)[0] == "Sorted by gap, lowest first."
+
+
+@pytest.mark.usefixtures("isolated")
+def test_a_metric_of_ones_own_is_ranked_as_it_says(tmp_path: Path) -> None:
+    @register("metric", "gap")
+    class Gap:
+        higher_is_better: ClassVar = {"gap": False}
+
+        def __init__(self) -> None:
+            self.total, self.count = 0.0, 0
+
+        def update(self, batch: Reconstruction) -> None:
+            self.total += float((batch.reconstructions - batch.images).abs().mean((1, 2, 3)).sum())
+            self.count += len(batch.images)
+
+        def compute(self) -> dict[str, float]:
+            return {"gap": self.total / self.count}
+
+    for seed in (0, 1):
+        train(tmp_path / "runs" / str(seed), "metric=[gap]", f"seed={seed}")
+    for evaluated in (False, True):
+        rows = compare(tmp_path / "out", tmp_path / "runs")
+        name = "reconstruction/gap" if evaluated else "training/gap"
+        values = [float(row[name]) for row in rows.values()]
+        assert values[0] < values[1]
+        for seed in (0, 1):
+            words = ["pipeline=evaluate", f"run={tmp_path / 'runs' / str(seed)}", "metric=[gap]", "logger=[]"]
+            config = complete(compose(*words))
+            Evaluate(config, tmp_path / "evaluated" / str(seed), statistics=str(tmp_path / "cache")).run()
+
+
+def test_a_checkpoint_has_its_own_numbers_only(sweep: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        evaluate(sweep / "1", {"psnr": 20.25 + step}, step=step)
+    early, late = (sweep / "1" / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    rows = compare(tmp_path, [early, late])
+    assert [rows[each.name]["reconstruction/psnr"] for each in (early, late)] == ["22.25", "24.25"]
+    assert "step-00000002: psnr 22.25" in page(tmp_path), "the words under its pictures"
+    assert read_run(sweep / "1").numbers["psnr"][-1].value == 24.25
+    path = evaluate(sweep / "1", {"ssim": 0.5}, step=4, crop="center")
+    path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0'))
+    evaluate(sweep / "1", {"usage": 0.5}, step=9, crop="center")
+    known = read_run(sweep / "1").numbers
+    for metric in ("ssim", "usage"):
+        assert not [each for each in known.get(metric, []) if each.evaluated], "of weights that are not there any more"
 
 
 def test_a_run_without_an_evaluation_is_compared_by_its_training(sweep: Path, tmp_path: Path) -> None:
@@ -316,6 +403,7 @@ def test_intervals_floors_and_older_steps_are_shown(sweep: Path, tmp_path: Path)
     assert (rows["1"][f"{key} low"], rows["1"][f"{key} high"]) == ("4.25", "6.5")
     text = (tmp_path / "comparison.md").read_text()
     assert "**5 (4.250 to 6.500) at step 2**" in text
+    assert [rows[name][f"{key} step"] for name in RUNS] == ["2", "4", "3"]
     assert "Real pictures against real ones: fd_lite2 3.25." in notes(tmp_path)
 
 

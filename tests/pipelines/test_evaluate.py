@@ -23,7 +23,8 @@ from vqf.collector import set_of
 from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.cropping import to_pixels
-from vqf.pipelines.evaluate import Evaluate, spread
+from vqf.pipelines.draws import spread
+from vqf.pipelines.evaluate import Evaluate
 from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.full import Full
 from vqf.pipelines.statistics import floor_sets
@@ -33,6 +34,7 @@ from vqf.settings import complete
 from vqf.tokenizer import Tokenizer
 
 TRAINED, HELD_OUT = 24, 12
+CODES = {"usage": {"name": "usage"}}
 PRDC = ("precision", "recall", "density", "coverage")
 
 
@@ -55,6 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "full"
     words = ("data=folder", f"data.root={folders / 'one'}", "data.flip=false", "data.crop=center")
+    words = (*words, "checkpoint.every=3", "checkpoint.keep=0")
     config = compose(*TINY, *words, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "model/conditioner=label")
     config.model.conditioner.label.drop = 0.1  # so that samples can be guided
     pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
@@ -74,10 +77,12 @@ def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytes
     def evaluated(where: str = ".", **places: Any) -> dict[str, Any]:
         places = {key.replace("__", "."): value for key, value in places.items()}
         config = OmegaConf.merge(composed, {"run": str(run / where)})
+        every = places.pop("all", False)
         for place, value in places.items():
             OmegaConf.update(config, place, value, merge=False, force_add=True)
         monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: list(places))
-        Evaluate(config, tmp_path / "own", statistics=str(tmp_path / "statistics")).run()
+        options: Any = {"statistics": str(tmp_path / "statistics"), "checkpoints": "all" if every else "one"}
+        Evaluate(config, tmp_path / "own", **options).run()
         return json.loads((tmp_path / "own" / "metrics.json").read_text())
 
     return evaluated
@@ -151,14 +156,14 @@ def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
     metric = {"fd": {"name": "fd"}, "kd_lite2": {"name": "kid", "network": "lite2"}, "prdc": {"name": "prdc"}}
     found = evaluate("stage1", metric=metric, protocol={"name": "reconstruction", "seed": 3})
     assert found.keys() == {
-        *("protocol", "values", "intervals", "floors", "settings"),
-        *("checkpoint", "command", "versions", "device", "precision", "seconds"),
+        *("protocol", "values", "intervals", "floors", "settings", "higher_is_better", "checkpoint", "commands"),
     }
     protocol = found["protocol"]
     facts = {
-        "name": "reconstruction", "task": "reconstruction", "data": "folder", "subject": "image", "part": "validation",
-        "count": HELD_OUT, "image_size": "16 x 16", "crop": "source", "resize": "by the data source",
-        "rounding": "nearest", "reference": "originals", "reference_count": HELD_OUT, "seed": 3,
+        "name": "reconstruction", "task": "reconstruction", "data": "folder", "subject": "image", "precision": "fp32",
+        "part": "validation", "count": HELD_OUT, "image_size": "16 x 16", "crop": "source",
+        "resize": "by the data source", "rounding": "nearest", "reference": "originals",
+        "reference_count": HELD_OUT, "seed": 3,
     }  # fmt: skip
     assert {key: protocol[key] for key in facts} == facts
     assert protocol.keys() - facts.keys() == {"pictures", "reference_pictures", "hash"}
@@ -166,22 +171,83 @@ def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
     assert protocol["hash"] == digest(protocol)
     of_sets = {"rfd_linear", "kd_linear", *(f"{key}_linear" for key in PRDC)}
     assert found["settings"].keys() == found["values"].keys() == of_sets
-    assert found["settings"]["kd_linear"] == {"name": "kid", "network": "lite2", "network_digest": "linear-1"}
+    kid = {"name": "kid", "network": "lite2", "network_digest": "linear-1", "subset_size": HELD_OUT // 2}
+    assert found["settings"]["kd_linear"] == kid, "the size that was possible, not the one that was asked for"
     assert found["floors"].keys() == of_sets, "real pictures against real ones beside every distance"
-    assert {"vqf", "torch", "torch-fidelity", "python"} <= found["versions"].keys()
+    better = {"rfd_linear": False, "kd_linear": False, **{f"{key}_linear": True for key in PRDC}}
+    assert found["higher_is_better"] == better
+    (made,) = found["commands"]
+    assert made.keys() - {"commit"} == {"numbers", "command", "versions", "device", "seconds"}
+    assert {"vqf", "torch", "torch-fidelity", "python"} <= made["versions"].keys() and made["device"] == "cpu"
+    assert set(made["numbers"]) == of_sets
+
+
+def kept(run: Path, found: dict[str, Any]) -> Path:
+    """Where an evaluation lies below a run."""
+    protocol, checkpoint = found["protocol"], found["checkpoint"]
+    weights = f"{checkpoint['kind']}-{checkpoint['step']:08d}"
+    return run / "evaluations" / f"{protocol['name']}-{protocol['hash'][:8]}" / weights / "metrics.json"
 
 
 def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Path, evaluate: Any) -> None:
     protocol = {"name": "reconstruction", "count": 9}
     first = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
     own = evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})
-    path = run / "stage1" / "evaluations" / f"reconstruction-{own['protocol']['hash'][:8]}" / "metrics.json"
+    path = kept(run / "stage1", own)
     both = json.loads(path.read_text())
     assert both == own and {"psnr", "usage"} <= both["values"].keys()
     assert both["values"].items() >= first["values"].items()
+    assert [sorted(each["numbers"]) for each in both["commands"]] == [
+        ["psnr", "psnr_pooled"],
+        ["dead", "perplexity", "usage"],
+    ]
+    again = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
+    assert [sorted(each["numbers"]) for each in again["commands"]] == [
+        ["dead", "perplexity", "usage"],
+        ["psnr", "psnr_pooled"],
+    ], "of a number that was measured again, the command that gave the first is forgotten"
     both["checkpoint"]["sha256"] = "another"
     path.write_text(json.dumps(both))
     assert "psnr" not in evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})["values"]
+
+
+def test_one_checkpoint_does_not_erase_the_numbers_of_another(run: Path, evaluate: Any) -> None:
+    protocol, metric = {"name": "reconstruction", "count": 8}, {"psnr": {"name": "psnr"}}
+    steps = sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir())
+    early, late = (evaluate(f"stage1/checkpoints/{step}", protocol=protocol, metric=metric) for step in steps[-2:])
+    assert early["checkpoint"]["step"] < late["checkpoint"]["step"] and early["values"] != late["values"]
+    assert [json.loads(kept(run / "stage1", each).read_text()) for each in (early, late)] == [early, late]
+
+
+def test_precision_is_a_line_of_the_protocol(evaluate: Any) -> None:
+    protocol = {"name": "reconstruction", "count": 7}
+    half = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}}, precision="bf16")
+    whole = evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})
+    assert half["protocol"]["precision"] == "bf16" and whole["protocol"]["precision"] == "fp32"
+    assert "psnr" not in whole["values"], "a number of one precision never stands under another"
+
+
+def test_all_checkpoints_of_a_run_are_measured_by_one_protocol(run: Path, evaluate: Any, tmp_path: Path) -> None:
+    metric = {"psnr": {"name": "psnr"}}
+    found = evaluate("stage1", protocol={"name": "reconstruction", "count": 5}, metric=metric, all=True)
+    steps = sorted(int(path.name[5:]) for path in (run / "stage1" / "checkpoints").iterdir())
+    assert len(steps) > 1 and found["checkpoint"]["step"] == steps[-1]
+    lines = [json.loads(line) for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == steps
+    for line in lines:
+        one = kept(run / "stage1", {**found, "checkpoint": {"kind": "stage1", "step": line["step"]}})
+        assert json.loads(one.read_text())["values"]["psnr"] == line["evaluation/psnr"]
+
+
+def test_the_page_of_an_evaluation_and_of_its_run_show_the_numbers(run: Path, evaluate: Any, tmp_path: Path) -> None:
+    (run / "stage1" / "report.html").write_text("an older page")
+    protocol = {"name": "reconstruction", "count": 10}
+    found = evaluate("stage1", protocol=protocol, logger={"report": {"name": "report"}})
+    for page in (tmp_path / "own" / "report.html", run / "stage1" / "report.html"):
+        text = page.read_text()
+        assert f">{found['values']['psnr']:.4g}<" in text and ">rfd_linear<" in text
+        assert found["protocol"]["hash"] in text and "<dt>rounding</dt><dd>nearest</dd>" in text
+    assert "<h2>Curves</h2>" not in (tmp_path / "own" / "report.html").read_text()
 
 
 def test_a_folder_that_cannot_be_written_costs_no_numbers(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +263,7 @@ def test_a_folder_that_cannot_be_written_costs_no_numbers(evaluate: Any, monkeyp
 
 
 CHANGES: dict[str, Any] = {
+    "precision": "bf16",
     "protocol.part": "train",
     "protocol.count": 5,
     "protocol.crop": "adm",
@@ -215,14 +282,14 @@ OF_SAMPLES = {"protocol.labels", "sampler.top_k", "sampler.guidance"}
 @pytest.mark.parametrize(("name", "without"), [("reconstruction", OF_SAMPLES), ("generation", set())])
 def test_every_line_changes_the_hash(folders: Path, evaluate: Any, name: str, without: set[str]) -> None:
     plain = {"name": name, "crop": "center", "count": 6}
-    base = evaluate(protocol=plain, metric={})["protocol"]
-    assert evaluate(protocol=plain, metric={})["protocol"] == base
+    base = evaluate(protocol=plain, metric=CODES)["protocol"]
+    assert evaluate(protocol=plain, metric=CODES)["protocol"] == base
     tried = CHANGES.keys() - without
     assert {f"protocol.{option}" for option in find("protocol", name).options} <= tried
     hashes = {base["hash"]}
     for place in tried:
         value = str(folders / "other") if place == "data.root" else CHANGES[place]
-        changed = evaluate(protocol=plain, metric={}, **{place: value})["protocol"]
+        changed = evaluate(protocol=plain, metric=CODES, **{place: value})["protocol"]
         assert changed["hash"] not in hashes, f"{place} changes nothing"
         hashes.add(changed["hash"])
     for line in base.keys() - {"hash"}:
@@ -235,18 +302,45 @@ def test_a_reference_batch_is_known_by_its_content(folders: Path, tmp_path: Path
         (tmp_path / name).mkdir()
         shutil.copy(folders / f"{name}.npz", tmp_path / name / "batch.npz")
         protocol = {"name": "gfid_adm", "count": 6, "reference": str(tmp_path / name / "batch.npz")}
-        found.append(evaluate(protocol=protocol, metric={})["protocol"])
+        found.append(evaluate(protocol=protocol, metric=CODES)["protocol"])
     first, second = found
     assert first["reference"] == second["reference"] == "batch.npz"
     assert {key for key in first if first[key] != second[key]} == {"reference_pictures", "hash"}
     assert first["rounding"] == "truncate" and first["crop"] == "adm" and first["labels"] == "uniform"
 
 
+def test_what_only_makes_sampling_faster_is_no_line(evaluate: Any) -> None:
+    plain = {"name": "small", "count": 6}
+    fast, slow = (evaluate(protocol=plain, metric=CODES, sampler__cache=cache)["protocol"] for cache in (True, False))
+    assert fast == slow and "sampler.cache" not in fast and fast["sampler.top_k"] is None
+
+
+def test_other_held_out_pictures_than_in_training_are_told(
+    folders: Path, evaluate: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(**places: Any) -> list[str]:
+        caplog.clear()
+        evaluate("stage1", metric=CODES, **places)
+        return [each.getMessage() for each in caplog.records if "held-out pictures are not those" in each.getMessage()]
+
+    assert told() == []
+    (line,) = told(data__root=str(folders / "other"))
+    assert "\n" not in line
+
+
+def test_one_picture_is_not_measured(tmp_path: Path, folders: Path, evaluate: Any) -> None:
+    shutil.copytree(folders / "one", tmp_path / "poor")
+    for path in sorted((tmp_path / "poor" / "val").rglob("*.png"))[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"^data: 1 picture for validation; an evaluation needs at least two$"):
+        evaluate("stage1", metric=CODES, data__root=str(tmp_path / "poor"))
+
+
 def test_no_two_protocols_have_one_hash(folders: Path, evaluate: Any) -> None:
     hashes = set()
     for name in names("protocol"):
         reference = {"reference": str(folders / "one.npz")} if name == "gfid_adm" else {}
-        hashes.add(evaluate(protocol={"name": name, "count": 6, **reference}, metric={})["protocol"]["hash"])
+        hashes.add(evaluate(protocol={"name": name, "count": 6, **reference}, metric=CODES)["protocol"]["hash"])
     assert len(hashes) == len(names("protocol"))
 
 
@@ -271,6 +365,7 @@ def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None
         ({"name": "generation", "reference": "originals"}, {}, "samples have none"),
         ({"name": "small", "count": 1}, {}, "protocol.count=1: a set of pictures needs at least two"),
         ({"name": "small", "seed": -1}, {}, "protocol.seed=-1 is negative"),
+        ({"name": "reconstruction"}, {"metric": {}}, "metric=[]: nothing to measure; give metric=[psnr,"),
     ],
 )
 def test_mistakes_are_one_line(evaluate: Any, protocol: dict[str, Any], places: dict[str, Any], line: str) -> None:
@@ -289,7 +384,7 @@ def test_the_protocol_of_the_page_can_be_registered(evaluate: Any) -> None:
     page = (Path(vqf.__file__).parents[1] / "docs" / "evaluation.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@register" in block]
     exec(code, {"__name__": "mine", "register": register, "dataclass": dataclass, "ClassVar": ClassVar})
-    found = evaluate(protocol={"name": "mine", "count": 4}, metric={})["protocol"]
+    found = evaluate(protocol={"name": "mine", "count": 4}, metric=CODES)["protocol"]
     facts = {"name": "mine", "task": "generation", "count": 4, "resize": "lanczos", "labels": "uniform", "seed": 7}
     assert found.items() >= facts.items()
 

@@ -93,6 +93,7 @@ def _cost(summary: Mapping[str, Any], seconds: Any) -> Iterator[tuple[str, str]]
     yield "Cost", ", ".join(filter(None, price))
     memory = [_memory(summary.get("peak_accelerator_bytes"), " on the GPU"), _memory(summary.get("peak_memory_bytes"))]
     yield "Peak memory", ", ".join(filter(None, memory))
+    yield "Commit", str(summary.get("commit", ""))
 
 
 def duration(seconds: Any) -> str:

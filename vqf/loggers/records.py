@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PREFIX = "validation/"
+PREFIXES = ("validation/", "evaluation/")  # of numbers of held-out pictures
+STAGES = ("stage1", "stage2")
 STEPPED = re.compile(r"-\d{8}$")  # a picture of one step; the newest is also there as <name>-latest
 
 
@@ -26,14 +27,15 @@ class Part:
     @property
     def heading(self) -> str:
         """What it is called."""
-        names = {"": "Training", "stage1": "Stage 1, the tokenizer", "stage2": "Stage 2, the prior"}
+        own = "Training" if self.training else "Checkpoint by checkpoint"
+        names = {"": own, "stage1": "Stage 1, the tokenizer", "stage2": "Stage 2, the prior"}
         return names.get(self.name, self.name.capitalize())
 
     @property
     def keys(self) -> list[str]:
-        """Every key, those that were also measured on held-out data first, learning rates last."""
+        """Every key: the loss, those that were also measured on held-out data, the others, learning rates."""
         keys = list(dict.fromkeys([*self.validation, *self.training]))
-        return sorted(keys, key=lambda key: (key.startswith("lr/"), key not in self.validation))
+        return sorted(keys, key=lambda key: (key.startswith("lr/"), key != "loss", key not in self.validation))
 
     def series(self, key: str) -> dict[str, list[tuple[float, float]]]:
         """Return the curves of one key."""
@@ -44,6 +46,35 @@ class Part:
 def parts(run_dir: Path) -> list[Part]:
     """Read the run's own `metrics.jsonl`, and those of its stages."""
     return [_part(path.parent, run_dir) for path in sorted(run_dir.rglob("metrics.jsonl"))]
+
+
+def evaluations(run_dir: Path) -> list[list[dict[str, Any]]]:
+    """Read what `pipeline=evaluate` measured of a run and its stages: for each protocol, its files by step."""
+    found: dict[Path, list[dict[str, Any]]] = {}
+    for folder in (run_dir, *(run_dir / stage for stage in STAGES)):
+        for path in sorted(folder.glob("evaluations/*/*/metrics.json")):
+            if is_measured(content := read_json(path)):
+                found.setdefault(path.parent.parent, []).append(content)
+    return list(found.values())
+
+
+def is_measured(content: Mapping[str, Any]) -> bool:
+    """Tell whether a file holds numbers by a protocol."""
+    return isinstance(content.get("values"), dict) and isinstance(content.get("protocol"), dict)
+
+
+def over_checkpoints(run_dir: Path) -> list[Part]:
+    """Return the curves of numbers that one protocol measured of several checkpoints."""
+    found = []
+    for files in evaluations(run_dir):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for content in files:
+            step = (content.get("checkpoint") or {}).get("step")
+            for key, value in content["values"].items():
+                if isinstance(step, int) and isinstance(value, int | float):
+                    curves.setdefault(key, []).append((step, value))
+        found.append(Part(run_dir, f"checkpoints by {files[-1]['protocol'].get('name', '')}", {}, curves, 0.0))
+    return found
 
 
 def pictures(folder: Path) -> dict[str, Path]:
@@ -94,8 +125,9 @@ def _part(folder: Path, run_dir: Path) -> Part:
             times.append(now)
         for key, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                kept = validation if key.startswith(PREFIX) else training
-                kept.setdefault(key.removeprefix(PREFIX), []).append((step, value))
+                prefix = next((each for each in PREFIXES if key.startswith(each)), "")
+                kept = validation if prefix else training
+                kept.setdefault(key.removeprefix(prefix), []).append((step, value))
     name = "" if folder == run_dir else str(folder.relative_to(run_dir))
     return Part(folder, name, training, validation, _elapsed(times))
 

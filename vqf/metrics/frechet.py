@@ -3,7 +3,7 @@
 GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (FID), https://arxiv.org/abs/1706.08500
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import torch
 
@@ -36,7 +36,7 @@ class FID(Frechet):
         sha256: What the file must have, where it is not the published one.
     """
 
-    higher_is_better: ClassVar = {"rfid": False}
+    higher_is_better: Mapping[str, bool] = {"rfid": False}
 
     def __init__(self, device: torch.device | str, *, weights: str | None = None, sha256: str | None = None) -> None:
         super().__init__(device, INCEPTION, weights, sha256)
@@ -51,7 +51,7 @@ class FD(Frechet):
         weights: A file of its weights; None: timm's hub.
     """
 
-    higher_is_better: ClassVar = {"rfd_lite2": False}
+    higher_is_better: Mapping[str, bool] = {"rfd_lite2": False}
 
     def __init__(self, device: torch.device | str, *, network: str = "lite2", weights: str | None = None) -> None:
         super().__init__(device, network, weights, None)

@@ -3,7 +3,7 @@
 Demystifying MMD GANs (KID), https://arxiv.org/abs/1801.01401
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class KID(SetComparison):
         subset_size: Pictures of each, at most half of the smaller set.
     """
 
-    higher_is_better: ClassVar = {"kid": False, "kd_lite2": False}
+    higher_is_better: Mapping[str, bool] = {"kid": False, "kd_lite2": False}
 
     def __init__(
         self,
@@ -59,4 +59,4 @@ class KID(SetComparison):
             estimates.append(kernel_mmd(*drawn, kid_kernel="poly"))
         low, high = np.quantile(estimates, [0.025, 0.975])
         name = self.named("kid", "kd")
-        return Comparison({name: float(np.mean(estimates))}, {name: (float(low), float(high))})
+        return Comparison({name: float(np.mean(estimates))}, {name: (float(low), float(high))}, {"subset_size": size})

@@ -4,7 +4,7 @@ Improved Precision and Recall Metric for Assessing Generative Models, https://ar
 Reliable Fidelity and Diversity Metrics for Generative Models (density, coverage), https://arxiv.org/abs/2002.09797
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ ROWS = 1000  # of a matrix of distances that are held at once
 class PRDC(SetComparison):
     """Precision, recall, density and coverage, in float64; their names end in the network's, except Inception's.
 
-    Precision and recall by torch-fidelity. Of larger sets than `pictures`, so many are compared, spread evenly.
+    Precision and recall by torch-fidelity. Of a larger set of real pictures, `pictures` are taken, spread evenly; of
+    generated ones all are, as ADM's evaluation compares 50,000 samples with 10,000 pictures.
 
     Args:
         network: "inception", "lite2" or any classifier of timm. Papers take Inception (ADM's evaluation) or VGG16.
@@ -29,10 +30,10 @@ class PRDC(SetComparison):
         sha256: What Inception's file must have, where it is not the published one.
         neighbours: Of precision and recall.
         wider: Neighbours of density and coverage.
-        pictures: At most so many of each set.
+        pictures: At most so many real ones.
     """
 
-    higher_is_better: ClassVar = {
+    higher_is_better: Mapping[str, bool] = {
         f"{name}{network}": True
         for name in ("precision", "recall", "density", "coverage")
         for network in ("", "_lite2")
@@ -60,7 +61,7 @@ class PRDC(SetComparison):
         """
         from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-        first, second = (self._some(each.features) for each in (generated, real))
+        first, second = generated.features.double(), self._some(real.features).double()
         least = max(self.neighbours, self.wider) + 1
         if min(len(first), len(second)) < least:
             raise UserError(
@@ -74,7 +75,7 @@ class PRDC(SetComparison):
     def _some(self, features: Tensor) -> Tensor:
         step = max(len(features) / self.pictures, 1.0)
         chosen = (torch.arange(min(len(features), self.pictures)) * step).long()
-        return features[chosen].double()
+        return features[chosen]
 
 
 def density_coverage(real: Tensor, generated: Tensor, neighbours: int) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 Improved Techniques for Training GANs (IS), https://arxiv.org/abs/1606.03498
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import torch
 
@@ -29,7 +29,7 @@ class InceptionScore(SetComparison):
         splits: The score is the mean over so many parts of the set.
     """
 
-    higher_is_better: ClassVar = {"is": True, "score_lite2": True}
+    higher_is_better: Mapping[str, bool] = {"is": True, "score_lite2": True}
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """What all metrics that compare sets of pictures by their features have in common."""
 
+from collections.abc import Mapping
+
 import torch
 
 from vqf.collector import Collector
@@ -11,10 +13,13 @@ class SetComparison:
     """Compares generated pictures with real ones; as a metric of a tokenizer, reconstructions with their originals."""
 
     prefix = ""
+    higher_is_better: Mapping[str, bool] = {}
 
     def __init__(self, device: torch.device | str, network: str, weights: str | None, sha256: str | None) -> None:
         self.network = embedding(network, weights, sha256, torch.device(device))
         self.digest = self.network.digest
+        senses = type(self).higher_is_better.items()  # of the networks that are usual
+        self.higher_is_better = {key.replace("lite2", self.network.name): sense for key, sense in senses}
         self.real, self.generated = Collector(self.network), Collector(self.network)
 
     def update(self, batch: Reconstruction) -> None:

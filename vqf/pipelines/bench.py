@@ -8,11 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf.errors import UserError
+from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.common import chosen
 from vqf.pipelines.cropping import cropped
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.evaluation import build_metrics
-from vqf.pipelines.evaluation_protocol import ORIGINALS, how
+from vqf.pipelines.evaluation_protocol import ORIGINALS, digest, how
 from vqf.pipelines.files import PARTS
 from vqf.pipelines.measurement import Measurement
 from vqf.pipelines.statistics import Pictures, Reference, Sets, Statistics, floor_sets
@@ -56,10 +57,23 @@ class Bench:
 
     def pictures(self, part: str, count: int | None = None) -> Pictures:
         """Return the pictures of a part of the data."""
-        protocol, config = self.protocol, self.config
-        split = cropped(self.data.split(part), self.tokenizer.image_size, protocol.crop, protocol.resize)
+        protocol, config, size = self.protocol, self.config, self.tokenizer.image_size
+        split = cropped(self.data.split(part), size, protocol.crop, protocol.resize)
         count = min(count or len(split), len(split))
-        return Pictures(split, count, protocol.rounding, config.batch_size, config.workers, self.engine.device)
+        if count < 2:
+            raise UserError(f"data: {count} picture for {part}; an evaluation needs at least two")
+        seen = digest({"pictures": split.fingerprint, "size": size, **how(protocol.crop, protocol.resize)})
+        return Pictures(split, seen, count, protocol.rounding, config.batch_size, config.workers, self.engine.device)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Warn if the held-out pictures are not those of the training: the model may have learned them."""
+        known, part = checkpoint.state.get("held_out"), "validation"
+        if known and self.protocol.part == part and known != (found := self.data.split(part).fingerprint):
+            words = (
+                "the held-out pictures are not those of the training (%s then, %s now): the numbers cannot be compared "
+                "with the training's, and the model may have learned some of the pictures"
+            )
+            log.warning(words, known[:8], found[:8])
 
     def reference(self) -> Reference | None:
         """Look at the reference, or read what was seen in it before; None where it is the originals.
@@ -71,8 +85,7 @@ class Bench:
         if name == ORIGINALS:
             return None
         if name in PARTS:
-            pictures = self.pictures(name)
-            return self.statistics.of_pictures(pictures, pictures.hash(), self.networks)
+            return self.statistics.of_part(self.pictures(name), self.networks)
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"protocol.reference={name}: no such file, and not one of {', '.join(PARTS)}")
@@ -87,9 +100,6 @@ class Bench:
             reference: With what it is compared.
         """
         protocol = self.protocol
-        lines = {each.name: getattr(protocol, each.name) for each in fields(protocol)}  # type: ignore[arg-type]
-        if lines["reference"] not in (ORIGINALS, *PARTS):
-            lines["reference"] = Path(protocol.reference).name  # a path says where, the hash says what
         found = {
             "pictures": pictures,
             "count": count,
@@ -98,8 +108,17 @@ class Bench:
             "reference_pictures": reference.digest,
             "reference_count": reference.count,
         }
-        of = {"name": self.config.protocol.name, "task": protocol.task, "data": self.config.data.name}
-        return {**of, "subject": self.config.subject, **lines, **found}
+        return {**self.lines(), **found}
+
+    def lines(self) -> dict[str, Any]:
+        """Return the lines of the protocol that are known before a picture is."""
+        protocol, config = self.protocol, self.config
+        of = {"name": config.protocol.name, "task": protocol.task, "data": config.data.name}
+        of |= {"subject": config.subject, "precision": config.precision}
+        own = {each.name: getattr(protocol, each.name) for each in fields(protocol)}  # type: ignore[arg-type]
+        if own["reference"] not in (ORIGINALS, *PARTS):
+            own["reference"] = Path(protocol.reference).name  # a path says where, the hash says what
+        return {**of, **own}
 
     def compare(self, found: Measurement, reference: Reference, generated: Sets, count: int) -> None:
         """Add what every set metric says of generated pictures, and of real ones in their place."""
@@ -108,13 +127,14 @@ class Bench:
             key = metric.network.digest
             said = metric.compare(reference.sets[key], generated[key])
             prefix = metric.prefix if self.protocol.task == "reconstruction" else ""
-            found.add(said, self.settings(name, metric), _floor(metric, pairs[key]), prefix)
+            found.add(metric, said, self.settings(name, metric), prefix)
+            found.floors |= {f"{prefix}{each}": value for each, value in _floor(metric, pairs[key]).items()}
 
     def finish(self, found: Measurement, names: Mapping[str, Metric]) -> None:
         """Add what the metrics say that looked at every batch."""
         for name, metric in names.items():
             intervals = metric.intervals() if hasattr(metric, "intervals") else {}
-            found.add(Comparison(metric.compute(), intervals), self.settings(name, metric), {})
+            found.add(metric, Comparison(metric.compute(), intervals), self.settings(name, metric))
 
     def settings(self, name: str, metric: Any) -> dict[str, Any]:
         """Return the options of a metric; in place of where its weights lie, their hash."""

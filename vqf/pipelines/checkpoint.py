@@ -170,6 +170,17 @@ def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
     return None
 
 
+def every_checkpoint(run_dir: Path) -> list[Checkpoint]:
+    """Open the whole checkpoints of a run in the order of their steps; those passed over are named in the log."""
+    found = []
+    for path in _folders(run_dir / FOLDER):
+        try:
+            found.append(open_checkpoint(path))
+        except BrokenCheckpointError as error:
+            log.warning("passing over a broken checkpoint: %s", error)
+    return found
+
+
 def locate(path: str | Path | None, accepts: Callable[[Checkpoint], bool], wanted: str, cure: str) -> Checkpoint:
     """Find the checkpoint that `run=PATH` means: a run's folder, or one of its checkpoints.
 

@@ -17,6 +17,7 @@ from vqf import ranks
 from vqf.errors import UserError
 from vqf.pipelines.cost import Meter
 from vqf.pipelines.journal import Journal, Silence
+from vqf.pipelines.source import commit
 from vqf.protocols import Size, pair
 from vqf.registry import build
 from vqf.terminal import log
@@ -70,6 +71,7 @@ def _summarize(run_dir: Path, meter: Meter) -> None:
         "command": shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]]),
         **meter.facts(),
         "versions": {**versions, "python": platform.python_version()},
+        **commit(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
 

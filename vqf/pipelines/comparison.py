@@ -100,8 +100,9 @@ class Comparison:
         ranking = self.ranking
         spans = [column for column in ranking.columns if any(each.interval for each in column.numbers.values())]
         header = ["run", "folder", "state", "step", "steps", "seconds", "processor_seconds", "parameters"]
-        header += [*ranking.options, *(f"{each.label}/{each.metric}" for each in ranking.columns)]
-        header += [f"{each.label}/{each.metric} {end}" for each in spans for end in ("low", "high")]
+        header += [*ranking.options, *(each.name for each in ranking.columns)]
+        header += [f"{each.name} {end}" for each in spans for end in ("low", "high")]
+        header += [f"{each.name} step" for each in self._older()]
         return [header, *(self._record(i, spans) for i in ranking.order)]
 
     def page(self) -> str:
@@ -144,7 +145,17 @@ class Comparison:
         facts += [run.processor_seconds, ranking.parameters[i], *(values[i] for values in ranking.options.values())]
         numbers = [column.numbers.get(i) for column in ranking.columns]
         ends = [(each.numbers[i].interval or ("", "")) if i in each.numbers else ("", "") for each in spans]
-        return [*facts, *(each and each.value for each in numbers), *(end for pair in ends for end in pair)]
+        steps = [each.numbers[i].step if i in each.numbers else "" for each in self._older()]
+        return [*facts, *(each and each.value for each in numbers), *(end for pair in ends for end in pair), *steps]
+
+    def _older(self) -> list[Column]:
+        """Return the columns with a number that is of other weights than its run's newest."""
+        runs = self.ranking.runs
+        return [
+            column
+            for column in self.ranking.columns
+            if any(not _is_newest(number, runs[i]) for i, number in column.numbers.items())
+        ]
 
     def _unfinished(self) -> bool:
         return any(run.trouble for run in self.ranking.runs)
@@ -202,9 +213,13 @@ def _cell(column: Column, number: Number | None, run: Run) -> Cell:
     text = _number(number.value)
     if number.interval is not None:
         text += f" ({_number(number.interval[0])} to {_number(number.interval[1])})"
-    if number.step not in {each.step for each in run.checkpoints}:
+    if not _is_newest(number, run):
         text += f" at step {number.step:,}"
     return Cell(text, True, len(column.numbers) > 1 and number.value == column.best)
+
+
+def _is_newest(number: Number, run: Run) -> bool:
+    return number.step in {each.step for each in run.checkpoints}
 
 
 def _number(value: float) -> str:

@@ -56,7 +56,7 @@ def evaluate(
     with terminal.progress("evaluate", count) as bar:
         for batch in batches:
             now = min(len(batch) * ranks.world(), bar.left)
-            whole = _collect(reconstruct(tokenizer, batch.to(engine.device), engine), now)
+            whole = collected(reconstruct(tokenizer, batch.to(engine.device), engine), now)
             if whole is not None:
                 for metric in metrics.values():
                     metric.update(whole)
@@ -66,7 +66,7 @@ def evaluate(
     return ranks.same({key: value for metric in metrics.values() for key, value in metric.compute().items()})
 
 
-def _collect(part: Reconstruction, count: int) -> Reconstruction | None:
+def collected(part: Reconstruction, count: int) -> Reconstruction | None:
     """Return the reconstructions of all processes in the first one, None in the others."""
     fields = {name: None if each is None else ranks.collect(each, count) for name, each in vars(part).items()}
     return Reconstruction(**fields) if ranks.first() else None  # type: ignore[arg-type]

@@ -15,16 +15,19 @@ from typing import Any
 from torch import Tensor
 
 from vqf import terminal
+from vqf.errors import UserError
 from vqf.pipelines.checkpoint import MANIFEST, Checkpoint
 from vqf.pipelines.evaluation_protocol import digest
+from vqf.pipelines.source import commit
 from vqf.protocols import Comparison
 from vqf.terminal import log
+from vqf.trust import check_links
 from vqf.weights import sha256
 
 FOLDER = "evaluations"
 FILE = "metrics.json"
 PACKAGES = ("vqf", "torch", "torch-fidelity", "timm", "numpy")
-MERGED = ("values", "intervals", "floors", "settings")
+BY_NUMBER = ("values", "intervals", "floors", "settings", "higher_is_better")
 
 
 @dataclass
@@ -36,15 +39,20 @@ class Measurement:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
     floors: dict[str, float] = field(default_factory=dict)  # the same metric of real pictures against real ones
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the metric that gave each number
+    higher_is_better: dict[str, bool] = field(default_factory=dict)  # where the metric says so
     grids: dict[str, Tensor] = field(default_factory=dict)  # pictures to show, (B, C, H, W)
     details: dict[str, Any] = field(default_factory=dict)  # what is said of them
 
-    def add(self, found: Comparison, settings: dict[str, Any], floor: Mapping[str, float], prefix: str = "") -> None:
-        """Add what a metric says."""
+    def add(self, metric: object, found: Comparison, settings: dict[str, Any], prefix: str = "") -> None:
+        """Add what a metric says; its numbers are called so with a prefix."""
+        senses: Mapping[str, bool] = getattr(metric, "higher_is_better", {})
+        usual = getattr(metric, "prefix", "")  # of the names that it has as a metric of a tokenizer
         self.values |= {f"{prefix}{key}": value for key, value in found.values.items()}
         self.intervals |= {f"{prefix}{key}": value for key, value in found.intervals.items()}
-        self.floors |= {f"{prefix}{key}": value for key, value in floor.items()}
-        self.settings |= {f"{prefix}{key}": settings for key in found.values}
+        self.settings |= {f"{prefix}{key}": settings | found.settings for key in found.values}
+        for key in found.values:
+            if (sense := senses.get(key, senses.get(f"{usual}{key}"))) is not None:
+                self.higher_is_better[f"{prefix}{key}"] = sense
 
     def state(self, facts: dict[str, Any]) -> None:
         """Set the lines of the protocol, and their hash."""
@@ -66,40 +74,62 @@ class Measurement:
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Say which checkpoint was measured; the hash is that of its manifest, which hashes every file of it."""
-    content = sha256(checkpoint.path / MANIFEST)
-    return {"kind": checkpoint.kind, "step": checkpoint.step, "path": str(checkpoint.path), "sha256": content}
+    """Say which checkpoint was measured."""
+    facts = {"kind": checkpoint.kind, "step": checkpoint.step, "path": str(checkpoint.path)}
+    return {**facts, "sha256": mark(checkpoint)}
 
 
-def circumstances(seconds: float, device: str, precision: str) -> dict[str, Any]:
+def mark(checkpoint: Checkpoint) -> str:
+    """Return what tells a checkpoint from every other: the hash of its manifest, which hashes every file of it."""
+    return sha256(checkpoint.path / MANIFEST)
+
+
+def circumstances(seconds: float, device: str) -> dict[str, Any]:
     """Say what else could matter."""
     return {
         "command": shlex.join(["python", "-m", "vqf.run", *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device,
-        "precision": precision,
         "seconds": round(seconds, 1),
+        **commit(),
     }
 
 
-def save(found: Measurement, checkpoint: dict[str, Any], facts: dict[str, Any], run: Path, run_dir: Path) -> Path:
+def save(found: Measurement, checkpoint: Checkpoint, facts: dict[str, Any], run: Path, run_dir: Path) -> Path:
     """Write `metrics.json` below the run that was measured, and a copy in the folder of this one.
 
-    Numbers of the same checkpoint by the same protocol that are there already are kept.
+    Numbers of the same checkpoint by the same protocol that are there already are kept, each with the command that
+    gave it.
     """
-    content = {"protocol": found.protocol, **{key: _plain(getattr(found, key)) for key in MERGED}}
-    content |= {"checkpoint": checkpoint, **facts}
-    path = run / FOLDER / found.folder / FILE
-    earlier = _read(path)
-    if earlier.get("checkpoint", {}).get("sha256") == checkpoint["sha256"]:
-        content |= {key: earlier.get(key, {}) | content[key] for key in MERGED}
+    content = {key: _plain(getattr(found, key)) for key in BY_NUMBER}
+    content["commands"] = [{"numbers": list(found.values), **facts}]
+    path = run / FOLDER / found.folder / f"{checkpoint.kind}-{checkpoint.step:08d}" / FILE
+    about, earlier = origin(checkpoint), _read(path)
+    if earlier.get("checkpoint", {}).get("sha256") == about["sha256"]:
+        content = _joined(earlier, content)
+    content = {"protocol": found.protocol, "checkpoint": about, **content}
     _write(run_dir / FILE, content)
     try:
+        check_links(run)
         _write(path, content)
-    except OSError as error:
-        log.warning("%s cannot be written (%s); the numbers are in %s", path, error.strerror, run_dir / FILE)
+    except (OSError, UserError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        log.warning("%s cannot be written (%s); the numbers are in %s", path, why, run_dir / FILE)
         return run_dir / FILE
     return path
+
+
+def _joined(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two measurements say; of a number that both have, nothing of the earlier one stays."""
+    anew = now["values"].keys()
+    both = {
+        key: {name: each for name, each in earlier.get(key, {}).items() if name not in anew} | now[key]
+        for key in BY_NUMBER
+    }
+    commands = [
+        {**each, "numbers": [name for name in each["numbers"] if name not in anew]} for each in earlier["commands"]
+    ]
+    return {**both, "commands": [*(each for each in commands if each["numbers"]), *now["commands"]]}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

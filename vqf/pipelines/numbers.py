@@ -8,8 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vqf.errors import UserError
 from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.common import chosen
+from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS, senses
+from vqf.pipelines.evaluation_protocol import digest
+from vqf.pipelines.measurement import mark
 from vqf.registry import components
 from vqf.settings import written
 
@@ -30,6 +34,8 @@ class Number:
     evaluated: bool = False  # by pipeline=evaluate, and not in training
     interval: tuple[float, float] | None = None  # 95 %
     floor: float | None = None  # the same of real pictures against real ones
+    higher_is_better: bool | None = None  # None where its metric does not say
+    hash: str = ""  # of the protocol, as its file says
 
 
 def looked(checkpoint: Checkpoint, lines: Iterable[Mapping[str, Any]]) -> Found:
@@ -42,31 +48,72 @@ def looked(checkpoint: Checkpoint, lines: Iterable[Mapping[str, Any]]) -> Found:
     seen = [line for line in lines if line["step"] <= checkpoint.step and any(key.startswith(PREFIX) for key in line)]
     last = [line for line in seen if line["step"] == seen[-1]["step"]]
     values = {key.removeprefix(PREFIX): value for line in last for key, value in line.items() if key.startswith(PREFIX)}
-    protocol = _protocol_of_looks(checkpoint)
+    protocol, senses = _protocol_of_looks(checkpoint), _senses(checkpoint.config)
     for key, value in values.items():
         if is_number(value) and key not in SAYS_NOTHING:
-            yield key, Number(value, protocol | _about(key, checkpoint), last[0]["step"])
+            lines_of_it = protocol | _about(key, checkpoint)
+            yield key, Number(value, lines_of_it, last[0]["step"], higher_is_better=senses.get(key))
 
 
-def evaluated(folder: Path, checkpoints: Iterable[Checkpoint]) -> Found:
-    """Yield what `pipeline=evaluate` measured of a run.
+def evaluated(folder: Path, checkpoints: Iterable[Checkpoint], exact: bool) -> Found:
+    """Yield what `pipeline=evaluate` measured of a run: of each number by each protocol that of the newest weights.
 
     Args:
         folder: The run's.
-        checkpoints: Of the run, which know the tokenizer of its codes.
+        checkpoints: Of the run. What was measured of later weights, or of others at the same step, does not count.
+        exact: Nor does what was measured of earlier ones.
     """
     by_kind = {each.kind: each for each in checkpoints}
-    for path in sorted(folder.glob("evaluations/*/metrics.json")):
+    newest: dict[tuple[str, str], Number] = {}
+    for path in sorted(folder.glob("evaluations/*/*/metrics.json")):
         content = read_json(path)
-        protocol = {key: _text(value) for key, value in _part(content, "protocol").items() if key != "hash"}
-        origin, settings = _part(content, "checkpoint"), _part(content, "settings")
-        intervals, floors = _part(content, "intervals"), _part(content, "floors")
-        for key, value in _part(content, "values").items():
-            own = {f"metric.{name}": _text(each) for name, each in (settings.get(key) or {}).items()}
-            lines = protocol | own | _about(key, by_kind.get(str(origin.get("kind"))))
-            if is_number(value) and key not in SAYS_NOTHING:
-                floor = floors.get(key)
-                yield key, Number(value, lines, int(origin.get("step", 0)), True, _span(intervals.get(key)), floor)
+        origin = _part(content, "checkpoint")
+        checkpoint = by_kind.get(str(origin.get("kind")))
+        if _counts(origin, checkpoint, exact):
+            for key, number in _numbers(content, checkpoint):
+                place = key, digest(number.lines)
+                if place not in newest or number.step >= newest[place].step:
+                    newest[place] = number
+    return ((key, number) for (key, _), number in newest.items())
+
+
+def _counts(origin: Mapping[str, Any], checkpoint: Checkpoint | None, exact: bool) -> bool:
+    """Tell whether weights that were measured are a checkpoint, or, unless `exact`, came before it."""
+    step = origin.get("step")
+    if checkpoint is None or step == checkpoint.step:
+        return checkpoint is None or origin.get("sha256") == mark(checkpoint)
+    return not exact and isinstance(step, int) and step < checkpoint.step
+
+
+def _numbers(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> Found:
+    """Yield the numbers of a file of `pipeline=evaluate`."""
+    protocol = {key: _text(value) for key, value in _part(content, "protocol").items() if key != "hash"}
+    beside = {key: _part(content, key) for key in ("settings", "intervals", "floors", "higher_is_better")}
+    about = str(_part(content, "protocol").get("hash", "")), int(_part(content, "checkpoint").get("step", 0))
+    for key, value in _part(content, "values").items():
+        if is_number(value) and key not in SAYS_NOTHING:
+            own = {f"metric.{name}": _text(each) for name, each in (beside["settings"].get(key) or {}).items()}
+            yield (
+                key,
+                Number(
+                    value,
+                    protocol | own | _about(key, checkpoint),
+                    about[1],
+                    True,
+                    _span(beside["intervals"].get(key)),
+                    beside["floors"].get(key),
+                    beside["higher_is_better"].get(key),
+                    about[0],
+                ),
+            )
+
+
+def _senses(config: DictConfig) -> Mapping[str, bool]:
+    """Return of the numbers of a training whether more is better; nothing of a metric that is not registered here."""
+    try:
+        return senses(config) | NUMBERS_OF_PRIORS
+    except UserError:
+        return NUMBERS_OF_PRIORS
 
 
 def is_number(value: Any) -> bool:

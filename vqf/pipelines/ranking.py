@@ -10,10 +10,11 @@ from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.numbers import Number
 from vqf.pipelines.runs import Run
 
-# Metrics of which less is better; of all others more is.
+# Numbers of which less is better where their metrics do not say; of all others more is.
 LOWER = re.compile(r"(^|_)[rg]?fi?d(_|$)|^k[id]d?(_|$)|lpips|perceptual|nats|loss|^l[12]$|mse|error|^dead$")
 
 FACTS = ("name", "step", "seconds", "processor_seconds", "parameters")  # that a table can be sorted by as well
+OF_ONE = ("metric.", "tokenizer")  # how lines begin that are not the protocol's but a single number's
 
 
 @dataclass
@@ -24,11 +25,18 @@ class Column:
     lines: Mapping[str, str]
     numbers: dict[int, Number]  # by the run's place in the list
     label: str = ""  # of the protocol
+    own: str = ""  # what tells it from others of this metric and protocol
+
+    @property
+    def name(self) -> str:
+        """What it is called where it could be taken for another."""
+        return f"{self.label}/{self.metric}{self.own}"
 
     @property
     def lower(self) -> bool:
-        """Whether less is better."""
-        return bool(LOWER.search(self.metric))
+        """Whether less is better: as the metric says, or its name."""
+        said = [each.higher_is_better for each in self.numbers.values() if each.higher_is_better is not None]
+        return not said[0] if said else bool(LOWER.search(self.metric))
 
     @property
     def best(self) -> float:
@@ -69,12 +77,18 @@ class Ranking:
     def heading(self, column: Column) -> str:
         """Name a column as shortly as it can be told from the others."""
         twice = sum(each.metric == column.metric for each in self.columns) > 1
-        return f"{column.label}/{column.metric}" if twice else column.metric
+        return column.name if twice else column.metric
 
     def differences(self) -> list[str]:
-        """Say in which lines the protocols of the columns differ."""
-        known = list(self.protocols.items())
-        return [f"{a} and {b} differ in {tell(x, y)}" for i, (a, x) in enumerate(known) for b, y in known[i + 1 :]]
+        """Say why a metric has several columns: in which lines each differs from the first of them."""
+        first: dict[str, Column] = {}
+        said = []
+        for each in self.columns:
+            other = first.setdefault(each.metric, each)
+            if other is not each:
+                names = [f"{one.label}{one.own}" for one in (other, each)]
+                said.append(f"{names[0]} and {names[1]} differ in {tell(other.lines, each.lines)}")
+        return list(dict.fromkeys(said))
 
 
 def rank(runs: Sequence[Run], parameters: Sequence[int | None], sort: str | None) -> Ranking:
@@ -118,19 +132,27 @@ def _columns(runs: Sequence[Run]) -> list[Column]:
 
 
 def _label(columns: Sequence[Column]) -> dict[str, Mapping[str, str]]:
-    """Name the protocols of columns; settings of a single metric do not make another protocol."""
+    """Name the protocols of columns; what only one number depends on does not make another protocol."""
     groups: dict[str, list[Column]] = {}
     for column in columns:
         groups.setdefault(digest(_common(column.lines)), []).append(column)
     names = [_common(group[0].lines).get("name", "unnamed") for group in groups.values()]
     for name, (mark, group) in zip(names, groups.items(), strict=True):
+        known = next((each.hash for column in group for each in column.numbers.values() if each.hash), mark)
         for column in group:
-            column.label = name if names.count(name) == 1 else f"{name}-{mark[:8]}"
+            column.label = name if names.count(name) == 1 else f"{name}-{known[:8]}"
+            column.own = _own(column, [each for each in group if each.metric == column.metric])
     return {group[0].label: _common(group[0].lines) for group in groups.values()}
 
 
 def _common(lines: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in lines.items() if not key.startswith("metric.")}
+    return {key: value for key, value in lines.items() if not key.startswith(OF_ONE)}
+
+
+def _own(column: Column, alike: Sequence[Column]) -> str:
+    """Word what tells a column from others of its metric and protocol; empty where it is the only one."""
+    differ = [key for key, value in column.lines.items() if any(each.lines.get(key) != value for each in alike)]
+    return f" ({', '.join(f'{key} {column.lines[key]}' for key in differ)})" if differ else ""
 
 
 def _apart(runs: Sequence[Run], lone: Sequence[Column], columns: Sequence[Column]) -> list[str]:
@@ -173,7 +195,7 @@ def _default(columns: Sequence[Column]) -> Column:
 
 
 def _find(ranking: Ranking, columns: Sequence[Column], wanted: str) -> Column:
-    named = {f"{each.label}/{each.metric}": each for each in ranking.columns}
+    named = {each.name: each for each in ranking.columns}
     if wanted in named:
         return named[wanted]
     found = [each for each in columns if each.metric == wanted]
@@ -185,7 +207,7 @@ def _find(ranking: Ranking, columns: Sequence[Column], wanted: str) -> Column:
         raise UserError(f"sort={wanted}: {unknown('column', wanted, known)}")
     first, second = (shared or found)[:2]
     whose = [", ".join(ranking.runs[i].name for i in each.numbers) for each in (first, second)]
-    choices = [f"sort={each.label}/{each.metric}" for each in shared]
+    choices = [f"sort={each.name}" if not each.own else f"'sort=\"{each.name}\"'" for each in shared]
     cure = f"give {' or '.join(choices)}" if shared else "measure them alike with pipeline=evaluate run=..."
     raise UserError(
         f"sort={wanted}: two protocols measured it ({whose[0]} by one, {whose[1]} by another); no column mixes them; "

@@ -105,7 +105,7 @@ def read_run(path: Path) -> Run:
             run.add(looked(checkpoint, lines))
     run.processor_seconds = None if None in processor else sum(each or 0 for each in processor)
     for folder in dict.fromkeys([run.folder, *parts]):
-        run.add(evaluated(folder, run.checkpoints))
+        run.add(evaluated(folder, run.checkpoints, exact=at is not None))
     run.config = run.checkpoints[0].config if run.checkpoints else run.config
     run.trouble = run.trouble or _trouble(run, parts)
     return run

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vqf import terminal
+from vqf import ranks, terminal
 from vqf.collector import Collector, set_of
 from vqf.embeddings import INCEPTION
 from vqf.errors import UserError
+from vqf.pipelines.atomic import write_text
 from vqf.pipelines.cropping import rounded, to_pixels
 from vqf.pipelines.loader import sequential
 from vqf.protocols import Batch, FeatureNetwork, FeatureSet, Split
@@ -32,31 +33,37 @@ class Pictures:
     """Real pictures as a protocol shows them."""
 
     split: Split
+    seen: str  # hashes which files they are of, as far as that is known without opening them, and how they are cropped
     count: int
     rounding: str
     batch_size: int
     workers: int
     device: torch.device
 
-    def batches(self, what: str) -> Iterator[Batch]:
-        """Yield them on the device, as the protocol shows them, under a progress bar."""
+    def parts(self, what: str) -> Iterator[tuple[Batch, int]]:
+        """Yield this process's part of every batch on the device, and how many pictures the whole batch has.
+
+        They are as the protocol shows them. A progress bar says `what` is done with them.
+        """
         with terminal.progress(what, self.count) as bar:
             for batch in sequential(self.split, self.batch_size, count=self.count, workers=self.workers):
-                yield shown(batch.to(self.device), self.rounding)
-                bar.advance(len(batch))
+                now = min(len(batch) * ranks.world(), bar.left)
+                yield shown(batch.to(self.device), self.rounding), now
+                bar.advance(now)
 
     def images(self, what: str) -> Iterator[Tensor]:
-        """Yield their images (B, C, H, W) alone."""
-        for batch in self.batches(what):
+        """Yield the images (B, C, H, W) of whole batches, in the first process; every process must call it."""
+        for batch, count in self.parts(what):
             assert batch.images is not None
-            yield batch.images
+            whole = ranks.collect(batch.images, count)
+            if whole is not None:
+                yield whole
 
-    def hash(self) -> str:
-        """Hash their pixels."""
-        pixels = PixelHash(self.rounding)
-        for images in self.images("hash the reference"):
+    def hashed(self, pixels: "PixelHash", what: str) -> Iterator[Tensor]:
+        """Yield their images, each batch hashed."""
+        for images in self.images(what):
             pixels.add(images)
-        return pixels.result()
+            yield images
 
 
 def shown(batch: Batch, rounding: str) -> Batch:
@@ -101,6 +108,32 @@ class Statistics:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.hashed = set[str]()  # the parts of data whose pixels were looked at since this was made
+
+    def of_part(self, pictures: Pictures, networks: Networks) -> Reference:
+        """Return what networks see in pictures whose pixels are not hashed yet.
+
+        Pictures that are new are decoded once, for the hash and for the networks. Of known ones the hash is taken
+        first, and where no network asks, it is taken to be that of the last time.
+        """
+        name = f"{pictures.seen}-{pictures.count}-{pictures.rounding}"
+        memory, pixels = self.folder / f"{name}.txt", PixelHash(pictures.rounding)
+        known = ranks.same(memory.read_text().strip() if memory.is_file() else "")
+        if known and (name in self.hashed or not networks):
+            return self.of_pictures(pictures, known, networks)
+        if known:
+            for _ in pictures.hashed(pixels, "hash the reference"):
+                pass
+            found = self.of_pictures(pictures, pixels.result(), networks)
+        else:
+            sets = collect(pictures.hashed(pixels, "look at the reference"), networks, pictures.count)
+            found = Reference(pixels.result(), pictures.count, sets)
+            self._keep(found.digest, networks, sets)
+        self.hashed.add(name)
+        if ranks.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(memory, found.digest)
+        return found
 
     def of_pictures(self, pictures: Pictures, digest: str, networks: Networks) -> Reference:
         """Return what networks see in pictures whose pixels have a hash."""
@@ -118,7 +151,7 @@ class Statistics:
         sets: Sets = {}
         if pictures is not None and networks:
             sets = self._sets(digest, networks, lambda: _batches(pictures, batch_size, device), len(pictures))
-        for key, network in networks.items():
+        for key, network in networks.items() if ranks.first() else ():
             if network.name == INCEPTION and "mu" in arrays:
                 sets[key] = _with_moments(sets.get(key), arrays, path)
             elif key not in sets:
@@ -129,24 +162,31 @@ class Statistics:
         return Reference(digest, None if "mu" in arrays or pictures is None else len(pictures), sets)
 
     def _sets(self, digest: str, networks: Networks, batches: Callable[[], Iterable[Tensor]], count: int) -> Sets:
-        paths = {key: self.folder / f"{digest}-{each.name}-{key}.safetensors" for key, each in networks.items()}
-        sets = {key: found for key, path in paths.items() if (found := _read(path)) is not None}
-        missing = {key: network for key, network in networks.items() if key not in sets}
+        paths = {key: self._path(digest, network) for key, network in networks.items()}
+        sets = {key: found for key, path in paths.items() if ranks.first() and (found := _read(path)) is not None}
+        absent = ranks.same([key for key in networks if key not in sets])
+        missing = {key: networks[key] for key in absent}
         if missing:
             new = collect(batches(), missing, count)
-            for key, found in new.items():
-                _write(paths[key], found)
+            self._keep(digest, missing, new)
             sets |= new
         return sets
 
+    def _keep(self, digest: str, networks: Networks, sets: Sets) -> None:
+        for key, found in sets.items():
+            _write(self._path(digest, networks[key]), found)
+
+    def _path(self, digest: str, network: FeatureNetwork) -> Path:
+        return self.folder / f"{digest}-{network.name}-{network.digest}.safetensors"
+
 
 def collect(batches: Iterable[Tensor], networks: Networks, count: int) -> Sets:
-    """Look at pictures with every network."""
+    """Look at pictures with every network, in the first process."""
     collectors = {key: Collector(network, count) for key, network in networks.items()}
     for images in batches:
         for collector in collectors.values():
             collector.add(images)
-    return {key: collector.result() for key, collector in collectors.items()}
+    return {key: collector.result() for key, collector in collectors.items()} if ranks.first() else {}
 
 
 def floor_sets(whole: FeatureSet, count: int, seed: int) -> tuple[FeatureSet, FeatureSet] | None:
@@ -193,7 +233,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 def _batches(pictures: np.ndarray, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     with terminal.progress("look at the reference", len(pictures)) as bar:
-        for i in range(0, len(pictures), batch_size):
+        for i in range(0, len(pictures), batch_size) if ranks.first() else ():
             pixels = torch.from_numpy(pictures[i : i + batch_size]).to(device)
             yield pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
             bar.advance(len(pixels))

@@ -7,7 +7,7 @@ Turning Up the Heat: Min-p Sampling, https://arxiv.org/abs/2407.01082.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -167,6 +167,8 @@ class AutoregressiveSampler(Drawing):
         cache: Remember keys and values between tokens. Off, or with a prior that is not `Autoregressive`,
             every token costs a whole forward pass.
     """
+
+    speed_options: ClassVar = {"cache"}
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ get the same tokens with less work are here, each an option:
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class SlidingWindow(Drawing):
             if the grid is as wide as the window. Needs an `Autoregressive` prior.
         wavefront: Draw rows side by side, in batches up to W / w times as large.
     """
+
+    speed_options: ClassVar = {"prefix_only", "cache", "wavefront"}
 
     def __init__(
         self,

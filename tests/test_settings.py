@@ -63,6 +63,8 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
         ("image_size", "big", "image_size=big: 'big' is not a whole number or a list"),
         ("image_size", [64, "x"], "image_size=[64,x]: must be a whole number of at least 1"),
         ("image_size", [64, 0.5], "image_size=[64,0.5]: must be a whole number of at least 1"),
+        ("image_size", [], "image_size=[]: a list of 0; give height and width, or one number for both"),
+        ("image_size", [8, 8, 3], "image_size=[8,8,3]: a list of 3; give height and width, or one number for both"),
         ("image_size", 0, "image_size=0: must be a whole number of at least 1"),
         ("compile", "maybe", "compile=maybe: 'maybe' is not true or false"),
         ("compile", 1, "compile=1: '1' is not true or false"),

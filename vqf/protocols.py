@@ -145,7 +145,12 @@ class Decoder(Protocol):
 
 
 class Quantizer(Protocol):
-    """Latents to codes. In eval mode `lookup(q(z).indices)` equals `q(z).latents`."""
+    """Latents to codes. In eval mode `lookup(q(z).indices)` equals `q(z).latents`.
+
+    What it moves by itself in training (averages, a temperature) it moves in a method `update() -> dict[str, Tensor]`,
+    if it has one: called once after an optimizer step that was taken, however many micro-batches or forwards without
+    gradients there were in it; the scalars go to the log.
+    """
 
     dim: int  # channels it quantizes; the tokenizer projects to and from it
     vocab_size: int
@@ -156,7 +161,11 @@ class Quantizer(Protocol):
 
 
 class Loss(Protocol):
-    """A distance between reconstructions and images."""
+    """A distance between reconstructions and images.
+
+    One that compares pictures alone has their numbers of `channels` as an attribute of its class; one for maps of
+    classes, of which reconstructions are logits, has `of_classes = True`.
+    """
 
     weight: float
 
@@ -253,14 +262,41 @@ class Prior(Protocol):
 
 @runtime_checkable
 class Autoregressive(Protocol):
-    """A prior that can also be fed one token at a time, remembering keys and values.
-
-    `begin` may take `tokens`, too: (B, n), the first tokens, read in one pass; it then gives the logits of token n.
-    """
+    """A prior that can also be fed one token at a time, remembering keys and values."""
 
     def begin(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, a cache
 
     def advance(self, token: Tensor, cache: Any) -> Tensor: ...  # (B,), cache -> logits (B, V) of the next token
+
+
+@dataclass
+class Pieces:
+    """Parts of n sequences [prefix; tokens], end to end, that a prior reads in one pass.
+
+    The cache holds all positions of a sequence before its piece. It may hold later ones, which mean nothing.
+    """
+
+    ids: Tensor  # (T,) int64, of the prefix where the position is one of its M, of a token elsewhere
+    positions: Tensor  # (T,) int64, in the sequence
+    owners: Tensor  # (T,) int64 in [0, n), the piece that a token belongs to; rising
+    ends: Tensor  # (n,) int64, where in T the last token of each piece is
+    slots: Tensor  # (n,) int64, the place of each sequence in the cache, no two alike
+    longest: int  # tokens of the longest piece
+    reach: int  # one more than the largest position
+
+
+@runtime_checkable
+class Piecewise(Protocol):
+    """A prior that can also read pieces of many sequences at once, each of its own length, remembering keys and values.
+
+    What sliding windows need to be fast.
+    """
+
+    sequence_bytes: int  # of the keys and values of one sequence
+
+    def room(self, sequences: int) -> Any: ...  # an empty cache for so many sequences
+
+    def extend(self, pieces: Pieces, cache: Any) -> Tensor: ...  # -> logits (n, V) of the token after each piece
 
 
 class Sampler(Protocol):
@@ -434,9 +470,15 @@ class Pipeline(Protocol):
 
 
 def pair(size: int | Sequence[int]) -> Size:
-    """Read an image size given as one number or as height and width."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    """Read an image size given as one number or as height and width.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"{list(sides)} is not a height and a width")
+    return int(sides[0]), int(sides[1])
 
 
 def share_of(value: float, steps: int) -> int:

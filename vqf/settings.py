@@ -27,7 +27,10 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What one word may be: of one of `types`, and null if `optional`; numbers from `least`, and `below` another."""
+    """What one word may be: of one of `types`, and null if `optional`; numbers from `least`, and `below` another.
+
+    A list that is more than some words has so many `parts`, each with a name.
+    """
 
     types: tuple[type, ...]
     optional: bool = False
@@ -35,12 +38,13 @@ class Setting:
     below: float | None = None
     exists: bool = False  # a path that must be there already
     choices: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 SETTINGS = {
     "plugins": Setting((list, str)),
     "seed": Setting((int,), least=0),
-    "image_size": Setting((int, list), least=1),
+    "image_size": Setting((int, list), least=1, parts=("height", "width")),
     "subject": Setting((str,)),
     "device": Setting((str,)),
     "precision": Setting((str,)),
@@ -162,6 +166,8 @@ def _fault(setting: Setting, value: Any) -> str | None:
     if setting.choices and value not in setting.choices:
         return unknown("value", value, setting.choices)
     numbers = value if isinstance(value, ListConfig) else [value]
+    if setting.parts and isinstance(value, ListConfig) and len(value) != len(setting.parts):
+        return f"a list of {len(value)}; give {' and '.join(setting.parts)}, or one number for both"
     if setting.least is not None and not all(_is(each, setting.types[0]) and each >= setting.least for each in numbers):
         return f"must be {PHRASES[setting.types[0]]} of at least {setting.least}"
     if setting.below is not None and value >= setting.below:

@@ -8,6 +8,7 @@ import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from vqf.pipelines import tokenize
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.pipelines.tokenize import Coder, Tokenize, tokenize_part
+from vqf.pipelines.tokenize import Coder, Tokenize, check_size, tokenize_part
 from vqf.pipelines.tokens import Manifest, Tokens
 from vqf.protocols import Batch, Sample
 from vqf.registry import build
@@ -331,3 +332,18 @@ def test_the_run_decides_size_and_data(run: Path, tmp_path: Path) -> None:
 def test_a_shard_has_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows=0: a shard has at least one"):
         Tokenize(compose("pipeline=tokenize"), tmp_path, rows=0)
+
+
+def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = SimpleNamespace(image_size=(32, 48))
+    monkeypatch.setattr("vqf.pipelines.tokenize.given", lambda: ["image_size"])
+    check_size(OmegaConf.create({"image_size": [32, 48]}), tokenizer)  # type: ignore[arg-type]
+    for size, words in ((48, "48"), ([48, 32], "[48,32]")):
+        with pytest.raises(UserError) as caught:
+            check_size(OmegaConf.create({"image_size": size}), tokenizer)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            f"image_size={words}: the tokenizer is one of 32 x 48, and stage 2 reads its tokens at that size; "
+            "leave image_size out, or train a tokenizer at the other"
+        )
+    monkeypatch.setattr("vqf.pipelines.tokenize.given", list)
+    check_size(OmegaConf.create({"image_size": 256}), tokenizer)  # type: ignore[arg-type]  # the default

@@ -21,19 +21,19 @@ from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.budget import fix_steps
 from vqf.pipelines.classes import Judge, reads_labels
-from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, save_numbers, start_run
+from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, save_numbers
 from vqf.pipelines.complete import can_complete, complete_tokens
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS
 from vqf.pipelines.files import PARTS
 from vqf.pipelines.inherit import inherit
 from vqf.pipelines.loader import Order, part_of
-from vqf.pipelines.loop import Evaluation, Loop
+from vqf.pipelines.loop import Evaluation, train
 from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.player import Player
 from vqf.pipelines.restore import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer
 from vqf.pipelines.retention import best_by
-from vqf.pipelines.tokenize import Coder, token_folder, tokenize_part
+from vqf.pipelines.tokenize import Coder, check_size, token_folder, tokenize_part
 from vqf.pipelines.tokens import Tokens
 from vqf.protocols import Batch
 from vqf.registry import build, register
@@ -104,7 +104,8 @@ class PriorStage:
 
     def _generator(self, model: nn.Module) -> Generator:
         parts = self.generator
-        return Generator(parts.tokenizer, parts.conditioner, model, parts.sampler, parts.classes).eval()  # type: ignore[arg-type]
+        like = (parts.tokenizer, parts.conditioner, model, parts.sampler, parts.classes)
+        return Generator(*like, extent=parts.extent).eval()  # type: ignore[arg-type]
 
     def _samples(self, generator: Generator) -> dict[str, Tensor]:
         """Draw pictures by held-out conditions: each beside what it was told, where that can be seen."""
@@ -210,6 +211,7 @@ class Stage2:
         config = self._inherit(checkpoint.config)
         engine = make_engine(config)
         tokenizer = engine.place(load_tokenizer(checkpoint))
+        check_size(config, tokenizer)
         data = build("data", config.data, image_size=tokenizer.image_size, seed=config.seed)
         torch.manual_seed(config.seed)
         coders = Coders()
@@ -225,6 +227,7 @@ class Stage2:
             "data": data.split("train").fingerprint,
             "held_out": data.split("validation").fingerprint,
         }
+        facts["extent"] = generator.extent = cached["train"].extent()
         judge = Judge(data, cached, config, engine)
         return self._train(config, engine, generator, cached, facts, judge, part)
 
@@ -253,8 +256,7 @@ class Stage2:
 
         config = fix_steps(config, self.run_dir, engine, trial, source)
         stage = PriorStage(generator, cached["validation"], facts, config, engine, judge)
-        with start_run(config, self.run_dir, part=part) as journal:
-            return Loop(stage, config, self.run_dir, engine, journal).run(source)
+        return train(stage, config, self.run_dir, engine, source, part)
 
     def _inherit(self, run: DictConfig) -> DictConfig:
         config = inherit(self.config, run, ["data", "image_size", "model.prior", "model.conditioner"])

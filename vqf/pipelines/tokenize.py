@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from vqf import ranks, terminal
 from vqf.conditions import Conditions
+from vqf.errors import UserError
+from vqf.pipelines.common import image_size
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.faults import agree
 from vqf.pipelines.files import open_parts
-from vqf.pipelines.inherit import inherit
+from vqf.pipelines.inherit import given, inherit
 from vqf.pipelines.loader import keyed
 from vqf.pipelines.restore import build_conditions, find_tokenizer, load_tokenizer
 from vqf.pipelines.tokens import CODES, Manifest, Tokens
 from vqf.protocols import Batch, Split
 from vqf.registry import register
+from vqf.settings import written
 from vqf.terminal import log
 from vqf.tokenizer import Tokenizer
 
@@ -50,6 +53,7 @@ class Tokenize:
         config = inherit(self.config, checkpoint.config, ["data", "model.conditioner"])
         engine = make_engine(config)
         tokenizer = engine.place(load_tokenizer(checkpoint))
+        check_size(config, tokenizer)
         with open_dict(config):
             config.image_size = list(tokenizer.image_size)
         data, parts = open_parts(config)
@@ -60,6 +64,20 @@ class Tokenize:
             found = tokenize_part(Coder(tokenizer, conditions, engine), split, part, folder, config, self.rows)
             log.info("%s: %d views of %d pictures in %d shards", part, found.views, len(found), len(found.shards))
         log.info("%s", folder)
+
+
+def check_size(config: DictConfig, tokenizer: Tokenizer) -> None:
+    """Refuse an image size on the command line that is not the tokenizer's.
+
+    Raises:
+        UserError: With what to do.
+    """
+    if "image_size" in given() and image_size(config) != tokenizer.image_size:
+        height, width = tokenizer.image_size
+        raise UserError(
+            f"image_size={written(config.image_size)}: the tokenizer is one of {height} x {width}, and stage 2 reads "
+            "its tokens at that size; leave image_size out, or train a tokenizer at the other"
+        )
 
 
 class Coder:

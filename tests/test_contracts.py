@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -25,7 +26,7 @@ from vqf.pipelines.engine import make_engine
 from vqf.pipelines.files import PARTS
 from vqf.pipelines.restore import build_generator
 from vqf.pipelines.stage1 import make_stage
-from vqf.protocols import Autoregressive, Batch, Drawn, Judged, Reconstruction, SetMetric
+from vqf.protocols import Autoregressive, Batch, Drawn, Judged, Pieces, Piecewise, Reconstruction, SetMetric
 from vqf.registry import KINDS, components, names
 from vqf.run import config_dir
 from vqf.tokenizer import Tokenizer
@@ -245,7 +246,11 @@ def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> 
 def test_loss_contract(build: Any, name: str) -> None:
     loss, images = build("loss", name), pictures()
     assert isinstance(loss.weight, float)
-    equal = images.clone().requires_grad_()
+    equal = images.clone()
+    if getattr(loss, "of_classes", False):  # reconstructions are logits of maps of 0 and 1
+        images = (images > 0).float()
+        equal = images * 40 - 20
+    equal.requires_grad_()
     nothing = loss(equal, images)
     assert is_number(nothing) and 0 <= float(nothing.detach()) < 1e-6
     gradient(nothing, equal)
@@ -480,6 +485,32 @@ def test_prior_remembers_what_it_was_fed(build: Any, name: str) -> None:
             torch.testing.assert_close(logits, expected[:, n], rtol=1e-4, atol=1e-5)
             if n + 1 < N:
                 logits = prior.advance(tokens[:, n], cache)
+
+
+@every["prior"]
+def test_prior_reads_pieces_of_many_sequences_in_one_pass(build: Any, name: str) -> None:
+    """Three of five sequences at a time, each by a random number of positions: the logits of the whole pass."""
+    prior, (tokens, prefix) = a_prior(build, name), sequences()
+    if not isinstance(prior, Piecewise):
+        return  # nothing is promised
+    drawn, read, size = np.random.default_rng(0), dict.fromkeys(range(5), 0), M + N - 1
+    cache, ids = prior.room(7), torch.cat([prefix, tokens], dim=1)
+    with torch.no_grad():
+        expected = prior(tokens, prefix)
+        while left := [b for b in read if read[b] < size]:
+            some = drawn.permutation(left)[:3].tolist()
+            ends = [int(drawn.integers(max(read[b] + 1, M), size + 1)) for b in some]
+            places = [(k, b, n) for k, b in enumerate(some) for n in range(read[b], ends[k])]
+            owners, rows, positions = torch.tensor(places).T
+            counts = torch.tensor([end - read[b] for b, end in zip(some, ends, strict=True)])
+            slots = torch.tensor([6 - b for b in some])
+            pieces = Pieces(
+                ids[rows, positions], positions, owners, counts.cumsum(0) - 1, slots, max(counts), max(ends)
+            )
+            logits = prior.extend(pieces, cache)
+            for k, (b, end) in enumerate(zip(some, ends, strict=True)):
+                torch.testing.assert_close(logits[k], expected[b, end - M], rtol=1e-4, atol=1e-5)
+                read[b] = end
 
 
 @every["sampler"]

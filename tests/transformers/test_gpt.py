@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vqf.protocols import Autoregressive
 from vqf.registry import RegistryError, build
+from vqf.transformers.cache import Whole
 from vqf.transformers.gpt import GPT
 from vqf.transformers.sampling import AutoregressiveSampler
 
@@ -197,7 +198,7 @@ def test_attention_weights_are_dropped_too() -> None:
     attention = tiny(dropout=0.5).blocks[0].attention.train()
     attention.residual_dropout.eval()
     x = torch.randn(1, 4, 16, dtype=torch.float64)
-    assert not torch.equal(attention(x, None, None), attention(x, None, None))
+    assert not torch.equal(attention(x, Whole()), attention(x, Whole()))
 
 
 def test_a_shared_vocabulary_embeds_condition_k_like_code_k() -> None:

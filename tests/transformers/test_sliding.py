@@ -15,7 +15,8 @@ from vqf.errors import UserError
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
 from vqf.transformers.sampling import draw, uniforms
-from vqf.transformers.sliding import crop, waves, window_start
+from vqf.transformers.views import crop
+from vqf.transformers.windows import make_plan, row_by_row, waves, window_start
 
 V, P, SEED = 13, 7, 3
 WAYS = [
@@ -37,13 +38,22 @@ CASES = [  # grid, window
 
 
 @lru_cache
-def gpt(length: int, prefix_length: int = 1) -> GPT:
+def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
+    """A prior behind one token, or behind one for every place of the window."""
     torch.manual_seed(0)
-    model = GPT(V, length, P, prefix_length, layers=2, heads=2, dim=16).double().eval()
+    places = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
+    sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
+    options = {"unmasked": {"name": "gpt", "unmasked_prefix": True}, "llama": {"name": "llama", "multiple_of": 8}}
+    node = {"name": name, "layers": 2, "heads": 2, "dim": 16, **options.get(name, {})}
+    model = build("prior", node, **sizes, prefix_length=len(places), prefix_places=places).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
     return model
+
+
+def gpt(length: int) -> GPT:
+    return prior("gpt", (1, length))
 
 
 def notebook_local(i: int, window: int, length: int) -> int:
@@ -77,22 +87,32 @@ def one_by_one(
 
 
 @lru_cache
-def expected(grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
+def expected(grid: tuple[int, int], window: tuple[int, int], name: str = "gpt") -> Tensor:
     prefix = torch.tensor([[0], [3], [5]])
-    return one_by_one(gpt(window[0] * window[1]), lambda b, top, left: prefix[b : b + 1], 3, grid, window)
+    return one_by_one(prior(name, window), lambda b, top, left: prefix[b : b + 1], 3, grid, window)
 
 
 def sampler(window: tuple[int, int], **options: Any) -> Any:
+    options = {key: bool(value) if key in WAYS[0] else value for key, value in options.items()}
     return build("sampler", {"name": "sliding_window", "window": list(window), **options})
 
 
 @pytest.mark.parametrize("ways", WAYS, ids=str)
 @pytest.mark.parametrize(("grid", "window"), CASES)
-def test_every_way_gives_the_tokens_of_the_plain_loop(grid: tuple, window: tuple, ways: dict) -> None:
-    ways = {key: bool(value) for key, value in ways.items()}
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_every_way_gives_the_tokens_of_the_plain_loop(name: str, grid: tuple, window: tuple, ways: dict) -> None:
     prefix = torch.tensor([[0], [3], [5]])
-    tokens = sampler(window, **ways)(gpt(window[0] * window[1]), prefix, grid, seed=SEED)
-    assert torch.equal(tokens, expected(grid, window))
+    tokens = sampler(window, **ways)(prior(name, window), prefix, grid, seed=SEED)
+    assert torch.equal(tokens, expected(grid, window, name))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 7])
+@pytest.mark.parametrize("wavefront", [False, True])
+def test_windows_that_memory_has_no_room_for_are_read_again(kept: int, wavefront: bool) -> None:
+    model, prefix = prior("gpt", (4, 4)), torch.tensor([[0], [3], [5]])
+    room = (kept + 0.5) * 3 * model.sequence_bytes / 1e9
+    drawer = sampler((4, 4), cache_gb=room, wavefront=wavefront)
+    assert torch.equal(drawer(model, prefix, (7, 9), seed=SEED), expected((7, 9), (4, 4)))
 
 
 class Slow:
@@ -119,18 +139,24 @@ def test_any_prior_will_do(fed: bool) -> None:
     assert torch.equal(tokens, expected((7, 9), (4, 4)))
 
 
-@pytest.mark.parametrize("ways", [WAYS[0], WAYS[-1]], ids=str)
+LAYOUT = torch.randint(P, (2, 6, 9), generator=torch.Generator().manual_seed(4))
+
+
+def condition(b: int, top: int, left: int) -> Tensor:
+    return LAYOUT[b : b + 1, top : top + 3, left : left + 4].reshape(1, 12)
+
+
+@lru_cache
+def expected_of_a_map(name: str) -> Tensor:
+    return one_by_one(prior(name, (3, 4), mapped=True), condition, 2, (6, 9), (3, 4))
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=str)
 @pytest.mark.parametrize("callable_prefix", [False, True])
-def test_a_spatial_condition_is_cropped_with_the_window(ways: dict, callable_prefix: bool) -> None:
-    grid, window = (6, 9), (3, 4)
-    ways = {key: bool(value) for key, value in ways.items()}
-    layout = torch.randint(P, (2, *grid), generator=torch.Generator().manual_seed(4))
-
-    def condition(b: int, top: int, left: int) -> Tensor:
-        return layout[b : b + 1, top : top + 3, left : left + 4].reshape(1, 12)
-
-    model = gpt(12, 12)
-    plain = one_by_one(model, condition, 2, grid, window)
+@pytest.mark.parametrize("name", ["gpt", "unmasked", "llama"])
+def test_a_spatial_condition_is_cropped_with_the_window(name: str, ways: dict, callable_prefix: bool) -> None:
+    grid, window, layout = (6, 9), (3, 4), LAYOUT
+    model, plain = prior(name, window, mapped=True), expected_of_a_map(name)
 
     def by_start(at: tuple[int, int], size: tuple[int, int]) -> Tensor:
         assert size == window
@@ -156,12 +182,7 @@ def test_one_window_over_the_whole_grid_is_the_autoregressive_sampler() -> None:
 def test_guidance_is_the_same_every_way(schedule: str) -> None:
     prefix, null = torch.tensor([[0], [3]]), torch.tensor([[6], [6]])
     options = {"guidance": 2.5, "guidance_schedule": schedule}
-    drawn = [
-        sampler((4, 4), **{key: bool(value) for key, value in ways.items()}, **options)(
-            gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null
-        )
-        for ways in WAYS
-    ]
+    drawn = [sampler((4, 4), **ways, **options)(gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null) for ways in WAYS]
     assert all(torch.equal(each, drawn[0]) for each in drawn)
     assert not torch.equal(drawn[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
     whole = build("sampler", {"name": "autoregressive", **options})(gpt(16), prefix, (4, 4), seed=1, null_prefix=null)
@@ -225,36 +246,63 @@ def test_steps_of_known_grids(grid: tuple[int, int], steps: int) -> None:
     assert len(list(waves(grid, 16))) == steps
 
 
-def test_the_work_is_what_the_options_say() -> None:
-    """Token positions that run through the blocks, and passes."""
-    model, prefix, grid = gpt(16), torch.tensor([[0]]), (9, 12)
+def passes(model: GPT, work: Callable[[], object]) -> list[int]:
+    """The token positions that run through the blocks, pass by pass."""
     counted: list[int] = []
     hook = model.blocks[0].register_forward_hook(lambda module, inputs, output: counted.append(output[..., 0].numel()))
+    work()
+    hook.remove()
+    return counted
+
+
+def windows_of(grid: tuple[int, int], window: tuple[int, int]) -> dict[tuple[int, int], list[int]]:
+    """For every place of a window, the positions of [start token; tokens] that each of its tokens needs."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, j in itertools.product(range(grid[0]), range(grid[1])):
+        top, left = window_start(i, window[0], grid[0]), window_start(j, window[1], grid[1])
+        found.setdefault((top, left), []).append(1 + (i - top) * window[1] + j - left)
+    return found
+
+
+@pytest.mark.parametrize("grid", [(9, 12), (7, 4), (4, 11)])
+def test_the_work_is_what_the_options_say(grid: tuple[int, int]) -> None:
+    model, prefix = gpt(16), torch.tensor([[0]])
     work = {}
     for ways in WAYS:
-        counted.clear()
-        sampler((4, 4), **{key: bool(value) for key, value in ways.items()})(model, prefix, grid, seed=0)
-        work[tuple(ways.values())] = (len(counted), sum(counted))
-    hook.remove()
-    assert work[0, 0, 0] == (108, 108 * 16)
-    starts = [(i - window_start(i, 4, 9)) * 4 + j - window_start(j, 4, 12) for i in range(9) for j in range(12)]
-    assert work[1, 0, 0] == (108, sum(1 + n for n in starts))
-    assert work[0, 0, 1] == (len(list(waves(grid, 4))), 108 * 16)
-    # Of the five columns at borders, a row reads a whole prefix twice, and one token in the other three.
-    first = [starts[12 * i + j] + 1 for i in range(9) for j in (0, 10)]
-    moving = [starts[12 * i + j] + 1 for i in range(9) for j in range(3, 10)]
-    assert work[1, 1, 0] == (108, sum(first) + sum(moving) + 3 * 9)
-    assert work[1, 1, 1][1] == work[1, 1, 0][1]
-    assert work[1, 1, 1][0] < work[1, 1, 0][0]
+        drawer = sampler((4, 4), **ways)
+        work[tuple(ways.values())] = passes(model, lambda drawer=drawer: drawer(model, prefix, grid, seed=0))
+    cells, needed = grid[0] * grid[1], windows_of(grid, (4, 4)).values()
+    for ways, counted in work.items():
+        assert len(counted) == (grid[1] + 4 * (grid[0] - 1) if ways[2] else cells)
+    assert sum(work[0, 0, 0]) == sum(work[0, 0, 1]) == cells * 16
+    assert sum(work[1, 0, 0]) == sum(work[1, 0, 1]) == sum(sum(each) for each in needed)
+    once = sum(max(each) for each in needed)  # every position of every window
+    assert sum(work[1, 1, 0]) == sum(work[1, 1, 1]) == sum(work[0, 1, 0]) == sum(work[0, 1, 1]) == once
 
 
-def test_a_grid_as_wide_as_the_window_reads_every_prefix_once() -> None:
-    model, counted = gpt(16), []
-    hook = model.blocks[0].register_forward_hook(lambda module, inputs, output: counted.append(output.shape[1]))
-    sampler((4, 4))(model, torch.tensor([[0]]), (7, 4), seed=0)
-    hook.remove()
-    # Rows 0 to 2 share a window, and so do rows 5 and 6 with the one that comes before them at its end.
-    assert [n for n in counted if n > 1] == [9, 9, 9]
+@pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((64, 64), 1072)])
+def test_the_prior_is_asked_once_for_every_wave(grid: tuple[int, int], steps: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(V, 256, P, 1, layers=1, heads=1, dim=4).eval()
+    assert len(passes(model, lambda: sampler((16, 16))(model, torch.tensor([[0]]), grid, seed=0))) == steps
+
+
+@pytest.mark.parametrize("wavefront", [False, True])
+@pytest.mark.parametrize("keep", [0, 5, 1000])
+def test_a_plan_keeps_no_more_than_it_may_and_reads_in_order(keep: int, wavefront: bool) -> None:
+    grid, window = (11, 14), (4, 4)
+    order = list(waves(grid, 4) if wavefront else row_by_row(grid))
+    plan = make_plan(iter(order), window, grid, 3, keep)
+    assert [[each.cell for each in wave.readings] for wave in plan.waves] == order
+    held: dict[int, tuple[tuple[int, int], int]] = {}  # what stands in each slot: a window, and its first positions
+    for wave in plan.waves:
+        assert len({each.slot for each in wave.readings}) == len(wave.readings)
+        for each in wave.readings:
+            assert 0 <= each.slot < plan.slots
+            assert each.start == 0 or held[each.slot] == (each.window, each.start)
+            held[each.slot] = (each.window, each.start + each.count)
+    # At most all windows of the upper and the lower border, and what a wave holds besides.
+    assert plan.slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(each) for each in order)
 
 
 def test_crop_reads_a_grid_row_by_row() -> None:

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vqf.protocols import Place, Size
 from vqf.registry import register
-from vqf.transformers.gpt import Cache, Memory
+from vqf.transformers.cache import Attend, Autoregression
 
 EPS = 1e-5
 
@@ -42,7 +41,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions, over a whole sequence or from one new token to a memory."""
+    """Multi-head self-attention with rotary positions."""
 
     def __init__(self, dim: int, heads: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -53,15 +52,11 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(dim // heads, eps=EPS) if qk_norm else nn.Identity()
         self.residual_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor, memory: Memory | None) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim), causally."""
+    def forward(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
+        """Map (B, T, dim) to (B, T, dim)."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
-        if memory is not None:
-            assert memory.filled == 0 or x.shape[1] == 1, "a memory grows by one token at a time"
-            k, v = memory.extend(k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=x.shape[1] > 1)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.residual_dropout(self.proj(rearrange(y, "b h t d -> b t (h d)")))
 
 
@@ -90,14 +85,14 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(dim, eps=EPS)
         self.mlp = SwiGLU(dim, hidden, dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
-        x = x + self.attention(self.norm1(x), rotation, memory)
+        x = x + self.attention(self.norm1(x), attend, rotation)
         return x + self.mlp(self.norm2(x))
 
 
 @register("prior", "llama")
-class Llama(nn.Module):
+class Llama(Autoregression):
     """An autoregressive transformer over [prefix; tokens] that knows rows and columns of the grid.
 
     A token of the prefix that speaks of a place, as a map's code does, is turned as the picture's code there is.
@@ -150,62 +145,9 @@ class Llama(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Return logits (B, N, V); those of token n depend on the prefix and the tokens before n.
-
-        Args:
-            tokens: (B, N) int64 with N up to `length`; the last one is not read.
-            prefix: (B, prefix_length) int64.
-        """
-        self._check(prefix, tokens.shape, least=1)
-        x = self._embed(prefix, tokens[:, :-1])
-        rotation = self.rotation[:, : x.shape[1]]
-        for block in self.blocks:
-            again = self.gradient_checkpointing
-            x = checkpoint(block, x, rotation, use_reentrant=False) if again else block(x, rotation)
-        return self.head(self.norm(x[:, self.prefix_length - 1 :]))
-
-    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the tokens (B, N) in nats, computed in float32 or better."""
-        logits = self(tokens, prefix)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
-
-    @torch.no_grad()
-    def begin(self, prefix: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Read a prefix (B, M), and the first tokens (B, n) if there are any, in one pass.
-
-        Returns:
-            The logits (B, V) of token n, and the cache that `advance` extends.
-        """
-        tokens = prefix[:, :0] if tokens is None else tokens
-        self._check(prefix, tokens.shape, most=self.length - 1)
-        cache = Cache([Memory(self.rotation.shape[1] - 1) for _ in self.blocks], 0)
-        return self._remember(self._embed(prefix, tokens), cache), cache
-
-    @torch.no_grad()
-    def advance(self, token: Tensor, cache: Cache) -> Tensor:
-        """Read the next token (B,); return the logits (B, V) of the one after it."""
-        if cache.position == self.rotation.shape[1] - 1:
-            raise ValueError(f"the sequence is full: the prior models {self.length} tokens")
-        return self._remember(self.dropout(self.token_embedding(token[:, None])), cache)
-
-    def _remember(self, x: Tensor, cache: Cache) -> Tensor:
-        start, cache.position = cache.position, cache.position + x.shape[1]
-        rotation = self.rotation[:, start : cache.position]
-        for block, memory in zip(self.blocks, cache.memories, strict=True):
-            x = block(x, rotation, memory)
-        return self.head(self.norm(x[:, -1]))
-
-    def _embed(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        return self.dropout(torch.cat((self.prefix_embedding(prefix), self.token_embedding(tokens)), dim=1))
-
-    def _check(self, prefix: Tensor, tokens: torch.Size, least: int = 0, most: int | None = None) -> None:
-        most = self.length if most is None else most
-        if len(tokens) != 2 or not least <= tokens[1] <= most:
-            raise ValueError(f"tokens must be (B, N) with N from {least} to {most}, not {tuple(tokens)}")
-        if prefix.shape != (tokens[0], self.prefix_length):
-            raise ValueError(f"prefix must be {(tokens[0], self.prefix_length)}, not {tuple(prefix.shape)}")
+    def run(self, x: Tensor, positions: slice | Tensor, attends: Sequence[Attend]) -> Tensor:
+        """Return what the last block makes of embedded ids (B, T, dim) at some positions."""
+        return self.through(self.dropout(x), attends, self.rotation[:, positions])
 
 
 def _check_sizes(

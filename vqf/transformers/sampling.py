@@ -124,12 +124,18 @@ class Drawing:
         """Whether a prior is asked for every token without the condition, too."""
         return self.guidance != 1
 
-    def guide(self, logits: Tensor, progress: Sequence[float]) -> Tensor:
-        """Guide the logits of tokens that stand at some shares of their samples.
+    def scales(self, count: int) -> Tensor:
+        """Return s for each of `count` tokens of a sample, on the CPU."""
+        options = {"interval": self.guidance_interval, "power": self.guidance_power}
+        every = [scale_at(n / count, self.guidance, self.guidance_schedule, **options) for n in range(count)]  # type: ignore[arg-type]
+        return torch.tensor(every)
+
+    def guide(self, logits: Tensor, scale: Tensor) -> Tensor:
+        """Guide the logits of tokens.
 
         Args:
             logits: (n, V); (2 n, V) with guidance, those without the condition after those with it.
-            progress: One share or n.
+            scale: s of each (n,), or one for all.
 
         Returns:
             (n, V).
@@ -137,9 +143,7 @@ class Drawing:
         if not self.guided:
             return logits
         conditional, unconditional = logits.float().chunk(2)
-        options = {"interval": self.guidance_interval, "power": self.guidance_power}
-        scales = [scale_at(each, self.guidance, self.guidance_schedule, **options) for each in progress]  # type: ignore[arg-type]
-        return guide(conditional, unconditional, torch.tensor(scales, device=logits.device)[:, None])
+        return guide(conditional, unconditional, scale[..., None])
 
     def require(self, null_prefix: object | None) -> None:
         """Refuse guidance where nobody knows what no condition is."""
@@ -218,13 +222,14 @@ class AutoregressiveSampler(Drawing):
         batch, count = len(prefix), grid[0] * grid[1]
         tokens = start(known, (batch, count), prior.vocab_size, prefix.device)
         numbers = many_uniforms(seed, first, batch, count).to(prefix.device)
+        scales = self.scales(count).to(prefix.device)
         prefixes = torch.cat([prefix, null_prefix]) if self.guided and null_prefix is not None else prefix
         following = self._logits(prior, prefixes, tokens)
         for n in range(count):
             logits = following(n)
             if n == 0:
                 check_numbers(logits)
-            drawn = draw(self.filter(self.guide(logits, [n / count])), numbers[:, n])
+            drawn = draw(self.filter(self.guide(logits, scales[n])), numbers[:, n])
             tokens[:, n] = torch.where(tokens[:, n] < 0, drawn, tokens[:, n])
         return tokens
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import newest
-from vqf.pipelines.restore import build_generator
+from vqf.pipelines.restore import Coders, build_generator
 from vqf.pipelines.stage1 import Critic
+from vqf.pipelines.stage2 import decay_groups
+from vqf.protocols import Batch
 from vqf.registry import build
 from vqf.tokenizer import Tokenizer, build_tokenizer
 
@@ -216,17 +219,53 @@ def test_averaged_weights_are_what_is_written(tmp_path: Path) -> None:
     assert whole["optimizer_states"] == []
 
 
+def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0, ema: bool = False) -> Generator:
+    """Write a stage-2 run with random weights and AdamW's state, as training leaves it."""
+    config, coders, names = composed(*TINY, *words).copy(), Coders(), [str(i) for i in range(classes)]
+    if "spatial" in config.model.conditioner:
+        config.model.conditioner.spatial.run = str(folder.parent / "maps")
+    generator = build_generator(config, tokenizer, names, coders)
+    prior: Any = generator.prior
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(decay_groups(prior), lr=1e-5)
+    optimizer.step()
+    weights = {"model": prior.state_dict(), "tokenizer": tokenizer.state_dict()}
+    if told := generator.conditioner.state_dict():
+        weights["conditioner"] = told
+    if ema:
+        weights["ema"] = prior.state_dict()
+    state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names, "coders": coders.facts}
+    states = {"optimizers": {"model": optimizer.state_dict()}, "schedules": {}}
+    checkpoints.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
+    return generator
+
+
+def check_back(folder: Path, path: Path, generator: Generator) -> Generator:
+    """Import what was exported: every weight, and all that AdamW remembers, is equal to the bit."""
+    found, original = reimport(folder, path), newest(path.parent / "run")
+    assert original is not None
+    again = vqf.load(folder)
+    assert isinstance(again, Generator)
+    for ours, back in ((generator.prior, again.prior), (generator.conditioner, again.conditioner)):
+        expected, got = ours.state_dict(), back.state_dict()  # type: ignore[attr-defined]
+        assert expected.keys() == got.keys()
+        for name, each in expected.items():
+            assert torch.equal(got[name], each), name
+    before, after = original.optimizers()["optimizers"]["model"], found.optimizers()["optimizers"]["model"]
+    assert len(before["state"]) == len(after["state"]) > 0
+    for number, entry in before["state"].items():
+        for key, each in entry.items():
+            assert torch.equal(after["state"][number][key], each)
+    return again
+
+
 @pytest.mark.parametrize("classes", [0, 5])
 def test_a_transformer(classes: int, tmp_path: Path) -> None:
     words = ["model/quantizer=vq_published", f"model/conditioner={'label' if classes else 'none'}"]
-    tokenizer, config = save(tmp_path / "first", *words), composed(*TINY, *words)
-    names = [str(i) for i in range(classes)]
-    generator = build_generator(config, tokenizer, names)
-    for parameter in generator.prior.parameters():  # type: ignore[attr-defined]
-        torch.nn.init.normal_(parameter, std=0.3)
-    weights = {"model": generator.prior.state_dict(), "tokenizer": tokenizer.state_dict()}  # type: ignore[attr-defined]
-    state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names}
-    checkpoints.save(tmp_path / "run", state=state, config=config, weights=weights, optimizers={}, keep=0)
+    tokenizer = save(tmp_path / "first", *words)
+    generator = save_prior(tmp_path / "run", tokenizer, *words, classes=classes)
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     taming("modules.transformer.mingpt"), taming("models.vqgan")
     model = taming_model(path)
@@ -236,13 +275,95 @@ def test_a_transformer(classes: int, tmp_path: Path) -> None:
         prefix = labels[:, None] if classes else torch.zeros(2, 1, dtype=torch.long)
         assert difference(generator.prior.eval()(tokens, prefix), expected) <= 1e-5  # type: ignore[attr-defined]
     for name, each in from_gpt(model.transformer.state_dict()).items():
-        assert torch.equal(each, weights["model"][name]), name
-    reimport(tmp_path / "back", path)
-    again = vqf.load(tmp_path / "back")
-    assert isinstance(again, Generator)
-    assert again.classes == names
-    for name, each in again.prior.state_dict().items():  # type: ignore[attr-defined]
-        assert torch.equal(each, weights["model"][name]), name
+        assert torch.equal(each, generator.prior.state_dict()[name]), name  # type: ignore[attr-defined]
+    assert check_back(tmp_path / "back", path, generator).classes == generator.classes
+
+
+def test_adamw_of_a_transformer_in_the_reference_s_order(tmp_path: Path) -> None:
+    words = ["model/quantizer=vq_published", "model/conditioner=label"]
+    generator = save_prior(tmp_path / "run", save(tmp_path / "first", *words), *words, classes=5)
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    taming("modules.transformer.mingpt"), taming("models.vqgan")
+    model = taming_model(path)
+    model.learning_rate = 1e-5
+    optimizer = model.configure_optimizers()
+    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
+    optimizer.load_state_dict(state)
+    original = newest(tmp_path / "run")
+    assert original is not None
+    prior: Any = generator.prior
+    names = {id(each): name for name, each in prior.named_parameters()}
+    order = [names[id(each)] for group in decay_groups(prior) for each in group["params"]]
+    ours = original.optimizers()["optimizers"]["model"]["state"]
+    found = from_gpt({name: optimizer.state[each]["exp_avg"] for name, each in model.transformer.named_parameters()})
+    for number, name in enumerate(order):
+        assert torch.equal(found[name], ours[number]["exp_avg"]), name
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+@pytest.mark.parametrize("quantizer", ["vq_published", "ema"])
+def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_path: Path) -> None:
+    """With the tokenizer of the maps as the first stage of its own that the reference calls cond_stage_model."""
+    words = ["model/quantizer=vq_published", "model/conditioner=spatial"]
+    words.append(f"model.conditioner.spatial.downsample={downsample}")
+    tokenizer = save(tmp_path / "first", "model/quantizer=vq_published")
+    maps = save(tmp_path / "maps", f"model/quantizer={quantizer}")
+    generator = save_prior(tmp_path / "run", tokenizer, *words)
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    taming("modules.transformer.mingpt"), taming("models.vqgan")
+    model = taming_model(path)
+    x = pictures()
+    with torch.no_grad():
+        told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=x)))
+        small = torch.nn.functional.interpolate(x, size=(SIZE // downsample,) * 2)
+        if downsample > 1:
+            assert model.downsample_cond_size == SIZE // downsample
+        assert torch.equal(model.cond_stage_model.encode(small)[2][2].reshape(2, -1), told)
+        tokens = model.encode_to_z(x)[1]
+        expected = model.transformer(torch.cat((told, tokens), 1)[:, :-1])[0][:, told.shape[1] - 1 :]
+        assert difference(generator.prior.eval()(tokens, told), expected) <= 1e-5  # type: ignore[attr-defined]
+    assert model.transformer.get_block_size() == told.shape[1] + tokens.shape[1] - 1
+    if quantizer == "ema":  # comes back as codes learned by gradient
+        assert torch.equal(
+            reimport(tmp_path / "back", path).weights("model")["head.weight"], generator.prior.head.weight
+        )  # type: ignore[attr-defined]
+        beside = vqf.load(tmp_path / "back-condition")
+        assert torch.equal(beside.quantizer.codebook.weight, maps.quantizer.codebook)  # type: ignore[union-attr]
+        return
+    again = check_back(tmp_path / "back", path, generator)
+    assert again.conditioner.parts["spatial"].downsample == downsample  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model/conditioner=[spatial,label]"], "to=taming: model/conditioner=spatial and label: it knows none, label"),
+        (
+            ["model/conditioner=spatial", "model.conditioner.spatial.drop=0.1"],
+            "model/conditioner=spatial with drop: it",
+        ),
+        (["model/conditioner=coordinates"], "to=taming: model/conditioner=coordinates: it knows none, label, or"),
+    ],
+)
+def test_a_condition_that_has_no_place_there(words: list[str], message: str, tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "first", "model/quantizer=vq_published")
+    save(tmp_path / "maps", "model/quantizer=vq_published")
+    words = ["model/quantizer=vq_published", "model.prior.shared_vocabulary=false", *words]
+    save_prior(tmp_path / "run", tokenizer, *words, classes=5)
+    with pytest.raises(UserError, match=re.escape(message)):
+        export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    words = ["model/quantizer=vq_published", "model/conditioner=none"]
+    save_prior(tmp_path / "run", save(tmp_path / "first", *words), *words, ema=True)
+    path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
+    assert torch.load(path, weights_only=True)["optimizer_states"] == []
+    assert "optimizer states are left out: the weights written are the averaged ones" in caplog.text
 
 
 @pytest.mark.parametrize(

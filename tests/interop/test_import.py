@@ -35,7 +35,7 @@ def _seed() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Optimizer], Path]:
     """The reference's model after four steps of both players, its optimizers, and the file that Lightning writes."""
     torch.manual_seed(0)
-    taming_lpips(1.0)
+    taming_lpips()
     target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     model = vq_model(torch.float32, {"target": target, "params": GAME})
     spread_codes(model, images())
@@ -181,6 +181,32 @@ def test_without_optimizers_and_discriminator_both_start_afresh(tmp_path: Path) 
     assert found is not None
     assert found.step == 0 and found.has("discriminator")
     assert found.optimizers()["optimizers"]["model"]["state"] == {}
+
+
+def test_names_that_ddp_has_wrapped(tmp_path: Path) -> None:
+    state = vq_model(torch.float32).state_dict()
+    torch.save({"state_dict": {f"module.{name}": each for name, each in state.items()}}, tmp_path / "last.ckpt")
+    run(tmp_path / "run", "pipeline=import", f"path={tmp_path / 'last.ckpt'}")
+    tokenizer: Any = vqf.load(tmp_path / "run")
+    assert torch.equal(tokenizer.last_layer.weight, state["decoder.conv_out.weight"])
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bias = torch.tensor([0.0, float("nan"), 0.0])
+    path = weights_only(tmp_path / "last.ckpt", **{"decoder.conv_out.bias": bias})
+    run(tmp_path / "run", "pipeline=import", f"path={path}")
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert line.startswith("'decoder.last_layer.bias': not all numbers in it are finite")
+
+
+@pytest.mark.parametrize("taken", ["run", "run-condition"])
+def test_a_run_is_not_mixed_with_another(taken: str, tmp_path: Path) -> None:
+    first, second = (weights_only(tmp_path / name) for name in ("first.ckpt", "second.ckpt"))
+    run(tmp_path / taken, "pipeline=import", f"path={first}")
+    before = {path: path.read_bytes() for path in (tmp_path / taken).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"run_dir=.*{taken}: holds a run at step 0; .* another run_dir starts a new"):
+        run(tmp_path / "run", "pipeline=import", f"path={second}")
+    assert {path: path.read_bytes() for path in (tmp_path / taken).rglob("*") if path.is_file()} == before
 
 
 def test_averages_become_the_run_s(tmp_path: Path) -> None:

@@ -4,23 +4,28 @@ import argparse
 import builtins
 import collections
 import copyreg
+import datetime
 import functools
 import io
+import operator
 import os
 import pickle
 import subprocess
 import sys
 import types
+import typing
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
-from vqf.interop.unpickle import load
+from vqf.interop.unpickle import HARMLESS, StandIn, Stranger, Unpickler, load
 
 
 class Calls:
@@ -88,6 +93,100 @@ def test_a_checkpoint_of_lightning(
     assert "lightning_of_old.callbacks.ModelCheckpoint" in caplog.text
 
 
+def test_what_lightning_keeps_beside_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Settings of OmegaConf, nested and typed, dates, arrays and numbers of numpy, types, containers."""
+    caplog.set_level("INFO")
+
+    settings = OmegaConf.create({"model": {"params": {"lr": 1e-4, "sizes": [1, 2], "name": "vq"}}, "none": None})
+    typed = DictConfig({"a": 1}, key_type=str, element_type=int, ref_type=dict[str, int])
+    weights = {"a": torch.randn(3)}
+    whole = {
+        "hyper_parameters": settings,
+        "typed": typed,
+        "union": typing.Optional[int],  # noqa: UP045
+        "generic": typing.Dict[str, int],  # noqa: UP006
+        "when": datetime.datetime(2021, 4, 3, tzinfo=datetime.UTC),
+        "took": datetime.timedelta(hours=3),
+        "array": np.arange(5.0),
+        "texts": np.array(["a", "b"]),
+        "scalar": np.float64(3),
+        "kinds": [dict, list, int, str, float, set, tuple, bool, object],
+        "set": {1, 2},
+        "frozen": frozenset({1}),
+        "queue": collections.deque([1]),
+        "state": collections.defaultdict(dict, {0: {"exp_avg": torch.ones(2)}}),
+        "path": Path("x"),
+        "state_dict": weights,
+    }
+    found = load(saved(tmp_path / "last.ckpt", whole))
+    assert torch.equal(found["state_dict"]["a"], weights["a"])
+    assert torch.equal(found["state"][0]["exp_avg"], torch.ones(2))
+    assert type(found["state"]).__mro__[1] is dict
+    for key in ("hyper_parameters", "typed", "when", "took", "array", "texts", "scalar", "set", "queue"):
+        assert isinstance(found[key], Stranger), key
+    assert "omegaconf.dictconfig.DictConfig" in caplog.text
+
+
+def test_a_checkpoint_with_settings_is_imported(tmp_path: Path) -> None:
+    from tests.interop.composing import run
+    from tests.parity.peers import vq_model
+
+    state = {
+        "state_dict": vq_model(torch.float32).state_dict(),
+        "hyper_parameters": OmegaConf.create({"a": {"b": [1]}}),
+    }
+    run(tmp_path / "run", "pipeline=import", f"path={saved(tmp_path / 'last.ckpt', state)}")
+    assert (tmp_path / "run" / "import-report.txt").is_file()
+
+
+def test_a_stand_in_never_calls_anything() -> None:
+    """Whatever a pickle hands to a stand-in is not called, indexed, iterated, compared or asked for an attribute."""
+
+    class Trap:
+        def __getattribute__(self, name: str) -> typing.Any:
+            if name == "__class__":  # which nothing can be hidden in
+                return Trap
+            raise AssertionError(f"asked for {name}")
+
+        def __call__(self, *_: object) -> None:
+            raise AssertionError("called")
+
+        def __iter__(self) -> None:
+            raise AssertionError("iterated")
+
+        def __getitem__(self, _: object) -> None:
+            raise AssertionError("indexed")
+
+        def __eq__(self, _: object) -> bool:
+            raise AssertionError("compared")
+
+        def __hash__(self) -> int:
+            raise AssertionError("hashed")
+
+    unpickler = Unpickler.__new__(Unpickler)
+    unpickler.strangers = {}
+    trap: typing.Any = Trap()
+    for full in HARMLESS | {"typing.Any", "omegaconf.dictconfig.DictConfig"}:
+        made = Unpickler.find_class(unpickler, *full.rsplit(".", 1))
+        assert isinstance(made, StandIn)
+        for arguments in ((), (trap,), (trap, trap, trap)):
+            stranger = made(*arguments)
+            assert isinstance(stranger, Stranger)
+            stranger.__setstate__(trap)
+            stranger.append(trap), stranger.extend(trap), stranger.add(trap)
+            stranger[trap] = trap
+            assert isinstance(made.__new__(made, *arguments), Stranger)
+
+
+def test_a_file_of_before_zip_is_refused_in_plain_letters(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"when": datetime.datetime(2020, 1, 1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert "one of torch before 1.6" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 def test_plain_weights(tmp_path: Path) -> None:
     path = saved(tmp_path / "weights.bin", {"a": torch.ones(2)})
     assert torch.equal(load(path)["a"], torch.ones(2))
@@ -114,6 +213,14 @@ PAYLOADS: dict[str, tuple[Callable[[str], Any], str]] = {
     "copyreg": (lambda path: Calls(copyreg._reconstructor, dict, dict, {}), "copyreg._reconstructor"),
     "extension": (lambda path: Calls(copyreg.add_extension, "os", "system", 1), "copyreg.add_extension"),
     "namespace": (through_a_method, "types.SimpleNamespace"),
+    "attrgetter": (lambda path: Calls(operator.attrgetter, "system"), "operator.attrgetter"),
+    "itemgetter": (lambda path: Calls(operator.itemgetter, 0), "operator.itemgetter"),
+    "methodcaller": (lambda path: Calls(operator.methodcaller, "system", "x"), "operator.methodcaller"),
+    "compile": (lambda path: Calls(builtins.compile, "1", "", "eval"), "builtins.compile"),
+    "map": (lambda path: Calls(map, os.system, [f"touch {path}"]), "builtins.map"),
+    "setattr": (lambda path: Calls(setattr, Path, "a", 1), "builtins.setattr"),
+    "numpy.load": (lambda path: Calls(np.load, path), "numpy.load"),
+    "hints": (lambda path: Calls(typing.get_type_hints, Path), "typing.get_type_hints"),
     "storage": (
         lambda path: Calls(torch.storage._load_from_bytes, pickle.dumps(Calls(os.system, f"touch {path}"))),
         "torch.storage._load_from_bytes",

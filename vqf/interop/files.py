@@ -15,6 +15,7 @@ from vqf.errors import UserError
 from vqf.interop.unpickle import load
 
 CRITIC = "loss.discriminator."  # where taming-transformers keeps its discriminator
+WRAPPED = "module."  # what DistributedDataParallel puts in front of all names
 SHADOW = "model_ema."  # where latent-diffusion keeps averages, their names without dots
 SUBFOLDERS = (".", "vqvae", "vqmodel", "movq")  # of a pipeline of diffusers
 WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
@@ -127,7 +128,10 @@ def _counts_every_optimizer(version: Any) -> bool:
 
 def _tensors(found: Any) -> dict[str, Tensor]:
     items = found.items() if isinstance(found, dict) else ()
-    return {str(name): each for name, each in items if isinstance(each, Tensor)}
+    tensors = {str(name): each for name, each in items if isinstance(each, Tensor)}
+    if all(name.startswith(WRAPPED) for name in tensors):
+        return {name.removeprefix(WRAPPED): each for name, each in tensors.items()}
+    return tensors
 
 
 def _number(found: Any) -> int:

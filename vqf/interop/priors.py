@@ -128,10 +128,20 @@ def _position(contents: Contents) -> Tensor:
     return contents.tensors[name]
 
 
-def _state(contents: Contents, moved: Mapping[str, tuple[str, Rule]], blank: nn.Module, report: Report) -> State | None:
-    """Read AdamW's state: the weights of linear layers sorted by name, then all others sorted by name."""
-    linear = {f"{name}.weight" for name, each in blank.named_modules() if isinstance(each, nn.Linear)}
-    renamed = {name: new for name, (new, _) in moved.items()}
+def in_groups(prior: nn.Module, renamed: Mapping[str, str]) -> list[list[str]]:
+    """Return the reference's names of a prior's parameters as its AdamW has them.
+
+    First the weights of linear layers, which decay, and then all others; both sorted by name.
+
+    Args:
+        prior: Ours.
+        renamed: From the reference's names to ours.
+    """
+    linear = {f"{name}.weight" for name, each in prior.named_modules() if isinstance(each, nn.Linear)}
     decayed = sorted(name for name, new in renamed.items() if new in linear)
-    others = sorted(name for name in renamed if name not in decayed)
-    return read_state(contents, 0, [decayed, others], renamed, blank, "prior", report)
+    return [decayed, sorted(name for name in renamed if name not in decayed)]
+
+
+def _state(contents: Contents, moved: Mapping[str, tuple[str, Rule]], blank: nn.Module, report: Report) -> State | None:
+    renamed = {name: new for name, (new, _) in moved.items()}
+    return read_state(contents, 0, in_groups(blank, renamed), renamed, blank, "prior", report)

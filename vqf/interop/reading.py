@@ -43,8 +43,20 @@ class Read:
     @property
     def nodes(self) -> Nodes:
         """The config nodes of every model in it."""
-        parts = [each for each in (self.tokenizer, self.discriminator, self.prior) if each]
-        return {key: node for part in parts for key, node in part.nodes.items()}
+        return {key: node for part in self._parts for key, node in part.nodes.items()}
+
+    def broken(self) -> list[str]:
+        """Name the tensors that hold numbers which are not finite, by vqf's names."""
+        return [
+            name
+            for part in self._parts
+            for name, each in part.weights.items()
+            if each.is_floating_point() and not each.isfinite().all()
+        ]
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [each for each in (self.tokenizer, self.discriminator, self.prior) if each]
 
 
 def read(

@@ -34,21 +34,30 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 DTYPES = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
-# Of the standard library and of numpy, what checkpoints do hold beside weights; they become stand-ins as well.
+# Of the standard library and of numpy, what checkpoints do hold beside weights: settings of OmegaConf with their types,
+# dates, arrays of a callback. They become stand-ins as well; none of these is ever called.
 HARMLESS = {
     "_codecs.encode",
     "argparse.Namespace",
-    "builtins.set",
     "collections.Counter",
-    "collections.defaultdict",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray.scalar",
+    "collections.deque",
+    "decimal.Decimal",
+    "enum.Enum",
+    "fractions.Fraction",
     "numpy.dtype",
+    "numpy.ndarray",
     "pathlib.Path",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "torch.device",
+    "uuid.UUID",
+    "_operator.getitem",  # how a type like dict[str, int] is pickled
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(f"builtins.{name}" for name in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int")),
+    *(f"builtins.{name}" for name in ("list", "object", "range", "set", "slice", "str", "tuple", "type")),
 }
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CLASS = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
 
 
@@ -144,8 +153,14 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+def _filled_later(*_: Any) -> Ordered:
+    """Make a defaultdict without its factory; its items come afterwards."""
+    return Ordered()
+
+
 BUILDERS = {
     "collections.OrderedDict": Builder(Ordered),
+    "collections.defaultdict": Builder(_filled_later),
     "torch.Size": Builder(tuple),
     "torch._utils._rebuild_tensor": Builder(_tensor),
     "torch._utils._rebuild_tensor_v2": Builder(_tensor),
@@ -177,7 +192,8 @@ class Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if full in HARMLESS or (module.partition(".")[0] not in sys.stdlib_module_names and CLASS.fullmatch(name)):
+        standard = module.partition(".")[0] in sys.stdlib_module_names
+        if full in HARMLESS or ((module == "typing" or not standard) and CLASS.fullmatch(name)):
             return self.strangers.setdefault(full, StandIn(name, (Stranger,), {}))
         raise UserError(f"names '{full}', which no file of weights needs and which could run code: refused")
 
@@ -196,4 +212,5 @@ class Unpickler(pickle.Unpickler):
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    plain = COLOURS.sub("", str(error))
+    return f"{type(error).__name__}: {(plain.splitlines() or [''])[0][:200]}"

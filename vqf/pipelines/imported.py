@@ -32,9 +32,8 @@ def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
     """
     asked, config, coders = config, _config(found, config), Coders()
     if found.condition is not None:
-        beside = run_dir.with_name(f"{run_dir.name}-condition")
-        save_run(found.condition, asked, beside)
-        config.model.conditioner.spatial.run = str(beside)
+        save_run(found.condition, asked, beside(run_dir))
+        config.model.conditioner.spatial.run = str(beside(run_dir))
     modules = _modules(found, config, coders)
     players = ("model",) if found.prior else ("model", "discriminator")
     trained = {name: modules[name] for name in players if name in modules}
@@ -53,6 +52,11 @@ def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
     if found.kind == "stage1":
         _write_presets(config, run_dir)
     log.info("saved %s", path)
+
+
+def beside(run_dir: Path) -> Path:
+    """Return where the tokenizer of a condition becomes a run."""
+    return run_dir.with_name(f"{run_dir.name}-condition")
 
 
 def _config(found: Read, config: DictConfig) -> DictConfig:

@@ -166,6 +166,40 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "state.json", "config.yaml"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_manifest_must_list_what_is_read(tmp_path: Path, name: str, there: bool) -> None:
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if not there:
+        (folder / name).unlink()
+    with pytest.raises(BrokenCheckpointError, match=f"{name} is not in its manifest"):
+        open_checkpoint(folder)
+
+
+def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "ema.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(BrokenCheckpointError, match=r"ema\.safetensors is not in its manifest"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("size", [None, "large", [16], [16, 16.5], [16, 0], [True, True]])
+def test_a_state_that_does_not_say_how_large_its_pictures_are(tmp_path: Path, size: Any) -> None:
+    found = checkpoints.Checkpoint(tmp_path, {"image_size": size}, OmegaConf.create({}))
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not say how large its pictures are"):
+        _ = found.image_size
+
+
+@pytest.mark.parametrize(("key", "value"), [("channels", "3"), ("channels", 0), ("classes", None), ("classes", [1])])
+def test_a_state_with_something_else_in_place_of_a_fact(tmp_path: Path, key: str, value: Any) -> None:
+    found = checkpoints.Checkpoint(tmp_path, {key: value}, OmegaConf.create({}))
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not"):
+        getattr(found, key)
+
+
 def find(path: object) -> checkpoints.Checkpoint:
     return locate(path, lambda each: each.kind == "stage2", "the run of a prior", "train one")  # type: ignore[arg-type]
 

@@ -19,10 +19,9 @@ from tests.processes import together
 from vqf import ranks
 from vqf.discriminators.batchnorm import SyncBatchNorm2d
 from vqf.pipelines.checkpoint import open_checkpoint
-from vqf.pipelines.common import start_run
 from vqf.pipelines.engine import make_engine, seed_everything
 from vqf.pipelines.loader import Order
-from vqf.pipelines.loop import Loop
+from vqf.pipelines.loop import train
 from vqf.pipelines.restore import build_generator
 from vqf.pipelines.stage1 import TokenizerStage, make_stage
 from vqf.pipelines.stage2 import PriorStage
@@ -281,8 +280,7 @@ def trained(folder: str, *overrides: str) -> None:
         def source(start: int, stop: int) -> Iterator[Batch]:
             yield from (pictures(order(config).batch(step)) for step in range(start, stop))
 
-        with start_run(config, Path(folder)) as journal:
-            Loop(stage, config, Path(folder), engine, journal).run(source)
+        train(stage, config, Path(folder), engine, source)
 
 
 def lines(folder: Path) -> dict[str, Tensor]:

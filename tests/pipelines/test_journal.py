@@ -61,6 +61,18 @@ def test_a_log_cut_anywhere_goes_on_with_whole_lines(
     assert steps(run)[-1] == 9 and len(steps(run)) == min(at, found) + 1
 
 
+@pytest.mark.parametrize(("looked", "left"), [(True, ["loss", "validation/psnr"]), (False, ["loss"])])
+def test_a_look_that_the_checkpoint_does_not_know_is_forgotten(tmp_path: Path, looked: bool, left: list[str]) -> None:
+    journal = Journal(tmp_path, [])
+    for step in (1, 2):
+        journal.scalars(step, {"loss": 1.0})
+        journal.scalars(step, {"validation/psnr": 30.0})
+    journal.rewind(2, looked)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [key for line in found if line["step"] == 1 for key in list(line)[2:]] == ["loss", "validation/psnr"]
+    assert [key for line in found if line["step"] == 2 for key in list(line)[2:]] == left
+
+
 def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path, [])
     journal.scalars(1, {"loss": 1.0})

@@ -238,7 +238,8 @@ def test_a_hung_worker_is_reported():
     with pytest.raises(UserError) as caught:
         list(sequential(Faulty(4, {2: lambda: time.sleep(30)}), 2, workers=1, timeout=1.5))
     assert str(caught.value) == (
-        "workers=1: no batch came for 1.5 s; a worker hangs (a network disk?); try workers=0, or a longer worker_timeout"
+        "workers=1: no batch came for 1.5 s; a worker hangs (a network disk?); "
+        "try workers=0, or a longer worker_timeout"
     )
 
 

@@ -15,6 +15,7 @@ from tests.pipelines.test_loop import TINY, lines
 from vqf.data.emoji import EmojiSplit
 from vqf.errors import UserError
 from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.loop import Loop
 from vqf.pipelines.memory import explained
 from vqf.pipelines.stage1 import Stage1, TokenizerStage
 from vqf.pipelines.stage2 import Stage2
@@ -127,6 +128,79 @@ def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
         f"run_dir={run}: holds a run at step 2; resume=true goes on with it, another run_dir starts a new one"
     )
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", ["true", "false", "{run}"])
+def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(run: Path, resume: str) -> None:
+    """Neither begun anew nor cleared: a copy of the checkpoints may exist."""
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000001")
+    shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002")
+    for folder in (run / "checkpoints").iterdir():
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        Stage1(compose(*SHORT, f"resume={resume.format(run=run)}"), run).run()
+    assert str(caught.value) in (
+        f"run_dir={run}: holds a run, but none of its checkpoints is whole (step-00000001, step-00000002); nothing was "
+        "touched. Bring one back from a copy, or give another run_dir to start a new run",
+        f"resume={run}: no whole checkpoint there; give a run's folder or one of its checkpoints",
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_refused_leaves_a_run_as_it_was(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused(run, "optimizer.lr=0.1")
+    refused(run, "model.quantizer.codebook_size=32", "allow_changes=true")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+class EndedError(Exception):
+    """Stands for a process that a scheduler ends while it looks at held-out pictures."""
+
+
+@pytest.mark.parametrize(("every", "step"), [(2, 2), (50, 6)])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_process_that_ends_in_a_look_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int, told: bool
+) -> None:
+    """Neither in one between two steps nor in the last, be it in the middle or when the log has its numbers."""
+    words = [*TINY, f"evaluate.every={every}", "checkpoint.every=50", "checkpoint.best=psnr"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Stage1(compose(*words), whole).run()
+
+    def end(*_: Any) -> Any:
+        raise EndedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(Loop, "_amend") if told else (TokenizerStage, "evaluate"), end)
+        with pytest.raises(EndedError):
+            Stage1(compose(*words), cut).run()
+    found = newest(cut)
+    assert found and found.step == step
+    Stage1(compose(*words, "resume=true"), cut).run()
+    assert lines(cut) == lines(whole)
+    left, right = newest(cut), newest(whole)
+    assert left and right and left.state == right.state and not left.state["due"]
+
+
+def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of another run, which has no checkpoint to note it in."""
+    words = [*TINY, "checkpoint.every=50"]
+    Stage1(compose(*words), tmp_path / "whole").run()
+
+    def end(*_: Any) -> Any:
+        raise EndedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "evaluate", end)
+        with pytest.raises(EndedError):
+            Stage1(compose(*words), tmp_path / "cut").run()
+    Stage1(compose(*words, f"resume={tmp_path / 'cut'}"), tmp_path / "other").run()
+    found, whole = newest(tmp_path / "other"), newest(tmp_path / "whole")
+    assert found and whole and found.state == whole.state
 
 
 def test_going_on_from_another_run_does_not_write_over_one(run: Path, tmp_path: Path) -> None:

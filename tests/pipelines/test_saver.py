@@ -102,13 +102,77 @@ def test_a_slow_disk_passes_over_what_is_not_the_newest(
 
 
 def test_a_slow_disk_does_not_pass_over_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, saver = Gate(monkeypatch), make(tmp_path, Best("psnr", higher=True))
+    """Nobody waits for it but looks, of which any may be the best."""
+    words = ["evaluate.every=2", "checkpoint.every=1", "checkpoint.best=psnr", "checkpoint.keep=1"]
+    original = checkpoints.save
+
+    def slow(*arguments: Any, **words: Any) -> Path:
+        time.sleep(0.3)
+        return original(*arguments, **words)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    Stage1(compose(*TINY, *words), tmp_path).run()
+    seen = {line["step"]: line["validation/psnr"] for line in lines(tmp_path) if "validation/psnr" in line}
+    assert list(seen) == [2, 4, 6]
+    assert saved(tmp_path) == sorted({max(seen, key=lambda step: seen[step]), 6})
+
+
+def test_a_look_is_noted_in_the_checkpoint_before_it(saver: Saver, tmp_path: Path) -> None:
     saver.save(snapshot(1))
-    saver.save(snapshot(2, psnr=30.0))
-    saver.save(snapshot(3))
-    gate.open.set()
+    saver.amend(snapshot(1, psnr=30.0).state)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    found = checkpoints.open_checkpoint(folder)
+    assert found.state["look"] == {"step": 1, "values": {"psnr": 30.0}}
+    assert torch.equal(found.weights("model")["a"], torch.ones(3))
+
+
+def test_a_look_whose_checkpoint_found_no_room_is_noted_when_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = make(tmp_path, on_failure="go_on")
+    with monkeypatch.context() as patch:
+        fill(patch)
+        saver.save(snapshot(1))
+        saver.amend(snapshot(1, psnr=30.0).state)
+    saver.finish()
+    found = newest(tmp_path)
+    assert found and found.state["look"] == {"step": 1, "values": {"psnr": 30.0}}
+    saver.close()
+
+
+def test_a_look_that_cannot_be_noted_leaves_the_checkpoint_as_it_was(
+    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver.save(snapshot(1))
     saver.settle()
-    assert saved(tmp_path) == [1, 2]
+
+    def full(*_: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(checkpoints, "link", full)
+    with pytest.raises(UserError, match=r"step 1 cannot be written .*; step-00000001 is kept"):
+        saver.amend(snapshot(1, psnr=30.0).state)
+    found = newest(tmp_path)
+    assert found and found.state["look"] is None
+
+
+def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "a").write_bytes(b"content")
+    atomic.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize(("every", "kept"), [(None, [5, 7]), (4, [4, 5, 7])])
+def test_what_a_rollback_goes_back_to_is_kept(tmp_path: Path, every: int | None, kept: list[int]) -> None:
+    words = OmegaConf.create({**WORDS, "background": False})
+    saver = Saver(tmp_path, words, None, before=lambda: None, every=every)
+    for step in (3, 4, 5, 7):
+        saver.save(snapshot(step))
+    assert saved(tmp_path) == kept
     saver.close()
 
 

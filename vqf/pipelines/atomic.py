@@ -66,6 +66,18 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name; a copy of it, where the disk knows no such thing.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, and flush it to disk.
 

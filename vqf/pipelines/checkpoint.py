@@ -25,7 +25,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from vqf.errors import UserError
-from vqf.pipelines.atomic import beside, recover, write_states, write_weights
+from vqf.pipelines.atomic import beside, link, recover, write_states, write_weights
 from vqf.pipelines.retention import Best, prune
 from vqf.terminal import log
 from vqf.trust import check_resolved
@@ -33,6 +33,8 @@ from vqf.trust import check_resolved
 FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+STATE = "state.json"
+PARTS = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")  # that no checkpoint is without
 KINDS = ("stage1", "stage2")
 ASIDE = "aside-"  # in front of the name of a checkpoint that the run does not count any more
 
@@ -58,6 +60,42 @@ class Checkpoint:
     def step(self) -> int:
         """Steps that were done when it was written."""
         return self.state["step"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its pictures.
+
+        Raises:
+            BrokenCheckpointError: If it does not say so.
+        """
+        size = self.state.get("image_size")
+        if not isinstance(size, list) or len(size) != 2 or any(type(each) is not int or each < 1 for each in size):
+            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how large its pictures are")
+        return size[0], size[1]
+
+    @property
+    def channels(self) -> int:
+        """Channels of its pictures.
+
+        Raises:
+            BrokenCheckpointError: If it says something else.
+        """
+        channels = self.state.get("channels", 3)
+        if type(channels) is not int or channels < 1:
+            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how many channels its pictures have")
+        return channels
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that it was told.
+
+        Raises:
+            BrokenCheckpointError: If it does not say so.
+        """
+        classes = self.state.get("classes")
+        if not isinstance(classes, list) or any(not isinstance(each, str) for each in classes):
+            raise BrokenCheckpointError(f"{self.path}: {STATE} does not name the classes")
+        return classes
 
     def has(self, name: str) -> bool:
         """Tell whether weights of this name are inside."""
@@ -96,23 +134,54 @@ def save(
     optimizers: Mapping[str, Any],
     keep: int,
     best: Best | None = None,
+    every: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`, then delete all but the newest `keep` and the best; with 0, none.
+    """Write the checkpoint of `state["step"]`, then delete others.
+
+    Args:
+        keep: How many of the newest stay; with 0, all.
+        best: What tells which stays beside them.
+        every: The newest at a multiple of this stays, too.
 
     Raises:
         OSError: If it cannot be written; earlier checkpoints are untouched then.
     """
-    folder = run_dir / FOLDER
-    final = folder / _name(state["step"])
+    final = run_dir / FOLDER / _name(state["step"])
     with beside(final) as folder_now:
         for name, tensors in weights.items():
             write_weights(tensors, folder_now / f"{name}.safetensors")
         write_states(optimizers, folder_now / "optimizers.pt")
-        (folder_now / "state.json").write_text(json.dumps(state, indent=1))
+        (folder_now / STATE).write_text(json.dumps(state, indent=1))
         OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
         _write_manifest(folder_now, state)
-    prune(_folders(folder), keep, best)
+    _prune(run_dir, keep, best, every)
     return final
+
+
+def amend(
+    run_dir: Path, state: Mapping[str, Any], *, keep: int, best: Best | None = None, every: int | None = None
+) -> Path:
+    """Give the checkpoint of `state["step"]` another state; no other file of it is written again.
+
+    Raises:
+        OSError: If it cannot be written; the checkpoint is as it was then.
+    """
+    final = run_dir / FOLDER / _name(state["step"])
+    manifest = _read_json(final / MANIFEST)
+    with beside(final) as folder_now:
+        for name in manifest["files"].keys() - {STATE}:
+            link(final / name, folder_now / name)
+        (folder_now / STATE).write_text(json.dumps(state, indent=1))
+        manifest["files"][STATE] = _facts(folder_now / STATE)
+        (folder_now / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _prune(run_dir, keep, best, every)
+    return final
+
+
+def _prune(run_dir: Path, keep: int, best: Best | None, every: int | None) -> None:
+    folders = _folders(run_dir / FOLDER)
+    regular = [folder for folder in folders if every and _step(folder) % every == 0]
+    prune(folders, keep, best, also=regular[-1] if regular else None)
 
 
 def set_aside(run_dir: Path, step: int) -> None:
@@ -140,17 +209,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise BrokenCheckpointError(f"{path}: format {manifest.get('format')} of a checkpoint; this vqf reads {FORMAT}")
-    for name, facts in _mapping(manifest.get("files")).items():
+    listed = _mapping(manifest.get("files"))
+    for name, facts in listed.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise BrokenCheckpointError(f"{path}: {name} is missing")
         if file.stat().st_size != _mapping(facts).get("size") or _sha256(file) != facts.get("sha256"):
             raise BrokenCheckpointError(f"{path}: {name} is not what was written (size or hash differ)")
-    state, config = _read_json(path / "state.json"), _read_config(path / "config.yaml")
-    check_resolved(state.get("coders"), path / "state.json")  # which become config, too
-    if state.get("kind") not in KINDS or not isinstance(state.get("step"), int):
+    weights = [file.name for file in sorted(path.glob("*.safetensors"))]
+    for name in (each for each in (*PARTS, *weights) if each not in listed):
+        raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
+    state, config = _read_json(path / STATE), _read_config(path / "config.yaml")
+    check_resolved(state.get("coders"), path / STATE)  # which become config, too
+    if state.get("kind") not in KINDS or type(state.get("step")) is not int:
         raise BrokenCheckpointError(f"{path}: state.json does not say of which stage and step it is")
     return Checkpoint(path, state, config)
+
+
+def names(run_dir: Path) -> list[str]:
+    """Name the checkpoints of a run in the order of their steps, whole or not."""
+    return [path.name for path in _folders(run_dir / FOLDER)]
 
 
 def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
@@ -225,9 +303,13 @@ def _step(path: Path) -> int:
 
 
 def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
-    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {file.name: _facts(file) for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "kind": state["kind"], "step": state["step"], "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -15,6 +15,8 @@ from vqf.pipelines.atomic import write_text
 from vqf.protocols import Logger
 from vqf.terminal import log
 
+HELD_OUT = "validation/"  # in front of the names of numbers
+
 
 class Journal:
     """Appends scalars to `metrics.jsonl` and hands them, and pictures, to every logger.
@@ -30,11 +32,17 @@ class Journal:
         self.waiting: list[str] = []  # lines that could not be written yet
         self.failed: set[str | int] = set()  # who could not write the last time
 
-    def rewind(self, step: int) -> None:
-        """Forget what an interrupted process wrote after the checkpoint that the run goes on from."""
+    def rewind(self, step: int, looked: bool = True) -> None:
+        """Forget what an interrupted process wrote after the checkpoint that the run goes on from.
+
+        Args:
+            step: Of the checkpoint.
+            looked: Whether it was written after the look at held-out pictures of its step.
+        """
         if not self.path.is_file():
             return
-        lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+        until = (step, looked)
+        lines = [line for line in self.path.read_text().splitlines() if _place(line) <= until]
         write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -101,7 +109,7 @@ class Silence(Journal):
     def __init__(self) -> None:
         pass
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, looked: bool = True) -> None:
         """Forget nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -120,8 +128,10 @@ class Silence(Journal):
         """Nothing is open."""
 
 
-def _step(line: str) -> float:
+def _place(line: str) -> tuple[float, bool]:
+    """Return the step of a line, and whether it is of a look at held-out pictures, which ends a step."""
     try:
-        return json.loads(line)["step"]
+        found = json.loads(line)
+        return found["step"], any(key.startswith(HELD_OUT) for key in found)
     except (ValueError, KeyError):  # a line that a killed process left half-written
-        return math.inf
+        return math.inf, True

@@ -150,9 +150,7 @@ def keyed(
     return _received(_loader(_Pictures(split), workers, timeout, batch_sampler=keys), workers, timeout)
 
 
-def _streamed(
-    split: Streamed, order: Order, start: int, steps: int, workers: int, timeout: float
-) -> Iterator[Batch]:
+def _streamed(split: Streamed, order: Order, start: int, steps: int, workers: int, timeout: float) -> Iterator[Batch]:
     if split.readers < order.world:
         raise UserError(f"data.train: {split.readers} shards cannot be shared by {order.world} processes")
     if start:

@@ -15,11 +15,12 @@ from vqf import ranks, terminal
 from vqf.errors import UserError
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import Checkpoint
+from vqf.pipelines.common import start_run
 from vqf.pipelines.engine import Engine, seed_everything
 from vqf.pipelines.guard import Guard, Trouble
-from vqf.pipelines.journal import Journal
+from vqf.pipelines.journal import HELD_OUT, Journal
 from vqf.pipelines.memory import explained
-from vqf.pipelines.resume import check_fit, find_resume, refuse_to_overwrite, shared
+from vqf.pipelines.resume import check_fit, find_start, shared
 from vqf.pipelines.retention import best_by
 from vqf.pipelines.saver import Saver
 from vqf.pipelines.signals import TERMINATED, Signals
@@ -42,30 +43,59 @@ class Progress:
     passed: int = 0  # batches passed over by going back: the next one is number step + passed
     best: float | None = None  # score of the best look so far
     look: dict[str, Any] | None = None  # at held-out pictures, the last one: its step, and its values
+    due: bool = False  # whether a look follows before the next step
+
+
+def train(
+    stage: Stage, config: DictConfig, run_dir: Path, engine: Engine, batches: Batches, part: str = ""
+) -> Evaluation:
+    """Train a stage, and return the last look at held-out pictures.
+
+    Args:
+        batches: Given the number of the first batch and of the one to stop before, yields them.
+        part: What this is of a longer run, for loggers.
+
+    Raises:
+        UserError: If this is not the run that it would go on with, which stays as it is.
+        SystemExit: After SIGTERM, when all is saved.
+    """
+    loop = Loop(stage, config, run_dir, engine)
+    loop.begin()
+    with start_run(config, run_dir, part=part) as journal:
+        return loop.run(batches, journal)
 
 
 class Loop:
     """Runs a stage for `config.steps` optimizer steps, from the newest checkpoint if there is one to resume."""
 
-    def __init__(self, stage: Stage, config: DictConfig, run_dir: Path, engine: Engine, journal: Journal) -> None:
-        self.stage, self.config, self.run_dir, self.engine, self.journal = stage, config, run_dir, engine, journal
+    journal: Journal
+    saver: Saver
+
+    def __init__(self, stage: Stage, config: DictConfig, run_dir: Path, engine: Engine) -> None:
+        self.stage, self.config, self.run_dir, self.engine = stage, config, run_dir, engine
         self.training = Training(stage, config, engine)
         self.progress = Progress()
         self.guard, self.watch, self.signals = Guard(stage.kind, config.guard), Watch(), Signals()
         self.best = best_by(config.checkpoint.best, stage.higher_is_better)
-        self.saver = Saver(run_dir, config.checkpoint, self.best, before=journal.sync)
+        self.goes_back = self.guard.policy == "rollback"
+        self.found: Checkpoint | None = None
 
-    def run(self, batches: Batches) -> Evaluation:
-        """Train, then look once more and save.
+    def begin(self) -> None:
+        """Become the checkpoint that is to be resumed, if there is one. Nothing is written."""
+        self.found = find_start(self.config, self.run_dir, self.stage.kind)
+        if self.found is not None:
+            check_fit(self.found, self.config, self.stage.facts)
+            self._become(self.found)
 
-        Args:
-            batches: Given the number of the first batch and of the one to stop before, yields them.
-
-        Raises:
-            SystemExit: After SIGTERM, when all is saved.
-        """
+    def run(self, batches: Batches, journal: Journal) -> Evaluation:
+        """Train, then look once more and save."""
+        every = self.config.checkpoint.every if self.goes_back else None
+        self.journal = journal
+        self.saver = Saver(self.run_dir, self.config.checkpoint, self.best, before=journal.sync, every=every)
         with closing(self.saver), self.signals:
-            self._begin()
+            self._forget()
+            if (self.goes_back and self.found is None) or (self.progress.due and not self._found_here()):
+                self._save(self.progress.due)  # or there would be nothing to go back to, or to note a look in
             with terminal.progress(self.stage.kind, self.config.steps, self.progress.step) as bar:
                 while self.progress.step < self.config.steps:
                     self._go(batches, bar)
@@ -73,6 +103,8 @@ class Loop:
 
     def _go(self, batches: Batches, bar: terminal.Bar) -> None:
         """Take steps: all that are left, or until some have to be undone."""
+        if self.progress.due:
+            self._look()
         first = self.progress.step + self.progress.passed
         with closing(batches(first, self.config.steps + self.progress.passed)) as source:  # type: ignore[type-var]
             for batch in source:
@@ -98,22 +130,29 @@ class Loop:
         last, asked = done == config.steps, self.signals.save()
         logs = last or done % config.log.every == 0
         looks = not last and done % config.evaluate.every == 0
-        saves = asked or (not last and done % config.checkpoint.every == 0)
+        saves = asked or looks or (not last and done % config.checkpoint.every == 0)
         if logs:
             bar.advance(0, terminal.note(dict(list(self._log(values).items())[:IN_THE_BAR])))
         if trouble := self._trouble(logs or looks or saves):
             return trouble
         self.saver.check()
-        if looks:
-            saves |= self._record(self._evaluate())
         ends = asked and self.signals.end()
-        if ends:
-            self.saver.settle()  # or the last one might be passed over
+        if ends or looks:
+            self.saver.settle()  # or this one might be passed over
         if saves:
-            self._save()
+            self._save(due=looks)
         if ends:
             self._end()
+        if looks:
+            self._look()
         return None
+
+    def _look(self) -> None:
+        """Look at held-out pictures; a process that ends meanwhile is resumed here, for a scheduler may not wait."""
+        self._record(self._evaluate())
+        self._amend()
+        if self.signals.save() and self.signals.end():
+            self._end()
 
     def _trouble(self, due: bool) -> Trouble | None:
         """Read the guard's record, which a GPU would be waited for: only where something waits for it anyway."""
@@ -151,44 +190,34 @@ class Loop:
         model.train()
         return evaluation
 
-    def _record(self, evaluation: Evaluation) -> bool:
-        """Hand a look to the loggers; returns whether it is the best so far."""
+    def _record(self, evaluation: Evaluation) -> None:
+        """Hand a look to the loggers, and keep its score if it is the best so far."""
         progress = self.progress
-        self._say({f"validation/{key}": value for key, value in evaluation.scalars.items()})
+        self._say({f"{HELD_OUT}{key}": value for key, value in evaluation.scalars.items()})
         for name, images in evaluation.images.items():
             self.journal.images(progress.step, name, images)
         self.journal.details(evaluation.details)
         progress.look = {"step": progress.step, "values": evaluation.scalars}
         score = self.best.score(asdict(progress)) if self.best else -math.inf
-        if score == -math.inf or (progress.best is not None and score <= progress.best):
-            return False
-        progress.best = score
-        return True
+        if score > (-math.inf if progress.best is None else progress.best):
+            progress.best = score
 
-    def _save(self) -> None:
+    def _state(self) -> dict[str, Any]:
         state = {"kind": self.stage.kind, "seed": self.config.seed, **self.stage.facts, **asdict(self.progress)}
-        snapshot = self.training.snapshot({**state, "guard": self.guard.state(), "watch": self.watch.state()})
-        if snapshot is not None:
-            self.saver.save(snapshot)
-        self.guard.saved()
+        return {**state, "guard": self.guard.state(), "watch": self.watch.state()}
 
-    def _begin(self) -> None:
-        """Become the checkpoint that is to be resumed, or begin."""
-        found = find_resume(self.config.resume, self.run_dir)
-        if found is None or checkpoints.run_folder(found.path).resolve() != self.run_dir.resolve():
-            refuse_to_overwrite(self.run_dir)
-        if found is None:
-            self._forget(-1)
-            if self.guard.policy == "rollback":
-                self._save()  # or there would be nothing to go back to
-            return
-        if found.kind != self.stage.kind:
-            raise UserError(f"resume: {found.path} is of a {found.kind} run, and this is {self.stage.kind}")
-        if found.step > self.config.steps:
-            raise UserError(f"steps={self.config.steps}: counts from the start, and {found.path} is at {found.step}")
-        check_fit(found, self.config, self.stage.facts)
-        self._become(found)
-        log.info("going on from %s", found.path)
+    def _save(self, due: bool = False) -> None:
+        self.progress.due = due
+        if (snapshot := self.training.snapshot(self._state())) is not None:
+            self.saver.save(snapshot)
+        if self.progress.step % self.config.checkpoint.every == 0:
+            self.guard.saved()
+
+    def _amend(self) -> None:
+        """Note a look in the checkpoint that was saved before it."""
+        self.progress.due = False
+        if ranks.first():
+            self.saver.amend(self._state())
 
     def _become(self, found: Checkpoint) -> None:
         self.training.restore(found)
@@ -196,13 +225,18 @@ class Loop:
         self.guard.load(found.state.get("guard", {}))
         self.watch.load(found.state.get("watch", {}))
         ranks.wait()  # every process has read it
-        self._forget(found.step)
 
-    def _forget(self, step: int) -> None:
-        """Clear what came after a step in another life of the run."""
+    def _found_here(self) -> bool:
+        return self.found is not None and checkpoints.run_folder(self.found.path).resolve() == self.run_dir.resolve()
+
+    def _forget(self) -> None:
+        """Clear what came later than this in another life of the run."""
+        step = self.progress.step if self.found else -1
         if ranks.first():
             checkpoints.set_aside(self.run_dir, step)
-        self.journal.rewind(step)
+        self.journal.rewind(step, looked=not self.progress.due)
+        if self.found:
+            log.info("going on from %s", self.found.path)
 
     def _go_back(self, trouble: Trouble) -> int:
         """Go back to the newest checkpoint, to go on from there with the batch after the one that made the trouble.
@@ -215,7 +249,9 @@ class Loop:
         found = shared(lambda: checkpoints.newest(self.run_dir, every))
         if found is None:
             raise UserError(f"{self.stage.kind}, step {trouble.step + 1}: {trouble.words}; no checkpoint to go back to")
+        self.found = found
         self._become(found)
+        self._forget()
         self.progress.passed = trouble.step + before.passed + 1 - found.step
         if ranks.first():
             log.warning("back at step %d, and on with other pictures", found.step)
@@ -224,11 +260,13 @@ class Loop:
     def _conclude(self) -> Evaluation:
         """Look at held-out pictures with the final weights and save, unless an earlier process of the run did."""
         known = self.progress.look is not None and self.progress.look["step"] == self.config.steps
+        if not known and not self.progress.due:
+            self.saver.settle()
+            self._save(due=True)
         evaluation = self._evaluate(last=True)
         if not known:
             self._record(evaluation)
-            self.saver.settle()
-            self._save()
+            self._amend()
             self.saver.finish()
         ranks.wait()  # what follows may read what the first process has written
         if self.signals.save() and self.signals.end():

@@ -1,6 +1,7 @@
 """From a run on disk back to a model: its own config says what to build, its weights fill it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Rebuild the tokenizer of a checkpoint, with averaged weights where it has them, in eval mode."""
     _check_registered(checkpoint, TOKENIZER_PARTS)
     model = checkpoint.config.model
-    size: Sequence[int] = checkpoint.state["image_size"]
-    tokenizer = build_tokenizer(model, (size[0], size[1]), checkpoint.state.get("channels", 3))
+    tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels)
     if checkpoint.kind == "stage2":
         name = "tokenizer"
     else:
@@ -82,7 +82,8 @@ def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) ->
     _check_registered(checkpoint, ("conditioner", "prior"))
     tokenizer = load_tokenizer(checkpoint)
     coders = Coders(checkpoint.state.get("coders", {}))
-    generator = build_generator(config, tokenizer, checkpoint.state["classes"], coders, sampler)
+    generator = build_generator(config, tokenizer, checkpoint.classes, coders, sampler)
+    generator.extent = checkpoint.state.get("extent")
     assert isinstance(generator.prior, torch.nn.Module)
     _fill(generator.prior, checkpoint, "ema" if checkpoint.has("ema") else "model")
     if checkpoint.has("conditioner"):
@@ -149,11 +150,26 @@ def build_conditions(
         UserError: If there is none.
     """
     grid = tokenizer.grid
-    wired = {"classes": len(classes), "grid": grid, "tokenizer": tokenizer, "open_tokenizer": coders or Coders()}
-    parts = {name: build("conditioner", node, **wired) for name, node in chosen(config.model, "conditioner").items()}
+    wired, coders = {"classes": len(classes), "grid": grid, "tokenizer": tokenizer}, coders or Coders()
+    parts = {
+        name: build("conditioner", node, open_tokenizer=_named(coders, name), **wired)
+        for name, node in chosen(config.model, "conditioner").items()
+    }
     if not parts:
         raise UserError("model.conditioner: none is chosen; model/conditioner=none gives a prior its start token")
     return Conditions(parts)
+
+
+def _named(coders: Coders, name: str) -> Callable[[str], Tokenizer]:
+    """Return what opens the tokenizer of a conditioner, and names the conditioner's option where it cannot."""
+
+    def opened(run: str) -> Tokenizer:
+        try:
+            return coders(run)
+        except UserError as error:
+            raise UserError(re.sub(r"^run=", f"model.conditioner.{name}.run=", str(error))) from error
+
+    return opened
 
 
 def _fill(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:

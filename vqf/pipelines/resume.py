@@ -60,11 +60,49 @@ def shared(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
 
 
 def refuse_to_overwrite(run_dir: Path) -> None:
+    """Refuse to begin a run where another is.
+
+    Raises:
+        UserError: If there is a checkpoint in the folder, be it whole or not.
+    """
     if other := shared(lambda: checkpoints.newest(run_dir)):
         raise UserError(
             f"run_dir={run_dir}: holds a run at step {other.step}; resume=true goes on with it, "
             "another run_dir starts a new one"
         )
+    if broken := ranks.same(checkpoints.names(run_dir)):
+        raise UserError(
+            f"run_dir={run_dir}: holds a run, but none of its checkpoints is whole ({', '.join(broken)}); nothing was "
+            "touched. Bring one back from a copy, or give another run_dir to start a new run"
+        )
+
+
+def find_start(config: DictConfig, run_dir: Path, kind: str) -> Checkpoint | None:
+    """Find the checkpoint that a run of a stage goes on from; None where it begins.
+
+    Raises:
+        UserError: If it would overwrite a run, or cannot be the one that was saved.
+    """
+    found = find_resume(config.resume, run_dir)
+    if found is None or checkpoints.run_folder(found.path).resolve() != run_dir.resolve():
+        refuse_to_overwrite(run_dir)
+    if found is None:
+        return None
+    if found.kind != kind:
+        raise UserError(f"resume: {found.path} is of a {found.kind} run, and this is {kind}")
+    if config.minutes is None and found.step > config.steps:
+        raise UserError(f"steps={config.steps}: counts from the start, and {found.path} is at {found.step}")
+    return found
+
+
+def refuse(config: DictConfig, run_dir: Path, kind: str) -> None:
+    """Refuse a run of a stage for what its config says, before data and weights load.
+
+    Raises:
+        UserError: As `find_start` and `check_fit` do.
+    """
+    if found := find_start(config, run_dir, kind):
+        check_fit(found, config, {})
 
 
 def check_fit(found: Checkpoint, config: DictConfig, facts: Mapping[str, Any]) -> None:

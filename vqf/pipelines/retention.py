@@ -40,9 +40,9 @@ def best_by(metric: str | None, known: Mapping[str, bool]) -> Best | None:
     return Best(metric, known[metric])
 
 
-def prune(folders: Sequence[Path], keep: int, best: Best | None) -> None:
-    """Delete all of a run's checkpoints, oldest first, but the newest `keep` and the best; with 0, none."""
-    kept = {*folders[-keep:], best and _best_of(folders, best)}
+def prune(folders: Sequence[Path], keep: int, best: Best | None, also: Path | None = None) -> None:
+    """Delete all of a run's checkpoints, oldest first, but the newest `keep`, the best and another; with 0, none."""
+    kept = {*folders[-keep:], best and _best_of(folders, best), also}
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)

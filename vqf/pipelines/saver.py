@@ -1,8 +1,10 @@
 """Writes checkpoints beside the training, and says what becomes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -12,23 +14,34 @@ from vqf.pipelines.retention import Best
 from vqf.pipelines.training import Snapshot
 from vqf.terminal import log
 
+CURE = "Make room, and go on with resume=true"
+
 
 class Saver:
     """Writes one snapshot at a time, in a thread of its own.
 
     A step never waits for the disk. A snapshot that comes while another is being written waits for its turn; if a
-    newer one comes meanwhile it is passed over, unless it is the best so far, so that no more than two are held in
-    memory. What goes wrong in the thread is answered at the next step, as checkpoint.on_failure says.
+    newer one comes meanwhile it is passed over, so that no more than two are held in memory. What goes wrong in the
+    thread is answered at the next step, as checkpoint.on_failure says.
 
     Args:
         run_dir: The run's folder.
         config: The words of `checkpoint`.
         best: Which checkpoint is kept beside the newest.
         before: Called in the thread before each is written.
+        every: The newest checkpoint at a multiple of this is kept, too.
     """
 
-    def __init__(self, run_dir: Path, config: DictConfig, best: Best | None, before: Callable[[], None]) -> None:
-        self.run_dir, self.config, self.best, self.before = run_dir, config, best, before
+    def __init__(
+        self,
+        run_dir: Path,
+        config: DictConfig,
+        best: Best | None,
+        before: Callable[[], None],
+        every: int | None = None,
+    ) -> None:
+        self.run_dir, self.config, self.before = run_dir, config, before
+        self.retention: dict[str, Any] = {"keep": config.keep, "best": best, "every": every}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: tuple[Snapshot, Future[Path]] | None = None
         self.waiting: Snapshot | None = None
@@ -43,11 +56,11 @@ class Saver:
         self.check()
         if self.writing is None:
             self._begin(snapshot)
-        elif self.waiting is None:
-            self.waiting = snapshot
         else:
-            passed, self.waiting = sorted([self.waiting, snapshot], key=self._is_best)  # of equals the newer stays
-            log.warning("step %d is not saved: the disk is slower than checkpoint.every", _step(passed))
+            if self.waiting is not None:
+                step = _step(self.waiting)
+                log.warning("step %d is not saved: the disk is slower than checkpoint.every", step)
+            self.waiting = snapshot
         if not self.config.background:
             self.settle()
 
@@ -68,10 +81,7 @@ class Saver:
             self.lost = None
         except OSError as error:
             self.lost = snapshot
-            line = self._words(snapshot, error)
-            if self.config.on_failure == "stop":
-                raise UserError(f"{line}. Make room, and go on with resume=true") from error
-            log.warning("%s; going on, the next one is tried as usual", line)
+            self._answer(_step(snapshot), error)
 
     def settle(self) -> None:
         """Wait until everything is written.
@@ -82,6 +92,21 @@ class Saver:
         while self.writing is not None:
             self.writing[1].exception()
             self.check()
+
+    def amend(self, state: Mapping[str, Any]) -> None:
+        """Wait for the checkpoint of a step, and give it another state: what a look has found.
+
+        Raises:
+            UserError: If something could not be written and the run is to stop.
+        """
+        self.settle()
+        if self.lost is not None and _step(self.lost) == state["step"]:
+            self.lost = replace(self.lost, state=state)
+            return
+        try:
+            checkpoints.amend(self.run_dir, state, **self.retention)
+        except OSError as error:
+            self._answer(state["step"], error)
 
     def finish(self) -> None:
         """Wait until the last snapshot is written, which is tried once more if it could not be.
@@ -95,16 +120,13 @@ class Saver:
         try:
             log.info("saved %s", self._write(self.lost))
         except OSError as error:
-            raise UserError(f"{self._words(self.lost, error)}. Make room, and go on with resume=true") from error
+            raise UserError(f"{self._words(_step(self.lost), error)}. {CURE}") from error
         self.lost = None
 
     def close(self) -> None:
         """Wait for the thread; what has not begun is not written any more."""
         self.waiting = None
         self.thread.shutdown(wait=True)
-
-    def _is_best(self, snapshot: Snapshot) -> bool:
-        return self.best is not None and self.best.score(snapshot.state) == snapshot.state["best"]
 
     def _begin(self, snapshot: Snapshot) -> None:
         self.writing = snapshot, self.thread.submit(self._write, snapshot)
@@ -117,16 +139,20 @@ class Saver:
             config=snapshot.config,
             weights=snapshot.weights,
             optimizers=snapshot.optimizers,
-            keep=self.config.keep,
-            best=self.best,
+            **self.retention,
         )
 
-    def _words(self, snapshot: Snapshot, error: OSError) -> str:
+    def _answer(self, step: int, error: OSError) -> None:
+        line = self._words(step, error)
+        if self.config.on_failure == "stop":
+            raise UserError(f"{line}. {CURE}") from error
+        log.warning("%s; going on, the next one is tried as usual", line)
+
+    def _words(self, step: int, error: OSError) -> str:
         folder = self.run_dir / checkpoints.FOLDER
         kept = max((path.name for path in folder.glob("step-*")), default=None)
-        return (
-            f"the checkpoint of step {_step(snapshot)} cannot be written to {folder}: {error.strerror or error}; "
-            + (f"{kept} is kept" if kept else "there is no earlier one")
+        return f"the checkpoint of step {step} cannot be written to {folder}: {error.strerror or error}; " + (
+            f"{kept} is kept" if kept else "there is no earlier one"
         )
 
 

@@ -18,10 +18,10 @@ from vqf import ranks
 from vqf.errors import UserError
 from vqf.pipelines import evaluation
 from vqf.pipelines.budget import fix_steps
-from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, save_numbers, start_run
+from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, save_numbers
 from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
-from vqf.pipelines.loop import Evaluation, Loop
+from vqf.pipelines.loop import Evaluation, train
 from vqf.pipelines.player import Player
 from vqf.pipelines.subject import build_subject, channels_of
 from vqf.pipelines.usage import UsageWindow
@@ -246,8 +246,7 @@ class Stage1:
         config = fix_steps(config, self.run_dir, engine, trial, source, late_from=game_begins(config))
         stage = make_stage(config, data, engine)
         log.info("%s", describe("tokenizer", stage.model))
-        with start_run(config, self.run_dir, part=part) as journal:
-            return Loop(stage, config, self.run_dir, engine, journal).run(source)
+        return train(stage, config, self.run_dir, engine, source, part)
 
 
 def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage:

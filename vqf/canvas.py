@@ -12,8 +12,6 @@ from vqf.conditions import Conditions
 from vqf.errors import UserError
 from vqf.protocols import Batch, Conditioner, Size
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)  # a place, as `Batch.places` has it
-
 
 def picture_fields(conditioner: Conditions) -> dict[str, str]:
     """Return, for every conditioner that is told by a picture, the field of a batch that holds it."""
@@ -67,7 +65,7 @@ def size_of(told: Batch) -> Size | None:
 def enlarged(told: Batch, size: Size, wanted: Size) -> Batch:
     """Return the batch with its pictures of `size` continued by their right and lower edges up to the size `wanted`.
 
-    What they show stays where it was, in pixels, and so do the places.
+    What they show stays where it was, in pixels, and so do the places that were said.
     """
     if size == wanted:
         return told
@@ -76,11 +74,10 @@ def enlarged(told: Batch, size: Size, wanted: Size) -> Batch:
     def continued(pictures: Tensor | None) -> Tensor | None:
         return None if pictures is None else F.pad(pictures, (0, right, 0, below), mode="replicate")
 
-    device = told.any.device
-    places = torch.tensor(WHOLE, device=device)[None].expand(len(told), 4) if told.places is None else told.places
-    growth = torch.tensor([wanted[0] / size[0], wanted[1] / size[1]], device=device)
-    corner = places[:, :2]
-    places = torch.cat([corner, corner + (places[:, 2:] - corner) * growth], dim=1)
+    places = told.places
+    if places is not None:
+        growth = torch.tensor([wanted[0] / size[0], wanted[1] / size[1]], device=places.device)
+        places = torch.cat([places[:, :2], places[:, :2] + (places[:, 2:] - places[:, :2]) * growth], dim=1)
     return replace(told, images=continued(told.images), conditions=continued(told.conditions), places=places)
 
 

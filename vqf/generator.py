@@ -23,6 +23,8 @@ class Generator(nn.Module):
     Args:
         classes: Names of the labels that the conditioner knows; empty where there are none.
         scorer: Chooses among candidates, where several are drawn.
+        extent: Height and width of the training pictures as shares of the whole that they were a part of, where they
+            have places.
     """
 
     def __init__(
@@ -33,10 +35,11 @@ class Generator(nn.Module):
         sampler: Sampler,
         classes: Sequence[str],
         scorer: Scorer | None = None,
+        extent: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.conditioner, self.prior = tokenizer, conditioner, prior
-        self.sampler, self.scorer = sampler, scorer
+        self.sampler, self.scorer, self.extent = sampler, scorer, extent
         self.classes = list(classes)
 
     @property
@@ -196,7 +199,8 @@ class Generator(nn.Module):
         wanted, grid = inspect.signature(self.sampler).parameters, grid or self.tokenizer.grid
         self._check_sampler(grid, known is not None, wanted)
         told = told.to(self.device)
-        batch = told if told.codes else self.conditioner.prepare(told)
+        shifted = "window" in wanted and grid != self.tokenizer.grid
+        batch = told if told.codes else self.conditioner.prepare(told, shifted=shifted)
         prefix, null_prefix = self._prefixes(batch, grid, "window" in wanted)
         offered = {"known": known, "null_prefix": null_prefix, "window": self.tokenizer.grid}
         given = {key: value for key, value in offered.items() if key in wanted}
@@ -206,14 +210,30 @@ class Generator(nn.Module):
         """Return what stands in front, with and without the condition: tokens, or functions of a window."""
         told = self.conditioner
         if not sliding:
+            batch = replace(batch, places=self._window(batch, (0, 0), grid, grid).places)
             return told(batch), told.null(batch)
 
         def at(tell: Callable[[Batch], Any]) -> Callable[[Size, Size], Any]:
-            return lambda start, size: tell(batch.window(start, size, grid))
+            return lambda start, size: tell(self._window(batch, start, size, grid))
 
         height, width = self.tokenizer.grid
         corner = ((0, 0), (min(height, grid[0]), min(width, grid[1])))
         return at(told), None if at(told.null)(*corner) is None else at(told.null)
+
+    def _window(self, batch: Batch, start: Size, size: Size, grid: Size) -> Batch:
+        """Return what one window is told.
+
+        Where nobody said which place a picture shows, it is the whole. Windows in it are then told places as large as
+        those of training, from one end of the whole to the other: a prior that has seen a tenth of the world at a time
+        is told of a tenth, however small or large the picture is.
+        """
+        part = batch.window(start, size, grid)
+        if batch.places is not None or self.extent is None or part.places is None:
+            return part
+        extent = torch.tensor(self.extent, device=part.places.device).clamp(max=1)
+        ways = [start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)]  # from end to end
+        corner = torch.tensor(ways, device=extent.device) * (1 - extent)
+        return replace(part, places=torch.cat([corner, corner + extent]).expand(len(batch), 4))
 
     def _check_sampler(self, grid: Size, keeps: bool, wanted: Collection[str]) -> None:
         trained, stride = self.tokenizer.grid, self.tokenizer.stride

@@ -20,6 +20,8 @@ class FeatureLoss(nn.Module):
     widest surroundings. It is sensitive to fine noise: keep l1 beside it.
     """
 
+    channels = (1, 3)  # one is shown to the network as grey
+
     def __init__(self, *, weight: float = 0.1, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)) -> None:
         super().__init__()
         self.weight = weight
@@ -39,6 +41,8 @@ class LPIPS(nn.Module):
     features by their length plus 1e-10, which has a NaN gradient where all are 0: `epsilon: beside` does so, too, and
     `under` puts the number under the root of the length.
     """
+
+    channels = (1, 3)
 
     def __init__(
         self,

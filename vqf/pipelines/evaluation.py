@@ -41,7 +41,8 @@ def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstru
     with torch.no_grad(), engine.autocast():
         indices = tokenizer.encode(batch.images)
         pictures = tokenizer.decode(indices).float()
-    return Reconstruction(batch.images, pictures, indices, batch.masks)
+    # Metrics look at pictures: those of maps of classes are their colours.
+    return Reconstruction(as_colours(batch.images), as_colours(pictures), indices, batch.masks)
 
 
 def evaluate(

@@ -15,17 +15,21 @@ from vqf.pipelines.loop import Evaluation
 from vqf.pipelines.retention import best_by
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
+from vqf.pipelines.subject import shows_classes
 from vqf.registry import register
 from vqf.terminal import console, log
 
 TABLE = "held-out pictures"
+# What a tokenizer of maps of classes is trained by, where maps.model does not say otherwise; see `losses.classes`.
+OF_CLASSES = {"loss": {"bce": {"name": "bce"}}, "discriminator": None, "adversary": None, "regularizer": {}}
 
 
 @register("pipeline", "full")
 class Full:
     """Both stages after each other; `stage2.*` says what the second does differently.
 
-    Where the prior reads maps and no run has their tokenizer, it is trained, too; `maps.*` says how it differs.
+    Where the prior reads maps and no run has their tokenizer, it is trained, too; `maps.*` says how it differs. Maps of
+    classes learn by `bce`, without a discriminator.
     """
 
     parallel = True
@@ -67,6 +71,10 @@ class Full:
         self.config = self.config.copy()
         self.config.model.conditioner.spatial.run = str(run_dir)
         config = self._config(run_dir, subject="condition")
+        if shows_classes(config):
+            with open_dict(config):
+                config.model.update(OF_CLASSES)
+            log.info("maps of classes: their tokenizer learns by model/loss=[bce], with no discriminator")
         for key, value in self.config.maps.items():
             if key == "model":
                 config.model.update(value)

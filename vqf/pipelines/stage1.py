@@ -23,10 +23,10 @@ from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, train
 from vqf.pipelines.player import Player
-from vqf.pipelines.subject import build_subject, channels_of
+from vqf.pipelines.subject import build_subject, channels_of, shows_classes
 from vqf.pipelines.usage import UsageWindow
 from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
-from vqf.registry import build, register
+from vqf.registry import build, find, register
 from vqf.terminal import log
 from vqf.tokenizer import Reconstructed, Tokenizer, build_tokenizer
 
@@ -261,11 +261,36 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
     if not chosen(model, "loss"):
         raise UserError("model.loss: a tokenizer needs at least one loss, model/loss=[l1]")
     check_accumulate(config)
+    check_losses(config, channels := channels_of(data))
     torch.manual_seed(config.seed)
-    channels = channels_of(data)
     tokenizer = engine.place(build_tokenizer(model, image_size(config), channels))
     losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}
     return TokenizerStage(tokenizer, losses, engine.place(make_critic(config, channels)), data, config, engine)
+
+
+def check_losses(config: DictConfig, channels: int) -> None:
+    """Refuse a loss that cannot compare the pictures of a config, of so many channels.
+
+    Raises:
+        UserError: One line that names the loss, and what to choose.
+    """
+    model, classes = config.model, shows_classes(config)
+    what = f"maps of {channels} classes" if classes else f"pictures of {channels} channels"
+    targets = {name: find("loss", node.name).target for name, node in chosen(model, "loss").items()}
+    for name, target in targets.items():
+        of_classes, known = getattr(target, "of_classes", False), getattr(target, "channels", (channels,))
+        if of_classes and not classes:
+            raise UserError(f"model.loss.{name}: compares maps of classes, not {what}; model/loss=[l1] does")
+        if channels not in known or (classes and hasattr(target, "channels")):
+            raise UserError(
+                f"model.loss.{name}: compares pictures of {' or '.join(map(str, known))} channels, not {what}; for "
+                "maps of classes choose model/loss=[bce] model.discriminator=null model.adversary=null"
+            )
+        if of_classes and model.get("discriminator") is not None:
+            raise UserError(
+                f"model.loss.{name}: makes logits, which a discriminator tells from a map at sight; choose "
+                "model.discriminator=null model.adversary=null"
+            )
 
 
 def make_critic(config: DictConfig, channels: int = 3) -> Critic | None:

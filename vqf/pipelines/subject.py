@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vqf.errors import UserError, unknown
+from vqf.pipelines.pictures import condition_reader
 from vqf.protocols import Data, Sample, Size, Split
 from vqf.registry import build
 
@@ -22,6 +23,12 @@ def build_subject(config: DictConfig, size: Size) -> Data:
         raise UserError(f"subject={config.subject}: {unknown('subject', config.subject, SUBJECTS)}")
     data = build("data", config.data, image_size=size, seed=config.seed)
     return data if config.subject == "image" else Maps(data, config.data.name)
+
+
+def shows_classes(config: DictConfig) -> bool:
+    """Tell whether stage 1 learns maps of classes, which have a channel for each."""
+    reader = None if config.subject == "image" else condition_reader(config.data)
+    return reader is not None and reader.classes > 0
 
 
 def channels_of(data: Data) -> int:

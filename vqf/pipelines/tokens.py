@@ -53,6 +53,14 @@ class Tokens:
         """The names of the conditions whose codes are here."""
         return [name.removeprefix(CODES) for name in self.shards[0] if name.startswith(CODES)]
 
+    def extent(self) -> list[float] | None:
+        """Return the mean height and width of what pictures show, as shares of their wholes; None without places."""
+        if "places" not in self.shards[0]:
+            return None
+        sums = [(shard["places"][:, 2:] - shard["places"][:, :2]).abs().sum(0) for shard in self.shards]
+        total: list[float] = (torch.stack(sums).sum(0) / sum(len(shard["places"]) for shard in self.shards)).tolist()
+        return total
+
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` to `stop` - 1."""
         for step in range(start, stop):

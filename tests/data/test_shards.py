@@ -142,6 +142,46 @@ def test_names_of_classes_from_the_manifest(folder):
     assert make(folder).classes == [str(i) for i in range(7)]
 
 
+def manifest(root, counts, **facts):
+    listed = [{"name": name, "pictures": count} for name, count in counts.items()]
+    (root / "manifest.json").write_text(json.dumps({"shards": listed, **facts}))
+
+
+def test_a_shard_that_the_manifest_lists_and_that_is_missing_keeps_its_places(folder, caplog):
+    manifest(folder, {f"train-{i:03}.tar": 10 for i in range(4)} | {"validation-000.tar": 5})
+    split = make(folder, max_bad=0.3).split("train")
+    assert reds(split) == [*range(30), *[0] * 10]
+    assert split.item(0, 35).label == 0
+    assert (
+        f"data.root: 10 of the 40 train pictures that manifest.json in '{folder}' names are not there: "
+        "10 in 'train-003.tar'; others take their places"
+    ) in caplog.text
+    assert "cannot read 'train-003.tar/missing-0' (it is not in its shard)" in caplog.text
+    assert make(folder, max_bad=0.3).classes == [str(i) for i in range(7)]
+    for pattern in ("train-*.tar", "train-{000..003}.tar"):
+        assert worded(lambda pattern=pattern: make(folder, train=pattern, max_bad=0.2)) == (
+            f"data.max_bad=0.2: 10 of the 40 train pictures that manifest.json in '{folder}' names are not there: "
+            "10 in 'train-003.tar'"
+        )
+    assert len(make(folder, train="train-00{0,2}.tar", max_bad=0).split("train")) == 20
+
+
+def test_a_shard_with_fewer_pictures_than_the_manifest_says(folder, caplog):
+    manifest(folder, {"train-000.tar": 10, "train-001.tar": 12, "train-002.tar": 9}, finished=False)
+    split = make(folder, max_bad=0.2).split("train")
+    assert reds(split) == [*range(20), 20, 20, *range(20, 30)]
+    assert "2 of the 32 train pictures" in caplog.text and "2 in 'train-001.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' has 9 pictures, not 10, of the shard 'train-002.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' does not know the shard 'validation-000.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' says that pipeline=shard has not finished writing it" in caplog.text
+
+
+def test_a_manifest_of_anything_else_says_nothing(folder):
+    for content in ('{"shards": 3}', '{"shards": [1, {"name": "../x.tar", "pictures": 3}]}', "[1]", "{", "3"):
+        (folder / "manifest.json").write_text(content)
+        assert reds(make(folder, max_bad=0).split("train")) == list(range(30))
+
+
 def test_which_member_is_the_picture(tmp_path):
     members = [("a.left.png", png((1, 0, 0))), ("a.right.png", png((2, 0, 0))), ("a.txt", b"x"), ("only.txt", b"y")]
     pack(tmp_path / "train-0.tar", members)

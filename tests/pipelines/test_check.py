@@ -7,6 +7,7 @@ from tests.composing import compose
 from tests.data.packing import png
 from vqf.errors import UserError
 from vqf.pipelines.check import Check
+from vqf.pipelines.shard import Shard
 
 
 @pytest.fixture
@@ -109,6 +110,26 @@ def test_a_union(pictures, tmp_path):
     assert {name: part["pictures"] for name, part in report["parts"].items()} == {"train": 11, "validation": 4}
     named = [name for part in report["parts"].values() for name in part["unreadable"]]
     assert sorted(named) == ["a/train/broken.png", "b/broken.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_compared_with_their_manifest(pictures, tmp_path, caplog, workers):
+    to = tmp_path / "shards"
+    config = compose("data=folder", f"data.root={pictures}", "data.validation_last=0", "image_size=16")
+    Shard(config, tmp_path, to=str(to), shard_size=2).run()
+    words = "data=shards", f"data.root={to}", "image_size=16", f"workers={workers}"
+    Check(compose(*words), tmp_path / "run").run()
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["damaged_shards"] == []
+    with (to / "train-000001.tar").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    Check(compose(*words), tmp_path / "run").run()
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["damaged_shards"] == ["train-000001.tar"]
+    assert "'train-000001.tar' is not the shard whose sha256 is in manifest.json" in caplog.text
+    for path in to.glob("train-000002.tar*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^data\.max_bad=0\.01: 2 of the 7 train pictures that manifest\.json in"):
+        Check(compose(*words), tmp_path / "run").run()
 
 
 def test_a_source_without_files(tmp_path):

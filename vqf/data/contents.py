@@ -2,7 +2,7 @@
 
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from vqf.terminal import progress
 log = logging.getLogger("vqf")
 
 READERS = 8  # shards that are indexed side by side
-LOST, NO_LABEL = "", -1  # in place of a label and of a checksum: a picture whose label is lost counts as unreadable
+LOST = ""  # in place of a label
+NO_LABEL, GONE = -1, -2  # in place of a checksum: a picture whose label is lost, or which is not there, is unreadable
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Found:
         self.shards, self.places = array("i"), array("q")
         self.labels: list[int | str] = []
         self.without: str | None = None
+        self.missed = 0
 
     def add(self, tars: Tars, shard: int, image: Member, label: Member | None) -> None:
         name = f"{tars.paths[shard].name}/{image.key}.{image.ending}"
@@ -58,11 +60,21 @@ class Found:
                 crc = NO_LABEL
         self.places.extend((image.offset, image.size, crc))
 
+    def miss(self, name: str, shard: int, count: int) -> None:
+        """Keep the places of pictures that a shard should hold, and does not."""
+        self.names += [f"{name}/missing-{i}" for i in range(count)]
+        self.shards.extend([shard] * count)
+        self.places.extend((0, 0, GONE) * count)
+        self.labels += [LOST] * count
+        self.missed += count
+
     def part(self, tars: Tars, labels: bool) -> Part:
-        if labels and self.without and (self.labels or self.key):
+        told = len(self.labels) > self.missed
+        if labels and self.without and (told or self.key):
             log.warning(f"data.root: no labels, because '{self.without}' has no {self.ending} beside it")
         shards, places = np.array(self.shards, dtype=np.int32), np.array(self.places, dtype=np.int64)
-        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), [] if self.without else self.labels)
+        kept = self.labels if told and not self.without else []
+        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), kept)
 
 
 def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator[tuple[Member, Member | None]]:
@@ -84,9 +96,17 @@ def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator
             yield group[ending], group.get(label)
 
 
-def indices(paths: Sequence[Path], folder: Path | None) -> Iterator[Index]:
-    """Yield the index of every shard, several being made at a time."""
+def indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> Iterator[Index]:
+    """Yield the index of every shard, several being made at a time; one without members where a listed one is missing.
+
+    Raises:
+        UserError: See `index_of`.
+    """
+
+    def made(path: Path) -> Index:
+        return index_of(path, folder, missing_ok=path.name in listed)
+
     with ThreadPoolExecutor(READERS) as pool, progress("index shards", len(paths)) as bar:
-        for index in pool.map(lambda path: index_of(path, folder), paths):
+        for index in pool.map(made, paths):
             yield index
             bar.advance()

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from vqf.data.tarindex import Member, Tars
@@ -62,12 +61,3 @@ def numbered(labels: Iterable[int | str], names: Sequence[str] = ()) -> tuple[li
         return named, {i: i for i in range(count)}
     ordered = sorted(found, key=str)
     return [str(each) for each in ordered], {each: i for i, each in enumerate(ordered)}
-
-
-def manifest_classes(path: Path) -> list[str]:
-    """Read the names of the classes that pipeline=shard left beside its shards; none where it did not."""
-    try:
-        classes: Iterable[Any] = json.loads(path.read_text(encoding="utf-8"))["classes"]
-        return [str(each) for each in classes]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

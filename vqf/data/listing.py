@@ -178,11 +178,11 @@ def _named(folders: Iterable[str], names: Sequence[str]) -> str | None:
 
 
 def _divide_by_folders(files: list[File], training: str, held_out: str) -> Division:
-    parts = [[file for file in files if file.name.startswith(f"{each}/")] for each in (training, held_out)]
-    left = len(files) - sum(map(len, parts))
+    train, validation = ([file for file in files if file.name.startswith(f"{each}/")] for each in (training, held_out))
+    left = len(files) - len(train) - len(validation)
     beside = f"; {left} pictures beside them are left out" if left else ""
     log.info(f"data.root: '{training}' is for training, '{held_out}' for validation{beside}")
-    return Division(*parts, depth=1)
+    return Division(train, validation, depth=1)
 
 
 def _depth(files: Sequence[File]) -> int | None:

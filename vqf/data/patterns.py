@@ -1,6 +1,6 @@
 """Which shards a pattern names: files below a folder, or addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,14 +23,20 @@ def expand(pattern: str, option: str) -> list[str]:
         raise UserError(f"{option}={pattern}: {str(error).lower()}; write it as in train-{{0000..0146}}.tar") from error
 
 
-def find_shards(root: Path, pattern: str, option: str) -> list[Path]:
+def find_shards(root: Path, pattern: str, option: str, listed: Collection[str] = ()) -> list[Path]:
     """Return the shards that a pattern names: those of braces all, whether they are there or not.
+
+    Args:
+        root: What names are below.
+        pattern: Braces or wildcards.
+        option: Where the pattern was given.
+        listed: Names of shards below the root that should be there.
 
     Raises:
         UserError: For a pattern that is none.
     """
     names = expand(pattern, option)
-    found = [path for name in names for path in (_matching(root, name) if _is_wild(name) else [root / name])]
+    found = [path for name in names for path in (_matching(root, name, listed) if _is_wild(name) else [root / name])]
     return list(dict.fromkeys(found))
 
 
@@ -73,7 +79,8 @@ def _is_wild(name: str) -> bool:
     return bool(set(name) & set("*?"))
 
 
-def _matching(root: Path, wildcard: str) -> list[Path]:
+def _matching(root: Path, wildcard: str, listed: Collection[str]) -> list[Path]:
     """Find shards; the index of one that is missing stands for it."""
     indexed = (path.with_name(path.name.removesuffix(SUFFIX)) for path in root.glob(wildcard + SUFFIX))
-    return sorted({*root.glob(wildcard), *indexed})
+    known = (root / name for name in listed if fnmatchcase(name, wildcard))
+    return sorted({*root.glob(wildcard), *indexed, *known})

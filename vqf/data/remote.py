@@ -1,10 +1,10 @@
 """What is known of shards at addresses before they are read: which there are, how many pictures, which classes."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from vqf.data.addresses import check_address, is_address, read_manifest, shown
+from vqf.data.manifest import class_names, listed_shards
 from vqf.data.patterns import find_addresses
 from vqf.data.streams import Stream
 from vqf.errors import UserError
@@ -35,15 +35,12 @@ class Remote:
         if root is not None and is_address(root):
             check_address(root, "data.root")
             self.manifest = read_manifest(root)
-        self.root, self.listed = (
-            root,
-            {each["name"]: each for each in self.manifest.get("shards", ()) if _is_shard(each)},
-        )
+        self.root, self.listed = root, listed_shards(self.manifest)
         self.streams = {part: self._stream(part, pattern, lengths[part]) for part, pattern in patterns.items()}
         if not any(stream.urls for stream in self.streams.values()):
             named = " and ".join(f"data.{part}={pattern}" for part, pattern in patterns.items())
             raise UserError(f"data.root: no shards at '{shown(root or '')}'; {named}")
-        self.classes = _names(self.manifest.get("classes", ()), classes)
+        self.classes = _names(class_names(self.manifest), classes)
 
     def stream(self, part: str) -> Stream:
         """Return the shards of a part.
@@ -72,20 +69,10 @@ class Remote:
         return Stream(urls, counted, known)
 
 
-def _is_shard(entry: Any) -> bool:
-    """Check an entry of a manifest that anybody may have written."""
-    return (
-        isinstance(entry, Mapping)
-        and isinstance(name := entry.get("name"), str)
-        and PurePosixPath(name).name == name
-        and isinstance(entry.get("pictures"), int)
-    )
-
-
-def _names(listed: Sequence[Any], count: int | None) -> list[str]:
+def _names(listed: Sequence[str], count: int | None) -> list[str]:
     """Return the names of the classes: those that are listed, if they are enough."""
     if count is None or (count and len(listed) >= count):
-        names = [str(each) for each in listed]
+        names = list(listed)
     else:
         names = [str(i) for i in range(count)]
     if not names and count is None:

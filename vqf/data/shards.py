@@ -15,9 +15,10 @@ from typing import IO
 
 import torch
 
-from vqf.data.contents import LOST, NO_LABEL, Found, Part, indices, samples
+from vqf.data.contents import GONE, LOST, NO_LABEL, Found, Part, indices, samples
 from vqf.data.imaging import MAX_PIXELS, Animated, UnreadableError
-from vqf.data.labels import manifest_classes, numbered
+from vqf.data.labels import numbered
+from vqf.data.manifest import NAME, class_names, listed_shards, read_manifest
 from vqf.data.patterns import find_shards, is_streamed
 from vqf.data.remote import Remote
 from vqf.data.split import PictureSplit, tolerated
@@ -30,7 +31,7 @@ from vqf.registry import register
 
 log = logging.getLogger("vqf")
 
-MANIFEST = "manifest.json"  # of pipeline=shard; names the classes
+NAMED = 5  # shards that a line names
 
 
 @register("data", "shards")
@@ -66,7 +67,7 @@ class Shards:
         resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
         animated: Whether an animation counts as unreadable, or its first frame as a picture.
         max_pixels: The largest picture that is decoded, width times height.
-        max_bad: The share of unreadable pictures, and of shards cut short, one at least unless 0, above which the
+        max_bad: The share of unreadable pictures, of those missing by the manifest, and of shards cut short, one at least unless 0, above which the
             run stops.
     """
 
@@ -134,24 +135,60 @@ class Shards:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
+        self.manifest = read_manifest(self.root)
+        self.listed = listed_shards(self.manifest)
+        if self.manifest.get("finished") is False:
+            log.warning(f"data.root: {NAME} in '{self.root}' says that pipeline=shard has not finished writing it")
         self.parts = {part: self._part(part, pattern, labels) for part, pattern in self.patterns.items()}
         if not any(part.names for part in self.parts.values()):
             named = " and ".join(f"data.{part}={pattern}" for part, pattern in self.patterns.items())
             raise UserError(f"data.root: no pictures in shards of '{self.root}'; {named}")
         self.classes, self.numbers = self._classes(classes)
 
+    def digests(self) -> dict[Path, str]:
+        """Return what the manifest says of the shards that are there: the sha256 of each."""
+        paths = [] if self.remote else [path for part in self.parts.values() for path in part.tars.paths]
+        found = {path: self.listed[path.name].get("sha256") for path in paths if path.name in self.listed}
+        return {path: known for path, known in found.items() if isinstance(known, str) and path.is_file()}
+
     def _part(self, name: str, pattern: str | None, labels: bool) -> Part:
-        paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}")
+        paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}", self.listed)
         ending = "json" if self.label_key else "cls"
         tars, found = Tars(paths), Found(self.label_key, f".{ending}")
-        cut = []
-        for shard, index in enumerate(indices(paths, self.index)):
-            if not index.whole:
-                cut.append(paths[shard])
-            for image, label in samples(paths[shard], index, self.image, ending):
+        cut, short = [], []
+        for shard, (path, index) in enumerate(zip(paths, indices(paths, self.index, self.listed), strict=True)):
+            before = len(found.names)
+            for image, label in samples(path, index, self.image, ending):
                 found.add(tars, shard, image, label if labels else None)
+            if missing := self._missing(path, len(found.names) - before):
+                found.miss(path.name, shard, missing)
+                short.append(f"{missing} in '{path.name}'")
+            elif not index.whole:
+                cut.append(path)
         self._check_cut(cut, len(paths))
+        self._check_short(short, found.missed, len(found.names), name)
         return found.part(tars, labels)
+
+    def _missing(self, path: Path, count: int) -> int:
+        """Return how many pictures the manifest has of a shard that are not in it."""
+        if not self.listed:
+            return 0
+        known = self.listed.get(path.name)
+        if known is None or known["pictures"] < count:
+            said = "does not know" if known is None else f"has {known['pictures']} pictures, not {count}, of"
+            log.warning(f"data.root: {NAME} in '{self.root}' {said} the shard '{path.name}'")
+            return 0
+        missing: int = known["pictures"] - count
+        return missing
+
+    def _check_short(self, short: list[str], missing: int, count: int, part: str) -> None:
+        if not short:
+            return
+        what = f"{missing} of the {count} {part} pictures that {NAME} in '{self.root}' names are not there: "
+        what += ", ".join(short[:NAMED]) + (", and more" if len(short) > NAMED else "")
+        if missing > tolerated(self.max_bad, count):
+            raise UserError(f"data.max_bad={self.max_bad:g}: {what}")
+        log.warning(f"data.root: {what}; others take their places")
 
     def _check_cut(self, cut: list[Path], count: int) -> None:
         if len(cut) > tolerated(self.max_bad, count):
@@ -170,7 +207,7 @@ class Shards:
         found = {label for part in parts for label in part.labels} - {LOST}
         if count is not None and (wrong := [each for each in found if isinstance(each, str) or each >= count]):
             raise UserError(f"data.classes={count}: there is a label {max(wrong, key=str)!r}, no number below that")
-        names = manifest_classes(self.root / MANIFEST)
+        names = class_names(self.manifest)
         plain = [str(i) for i in range(count or 0)]
         classes, numbers = numbered(found, names if len(names) >= len(plain) else plain)
         return classes, {LOST: 0, **numbers}
@@ -188,6 +225,8 @@ class ShardSplit(PictureSplit):
     def open(self, index: int) -> IO[bytes]:
         """Return the bytes of a picture."""
         offset, size, crc = self.places[index].tolist()
+        if crc == GONE:
+            raise UnreadableError("it is not in its shard")
         if crc == NO_LABEL:
             raise UnreadableError("its label cannot be read")
         return io.BytesIO(self.tars.read(int(self.shards[index]), offset, size, crc))

@@ -53,10 +53,11 @@ class Index:
     members: list[Member]
 
 
-def index_of(tar: Path, folder: Path | None = None) -> Index:
+def index_of(tar: Path, folder: Path | None = None, missing_ok: bool = False) -> Index:
     """Return the index of a tar: the one beside it, or in `folder`, where it is up to date, else a new one.
 
-    Where neither can be written the new index is only kept in memory.
+    Where neither can be written the new index is only kept in memory. A tar that is missing, index and all, is an empty
+    one if that is `missing_ok`.
 
     Raises:
         UserError: If the tar is missing and so is its index, or it is compressed, no tar, or not to be trusted.
@@ -66,6 +67,8 @@ def index_of(tar: Path, folder: Path | None = None) -> Index:
     try:
         state = tar.stat()
     except OSError as error:
+        if old is None and missing_ok and isinstance(error, FileNotFoundError):
+            return Index(0, 0, True, [])
         if old is None:
             raise UserError(f"data.root: no shard '{tar}' ({(error.strerror or '').lower()})") from error
         log.warning(

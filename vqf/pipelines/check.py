@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from vqf import terminal
 from vqf.errors import UserError
 from vqf.pipelines.common import image_size
 from vqf.pipelines.files import Files, open_parts, spread
+from vqf.pipelines.shard import sha256
 from vqf.protocols import Size, Split
 from vqf.registry import register
 from vqf.terminal import log, progress
@@ -62,10 +63,32 @@ class Check:
         report = summary(seen, list(parts), image_size(self.config))
         for part, split in parts.items():
             report["parts"][part]["classes"] = _classes(split, data.classes)
+        if isinstance(data, Hashed):
+            report["damaged_shards"] = self._damaged(data.digests())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "check.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _tell(report)
         log.info("written: %s", self.run_dir / "check.json")
+
+    def _damaged(self, known: Mapping[Path, str]) -> list[str]:
+        """Return the shards that are not what their manifest says."""
+        with progress("verify shards", len(known)) as bar:
+            found = []
+            for path, digest in spread(_hashed, list(known), self.config.workers):
+                found += [path.name] if digest != known[path] else []
+                bar.advance()
+        return sorted(found)
+
+
+@runtime_checkable
+class Hashed(Protocol):
+    """A source that knows the sha256 of its files."""
+
+    def digests(self) -> Mapping[Path, str]: ...
+
+
+def _hashed(path: Path) -> tuple[Path, str]:
+    return path, sha256(path)
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,8 @@ def _tell(report: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         for picture, why in list(part["unreadable"].items())[:NAMED]:
             log.warning("%s: cannot read '%s' (%s)", name, picture, why)
+    for shard in report.get("damaged_shards", ()):
+        log.warning("'%s' is not the shard whose sha256 is in manifest.json", shard)
     double = report["duplicates"]
     copies = sum(len(group) for group in double) - len(double)
     log.info("exact copies: %d, of %d pictures; in both parts: %d", copies, len(double), report["in_both_parts"])

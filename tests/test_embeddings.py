@@ -1,6 +1,7 @@
 """Networks that describe whole pictures: the right weights or none, and what they see."""
 
 import urllib.error
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,3 +177,41 @@ def test_weights_of_another_model_are_refused(resnet: Path, tmp_path: Path) -> N
         embedding("test_vit.r160_in1k", str(resnet), None, CPU)
     with pytest.raises(UserError, match="no such file"):
         embedding("test_vit.r160_in1k", str(tmp_path / "absent"), None, CPU)
+
+
+class Switch:
+    """A place where torch is told how exact it is to be."""
+
+    def __init__(self, **said: object) -> None:
+        self.__dict__.update(said)
+
+
+@pytest.mark.parametrize(("words", "exact"), [({"fp32_precision": "tf32"}, "ieee"), ({"allow_tf32": True}, False)])
+def test_a_network_of_a_measure_computes_in_float32_whatever_a_run_allows(
+    monkeypatch: pytest.MonkeyPatch, words: dict[str, object], exact: object
+) -> None:
+    """By the words of torch since 2.9, and by the flags before."""
+    ((name, allowed),) = words.items()
+    matmul, convolution = Switch(**words), Switch(**words)
+    cudnn = Switch(conv=convolution, **words)
+    monkeypatch.setattr(torch.backends, "cuda", Switch(matmul=matmul))
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    told = [matmul, cudnn if name == "allow_tf32" else convolution]
+    with embeddings.ieee():
+        assert [getattr(each, name) for each in told] == [exact, exact]
+    assert [getattr(each, name) for each in told] == [allowed, allowed]
+
+
+@pytest.mark.filterwarnings("error")
+def test_torch_is_told_without_complaint() -> None:
+    before = torch.get_float32_matmul_precision()
+    with embeddings.ieee():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_networks_look_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(embeddings, "ieee", lambda: seen.append("asked") or nullcontext())
+    embedding("lite2", None, None, CPU)(noise())
+    assert seen == ["asked"]

@@ -34,6 +34,12 @@ def vq(*, size: int = 512, beta: float = 0.25, cosine: bool = False, mode: Liter
 def ema(*, decay: float = 0.99, sizes: tuple[int, ...] = (1, 2), extra: dict[str, int] | None = None) -> None: ...
 
 
+def seen(*, crop: str = "center") -> None: ...
+
+
+def drawn(*, labels: str = "balanced") -> None: ...
+
+
 def loss(*, weight: float = 1.0) -> None: ...
 
 
@@ -73,6 +79,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _register() -> None:
+    register("protocol", "seen")(seen)
+    register("protocol", "drawn")(drawn)
+    register("protocol", "sampled")(drawn)
     register("quantizer", "vq")(vq)
     register("quantizer", "ema")(ema)
     register("loss", "l1")(loss)
@@ -118,7 +127,7 @@ ONE_MISTAKE = [
     (
         "modle/quantizer=vq",
         "modle/quantizer=vq: unknown word 'modle'. Did you mean 'model'? "
-        "Known: data, experiment, metric, model, pipeline.",
+        "Known: data, experiment, metric, model, pipeline, protocol.",
     ),
     (
         "model/quantiser=vq",
@@ -129,6 +138,14 @@ ONE_MISTAKE = [
     ("stepz=5", f"stepz=5: unknown word 'stepz'. Did you mean 'steps'? {HELP}"),
     ("qqqq=5", f"qqqq=5: unknown word 'qqqq'. {HELP}"),
     ("beta=5", f"beta=5: unknown word 'beta'. Did you mean 'model.quantizer.beta'? {HELP}"),
+    (
+        "protocol.labels=uniform",
+        "protocol.labels=uniform: no protocol is chosen here; choose one as well, protocol=drawn or sampled",
+    ),
+    (
+        "protocol.zzz=1",
+        "protocol.zzz=1: no protocol is chosen here; choose one as well, protocol=drawn or sampled or seen",
+    ),
     ("count=5", "count=5: an option of pipeline=sample; this is pipeline=stage1"),
     (
         "model.quantiser.beta=1",

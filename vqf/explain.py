@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vqf.errors import closest, unknown, unknown_place
 from vqf.registry import KINDS, components
@@ -59,9 +59,21 @@ def unknown_key(override: Override, config: DictConfig, groups: Sequence[str]) -
     key = override.key_or_group
     if group := closest(key, [each for each in groups if each.rpartition("/")[2] == key]):
         return f"write {group}={override.get_value_string()}"
+    if chooser := _unchosen(key, config):
+        return chooser
     if owners := [each.name for each in components("pipeline") if key in each.options]:
         return f"an option of pipeline={' or '.join(owners)}; this is pipeline={config.pipeline.name}"
     return unknown_place(key, _keys(config))
+
+
+def _unchosen(key: str, config: DictConfig) -> str | None:
+    """Word an option of a component where none is chosen; None for any other key."""
+    for kind, facts in KINDS.items():
+        place, option, known = facts.group.replace("/", "."), key.rpartition(".")[2], components(kind)
+        if key == f"{place}.{option}" and known and not facts.many and OmegaConf.select(config, place) is None:
+            named = [each.name for each in known if option in each.options] or [each.name for each in known]
+            return f"no {kind} is chosen here; choose one as well, {facts.group}={' or '.join(named)}"
+    return None
 
 
 def no_null(group: str) -> str:

@@ -92,10 +92,16 @@ def test_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert density_coverage(real, generated, 5) == whole
 
 
-def test_of_many_pictures_some_are_compared_spread_evenly() -> None:
-    real, generated = gaussians(30), gaussians(20, 0.2, seed=1)
-    some = set_of(real.features[::3]), set_of(generated.features[::2])
-    assert compared("prdc", real, generated, pictures=10) == compared("prdc", *some)
+def test_of_many_real_pictures_some_are_compared_with_all_generated_ones() -> None:
+    """As ADM's evaluation does, whose reference batch has 10,000 pictures: every sample counts for the recall."""
+    real, generated = gaussians(120), gaussians(90, 0.2, seed=1)
+    found = compared("prdc", real, generated, pictures=40)
+    some, every = real.features[::3].double().numpy(), generated.features.double().numpy()
+    near, wide = (prdc.compute_prdc(some, every, nearest_k=k) for k in (3, 5))
+    for name, expected in (("precision", near), ("recall", near), ("density", wide), ("coverage", wide)):
+        assert found[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)
+    thinned = prdc.compute_prdc(some, every[::2], nearest_k=3)
+    assert thinned["recall"] != near["recall"], "a case where it matters"
 
 
 def inception_score(logits: Tensor) -> float:

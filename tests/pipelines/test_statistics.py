@@ -13,7 +13,7 @@ from tests.metrics.sets import Linear, gaussians
 from vqf.collector import set_of
 from vqf.errors import UserError
 from vqf.pipelines.statistics import Pictures, PixelHash, Statistics, collect, floor_sets
-from vqf.protocols import Split
+from vqf.protocols import Sample, Split
 from vqf.registry import build
 
 CPU = torch.device("cpu")
@@ -58,6 +58,39 @@ def test_other_pictures_are_looked_at_anew(tmp_path: Path, other: Pictures) -> N
     asked = network.asked
     assert not torch.equal(look(tmp_path, other, network), first)
     assert network.asked == asked + other.count
+
+
+class Counted:
+    """A split that counts how often its pictures are asked for."""
+
+    def __init__(self, split: Split) -> None:
+        self.split, self.fingerprint, self.asked = split, split.fingerprint, 0
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def item(self, epoch: int, index: int) -> Sample:
+        self.asked += 1
+        return self.split.item(epoch, index)
+
+
+def test_new_pictures_are_decoded_once_and_known_ones_for_their_hash(tmp_path: Path) -> None:
+    network, split = Linear(), Counted(emoji())
+    for decoded in (20, 40):
+        look(tmp_path, pictures(split), network)
+        assert split.asked == decoded and network.asked == 20
+    statistics = Statistics(tmp_path)
+    for _ in range(3):  # as one command does that measures several checkpoints
+        statistics.of_part(pictures(split), {network.digest: network})
+    assert split.asked == 60
+
+
+def test_where_no_network_asks_known_pictures_are_not_decoded(tmp_path: Path) -> None:
+    split = Counted(emoji())
+    first, again = (Statistics(tmp_path).of_part(pictures(split), {}) for _ in range(2))
+    assert first == again and first.count == 20 and split.asked == 20
+    looked = Statistics(tmp_path).of_part(pictures(split), {"linear-1": Linear()})
+    assert looked.digest == first.digest
 
 
 def test_other_networks_look_for_themselves(tmp_path: Path) -> None:

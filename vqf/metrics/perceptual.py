@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from vqf.embeddings import ieee
 from vqf.features import Lite, LPIPSTrunk, PerceptualDistance, lite, lpips_heads, lpips_trunk
 from vqf.metrics.mean import Mean
 from vqf.protocols import Reconstruction
@@ -25,7 +26,8 @@ class Distance:
     @torch.no_grad()
     def update(self, batch: Reconstruction) -> None:
         """Look at a batch."""
-        self.mean.add(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
+        with ieee():
+            self.mean.add(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
 
     def compute(self) -> dict[str, float]:
         """Return the mean."""

@@ -45,7 +45,7 @@ class Comparison:
     def header(self) -> list[str]:
         """Name the columns."""
         ranking = self.ranking
-        names = ["", "run", *ranking.options, *map(ranking.heading, ranking.columns), *_FACTS]
+        names = ["", "run", *ranking.options, *_COST, *map(ranking.heading, ranking.columns), *_SIZE]
         return [*names, "state"] if self._unfinished() else names
 
     def rows(self) -> list[list[Cell]]:
@@ -124,7 +124,7 @@ class Comparison:
         """Print the table, with as much as fits."""
         header, rows, columns = self.header(), self.rows(), self.ranking.columns
         first = 2 + len(self.ranking.options)
-        metrics = [first + columns.index(each) for each in self._short()]
+        metrics = [first + len(_COST) + columns.index(each) for each in self._short()]
         shown = [*range(first), *metrics, *(j for j, name in enumerate(header) if name in ("time", "state"))]
         names = [header[j].rpartition("/")[2] for j in shown]
         terminal.table("comparison", names, [[row[j].text for j in shown] for row in rows])
@@ -135,8 +135,9 @@ class Comparison:
         ranking, run = self.ranking, self.ranking.runs[i]
         cells = [Cell(str(place), True), Cell(run.name)]
         cells += [Cell(values[i]) for values in ranking.options.values()]
+        cells += [Cell(each, True) for each in _cost(run)]
         cells += [_cell(column, column.numbers.get(i), run) for column in ranking.columns]
-        cells += [Cell(each, True) for each in _facts(run, ranking.parameters[i])]
+        cells += [Cell(each, True) for each in _size(run, ranking.parameters[i])]
         return [*cells, Cell(run.trouble or "finished")] if self._unfinished() else cells
 
     def _record(self, i: int, spans: Sequence[Column]) -> list[Any]:
@@ -194,17 +195,18 @@ class Comparison:
         return f"{self.ranking.runs[i].name}: {', '.join(numbers)}"
 
 
-_FACTS = ("parameters", "steps", "time", "processor time")
+# In front of the numbers, where a narrow screen shows them, and behind.
+_COST, _SIZE = ("steps", "time"), ("processor time", "parameters")
 
 
-def _facts(run: Run, parameters: int | None) -> list[str]:
+def _cost(run: Run) -> list[str]:
     steps = f"{run.step:,}" if run.step >= run.steps else f"{run.step:,} of {run.steps:,}"
-    return [
-        "–" if parameters is None else f"{parameters:,}",
-        steps,
-        _duration(run.seconds),
-        "–" if run.processor_seconds is None else _duration(run.processor_seconds),
-    ]
+    return [steps, _duration(run.seconds)]
+
+
+def _size(run: Run, parameters: int | None) -> list[str]:
+    processor = "–" if run.processor_seconds is None else _duration(run.processor_seconds)
+    return [processor, "–" if parameters is None else f"{parameters:,}"]
 
 
 def _cell(column: Column, number: Number | None, run: Run) -> Cell:

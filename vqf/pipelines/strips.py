@@ -5,16 +5,17 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqf.errors import UserError
 from vqf.pipelines import evaluation
 from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.engine import Engine
 from vqf.pipelines.pictures import as_colours, to_image
-from vqf.pipelines.restore import load_generator, load_tokenizer
+from vqf.pipelines.restore import Coders, build_generator, load_tokenizer
 from vqf.pipelines.runs import Run
 from vqf.pipelines.subject import build_subject
 from vqf.protocols import Batch, Size, Split
@@ -101,12 +102,22 @@ def drawn(run: Run) -> str | None:
     return None
 
 
-def count_parameters(run: Run, tokenizer: Tokenizer) -> int:
-    """Count the parameters of a run's tokenizer, and of its prior where it has one."""
-    modules: list[object] = [tokenizer]
-    if run.prior is not None:
-        modules.append(load_generator(run.prior).prior)
-    return sum(each.numel() for module in modules for each in module.parameters())  # type: ignore[attr-defined]
+def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
+    """Count the parameters of a run's tokenizer, and of its prior where it has one, which is not read for it.
+
+    None where the prior cannot be built without content.
+    """
+    count = sum(each.numel() for each in tokenizer.parameters())
+    if run.prior is None:
+        return count
+    coders = Coders(run.prior.state.get("coders", {}))
+    try:
+        with torch.device("meta"):
+            prior = build_generator(run.prior.config, tokenizer, run.prior.state["classes"], coders).prior
+    except RuntimeError:
+        return None
+    assert isinstance(prior, nn.Module)
+    return count + sum(each.numel() for each in prior.parameters())
 
 
 def strip(images: Tensor) -> Image.Image:

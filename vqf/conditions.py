@@ -12,6 +12,10 @@ from vqf.protocols import Batch, Conditioner, Place
 class Conditions(nn.Module):
     """Conditioners side by side, each with ids of its own.
 
+    In training one random number of each picture says what is left out: all whose `drop` is above it. So each is absent
+    as often as its `drop` says, and whenever one is, all with a larger `drop` are, too. Guidance asks for what is drawn
+    without any of them, and training has seen that as often as the smallest `drop` above 0 says.
+
     Args:
         parts: By name; their tokens stand in this order.
     """
@@ -41,20 +45,42 @@ class Conditions(nn.Module):
         """Pixels that must divide the sides of those pictures."""
         return math.lcm(*(getattr(each, "multiple", 1) for each in self.parts.values()))
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Return the batch with the codes of all pictures that a condition is made of."""
+    def prepare(self, batch: Batch, *, shifted: bool = False) -> Batch:
+        """Return the batch with the codes of all pictures that a condition is made of.
+
+        Args:
+            batch: Has the pictures.
+            shifted: Whether windows will be cut of it that may start between two codes of a condition.
+        """
         for each in self.parts.values():
-            if hasattr(each, "prepare"):
+            if shifted and hasattr(each, "prepare_shifted"):
+                batch = each.prepare_shifted(batch)
+            elif hasattr(each, "prepare"):
                 batch = each.prepare(batch)
         return batch
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the prefix (B, M)."""
-        return self._joined(each(batch) for each in self.parts.values())
+        prefixes = [each(batch) for each in self.parts.values()]
+        return self._joined(self._dropped(prefixes, batch) if self.training else prefixes)
+
+    def _dropped(self, prefixes: list[Tensor], batch: Batch) -> list[Tensor]:
+        """Leave conditions out at random."""
+        drops = [getattr(each, "drop", 0.0) for each in self.parts.values()]
+        if not any(drops):
+            return prefixes
+        chance = torch.rand(len(batch), 1, device=prefixes[0].device)
+        return [
+            prefix if null is None else torch.where(chance < drop, null, prefix)
+            for prefix, null, drop in zip(prefixes, self._nulls(batch), drops, strict=True)
+        ]
+
+    def _nulls(self, batch: Batch) -> list[Tensor | None]:
+        return [each.null(batch) if hasattr(each, "null") else None for each in self.parts.values()]
 
     def null(self, batch: Batch) -> Tensor | None:
         """Return the prefix (B, M) without what can be left out; None if nothing can."""
-        without = [each.null(batch) if hasattr(each, "null") else None for each in self.parts.values()]
+        without = self._nulls(batch)
         if all(each is None for each in without):
             return None
         parts = zip(self.parts.values(), without, strict=True)

@@ -42,7 +42,8 @@ class Batch:
     tokens: Tensor | None = None  # (B, N), where stage 2 trains on cached tokens
     conditions: Tensor | None = None  # (B, C, H, W)
     places: Tensor | None = None  # (B, 4)
-    codes: Mapping[str, Tensor] = field(default_factory=dict)  # (B, h, w), what a conditioner has prepared, by its name
+    # (B, h, w), or (B, p, q, h, w) for windows, what a conditioner has prepared, by its name
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> "Batch":
@@ -88,16 +89,23 @@ class Batch:
         Args:
             start: Row and column of the window's first code.
             size: Its height and width in codes.
-            grid: Height and width of the whole in codes. Prepared codes may be a coarser grid of the same place.
+            grid: Height and width of the whole in codes. Prepared codes may be a coarser grid of the same place: those
+                of pictures that were shifted are where the window is, others where they are nearest to it.
         """
-        whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.any.device).expand(len(self), 4)
-        places = _part(whole if self.places is None else self.places, start, size, grid)
+        places = _part(self.shown(), start, size, grid)
         codes = {name: _crop(value, start, size, grid) for name, value in self.codes.items()}
         return replace(self, images=None, conditions=None, masks=None, tokens=None, places=places, codes=codes)
 
     def named(self) -> dict[str, Tensor]:
         """Return every tensor that is there by its name."""
         return {**self._fields(), **{f"codes.{name}": value for name, value in self.codes.items()}}
+
+    def shown(self) -> Tensor:
+        """Return the places (B, 4); where none are given a picture is the whole."""
+        if self.places is not None:
+            return self.places
+        corner = torch.zeros(len(self), 2, device=self.any.device)
+        return torch.cat([corner, corner + 1], dim=1)
 
     def _fields(self) -> dict[str, Tensor]:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "codes"}
@@ -207,7 +215,10 @@ class Judged:
 
 
 class Regularizer(Protocol):
-    """A term that the discriminator minimises beside the adversary's loss."""
+    """A term that the discriminator minimises beside the adversary's loss.
+
+    One that is not computed at every step has a tensor `logged`, what the log shows instead.
+    """
 
     weight: float
 
@@ -236,7 +247,10 @@ class Conditioner(Protocol):
     codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null(batch)` says
     there what stands for no condition, (B, M), or None. One that has a method `show(batch)` draws what it is told,
     (B, C, H, W). One that is told by pictures has their `channels`, and `multiple`, the pixels that divide their sides.
-    One whose tokens speak of places in the picture has `places`, M of them.
+    One whose tokens speak of places in the picture has `places`, M of them. Where `drop` is a share above 0, training
+    puts what `null` says in its place that often, for several conditioners at once; see `vqf.conditions.Conditions`.
+    One whose codes are larger than those of the picture may have a method `prepare_shifted(batch)`: its codes are then
+    (B, p, q, h, w), where [:, i, j] are those of the pictures without their first i rows and j columns of codes.
     `field` names the field of a batch that it is told by: `conditions` by default, `images` or `places`.
     """
 
@@ -489,20 +503,22 @@ def share_of(value: float, steps: int) -> int:
 def _part(places: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
     """Return the places (B, 4) of a window of pictures at `places` (B, 4)."""
     corner, extent = places[:, :2], places[:, 2:] - places[:, :2]
-    ends = [
-        torch.tensor(each, device=places.device) / torch.tensor(grid, device=places.device)
-        for each in (start, (start[0] + size[0], start[1] + size[1]))
-    ]
-    return torch.cat([corner + extent * end for end in ends], dim=1)
+    # Number by number: a tensor of them would be a copy to the device, for every window.
+    ends = [(start[i] + more * size[i]) / grid[i] for more in (0, 1) for i in (0, 1)]
+    return torch.stack([corner[:, n % 2] + extent[:, n % 2] * end for n, end in enumerate(ends)], dim=1)
 
 
 def _crop(codes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
-    """Return the part (B, h, w) of a map's codes (B, H, W) that a window of the picture's grid covers."""
+    """Return the part (B, h, w) of a map's codes (B, H, W) or (B, p, q, H, W) that a window covers."""
+    if codes.ndim == 5:
+        steps = codes.shape[1:3]
+        (top, left), (height, width) = ((each[0] // steps[0], each[1] // steps[1]) for each in (start, size))
+        return codes[:, start[0] % steps[0], start[1] % steps[1], top : top + height, left : left + width]
     sides = codes.shape[1:]
     # Rounded up: where codes are coarser, the last of them may be missing, since they cover whole cells only.
     height, width = (-(-size[i] * sides[i] // grid[i]) for i in (0, 1))
-    top = min(start[0] * sides[0] // grid[0], sides[0] - height)
-    left = min(start[1] * sides[1] // grid[1], sides[1] - width)
+    nearest = [(2 * start[i] * sides[i] + grid[i]) // (2 * grid[i]) for i in (0, 1)]
+    top, left = min(nearest[0], sides[0] - height), min(nearest[1], sides[1] - width)
     return codes[:, top : top + height, left : left + width]
 
 

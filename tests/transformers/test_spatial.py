@@ -1,6 +1,7 @@
 """Conditions that say something about every place: codes of maps and poorer pictures, and coordinates."""
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -99,15 +100,37 @@ def test_a_window_sees_its_part_of_every_map() -> None:
             assert torch.equal(found[0], codes[top : top + 4, left : left + 6].flatten())
 
 
-def test_a_window_sees_coarser_maps_where_it_stands() -> None:
-    told = Conditions({"spatial": conditioner("spatial", stride=4)}).eval()
-    whole = told.prepare(Batch(conditions=maps(1, 20, 28)))
+@pytest.mark.parametrize(("stride", "downsample"), [(4, 1), (8, 1), (2, 2), (1, 1), (2, 1)])
+def test_a_window_sees_maps_of_any_fineness_exactly_where_it_stands(stride: int, downsample: int) -> None:
+    """What the map shows from the window's first pixel on, and not from the next code of the map."""
+    told = Conditions({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
+    large, step = maps(1, 24, 32), stride * downsample
+    whole = told.prepare(Batch(conditions=large), shifted=True)
+    for top in range(12 - 4 + 1):
+        for left in range(16 - 8 + 1):
+            found = told(whole.window((top, left), (4, 8), (12, 16)))
+            part = large[:, 0, 2 * top : 2 * top + 8 : step, 2 * left : 2 * left + 16 : step]
+            assert torch.equal(found, (part * 10).round().long().flatten(1))
+
+
+def test_the_windows_of_a_low_resolution_picture_are_its_own() -> None:
+    told = Conditions({"image": conditioner("image", factor=2)}).eval()
+    large = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    whole = told.prepare(Batch(images=large), shifted=True)
+    for top, left in itertools.product(range(7), range(9)):
+        part = large[..., 2 * top : 2 * top + 8, 2 * left : 2 * left + 12]
+        found = told(whole.window((top, left), (4, 6), (10, 14)))
+        assert torch.equal(found, told(Batch(images=part)))
+
+
+def test_codes_that_were_prepared_once_are_cut_where_they_are_nearest() -> None:
+    told = Conditions({"spatial": conditioner("spatial", (4, 8), stride=8)}).eval()
+    whole = told.prepare(Batch(conditions=maps(1, 32, 64)))
     codes = whole.codes["spatial"][0]
-    assert codes.shape == (5, 7)
-    for top in range(7):
-        for left in range(9):
-            found = told(whole.window((top, left), (4, 6), (10, 14)))
-            assert torch.equal(found[0], codes[top // 2 : top // 2 + 2, left // 2 : left // 2 + 3].flatten())
+    for top, left in itertools.product(range(13), range(25)):
+        row, column = math.floor(top / 4 + 0.5), math.floor(left / 4 + 0.5)
+        found = told(whole.window((top, left), (4, 8), (16, 32)))
+        assert torch.equal(found[0], codes[row : row + 1, column : column + 2].flatten())
 
 
 def test_coordinates_count_rows_and_columns_of_the_whole_picture() -> None:
@@ -168,7 +191,7 @@ def test_what_training_hides_is_hidden_whole_and_named_by_null(name: str) -> Non
     plain, null = told(batch), told.null(batch)
     assert told.vocab_size == 12 and (null == 11).all() and null.shape == plain.shape
     torch.manual_seed(0)
-    hidden = told.train()(batch)
+    hidden = Conditions({name: told}).train()(batch)
     without = (hidden == 11).all(1)
     assert float(without.double().mean()) == pytest.approx(0.3, abs=5 * (0.21 / 4000) ** 0.5)
     assert torch.equal(hidden[~without], plain[~without])

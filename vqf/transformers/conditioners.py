@@ -45,11 +45,7 @@ class Label(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the labels as (B, 1)."""
-        labels = self._labels(batch)
-        if not self.training or self.null_class is None:
-            return labels
-        dropped = torch.rand(labels.shape, device=labels.device) < self.drop
-        return labels.masked_fill(dropped, self.null_class)
+        return self._labels(batch)
 
     def null(self, batch: Batch) -> Tensor | None:
         """Return the prefix (B, 1) of no condition, or None if the prior has never seen one."""

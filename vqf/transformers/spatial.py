@@ -19,25 +19,45 @@ from vqf.protocols import Batch, Coder, Place, Size
 from vqf.registry import register
 
 OpenTokenizer = Callable[[str], Coder]
-ANYWHERE = (0.0, 0.0, 1.0, 1.0)
 
 
 class _Codes(nn.Module):
     """What conditioners share that put the codes of some picture in front."""
 
     name: str  # under which a batch keeps the codes
+    field: str  # of the batch, that has the pictures
+    multiple: int  # pixels of a code
 
-    def __init__(self, vocab_size: int, places: list[Place], drop: float) -> None:
+    def __init__(self, vocab_size: int, grid: Size, stride: int, multiple: int, drop: float) -> None:
         super().__init__()
         if not 0 <= drop < 1:
             raise ValueError(f"drop must be in [0, 1), not {drop}")
-        self.places, self.length, self.drop = places, len(places), drop
+        self.places, self.stride, self.multiple = _centres(grid, stride, multiple), stride, multiple
+        self.length, self.drop = len(self.places), drop
         self.null_code = vocab_size if drop else None
         self.vocab_size = vocab_size + bool(drop)
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with the codes (B, h, w) of its pictures."""
         return replace(batch, codes={**batch.codes, self.name: self.encode(batch)})
+
+    def prepare_shifted(self, batch: Batch) -> Batch:
+        """Return the batch with the codes (B, p, p, h, w) of its pictures, p codes of the picture being one of these.
+
+        [:, i, j] are those without the first i rows and j columns of the picture's codes, for windows that start there.
+        One without a whole p has nothing between its codes that fits, and is prepared as it stands.
+        """
+        pictures, steps = getattr(batch, self.field), self.multiple // self.stride
+        if pictures is None or steps < 2 or self.multiple % self.stride:
+            return self.prepare(batch)
+        every = []
+        for i, j in itertools.product(range(steps), repeat=2):
+            down, right = i * self.stride, j * self.stride
+            # As large as before, so that an encoder works as on the whole; no window reads the codes of what is added.
+            shifted = F.pad(pictures[..., down:, right:], (0, right, 0, down), mode="replicate")
+            every.append(self.encode(replace(batch, **{self.field: shifted})))
+        codes = rearrange(every, "(p q) b h w -> b p q h w", p=steps)
+        return replace(batch, codes={**batch.codes, self.name: codes})
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the codes row by row as (B, M)."""
@@ -46,10 +66,7 @@ class _Codes(nn.Module):
         codes = rearrange(batch.codes[self.name], "b h w -> b (h w)")
         if codes.shape[1] != self.length:
             raise UserError(f"the condition has {codes.shape[1]} codes, the prior was trained with {self.length}")
-        if not self.training or self.null_code is None:
-            return codes
-        dropped = torch.rand(len(codes), 1, device=codes.device) < self.drop
-        return codes.masked_fill(dropped, self.null_code)
+        return codes
 
     def null(self, batch: Batch) -> Tensor | None:
         """Return the prefix (B, M) of no condition, or None if the prior has never seen one."""
@@ -94,9 +111,8 @@ class Spatial(_Codes):
         if downsample < 1:
             raise ValueError(f"downsample must be at least 1, not {downsample}")
         coder = open_tokenizer(run)
-        super().__init__(coder.vocab_size, _centres(grid, tokenizer.stride, coder.stride * downsample), drop)
+        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * downsample, drop)
         self.tokenizer, self.downsample, self.channels = coder, downsample, coder.channels
-        self.multiple = coder.stride * downsample
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the codes (B, h, w) of the maps (B, C, H, W)."""
@@ -139,11 +155,10 @@ class Image(_Codes):
         if factor < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
         coder = tokenizer if run is None else open_tokenizer(run)
-        super().__init__(coder.vocab_size, _centres(grid, tokenizer.stride, coder.stride * factor), drop)
+        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * factor, drop)
         # In a list, the pictures' own is no part of this module: its weights are kept elsewhere.
         self.borrowed, self.tokenizer = [tokenizer], None if run is None else coder
         self.view, self.factor, self.channels = view, factor, tokenizer.channels
-        self.multiple = coder.stride * factor
 
     @property
     def coder(self) -> Coder:
@@ -189,9 +204,7 @@ class Coordinates(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return (B, h * w): row step times `columns`, plus column step, of the centre of every code."""
-        device = batch.any.device
-        whole = torch.tensor(ANYWHERE, device=device).expand(len(batch), 4)
-        places = whole if batch.places is None else batch.places.to(torch.float32)
+        places = batch.shown().to(torch.float32)
         rows, columns = (self._steps(places[:, i], places[:, i + 2], self.grid[i], self.bins[i]) for i in (0, 1))
         return rearrange(rows[:, :, None] * self.bins[1] + columns[:, None, :], "b h w -> b (h w)")
 

@@ -69,6 +69,15 @@ def check_command(arguments: Sequence[str]) -> None:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
 
 
+def compose_job(arguments: Sequence[str]) -> DictConfig | None:
+    """Compose the config of checked arguments, its `hydra` node included; None if they do not ask for one job."""
+    flags = get_args_parser().parse_args(list(arguments))
+    if flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg:
+        return None
+    config = Composer(flags).compose(flags.overrides) if not flags.multirun else None
+    return None if config is None or config.hydra.mode == RunMode.MULTIRUN else config
+
+
 class Composer:
     """Composes configs as `hydra.main` does, and words what goes wrong."""
 

@@ -5,21 +5,25 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from vqf import folders, ranks
-from vqf.command import check_command, config_dir, ordered
+from vqf.command import check_command, compose_job, config_dir, ordered
 from vqf.errors import UserError
 from vqf.pipelines.faults import pass_on
 from vqf.plugins import load_plugins, requested
-from vqf.registry import build, flat_node
+from vqf.registry import build, components, flat_node
 from vqf.settings import check_config, complete
+from vqf.terminal import silent
 
 MISTAKE, INTERRUPTED = 2, 130  # exit status
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -35,14 +39,22 @@ FOLLOWER = (
 )
 
 
+_began = False  # whether Hydra has made its folder, and the job runs
+
+
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def run(config: DictConfig) -> float | None:
     """Run the pipeline that a composed config chooses."""
+    global _began
+    _began = True
     try:
         load_plugins(config.plugins)  # a launcher may have started this job in a fresh process
         check_config(config)
         with ranks.together():
-            return _pipeline(complete(config)).run()
+            pipeline = _pipeline(complete(config), ranks.same(folders.output_dir()))
+            sweeps = HydraConfig.get().mode == RunMode.MULTIRUN  # a single run is admitted before Hydra begins
+            with _admitted(pipeline if sweeps else None):
+                return pipeline.run()
     except UserError as error:
         _stop(str(error))
     except OSError as error:
@@ -57,21 +69,68 @@ def run(config: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends it with one line and status 2."""
+    global _began
+    _began = False
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its whole traceback
     try:
         with ranks.together():
             sys.argv[1:] = arguments = _arguments()
             load_plugins(requested(arguments))
             check_command(arguments)
-            run()
+            with _admitted(_early(arguments)):
+                run()
     except UserError as error:
         _end(MISTAKE, str(error))
     except InterpolationResolutionError as error:
         if mistake := _within(error):  # of the folder that Hydra asks for
             _end(MISTAKE, str(mistake))
         raise
+    except OSError as error:
+        if _began:
+            raise
+        _end(MISTAKE, folders.unwritable(error))
     except KeyboardInterrupt:
         _end(INTERRUPTED, "interrupted")
+
+
+def _early(arguments: Sequence[str]) -> Any:
+    """Build the pipeline of a command that may meet a run in its folder, before Hydra writes there."""
+    config = compose_job(arguments)
+    if config is None or (config.run_dir is None and config.resume is False) or not _refuses(config.pipeline.name):
+        return None
+    HydraConfig.instance().set_config(config)  # which `hydra.run.dir` is composed from
+    folder = ranks.same(Path(config.hydra.run.dir))
+    if config.run_dir is None and not folder.exists():
+        return None  # a new one, named by the time
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return _pipeline(complete(own), folder)
+
+
+def _refuses(name: str) -> bool:
+    return any(each.name == name and hasattr(each.target, "refuse") for each in components("pipeline"))
+
+
+@contextmanager
+def _admitted(pipeline: Any) -> Iterator[None]:
+    """Let a pipeline that trains have its folder for itself, and refuse what would spoil the run in it."""
+    with ExitStack() as stack:
+        if hasattr(pipeline, "refuse"):
+            _hold(pipeline.run_dir, stack)
+            with silent():  # the run says it again
+                pipeline.refuse()
+        yield
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    """Hold a folder in the first process; all end if it cannot."""
+    words = None
+    try:
+        if ranks.first():
+            stack.enter_context(folders.held(folder))
+    except UserError as error:
+        words = str(error)
+    if words := ranks.same(words):
+        raise UserError(words)
 
 
 def _within(error: BaseException | None) -> UserError | None:
@@ -92,10 +151,10 @@ def _arguments() -> list[str]:
     return [*given, *FOLLOWER]
 
 
-def _pipeline(config: DictConfig) -> Any:
+def _pipeline(config: DictConfig, folder: Path) -> Any:
     if not ranks.first():
         _quieten()
-    pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=ranks.same(folders.output_dir()))
+    pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
     if ranks.world() > 1 and not getattr(pipeline, "parallel", False):
         raise UserError(f"pipeline={config.pipeline.name} works in one process; start it without torchrun")
     return pipeline

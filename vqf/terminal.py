@@ -38,6 +38,16 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Say nothing."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:.2f}/s")

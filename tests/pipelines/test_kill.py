@@ -125,7 +125,8 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "workers"), [("folder", 0), ("shards", 2)])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["folder", "shards"])
 def test_runs_killed_twenty_times_end_as_if_nothing_had_happened(tmp_path: Path, source: str, workers: int) -> None:
     data = [f"data={source}", f"data.root={pictures(tmp_path)[source]}", f"workers={workers}"]
     rest = {"steps": STEPS, "kills": KILLS, "whole": source == "folder" and workers == 0}

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, open_dict
 
 from vqf import ranks, terminal
-from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.checkpoint import names, newest
 from vqf.pipelines.common import chosen, save_numbers, start_run
 from vqf.pipelines.cost import Meter
 from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS, senses
@@ -36,6 +36,13 @@ class Full:
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
+
+    def refuse(self) -> None:
+        """Refuse what would spoil the run in the folder, before anything is written there."""
+        stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
+        Stage1(self._config(stage1), stage1).refuse()
+        if names(stage2):
+            Stage2(self._config(stage2, run=stage1, **self._second()), stage2).refuse()
 
     def run(self) -> float | None:
         """Train both stages, write `metrics.json` and the report. Returns stage 2's nats per token."""

@@ -4,7 +4,7 @@ VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator
 https://arxiv.org/abs/1711.00937.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from vqf.errors import UserError
 from vqf.pipelines import evaluation
 from vqf.pipelines.budget import fix_steps
 from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, save_numbers
+from vqf.pipelines.critic import Critic, check_game, check_judge, frozen, game_begins, make_critic
 from vqf.pipelines.engine import Engine, make_engine, widen
 from vqf.pipelines.loader import Order, batches, sequential
 from vqf.pipelines.loop import Evaluation, train
 from vqf.pipelines.player import Player
+from vqf.pipelines.resume import refuse
 from vqf.pipelines.subject import build_subject, channels_of, shows_classes
 from vqf.pipelines.usage import UsageWindow
-from vqf.protocols import Adversary, Batch, Data, Discriminator, Judged, Loss, Regularizer
+from vqf.protocols import Batch, Data, Judged, Loss
 from vqf.registry import build, find, register
 from vqf.terminal import log
 from vqf.tokenizer import Reconstructed, Tokenizer, build_tokenizer
@@ -48,7 +50,7 @@ class TokenizerStage:
         self,
         tokenizer: Tokenizer,
         losses: Mapping[str, Loss],
-        critic: "Critic | None",
+        critic: Critic | None,
         data: Data,
         config: DictConfig,
         engine: Engine,
@@ -132,7 +134,7 @@ class TokenizerStage:
         return update() if update is not None and self.players["model"].moved else {}
 
     def _adversarial(
-        self, critic: "Critic", leaf: Tensor, out: Reconstructed, gradient: Tensor, total: Accumulated, share: float
+        self, critic: Critic, leaf: Tensor, out: Reconstructed, gradient: Tensor, total: Accumulated, share: float
     ) -> Tensor:
         """Return the weighted gradient of the generator's loss at the reconstruction."""
         with frozen(critic), self.engine.autocast():
@@ -167,45 +169,12 @@ class TokenizerStage:
         penalty = sum(critic.regularizers[name].weight * term for name, term in terms.items())
         ((loss + penalty) * share).backward()
         logits = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
-        total.add({"discriminator": loss, **logits, **terms}, share)
+        shown = {name: getattr(critic.regularizers[name], "logged", term) for name, term in terms.items()}
+        total.add({"discriminator": loss, **logits, **shown}, share)
 
     def _player(self, module: nn.Module, *others: nn.Module) -> Player:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return Player(build("optimizer", self.config.optimizer, params=trained), [module, *others], self.config)
-
-
-class Critic(nn.Module):
-    """The discriminator, what it plays for, and what holds it back."""
-
-    def __init__(
-        self, discriminator: Discriminator, adversary: Adversary, regularizers: Mapping[str, Regularizer]
-    ) -> None:
-        super().__init__()
-        self.discriminator, self.adversary = discriminator, adversary
-        self.regularizers = nn.ModuleDict(dict(regularizers))  # type: ignore[arg-type]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Judge images (B, 3, H, W)."""
-        return self.discriminator(images)
-
-    def both(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge images and their reconstructions, one after the other."""
-        return self(images), self(fake)
-
-
-class frozen:  # noqa: N801
-    """Let gradients pass through a module without reaching its parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *exception: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
 
 @register("pipeline", "stage1")
@@ -216,6 +185,10 @@ class Stage1:
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
+
+    def refuse(self) -> None:
+        """Refuse what would spoil the run in the folder, before anything is written there."""
+        refuse(self.config, self.run_dir, "stage1")
 
     def run(self) -> float | None:
         """Train, evaluate, save."""
@@ -246,6 +219,8 @@ class Stage1:
         config = fix_steps(config, self.run_dir, engine, trial, source, late_from=game_begins(config))
         stage = make_stage(config, data, engine)
         log.info("%s", describe("tokenizer", stage.model))
+        if stage.critic is not None:
+            check_game(stage.critic, config.steps)
         return train(stage, config, self.run_dir, engine, source, part)
 
 
@@ -265,7 +240,9 @@ def make_stage(config: DictConfig, data: Data, engine: Engine) -> TokenizerStage
     torch.manual_seed(config.seed)
     tokenizer = engine.place(build_tokenizer(model, image_size(config), channels))
     losses = {name: engine.place(build("loss", node)) for name, node in chosen(model, "loss").items()}
-    return TokenizerStage(tokenizer, losses, engine.place(make_critic(config, channels)), data, config, engine)
+    if critic := engine.place(make_critic(config, channels)):
+        check_judge(critic, config, channels)
+    return TokenizerStage(tokenizer, losses, critic, data, config, engine)
 
 
 def check_losses(config: DictConfig, channels: int) -> None:
@@ -291,20 +268,3 @@ def check_losses(config: DictConfig, channels: int) -> None:
                 f"model.loss.{name}: makes logits, which a discriminator tells from a map at sight; choose "
                 "model.discriminator=null model.adversary=null"
             )
-
-
-def make_critic(config: DictConfig, channels: int = 3) -> Critic | None:
-    """Build the second player that a config chooses, if it does."""
-    model = config.model
-    if model.get("discriminator") is None:
-        return None
-    discriminator = build("discriminator", model.discriminator, in_channels=channels)
-    adversary = build("adversary", model.adversary, steps=config.steps)
-    regularizers = {name: build("regularizer", node) for name, node in chosen(model, "regularizer").items()}
-    return Critic(discriminator, adversary, regularizers)
-
-
-def game_begins(config: DictConfig) -> Callable[[int], int] | None:
-    """Return what says, given the steps of a run, at which of them the second player joins; None if none does."""
-    adversary = config.model.get("adversary")
-    return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start

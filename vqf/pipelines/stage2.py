@@ -32,6 +32,7 @@ from vqf.pipelines.loop import Evaluation, train
 from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.player import Player
 from vqf.pipelines.restore import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer
+from vqf.pipelines.resume import refuse
 from vqf.pipelines.retention import best_by
 from vqf.pipelines.tokenize import Coder, check_size, token_folder, tokenize_part
 from vqf.pipelines.tokens import Tokens
@@ -193,6 +194,11 @@ class Stage2:
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
+
+    def refuse(self) -> None:
+        """Refuse what would spoil the run in the folder, before anything is written there."""
+        config = self._inherit(find_tokenizer(self.config.run).config)
+        refuse(config, self.run_dir, "stage2")
 
     def run(self) -> float | None:
         """Train, evaluate, save."""

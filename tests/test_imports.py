@@ -42,11 +42,11 @@ TOP = {
     "canvas": {"protocols", "errors", "conditions"},
     "generator": {"canvas", "protocols", "registry", "errors", "tokenizer", "conditions", "randomness"},
     "settings": {"errors", "registry"},
-    "folders": {"pipelines.checkpoint", "trust"},
+    "folders": {"errors", "pipelines.checkpoint", "trust"},
     "explain": {"errors", "registry"},
     "trust": {"errors"},
     "command": {"errors", "explain", "settings", "trust"},
-    "run": {"command", "errors", "folders", "pipelines.faults", "plugins", "ranks", "registry", "settings"},
+    "run": {"command", "errors", "folders", "pipelines.faults", "plugins", "ranks", "registry", "settings", "terminal"},
 }
 
 # Packages that take long to import, or that not every run needs.

@@ -22,8 +22,8 @@ from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.critic import Critic
 from vqf.pipelines.restore import Coders, build_generator
-from vqf.pipelines.stage1 import Critic
 from vqf.pipelines.stage2 import decay_groups
 from vqf.protocols import Batch
 from vqf.registry import build

@@ -72,3 +72,20 @@ def test_the_saturating_generator_minimises_the_papers_log() -> None:
     _, fake = logits()
     expected = sum(math.log(1 - 1 / (1 + math.exp(-x))) for x in fake.flatten().tolist()) / fake.numel()
     assert float(Vanilla(10, saturating=True).generator_loss(fake)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("game", [Hinge, Vanilla])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clamp": -1.0}, "clamp=-1.0: below 0 the decoder would help the discriminator"),
+        ({"weight": -0.8}, "weight=-0.8: below 0"),
+        ({"delta": -1.0}, "delta=-1.0: it keeps λ finite"),
+        ({"delta": 0.0}, "above 0"),
+        ({"clamp": math.nan}, "clamp=nan"),
+        ({"warmup": -0.5}, "warmup=-0.5: it counts steps"),
+    ],
+)
+def test_options_that_turn_the_game_around_are_refused(game: type, options: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        game(100, **options)

@@ -1,15 +1,18 @@
 """Stage 1: the weight cut at the reconstruction is the gradient of the whole expression."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from tests.composing import compose
 from vqf.errors import UserError
+from vqf.pipelines.critic import Critic, check_judge
 from vqf.pipelines.engine import make_engine
-from vqf.pipelines.stage1 import TokenizerStage, make_stage
+from vqf.pipelines.stage1 import Stage1, TokenizerStage, make_stage
 from vqf.protocols import Batch
 from vqf.registry import build
 
@@ -147,6 +150,76 @@ def test_bf16_runs_and_stays_close() -> None:
     built = make_stage(config, data, make_engine(config))
     log = built.step(5, Batch(images=images().float()))
     assert all(torch.isfinite(value) for value in log.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["image_size=16", "batch_size=4", "model.discriminator.layers=5"], "cannot judge 4 pictures of 16 x 16 px"),
+        (["image_size=16", "model.discriminator.layers=5"], "choose model.discriminator.layers below 5, or a larger"),
+        (["batch_size=1", "model.discriminator.layers=4"], "choose model.discriminator.layers below 4, or a larger"),
+        (["accumulate=4", "model.discriminator.layers=4"], "cannot judge 1 pictures"),
+    ],
+)
+def test_a_discriminator_that_does_not_fit_is_known_before_the_first_step(overrides: list[str], words: str) -> None:
+    config = compose("model=small", "model.adversary.start=10000", "image_size=16", "batch_size=4", *overrides)
+    data = build("data", config.data, image_size=config.image_size, seed=0)
+    with pytest.raises(UserError) as caught:
+        make_stage(config, data, make_engine(config))
+    assert str(caught.value).startswith("model.discriminator: ") and words in str(caught.value)
+
+
+def test_batch_norm_of_a_single_number_is_known_as_well() -> None:
+    config, built = compose(*TINY, "batch_size=1"), stage()
+    one = Critic(
+        nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4)),  # type: ignore[arg-type]
+        built.critic.adversary,
+        {},
+    )
+    with pytest.raises(UserError, match=r"its batch norm needs several values; raise batch_size, or set model\.disc"):
+        check_judge(one, config, 3)
+    check_judge(one, compose(*TINY, "batch_size=2"), 3)
+
+
+def test_judging_blank_pictures_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, drawn = stage(), torch.rand(1)
+    monkeypatch.setattr("vqf.pipelines.stage1.check_judge", lambda *_: None)
+    plain = stage()
+    assert torch.equal(drawn, torch.rand(1))
+    for name, each in plain.critic.state_dict().items():
+        assert torch.equal(each, judged.critic.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.adversary.start=50"], "steps=4: the game begins at step 51, so the discriminator is never"),
+        (
+            ["model.adversary.start=1", "model.adversary.warmup=3"],
+            "steps=4: the discriminator learns from step 2 on, but",
+        ),
+        (["model.adversary.start=1", "model.adversary.warmup=2"], None),
+    ],
+)
+def test_a_game_that_is_never_played(
+    overrides: list[str], words: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = ["logger=[]", "metric=[]", "evaluate.count=4"]
+    Stage1(compose(*TINY, *quiet, "steps=4", *overrides), tmp_path).run()
+    said = [each.getMessage() for each in caplog.records if each.getMessage().startswith("steps=4")]
+    assert [line[: len(words or "")] for line in said] == ([words] if words else [])
+
+
+def test_the_log_shows_the_penalty_that_was_computed_last() -> None:
+    """It falls on other steps: one line in fifty, a penalty in sixteen."""
+    built = stage("+model/regularizer=[r1]", "model.regularizer.r1.every=4", "model.adversary.start=0")
+    shown = [float(built.step(step, Batch(images=images()))["r1"]) for step in range(10)]
+    assert all(shown)
+    assert shown[0] == shown[1] == shown[3] != shown[4] == shown[7] != shown[8]
+    x, built = images().requires_grad_(), stage("+model/regularizer=[r1]", "model.adversary.start=0")
+    (gradient,) = torch.autograd.grad(built.critic(x).sum(), x)
+    expected = float(gradient.square().sum((1, 2, 3)).mean() / 2)
+    assert shown[0] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(

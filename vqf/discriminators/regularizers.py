@@ -53,13 +53,20 @@ class R1(nn.Module):
         weight: γ.
         every: Compute it only every so many steps, times as strong (lazy regularization,
             https://arxiv.org/abs/1912.04958).
+
+    Attributes:
+        logged: What was computed last, for the log, which falls on other steps: ½ E|∇ D(x)|². A buffer, so that a
+            resumed run logs the same.
     """
+
+    logged: Tensor
 
     def __init__(self, *, weight: float = 10.0, every: int = 16) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"every={every}: a number of steps, at least 1")
         self.weight, self.every = weight, every
+        self.register_buffer("logged", torch.zeros(()))
 
     def forward(self, judged: Judged) -> Tensor:
         """Return the term, unweighted; 0 at the steps between."""
@@ -68,4 +75,6 @@ class R1(nn.Module):
         images = judged.images.detach().requires_grad_()
         logits = judged.discriminator(images)
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-        return self.every / 2 * gradient.square().sum((1, 2, 3)).mean()
+        term = gradient.square().sum((1, 2, 3)).mean() / 2
+        self.logged.copy_(ranks.mean(term.detach()))
+        return self.every * term

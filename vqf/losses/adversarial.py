@@ -42,8 +42,13 @@ class Game:
         second_forward: bool,
     ) -> None:
         for name, value in (("start", start), ("warmup", warmup), ("ramp_steps", ramp_steps)):
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name}={value}: it counts steps, or below 1 is a share of the run; never below 0")
+        for name, value in (("weight", weight), ("clamp", clamp)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: below 0 the decoder would help the discriminator")
+        if not delta > 0:
+            raise ValueError(f"delta={delta}: it keeps λ finite where the discriminator gives no gradient; above 0")
         self.factor, self.adaptive, self.delta, self.clamp = weight, adaptive, delta, clamp
         self.start = share_of(start, steps)
         self.counts_from = self.start + share_of(warmup, steps)

@@ -13,9 +13,9 @@ from vqf.interop import optimizers
 from vqf.interop.reading import Read
 from vqf.interop.tokenizers import Part
 from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines.critic import Critic, make_critic
 from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import Coders, build_generator
-from vqf.pipelines.stage1 import Critic, make_critic
 from vqf.pipelines.stage2 import decay_groups
 from vqf.pipelines.usage import UsageWindow
 from vqf.registry import KINDS, Kind, build

@@ -26,7 +26,7 @@ from vqf.pipelines.saver import Saver
 from vqf.pipelines.signals import TERMINATED, Signals
 from vqf.pipelines.stage import Evaluation, Stage
 from vqf.pipelines.training import Training
-from vqf.pipelines.watch import Watch
+from vqf.pipelines.watch import Watch, alarms
 from vqf.protocols import Batch
 from vqf.terminal import log
 
@@ -75,7 +75,7 @@ class Loop:
         self.stage, self.config, self.run_dir, self.engine = stage, config, run_dir, engine
         self.training = Training(stage, config, engine)
         self.progress = Progress()
-        self.guard, self.watch, self.signals = Guard(stage.kind, config.guard), Watch(), Signals()
+        self.guard, self.watch, self.signals = Guard(stage.kind, config.guard), Watch(alarms(config.model)), Signals()
         self.best = best_by(config.checkpoint.best, stage.higher_is_better)
         self.goes_back = self.guard.policy == "rollback"
         self.found: Checkpoint | None = None

@@ -142,7 +142,11 @@ class Encoder(Protocol):
 
 
 class Decoder(Protocol):
-    """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels, image_size."""
+    """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels, image_size.
+
+    One may have `features` in two parts: `rest(whole(latents))`. What `whole` returns still has a cell for every code,
+    and may depend on all of them; `rest` is local, but for group norms, so that large pictures go through it in tiles.
+    """
 
     stride: int
     last_layer: nn.Module  # a plain convolution or linear layer, where the adaptive weight compares gradients

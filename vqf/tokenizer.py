@@ -1,7 +1,10 @@
 """The tokenizer: images to codes and back. What a user of a trained model holds."""
 
 import hashlib
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -13,7 +16,7 @@ from vqf.protocols import Decoder, Encoder, Quantized, Quantizer, Size, pair
 from vqf.registry import build
 from vqf.tiling import SharedNorms, decode_tiles
 
-OVERLAP = 4  # a quarter of a tile
+OVERLAP = 16  # codes, a quarter of which a decoder does not look beyond: what is left of seams is below 1/255
 
 
 @dataclass
@@ -81,22 +84,37 @@ class Tokenizer(nn.Module):
 
         Args:
             indices: (B, h, w) int64.
-            tile: Decode no more than so many codes per side at once, in tiles that overlap by a quarter and fade into
-                each other. It is not the same to the bit: attention sees a tile in place of the whole, and norms use
-                the average over all tiles, for which every tile is decoded twice.
+            tile: Enlarge no more than so many codes per side at once, in tiles that fade into each other. They overlap
+                by a quarter, or by up to half if that is less than 16 codes. It is not the same to the bit, and norms
+                take the statistics of the whole, for which every tile is drawn several times.
         """
-        if tile is None or max(indices.shape[1:]) <= tile:
+        if tile is None or max(indices.shape[1:3]) <= tile:
             images = self._draw(indices)
         else:
-            norms, options = SharedNorms(self), (self.stride, tile, -(-tile // OVERLAP))
-            with norms.measuring():
-                decode_tiles(self._draw, indices, *options)
-            with norms.applied():
-                images = decode_tiles(self._draw, indices, *options)
+            images = self._draw_tiles(indices, tile, min(max(tile // 4, OVERLAP), tile // 2))
         return images.clamp(-1, 1) if self.channels in (1, 3) else images
 
+    def _draw_tiles(self, indices: Tensor, tile: int, overlap: int) -> Tensor:
+        cells, enlarge = self._latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
+        if hasattr(self.decoder, "whole"):  # attention sees the whole picture, at the resolution of its codes
+            cells, enlarge = self.decoder.whole(cells), self._enlarge
+        norms, options = SharedNorms(self), (self.stride, tile, overlap)
+        for looks in itertools.count(1):
+            with norms.measuring():
+                decode_tiles(enlarge, cells, *options, keep=norms.keep)
+            if norms.settled(looks):
+                break
+        with norms.applied():
+            return decode_tiles(enlarge, cells, *options)
+
+    def _enlarge(self, cells: Tensor) -> Tensor:
+        return self.decoder.last_layer(self.decoder.rest(cells))  # type: ignore[attr-defined]
+
+    def _latents(self, indices: Tensor) -> Tensor:
+        return self.post_quant_conv(self.quantizer.lookup(indices))
+
     def _draw(self, indices: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(self.quantizer.lookup(indices)))
+        return self.decoder(self._latents(indices))
 
     def tokens(self, images: Tensor) -> Tensor:
         """Turn images into token sequences (B, h * w), row by row."""

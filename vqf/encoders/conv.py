@@ -95,9 +95,13 @@ class Level(nn.Module):
         self.resample: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.resample(self.refined(x))
+
+    def refined(self, x: Tensor) -> Tensor:
+        """Apply the blocks, at the resolution of x."""
         for i, block in enumerate(self.block):
             x = run([block, self.attn[i]] if self.attn else [block], x, self.recompute)
-        return self.resample(x)
+        return x
 
 
 def middle(channels: int, dropout: float, attention: bool) -> nn.Sequential:
@@ -231,8 +235,18 @@ class ConvDecoder(nn.Module):
 
     def features(self, latents: Tensor) -> Tensor:
         """Decode latents (B, dim, h, w) up to the input of the last layer."""
-        h = run(self.mid, self.conv_in(latents), self.recompute)
-        for level in reversed(self.up):
+        return self.rest(self.whole(latents))
+
+    def whole(self, latents: Tensor) -> Tensor:
+        """Run what is at the resolution of the codes, attention included, (B, C, h, w): it must see a whole picture."""
+        lowest: Level = self.up[-1]  # type: ignore[assignment]
+        return lowest.refined(run(self.mid, self.conv_in(latents), self.recompute))
+
+    def rest(self, cells: Tensor) -> Tensor:
+        """Go on from what `whole` returned, or from a part of it, up to the input of the last layer."""
+        lowest: Level = self.up[-1]  # type: ignore[assignment]
+        h = lowest.resample(cells)
+        for level in reversed(self.up[:-1]):
             h = level(h)
         return self.unfold(F.silu(self.norm_out(h)))
 

@@ -152,6 +152,31 @@ def test_processes_without_a_meeting_place_are_named(tmp_path: Path, monkeypatch
     assert ended == Ended(2, "", "WORLD_SIZE=2 without MASTER_ADDR: start the processes with torchrun\n")
 
 
+@pytest.mark.parametrize(
+    ("variable", "starter"),
+    [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec")],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, starter: str
+) -> None:
+    """Each would run all of it, in one folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "4")
+    ended = command(str(tmp_path), ["run_dir=run"])
+    assert ended.status == 2 and not list(tmp_path.iterdir())
+    assert ended.err.startswith(f"{starter} has started 4 processes ({variable}) that cannot find each other: ")
+    monkeypatch.setenv(variable, "1")
+    assert command(str(tmp_path), ["steps=many"]).err == "steps=many: 'many' is not a whole number\n"
+
+
+def test_processes_of_torchrun_in_a_step_of_srun_know_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    first, _ = chorus(tmp_path)
+    assert first.status == 0, first.err
+
+
 @SLOW
 def test_torchrun_trains_both_stages_and_one_process_writes(tmp_path: Path) -> None:
     place = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]

@@ -23,6 +23,9 @@ MOMENT = timedelta(seconds=10)  # that a process waits for another to say a line
 
 T = TypeVar("T")
 
+# Who starts processes without telling them where to meet, and by which variable that shows.
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
 _store: "dist.Store | None" = None
 _spoke = False  # whether this process has said why it ends
 _taken = 0  # how many of the lines that the others left this process has read
@@ -102,7 +105,19 @@ def _launched() -> bool:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and (absent := sorted({"RANK", *place} - os.environ.keys())):
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {absent[0]}: start the processes with torchrun")
+    if "WORLD_SIZE" not in os.environ:
+        _check_alone()
     return place | {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several that do not know of each other: they would all write the same run."""
+    for variable, starter in STARTERS.items():
+        if (count := os.environ.get(variable, "1")) not in ("", "1"):
+            raise UserError(
+                f"{starter} has started {count} processes ({variable}) that cannot find each other: let it start "
+                "torchrun on every node, as examples/slurm/train.sbatch does; or one process, as srun -n 1 does"
+            )
 
 
 def once(say: Callable[[], None], words: str) -> None:

@@ -26,8 +26,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after a step."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        for name, now in self.module.named_parameters():
-            self.tensors[name].lerp_(now.detach(), 1 - decay)
+        now = dict(self.module.named_parameters())
+        torch._foreach_lerp_([self.tensors[name] for name in now], list(now.values()), 1 - decay)  # in a few kernels
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ decides which of them is called.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -148,7 +149,19 @@ def make_engine(config: DictConfig) -> Engine:
     if config.precision not in PRECISIONS:
         raise UserError(f"precision={config.precision}: {unknown('precision', config.precision, PRECISIONS)}")
     name = str(config.device)
+    _decide(config.deterministic)
     return Engine(_device(name) if ranks.world() == 1 else _own_device(name), PRECISIONS[config.precision], kind)
+
+
+def _decide(deterministic: bool) -> None:
+    """Choose whether only kernels run that give the same bits each time; an operation that has none warns.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html. cuBLAS reads its variable when it starts.
+    """
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the engine asks of torch, and the average that follows the weights."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests.composing import compose
+from vqf.pipelines.average import Average
+from vqf.pipelines.engine import make_engine
+
+
+@pytest.fixture
+def own_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.usefixtures("own_choices")
+def test_deterministic_reaches_torch() -> None:
+    torch.backends.cudnn.benchmark = True
+    make_engine(compose("device=cpu"))
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    make_engine(compose("device=cpu", "deterministic=true"))
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+    make_engine(compose("device=cpu"))  # the next job of a sweep
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_average_is_that_of_the_formula() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    module[1].bias = module[0].bias  # one tensor under two names
+    average, expected = Average(module, 0.9), {name: each.clone() for name, each in module.named_parameters()}
+    for step in range(30):
+        with torch.no_grad():
+            for each in module.parameters():
+                each.add_(torch.randn_like(each))
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, each in module.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * each.detach()
+    for name, each in expected.items():
+        torch.testing.assert_close(average.tensors[name], each, rtol=1e-12, atol=1e-12)
+    assert torch.equal(average.state()["1.bias"], average.state()["0.bias"])

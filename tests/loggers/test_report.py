@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
+from vqf.loggers import report
 from vqf.loggers.about import duration
 from vqf.loggers.codebook import heat_map
 from vqf.loggers.curves import curve
@@ -319,6 +320,55 @@ def test_closing_the_logger_writes_the_page(run: Path) -> None:
     assert not (run / "report.html").exists()
     logger.close()
     assert (run / "report.html").is_file()
+
+
+def test_a_run_that_goes_on_has_a_page_that_costs_little(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = [0.0], list[float]()
+
+    def write(_: Path) -> Path:
+        written.append(clock[0])
+        clock[0] += 2  # seconds that a page takes
+        return run
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(report, "write_report", write)
+    logger = build("logger", {"name": "report"}, run_dir=run, config=None)
+    while clock[0] < 1000:
+        clock[0] += 10
+        logger.scalars(1, {"loss": 1.0})
+        if clock[0] % 50 < 10:
+            logger.images(1, "samples", torch.zeros(1, 3, 4, 4))
+    assert 5 <= len(written) and len(written) * 2 <= 0.02 * 1000 + 2, "a fiftieth of the time"
+    assert written[0] >= 60
+
+
+def test_losses_come_first_and_variants_unfold(tmp_path: Path) -> None:
+    keys = ["psnr", "psnr_pooled", "psnr_masked", "ssim", "usage", "perplexity", "perceptual", "dead"]
+    lines = [{"step": i, "loss": 1.0, "l1": 2.0, "lr/model": 3.0} for i in range(3)]
+    lines += [{"step": i, **{f"validation/{key}": 1.0 for key in keys}} for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = write_report(tmp_path).read_text()
+    shown, others = source[source.index("<h2>Curves") :].split("<details>")[:2]
+    drawn = [re.findall(r"<figcaption>([^<]*)</figcaption>", each) for each in (shown, others)]
+    assert drawn[0] == ["loss", "psnr", "ssim", "usage", "perplexity", "perceptual"]
+    assert drawn[1] == ["psnr_pooled", "psnr_masked", "dead", "l1", "lr/model"]
+
+
+def test_a_run_shows_what_evaluations_measured_of_it(run: Path) -> None:
+    for step, value in ((4, 11.125), (8, 12.375)):
+        content = {
+            "protocol": {"name": "rfid_val", "count": 236, "rounding": "nearest", "hash": "0123456789abcdef"},
+            "values": {"rfid": value},
+            "checkpoint": {"kind": "stage1", "step": step},
+        }
+        place = run / "stage1" / "evaluations" / "rfid_val-01234567" / f"stage1-{step:08d}" / "metrics.json"
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps(content))
+    page = Page(write_report(run))
+    for words in ("Measured by the protocol rfid_val, 236 pictures, step 8", "12.38", "0123456789abcdef", "rFID"):
+        assert words in page.text, words
+    assert "11.13" not in page.text and "Checkpoints by rfid_val" in page.text
+    assert page.tags.count("svg") == 9, "one more curve, over the steps"
 
 
 def test_a_page_that_fails_does_not_take_the_run_down(run: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ import vqf
 from tests.composing import compose
 from tests.metrics.sets import Linear, frechet
 from tests.pipelines.test_loop import TINY
+from tests.processes import together
 from vqf.collector import set_of
 from vqf.errors import UserError
 from vqf.generator import Generator
@@ -393,6 +394,25 @@ def test_how_many_samples_a_class_has_in_words() -> None:
     assert spread(torch.arange(8) % 4, 4) == "2"
     assert spread(torch.tensor([0, 0, 2]), 3) == "0 to 2"
     assert spread(torch.zeros(5, dtype=torch.int64), 0) == "no classes"
+
+
+def evaluated_by_one_of_several(run: str, own: str, statistics: str, *words: str) -> dict[str, Any]:
+    """Evaluate in a process among others, without a network; returns what was written."""
+    config = compose("pipeline=evaluate", f"run={run}", "logger=[]", "metric=[psnr,usage]", "batch_size=5", *words)
+    Evaluate(complete(config), Path(own), statistics=statistics).run()
+    found: dict[str, Any] = json.loads((Path(own) / "metrics.json").read_text())
+    return {key: found[key] for key in ("protocol", "values", "intervals")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("protocol=reconstruction",), ("protocol=small", "protocol.count=13")])
+def test_several_processes_find_what_one_does(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    places = [str(tmp_path / each) for each in ("own", "statistics")]
+    alone = evaluated_by_one_of_several(str(run), *places, *words)
+    first = together(2, evaluated_by_one_of_several, str(run), *places, *words)[0]
+    assert first["protocol"] == alone["protocol"]
+    assert first["values"] == pytest.approx(alone["values"], rel=1e-5)
+    assert first["intervals"] == alone["intervals"]
 
 
 @pytest.mark.slow

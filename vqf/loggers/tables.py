@@ -110,7 +110,7 @@ def _measured(content: Mapping[str, Any]) -> Table:
         if (floor := content.get("floors", {}).get(key)) is not None:
             beside.append(f"real against real: {number(floor)}")
         rows.append(Row(key, value, "; ".join(beside)))
-    lines = [(str(key), str(value)) for key, value in content["protocol"].items()]
+    lines = [(str(key), "none" if value is None else str(value)) for key, value in content["protocol"].items()]
     return Table(_title(content), rows, lines)
 
 

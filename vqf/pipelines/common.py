@@ -68,12 +68,17 @@ def _summarize(run_dir: Path, meter: Meter) -> None:
     """Write down what made the run, for its report."""
     versions = {name: version(name) for name in ("vqf", "torch", "hydra-core")}
     summary = {
-        "command": shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]]),
+        "command": command(),
         **meter.facts(),
         "versions": {**versions, "python": platform.python_version()},
         **commit(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def command() -> str:
+    """Return the command line that this process belongs to."""
+    return shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]])
 
 
 def _launcher() -> list[str]:

@@ -1,7 +1,6 @@
 """Compare runs: one table, and one page of the same held-out pictures through every one of them."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from vqf.errors import UserError
+from vqf.pipelines.common import command
 from vqf.pipelines.comparison import Comparison
 from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.ranking import rank
@@ -48,7 +48,7 @@ class Compare:
 
     def run(self) -> None:
         """Write the files and print the table."""
-        comparison = compare(find_runs(self.runs), self.sort, self.count, make_engine(self.config), [_command()])
+        comparison = compare(find_runs(self.runs), self.sort, self.count, make_engine(self.config), [command()])
         page = comparison.write(self.run_dir)
         comparison.tell()
         log.info("%s", page)
@@ -79,7 +79,7 @@ class SweepTable(Callback):
         if config.pipeline.name not in TRAINING:
             return
         folder = Path(config.hydra.sweep.dir)
-        commands = [_command(), shlex.join(["python", "-m", "vqf.run", "pipeline=compare", f"runs={folder}"])]
+        commands = [command(), shlex.join(["python", "-m", "vqf.run", "pipeline=compare", f"runs={folder}"])]
         try:
             paths = find_runs(str(folder))
             if len(paths) > 1:
@@ -91,7 +91,3 @@ class SweepTable(Callback):
             log.warning("no table of this sweep: %s", error)
         except Exception:
             log.warning("the table of this sweep could not be written", exc_info=True)
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "vqf.run", *sys.argv[1:]])

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from torch import Tensor
 from vqf import terminal
 from vqf.errors import UserError
 from vqf.pipelines.checkpoint import MANIFEST, Checkpoint
+from vqf.pipelines.common import command
 from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.source import commit
 from vqf.protocols import Comparison
@@ -87,7 +86,7 @@ def mark(checkpoint: Checkpoint) -> str:
 def circumstances(seconds: float, device: str) -> dict[str, Any]:
     """Say what else could matter."""
     return {
-        "command": shlex.join(["python", "-m", "vqf.run", *sys.argv[1:]]),
+        "command": command(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device,
         "seconds": round(seconds, 1),

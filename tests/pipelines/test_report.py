@@ -1,0 +1,54 @@
+"""The page of a run that is named: finished, killed, or never one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import test_run
+from tests.composing import compose
+from tests.loggers.made_up import make_run
+from vqf.errors import UserError
+from vqf.pipelines.report import Report, refresh
+
+command_line = test_run.run  # a fixture
+
+
+def test_a_killed_run_has_a_page_by_one_command(command_line: test_run.Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path, "killed")
+    with (run / "stage1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1001, "lo')
+    command_line("pipeline=report", f"run={run}")
+    text = (run / "report.html").read_text()
+    assert "<h1>killed</h1>" in text and "had not ended when the page was written" in text
+    (run / "summary.json").write_text('{"wall_seconds": 9}')
+    command_line("pipeline=report", f"run={run}")
+    assert "had not ended" not in (run / "report.html").read_text()
+
+
+def test_slips_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^run: give run=FOLDER"):
+        Report(compose("pipeline=report"), tmp_path).run()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no run of vqf; there is no metrics\.jsonl"):
+        Report(compose("pipeline=report", f"run={tmp_path / 'empty'}"), tmp_path).run()
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    run, victim = make_run(tmp_path, "theirs"), tmp_path / "victim"
+    victim.write_text("mine")
+    os.symlink(victim, run / "report.html")
+    config = compose("pipeline=report", f"run={run}")
+    with pytest.raises(UserError, match="is a link to"):
+        Report(config, tmp_path).run()
+    refresh(run, config)
+    assert victim.read_text() == "mine"
+
+
+def test_a_page_is_refreshed_only_where_there_is_one(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, "run"), compose()
+    refresh(run / "stage1", config)
+    assert not list(run.rglob("report.html"))
+    (run / "report.html").write_text("old")
+    refresh(run / "stage1", config)
+    assert "<h1>run</h1>" in (run / "report.html").read_text()

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vqf.data.folder import Folder
-from vqf.data.listing import Names
+from vqf.data.packed import Names
 from vqf.errors import UserError
 from vqf.registry import build
 

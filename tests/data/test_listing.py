@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqf.data.listing import Division, File, divide, divide_by_lists
+from vqf.data.listing import Division, divide, divide_by_lists, scan
+from vqf.data.packed import File
 
 names = st.text("ab01/.é", min_size=1, max_size=6).map(lambda text: "/".join(filter(None, text.split("/"))) or "x")
 folders = st.sampled_from(["", "train/", "Training/", "val/", "validation/", "test/", "Valid/"])
@@ -134,3 +135,25 @@ def test_lists_below_folders_of_any_of_these_names_have_the_classes_below_them(t
     (tmp_path / "held.txt").write_text("test/bee/3.png\n")
     division = divide_by_lists(tmp_path, None, str(tmp_path / "held.txt"), [".png"])
     assert division.labels == {"ant", "bee"}
+
+
+def test_a_packed_division_is_the_same(tmp_path):
+    files = [File("train/é/1.png", 1), File("bad\udcff.png", -1), File("b.png", 2**40)]
+    for division in (Division(files[:2], files[2:], 1), Division([File("a", 1, "cat"), File("b", 2, 7)], [], None)):
+        packed = division.packed()
+        for ours, theirs in ((packed.train, division.train), (packed.validation, division.validation)):
+            assert list(ours) == theirs == ours[:] == [ours[i] for i in range(len(theirs))]
+        assert packed.labels == division.labels
+
+
+def test_a_scan_finds_what_a_walk_finds(tmp_path):
+    for name in ("a/1.png", "a/b/2.PNG", "a/.3.png", ".h/4.png", "5.png.txt", "6.png/7.png", "z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * len(name))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "8.png").touch()
+    expected = {"a/1.png": 7, "a/b/2.PNG": 9, "6.png/7.png": 11, "z.png": 5, "gone.png": -1, "first/8.png": 0}
+    assert scan(tmp_path, [".png"]) == sorted(File(name, size) for name, size in expected.items())

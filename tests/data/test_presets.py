@@ -2,8 +2,10 @@ import pytest
 from PIL import Image
 
 from tests.composing import compose
+from vqf.data.folder import WORDS
 from vqf.data.labels import numbered
-from vqf.data.listing import File, divide
+from vqf.data.listing import divide
+from vqf.data.packed import File
 from vqf.errors import UserError
 from vqf.registry import build
 
@@ -65,3 +67,33 @@ def test_imagenet_classes_are_its_folders(tmp_path):
     assert data.classes == ["n01", "n02"]
     assert data.split("train").labels.tolist() == [0, 1]
     assert data.split("validation").labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", [*(each for each in PRESETS if each != "lsun"), *PAIRS])
+def test_a_set_that_is_not_whole_is_said_to_be_none(name, tmp_path, caplog):
+    node = compose(f"data={name}", f"data.root={tmp_path}").data
+    for folder in {node.get("images", "."), node.get("conditions", ".")}:
+        for part in ("train", "val"):
+            path = tmp_path / folder / part / "n01" / "a.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16)).save(path)
+    data = build("data", node, image_size=16, seed=0)
+    found = {"train": len(data.division.train), "validation": len(data.division.validation), "classes": 0}
+    (line,) = [each.getMessage() for each in caplog.records if "expected" in each.getMessage()]
+    for key, count in node.expected.items():
+        assert f"{found[key]} {WORDS[key]} where {count:,} are expected" in line
+    caplog.clear()
+    build("data", {**node, "expected": found}, image_size=16, seed=0)
+    assert not caplog.records
+    with pytest.raises(ValueError, match=r"expected\.test: only train, validation, classes can be expected"):
+        build("data", {**node, "expected": {"test": 3}}, image_size=16, seed=0)
+
+
+def test_the_numbers_are_those_of_the_sets():
+    """As taming-transformers and the sets' own pages have them."""
+    totals = {"ffhq": 70_000, "celebahq": 30_000, "imagenet": 1_331_167, "ade20k": 22_210, "coco_stuff": 123_287}
+    for name, total in totals.items():
+        expected = compose(f"data={name}").data.expected
+        assert expected.train + expected.validation == total
+        if (last := compose(f"data={name}").data.get("validation_last")) is not None:
+            assert expected.validation == last

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vqf import ranks
 from vqf.data.imaging import UnreadableError
 from vqf.data.labels import read_label
-from vqf.data.listing import Names
+from vqf.data.packed import Names
 from vqf.data.tarindex import Index, Member, Tars, index_of, picture_among
 from vqf.errors import UserError
 from vqf.terminal import progress
@@ -96,8 +97,11 @@ def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator
             yield group[ending], group.get(label)
 
 
-def indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> Iterator[Index]:
-    """Yield the index of every shard, several being made at a time; one without members where a listed one is missing.
+def indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> list[Index]:
+    """Return the index of every shard; one without members where a listed one is missing.
+
+    Several are made at a time. Every process of a run begins at another shard, and finds those of the others made when
+    it comes to them: so the first time costs each of them its share only.
 
     Raises:
         UserError: See `index_of`.
@@ -106,7 +110,11 @@ def indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] 
     def made(path: Path) -> Index:
         return index_of(path, folder, missing_ok=path.name in listed)
 
+    first = len(paths) * ranks.rank() // ranks.world()
+    found: list[Index] = []
     with ThreadPoolExecutor(READERS) as pool, progress("index shards", len(paths)) as bar:
-        for index in pool.map(made, paths):
-            yield index
+        for index in pool.map(made, [*paths[first:], *paths[:first]]):
+            found.append(index)
             bar.advance()
+    rest = len(paths) - first
+    return [*found[rest:], *found[:rest]]

@@ -1,19 +1,25 @@
 """A folder of pictures: any number of subfolders, any size, any mode."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.labels import numbered
-from vqf.data.listing import File, Names, divide, divide_by_lists, scan
+from vqf.data.listing import divide, divide_by_lists, scan
 from vqf.data.maps import Reading
+from vqf.data.packed import File, Names, without_collector
 from vqf.data.split import PictureSplit
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
+
+log = logging.getLogger("vqf")
+
+WORDS = {"train": "training pictures", "validation": "validation pictures", "classes": "classes"}
 
 
 @register("data", "folder")
@@ -49,6 +55,7 @@ class Folder:
         max_pixels: The largest picture that is decoded, width times height.
         max_bad: The share of unreadable pictures, one at least unless 0, above which the run stops.
         hint: What to say of the data, and where it is had, when the folder is missing.
+        expected: What there should be, `train` and `validation` pictures and `classes`; a warning says what differs.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Folder:
         max_pixels: int = MAX_PIXELS,
         max_bad: float = 0.01,
         hint: str | None = None,
+        expected: Mapping[str, int] | None = None,
     ) -> None:
         if not 0 <= validation_share <= 1:
             raise ValueError(f"validation_share={validation_share} is not in [0, 1]")
@@ -84,17 +92,35 @@ class Folder:
         self.views = Views(crop, crop_area, crop_ratio, flip, jitter, resize)
         self.animated, self.max_pixels, self.max_bad = animated, max_pixels, max_bad
         _check_folder(self.root, hint)
-        if train is None and validation is None:
-            files = [file for file in _found(self.root, extensions, hint) if self.shows(file.name)]
-            self.division = divide(files, validation_share, validation_last)
-        else:
-            self.division = divide_by_lists(self.root, train, validation, extensions)
-        self.classes, self.numbers = numbered(self.division.labels if labels else ())
+        with without_collector():
+            if train is None and validation is None:
+                files = [file for file in _found(self.root, extensions, hint) if self.shows(file.name)]
+                division = divide(files, validation_share, validation_last)
+            else:
+                division = divide_by_lists(self.root, train, validation, extensions)
+            self.classes, self.numbers = numbered(division.labels if labels else ())
+            self.division = division.packed()
+        self._compare(expected or {}, hint)
 
     @staticmethod
     def picture_reader() -> Reading:
         """Return what reads a picture whole, in any folder: upright, its transparency on white."""
         return Reading("rgb")
+
+    def _compare(self, expected: Mapping[str, int], hint: str | None) -> None:
+        """Warn of numbers that are not those of the whole set."""
+        found = {"train": len(self.division.train), "validation": len(self.division.validation)}
+        found["classes"] = len(self.classes)
+        if wrong := sorted(set(expected) - set(found)):
+            raise ValueError(f"expected.{wrong[0]}: only {', '.join(found)} can be expected")
+        differ = [
+            f"{found[key]:,} {WORDS[key]} where {count:,} are expected"
+            for key, count in expected.items()
+            if found[key] != count
+        ]
+        if differ:
+            name = f"{hint.partition(':')[0]} in " if hint else ""
+            log.warning(f"data.root: {name}'{self.root}': {'; '.join(differ)}")
 
     def shows(self, name: str) -> bool:
         """Say whether a file that was found is one of the pictures, by its path below the root."""
@@ -112,9 +138,8 @@ class Folder:
                 "see data.validation_share, data.validation_last and the lists data.train and data.validation"
             )
         files = parts[name]
-        labels = self._labels(files)
         content = (tuple(file) for file in files)
-        return PictureSplit(self, name, Names(file.name for file in files), labels, content)
+        return PictureSplit(self, name, Names(file.name for file in files), self._labels(files), content)
 
     def _labels(self, files: Sequence[File]) -> torch.Tensor | None:
         if not self.classes:

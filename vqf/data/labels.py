@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from vqf.data.tarindex import Member, Tars
@@ -44,6 +45,7 @@ def parse_label(text: str, key: str | None, name: str) -> int | str:
     return label
 
 
+@lru_cache(maxsize=2**16)
 def understood(label: str) -> int | str:
     """Read a label: a number, if it is one, or a word."""
     return int(label) if re.fullmatch("[0-9]{1,9}", label) else label

@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, overload
-
-import numpy as np
 
 from vqf.data.labels import understood
+from vqf.data.packed import File, Files, without_collector
 from vqf.errors import UserError
 from vqf.randomness import share
 
@@ -22,21 +20,17 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")  # the fi
 Row = tuple[int, str, int | str | None]  # of a list: number of the line, path, label
 
 
-class File(NamedTuple):
-    """A picture: its path below the root, with slashes, its length in bytes, and the label that a table gives it."""
-
-    name: str
-    size: int  # -1 where there is no such file
-    label: int | str | None = None
-
-
 @dataclass(frozen=True)
 class Division:
     """The two parts of a folder, and how deep below the root the folders that name classes lie."""
 
-    train: list[File]
-    validation: list[File]
+    train: Sequence[File]
+    validation: Sequence[File]
     depth: int | None = 0  # None where labels are what a table says
+
+    def packed(self) -> "Division":
+        """Return the same in arrays."""
+        return replace(self, train=Files(self.train), validation=Files(self.validation))
 
     def label(self, file: File) -> int | str | None:
         """Return what a table says of a picture, or the folder that names its class; None if there is neither."""
@@ -62,44 +56,55 @@ class Division:
         return found if len(found) > 1 else set()
 
 
-class Names(Sequence[str]):
-    """Many strings in two arrays: worker processes share them, where a list would be copied into each of them."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.ends = np.cumsum([len(each) for each in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = self.ends[index - 1] if index else 0
-        return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
-
-
 def scan(root: Path, extensions: Sequence[str]) -> list[File]:
     """List the pictures below a folder, sorted by path; links are followed, hidden files and folders left out.
 
     Raises:
         UserError: If a folder cannot be listed.
     """
-    wanted, seen, found = tuple(each.lower() for each in extensions), set(), []
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_not_listed):
+    wanted = tuple(each.lower() for each in extensions)
+    with without_collector():
+        return sorted(_below(root, wanted))
+
+
+def _below(root: Path, wanted: tuple[str, ...]) -> Iterator[File]:
+    seen: set[str] = set()
+    folders = [("", os.fspath(root))]
+    while folders:
+        below, folder = folders.pop()
         real = os.path.realpath(folder)
-        subfolders[:] = sorted(each for each in subfolders if not each.startswith(".")) if real not in seen else []
-        names = [each for each in names if each.lower().endswith(wanted) and not each.startswith(".")]
-        if real not in seen:  # links may lead in circles
-            seen.add(real)
-            found += [_file(root, os.path.join(folder, each)) for each in names]
-    return sorted(found)
+        if real in seen:  # links may lead in circles
+            continue
+        seen.add(real)
+        entries = _entries(folder)
+        inside = sorted(entry.name for entry in entries if _is_folder(entry))
+        folders += [(f"{below}{name}/", os.path.join(folder, name)) for name in reversed(inside)]
+        for entry in entries:
+            if entry.name.lower().endswith(wanted) and not _is_folder(entry):
+                yield File(f"{below}{entry.name}", _size(entry))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        what = f"'{error.filename}' ({(error.strerror or '').lower()})"
+        raise UserError(f"data.root: cannot list the folder {what}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 def read_list(path: str, root: Path, option: str, extensions: Sequence[str]) -> list[File]:
@@ -143,7 +148,7 @@ def divide_by_lists(root: Path, train: str | None, validation: str | None, exten
     first, second = (part or [] for part in parts)
     if both := {file.name for file in first} & {file.name for file in second}:
         log.warning(f"data.validation: {len(both)} of its pictures are trained on too, such as '{min(both)}'")
-    return Division(first, second, _depth(first + second))
+    return Division(first, second, _depth([*first, *second]))
 
 
 def divide(files: list[File], portion: float, last: int | None) -> Division:
@@ -245,7 +250,3 @@ def _file(root: Path, path: str) -> File:
     except (OSError, ValueError):  # a list may name anything
         size = -1
     return File(name.replace(os.sep, "/"), size)
-
-
-def _not_listed(error: OSError) -> None:
-    raise UserError(f"data.root: cannot list the folder '{error.filename}' ({(error.strerror or '').lower()})")

@@ -1,7 +1,7 @@
 """Pictures with a map each: two folders, or one, in which names say which map belongs to which picture."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from PIL import Image
 
 from vqf.data.folder import Folder
 from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated, Shown, UnreadableError
-from vqf.data.listing import File, Names, scan
+from vqf.data.listing import scan
 from vqf.data.maps import Kind, Reading
+from vqf.data.packed import File, Names
 from vqf.data.scaling import Box, resampled
 from vqf.data.split import Facts, PictureSplit, tolerated
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, View
@@ -55,6 +56,7 @@ class Pairs(Folder):
         max_pixels: The largest picture or map that is decoded, width times height.
         max_bad: The share of unreadable pairs, one at least unless 0, above which the run stops.
         hint: What to say of the data, and where it is had, when a folder is missing.
+        expected: As in `data=folder`.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Pairs(Folder):
         max_pixels: int = MAX_PIXELS,
         max_bad: float = 0.01,
         hint: str | None = None,
+        expected: Mapping[str, int] | None = None,
     ) -> None:
         base = Path(root).expanduser()
         self.reading = self.condition_reader(maps, labels, unlabelled)
@@ -111,6 +114,7 @@ class Pairs(Folder):
             max_pixels=max_pixels,
             max_bad=max_bad,
             hint=hint,
+            expected=expected,
         )
         self.partners = _partners(self.maps, suffix, hint)
 

@@ -19,6 +19,7 @@ from vqf.data.contents import GONE, LOST, NO_LABEL, Found, Part, indices, sample
 from vqf.data.imaging import MAX_PIXELS, Animated, UnreadableError
 from vqf.data.labels import numbered
 from vqf.data.manifest import NAME, class_names, listed_shards, read_manifest
+from vqf.data.packed import without_collector
 from vqf.data.patterns import find_shards, is_streamed
 from vqf.data.remote import Remote
 from vqf.data.split import PictureSplit, tolerated
@@ -67,8 +68,8 @@ class Shards:
         resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
         animated: Whether an animation counts as unreadable, or its first frame as a picture.
         max_pixels: The largest picture that is decoded, width times height.
-        max_bad: The share of unreadable pictures, of those missing by the manifest, and of shards cut short, one at least unless 0, above which the
-            run stops.
+        max_bad: The share of unreadable and of missing pictures, and of shards cut short, one at least unless 0, above
+            which the run stops.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Shards:
         self.listed = listed_shards(self.manifest)
         if self.manifest.get("finished") is False:
             log.warning(f"data.root: {NAME} in '{self.root}' says that pipeline=shard has not finished writing it")
-        self.parts = {part: self._part(part, pattern, labels) for part, pattern in self.patterns.items()}
+        with without_collector():
+            self.parts = {part: self._part(part, pattern, labels) for part, pattern in self.patterns.items()}
         if not any(part.names for part in self.parts.values()):
             named = " and ".join(f"data.{part}={pattern}" for part, pattern in self.patterns.items())
             raise UserError(f"data.root: no pictures in shards of '{self.root}'; {named}")

@@ -13,16 +13,16 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vqf.data.imaging import EXTENSIONS, UnreadableError
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".idx"
 BLOCK = 512
 PIECE = 2**20
@@ -261,21 +261,30 @@ def _load(place: Path) -> Index | None:
         content = json.loads(place.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
             return None
-        members = [Member(*each) for each in content.pop("members")]
-        index = Index(**content, members=members)
-        numbers = [index.size, index.mtime_ns, *(n for each in members for n in (each.offset, each.size, each.crc))]
-        texts = all(isinstance(each.key, str) and isinstance(each.ending, str) for each in members)
-        return index if texts and all(type(n) is int and n >= 0 for n in numbers) else None
+        index, columns = Index(**content), [content["members"][field] for field in Member._fields]
+        numbers = [*columns[2:5], [index.size, index.mtime_ns]]
+        sound = all(map(_holds, columns, (str, str, int, int, int, str | None))) and _holds(numbers[3], int)
+        if not sound or any(min(each, default=0) < 0 for each in numbers):
+            return None
+        return replace(index, members=list(map(Member._make, zip(*columns, strict=True))))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.warning(f"data.root: the index '{place}' cannot be used ({error}); it is made again")
         return None
 
 
+def _holds(column: Any, kind: Any) -> bool:
+    return isinstance(column, list) and all(
+        each is not bool and issubclass(each, kind) for each in {*map(type, column)}
+    )
+
+
 def _save(index: Index, place: Path) -> None:
     temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    content = {"version": VERSION, **vars(index)}
+    members = zip(*index.members, strict=True) if index.members else ([] for _ in Member._fields)
+    columns = dict(zip(Member._fields, members, strict=True))  # which are read several times as fast as rows
+    content = {"version": VERSION, **vars(index), "members": columns}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:

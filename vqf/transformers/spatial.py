@@ -55,7 +55,7 @@ class _Codes(nn.Module):
             down, right = i * self.stride, j * self.stride
             # As large as before, so that an encoder works as on the whole; no window reads the codes of what is added.
             shifted = F.pad(pictures[..., down:, right:], (0, right, 0, down), mode="replicate")
-            every.append(self.encode(replace(batch, **{self.field: shifted})))
+            every.append(self.encode(replace(batch, **{self.field: shifted})))  # type: ignore[arg-type]
         codes = rearrange(every, "(p q) b h w -> b p q h w", p=steps)
         return replace(batch, codes={**batch.codes, self.name: codes})
 

@@ -265,6 +265,20 @@ def test_the_papers_model_needs_no_weights_and_no_data(monkeypatch: pytest.Monke
     assert estimate("stage2", config, torch.device("cuda")).tokens == 256
 
 
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [("auto", ["planned for cpu, which device=auto finds here"]), ("cuda", [plans.BESIDE]), ("cpu", [])],
+)
+def test_the_plan_says_what_it_is_of(
+    word: str, words: list[str], tmp_path: Path, told: "Told", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    Plan(tiny("model/loss=[l1]", "model.prior=null", f"device={word}"), tmp_path, classes=10).run()
+    device = "cuda" if word == "cuda" else "cpu"
+    assert told[0].startswith(f"stage1 on {device}: ")
+    assert [line[: len(each)] for line, each in zip(told[1:-1], words, strict=True)] == words
+
+
 class Told(list[str]):
     """The lines of the log."""
 
@@ -287,7 +301,7 @@ def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: py
     assert written["stage1"]["peak"] == {"single": found.peak("single")}
     assert written["stage1"]["seconds"] == found.flops / 1e9
     assert written["stage2"]["pictures"] == 16 and written["sample"]["bytes"]["cache"] > 0
-    assert told[0].startswith(f"stage1: {found.trained:,} trained parameters, 16 tokens a picture, ")
+    assert told[0].startswith(f"stage1 on cpu: {found.trained:,} trained parameters, 16 tokens a picture, ")
     assert told[0].endswith(f" s a step, {plans.duration(written['stage1']['seconds'] * 10)} for 10 steps")
     assert "memory of a process" in capsys.readouterr().out
 

@@ -21,6 +21,10 @@ from vqf.terminal import log, table
 GIB = 2**30
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 DAY, HOUR, MINUTE = 86400, 3600, 60
+BESIDE = (
+    "beside this a GPU holds CUDA's own context, some hundred MiB, the workspaces of cuDNN and cuBLAS, and what the "
+    "allocator keeps in pieces that fit nothing: leave a tenth of it free"
+)
 ROWS = ("weights", "gradients", "optimizer", "average", "discriminator", "frozen networks", "activations", "borrowed")
 
 
@@ -69,6 +73,7 @@ class Plan:
         if "stage2" in plan and (drawing := estimate_drawing(self.config, self.device, self.classes)):
             plan["sample"] = {"pictures": self.config.stage2.batch_size, "bytes": drawing}
             self._tell_drawing(drawing)
+        self._tell_device()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "plan.json").write_text(json.dumps(plan, indent=1))
         log.info("written: %s", self.run_dir / "plan.json")
@@ -81,7 +86,7 @@ class Plan:
         steps, pictures = config.steps, config.batch_size
         table(f"{name}: parameters", ("part", "number"), [(k, f"{v:,}") for k, v in found.parameters.items()])
         _tell_memory(f"{name}: memory of a process, {pictures} pictures a step", found, self.world, measured)
-        log.info("%s", summary(found, seconds, steps))
+        log.info("%s", summary(found, self.device, seconds, steps))
         facts = {"parameters": found.parameters, "bytes": found.peaks, "peak": _peaks(found), "flops": found.flops}
         facts |= {"tokens": found.tokens, "pictures": pictures, "steps": steps, "seconds": seconds}
         if measured:
@@ -122,18 +127,27 @@ class Plan:
             return "single"
         return "fsdp2" if config.engine == "fsdp2" else "ddp"
 
+    def _tell_device(self) -> None:
+        """Say what the numbers are not of."""
+        if self.device.type == "cuda":
+            log.info("%s", BESIDE)
+        elif str(self.config.device) == "auto":
+            log.info(
+                "planned for %s, which device=auto finds here; device=cuda plans for a GPU all the same", self.device
+            )
+
     def _tell_drawing(self, drawing: Bytes) -> None:
         rows = [(kind, size(count)) for kind, count in drawing.items() if count]
         title = f"sample: memory, {self.config.stage2.batch_size} pictures at once"
         table(title, ("", "bytes"), [*rows, ("peak", size(sum(drawing.values())))])
 
 
-def summary(found: Estimate, seconds: float | None, steps: int) -> str:
+def summary(found: Estimate, device: torch.device, seconds: float | None, steps: int) -> str:
     """Say it in a line."""
     peaks = ", ".join(
         f"{size(found.peak(view))} {'' if view == 'single' else f'under {view} '}at the peak" for view in found.peaks
     )
-    line = f"{found.stage}: {found.trained:,} trained parameters, {found.tokens} tokens a picture, {peaks}"
+    line = f"{found.stage} on {device}: {found.trained:,} trained parameters, {found.tokens} tokens a picture, {peaks}"
     line += f", {found.flops / 1e12:.3g} TFLOP a step and process"
     if seconds is not None:
         line += f", {seconds:.3g} s a step, {duration(seconds * steps)} for {steps:,} steps"

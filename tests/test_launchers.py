@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ TOY = ROOT / "tests" / "toy.py"
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+    "ray": ["hydra/launcher=ray", "+hydra.launcher.ray.init.include_dashboard=false"],
 }
 SMALL = [
     *("model=small", "image_size=16", "batch_size=2", "evaluate.count=2", "device=cpu", "logger=[]", "metric=[psnr]"),
@@ -27,9 +29,22 @@ SMALL = [
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> str:
+    """A launcher; ray's is an extra of its own."""
+    if request.param == "ray" and not find_spec("hydra_plugins.hydra_ray_launcher"):
+        pytest.skip('pip install -e ".[ray]"')
+    return request.param
+
+
 def started(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command with vqf on the path."""
-    home = {"HOME": str(folder), "PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{EXAMPLES}", "OMP_NUM_THREADS": "1"}
+    home = {
+        "HOME": str(folder),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": f"{ROOT}:{EXAMPLES}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(command, cwd=folder, env=home | variables, capture_output=True, text=True, timeout=500)
 
 
@@ -41,7 +56,6 @@ def steps_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_with_plugins_trains_and_goes_on(launcher: str, tmp_path: Path) -> None:
     plugins = f"plugins=[{EXAMPLES}/lattice.py,my_components.losses]"
     sweep = ["-m", *LAUNCHERS[launcher], plugins, "model/quantizer=lattice", "model.quantizer.levels=3,5", *SMALL]
@@ -61,7 +75,6 @@ def test_a_sweep_with_plugins_trains_and_goes_on(launcher: str, tmp_path: Path) 
         assert "going on from" in (run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_job_that_fails_is_named_and_takes_no_other_with_it(launcher: str, tmp_path: Path) -> None:
     toy = [f"plugins=[{TOY}]", "pipeline=toy", "do=refuse", "count=1,2,3"]
     done = vqf("-m", *LAUNCHERS[launcher], *toy, "run_dir=sweep", folder=tmp_path)
@@ -78,6 +91,11 @@ def test_the_launcher_for_slurm_is_what_it_says() -> None:
     launcher = Composer(get_args_parser().parse_args(arguments[:2])).compose(arguments[2:3]).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.partition, launcher.gpus_per_node, launcher.max_num_timeout) == ("gpu", 1, 20)
+
+
+def test_the_page_shows_the_script_for_slurm_as_it_is() -> None:
+    script = (EXAMPLES / "slurm" / "train.sbatch").read_text()
+    assert f"```bash\n{script}```\n" in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_the_script_for_slurm_trains_and_goes_on(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from vqf.pipelines.differences import differing
 from vqf.pipelines.evaluate import Evaluate
 from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.full import Full
-from vqf.pipelines.ranking import LOWER
-from vqf.pipelines.runs import find_runs, read_run
+from vqf.pipelines.numbers import Number
+from vqf.pipelines.ranking import LOWER, rank
+from vqf.pipelines.runs import Run, find_runs, read_run
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.protocols import Reconstruction
@@ -416,6 +417,20 @@ def test_nats_of_two_tokenizers_are_not_compared(full: Path, tmp_path: Path) -> 
     generator = vqf.load(full / "seed0")
     count = sum(each.numel() for part in ("tokenizer", "prior") for each in getattr(generator, part).parameters())
     assert int(rows["seed0"]["parameters"]) == count
+
+
+def test_the_tokenizer_of_nats_does_not_make_a_protocol_of_its_own() -> None:
+    lines = {"name": "generation", "count": "50"}
+    runs = []
+    for i in range(2):
+        run = Run(Path(str(i)), Path(str(i)), name=str(i))
+        nats = Number(5.0 + i, lines | {"tokenizer": "abc"}, 4, evaluated=True, hash="0123456789abcdef")
+        run.numbers = {"nats_per_token": [nats], "usage": [Number(0.5, lines, 4, evaluated=True)]}
+        runs.append(run)
+    ranking = rank(runs, [None, None], None)
+    assert ranking.protocols == {"generation": lines}
+    assert {each.name for each in ranking.columns} == {"generation/nats_per_token", "generation/usage"}
+    assert ranking.differences() == [] and ranking.order == [0, 1]
 
 
 def test_a_part_of_a_full_run_is_a_run(full: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ def own_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
 
 
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    yield
+    make_engine(compose("device=cpu"))
+
+
 @pytest.mark.usefixtures("own_choices")
 def test_deterministic_reaches_torch() -> None:
     torch.backends.cudnn.benchmark = True
@@ -32,6 +39,34 @@ def test_deterministic_reaches_torch() -> None:
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
     make_engine(compose("device=cpu"))  # the next job of a sweep
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("own_precision")
+@pytest.mark.parametrize(
+    ("word", "words", "old"), [("fp32", "ieee", False), ("tf32", "tf32", True), ("bf16", "tf32", True)]
+)
+def test_float32_is_ieee_s_unless_it_need_not_be(word: str, words: str, old: bool) -> None:
+    """Torch's own default rounds convolutions on a GPU to TF32. `torch.compile` asks for the matmul's precision."""
+    engine = make_engine(compose("device=cpu", f"precision={word}"))
+    assert engine.dtype == (torch.bfloat16 if word == "bf16" else torch.float32)
+    assert torch.get_float32_matmul_precision() == ("highest" if word == "fp32" else "high")
+    assert torch.backends.cuda.matmul.allow_tf32 == old
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (words, words)
+    else:
+        assert cudnn.allow_tf32 == old
+    assert torch.compile(nn.Linear(2, 2), backend="aot_eager")(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_torch_before_2_9_is_told_by_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda word: None)
+    old = SimpleNamespace(allow_tf32=True, benchmark=False)
+    monkeypatch.setattr(torch.backends, "cudnn", old)
+    for word, allowed in (("fp32", False), ("tf32", True)):
+        make_engine(compose("device=cpu", f"precision={word}"))
+        assert old.allow_tf32 == allowed
 
 
 def test_the_average_is_that_of_the_formula() -> None:

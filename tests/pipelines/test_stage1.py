@@ -243,7 +243,7 @@ def test_engine_words() -> None:
     for key, value, words in [
         ("engine", "ddpp", "engine=ddpp: unknown engine 'ddpp'. Did you mean 'ddp'? Known: auto, single, ddp, fsdp2."),
         ("engine", "ddp", "engine=ddp: start it with torchrun --nproc-per-node 2 -m vqf.run ..., or use engine=auto"),
-        ("precision", "fp8", "precision=fp8: unknown precision 'fp8'. Known: fp32, bf16."),
+        ("precision", "fp8", "precision=fp8: unknown precision 'fp8'. Known: fp32, tf32, bf16."),
     ]:
         changed = OmegaConf.merge(config, {key: value})
         with pytest.raises(UserError) as caught:

@@ -22,7 +22,7 @@ from vqf.errors import UserError, unknown
 from vqf.pipelines import sharding
 from vqf.randomness import mix
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 ENGINES = ("auto", "single", "ddp", "fsdp2")
 
 # What DistributedDataParallel calls the sending of buffers before every forward, before torch 2.15 and after.
@@ -149,6 +149,7 @@ def make_engine(config: DictConfig) -> Engine:
     if config.precision not in PRECISIONS:
         raise UserError(f"precision={config.precision}: {unknown('precision', config.precision, PRECISIONS)}")
     name = str(config.device)
+    _round(exactly=config.precision == "fp32")
     _decide(config.deterministic)
     return Engine(_device(name) if ranks.world() == 1 else _own_device(name), PRECISIONS[config.precision], kind)
 
@@ -162,6 +163,21 @@ def _decide(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+
+
+def _round(exactly: bool) -> None:
+    """Choose what a GPU does with float32: IEEE's arithmetic, or factors of 10 bits (TF32), torch's default in places.
+
+    Matrices are told by the one call that all versions of torch share, and torch.compile asks for.
+    """
+    torch.set_float32_matmul_precision("highest" if exactly else "high")
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since torch 2.9
+        kinds: list[Any] = [cudnn.conv, cudnn.rnn]  # the second only so that torch finds both alike
+        for kind in kinds:
+            kind.fp32_precision = "ieee" if exactly else "tf32"
+    else:
+        cudnn.allow_tf32 = not exactly
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _cures(kind: str, config: DictConfig) -> Iterator[str]:
     parts = range(config.accumulate + 1, config.batch_size + 1)
     if more := next((each for each in parts if config.batch_size % (each * ranks.world()) == 0), 0):
         yield f"accumulate={more}"
-    if config.precision == "fp32":
+    if config.precision != "bf16":
         yield "precision=bf16"
     for part in PARTS[kind]:
         if OmegaConf.select(config, f"model.{part}.gradient_checkpointing") is False:

@@ -27,7 +27,7 @@ def changes(name: str, config: DictConfig, world: int) -> Iterator[list[Change]]
         for key in (f"model.{part}.gradient_checkpointing" for part in PARTS[name])
         if OmegaConf.select(config, key) is False
     }
-    narrow = {"precision": "bf16"} if config.precision == "fp32" else {}
+    narrow = {"precision": "bf16"} if config.precision != "bf16" else {}
     shared = {"engine": "fsdp2"} if world > 1 and config.engine != "fsdp2" else {}
     both = {**narrow, **again} if narrow and again else {}
     firsts: list[Change] = [each for each in (narrow, again, shared, both) if each]

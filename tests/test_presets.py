@@ -43,7 +43,7 @@ TOKENIZERS = {
     "llamagen_vq16": (71_883_403, 343),
     "llamagen_vq8": (70_109_835, 299),
 }
-DISCRIMINATORS = {
+DISCRIMINATORS = {  # of pictures of three channels
     "vqgan": 2_765_633,
     "vqgan_f16_16384": 663_361,
     "ldm_vq_f4": 2_765_633,
@@ -55,11 +55,12 @@ PRIORS = {
     ("vqgan_f16_1024", "gpt_ffhq"): 801_798_400,
     ("vqgan_f16_16384", "gpt_cin"): 1_410_640_896,
 }
-# Published transformers behind a longer condition: codes, tokens of condition, layers, width, parameters.
+# Published transformers behind a longer condition: codes, tokens of condition, layers, width, parameters, and tensors:
+# 16 a layer and 5, without the reference's causal masks.
 CONDITIONED = {
-    "D-RIN, FacesHQ, S-FLCKR": (1024, 256, 24, 1024, 304_932_864),
-    "COCO scenes": (8192, 92, 40, 1408, 975_876_352),
-    "Open Images scenes": (8192, 92, 36, 1536, 1_045_638_144),
+    "D-RIN, FacesHQ, S-FLCKR": (1024, 256, 24, 1024, 304_932_864, 389),
+    "COCO scenes": (8192, 92, 40, 1408, 975_876_352, 645),
+    "Open Images scenes": (8192, 92, 36, 1536, 1_045_638_144, 581),
 }
 
 
@@ -95,6 +96,17 @@ def test_published_sizes(name: str) -> None:
     assert (count(tokenizer), len(tensors)) == TOKENIZERS[name]
 
 
+@pytest.mark.parametrize(
+    ("maps", "channels", "parameters"),
+    [("depth", 1, 72_137_089), ("182 classes", 182, 72_554_294), ("183 classes", 183, 72_556_599)],
+)
+def test_published_tokenizers_of_maps(maps: str, channels: int, parameters: int) -> None:
+    """Of depth (`drin_transformer`), of COCO-Stuff's and ADE20K's segmentations: f16, 1,024 codes of 256."""
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(compose("model=vqgan").model, 256, channels)
+    assert (count(tokenizer), len(tokenizer.state_dict())) == (parameters, 343)
+
+
 @pytest.mark.parametrize(("quantizer", "parameters"), [("8192", 73_976_707), ("256", 67_652_783)])
 def test_other_codebooks_of_published_sizes(quantizer: str, parameters: int) -> None:
     model = "vqgan" if quantizer == "8192" else "ldm_vq_f8"
@@ -105,6 +117,11 @@ def test_other_codebooks_of_published_sizes(quantizer: str, parameters: int) -> 
 def test_published_discriminators(name: str) -> None:
     node = compose(f"model={name}").model.discriminator
     assert count(build("discriminator", node, in_channels=3)) == DISCRIMINATORS[name]
+
+
+def test_a_published_discriminator_of_depth() -> None:
+    node = compose("model=vqgan").model.discriminator
+    assert count(build("discriminator", node, in_channels=1)) == 2_763_585
 
 
 @pytest.mark.parametrize(("model", "prior"), PRIORS)
@@ -120,11 +137,12 @@ def test_published_priors(model: str, prior: str) -> None:
 @pytest.mark.parametrize("name", CONDITIONED)
 def test_published_priors_behind_a_condition(name: str) -> None:
     """The published ones have one position more, at which no token ever stands."""
-    codes, prefix, layers, dim, parameters = CONDITIONED[name]
+    codes, prefix, layers, dim, parameters, tensors = CONDITIONED[name]
     node = {"name": "gpt", "layers": layers, "dim": dim, "shared_vocabulary": True}
     sizes = {"vocab_size": codes, "length": 256, "grid": (16, 16), "prefix_vocab": codes, "prefix_length": prefix}
     with torch.device("meta"):
-        assert count(build("prior", node, **sizes)) == parameters - dim
+        prior = build("prior", node, **sizes)
+    assert (count(prior), len(prior.state_dict())) == (parameters - dim, tensors)
 
 
 @pytest.mark.parametrize("choice", PRESETS)

@@ -358,6 +358,8 @@ def test_stage2_says_where_maps_would_come_from(run: Path, tmp_path: Path, monke
     words = [*TINY, "data=emoji", "pipeline=stage2", f"run={run / 'stage1'}", "model/conditioner=spatial"]
     with pytest.raises(UserError, match=r"model\.conditioner\.spatial\.run: a map has a tokenizer of its own"):
         Stage2(compose(*words), tmp_path / "a").run()
+    with pytest.raises(UserError, match=r"^model\.conditioner\.spatial\.run=/nowhere: no such folder; give the run of"):
+        Stage2(compose(*words, "model.conditioner.spatial.run=/nowhere"), tmp_path / "c").run()
     with pytest.raises(UserError, match="the data has no maps beside its pictures"):
         Stage2(compose(*words, f"model.conditioner.spatial.run={run / 'maps'}"), tmp_path / "b").run()
 

@@ -1,6 +1,5 @@
 """Where pictures are told to lie: what a prior is told in sampling is of the kind that it was told in training."""
 
-
 import pytest
 import torch
 

@@ -20,7 +20,7 @@ from tests.parity.mapping import from_gpt
 from tests.parity.peers import need, taming
 from vqf.errors import UserError
 from vqf.generator import Generator
-from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines import keeping
 from vqf.pipelines.checkpoint import newest
 from vqf.pipelines.critic import Critic
 from vqf.pipelines.restore import Coders, build_generator
@@ -69,7 +69,7 @@ def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
         weights[name] = module.state_dict()
         optimizers[name] = optimizer.state_dict()
     state = {"kind": "stage1", "step": 9, "image_size": [SIZE, SIZE], "classes": []}
-    checkpoints.save(
+    keeping.save(
         folder,
         state=state,
         config=config,
@@ -238,7 +238,7 @@ def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0
         weights["ema"] = prior.state_dict()
     state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names, "coders": coders.facts}
     states = {"optimizers": {"model": optimizer.state_dict()}, "schedules": {}}
-    checkpoints.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
+    keeping.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
     return generator
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vqf.errors import UserError
-from vqf.pipelines import atomic
+from vqf.pipelines import atomic, keeping
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import BrokenCheckpointError, locate, newest, open_checkpoint
 
@@ -19,7 +19,7 @@ WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
 
 
 def save(run: Path, step: int, kind: str = "stage1", keep: int = 3) -> Path:
-    return checkpoints.save(
+    return keeping.save(
         run,
         state={"kind": kind, "step": step},
         config=OmegaConf.create({"steps": 10}),
@@ -93,7 +93,7 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     (left / "model.safetensors").write_bytes(b"half")
     found = newest(tmp_path)
     assert found and found.step == 1
-    checkpoints.set_aside(tmp_path, 1)
+    keeping.set_aside(tmp_path, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
     monkeypatch.undo()
     found = newest(tmp_path)
     assert found and found.step == 3
-    checkpoints.set_aside(tmp_path, 3)
+    keeping.set_aside(tmp_path, 3)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     found = newest(tmp_path)
     assert found and torch.equal(found.weights("model")["a"], WEIGHTS["a"])
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
 def test_those_after_a_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step)
-    checkpoints.set_aside(tmp_path, 4)
+    keeping.set_aside(tmp_path, 4)
     names = [f"{name}0000000{step}" for name, step in (("aside-step-", 6), ("step-", 2), ("step-", 4))]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
     assert "aside-step-00000006" in caplog.text

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from tests.composing import compose
 from tests.pipelines.test_loop import TINY, lines
 from vqf.errors import UserError
-from vqf.pipelines import atomic
+from vqf.pipelines import atomic, keeping
 from vqf.pipelines import checkpoint as checkpoints
 from vqf.pipelines.checkpoint import newest
 from vqf.pipelines.full import Full
@@ -60,14 +60,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.writes = threading.Event(), 0
-        original = checkpoints.save
+        original = keeping.save
 
         def save(*arguments: Any, **words: Any) -> Path:
             self.writes += 1
             assert self.open.wait(30)
             return original(*arguments, **words)
 
-        monkeypatch.setattr(checkpoints, "save", save)
+        monkeypatch.setattr(keeping, "save", save)
 
 
 def test_a_step_does_not_wait_for_the_disk(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,13 +104,13 @@ def test_a_slow_disk_passes_over_what_is_not_the_newest(
 def test_a_slow_disk_does_not_pass_over_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for it but looks, of which any may be the best."""
     words = ["evaluate.every=2", "checkpoint.every=1", "checkpoint.best=psnr", "checkpoint.keep=1"]
-    original = checkpoints.save
+    original = keeping.save
 
     def slow(*arguments: Any, **words: Any) -> Path:
         time.sleep(0.3)
         return original(*arguments, **words)
 
-    monkeypatch.setattr(checkpoints, "save", slow)
+    monkeypatch.setattr(keeping, "save", slow)
     Stage1(compose(*TINY, *words), tmp_path).run()
     seen = {line["step"]: line["validation/psnr"] for line in lines(tmp_path) if "validation/psnr" in line}
     assert list(seen) == [2, 4, 6]
@@ -149,7 +149,7 @@ def test_a_look_that_cannot_be_noted_leaves_the_checkpoint_as_it_was(
     def full(*_: object) -> None:
         raise FULL
 
-    monkeypatch.setattr(checkpoints, "link", full)
+    monkeypatch.setattr(keeping, "link", full)
     with pytest.raises(UserError, match=r"step 1 cannot be written .*; step-00000001 is kept"):
         saver.amend(snapshot(1, psnr=30.0).state)
     found = newest(tmp_path)

@@ -14,7 +14,7 @@ import vqf
 from tests.security.canary import PAYLOADS, Canary
 from tests.security.conftest import MakeRun, seal
 from vqf.errors import UserError
-from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines import keeping
 from vqf.pipelines.checkpoint import MANIFEST, BrokenCheckpointError, newest, open_checkpoint
 from vqf.tokenizer import Tokenizer
 
@@ -191,6 +191,6 @@ def test_pruning_does_not_follow_links(make_run: MakeRun, tmp_path: Path, config
     kept.parent.mkdir()
     kept.write_text("x")
     run = make_run().parents[1]
-    os.symlink(kept.parent, run / checkpoints.FOLDER / "step-00000000")
-    checkpoints.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
+    os.symlink(kept.parent, run / keeping.FOLDER / "step-00000000")
+    keeping.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
     assert kept.read_text() == "x"

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are either whole or not there.
+"""Checkpoints: folders that are either whole or not there, see also `keeping`.
 
 `step-00001234/` holds weights as safetensors, the optimizers as a plain dict that `torch.load(weights_only=True)`
 reads, `state.json`, `config.yaml`, and `manifest.json` with the size and hash of every other file. It is written
@@ -9,7 +9,6 @@ safetensors nor torch notices a flipped byte.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from torch import Tensor
 from yaml import YAMLError
 
 from vqf.errors import UserError
-from vqf.pipelines.atomic import beside, link, recover, write_states, write_weights
-from vqf.pipelines.retention import Best, prune
 from vqf.terminal import log
 from vqf.trust import check_resolved
 
@@ -36,7 +33,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PARTS = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")  # that no checkpoint is without
 KINDS = ("stage1", "stage2")
-ASIDE = "aside-"  # in front of the name of a checkpoint that the run does not count any more
 
 
 class BrokenCheckpointError(UserError):
@@ -125,88 +121,13 @@ class Checkpoint:
             raise BrokenCheckpointError(f"{self.path}: optimizers.pt is none of vqf's ({reason})") from error
 
 
-def save(
-    run_dir: Path,
-    *,
-    state: Mapping[str, Any],
-    config: DictConfig,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    optimizers: Mapping[str, Any],
-    keep: int,
-    best: Best | None = None,
-    every: int | None = None,
-) -> Path:
-    """Write the checkpoint of `state["step"]`, then delete others.
-
-    Args:
-        keep: How many of the newest stay; with 0, all.
-        best: What tells which stays beside them.
-        every: The newest at a multiple of this stays, too.
-
-    Raises:
-        OSError: If it cannot be written; earlier checkpoints are untouched then.
-    """
-    final = run_dir / FOLDER / _name(state["step"])
-    with beside(final) as folder_now:
-        for name, tensors in weights.items():
-            write_weights(tensors, folder_now / f"{name}.safetensors")
-        write_states(optimizers, folder_now / "optimizers.pt")
-        (folder_now / STATE).write_text(json.dumps(state, indent=1))
-        OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
-        _write_manifest(folder_now, state)
-    _prune(run_dir, keep, best, every)
-    return final
-
-
-def amend(
-    run_dir: Path, state: Mapping[str, Any], *, keep: int, best: Best | None = None, every: int | None = None
-) -> Path:
-    """Give the checkpoint of `state["step"]` another state; no other file of it is written again.
-
-    Raises:
-        OSError: If it cannot be written; the checkpoint is as it was then.
-    """
-    final = run_dir / FOLDER / _name(state["step"])
-    manifest = _read_json(final / MANIFEST)
-    with beside(final) as folder_now:
-        for name in manifest["files"].keys() - {STATE}:
-            link(final / name, folder_now / name)
-        (folder_now / STATE).write_text(json.dumps(state, indent=1))
-        manifest["files"][STATE] = _facts(folder_now / STATE)
-        (folder_now / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _prune(run_dir, keep, best, every)
-    return final
-
-
-def _prune(run_dir: Path, keep: int, best: Best | None, every: int | None) -> None:
-    folders = _folders(run_dir / FOLDER)
-    regular = [folder for folder in folders if every and _step(folder) % every == 0]
-    prune(folders, keep, best, also=regular[-1] if regular else None)
-
-
-def set_aside(run_dir: Path, step: int) -> None:
-    """Make the checkpoint of `step` the newest of a run that goes on from there, and clear what killed writers left.
-
-    Later ones are broken, or of a time that is not to be; as they stand they would be taken for the newest, and push
-    out those that count. They are renamed, not deleted.
-    """
-    folder = run_dir / FOLDER
-    recover(folder, "step-*")
-    for later in _folders(folder):
-        if _step(later) > step:
-            aside = folder / f"{ASIDE}{later.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
-            log.warning("set aside as %s: the run goes on from step %d", aside, step)
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder after verifying every file of it.
 
     Raises:
         BrokenCheckpointError: If a file is missing, short or changed.
     """
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise BrokenCheckpointError(f"{path}: format {manifest.get('format')} of a checkpoint; this vqf reads {FORMAT}")
     listed = _mapping(manifest.get("files"))
@@ -219,7 +140,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weights = [file.name for file in sorted(path.glob("*.safetensors"))]
     for name in (each for each in (*PARTS, *weights) if each not in listed):
         raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
-    state, config = _read_json(path / STATE), _read_config(path / "config.yaml")
+    state, config = read_json(path / STATE), _read_config(path / "config.yaml")
     check_resolved(state.get("coders"), path / STATE)  # which become config, too
     if state.get("kind") not in KINDS or type(state.get("step")) is not int:
         raise BrokenCheckpointError(f"{path}: state.json does not say of which stage and step it is")
@@ -228,7 +149,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def names(run_dir: Path) -> list[str]:
     """Name the checkpoints of a run in the order of their steps, whole or not."""
-    return [path.name for path in _folders(run_dir / FOLDER)]
+    return [path.name for path in step_folders(run_dir / FOLDER)]
 
 
 def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
@@ -238,8 +159,8 @@ def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
         run_dir: The run's folder.
         every: Only look at steps that are multiples of this.
     """
-    for path in reversed(_folders(run_dir / FOLDER)):
-        if _step(path) % every:
+    for path in reversed(step_folders(run_dir / FOLDER)):
+        if step_of(path) % every:
             continue
         try:
             return open_checkpoint(path)
@@ -251,7 +172,7 @@ def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
 def every_checkpoint(run_dir: Path) -> list[Checkpoint]:
     """Open the whole checkpoints of a run in the order of their steps; those passed over are named in the log."""
     found = []
-    for path in _folders(run_dir / FOLDER):
+    for path in step_folders(run_dir / FOLDER):
         try:
             found.append(open_checkpoint(path))
         except BrokenCheckpointError as error:
@@ -292,27 +213,23 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """Name the folder of a checkpoint."""
     return f"step-{step:08d}"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     """Read the step of a checkpoint off its name; 0 where somebody gave it another."""
     found = re.search(r"step-(\d+)", path.name)
     return int(found[1]) if found else 0
 
 
-def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
-    files = {file.name: _facts(file) for file in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "kind": state["kind"], "step": state["step"], "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _facts(file: Path) -> dict[str, Any]:
+def facts_of(file: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file."""
     return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
-def _folders(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     """List the checkpoints by step; where a writer was killed while it replaced one, the one that was there."""
     if not folder.is_dir():
         return []
@@ -321,7 +238,12 @@ def _folders(folder: Path) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping of a checkpoint.
+
+    Raises:
+        BrokenCheckpointError: If it is none.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from vqf.interop import optimizers
 from vqf.interop.reading import Read
 from vqf.interop.tokenizers import Part
-from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines import keeping
 from vqf.pipelines.critic import Critic, make_critic
 from vqf.pipelines.inherit import given
 from vqf.pipelines.restore import Coders, build_generator
@@ -41,7 +41,7 @@ def save_run(found: Read, config: DictConfig, run_dir: Path) -> None:
     facts = {"kind": found.kind, "step": found.step, "seed": config.seed, "image_size": list(found.image_size)}
     tokenizer = modules["tokenizer" if found.prior else "model"]
     facts |= {"channels": found.tokenizer.channels, "coders": coders.facts}
-    path = checkpoints.save(
+    path = keeping.save(
         run_dir,
         state={**facts, "classes": list(found.classes), "data": None, "tokenizer": tokenizer.fingerprint()},
         config=config,

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqf import ranks, terminal
 from vqf.errors import UserError
 from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines import keeping
 from vqf.pipelines.checkpoint import Checkpoint
 from vqf.pipelines.common import start_run
 from vqf.pipelines.engine import Engine, seed_everything
@@ -233,7 +234,7 @@ class Loop:
         """Clear what came later than this in another life of the run."""
         step = self.progress.step if self.found else -1
         if ranks.first():
-            checkpoints.set_aside(self.run_dir, step)
+            keeping.set_aside(self.run_dir, step)
         self.journal.rewind(step, looked=not self.progress.due)
         if self.found:
             log.info("going on from %s", self.found.path)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from vqf.errors import UserError
 from vqf.pipelines import checkpoint as checkpoints
+from vqf.pipelines import keeping
 from vqf.pipelines.retention import Best
 from vqf.pipelines.training import Snapshot
 from vqf.terminal import log
@@ -104,7 +105,7 @@ class Saver:
             self.lost = replace(self.lost, state=state)
             return
         try:
-            checkpoints.amend(self.run_dir, state, **self.retention)
+            keeping.amend(self.run_dir, state, **self.retention)
         except OSError as error:
             self._answer(state["step"], error)
 
@@ -133,7 +134,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> Path:
         self.before()
-        return checkpoints.save(
+        return keeping.save(
             self.run_dir,
             state=snapshot.state,
             config=snapshot.config,

@@ -9,6 +9,8 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -19,22 +21,33 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from vqf import terminal
-from vqf.data.imaging import read
+from vqf.data.imaging import MARGIN, read, to_unit
+from vqf.data.scaling import scaled
 
-PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
+EARTH = Path(__file__).parent.parent / "vqf" / "data" / "assets" / "earth" / "earth-2048.jpg"
+PHOTOS = ("astronaut", "hubble_deep_field", "immunohistochemistry", "retina")
+GRAIN = 4.0  # levels: what a sensor at ISO 400, or film, adds to a pixel
+QUALITY = 92
 
 
-def files(side: int) -> list[bytes]:
-    """Return photographs as square JPEG files, four crops of each."""
-    made = []
-    for name in PHOTOS:
-        photo = Image.fromarray(getattr(skimage.data, name)())
-        for turn in range(4):
-            short = min(photo.size)
-            left, top = ((photo.width - short) * turn // 3, (photo.height - short) * turn // 3)
-            crop = photo.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.LANCZOS)
+def photographs() -> list[np.ndarray]:
+    """Return photographs with detail down to the pixel, (H, W, 3)."""
+    found = [getattr(skimage.data, name)() for name in PHOTOS]
+    return [*found, np.asarray(Image.open(EARTH).convert("RGB"))]
+
+
+def files(side: int, kind: str = "JPEG", **options: Any) -> list[bytes]:
+    """Return files of squares cut out of photographs, never scaled, with grain; up to three of each."""
+    random, made = np.random.default_rng(0), []
+    for photo in photographs():
+        height, width = photo.shape[:2]
+        if min(height, width) < side:
+            continue
+        places = {((height - side) * turn // 2, (width - side) * turn // 2) for turn in range(3)}
+        for top, left in sorted(places):
+            crop = photo[top : top + side, left : left + side] + random.normal(0, GRAIN, (side, side, 3))
             file = io.BytesIO()
-            crop.save(file, "JPEG", quality=90)
+            Image.fromarray(crop.round().clip(0, 255).astype(np.uint8)).save(file, kind, **options)
             made.append(file.getvalue())
     return made
 
@@ -61,6 +74,17 @@ def torchvision(content: bytes, size: int) -> Tensor:
     return F.center_crop(image, [size]).float() / 127.5 - 1
 
 
+def whole(content: bytes, size: int) -> Tensor:
+    """A picture without fractions: decoded whole, then scaled."""
+    return to_unit(scaled(Image.open(io.BytesIO(content)).convert("RGB"), (size, size)))
+
+
+def reduced(content: bytes, size: int) -> Tensor:
+    """The same with Pillow's `reduce`, by the factor that leaves as much as `data=folder` does of a JPEG."""
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    return to_unit(scaled(image.reduce(min(image.size) // (MARGIN * size)), (size, size)))
+
+
 def measure(ways: dict[str, Callable[[bytes, int], Tensor]], pictures: list[bytes], size: int, rounds: int):
     """Return the seconds of every round of every way, which take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -74,23 +98,36 @@ def measure(ways: dict[str, Callable[[bytes, int], Tensor]], pictures: list[byte
     return seconds
 
 
+def compared(
+    ways: dict[str, Callable[[bytes, int], Tensor]], pictures: list[bytes], label: str, size: int, rounds: int
+):
+    """Return a row for each way: pictures per second, and how many times as fast as the first."""
+    rows, first = [], next(iter(ways))
+    seconds = measure(ways, pictures, size, rounds)
+    for name, times in seconds.items():
+        ratios = [base / own for base, own in zip(seconds[first], times, strict=True)]
+        rate = len(pictures) / statistics.median(times)
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append((f"{label}: {name}", f"{rate:.0f}", f"{statistics.median(ratios):.2f}", spread))
+    return rows
+
+
 def main() -> None:
-    """Measure and print one table."""
+    """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    ways = {"plain Pillow": pillow, "vqf": ours, "torchvision": torchvision}
-    rows = []
-    for side, size in ((512, 256), (1024, 256), (256, 256)):
-        pictures = files(side)
-        seconds = measure(ways, pictures, size, rounds)
-        for name, times in seconds.items():
-            ratios = [base / own for base, own in zip(seconds["plain Pillow"], times, strict=True)]
-            rate = len(pictures) / statistics.median(times)
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            rows.append((f"{side} to {size}: {name}", f"{rate:.0f}", f"{statistics.median(ratios):.2f}", spread))
-    terminal.table("pictures per second of one core", ("", "pictures/s", "to plain Pillow", "range"), rows)
+    ways, rows = {"plain Pillow": pillow, "vqf": ours, "torchvision": torchvision}, []
+    for side, size in ((512, 256), (1024, 256), (1024, 128), (256, 256)):
+        pictures = files(side, quality=QUALITY)
+        density = sum(map(len, pictures)) / len(pictures) / side**2
+        rows += compared(ways, pictures, f"{side} to {size} ({density:.2f} bytes a pixel)", size, rounds)
+    terminal.table("JPEG, pictures per second of one core", ("", "pictures/s", "to plain Pillow", "range"), rows)
+    ways, rows = {"decoded whole": whole, "with reduce": reduced}, []
+    for kind in ("PNG", "WEBP"):
+        rows += compared(ways, files(1024, kind), f"{kind}, 1024 to 128", 128, max(rounds // 3, 1))
+    terminal.table("what reduce would bring", ("", "pictures/s", "to decoded whole", "range"), rows)
 
 
 if __name__ == "__main__":

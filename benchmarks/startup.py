@@ -1,0 +1,80 @@
+"""How long a run with many pictures takes to know what there is: `python benchmarks/startup.py`.
+
+A folder of empty files in a hundred classes is scanned and divided; indices of shards with as many samples, each a
+picture, a label and a `.json`, are read. Neither opens a picture, so that none is needed.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vqf import terminal
+from vqf.data.folder import Folder
+from vqf.data.imaging import EXTENSIONS
+from vqf.data.listing import scan
+from vqf.data.shards import Shards
+from vqf.data.tarindex import Index, Member, _place, _save
+
+CLASSES = 100
+SHARD = 2500  # samples
+
+
+def make_folder(root: Path, count: int) -> None:
+    """Write empty files into the folders of classes."""
+    for each in range(CLASSES):
+        folder = root / "train" / f"n{each:08d}"
+        folder.mkdir(parents=True)
+        for i in range(count // CLASSES):
+            (folder / f"n{each:08d}_{i}.JPEG").touch()
+
+
+def make_indices(root: Path, count: int) -> None:
+    """Write the indices of shards that hold nothing."""
+    root.mkdir()
+    for first in range(0, count, SHARD):
+        tar = root / f"train-{first // SHARD:06d}.tar"
+        tar.write_bytes(bytes(1024))
+        state = tar.stat()
+        members = [member for i in range(first, first + SHARD) for member in _sample(i)]
+        _save(Index(state.st_size, state.st_mtime_ns, True, members), _place(tar, None))
+
+
+def _sample(number: int) -> list[Member]:
+    key, offset = f"{number:08d}", number % SHARD * 120_000
+    label = Member(key, "cls", offset + 112_000, 3, 1_234_567, str(number % CLASSES))
+    return [Member(key, "jpg", offset, 110_000, 12_345_678), Member(key, "json", offset + 111_000, 60, 123_456), label]
+
+
+def least(action: Callable[[], object], rounds: int) -> float:
+    """Return the fewest seconds of the processor that an action takes."""
+    taken = []
+    for _ in range(rounds):
+        began = time.process_time()
+        action()
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder, shards = Path(place) / "folder", Path(place) / "shards"
+        make_folder(folder, given.count)
+        make_indices(shards, given.count)
+        jobs = {
+            "scan a folder": lambda: scan(folder, EXTENSIONS),
+            "data=folder": lambda: Folder(64, 0, root=str(folder)).split("train"),
+            "data=shards": lambda: Shards(64, 0, root=str(shards), validation=None).split("train"),
+        }
+        rows = [(name, f"{least(job, given.rounds):.2f}") for name, job in jobs.items()]
+    terminal.table(f"{given.count:,} pictures", ("", "seconds"), rows)
+
+
+if __name__ == "__main__":
+    main()

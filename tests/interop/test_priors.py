@@ -19,6 +19,7 @@ from vqf.generator import Generator
 from vqf.interop.priors import Asked
 from vqf.interop.reading import read
 from vqf.pipelines.checkpoint import newest
+from vqf.pipelines.resume import check_fit
 from vqf.protocols import Batch
 from vqf.tokenizer import Tokenizer
 
@@ -87,6 +88,15 @@ def test_class_conditional(dtype: torch.dtype, tmp_path: Path) -> None:
     assert difference(found, expected) <= TOLERANCE[dtype]
     assert generator.classes == ["0", "1", "2", "3", "4"]
     assert generator.sample(2, label=3).shape == (2, 3, NOMINAL, NOMINAL)
+
+
+def test_training_does_not_go_on_with_other_classes(tmp_path: Path) -> None:
+    imported(save(net2net(LABELLED, N), tmp_path / "last.ckpt"), f"classes={CLASSES}")
+    found = newest(tmp_path / "run")
+    assert found is not None
+    check_fit(found, found.config, {"classes": [str(i) for i in range(CLASSES)]})
+    with pytest.raises(UserError, match=r"^resume: .* was trained on 5 classes, and the data has 6$"):
+        check_fit(found, found.config, {"classes": [str(i) for i in range(6)]})
 
 
 @pytest.mark.parametrize("start", [0, 3])

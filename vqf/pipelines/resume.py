@@ -120,6 +120,7 @@ def check_fit(found: Checkpoint, config: DictConfig, facts: Mapping[str, Any]) -
         UserError: If they differ in what makes the run, unless allow_changes is true: one line with each difference.
     """
     if found.state.get("data") is None:
+        _check_classes(found, facts)
         return
     differ = [*_differences(found.config, config, (*SAME[found.kind], *SAME_EVERYWHERE)), *_other(found.state, facts)]
     if differ and not config.allow_changes:
@@ -129,6 +130,14 @@ def check_fit(found: Checkpoint, config: DictConfig, facts: Mapping[str, Any]) -
         )
     if differ := [*differ, *_differences(found.config, config, CLOSE)]:
         log.warning("not bit for bit the run that was saved: %s", ", ".join(differ))
+
+
+def _check_classes(found: Checkpoint, facts: Mapping[str, Any]) -> None:
+    """Refuse to train an imported prior on other classes than its own: they would take over each other's tokens."""
+    then: list[str] = found.state.get("classes") or []
+    now = facts.get("classes", then)
+    if found.kind == "stage2" and then and len(now) != len(then):
+        raise UserError(f"resume: {found.path} was trained on {len(then)} classes, and the data has {len(now)}")
 
 
 def _differences(then: DictConfig, now: DictConfig, places: tuple[str, ...]) -> Iterator[str]:

@@ -61,6 +61,7 @@ class Killer:
             moment = "end" if target == self.job.steps else self.random.choice(MOMENTS)
             while not self.kill(moment, target):
                 assert len(self.sessions) < 3 * self.job.kills, "it ends before it can be killed"
+                moment = "start"  # it was at its end: the next process saves nothing any more
         self.finish(self.run)
         for session in self.sessions:  # data loading processes that still look for their parent
             try:

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -377,4 +379,28 @@ def test_a_run_that_lost_a_process_goes_on_to_the_bit(what: signal.Signals, tmp_
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+    assert lines(cut) == lines(whole)
+
+
+def killed(folder: str, who: int, after: float, *overrides: str) -> None:
+    """A run of which a process is killed some seconds after it has begun, wherever it is then."""
+    if ranks.rank() == who:
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    trained(folder, *overrides)
+
+
+@SLOW
+def test_a_run_of_two_that_loses_one_again_and_again_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Either of them, at a random moment: at the start, in a step, while it saves, in a look."""
+    long = ["steps=40", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=3", "checkpoint.best=psnr"]
+    whole, cut, random = tmp_path / "whole", tmp_path / "cut", Random(5)
+    together(2, trained, str(whole), *long)
+    ended = []
+    for kill in range(4):
+        after = random.uniform(0.05, 1 + kill / 2)
+        ended += together(2, killed, str(cut), random.randrange(2), after, *long, "resume=true", mortal=True)
+    assert ended.count("") >= 3, "they were killed"
+    together(2, trained, str(cut), *long, "resume=true")
+    expected, found = saved(whole, 40), saved(cut, 40)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert lines(cut) == lines(whole)

@@ -17,8 +17,12 @@ WIRED = {
     "encoder": {"in_channels": 3, "image_size": 32},
     "decoder": {"dim": 8, "out_channels": 3, "image_size": 32},
     "prior": {
-        **{"vocab_size": 8, "length": 64, "grid": (8, 8), "prefix_vocab": 4},
-        **{"prefix_length": 1, "prefix_places": [None]},
+        "vocab_size": 8,
+        "length": 64,
+        "grid": (8, 8),
+        "prefix_vocab": 4,
+        "prefix_length": 1,
+        "prefix_places": [None],
     },
 }
 OPTIONS = {

@@ -18,7 +18,7 @@ from vqf.embeddings import INCEPTION
 from vqf.errors import UserError
 from vqf.pipelines.atomic import write_text
 from vqf.pipelines.cropping import rounded, to_pixels
-from vqf.pipelines.loader import sequential
+from vqf.pipelines.loader import TIMEOUT, sequential
 from vqf.protocols import Batch, FeatureNetwork, FeatureSet, Split
 from vqf.randomness import generator
 from vqf.terminal import log
@@ -39,6 +39,7 @@ class Pictures:
     batch_size: int
     workers: int
     device: torch.device
+    timeout: float = TIMEOUT
 
     def parts(self, what: str) -> Iterator[tuple[Batch, int]]:
         """Yield this process's part of every batch on the device, and how many pictures the whole batch has.
@@ -46,7 +47,10 @@ class Pictures:
         They are as the protocol shows them. A progress bar says `what` is done with them.
         """
         with terminal.progress(what, self.count) as bar:
-            for batch in sequential(self.split, self.batch_size, count=self.count, workers=self.workers):
+            batches = sequential(
+                self.split, self.batch_size, count=self.count, workers=self.workers, timeout=self.timeout
+            )
+            for batch in batches:
                 now = min(len(batch) * ranks.world(), bar.left)
                 yield shown(batch.to(self.device), self.rounding), now
                 bar.advance(now)

@@ -63,7 +63,8 @@ class Bench:
         if count < 2:
             raise UserError(f"data: {count} picture for {part}; an evaluation needs at least two")
         seen = digest({"pictures": split.fingerprint, "size": size, **how(protocol.crop, protocol.resize)})
-        return Pictures(split, seen, count, protocol.rounding, config.batch_size, config.workers, self.engine.device)
+        loading = (config.batch_size, config.workers, self.engine.device, config.worker_timeout)
+        return Pictures(split, seen, count, protocol.rounding, *loading)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Warn if the held-out pictures are not those of the training: the model may have learned them."""

@@ -105,7 +105,8 @@ def conditions(protocol: Any, generator: Generator, held_out: Pictures, count: i
     if protocol.labels == "pictures":
         most = len(held_out.split)  # of fewer samples than pictures, spread evenly
         keys = [(0, i * most // count if count < most else i % most) for i in range(count)]
-        batches = keyed(held_out.split, [[keys[i] for i in part] for part in numbers], workers=held_out.workers)
+        parts = [[keys[i] for i in part] for part in numbers]
+        batches = keyed(held_out.split, parts, workers=held_out.workers, timeout=held_out.timeout)
     else:
         labels = _labels(protocol, max(len(generator.classes), 1), count)
         batches = iter(Batch(labels=labels[part]) for part in numbers)

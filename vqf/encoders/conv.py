@@ -235,18 +235,25 @@ class ConvDecoder(nn.Module):
 
     def features(self, latents: Tensor) -> Tensor:
         """Decode latents (B, dim, h, w) up to the input of the last layer."""
-        return self.rest(self.whole(latents))
+        return self._rise(self._begin(latents), self.up)  # every level as a module: fsdp2 lends it weights then
 
     def whole(self, latents: Tensor) -> Tensor:
         """Run what is at the resolution of the codes, attention included, (B, C, h, w): it must see a whole picture."""
-        lowest: Level = self.up[-1]  # type: ignore[assignment]
-        return lowest.refined(run(self.mid, self.conv_in(latents), self.recompute))
+        return self._lowest.refined(self._begin(latents))
 
     def rest(self, cells: Tensor) -> Tensor:
         """Go on from what `whole` returned, or from a part of it, up to the input of the last layer."""
-        lowest: Level = self.up[-1]  # type: ignore[assignment]
-        h = lowest.resample(cells)
-        for level in reversed(self.up[:-1]):
+        return self._rise(self._lowest.resample(cells), self.up[:-1])
+
+    @property
+    def _lowest(self) -> Level:
+        return self.up[-1]  # type: ignore[return-value]
+
+    def _begin(self, latents: Tensor) -> Tensor:
+        return run(self.mid, self.conv_in(latents), self.recompute)
+
+    def _rise(self, h: Tensor, levels: nn.ModuleList) -> Tensor:
+        for level in reversed(levels):
             h = level(h)
         return self.unfold(F.silu(self.norm_out(h)))
 

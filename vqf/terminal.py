@@ -26,7 +26,7 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        console.print(self.format(record), markup=False, soft_wrap=True)
+        console.print(printable(self.format(record)), markup=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
@@ -113,5 +113,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for i, name in enumerate(header):
         drawn.add_column(Text(name), justify="right" if i else "left")
     for row in rows:
-        drawn.add_row(*map(Text, row))  # as they are: rich would take [l1] for a style
+        drawn.add_row(*(Text(printable(each)) for each in row))  # as they are: rich would take [l1] for a style
     console.print(drawn)
+
+
+def printable(text: str) -> str:
+    """Return text with an escape for what is no character: names of files may hold any byte."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -138,7 +138,7 @@ def test_lists_below_folders_of_any_of_these_names_have_the_classes_below_them(t
 
 
 def test_a_packed_division_is_the_same(tmp_path):
-    files = [File("train/é/1.png", 1), File("bad\udcff.png", -1), File("b.png", 2**40)]
+    files = [File("train/é/1.png", 1), File("train/é/bad\udcff.png", -1), File("b.png", 2**40)]
     for division in (Division(files[:2], files[2:], 1), Division([File("a", 1, "cat"), File("b", 2, 7)], [], None)):
         packed = division.packed()
         for ours, theirs in ((packed.train, division.train), (packed.validation, division.validation)):

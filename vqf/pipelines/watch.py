@@ -13,17 +13,19 @@ from typing import Any
 from vqf.terminal import log
 
 PATIENCE = 5  # looks in a row before an alarm; one bad batch is no trend
+LESSONS = 25  # the same, where a discriminator that has just begun is no trend either
 Node = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition on logged numbers, and what to say when it has held for `PATIENCE` looks in a row."""
+    """A condition on logged numbers, and what to say when it has held for `patience` looks in a row."""
 
     name: str
     keys: tuple[str, ...]  # the numbers that it looks at; a look without them does not count
     holds: Callable[..., bool]
     words: str
+    patience: int = PATIENCE
 
 
 def alarms(model: Node) -> list[Alarm]:
@@ -82,6 +84,7 @@ def game_alarms(adversary: Node) -> list[Alarm]:
             lambda real, fake: abs(real - fake) < 0.01,
             "the discriminator's logits are the same for images and reconstructions, so its loss stays where chance "
             "has it: raise optimizer.lr or model.discriminator.channels",
+            LESSONS,
         ),
     ]
     if not adversary.get("adaptive"):
@@ -105,7 +108,7 @@ class Watch:
 
     def __init__(self, alarms: list[Alarm]) -> None:
         self.alarms = alarms
-        self.recent = {alarm.name: deque[bool](maxlen=PATIENCE) for alarm in alarms}
+        self.recent = {alarm.name: deque[bool](maxlen=alarm.patience) for alarm in alarms}
         self.raised: set[str] = set()
 
     def state(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class Watch:
         recent.append(alarm.holds(*(values[key] for key in alarm.keys)))
         if not any(recent):
             self.raised.discard(alarm.name)
-        if alarm.name in self.raised or len(recent) < PATIENCE or not all(recent):
+        if alarm.name in self.raised or len(recent) < alarm.patience or not all(recent):
             return False
         self.raised.add(alarm.name)
         return True

@@ -90,7 +90,8 @@ def coder(tokenizer: Numbers | None = None) -> Coder:
 
 
 def config(batch_size: int = 4, workers: int = 0) -> DictConfig:
-    return OmegaConf.create({"tokens": {"views": VIEWS}, "batch_size": batch_size, "workers": workers})
+    loading = {"batch_size": batch_size, "workers": workers, "worker_timeout": 600.0}
+    return OmegaConf.create({"tokens": {"views": VIEWS}, **loading})
 
 
 def make(folder: Path, tokenizer: Numbers | None = None, *, rows: int | None = 10, workers: int = 0) -> Tokens:

@@ -155,23 +155,46 @@ LIES: dict[str, Callable[[list[Any]], list[Any]]] = {
 }
 
 
+def rewrite(place: Path, change: Callable[[dict[str, list[Any]]], Any]) -> None:
+    """Replace what an index says of its members, column by column."""
+    content = json.loads(place.read_text())
+    content["members"] = change(content["members"])
+    place.write_text(json.dumps(content))
+
+
+def as_row(change: Callable[[list[Any]], list[Any]]) -> Callable[[dict[str, list[Any]]], Any]:
+    """Let a change of the one member's row act on columns."""
+    return lambda columns: dict(zip(columns, ([v] for v in change([c[0] for c in columns.values()])), strict=True))
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_an_index_that_lies(indexed: Path, lie: str) -> None:
-    place = indexed / "train-0.tar.idx"
-    content = json.loads(place.read_text())
-    content["members"] = [LIES[lie](content["members"][0])]
-    place.write_text(json.dumps(content))
+    rewrite(indexed / "train-0.tar.idx", as_row(LIES[lie]))
     with pytest.raises(UserError, match=r"data.max_bad|unreadable"):
         shards(indexed).split("train").item(0, 0)
 
 
-@pytest.mark.parametrize("member", [[], [1, 2, 3, 4, 5], ["k", "png", -1, 4, 5], ["k", "png", 1.5, 4, 5], "x", None])
-def test_an_index_of_anything_is_made_again(indexed: Path, member: Any) -> None:
+ANYTHING: dict[str, Callable[[dict[str, list[Any]]], Any]] = {
+    "rows": lambda columns: [[column[0] for column in columns.values()]],
+    "a word": lambda columns: "x",
+    "nothing": lambda columns: None,
+    "no columns": lambda columns: {},
+    "a number for a name": as_row(lambda m: [1, *m[1:]]),
+    "below 0": as_row(lambda m: [*m[:2], -1, *m[3:]]),
+    "a fraction": as_row(lambda m: [*m[:2], 1.5, *m[3:]]),
+    "true": as_row(lambda m: [*m[:3], True, *m[4:]]),
+    "another length": lambda columns: {**columns, "size": columns["size"] * 2},
+    "no list": lambda columns: {**columns, "offset": columns["offset"][0]},
+}
+
+
+@pytest.mark.parametrize("content", ANYTHING)
+def test_an_index_of_anything_is_made_again(indexed: Path, content: str) -> None:
     place = indexed / "train-0.tar.idx"
-    content = json.loads(place.read_text())
-    content["members"] = [member]
-    place.write_text(json.dumps(content))
+    before = place.read_bytes()
+    rewrite(place, ANYTHING[content])
     assert list(shards(indexed).split("train").names) == ["train-0.tar/good.png"]
+    assert place.read_bytes() == before
 
 
 @pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", "Pipe:"])

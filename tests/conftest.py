@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 
 from vqf import registry
@@ -27,11 +28,12 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def own_logging() -> Iterator[None]:
-    """Let a test run a whole command line in this process; what Hydra does to logging ends with the test."""
+def own_job() -> Iterator[None]:
+    """Let a test run a whole command line in this process; what Hydra keeps, and does to logging, ends with it."""
     root = logging.getLogger()
     handlers, level = root.handlers.copy(), root.level
     yield
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers[:], root.level = handlers, level
+    HydraConfig.instance().cfg = None

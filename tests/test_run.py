@@ -23,7 +23,7 @@ Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_logging: None) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_job: None) -> Run:
     """Run a command line with the toy pipeline in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

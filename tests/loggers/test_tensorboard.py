@@ -108,7 +108,8 @@ def test_all_loggers_work_side_by_side(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     with caplog.at_level(logging.INFO, logger="vqf"):
-        Stage1(compose(*TINY, "steps=2", "logger=[console,images,wandb,tensorboard]"), tmp_path / "run").run()
+        words = ["steps=2", "model.adversary.start=1", "logger=[console,images,wandb,tensorboard]"]
+        Stage1(compose(*TINY, *words), tmp_path / "run").run()
     assert len(curve(tmp_path / "run", "loss")) == 2
     assert len(list((tmp_path / "run" / "wandb").rglob("*.wandb"))) == 1
     assert (tmp_path / "run" / "images" / "reconstructions-latest.png").is_file()

@@ -95,7 +95,8 @@ def planted(draw: Draw, conditioner: str = "label") -> Generator:
 
 
 def config(samples: int) -> DictConfig:
-    return OmegaConf.create({"evaluate": {"samples": samples}, "seed": 0, "batch_size": 10, "workers": 0})
+    loading = {"batch_size": 10, "workers": 0, "worker_timeout": 600.0}
+    return OmegaConf.create({"evaluate": {"samples": samples}, "seed": 0, **loading})
 
 
 def verdict(generator: Generator, samples: int) -> Verdict | None:

@@ -41,7 +41,7 @@ def test_deterministic_reaches_torch() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning", "error::UserWarning")
 @pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize(
     ("word", "words", "old"), [("fp32", "ieee", False), ("tf32", "tf32", True), ("bf16", "tf32", True)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from tests.security.canary import Canary
@@ -124,7 +123,7 @@ def test_a_primary_config_of_theirs_is_looked_at_as_well(say: Say, tmp_path: Pat
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_logging: None) -> Callable[..., int]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None, own_job: None) -> Callable[..., int]:
     """Run a command line in this process, in an empty folder; returns its exit status."""
     monkeypatch.chdir(tmp_path)
 
@@ -209,8 +208,3 @@ def test_a_run_of_theirs_does_not_say_where_files_go(monkeypatch: pytest.MonkeyP
     mine = OmegaConf.create({"data": {"name": "shards", "index": "mine"}, "tokens": {"root": None}})
     monkeypatch.setattr(inheriting, "given", lambda: ["data.index"])
     assert inherit(mine, run, ["data"]).data == {"name": "shards", "root": "x", "index": "mine"}
-
-
-def test_hydra_was_left_as_it_was() -> None:
-    """A command of these tests may have set it."""
-    HydraConfig.instance().cfg = None

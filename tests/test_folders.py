@@ -92,6 +92,9 @@ def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytes
     assert "optimizer.lr 0.001 → 0.1" in ends(capsys, *words, "steps=2", "resume=true", "optimizer.lr=0.1")
     assert "counts from the start" in ends(capsys, *words, "steps=1", "resume=true")
     assert "holds a run at step 2" in ends(capsys, *words, "steps=2")
+    for pipeline in ("sample", "evaluate", "check"):
+        line = ends(capsys, f"pipeline={pipeline}", f"run={trained}", f"run_dir={trained}")
+        assert f"holds a run of pipeline=stage1, whose record pipeline={pipeline} would overwrite" in line
     assert contents(trained) == before
     found = newest(trained)
     assert found

@@ -58,6 +58,20 @@ def _choose(run_dir: str | None, run: str | None, resume: bool | str, name: str,
     return newest or here / datetime.now().strftime(TIME)
 
 
+def check_own(folder: Path, pipeline: str) -> None:
+    """Refuse to let a pipeline write over the record of a run that another one made.
+
+    Raises:
+        UserError: If another pipeline made the run in the folder.
+    """
+    other = next(_pipelines(folder), None)
+    if other not in (None, pipeline):
+        raise UserError(
+            f"run_dir={folder}: holds a run of pipeline={other}, whose record pipeline={pipeline} would overwrite; "
+            "give another run_dir, or none for a new one"
+        )
+
+
 def output_dir() -> Path:
     """Return the folder of the Hydra job that runs."""
     return Path(HydraConfig.get().runtime.output_dir)

@@ -96,7 +96,11 @@ def main() -> None:
 def _early(arguments: Sequence[str]) -> Any:
     """Build the pipeline of a command that may meet a run in its folder, before Hydra writes there."""
     config = compose_job(arguments)
-    if config is None or (config.run_dir is None and config.resume is False) or not _refuses(config.pipeline.name):
+    if config is None or (config.run_dir is None and config.resume is False):
+        return None
+    if not _refuses(config.pipeline.name):
+        if config.run_dir is not None:
+            folders.check_own(Path(config.run_dir).expanduser(), config.pipeline.name)
         return None
     HydraConfig.instance().set_config(config)  # which `hydra.run.dir` is composed from
     folder = ranks.same(Path(config.hydra.run.dir))

@@ -291,3 +291,27 @@ def test_the_pipeline_samples_any_size(run: Path, tmp_path: Path, monkeypatch: p
     assert sizes == {(48, 32)}
     with pytest.raises(UserError, match="sampler=sliding_window"):
         Sample(compose("pipeline=sample", f"run={run}", "logger=[]"), tmp_path, count=3, size=32).run()
+
+
+@pytest.mark.parametrize("prior", ["gpt", "llama"])
+@pytest.mark.parametrize("sampler", ["autoregressive", "sliding_window"])
+def test_eight_pictures_learned_by_heart_come_back_token_for_token(prior: str, sampler: str) -> None:
+    """The whole way: emoji, their codes, a class for each, a prior that is trained on them, and the sampler."""
+    words = [f"model/prior={prior}", "model/conditioner=label", "model/quantizer=ema"]
+    config = compose(*TINY, *words, "model.prior.layers=2", "model.prior.heads=2", "model.prior.dim=32")
+    torch.manual_seed(0)
+    split = build("data", config.data, image_size=32, seed=0).split("train")
+    shown = torch.stack([split.item(0, i * len(split) // 8).image for i in range(8)])
+    tokenizer = build_tokenizer(config.model, 32)
+    tokenizer(shown)  # codes begin at latents of the pictures
+    tokens, labels = tokenizer.eval().tokens(shown), torch.arange(8)
+    assert len({tuple(each) for each in tokens.tolist()}) == 8, "the codes do not tell the pictures apart"
+    made = build_generator(config, tokenizer, [str(each) for each in range(8)])
+    optimizer = torch.optim.AdamW(made.prior.parameters(), lr=5e-3)  # type: ignore[attr-defined]
+    for _ in range(300):
+        optimizer.zero_grad()
+        made.prior.loss(tokens, made.conditioner(Batch(labels=labels))).backward()
+        optimizer.step()
+    greedy = with_sampler(made, sampler, top_k=1)
+    assert torch.equal(greedy.sample_tokens(Batch(labels=labels), seed=1), tokens)
+    torch.testing.assert_close(greedy.sample(8, seed=1), tokenizer.images(tokens))

@@ -50,6 +50,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
     ("data", "folder"): {"root": "{pictures}"},
     ("data", "pairs"): {"root": "{pairs}"},
+    ("data", "shard_pairs"): {"root": "{shard_pairs}"},
     ("data", "shards"): {"root": "{shards}"},
     ("data", "union"): {"parts": {"one": {"name": "emoji"}, "other": {"name": "emoji", "flip": True}}},
     ("metric", "lpips"): {"weights": "{vgg}"},
@@ -61,6 +62,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("pipeline", "import"): {"path": "somewhere"},
 }
 PLACES = {"vgg": "vgg.safetensors", "pictures": "pictures", "pairs": "pairs", "shards": "shards"}
+PLACES["shard_pairs"] = "shards"  # whose samples have a map each, which `data=shards` leaves alone
 LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
 SIZE = 32  # pixels
 
@@ -89,7 +91,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for part, first in (("train", 0), ("validation", 16)):
         with tarfile.open(folder / "shards" / f"{part}-000000.tar", "w:") as tar:
             for i in range(first, first + 8):
-                tar.add(folder / "pictures" / f"class{i % 2}" / f"{i}.png", f"{i}.png")
+                for ending in ("png", "condition.png"):
+                    tar.add(folder / "pictures" / f"class{i % 2}" / f"{i}.png", f"{i}.{ending}")
     return {f"{{{name}}}": str(folder / file) for name, file in PLACES.items()}
 
 

@@ -373,7 +373,11 @@ class Streamed(Protocol):
 
 
 class ConditionReader(Protocol):
-    """Reads a map from a file as the samples of a data source have theirs. A ValueError says why it cannot."""
+    """Reads a map from a file as the samples of a data source have theirs. A ValueError says why it cannot.
+
+    Two that read alike are equal. One may have `options`, those of `data=shard_pairs` that read such maps; without it
+    the maps of a shard are read by their channels.
+    """
 
     classes: int  # where every channel is a class; 0 where a map is a picture
 

@@ -204,6 +204,21 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
         raise RegistryError(f"{kind} '{component.name}': {error}") from error
 
 
+def ask(kind: str, config: Mapping[str, Any] | DictConfig, question: str, where: str | None = None) -> Any:
+    """Call a function of a component's class with those of its options that it takes; None if it has no such function.
+
+    Nothing is built.
+
+    Raises:
+        RegistryError: If the node is wrong.
+    """
+    answer = getattr(find(kind, config.get("name"), where).target, question, None)
+    if answer is None:
+        return None
+    options = check(kind, config, where)
+    return answer(**{key: options[key] for key in inspect.signature(answer).parameters if key in options})
+
+
 def flat_node(kind: str, config: DictConfig) -> DictConfig:
     """Gather the node of a flat kind, whose options stand at the top level of `config`."""
     name = config[kind]["name"]

@@ -285,8 +285,8 @@ def test_the_fingerprint_follows_pictures_maps_and_how_they_are_read(root):
 def test_check_looks_at_the_maps_too(root):
     spoil(root / "conditions" / "0" / "2.bmp", "another shape")
     split = pairs(root).split("train")
-    assert split.facts(0, split.stored(0)).mode == "RGB"
-    assert "has another shape" in worded(lambda: split.facts(1, split.stored(1)))
+    assert split.file(0).facts(split.file(0).stored()).mode == "RGB"
+    assert "has another shape" in worded(lambda: split.file(1).facts(split.file(1).stored()))
 
 
 def test_mistakes_are_worded(root):

@@ -66,7 +66,7 @@ def test_webdataset_reads_the_same(folder):
     assert [each["__key__"] for each in theirs] == [name.split("/")[1][:-4] for name in ours.names]
     assert [each["cls"] for each in theirs] == ours.labels.tolist()
     for i in (0, 17, 29):
-        assert theirs[i]["png"].tobytes() == ours.picture(i).tobytes()
+        assert theirs[i]["png"].tobytes() == ours.file(i).picture().tobytes()
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (5, 1)])

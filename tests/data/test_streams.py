@@ -284,7 +284,7 @@ def test_a_label_that_cannot_be(folder):
     )
     pack(folder / "none.tar", [("a.png", png())])
     assert worded(lambda: streamed("none.tar", root=f"file:{folder}").split("train").item(0, 0)) == (
-        "data.root: 'none.tar/a.png' has no label beside it; data.labels=false goes on without"
+        "data.root: 'none.tar/a.png' has no label beside it; data.classes=0 goes on without"
     )
 
 

@@ -5,9 +5,11 @@ from PIL import Image
 from tests.composing import compose
 from vqf.data.folder import Folder
 from vqf.data.imaging import UnreadableError
+from vqf.data.maps import Reading
 from vqf.data.union import Union
 from vqf.errors import UserError
-from vqf.registry import build
+from vqf.protocols import Batch
+from vqf.registry import ask, build
 
 
 def paint(folder, count, green):
@@ -75,12 +77,12 @@ def test_files_are_those_of_the_sources(folders):
     assert train.labels.tolist() == [train.item(0, i).label for i in range(9)] == [0] * 3 + [1] * 6
     for i in range(9):
         path = folders / train.names[i]
-        assert train.stored(i) == path.read_bytes()
-        assert train.picture(i).size == (20, 16)
-        assert train.facts(i, train.stored(i)) == ("PNG", "RGB", 20, 16)
+        assert train.file(i).stored() == path.read_bytes()
+        assert train.file(i).picture().size == (20, 16)
+        assert train.file(i).facts(train.file(i).stored()) == ("PNG", "RGB", 20, 16)
     (folders / "few" / "001.png").write_bytes(b"broken")
     with pytest.raises(UnreadableError):
-        train.picture(1)
+        train.file(1).picture()
     assert train.item(0, 1).label == 0
     assert [flags.tolist() for flags in train.faults()] == [[False, True, False], [False] * 6]
     with pytest.raises(IndexError):
@@ -90,6 +92,48 @@ def test_files_are_those_of_the_sources(folders):
 def test_a_source_without_files_leaves_the_union_without(folders):
     parts = {"few": {"name": "folder", "root": str(folders / "few")}, "emoji": {"name": "emoji"}}
     assert not hasattr(Union(16, 0, parts=parts).split("train"), "stored")
+
+
+def test_beside_its_picture_a_sample_has_what_every_source_has(folders, tmp_path):
+    """A batch of samples of which some have a mask or a map could not be made."""
+    for i in range(4):
+        for part, name in (("images", f"{i}.jpg"), ("conditions", f"{i}.png")):
+            (tmp_path / "pairs" / part).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 16), (i, 0, 0)).save(tmp_path / "pairs" / part / name)
+    made = {
+        "few": {"name": "folder", "root": str(folders / "few"), "labels": False},
+        "emoji": {"name": "emoji"},
+        "pairs": {"name": "pairs", "root": str(tmp_path / "pairs")},
+        "grey": {"name": "pairs", "root": str(tmp_path / "pairs"), "maps": "grey"},
+        "again": {"name": "pairs", "root": str(tmp_path / "pairs")},
+    }
+
+    def beside(*names):
+        split = Union(16, 0, parts={name: made[name] for name in names}).split("train")
+        batch = Batch.collate([split.item(0, i) for i in (0, len(split) - 1)])
+        return {each for each in ("masks", "conditions", "places") if getattr(batch, each) is not None}
+
+    assert beside("few", "emoji") == beside("emoji", "few") == set()
+    assert beside("few", "pairs") == beside("pairs", "grey") == {"places"}
+    assert beside("pairs", "again") == {"conditions", "places"}
+    assert beside("emoji") == {"masks"}
+
+
+def test_maps_are_read_as_all_sources_read_theirs():
+    pairs, grey = ({"name": "pairs", "root": "elsewhere", "maps": maps} for maps in ("rgb", "grey"))
+    palette = {"name": "pairs", "root": "elsewhere", "maps": "palette"}
+
+    def reader(*nodes):
+        return ask("data", {"name": "union", "parts": dict(zip("abc", nodes, strict=False))}, "condition_reader")
+
+    assert reader(pairs, {**pairs, "root": "other"}) == Reading("rgb")
+    assert reader(palette, {"name": "earth"}, {"name": "union", "parts": {"x": palette}}) == Reading("palette")
+    assert reader({"name": "emoji"}, {"name": "emoji"}) is None
+    for others in ((pairs, grey), (pairs, {"name": "emoji"}), ({"name": "emoji"}, pairs)):
+        with pytest.raises(
+            ValueError, match=r"data\.parts: 'a' and 'b' have maps of different kinds, or one of them none"
+        ):
+            reader(*others)
 
 
 def test_mistakes_are_worded(folders):

@@ -1,5 +1,5 @@
 """Sources of pictures."""
 
-from vqf.data import earth, emoji, folder, pairs, shards, union
+from vqf.data import earth, emoji, folder, pairs, shard_pairs, shards, union
 
-__all__ = ["earth", "emoji", "folder", "pairs", "shards", "union"]
+__all__ = ["earth", "emoji", "folder", "pairs", "shard_pairs", "shards", "union"]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from vqf import ranks
 from vqf.data.imaging import UnreadableError
 from vqf.data.labels import read_label
 from vqf.data.packed import Names
-from vqf.data.tarindex import Index, Member, Tars, index_of, picture_among
+from vqf.data.roles import Roles
+from vqf.data.tarindex import Index, Member, Tars, index_of
 from vqf.errors import UserError
 from vqf.terminal import progress
 
@@ -33,33 +35,50 @@ class Part:
     shards: np.ndarray  # which shard each lies in
     places: np.ndarray  # (pictures, 3): offset, size and checksum in it
     labels: list[int | str]  # one each, or none at all
+    maps: Names  # the names of their maps, empty where there is none
+    map_places: np.ndarray  # (pictures, 3)
+
+
+class Picked(NamedTuple):
+    """The members of a sample."""
+
+    image: Member
+    label: Member | None
+    map: Member | None
 
 
 class Found:
     """What is found in shards, sample by sample."""
 
-    def __init__(self, key: str | None, ending: str) -> None:
-        self.key, self.ending = key, ending
+    def __init__(self, roles: Roles) -> None:
+        self.roles = roles
         self.names: list[str] = []
-        self.shards, self.places = array("i"), array("q")
+        self.maps: list[str] = []
+        self.shards, self.places, self.map_places = array("i"), array("q"), array("q")
         self.labels: list[int | str] = []
         self.without: str | None = None
         self.missed = 0
 
-    def add(self, tars: Tars, shard: int, image: Member, label: Member | None) -> None:
+    def add(self, tars: Tars, shard: int, picked: Picked, labels: bool) -> None:
+        image, crc = picked.image, picked.image.crc
         name = f"{tars.paths[shard].name}/{image.key}.{image.ending}"
         self.names.append(name)
         self.shards.append(shard)
-        crc = image.crc
-        if label is None:
+        if not labels or picked.label is None:
             self.without = self.without or name
         else:
             try:
-                self.labels.append(read_label(tars, shard, label, self.key, name))
+                self.labels.append(read_label(tars, shard, picked.label, self.roles.label_key, name))
             except UnreadableError:
                 self.labels.append(LOST)
                 crc = NO_LABEL
         self.places.extend((image.offset, image.size, crc))
+        if self.roles.condition:
+            self._add_map(picked.map)
+
+    def _add_map(self, member: Member | None) -> None:
+        self.maps.append(f"{member.key}.{member.ending}" if member else "")
+        self.map_places.extend((member.offset, member.size, member.crc) if member else (0, 0, GONE))
 
     def miss(self, name: str, shard: int, count: int) -> None:
         """Keep the places of pictures that a shard should hold, and does not."""
@@ -67,19 +86,22 @@ class Found:
         self.shards.extend([shard] * count)
         self.places.extend((0, 0, GONE) * count)
         self.labels += [LOST] * count
+        if self.roles.condition:
+            self.maps += [LOST] * count
+            self.map_places.extend((0, 0, GONE) * count)
         self.missed += count
 
     def part(self, tars: Tars, labels: bool) -> Part:
         told = len(self.labels) > self.missed
-        if labels and self.without and (told or self.key):
-            log.warning(f"data.root: no labels, because '{self.without}' has no {self.ending} beside it")
-        shards, places = np.array(self.shards, dtype=np.int32), np.array(self.places, dtype=np.int64)
+        if labels and self.without and (told or self.roles.label_key):
+            log.warning(f"data.root: no labels, because '{self.without}' has no .{self.roles.label} beside it")
         kept = self.labels if told and not self.without else []
-        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), kept)
+        shards, places, maps = (np.array(each) for each in (self.shards, self.places, self.map_places))
+        return Part(tars, Names(self.names), shards, places.reshape(-1, 3), kept, Names(self.maps), maps.reshape(-1, 3))
 
 
-def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator[tuple[Member, Member | None]]:
-    """Yield picture and label of every sample of a shard that has a picture.
+def samples(path: Path, index: Index, roles: Roles) -> Iterator[Picked]:
+    """Yield the members of every sample of a shard that has a picture.
 
     Raises:
         UserError: If a sample has two members of one ending.
@@ -93,8 +115,8 @@ def samples(path: Path, index: Index, image: str | None, label: str) -> Iterator
     if groups and not index.whole:
         groups.popitem()  # cut short, or perhaps its label is
     for group in groups.values():
-        if (ending := picture_among(group, image)) is not None:
-            yield group[ending], group.get(label)
+        if (ending := roles.picture_among(group)) is not None:
+            yield Picked(group[ending], group.get(roles.label), group.get(roles.map_among(group) or ""))
 
 
 def indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> list[Index]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,13 @@ class Reading:
         """
         return self.condition(self.values(self.open(path)))
 
-    def open(self, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `data=pairs` that read maps so."""
+        of_classes = {"labels": self.labels, "unlabelled": self.unlabelled} if self.kind == "labels" else {}
+        return {"maps": self.kind, **of_classes}
+
+    def open(self, path: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Open a map and understand it.
 
         Raises:
@@ -69,6 +75,20 @@ class Reading:
         if self.kind == "labels":
             return Image.fromarray(self._numbers(picture))
         return to_rgb(picture).convert("L") if self.kind == "grey" else to_rgb(picture)
+
+    def plain(self, picture: Image.Image) -> Image.Image:
+        """Return a map that was opened in a mode that PNG keeps and `understood` understands alike.
+
+        Raises:
+            UnreadableError: See `understood`.
+        """
+        understood = self.understood(picture)
+        if self.kind != "labels":
+            return understood
+        numbers = np.asarray(picture)
+        if numbers.max() >= 2**16:
+            raise UnreadableError(f"the number {numbers.max()}, more than a PNG keeps")
+        return Image.fromarray(numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16))
 
     def values(self, picture: Image.Image) -> Tensor:
         """Turn what `understood` returned into (1, H, W) or (3, H, W): in [-1, 1], or numbers of classes."""

@@ -2,22 +2,19 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 from vqf.data.folder import Folder
-from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated, Shown, UnreadableError
+from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.listing import scan
+from vqf.data.mapped import MappedSplit
 from vqf.data.maps import Kind, Reading
 from vqf.data.packed import File, Names
-from vqf.data.scaling import Box, resampled
-from vqf.data.split import Facts, PictureSplit, tolerated
-from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, View
+from vqf.data.split import tolerated
+from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize
 from vqf.errors import UserError
-from vqf.protocols import Sample, Size
+from vqf.protocols import Size
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -149,8 +146,8 @@ class Pairs(Folder):
         log.warning(f"data.conditions: {what}; other pairs take their places. Looked for {where}")
 
 
-class PairSplit(PictureSplit):
-    """The pairs that are for training, or for validation."""
+class PairSplit(MappedSplit):
+    """The pairs of two folders."""
 
     def __init__(self, data: Pairs, part: str, files: Sequence[File], maps: Sequence[File | None]) -> None:
         self.maps = Names(each.name if each else "" for each in maps)
@@ -158,57 +155,9 @@ class PairSplit(PictureSplit):
         content = [astuple(data.reading), *map(tuple, files), *(each and tuple(each) for each in maps)]
         super().__init__(data, part, Names(file.name for file in files), None, content)
 
-    def item(self, epoch: int, index: int) -> Sample:
-        """Return a pair as it looks in an epoch, or the next readable one.
-
-        Raises:
-            UserError: If too many pairs cannot be read.
-        """
-        sample = super().item(epoch, index)
-        return replace(sample, image=sample.image[:3], condition=self.reading.condition(sample.image[3:]))
-
-    def facts(self, index: int, content: bytes) -> Facts:
-        """Decode what `stored` returned, and its map, and say what the picture is.
-
-        Raises:
-            UnreadableError: If one is broken, or they are of different shapes.
-        """
-        facts = super().facts(index, content)
-        self._map(index, (facts.height, facts.width))
-        return facts
-
-    def _read(self, index: int, view: View) -> Shown:
-        """Return picture and map on top of each other, (4, H, W) or (6, H, W), so that both are mirrored alike."""
-        shown = super()._read(index, view)
-        whole = self._map(index, shown.shape)
-        part = resampled(whole, self.data.size, _box(whole, shown), self.reading.filter)
-        return shown._replace(picture=torch.cat([shown.picture, self.reading.values(part)]))
-
-    def _map(self, index: int, shape: Size) -> Image.Image:
-        """Return the map of a picture of so many rows and columns.
-
-        Raises:
-            UnreadableError: If it cannot be read, or has another shape.
-        """
-        name = self.maps[index]
-        if not name:
-            raise UnreadableError("no map")
-        try:
-            picture = self.reading.open(self.folder / name, self.data.max_pixels)
-        except UnreadableError as error:
-            raise UnreadableError(f"its map '{name}': {error}") from error
-        rows, columns = shape
-        if abs(picture.width * rows - picture.height * columns) > max(*picture.size, *shape):  # beyond rounding
-            shapes = f"{picture.width} x {picture.height} and {columns} x {rows}"
-            raise UnreadableError(f"its map '{name}' has another shape: {shapes}")
-        return picture
-
-
-def _box(whole: Image.Image, shown: Shown) -> Box:
-    """Return the part of a map that shows what is shown of its picture."""
-    rows, columns = shown.shape
-    box = shown.box.at(whole.height / rows, whole.width / columns)
-    return Box(box.left, box.top, min(box.right, whole.width), min(box.bottom, whole.height))
+    def open_map(self, index: int) -> Path:
+        """Return the file of a map."""
+        return self.folder / self.maps[index]
 
 
 def _partners(folder: Path, suffix: str, hint: str | None) -> dict[str, File]:

@@ -9,10 +9,11 @@ in a folder are read from end to end: see `vqf.data.streams`.
 import io
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 
 from vqf.data.contents import GONE, LOST, NO_LABEL, Found, Part, indices, samples
@@ -22,8 +23,9 @@ from vqf.data.manifest import NAME, class_names, listed_shards, read_manifest
 from vqf.data.packed import without_collector
 from vqf.data.patterns import find_shards, is_streamed
 from vqf.data.remote import Remote
+from vqf.data.roles import Roles
 from vqf.data.split import PictureSplit, tolerated
-from vqf.data.streams import StreamSplit
+from vqf.data.streams import Stream, StreamSplit
 from vqf.data.tarindex import Tars
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import UserError, unknown
@@ -72,6 +74,8 @@ class Shards:
             which the run stops.
     """
 
+    condition: str | None = None  # the ending of maps
+
     def __init__(
         self,
         image_size: int | Size,
@@ -105,8 +109,8 @@ class Shards:
         self.size, self.seed = pair(image_size), seed
         self.views = Views(crop, crop_area, crop_ratio, flip, jitter, resize)
         self.animated, self.max_pixels, self.max_bad, self.buffer = animated, max_pixels, max_bad, buffer
-        self.image = None if image is None else image.lower().lstrip(".")
-        self.label_key, self.index = label_key, None if index is None else Path(index).expanduser()
+        self.roles = Roles(ending_of(image), label_key, self.condition)
+        self.index = None if index is None else Path(index).expanduser()
         self.patterns = {"train": train, "validation": validation}
         self.remote: Remote | None = None
         self.classes: list[str]
@@ -114,6 +118,7 @@ class Shards:
             lengths = {"train": train_pictures, "validation": validation_pictures}
             self.remote = Remote(root, self.patterns, lengths, classes if labels else 0)
             self.classes = self.remote.classes
+            self.check_manifest(self.remote.manifest)
         else:
             self._index(root, labels, classes)
 
@@ -122,12 +127,23 @@ class Shards:
         if name not in self.patterns:
             raise UserError(unknown("split", name, self.patterns))
         if self.remote is not None:
-            return StreamSplit(self, name, self.remote.stream(name))
+            return self.streamed(name, self.remote.stream(name))
         part = self.parts[name]
         if not part.names:
             raise UserError(f"data.{name}={self.patterns[name]}: no pictures in such shards of '{self.root}'")
         labels = torch.tensor([self.numbers[each] for each in part.labels]) if self.classes else None
+        return self.indexed(name, part, labels)
+
+    def indexed(self, name: str, part: Part, labels: torch.Tensor | None) -> "ShardSplit":
+        """Return a part whose shards are in a folder."""
         return ShardSplit(self, name, part, labels)
+
+    def streamed(self, name: str, stream: Stream) -> StreamSplit:
+        """Return a part whose shards are not."""
+        return StreamSplit(self, name, stream)
+
+    def check_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Refuse shards that are read in another way than they were written."""
 
     def _index(self, root: str | None, labels: bool, classes: int | None) -> None:
         """Find out what the shards of a folder hold."""
@@ -137,6 +153,7 @@ class Shards:
         if not self.root.is_dir():
             raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
         self.manifest = read_manifest(self.root)
+        self.check_manifest(self.manifest)
         self.listed = listed_shards(self.manifest)
         if self.manifest.get("finished") is False:
             log.warning(f"data.root: {NAME} in '{self.root}' says that pipeline=shard has not finished writing it")
@@ -155,13 +172,12 @@ class Shards:
 
     def _part(self, name: str, pattern: str | None, labels: bool) -> Part:
         paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}", self.listed)
-        ending = "json" if self.label_key else "cls"
-        tars, found = Tars(paths), Found(self.label_key, f".{ending}")
+        tars, found = Tars(paths), Found(self.roles)
         cut, short = [], []
         for shard, (path, index) in enumerate(zip(paths, indices(paths, self.index, self.listed), strict=True)):
             before = len(found.names)
-            for image, label in samples(path, index, self.image, ending):
-                found.add(tars, shard, image, label if labels else None)
+            for picked in samples(path, index, self.roles):
+                found.add(tars, shard, picked, labels)
             if missing := self._missing(path, len(found.names) - before):
                 found.miss(path.name, shard, missing)
                 short.append(f"{missing} in '{path.name}'")
@@ -218,17 +234,32 @@ class Shards:
 class ShardSplit(PictureSplit):
     """The pictures of the shards of a part."""
 
-    def __init__(self, data: Shards, name: str, part: Part, labels: torch.Tensor | None) -> None:
+    def __init__(
+        self, data: Shards, name: str, part: Part, labels: torch.Tensor | None, more: Iterable[object] = ()
+    ) -> None:
         self.tars, self.shards, self.places = part.tars, part.shards, part.places
         content = ((each, size, crc) for each, (_, size, crc) in zip(part.names, part.places.tolist(), strict=True))
         told = [] if labels is None else [labels.tolist(), *data.classes]
-        super().__init__(data, name, part.names, labels, itertools.chain(content, told))
+        super().__init__(data, name, part.names, labels, itertools.chain(content, told, more))
 
     def open(self, index: int) -> IO[bytes]:
         """Return the bytes of a picture."""
-        offset, size, crc = self.places[index].tolist()
+        return self.member(index, self.places)
+
+    def member(self, index: int, places: np.ndarray) -> IO[bytes]:
+        """Return the bytes of a member of a sample.
+
+        Raises:
+            UnreadableError: If they are not there, or not those that were indexed.
+        """
+        offset, size, crc = places[index].tolist()
         if crc == GONE:
             raise UnreadableError("it is not in its shard")
         if crc == NO_LABEL:
             raise UnreadableError("its label cannot be read")
         return io.BytesIO(self.tars.read(int(self.shards[index]), offset, size, crc))
+
+
+def ending_of(option: str | None) -> str | None:
+    """Return an ending as members have it."""
+    return None if option is None else option.lower().lstrip(".")

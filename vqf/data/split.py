@@ -6,17 +6,17 @@ follows the same rule, so all of them see the same pictures.
 """
 
 import hashlib
-import io
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, Protocol
 
 import torch
-from PIL import Image
 
-from vqf.data.imaging import Animated, Shown, UnreadableError, open_picture, read, to_rgb
+from vqf.data.files import PictureFile
+from vqf.data.imaging import Animated, Shown, UnreadableError, read
 from vqf.data.views import View, Views
 from vqf.errors import UserError
 from vqf.protocols import Sample, Size
@@ -37,15 +37,6 @@ class Source(Protocol):
     animated: Animated
     max_pixels: int
     max_bad: float
-
-
-class Facts(NamedTuple):
-    """What a file turned out to hold; the size is that of the upright picture."""
-
-    format: str
-    mode: str
-    width: int
-    height: int
 
 
 class PictureSplit:
@@ -91,42 +82,16 @@ class PictureSplit:
             except UnreadableError as error:
                 self._count(each, str(error))
                 continue
-            label = None if self.labels is None else int(self.labels[each])
-            return Sample(view.finish(shown.picture), label, place=view.turn(shown.place))
+            return Sample(view.finish(shown.picture), self.label(each), place=view.turn(shown.place))
         raise UserError(f"data.root: none of the {len(self)} {self.part} pictures in '{self.data.root}' can be read")
 
-    def stored(self, index: int) -> bytes:
-        """Return the bytes of a picture's file.
+    def file(self, index: int) -> PictureFile:
+        """Return a picture as the file that it is."""
+        return PictureFile(self.data, self.names[index], self.label(index), partial(self.open, index))
 
-        Raises:
-            UnreadableError: If they cannot be had.
-        """
-        source = self.open(index)
-        try:
-            return source.read_bytes() if isinstance(source, Path) else source.read()
-        except OSError as error:
-            raise UnreadableError((error.strerror or type(error).__name__).lower()) from error
-
-    def picture(self, index: int) -> Image.Image:
-        """Return a whole picture, upright and in RGB.
-
-        Raises:
-            UnreadableError: If it cannot be read.
-        """
-        return to_rgb(self._decoded(self.open(index)))
-
-    def facts(self, index: int, content: bytes) -> Facts:
-        """Decode what `stored` returned, and say what it is.
-
-        Raises:
-            UnreadableError: If it is no picture that could be trained on.
-        """
-        image = self._decoded(io.BytesIO(content))
-        to_rgb(image)
-        return Facts(image.format or "?", image.mode, *image.size)
-
-    def _decoded(self, source: Path | IO[bytes]) -> Image.Image:
-        return open_picture(source, max_pixels=self.data.max_pixels, animated=self.data.animated)
+    def label(self, index: int) -> int | None:
+        """Return the label of a picture."""
+        return None if self.labels is None else int(self.labels[index])
 
     def _read(self, index: int, view: View) -> Shown:
         if self.bad[index]:
@@ -134,6 +99,11 @@ class PictureSplit:
         data = self.data
         limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
         return read(self.open(index), data.size, view, resize=self.views.resize, **limits)
+
+    @property
+    def tolerance(self) -> int:
+        """How many pictures may be unreadable."""
+        return tolerated(self.data.max_bad, len(self))
 
     def faults(self) -> list[torch.Tensor]:
         """Return which pictures cannot be read, as far as anybody has looked."""
@@ -149,7 +119,7 @@ class PictureSplit:
             UserError: Once all that are known are named in the log.
         """
         count = int(self.bad.sum())
-        if count <= tolerated(self.data.max_bad, len(self)) and count < len(self):
+        if count <= self.tolerance and count < len(self):
             return
         log.warning(f"data.root: cannot read {listed([self.names[i] for i in self.bad.nonzero().flatten().tolist()])}")
         raise UserError(

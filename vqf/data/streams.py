@@ -13,18 +13,19 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import get_worker_info
 
 from vqf.data import addresses
 from vqf.data.addresses import BrokenShardError, shard_name, shown
-from vqf.data.imaging import Animated, UnreadableError, read
+from vqf.data.files import PictureFile
+from vqf.data.imaging import Animated, Shown, UnreadableError, read
 from vqf.data.labels import parse_label
+from vqf.data.roles import Roles
 from vqf.data.split import listed, tolerated
 from vqf.data.tape import Raw, Tape
-from vqf.data.tarindex import picture_among
 from vqf.data.views import View, Views
 from vqf.errors import UserError
 from vqf.protocols import Sample, Size
@@ -44,8 +45,7 @@ class Source(Protocol):
     animated: Animated
     max_pixels: int
     max_bad: float
-    image: str | None
-    label_key: str | None
+    roles: Roles
     buffer: int
     classes: list[str]
 
@@ -65,7 +65,7 @@ class StreamSplit:
     def __init__(self, data: Source, part: str, stream: Stream) -> None:
         self.data, self.part, self.urls, self.length = data, part, stream.urls, stream.length
         self.views = data.views if part == "train" else data.views.still()
-        self.fingerprint = self._fingerprint(stream)
+        self.fingerprint = hashlib.sha256(repr(self.facts(stream)).encode()).hexdigest()
         # Known to all processes: which pictures are bad, by a hash of their names, and which shards are broken.
         self.bad, self.broken = (torch.zeros(n, dtype=torch.bool).share_memory_() for n in (NAMES, len(stream.urls)))
         self.tape: Tape | None = None
@@ -130,17 +130,36 @@ class StreamSplit:
 
     def _raws(self, shards: Iterable[int]) -> Iterator[Raw]:
         """Yield the pictures of shards in order; one that is broken ends where it breaks."""
-        ending = "json" if self.data.label_key else "cls"
         for shard in shards:
             try:
-                for sample in addresses.samples(self.urls[shard]):
-                    key = sample.pop("__key__")
-                    picture = picture_among((each for each in sample if each != "__url__"), self.data.image)
-                    if picture is not None:
-                        name = f"{shard_name(self.urls[shard])}/{key}.{picture}"
-                        yield Raw(name, sample[picture], sample.get(ending))
+                yield from self._pictures(shard)
             except BrokenShardError as error:
                 self._count_shard(shard, str(error))
+
+    def files(self, shard: int) -> Iterator[PictureFile]:
+        """Yield the pictures of a shard as files, as they come.
+
+        Raises:
+            BrokenShardError: In the end, if it cannot be read to its own.
+            UserError: If there is a label that cannot be.
+        """
+        return map(self.file, self._pictures(shard))
+
+    def file(self, raw: Raw) -> PictureFile:
+        """Return a picture as a file."""
+        return PictureFile(self.data, raw.name, self._label(raw), lambda: io.BytesIO(raw.content))
+
+    def _pictures(self, shard: int) -> Iterator[Raw]:
+        url, roles = self.urls[shard], self.data.roles
+        for sample in addresses.samples(url):
+            key = sample.pop("__key__")
+            endings = [each for each in sample if each != "__url__"]
+            if (picture := roles.picture_among(endings)) is None:
+                continue
+            name = f"{shard_name(url)}/{key}.{picture}"
+            found = roles.map_among(endings)
+            condition = (f"{key}.{found}", sample[found]) if found else ("", b"")
+            yield Raw(name, sample[picture], sample.get(roles.label), *condition)
 
     def _tape(self) -> Tape:
         """Return what reads the shards in order; a process that is forked does not go on with another's."""
@@ -149,31 +168,43 @@ class StreamSplit:
         return self.tape
 
     def _sample(self, raw: Raw, view: View) -> Sample | None:
-        data = self.data
         try:
-            shown = read(
-                io.BytesIO(raw.content),
-                data.size,
-                view,
-                resize=self.views.resize,
-                max_pixels=data.max_pixels,
-                animated=data.animated,
-            )
+            shown = self.decoded(raw, view)
         except UnreadableError as error:
             self._count(raw, str(error))
             return None
         return Sample(view.finish(shown.picture), self._label(raw), place=view.turn(shown.place))
+
+    def decoded(self, raw: Raw, view: View) -> Shown:
+        """Return what a view shows of a picture.
+
+        Raises:
+            UnreadableError: If it cannot be read.
+        """
+        data = self.data
+        limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
+        return read(io.BytesIO(raw.content), data.size, view, resize=self.views.resize, **limits)
 
     def _label(self, raw: Raw) -> int | None:
         data = self.data
         if not data.classes:
             return None
         if raw.label is None:
-            raise UserError(f"data.root: '{raw.name}' has no label beside it; data.labels=false goes on without")
-        label = parse_label(raw.label.decode("utf-8", "replace"), data.label_key, raw.name)
+            raise UserError(f"data.root: '{raw.name}' has no label beside it; data.classes=0 goes on without")
+        label = parse_label(raw.label.decode("utf-8", "replace"), data.roles.label_key, raw.name)
         if not isinstance(label, int) or label >= len(data.classes):
             raise UserError(f"data.root: the label beside '{raw.name}' is {label!r}, not below {len(data.classes)}")
         return label
+
+    @property
+    def tolerance(self) -> int:
+        """How many pictures may be unreadable."""
+        return tolerated(self.data.max_bad, self.length)
+
+    @property
+    def shard_tolerance(self) -> int:
+        """How many shards may be missing or broken."""
+        return tolerated(self.data.max_bad, len(self.urls))
 
     def faults(self) -> list[torch.Tensor]:
         """Return which pictures and shards cannot be read, as far as anybody has looked."""
@@ -190,9 +221,9 @@ class StreamSplit:
         """
         pictures, shards = int(self.bad.sum()), int(self.broken.sum())
         of_part = f"data.max_bad={self.data.max_bad:g}: {{}} of the {{}} {self.part} "
-        if pictures > tolerated(self.data.max_bad, self.length):
+        if pictures > self.tolerance:
             raise UserError(f"{of_part.format(pictures, self.length)}pictures cannot be read{last}")
-        if shards > tolerated(self.data.max_bad, len(self.urls)):
+        if shards > self.shard_tolerance:
             names = listed([shown(self.urls[i]) for i in self.broken.nonzero().flatten().tolist()])
             log.warning(f"data.root: cannot read to their end {names}")
             raise UserError(f"{of_part.format(shards, len(self.urls))}shards cannot be read to their end{last}")
@@ -214,7 +245,7 @@ class StreamSplit:
         log.warning(f"data.root: cannot read the shard '{name}' to its end ({reason}); other pictures take the places")
 
     def _check_length(self, tape: Tape) -> None:
-        if tape.length is not None and self.length - tape.length > tolerated(self.data.max_bad, self.length):
+        if tape.length is not None and self.length - tape.length > self.tolerance:
             raise UserError(
                 f"data.{self.part}_pictures={self.length}: its {len(self.urls)} shards hold {tape.length} pictures"
             )
@@ -223,8 +254,9 @@ class StreamSplit:
         last = shown(self.urls[-1])
         return UserError(f"data.{self.part}: no picture in {len(self.urls)} shards can be read; the last is '{last}'")
 
-    def _fingerprint(self, stream: Stream) -> str:
+    def facts(self, stream: Stream) -> list[object]:
+        """Return what decides which pictures there are, and how they look."""
         data = self.data
-        facts = [data.size, self.views.facts, data.max_pixels, data.animated, data.image, data.label_key, data.classes]
-        facts += [stream.urls, stream.length, stream.known, data.seed if self.views.random else None]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        facts = [data.size, self.views.facts, data.max_pixels, data.animated, data.roles.image, data.roles.label_key]
+        seed = data.seed if self.views.random else None
+        return [*facts, data.classes, stream.urls, stream.length, stream.known, seed]

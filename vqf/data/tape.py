@@ -14,6 +14,8 @@ class Raw:
     name: str
     content: bytes
     label: bytes | None
+    map_name: str = ""  # empty where it has no map
+    map: bytes = b""
 
 
 class Tape:

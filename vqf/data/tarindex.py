@@ -12,12 +12,12 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vqf.data.imaging import EXTENSIONS, UnreadableError
+from vqf.data.imaging import UnreadableError
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
@@ -168,12 +168,6 @@ def checked(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
     if info.isreg() and info.issparse():
         raise UserError(f"data.root: the shard '{tar}' has a sparse member '{name}'; pack it again without --sparse")
     return split_name(name)
-
-
-def picture_among(endings: Iterable[str], wanted: str | None) -> str | None:
-    """Return which member of a sample is the picture: the one that is wanted, or the first that is one."""
-    found = (each for each in endings if (each == wanted if wanted else f".{each.rpartition('.')[2]}" in EXTENSIONS))
-    return next(found, None)
 
 
 def _members(tar: Path, file: BinaryIO, size: int) -> tuple[list[Member], int]:

@@ -6,18 +6,19 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, overload
 
 import torch
-from PIL import Image
 
-from vqf.data.split import Facts
+from vqf.data.files import PictureFile
 from vqf.errors import UserError
-from vqf.protocols import Data, Sample, Size, Split, Streamed
+from vqf.protocols import ConditionReader, Data, Sample, Size, Split, Streamed
 from vqf.randomness import mix
-from vqf.registry import build, check, register
+from vqf.registry import ask, build, check, register
 
+BESIDE = ("mask", "condition", "place")  # a picture
 OPTION = r"(?<![\w/.'])data\."  # where an error names an option of a source, and no file
 
 
@@ -25,7 +26,8 @@ OPTION = r"(?<![\w/.'])data\."  # where an error names an option of a source, an
 class Union:
     """Data sources side by side; the label of a picture is the source that it is from.
 
-    What a source holds out stays held out. An epoch is every picture of every source.
+    What a source holds out stays held out. An epoch is every picture of every source. Maps and places are there if
+    every source has them.
 
     Args:
         parts: The sources by name, each a node of `data` as in `{name: folder, root: faces}`.
@@ -39,10 +41,23 @@ class Union:
             check("data", node, f"data.parts.{name}")
         self.sources = {name: _open(name, node, image_size, mix(seed, name)) for name, node in parts.items()}
 
+    @staticmethod
+    def condition_reader(parts: Mapping[str, Any]) -> ConditionReader | None:
+        """Return what reads a map as every source reads its own; None if none of them says how.
+
+        Raises:
+            ValueError: If they do not read alike.
+        """
+        readers = {name: ask("data", node, "condition_reader", f"data.parts.{name}") for name, node in parts.items()}
+        first, reader = next(iter(readers.items()))
+        if other := next((name for name, each in readers.items() if each != reader), None):
+            raise ValueError(f"data.parts: '{first}' and '{other}' have maps of different kinds, or one of them none")
+        return reader
+
     def split(self, name: str) -> "UnionSplit":
         """Return "train" or "validation"."""
         parts = {source: self._part(source, name) for source in self.sources}
-        return FilesUnion(parts) if all(hasattr(part, "stored") for part in parts.values()) else UnionSplit(parts)
+        return FilesUnion(parts) if all(hasattr(part, "file") for part in parts.values()) else UnionSplit(parts)
 
     def _part(self, source: str, name: str) -> Split:
         with _worded(source):
@@ -58,7 +73,9 @@ class UnionSplit:
                 f"data.parts.{stream}: a stream cannot be one of several sources; copy its shards to a folder"
             )
         self.sources, self.parts = list(parts), list(parts.values())
-        self.ends = list(accumulate(len(part) for part in self.parts))
+        counts = [len(part) for part in self.parts]
+        self.ends = list(accumulate(counts))
+        self.labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         facts = [(name, len(part), part.fingerprint) for name, part in parts.items()]
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -69,13 +86,29 @@ class UnionSplit:
         """Return a picture as it looks in an epoch, labelled with the number of its source."""
         source, place = self.find(index)
         with _worded(self.sources[source]):
-            return replace(self.parts[source].item(epoch, place), label=source)
+            return replace(self.parts[source].item(epoch, place), label=source, **self.absent)
+
+    @cached_property
+    def absent(self) -> dict[str, Any]:
+        """What not every source has beside its pictures, or not in one shape: a batch cannot have that."""
+        firsts = [self._first(source) for source in range(len(self.parts))]
+        shapes = {field: {getattr(getattr(each, field), "shape", None) for each in firsts} for field in BESIDE}
+        return {field: None for field, found in shapes.items() if len(found) > 1}
+
+    def _first(self, source: int) -> Sample:
+        with _worded(self.sources[source]):
+            return self.parts[source].item(0, 0)
 
     def find(self, index: int) -> tuple[int, int]:
         """Return the number of the source of a picture, and the picture's number there."""
         index = range(len(self))[index]
         source = bisect_right(self.ends, index)
         return source, index - (self.ends[source - 1] if source else 0)
+
+    @property
+    def tolerance(self) -> int:
+        """How many pictures may be unreadable, in all sources together."""
+        return sum(getattr(part, "tolerance", 0) for part in self.parts)
 
     def faults(self) -> list[torch.Tensor]:
         """Return which pictures cannot be read, source by source, as far as anybody has looked."""
@@ -93,31 +126,17 @@ class UnionSplit:
 
 
 class FilesUnion(UnionSplit):
-    """Of sources that all have files: these can be had, too, each from its source, none in place of another."""
+    """Of sources that all have files."""
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         super().__init__(parts)
-        self.files = list(parts.values())
-        counts = torch.tensor([len(part) for part in self.files])
-        self.names, self.labels = _Names(self), torch.arange(len(self.files)).repeat_interleave(counts)
+        self.names = _Names(self)
 
-    def stored(self, index: int) -> bytes:
-        """See `PictureSplit`, as for the following."""
+    def file(self, index: int) -> PictureFile:
+        """Return a picture as the file that it is, named and labelled with its source."""
         source, place = self.find(index)
-        content: bytes = self.files[source].stored(place)
-        return content
-
-    def picture(self, index: int) -> Image.Image:
-        """Return a whole picture, upright and in RGB."""
-        source, place = self.find(index)
-        image: Image.Image = self.files[source].picture(place)
-        return image
-
-    def facts(self, index: int, content: bytes) -> Facts:
-        """Decode what `stored` returned, and say what it is."""
-        source, place = self.find(index)
-        found: Facts = self.files[source].facts(place, content)
-        return found
+        file: PictureFile = self.parts[source].file(place)  # type: ignore[attr-defined]
+        return replace(file, name=f"{self.sources[source]}/{file.name}", label=source)
 
 
 class _Names(Sequence[str]):
@@ -137,7 +156,7 @@ class _Names(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         source, place = self.split.find(index)
-        return f"{self.split.sources[source]}/{self.split.files[source].names[place]}"
+        return f"{self.split.sources[source]}/{self.split.parts[source].names[place]}"  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from vqf import terminal
 from vqf.errors import UserError
 from vqf.pipelines.common import image_size
 from vqf.pipelines.files import Files, open_parts, spread
-from vqf.pipelines.shard import sha256
+from vqf.pipelines.shard_manifest import sha256
 from vqf.protocols import Size, Split
 from vqf.registry import register
 from vqf.terminal import log, progress
@@ -104,12 +104,12 @@ class Looker:
         return [self._look(part, index) for index in range(first, min(first + AT_ONCE, self.counts[part]))]
 
     def _look(self, part: str, index: int) -> Seen:
-        split = self.parts[part]
+        file = self.parts[part].file(index)
         try:
-            content = split.stored(index)
-            return Seen(part, split.names[index], hashlib.sha256(content).hexdigest(), *split.facts(index, content))
+            content = file.stored()
+            return Seen(part, file.name, hashlib.sha256(content).hexdigest(), *file.facts(content))
         except ValueError as error:
-            return Seen(part, split.names[index], broken=str(error))
+            return Seen(part, file.name, broken=str(error))
 
 
 def summary(seen: Iterable[Seen], parts: Iterable[str], size: Size) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Cropped:
             UserError: If it cannot be read: an evaluation replaces nothing.
         """
         try:
-            pixels = np.array(self.crop(self.files.picture(index), self.size), dtype=np.uint8)
+            pixels = np.array(self.crop(self.files.file(index).picture(), self.size), dtype=np.uint8)
         except UserError:
             raise
         except ValueError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqf.errors import UserError
 from vqf.pipelines.common import image_size
-from vqf.protocols import Data, Split
+from vqf.protocols import Data, Size, Split
 from vqf.registry import build
 from vqf.terminal import log
 
@@ -21,17 +21,61 @@ R = TypeVar("R")
 PARTS = ("train", "validation")
 
 
+class PictureFile(Protocol):
+    """A picture as a file. Every method raises a ValueError if it cannot be read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> int | None: ...
+
+    def stored(self) -> bytes: ...  # the file
+
+    def picture(self) -> Image.Image: ...  # whole, upright, RGB
+
+    def facts(self, content: bytes) -> tuple[str, str, int, int]: ...  # format, mode, width, height
+
+
+@runtime_checkable
+class PairFile(PictureFile, Protocol):
+    """A picture with a map beside it."""
+
+    def stored_map(self) -> tuple[bytes, str]: ...  # the file, and its format
+
+    # Whole, upright, in a mode that PNG keeps; of a picture of so many rows and columns.
+    def map(self, shape: Size) -> Image.Image: ...
+
+
 @runtime_checkable
 class Files(Protocol):
-    """A split whose pictures are files, which can be had as they are. Every method raises a ValueError if not."""
+    """A split whose pictures are files, which can be had as they are."""
 
     names: Sequence[str]
 
-    def stored(self, index: int) -> bytes: ...  # the file
+    def file(self, index: int) -> PictureFile: ...
 
-    def picture(self, index: int) -> Image.Image: ...  # whole, upright, RGB
 
-    def facts(self, index: int, content: bytes) -> tuple[str, str, int, int]: ...  # format, mode, width, height
+@runtime_checkable
+class Joined(Protocol):
+    """A split made of others; the label of a picture says of which it is."""
+
+    sources: Sequence[str]
+    parts: Sequence[Split]
+
+    def find(self, index: int) -> tuple[int, int]: ...  # which of them, and the picture's number there
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """A split whose pictures are files in shards, each of which can only be read from end to end."""
+
+    urls: Sequence[str]
+
+    @property
+    def shard_tolerance(self) -> int: ...  # how many of them may be missing or broken
+
+    def files(self, shard: int) -> Iterator[PictureFile]: ...  # a ValueError in the end if more should follow
 
 
 def open_parts(config: DictConfig) -> tuple[Data, dict[str, Split]]:

@@ -1,6 +1,5 @@
 """Pictures in and out of files, for pipelines. How a file is read is for the data sources to say."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from vqf.errors import UserError
 from vqf.protocols import ConditionReader
-from vqf.registry import check, find
+from vqf.registry import ask, find
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -52,12 +51,12 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
 
     Args:
         data: Its node, as a run was trained with.
+
+    Raises:
+        ValueError: If it has maps of several kinds.
     """
-    make = getattr(find("data", data.name).target, "condition_reader", None)
-    if make is None:
-        return None
-    options = check("data", data)
-    return make(**{key: options[key] for key in inspect.signature(make).parameters if key in options})
+    reader: ConditionReader | None = ask("data", data, "condition_reader")
+    return reader
 
 
 def reader_of_maps(data: DictConfig) -> Callable[[Path], Tensor]:

@@ -1,71 +1,46 @@
 """Any data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
-import hashlib
-import io
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 
 from vqf.errors import UserError
-from vqf.pipelines.files import Files, open_parts, spread
-from vqf.pipelines.pictures import to_image
+from vqf.pipelines.files import Files, PairFile, Streams, open_parts, spread
+from vqf.pipelines.pictures import condition_reader
+from vqf.pipelines.shard_manifest import MANIFEST, Manifest
+from vqf.pipelines.shard_writer import Drawn, Format, Task, Writer, file_of
 from vqf.protocols import Split
 from vqf.randomness import generator
 from vqf.registry import register
 from vqf.terminal import log, progress
 
-VERSION = 1
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm", "TIFF": "tif"}
-FORMATS = {ending: name for name, ending in ENDINGS.items()}
-
-Format = Literal["original", "jpg", "png", "webp"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard: its file, and which pictures of a part it holds."""
-
-    name: str
-    part: str
-    indices: list[int]
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the manifest says of a shard; `left_out` is why some pictures are not in it."""
-
-    name: str
-    pictures: int
-    bytes: int
-    sha256: str
-    left_out: dict[str, str] = field(default_factory=dict)
+BY_CHANNELS = {1: "grey", 3: "rgb"}
+NAMED = 10  # pictures that the log names; the manifest names all
 
 
 @register("pipeline", "shard")
 class Shard:
     """Write the pictures of `data` into tar shards that `data=shards` and webdataset read, with a manifest.
 
-    A picture `00000012.jpg` has its label beside it as `.cls`, and its name as `.json`; pictures that cannot be read
-    are left out and named in the manifest. Shards that an earlier run finished are kept; a run that is killed leaves
-    none half-written. `workers` is how many are written at a time.
+    A picture `00000012.jpg` has its label beside it as `.cls`, its name as `.json`, and its map, if the source has
+    maps, as `.condition.png`: `data=shard_pairs` reads both. Pictures that cannot be read are left out and named in the
+    manifest, up to `data.max_bad`. Shards that an earlier run finished are kept; a run that is killed leaves none
+    half-written. `workers` is how many are written at a time.
+
+    Of shards that are streamed each becomes one, its pictures in their order.
 
     Args:
         to: The folder of the shards; `shards/` of the run's folder by default.
         format: Of the pictures. "original" copies the files of a source that has them, byte by byte; the others
-            store the whole picture, upright and in RGB. A source without files gives what it shows in epoch 0.
-        size: What a shorter side that is longer is scaled down to.
+            store the whole picture, upright and in RGB, and maps as PNG. A source without files gives what it shows in
+            epoch 0.
+        size: What a shorter side that is longer is scaled down to, of pictures and of maps.
         shard_size: Pictures of a shard.
         quality: Of jpg and webp.
-        pictures_alone: Leave out the maps of a source that has some, which shards do not keep.
+        pictures_alone: Leave out the maps of a source that has some.
         shuffle: Put training pictures in an order that the seed decides, for readers that read shards from end to end.
     """
 
@@ -95,178 +70,117 @@ class Shard:
     def run(self) -> None:
         """Write `<part>-000000.tar` and so on, and `manifest.json`."""
         data, parts = open_parts(self.config)
-        if self.format == "original" and not all(isinstance(split, Files) for split in parts.values()):
+        if self.format == "original" and not all(isinstance(split, Files | Streams) for split in parts.values()):
             raise UserError(f"format=original: data '{self.config.data.name}' has no files to copy; give format=png")
-        if not self.pictures_alone and any(map(_has_maps, parts.values())):
-            raise UserError(
-                f"pictures_alone=false: data '{self.config.data.name}' has maps, and shards keep none; train on it as "
-                "it is, or write its pictures with pictures_alone=true"
-            )
+        maps = None if self.pictures_alone else self._maps(parts.values())
         tasks = [task for part, split in parts.items() for task in self._tasks(part, split)]
         asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
         asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
         sources = {part: split.fingerprint for part, split in parts.items()}
+        made_of = {"asked": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
         try:
-            manifest = Manifest(self.folder, {"asked": asked, "sources": sources, "classes": list(data.classes)})
-            self._write(manifest, tasks, Writer(self.folder, parts, self.format, self.size, self.quality))
+            manifest = Manifest(self.folder, made_of)
+            self._write(manifest, tasks, Writer(self.folder, parts, self.format, self.size, self.quality, maps))
             manifest.finish([task.name for task in tasks])
         except OSError as error:
             raise UserError(
                 f"to={self.folder}: cannot be written ({(error.strerror or str(error)).lower()})"
             ) from error
 
-    def _write(self, manifest: "Manifest", tasks: list[Task], writer: "Writer") -> None:
+    def _write(self, manifest: Manifest, tasks: list[Task], writer: Writer) -> None:
         left = [task for task in tasks if task.name not in manifest.shards]
         if len(left) < len(tasks):
             log.info("%d of %d shards are there already", len(tasks) - len(left), len(tasks))
-        total, done = (sum(len(task.indices) for task in some) for some in (tasks, left))
-        with progress("shard", total, total - done) as bar:
+        done = sum(each.pictures + len(each.left_out) for each in manifest.shards.values())
+        with progress("shard", sum(map(len, writer.parts.values())), done) as bar:
+            self._check_losses(manifest, writer.parts)
             for written in spread(writer, left, self.config.workers):
                 manifest.add(written)
                 bar.advance(written.pictures + len(written.left_out))
-        lost = {name: why for each in manifest.shards.values() for name, why in each.left_out.items()}
-        for name, why in list(lost.items())[:10]:
+                self._check_losses(manifest, writer.parts)
+        self._tell(manifest, writer.parts)
+
+    def _tell(self, manifest: Manifest, parts: Mapping[str, Split]) -> None:
+        shards = manifest.shards.values()
+        lost = [(name, why) for each in shards for name, why in each.left_out.items()]
+        for name, why in lost[:NAMED]:
             log.warning("left out: '%s' (%s)", name, why)
-        log.info("%d pictures in %d shards, %d left out: %s", total - len(lost), len(tasks), len(lost), self.folder)
+        for each in (each for each in shards if each.broken):
+            log.warning("'%s' has no more of its shard than could be read (%s)", each.name, each.broken)
+        for part, split in parts.items():
+            held = sum(each.pictures + len(each.left_out) for each in shards if each.part == part)
+            if isinstance(split, Streams) and held != len(split):
+                log.warning("data.%s_pictures=%d: its shards hold %d", part, len(split), held)
+        count = sum(each.pictures for each in shards)
+        log.info("%d pictures in %d shards, %d left out: %s", count, len(shards), len(lost), self.folder)
+
+    def _check_losses(self, manifest: Manifest, parts: Mapping[str, Split]) -> None:
+        """Stop if too much of a part cannot be read; what is finished stays."""
+        for part, split in parts.items():
+            written = [each for each in manifest.shards.values() if each.part == part]
+            lost = [f"'{name}' ({why})" for each in written for name, why in each.left_out.items()]
+            broken = [f"'{each.name}' ({each.broken})" for each in written if each.broken]
+            self._check_loss(f"{len(split)} {part} pictures", lost, getattr(split, "tolerance", len(split)))
+            if isinstance(split, Streams):
+                self._check_loss(f"{len(split.urls)} {part} shards", broken, split.shard_tolerance)
+
+    def _check_loss(self, of: str, lost: list[str], tolerated: int) -> None:
+        if len(lost) > tolerated:
+            raise UserError(
+                f"data.max_bad: {len(lost)} of the {of} cannot be read, where {tolerated} may be left out; the last is "
+                f"{lost[-1]}, '{self.folder / MANIFEST}' names all. What is written stays, and the same command with a "
+                "larger max_bad goes on"
+            )
 
     def _tasks(self, part: str, split: Split) -> Iterator[Task]:
+        if isinstance(split, Streams):
+            log.info(
+                "%s shards are streamed: each is copied to one, in its order, however many pictures it holds", part
+            )
+            yield from (Task(f"{part}-{number:06d}.tar", part, [], number) for number in range(len(split.urls)))
+            return
         order = torch.arange(len(split))
         if self.shuffle and part == "train":
             order = torch.randperm(len(split), generator=generator("shards", self.config.seed))
         for number, indices in enumerate(order.split(self.shard_size)):
             yield Task(f"{part}-{number:06d}.tar", part, indices.tolist())
 
+    def _maps(self, parts: Collection[Split]) -> dict[str, Any] | None:
+        """Return the options of `data=shard_pairs` that read the maps; None where there are none.
 
-@dataclass(frozen=True)
-class Writer:
-    """Writes shards, in any process."""
-
-    folder: Path
-    parts: dict[str, Split]
-    format: Format
-    size: int | None
-    quality: int
-
-    def __call__(self, task: Task) -> Written:
-        """Write a shard beside its final name, flush it and rename it."""
-        from webdataset import TarWriter
-
-        temporary, left_out = self.folder / f".{task.name}{PARTIAL}", {}
-        with temporary.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for index in task.indices:
-                    try:
-                        tar.write(self._sample(self.parts[task.part], index))
-                    except UserError:
-                        raise
-                    except ValueError as error:  # what a picture that cannot be read raises
-                        left_out[_name(self.parts[task.part], index)] = str(error)
-            file.flush()
-            os.fsync(file.fileno())
-        facts = temporary.stat().st_size, sha256(temporary)
-        temporary.replace(self.folder / task.name)
-        return Written(task.name, len(task.indices) - len(left_out), *facts, left_out)
-
-    def _sample(self, split: Split, index: int) -> dict[str, Any]:
-        if isinstance(split, Files):
-            labels = getattr(split, "labels", None)
-            label = None if labels is None else int(labels[index])
-            ending, content = self._file(split, index)
-        else:
-            sample = split.item(0, index)
-            label, (ending, content) = sample.label, self._encoded(to_image(sample.image))
-        facts = {"name": _name(split, index)}
-        told = {} if label is None else {"cls": str(label).encode()}
-        return {"__key__": f"{index:08d}", ending: content, "json": json.dumps(facts).encode(), **told}
-
-    def _file(self, split: Files, index: int) -> tuple[str, bytes]:
-        if self.format != "original":
-            return self._encoded(split.picture(index))
-        content = split.stored(index)
-        return ENDINGS[split.facts(index, content)[0]], content
-
-    def _encoded(self, image: Image.Image) -> tuple[str, bytes]:
-        short = min(image.size)
-        if self.size is not None and short > self.size:
-            width, height = (max(round(side * self.size / short), 1) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, FORMATS[self.format], **({} if self.format == "png" else {"quality": self.quality}))
-        return self.format, file.getvalue()
-
-
-class Manifest:
-    """`manifest.json`: what a folder of shards was made of, and which of them are finished.
-
-    Raises:
-        UserError: If the folder holds the shards of other pictures, or made with other options.
-    """
-
-    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
-        self.path, self.made_of = folder / MANIFEST, {"version": VERSION, **made_of}
-        self.shards: dict[str, Written] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for half in folder.glob(f".*{PARTIAL}"):
-            half.unlink()
-        if self.path.exists():
-            self._take_up(folder)
-
-    def add(self, written: Written) -> None:
-        """Record a finished shard."""
-        self.shards[written.name] = written
-        self._save(False)
-
-    def finish(self, names: list[str]) -> None:
-        """Record that these are all, in this order."""
-        self.shards = {name: self.shards[name] for name in names}
-        self._save(True)
-
-    def _take_up(self, folder: Path) -> None:
+        Raises:
+            UserError: If there are maps of several kinds, or such as no option reads.
+        """
+        if not any(map(has_maps, parts)):
+            return None
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            same = {key: found[key] for key in self.made_of} == self.made_of
-            shards = [Written(**each) for each in found["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
+            reader = condition_reader(self.config.data)
+        except ValueError as error:
+            raise UserError(f"{error}; pictures_alone=true writes the pictures alone") from error
+        if options := getattr(reader, "options", None):
+            return dict(options)
+        if reader is not None and reader.classes:
+            return {"maps": "labels", "labels": reader.classes, "unlabelled": None}
+        channels = _channels(next(split for split in parts if has_maps(split)))
+        if channels not in BY_CHANNELS:
             raise UserError(
-                f"to={folder}: its {MANIFEST} is not one of pipeline=shard; choose another folder"
-            ) from error
-        if not same:
-            raise UserError(
-                f"to={folder}: holds shards of other pictures, or with other options; choose another folder"
+                f"pictures_alone=false: data '{self.config.data.name}' has maps of {channels} channels, and its class "
+                "no function condition_reader that says what they are (vqf.protocols.Data); pictures_alone=true leaves "
+                "them out"
             )
-        for each in shards:
-            path = folder / Path(each.name).name
-            if path.is_file() and path.stat().st_size == each.bytes and sha256(path) == each.sha256:
-                self.shards[each.name] = each
-            else:
-                log.warning("'%s' is not what %s says; it is written again", path, MANIFEST)
-
-    def _save(self, finished: bool) -> None:
-        shards = [asdict(each) for each in self.shards.values()]
-        pictures: dict[str, int] = {}
-        for each in self.shards.values():
-            part = each.name.rpartition("-")[0]
-            pictures[part] = pictures.get(part, 0) + each.pictures
-        content = {**self.made_of, "finished": finished, "pictures": pictures, "shards": shards}
-        temporary = self.path.with_name(f".{MANIFEST}{PARTIAL}")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        return {"maps": BY_CHANNELS[channels]}
 
 
-def sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def has_maps(split: Split) -> bool:
+    """Say whether there is a map beside the first picture, or the last: a union's sources differ."""
+    if isinstance(split, Streams):
+        return getattr(split, "reading", None) is not None
+    files = [file_of(split, index) for index in {0, len(split) - 1}]
+    return any(
+        each.sample.condition is not None if isinstance(each, Drawn) else isinstance(each, PairFile) for each in files
+    )
 
 
-def _has_maps(split: Split) -> bool:
-    """Say whether the first picture has one, or the last: a union's sources differ."""
-    return any(split.item(0, index).condition is not None for index in {0, len(split) - 1})
-
-
-def _name(split: Split, index: int) -> str:
-    names = getattr(split, "names", None)
-    return f"{index}" if names is None else Path(names[index]).name if os.path.isabs(names[index]) else names[index]
+def _channels(split: Split) -> int:
+    condition = split.item(0, 0).condition
+    return 0 if condition is None else len(condition)

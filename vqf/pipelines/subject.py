@@ -60,6 +60,6 @@ class _MapSplit:
         sample = self.pictures.item(epoch, index)
         if sample.condition is None:
             raise UserError(
-                f"subject=condition: data '{self.name}' has no maps beside its pictures; pairs and earth do"
+                f"subject=condition: data '{self.name}' has no maps beside its pictures; pairs, shard_pairs, earth do"
             )
         return Sample(sample.condition, label=sample.label, place=sample.place)

@@ -1,0 +1,78 @@
+"""What processes save that index new shards together: `torchrun --nproc-per-node 2 benchmarks/first_index.py`.
+
+The first time shards are used each is read from end to end. Processes that all begin at the first one do the same work
+side by side; those that each begin at another find what the others made. Both are timed in turns, on the same shards.
+"""
+
+import argparse
+import io
+import os
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+from vqf import ranks, terminal
+from vqf.data.contents import indices
+from vqf.data.tarindex import SUFFIX
+
+BYTES = 100_000  # of a picture: about a JPEG of 512 px
+
+
+def make_shards(folder: Path, shards: int, pictures: int) -> list[Path]:
+    """Write shards of random bytes with labels."""
+    content = os.urandom(BYTES)
+    paths = [folder / f"train-{i:06d}.tar" for i in range(shards)]
+    for path in paths:
+        with tarfile.open(path, "w:") as tar:
+            for i in range(pictures):
+                for name, data in ((f"{i:06d}.jpg", content), (f"{i:06d}.cls", b"1")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return paths
+
+
+def timed(paths: list[Path], shared: bool) -> tuple[float, float]:
+    """Index the shards in every process; returns the seconds until all are ready, and those of all processors."""
+    if ranks.first():
+        for path in paths:
+            path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
+    ranks.wait()
+    began, busy = time.perf_counter(), time.process_time()
+    with mock.patch.object(ranks, "rank", ranks.rank if shared else lambda: 0):
+        indices(paths, None)
+    mine = time.process_time() - busy
+    ranks.wait()
+    return time.perf_counter() - began, sum(ranks.each(mine))
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=500, help="of a shard")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    with ranks.together(), tempfile.TemporaryDirectory() as place:
+        folder = Path(ranks.same(place))
+        paths = ranks.same(make_shards(folder, given.shards, given.pictures) if ranks.first() else [])
+        found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for _ in range(given.rounds):
+            for shared in found:
+                found[shared].append(timed(paths, shared))
+        ranks.wait()
+        if ranks.first():
+            names = {False: "all from the first", True: "each from another"}
+            rows = [
+                (names[key], *(f"{median(each):.2f}" for each in zip(*rounds, strict=True)))
+                for key, rounds in found.items()
+            ]
+            title = f"{given.shards} shards of {given.pictures * BYTES / 1e6:.0f} MB, {ranks.world()} processes"
+            terminal.table(title, ("", "seconds", "of all processors"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Pictures with maps into shards: what `data=shard_pairs` reads has to be what the source shows."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.composing import compose
+from tests.data.test_pairs import save
+from vqf.data.maps import Reading
+from vqf.errors import UserError
+from vqf.pipelines.shard import Shard
+from vqf.protocols import Sample
+from vqf.registry import _components, build, register
+
+RNG = np.random.default_rng(3)
+KINDS = {
+    "rgb": [],
+    "grey": ["data.maps=grey"],
+    "palette": ["data.maps=palette"],
+    "labels": ["data.maps=labels", "data.labels=6", "data.unlabelled=255"],
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eleven pairs; the maps are of several formats, and all may be read as labels."""
+    for i in range(11):
+        save(tmp_path / "images" / f"{i % 2}" / f"{i:02}.png", RNG.integers(256, size=(40, 60, 3)))
+        numbers = RNG.choice([0, 1, 2, 3, 4, 255], size=(40, 60)).astype(np.uint8)
+        map_of = Image.fromarray(numbers)
+        if i % 3 == 1:
+            map_of.putpalette([each for j in range(256) for each in (j, 255 - j, 7)])  # what counts is its index
+        path = tmp_path / "conditions" / f"{i % 2}" / f"{i:02}.{('png', 'bmp', 'tif')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        map_of.save(path)
+    return tmp_path
+
+
+def configured(root, *words, workers=0):
+    given = ["data=pairs", f"data.root={root}", "data.validation_last=3", "data.flip=false", "image_size=16"]
+    return compose(*given, f"workers={workers}", *words)
+
+
+def written(config, to, **options):
+    Shard(config, to.parent, to=str(to), **{"shuffle": False, **options}).run()
+    return json.loads((to / "manifest.json").read_text())
+
+
+def read(to, manifest, part="train", **options):
+    node = {"name": "shard_pairs", "root": str(to), "flip": False, **manifest["maps"], **options}
+    return build("data", node, image_size=16, seed=0).split(part)
+
+
+def source(config, part="train"):
+    return build("data", config.data, image_size=16, seed=0).split(part)
+
+
+def same(one, other, atol=0.0):
+    for field in ("image", "condition"):
+        torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=0, atol=atol)
+    assert one.label == other.label
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("how", "workers"), [("original", 0), ("png", 2)])
+def test_pairs_come_back_as_they_were(root, kind, how, workers):
+    """To the bit in either format: PNG loses nothing, and neither scales."""
+    config = configured(root, *KINDS[kind], workers=workers)
+    manifest = written(config, root / "shards", format=how, shard_size=3)
+    assert manifest["finished"] and manifest["pictures"] == {"train": 8, "validation": 3}
+    for part, count in (("train", 8), ("validation", 3)):
+        ours, theirs = read(root / "shards", manifest, part), source(config, part)
+        assert len(ours) == count
+        for i in range(count):
+            same(ours.item(2, i), theirs.item(2, i))
+
+
+def test_originals_are_copied_byte_by_byte(root):
+    manifest = written(configured(root), root / "shards", format="original")
+    split = read(root / "shards", manifest)
+    for i, path in enumerate(sorted((root / "images").rglob("*.png"))[:8]):
+        found = split.file(i)
+        (map_of,) = (root / "conditions" / path.parent.name).glob(f"{path.stem}.*")
+        assert found.stored() == path.read_bytes()
+        assert found.stored_map()[0] == map_of.read_bytes()
+        assert split.maps[i] == f"{i:08}.condition{map_of.suffix}"
+
+
+def test_webdataset_reads_them(root):
+    import webdataset
+
+    written(configured(root, *KINDS["labels"]), root / "shards", format="png")
+    theirs = list(webdataset.WebDataset(str(root / "shards" / "train-000000.tar"), shardshuffle=False).decode("pil"))
+    assert len(theirs) == 8
+    for each in theirs:
+        name = each["json"]["name"]
+        assert np.array_equal(each["png"], Image.open(root / "images" / name))
+        (path,) = (root / "conditions").glob(name.replace(".png", ".*"))
+        assert np.array_equal(np.asarray(each["condition.png"].convert("L")), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_are_scaled_with_their_pictures_and_labels_never_mixed(root, kind):
+    save(root / "conditions" / "0" / "00.png", np.tile(np.repeat([[0, 4]], 3, axis=1), (80, 20)))
+    config = configured(root, *KINDS[kind])
+    manifest = written(config, root / "shards", format="jpg", size=20)
+    split = read(root / "shards", manifest)
+    found = split.file(0)
+    assert found.picture().size == (30, 20)
+    scaled = Image.open(io.BytesIO(found.stored_map()[0]))
+    assert scaled.size == (30, 20)
+    values = {*np.unique(np.asarray(scaled)).tolist()}
+    assert (values == {0, 4}) == (kind in ("palette", "labels"))
+    assert split.item(0, 0).condition.shape == source(config).item(0, 0).condition.shape
+
+
+def test_labels_above_a_byte_and_sixteen_bits_of_grey_are_kept(root):
+    for path in (root / "conditions").rglob("*.*"):
+        path.unlink()
+        numbers = RNG.integers(300, size=(40, 60)).astype(np.uint16)
+        Image.fromarray(numbers).save(path.with_suffix(".png"))
+    config = configured(root, "data.maps=labels", "data.labels=300")
+    manifest = written(config, root / "shards", format="png")
+    ours, theirs = read(root / "shards", manifest), source(config)
+    for i in range(8):
+        same(ours.item(0, i), theirs.item(0, i))
+
+
+@pytest.mark.parametrize("how", ["original", "png"])
+def test_pairs_that_cannot_be_read_are_left_out_and_named(root, how):
+    (root / "conditions" / "0" / "02.tif").write_bytes(b"broken")
+    save(root / "conditions" / "0" / "04.bmp", np.zeros((30, 30)))
+    (root / "conditions" / "0" / "06.png").unlink()
+    manifest = written(configured(root, "data.max_bad=0.5"), root / "shards", format=how)
+    assert manifest["shards"][0]["left_out"] == {
+        "0/02.png": "its map '0/02.tif': not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+        "0/04.png": "its map '0/04.bmp' has another shape: 30 x 30 and 60 x 40",
+        "0/06.png": "no map",
+    }
+    assert len(read(root / "shards", manifest)) == 5
+
+
+def test_pictures_alone(root, tmp_path):
+    config = configured(root)
+    manifest = written(config, tmp_path / "alone", pictures_alone=True)
+    assert manifest["maps"] is None
+    data = build("data", {"name": "shards", "root": str(tmp_path / "alone")}, image_size=16, seed=0)
+    assert data.split("train").item(0, 0).condition is None
+    with pytest.raises(UserError, match="holds shards of other pictures, or with other options"):
+        written(config, tmp_path / "alone")
+
+
+def test_what_a_source_draws_is_kept_with_its_map(tmp_path):
+    """The earth has no files: crops of epoch 0, and maps whose water is still exactly blue."""
+    config = compose("data=earth", "data.crops=12", "image_size=16")
+    with pytest.raises(UserError, match="format=original: data 'earth' has no files to copy; give format=png"):
+        written(config, tmp_path / "shards")
+    manifest = written(config, tmp_path / "shards", format="png")
+    assert manifest["maps"] == {"maps": "palette"}
+    ours, theirs = read(tmp_path / "shards", manifest), source(config)
+    blue = torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1)
+    waters = 0
+    for i in range(12):
+        one, other = ours.item(0, i), theirs.item(0, i)
+        same(one, other, atol=0.5 / 127.5 + 1e-6)
+        assert torch.equal((one.condition == blue).all(0), (other.condition == blue).all(0))
+        waters += int((one.condition == blue).all(0).sum())
+    assert waters > 500
+
+
+def test_a_union_keeps_source_and_map(root, tmp_path):
+    parts = f"{{a:{{name:pairs,root:{root},validation_last:3}},b:{{name:pairs,root:{root},validation_last:2}}}}"
+    config = compose("data=union", f"+data.parts={parts}", "image_size=16")
+    manifest = written(config, tmp_path / "shards")
+    split = read(tmp_path / "shards", manifest)
+    assert manifest["maps"] == {"maps": "rgb"} and manifest["classes"] == ["a", "b"]
+    assert split.labels.tolist() == [0] * 8 + [1] * 9
+    alone = source(configured(root, "data.crop=center"))
+    still = read(tmp_path / "shards", manifest, crop="center")
+    for i in range(8):
+        one, other = still.item(0, i), alone.item(0, i)
+        assert torch.equal(one.condition, other.condition) and torch.equal(one.image, other.image)
+
+
+def test_maps_of_several_kinds_are_not_made_one_in_silence(root, tmp_path):
+    parts = f"{{a:{{name:pairs,root:{root}}},b:{{name:pairs,root:{root},maps:grey}}}}"
+    config = compose("data=union", f"+data.parts={parts}", "image_size=16")
+    with pytest.raises(UserError) as caught:
+        written(config, tmp_path / "shards")
+    assert str(caught.value) == (
+        "data.parts: 'a' and 'b' have maps of different kinds, or one of them none; pictures_alone=true writes the "
+        "pictures alone"
+    )
+    assert not (tmp_path / "shards").exists()
+    assert written(config, tmp_path / "shards", pictures_alone=True)["finished"]
+
+
+class Made:
+    """A source of one's own, without files: maps of so many channels."""
+
+    def __init__(self, image_size, seed, *, channels: int = 1) -> None:
+        self.channels, self.size, self.classes = channels, image_size, ["one"]
+
+    def split(self, name):
+        self.fingerprint = name
+        return self
+
+    def __len__(self):
+        return 4
+
+    def item(self, epoch, index):
+        values = torch.linspace(-1, 1, 256).repeat(self.channels).view(self.channels, 16, 16).roll(index, -1)
+        return Sample(torch.full((3, 16, 16), -1.0), label=0, condition=values)
+
+
+class Zoned(Made):
+    """Its maps are of classes, and it says so."""
+
+    @staticmethod
+    def condition_reader():
+        return Reading("labels", 5, 9)
+
+    def item(self, epoch, index):
+        zones = torch.nn.functional.one_hot(torch.arange(256).view(16, 16) % 5, 5).permute(2, 0, 1).float()
+        return Sample(torch.full((3, 16, 16), -1.0), label=0, condition=zones)
+
+
+@pytest.fixture
+def own():
+    register("data", "made")(Made)
+    register("data", "zoned")(Zoned)
+    yield
+    for name in ("made", "zoned"):
+        del _components["data"][name]
+
+
+@pytest.mark.usefixtures("own")
+def test_sources_of_ones_own(tmp_path):
+    def node(name, **options):
+        config = compose("data=emoji", "image_size=16")
+        config.data = {"name": name, **options}
+        return config
+
+    for channels, kind in ((1, "grey"), (3, "rgb")):
+        to = tmp_path / kind
+        manifest = written(node("made", channels=channels), to, format="png")
+        assert manifest["maps"] == {"maps": kind}
+        for i in range(4):
+            same(read(to, manifest).item(0, i), Made(16, 0, channels=channels).item(0, i), atol=0.5 / 127.5 + 1e-6)
+    with pytest.raises(UserError) as caught:
+        written(node("made", channels=5), tmp_path / "five", format="png")
+    assert str(caught.value) == (
+        "pictures_alone=false: data 'made' has maps of 5 channels, and its class no function condition_reader that "
+        "says what they are (vqf.protocols.Data); pictures_alone=true leaves them out"
+    )
+    manifest = written(node("zoned"), tmp_path / "zoned", format="png")
+    assert manifest["maps"] == {"maps": "labels", "labels": 5, "unlabelled": 9}
+    same(read(tmp_path / "zoned", manifest).item(0, 0), Zoned(16, 0).item(0, 0))

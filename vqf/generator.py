@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqf.asked import class_index, class_of_each, grid_of, known_codes
 from vqf.canvas import enlarged, fields, gather, size_of
 from vqf.conditions import Conditions
-from vqf.errors import UserError, unknown
-from vqf.protocols import Batch, Drawn, Prior, Sampler, Scorer, Size, pair
+from vqf.errors import UserError
+from vqf.protocols import Batch, Drawn, Prior, Sampler, Scorer, Size
 from vqf.randomness import mix
 from vqf.tokenizer import Tokenizer
 
@@ -86,9 +87,9 @@ class Generator(nn.Module):
         """
         every = gather(conditions, self.conditioner, count)
         if every.labels is None or label is not None or labels is not None:
-            every = replace(every, labels=self._labels(count, label, labels, first))
+            every = replace(every, labels=class_of_each(count, self.classes, label, labels, first))
         if (kept := size_of(every)) is None:
-            grid = self._grid(size)
+            grid = self.tokenizer.grid if size is None else grid_of(size, self.tokenizer.stride)
             kept = (grid[0] * self.tokenizer.stride, grid[1] * self.tokenizer.stride)
         elif size is not None:
             raise UserError(f"size={size}: a picture is as large as its condition; leave size out")
@@ -165,10 +166,10 @@ class Generator(nn.Module):
         """
         indices = self._indices(pictures, batch_size)
         grid = (indices.shape[1], indices.shape[2])
-        known = indices.masked_fill(~self._known(mask, indices), -1).flatten(1)
+        known = indices.masked_fill(~known_codes(mask, indices, self.tokenizer.stride), -1).flatten(1)
         every = gather(self._seen(conditions, pictures), self.conditioner, len(indices))
         if every.labels is None or labels is not None:
-            every = replace(every, labels=self._labels(len(indices), None, labels, first))
+            every = replace(every, labels=class_of_each(len(indices), self.classes, None, labels, first))
         pieces = []
         for i in range(0, len(indices), batch_size):
             told, kept = every.part(i, i + batch_size), known[i : i + batch_size]
@@ -253,18 +254,6 @@ class Generator(nn.Module):
                 "sampler=sliding_window draws larger ones"
             )
 
-    def _grid(self, size: int | Sequence[int] | None) -> Size:
-        if size is None:
-            return self.tokenizer.grid
-        stride, (height, width) = self.tokenizer.stride, _read_size(size)
-        if height % stride or width % stride:
-            near = [max(round(each / stride), 1) * stride for each in (height, width)]
-            raise UserError(
-                f"size=[{height},{width}]: the tokenizer's stride {stride} must divide it; "
-                f"the nearest that fits is size=[{near[0]},{near[1]}]"
-            )
-        return height // stride, width // stride
-
     def _seen(self, conditions: Tensor | Batch | None, pictures: Tensor) -> Tensor | Batch | None:
         """Return the conditions of pictures, those that are their own condition included."""
         if isinstance(conditions, Tensor) or not pictures.is_floating_point():
@@ -278,48 +267,10 @@ class Generator(nn.Module):
         self.eval()
         return torch.cat([self.tokenizer.encode(each.to(self.device)) for each in pictures.split(batch_size)])
 
-    def _known(self, mask: Tensor, indices: Tensor) -> Tensor:
-        """Bring a mask of pixels or codes to the shape of the indices."""
-        (height, width), stride = indices.shape[1:], self.tokenizer.stride
-        mask = mask.to(indices.device, torch.bool).expand(len(indices), *mask.shape[-2:])
-        if mask.shape[1:] == (height * stride, width * stride):
-            return mask.unflatten(2, (width, stride)).unflatten(1, (height, stride)).all(dim=4).all(dim=2)
-        if mask.shape[1:] != (height, width):
-            raise ValueError(
-                f"the mask must be ({height}, {width}) in codes or ({height * stride}, {width * stride}) in pixels, "
-                f"not {tuple(mask.shape[1:])}"
-            )
-        return mask
-
-    def _labels(self, count: int, label: int | str | None, labels: Sequence[int] | Tensor | None, first: int) -> Tensor:
-        if labels is not None:
-            chosen = torch.as_tensor(labels)
-        elif label is not None:
-            chosen = torch.full((count,), self.class_index(label))
-        else:
-            chosen = (torch.arange(count) + first) % max(len(self.classes), 1)
-        if len(chosen) != count:
-            raise UserError(f"labels: {len(chosen)} labels for {count} pictures")
-        if self.classes and (chosen.min() < 0 or chosen.max() >= len(self.classes)):
-            raise UserError(f"labels: classes are numbered 0 to {len(self.classes) - 1}")
-        return chosen
-
     def class_index(self, label: int | str) -> int:
-        """Return the number of a class given by number or name."""
-        if isinstance(label, int) or str(label).isdigit():
-            if int(label) not in range(len(self.classes)):
-                raise UserError(f"label={label}: {unknown('class', label, range(len(self.classes)))}")
-            return int(label)
-        if label not in self.classes:
-            raise UserError(f"label={label}: {unknown('class', label, self.classes)}")
-        return self.classes.index(label)
+        """Return the number of a class given by number or name.
 
-
-def _read_size(size: int | Sequence[int]) -> Size:
-    try:
-        height, width = pair(size)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"size={size}: give one number, or two as size=[512,768]") from error
-    if height < 1 or width < 1:
-        raise UserError(f"size=[{height},{width}]: a picture has at least one pixel")
-    return height, width
+        Raises:
+            UserError: If there is no such class.
+        """
+        return class_index(label, self.classes)

@@ -18,12 +18,10 @@ from vqf.errors import UserError
 from vqf.generator import Generator
 from vqf.pipelines.common import start_run
 from vqf.pipelines.cost import Meter
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.inherit import inherit
+from vqf.pipelines.drawing import open_run
 from vqf.pipelines.loader import sequential
 from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
 from vqf.pipelines.pictures import as_colours, read_picture
-from vqf.pipelines.restore import find_generator, load_generator
 from vqf.protocols import Batch
 from vqf.registry import build, register
 from vqf.terminal import log
@@ -71,25 +69,23 @@ class Complete:
     def run(self) -> None:
         """Write `completions/*.png` and a grid of originals, what was kept of them, and completions."""
         meter = Meter()
-        checkpoint = find_generator(self.config.run)
-        config = inherit(self.config, checkpoint.config, ["data", "sampler", "batch_size"])
+        drawing = open_run(self.config)
+        config, generator = drawing.config, drawing.generator
         if self.images is not None:
             with open_dict(config):
                 config.data = OmegaConf.create(
                     {"name": "folder", "root": self.images, "validation_share": 1.0, "labels": False}
                 )
-        engine = make_engine(config)
-        generator = load_generator(checkpoint, config.sampler).to(engine.device)
         label = None if self.label is None else generator.classes[generator.class_index(self.label)]
         if self.images is not None and "conditions" in picture_fields(generator.conditioner).values():
             raise UserError(
                 "images: this prior draws by maps, too; give pictures and maps, data=pairs data.root=FOLDER"
             )
         mask = upper(generator, self.keep) if self.mask is None else read_mask(Path(self.mask).expanduser(), generator)
-        settings = settings_of(checkpoint, config, label=label, kept=mask.flatten().int().tolist())
+        settings = settings_of(drawing.checkpoint, config, label=label, kept=mask.flatten().int().tolist())
         rows = self._complete(generator, mask, config, settings)
         with start_run(config, self.run_dir, meter) as journal:
-            journal.images(checkpoint.step, "completions", rearrange(rows, "b three c h w -> (b three) c h w"))
+            journal.images(drawing.checkpoint.step, "completions", rearrange(rows, "b three c h w -> (b three) c h w"))
             journal.details({"completions": {"captions": self.captions[:SHOWN]}})
         log.info("pictures in %s", self.run_dir / "completions")
 

@@ -19,12 +19,10 @@ from vqf.pipelines import drawn_by
 from vqf.pipelines.classes import reads_labels
 from vqf.pipelines.common import start_run
 from vqf.pipelines.cost import Meter
+from vqf.pipelines.drawing import open_run
 from vqf.pipelines.drawn_by import Condition, DrawnBy
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.inherit import inherit
 from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
 from vqf.pipelines.pictures import as_colours
-from vqf.pipelines.restore import find_generator, load_generator
 from vqf.protocols import Batch
 from vqf.registry import build, register
 from vqf.terminal import log
@@ -91,15 +89,13 @@ class Sample:
     def run(self) -> None:
         """Write `samples/*.png` and a grid of them."""
         meter = Meter()
-        checkpoint = find_generator(self.config.run)
-        config = inherit(self.config, checkpoint.config, ["data", "sampler", "batch_size"])
-        engine = make_engine(config)
-        generator = load_generator(checkpoint, config.sampler).to(engine.device)
+        drawing = open_run(self.config)
+        config, generator = drawing.config, drawing.generator
         generator.scorer = build("scorer", config.scorer) if config.get("scorer") else None
         label = None if self.label is None else generator.class_index(self.label)
         named = None if label is None else generator.classes[label]
         options = {"label": named, "size": _plain(self.size), "candidates": self.candidates, "tile": self.tile}
-        settings = settings_of(checkpoint, config, **options)
+        settings = settings_of(drawing.checkpoint, config, **options)
         conditions = self._conditions(generator, config)
         drawn = ((each, self._draw(generator, each, settings, config.batch_size)) for each in conditions)
         first = next(drawn)  # what is wrong with the options shows here, before there is a report

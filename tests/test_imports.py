@@ -29,7 +29,7 @@ SHARED = {
 
 # What the files at the top of the package may import of vqf; those that are absent: nothing.
 TOP = {
-    "registry": {"errors"},
+    "registry": {"errors", "hints"},
     "ranks": {"errors"},
     "weights": {"errors"},
     "features": {"errors", "weights"},

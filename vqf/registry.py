@@ -12,31 +12,18 @@ So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all 
 
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigNode, ConfigStore
-from omegaconf import (
-    MISSING,
-    AnyNode,
-    BooleanNode,
-    DictConfig,
-    FloatNode,
-    IntegerNode,
-    ListConfig,
-    Node,
-    OmegaConf,
-    PathNode,
-    StringNode,
-)
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqf.errors import UserError, closest, unknown
+from vqf.hints import choices_of, hints_of, strip_none, typed_node
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -73,14 +60,6 @@ KINDS = {
     "optimizer": Kind("optimizer"),
     "schedule": Kind("schedule"),
     "pipeline": Kind("pipeline", flat=True),
-}
-
-LEAVES: dict[type, Callable[..., Node]] = {
-    bool: BooleanNode,
-    int: IntegerNode,
-    float: FloatNode,
-    str: StringNode,
-    Path: PathNode,
 }
 
 
@@ -319,34 +298,15 @@ def _options(component: Component) -> dict[str, Any]:
     Plain containers, not a generated dataclass: launchers pickle the ConfigStore into worker
     processes, where a class made here could not be found.
     """
-    hints = _hints(component.target)
+    hints = hints_of(component.target)
     content: dict[str, Any] = {}
     for key, parameter in component.options.items():
         default = MISSING if parameter.default is parameter.empty else parameter.default
         try:
-            content[key] = _typed(hints.get(key, Any), default)
+            content[key] = typed_node(hints.get(key, Any), default)
         except OmegaConfBaseException as error:
             raise RegistryError(f"{component}: '{key}' cannot be written in a config: {error}") from error
     return content
-
-
-def _typed(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
-    hint, optional = _strip_none(hint)
-    optional = optional or default is None
-    if choices := _choices(hint):
-        hint = type(choices[0])
-    origin = typing.get_origin(hint) or hint
-    args = [each for each in typing.get_args(hint) if each is not Ellipsis]
-    if hint in LEAVES:
-        return LEAVES[hint](default, is_optional=optional)
-    if inspect.isclass(origin) and issubclass(origin, Sequence) and origin is not str:
-        element: Any = args[0] if len(set(args)) == 1 and args[0] in LEAVES else Any
-        content = list(default) if isinstance(default, Sequence) and default != MISSING else default
-        return ListConfig(content, element_type=element, ref_type=list[element], is_optional=optional)
-    if inspect.isclass(origin) and issubclass(origin, Mapping) and default is not None:
-        element = args[1] if len(args) == 2 and args[1] in LEAVES else Any
-        return DictConfig(default, element_type=element, ref_type=dict[str, element], is_optional=optional)
-    return AnyNode(default)  # a mapping that is null, too: OmegaConf 2.3 cannot merge another into a typed one
 
 
 def _check_key(component: Component, key: str, where: str) -> None:
@@ -362,8 +322,8 @@ def _check_key(component: Component, key: str, where: str) -> None:
 
 
 def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
-    hint, _ = _strip_none(_hints(component.target).get(key))
-    choices = _choices(hint)
+    hint, _ = strip_none(hints_of(component.target).get(key))
+    choices = choices_of(hint)
     if choices and value is not None and value not in choices:
         raise RegistryError(f"{_place(component, key, where)}: {unknown('value', value, choices)}")
     origin = typing.get_origin(hint)
@@ -376,22 +336,3 @@ def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
 
 def _place(component: Component, key: str, where: str) -> str:
     return key if KINDS[component.kind].flat else f"{where}.{key}"
-
-
-def _strip_none(hint: Any) -> tuple[Any, bool]:
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint, False
-    rest = [each for each in typing.get_args(hint) if each is not type(None)]
-    return rest[0] if len(rest) == 1 else Any, len(rest) < len(typing.get_args(hint))
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    hint, _ = _strip_none(hint)
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # an annotation imported for type checkers only; its option goes untyped
-        return {}

@@ -16,7 +16,8 @@ from vqf.data.patterns import find_shards
 from vqf.data.shards import Shards
 from vqf.data.tarindex import index_of
 from vqf.errors import UserError
-from vqf.pipelines.loader import Order, batches, keyed
+from vqf.pipelines.loader import batches, keyed
+from vqf.pipelines.order import Order
 
 PLAIN = {"crop": "center", "flip": False}
 

@@ -28,7 +28,8 @@ from vqf.data.addresses import is_address, shown
 from vqf.data.shards import Shards
 from vqf.data.tape import Raw, Tape
 from vqf.errors import UserError
-from vqf.pipelines.loader import Order, batches, keyed, sequential
+from vqf.pipelines.loader import batches, keyed, sequential
+from vqf.pipelines.order import Order
 from vqf.pipelines.shard import Shard
 from vqf.pipelines.stage1 import Stage1
 from vqf.registry import build

@@ -22,8 +22,8 @@ from vqf import ranks
 from vqf.discriminators.batchnorm import SyncBatchNorm2d
 from vqf.pipelines.checkpoint import open_checkpoint
 from vqf.pipelines.engine import make_engine, seed_everything
-from vqf.pipelines.loader import Order
 from vqf.pipelines.loop import train
+from vqf.pipelines.order import Order
 from vqf.pipelines.restore import build_generator
 from vqf.pipelines.stage1 import TokenizerStage, make_stage
 from vqf.pipelines.stage2 import PriorStage

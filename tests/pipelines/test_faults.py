@@ -12,7 +12,8 @@ from vqf.data.folder import Folder
 from vqf.data.union import Union
 from vqf.errors import UserError
 from vqf.pipelines.faults import agree, pass_on
-from vqf.pipelines.loader import Order, batches, sequential
+from vqf.pipelines.loader import batches, sequential
+from vqf.pipelines.order import Order
 
 BROKEN = (1, 5, 9, 13, 17, 21, 25, 29)
 

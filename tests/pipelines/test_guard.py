@@ -19,7 +19,7 @@ from vqf.losses.adversarial import Hinge
 from vqf.losses.pixel import L1
 from vqf.pipelines.checkpoint import newest
 from vqf.pipelines.guard import Guard, Lookout
-from vqf.pipelines.loader import Order
+from vqf.pipelines.order import Order
 from vqf.pipelines.stage1 import Stage1, TokenizerStage
 from vqf.pipelines.stage2 import PriorStage, Stage2
 from vqf.protocols import Batch

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vqf.errors import UserError
 from vqf.pipelines import loader
-from vqf.pipelines.loader import Order, batches, in_batches, keyed, sequential
+from vqf.pipelines.loader import batches, keyed, sequential
+from vqf.pipelines.order import Order, in_batches
 from vqf.protocols import Batch, Sample
 
 log = logging.getLogger("vqf")

@@ -16,7 +16,7 @@ from tests.composing import compose
 from tests.pipelines.test_loop import TINY
 from vqf.errors import UserError
 from vqf.pipelines import atomic
-from vqf.pipelines.loader import Order
+from vqf.pipelines.order import Order
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.pipelines.tokens import Manifest, Tokens

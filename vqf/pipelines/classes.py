@@ -18,7 +18,8 @@ from vqf import ranks, terminal
 from vqf.features import lite
 from vqf.generator import Generator
 from vqf.pipelines.engine import Engine
-from vqf.pipelines.loader import in_batches, keyed
+from vqf.pipelines.loader import keyed
+from vqf.pipelines.order import in_batches
 from vqf.pipelines.tokens import Tokens
 from vqf.protocols import Batch, Data
 

@@ -19,7 +19,8 @@ from vqf.generator import Generator
 from vqf.pipelines.atomic import write_weights
 from vqf.pipelines.engine import Engine, seed_everything
 from vqf.pipelines.evaluation_protocol import digest
-from vqf.pipelines.loader import in_batches, keyed
+from vqf.pipelines.loader import keyed
+from vqf.pipelines.order import in_batches
 from vqf.pipelines.statistics import Pictures, PixelHash
 from vqf.protocols import Batch
 from vqf.randomness import generator as random_generator

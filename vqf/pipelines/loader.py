@@ -1,9 +1,4 @@
-"""Which pictures make up which batch, and the processes that load them.
-
-The order of the data is a pure function: batch k of epoch e is a slice of the permutation that (seed, e) gives, and
-a picture depends on (seed, epoch, index). A run therefore stands at one number, its step, and any number of worker
-processes, or of ranks, sees the same pictures in the same order.
-"""
+"""The processes that load pictures, batch after batch; which picture comes when is for `vqf.pipelines.order` to say."""
 
 import logging
 import os
@@ -12,66 +7,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from vqf import ranks
 from vqf.errors import UserError
 from vqf.pipelines.faults import Records, agree, noted, say
+from vqf.pipelines.order import Key, Order, Plan, in_batches
 from vqf.protocols import Batch, Sample, Split, Streamed
-from vqf.randomness import generator
 
 log = logging.getLogger("vqf")
-
-K = TypeVar("K")
-Key = tuple[int, int]  # epoch and index: all that a worker needs to know
 
 TIMEOUT = 600.0  # seconds that the next batch may take
 
 # A scheduler may send these to every process of a job. The parent answers them, and needs its workers for it.
 LEFT_TO_PARENT = {signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
-
-
-class Order:
-    """The order in which the pictures of a split are trained on.
-
-    Args:
-        length: Pictures of the split.
-        batch_size: Pictures of one step, over all ranks. The last pictures of an epoch, too few for a batch,
-            are left out; another epoch leaves out others.
-        rank: This process among `world`, each of which takes an equal part of every micro-batch.
-        accumulate: Micro-batches that a step is cut into, the same ones for any number of processes.
-
-    Raises:
-        UserError: If not even one batch comes together, or it cannot be divided among the ranks.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
-    ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: a step needs at least one picture")
-        if batch_size > length:
-            raise UserError(f"batch_size={batch_size} is larger than the {length} pictures to train on")
-        if batch_size % accumulate:
-            raise UserError(f"accumulate={accumulate} must divide batch_size={batch_size}")
-        if batch_size % (accumulate * world):
-            parts = f"{world} processes and accumulate={accumulate} micro-batches"
-            raise UserError(f"batch_size={batch_size} cannot be divided among {parts}")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.epoch_steps = length // batch_size
-
-    def batch(self, step: int) -> list[Key]:
-        """Return this rank's part of the batch of a step, counted from 0."""
-        epoch, position = divmod(step, self.epoch_steps)
-        first = position * self.batch_size
-        indices = _permutation(self.length, self.seed, epoch)[first : first + self.batch_size]
-        mine = indices.view(self.accumulate, self.world, -1)[:, self.rank]
-        return [(epoch, index) for index in mine.flatten().tolist()]
 
 
 def batches(
@@ -96,7 +47,7 @@ def batches(
     if isinstance(split, Streamed):
         found = _streamed(split, order, start, steps, workers, timeout)
     else:
-        found = keyed(split, _Plan(order, start, steps), workers=workers, timeout=timeout)
+        found = keyed(split, Plan(order, start, steps), workers=workers, timeout=timeout)
     for step, batch in enumerate(found, start + 1):
         yield batch
         if every and step % every == 0:
@@ -118,23 +69,6 @@ def sequential(
     keys = [(0, i * length // count) for i in range(count)]
     yield from keyed(split, in_batches(keys, batch_size), workers=workers, timeout=timeout)
     agree(split)
-
-
-def in_batches(keys: Sequence[K], batch_size: int) -> list[list[K]]:
-    """Cut keys into batches, the last of which may be smaller, and return this process's part of each.
-
-    All parts are equally long, so that they can be collected: the last key fills up the last batch's, and
-    `ranks.collect` cuts it off again.
-    """
-    batch_size = -(-batch_size // ranks.world()) * ranks.world()
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    return [[batch[i] for i in part_of(len(batch))] for batch in batches]
-
-
-def part_of(count: int) -> list[int]:
-    """Return which of `count` things this process does, see `in_batches`."""
-    part = -(-count // ranks.world())
-    return [min(ranks.rank() * part + i, count - 1) for i in range(part)]
 
 
 def keyed(
@@ -199,19 +133,6 @@ def _obey_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-class _Plan:
-    """The keys of a run of steps, made one step at a time."""
-
-    def __init__(self, order: Order, start: int, steps: int) -> None:
-        self.order, self.start, self.steps = order, start, steps
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (self.order.batch(step) for step in range(self.start, self.steps))
-
-    def __len__(self) -> int:
-        return max(self.steps - self.start, 0)
 
 
 @dataclass
@@ -289,8 +210,3 @@ def _worker_trouble(text: str, workers: int, timeout: float) -> str | None:
 
 def _as_is(loaded: Any) -> Any:
     return loaded
-
-
-@lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(length, generator=generator("order", seed, epoch))

@@ -21,8 +21,9 @@ from vqf.pipelines.budget import fix_steps
 from vqf.pipelines.common import Accumulated, check_accumulate, chosen, describe, image_size, save_numbers
 from vqf.pipelines.critic import Critic, check_game, check_judge, frozen, game_begins, make_critic
 from vqf.pipelines.engine import Engine, make_engine, widen
-from vqf.pipelines.loader import Order, batches, sequential
+from vqf.pipelines.loader import batches, sequential
 from vqf.pipelines.loop import Evaluation, train
+from vqf.pipelines.order import Order
 from vqf.pipelines.player import Player
 from vqf.pipelines.resume import refuse
 from vqf.pipelines.subject import build_subject, channels_of, shows_classes

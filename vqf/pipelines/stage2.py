@@ -27,8 +27,8 @@ from vqf.pipelines.engine import Engine, make_engine
 from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS
 from vqf.pipelines.files import PARTS
 from vqf.pipelines.inherit import inherit
-from vqf.pipelines.loader import Order, part_of
 from vqf.pipelines.loop import Evaluation, train
+from vqf.pipelines.order import Order, part_of
 from vqf.pipelines.pictures import as_colours
 from vqf.pipelines.player import Player
 from vqf.pipelines.restore import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer

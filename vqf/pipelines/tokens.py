@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vqf.errors import UserError
 from vqf.pipelines.atomic import flush, write_weights
-from vqf.pipelines.loader import Key, Order
+from vqf.pipelines.order import Key, Order
 from vqf.pipelines.shard_manifest import sha256
 from vqf.protocols import Batch
 from vqf.terminal import log

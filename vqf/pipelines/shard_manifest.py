@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vqf.errors import UserError
-from vqf.terminal import log
+from vqf.terminal import log, progress
 
 VERSION = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+HASHERS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,21 @@ class Manifest:
             raise UserError(
                 f"to={folder}: holds shards of other pictures, or with other options; choose another folder"
             )
+        self._keep(folder, [each for each in shards if not each.broken])
         for each in shards:
-            path = folder / Path(each.name).name
             if each.broken:
-                log.info("'%s' is written again: %s", path, each.broken)
-            elif path.is_file() and path.stat().st_size == each.bytes and sha256(path) == each.sha256:
-                self.shards[each.name] = each
-            else:
-                log.warning("'%s' is not what %s says; it is written again", path, MANIFEST)
+                log.info("'%s' is written again: its shard could not be read to its end", each.name)
+
+    def _keep(self, folder: Path, shards: list[Written]) -> None:
+        """Keep the shards that are what they were when they were written."""
+        paths = [folder / Path(each.name).name for each in shards]
+        with ThreadPoolExecutor(HASHERS) as pool, progress("verify shards", len(shards)) as bar:
+            for each, path, whole in zip(shards, paths, pool.map(_is_whole, paths, shards), strict=True):
+                if whole:
+                    self.shards[each.name] = each
+                else:
+                    log.warning("'%s' is not what %s says; it is written again", path, MANIFEST)
+                bar.advance()
 
     def _save(self, finished: bool) -> None:
         pictures: Counter[str] = Counter()
@@ -97,6 +106,10 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
+
+
+def _is_whole(path: Path, known: Written) -> bool:
+    return path.is_file() and path.stat().st_size == known.bytes and sha256(path) == known.sha256
 
 
 def sha256(path: Path) -> str:

@@ -13,14 +13,14 @@ from tests.pipelines.test_loop import TINY
 from tests.pipelines.test_saver import limited
 from tests.test_run import Run, run  # noqa: F401  (a fixture)
 from vqf.errors import UserError
-from vqf.folders import held
+from vqf.lock import held
 from vqf.pipelines.checkpoint import newest
 from vqf.run import main
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vqf.folders import held
+from vqf.lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -45,9 +45,21 @@ TOP = {
     "settings": {"errors", "registry"},
     "folders": {"errors", "pipelines.checkpoint", "trust"},
     "explain": {"errors", "registry"},
+    "lock": {"errors"},
     "trust": {"errors"},
     "command": {"errors", "explain", "settings", "trust"},
-    "run": {"command", "errors", "folders", "pipelines.faults", "plugins", "ranks", "registry", "settings", "terminal"},
+    "run": {
+        "command",
+        "errors",
+        "folders",
+        "lock",
+        "pipelines.faults",
+        "plugins",
+        "ranks",
+        "registry",
+        "settings",
+        "terminal",
+    },
 }
 
 # Packages that take long to import, or that not every run needs.

@@ -10,6 +10,15 @@ class UserError(ValueError):
     """A mistake in what the user asked for: shown as one line, exit status 2, without a traceback."""
 
 
+class EmptyPartError(UserError):
+    """A part of a data source that has no picture, and that a pipeline for both parts goes without."""
+
+
+def quoted(name: str) -> str:
+    """Quote a name that a file may have: what would begin another line, or move the cursor, is written out."""
+    return "'" + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name) + "'"
+
+
 def closest(name: str, known: Iterable[object]) -> str | None:
     """Return the known name that `name` was probably meant to be."""
     close = difflib.get_close_matches(name, [str(item) for item in known], n=1)

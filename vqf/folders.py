@@ -3,12 +3,8 @@
 conf/config.yaml asks for it as `${vqf.run_dir:...}`; importing this module is what makes that word known.
 """
 
-import errno
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -24,8 +20,6 @@ from vqf.trust import check_links
 OUTPUTS = Path("outputs")
 TIME = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
 CHOICES = Path(".hydra") / "hydra.yaml"
-LOCK = ".lock"
-TAKEN = {errno.EACCES, errno.EAGAIN}  # what a lock of another process is told by
 ALONE = {"compare"}  # pipelines that have no model or data of their own to name a folder by
 
 
@@ -75,47 +69,6 @@ def check_own(folder: Path, pipeline: str) -> None:
 def output_dir() -> Path:
     """Return the folder of the Hydra job that runs."""
     return Path(HydraConfig.get().runtime.output_dir)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes from running in a folder as long as this one does.
-
-    A lock of POSIX ends with its process, however that ends, and is not inherited by processes that it has started,
-    which may outlive it for a moment. Over a network it holds where the disk passes locks on, as NFS does from version
-    4; where a disk knows none, nothing is held.
-
-    Raises:
-        UserError: If another process runs there, or nothing can be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+b", buffering=0)
-    except OSError as error:
-        raise UserError(unwritable(error, folder)) from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in TAKEN:
-                raise UserError(_taken(folder)) from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise UserError(unwritable(error, folder)) from error
-        yield
-
-
-def unwritable(error: OSError, folder: Path | None = None) -> str:
-    """Say that the folder of a run cannot be written."""
-    where = f"run_dir={folder or error.filename}" if folder or error.filename else "run_dir"
-    return f"{where}: cannot be written ({error.strerror}); make room there, or give another run_dir"
-
-
-def _taken(folder: Path) -> str:
-    who = (folder / LOCK).read_text() or "another process"
-    return f"run_dir={folder}: {who} is running there; wait until it ends, or give another run_dir"
 
 
 def _beside(run: str | None) -> str | None:

@@ -393,7 +393,8 @@ class Data(Protocol):
 
     classes: Sequence[str]  # names of the labels; empty where there are none
 
-    def split(self, name: str) -> Split: ...  # "train" or "validation"
+    # "train" or "validation"; an EmptyPartError where it holds no picture, which a pipeline for both goes without
+    def split(self, name: str) -> Split: ...
 
 
 class Metric(Protocol):

@@ -19,6 +19,7 @@ from omegaconf.errors import InterpolationResolutionError
 from vqf import folders, ranks
 from vqf.command import check_command, compose_job, config_dir, ordered
 from vqf.errors import UserError
+from vqf.lock import held, unwritable
 from vqf.pipelines.faults import pass_on
 from vqf.plugins import load_plugins, requested
 from vqf.registry import build, components, flat_node
@@ -88,7 +89,7 @@ def main() -> None:
     except OSError as error:
         if _began:
             raise
-        _end(MISTAKE, folders.unwritable(error))
+        _end(MISTAKE, unwritable(error))
     except KeyboardInterrupt:
         _end(INTERRUPTED, "interrupted")
 
@@ -130,7 +131,7 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     words = None
     try:
         if ranks.first():
-            stack.enter_context(folders.held(folder))
+            stack.enter_context(held(folder))
     except UserError as error:
         words = str(error)
     if words := ranks.same(words):

@@ -20,6 +20,7 @@ from vqf.registry import build
 
 RNG = np.random.default_rng(7)
 COUNT = 9
+PLAIN = {"crop": "center", "flip": False}
 KINDS = {
     "rgb": {},
     "grey": {"maps": "grey"},
@@ -170,15 +171,30 @@ def test_a_pair_with_a_bad_map_is_replaced_by_the_next_and_named_once(tmp_path, 
     with caplog.at_level(logging.WARNING, "vqf"):
         split = where(tmp_path, classes=0) if where is streamed else where(tmp_path)
         for _ in range(2):
-            bad, following = split.item(0, 1), split.item(0, 2)
+            split.item(0, 1)
         same = where(tmp_path, crop="center", flip=False, **({"classes": 0} if where is streamed else {}))
         assert torch.equal(same.item(0, 1).image, same.item(0, 2).image)
         assert torch.equal(same.item(0, 1).condition, same.item(0, 2).condition)
-    assert bad.condition.shape == following.condition.shape
     named = [
         each.message for each in caplog.records if f"cannot read 'train-0.tar/0001.png' ({REASONS[how]}" in each.message
     ]
     assert len(named) == 2  # once for each of the two splits
+
+
+@pytest.mark.parametrize("where", [packed, streamed])
+def test_a_member_that_is_no_picture_is_no_map(tmp_path, where):
+    """Such as `0001.depth.json`, what somebody noted of a depth."""
+    written(tmp_path, ending="depth.png")
+    before = [where(tmp_path, condition="depth", **PLAIN).item(0, i).condition for i in range(3)]
+    members = []
+    for i in range(3):
+        for folder, ending in (("notes", "depth.json"), ("conditions", "depth.png"), ("images", "png")):
+            path = tmp_path / folder / f"{i}.png"
+            members.append((f"{i:04}.{ending}", path.read_bytes() if path.exists() else b"{}"))
+        members.append((f"{i:04}.cls", b"0"))
+    pack(tmp_path / "shards" / "train-0.tar", members)
+    split = where(tmp_path, condition="depth", **PLAIN)
+    assert all(torch.equal(split.item(0, i).condition, before[i]) for i in range(3))
 
 
 def test_a_map_that_changed_on_the_disk_is_noticed(tmp_path):
@@ -205,15 +221,16 @@ def test_many_pictures_without_a_map_stop_the_run_at_its_start(tmp_path, caplog)
     )
 
 
-def test_a_shard_that_lost_pairs_keeps_their_places(tmp_path):
+def test_a_shard_that_lost_pairs_keeps_their_places(tmp_path, caplog):
     written(tmp_path)
     names = [f"train-{i}.tar" for i in range(3)]
     (tmp_path / "shards" / "manifest.json").write_text(
         json.dumps({"shards": [{"name": name, "pictures": 3} for name in names]})
     )
     (tmp_path / "shards" / "train-1.tar").unlink()
-    split = packed(tmp_path, max_bad=0.5, crop="center", flip=False)
+    split = packed(tmp_path, max_bad=0.5, **PLAIN)
     assert len(split) == COUNT
+    assert "have no map" not in caplog.text
     assert torch.equal(split.item(0, 3).condition, split.item(0, 6).condition)
 
 
@@ -231,12 +248,36 @@ def test_shards_are_read_as_their_manifest_says(tmp_path, where):
         )
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"maps": each} for each in (1, "x", None, [])),
+        *({"maps": "labels", "labels": each} for each in ("9", None, 1, 2.5)),
+        *("rgb", ["rgb"], {}, 3, {"maps": "rgb", "labels": 0, "unlabelled": None}),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_says_nothing_of_maps(tmp_path, said):
+    written(tmp_path)
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"maps": said}))
+    assert len(packed(tmp_path)) == COUNT
+
+
+def test_what_a_manifest_says_is_no_way_to_the_terminal(tmp_path):
+    written(tmp_path)
+    said = {"maps": "labels", "labels": 5, "unlabelled": "\x1b[2J\nall is well"}
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"maps": said}))
+    message = worded(lambda: packed(tmp_path))
+    assert message.endswith("are read: data.maps=labels data.labels=5 data.unlabelled=null") and message.isprintable()
+
+
 def test_the_fingerprint_follows_maps_and_how_they_are_read(tmp_path):
     written(tmp_path, "labels")
     for where in (packed, streamed):
         prints = [where(tmp_path, kind).fingerprint for kind in KINDS]
         assert len({*prints}) == len(prints)
         assert where(tmp_path).fingerprint == prints[0]
+    assert streamed(tmp_path, condition="condition.png").fingerprint != streamed(tmp_path).fingerprint
+    repack(tmp_path, lambda members: members)
     before = packed(tmp_path).fingerprint
     repack(tmp_path, lambda members: {**members, "0001.condition.png": members["0002.condition.png"]})
     assert packed(tmp_path).fingerprint != before
@@ -257,7 +298,12 @@ def test_mistakes_are_worded(tmp_path):
         node = {"name": "shard_pairs", "root": str(tmp_path / "shards"), **options}
         return worded(lambda: build("data", node, image_size=16, seed=0))
 
-    for options in ({"condition": ""}, {"condition": ".png", "image": "png"}):
+    for options in (
+        {"condition": ""},
+        {"condition": ".png", "image": "png"},
+        {"image": "condition.png"},
+        {"condition": "depth", "image": ".Depth.tif"},
+    ):
         assert "is the ending of no map beside a picture; condition=png is one" in said(**options)
     assert "labels=0, but maps=labels needs the number of classes" in said(maps="labels")
     assert said(root=str(tmp_path / "none")).startswith("data.root: no folder")

@@ -7,7 +7,7 @@ from vqf.data.folder import Folder
 from vqf.data.imaging import UnreadableError
 from vqf.data.maps import Reading
 from vqf.data.union import Union
-from vqf.errors import UserError
+from vqf.errors import EmptyPartError, UserError
 from vqf.protocols import Batch
 from vqf.registry import ask, build
 
@@ -43,6 +43,25 @@ def test_every_picture_of_every_source_is_there_once_with_its_source_as_label(fo
     assert data.classes == ["few", "many"]
     assert colours(data.split("train")) == [(0, i, 10) for i in range(3)] + [(1, i, 200) for i in range(6)]
     assert colours(data.split("validation")) == [(0, i, 10) for i in (3, 4)] + [(1, i, 200) for i in (6, 7, 8)]
+
+
+def test_a_source_that_holds_nothing_out_is_missing_from_validation_alone(folders):
+    def union(*lasts):
+        parts = {
+            name: {"name": "folder", "root": str(folders / name), "validation_last": last, "labels": False}
+            for name, last in zip(("few", "many"), lasts, strict=True)
+        }
+        return Union(16, 0, parts=parts)
+
+    data = union(0, 3)
+    assert len(data.split("train")) == 11
+    held_out = data.split("validation")
+    assert colours(held_out) == [(1, i, 200) for i in (6, 7, 8)]
+    assert held_out.labels.tolist() == [1, 1, 1] and held_out.names[0] == "many/006.png"
+    with pytest.raises(
+        EmptyPartError, match=r"^data\.parts\.many\.root: of the 9 pictures in .* none is for validation; "
+    ):
+        union(0, 0).split("validation")
 
 
 def test_a_source_shows_its_own_pictures(folders):

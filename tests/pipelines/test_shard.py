@@ -1,11 +1,7 @@
+"""Any source into shards: what comes out is what went in."""
+
 import hashlib
 import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -13,39 +9,14 @@ from PIL import Image
 
 from tests.composing import compose
 from tests.data.packing import png, red
-from vqf.errors import UserError
-from vqf.pipelines import shard
-from vqf.pipelines.shard import Shard
-from vqf.pipelines.shard_manifest import sha256
-from vqf.registry import build
+from tests.pipelines.sharding import configured, files, make_pictures, read, written
+from vqf.errors import EmptyPartError, UserError
+from vqf.registry import Component, _components, build
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Twenty training and three validation pictures in two classes; the red of one is its number."""
-    for i in range(23):
-        path = tmp_path / "pictures" / ("train" if i < 20 else "val") / ("ant", "bee")[i % 2] / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png((i, 0, 0), (40, 30)))
-    return tmp_path / "pictures"
-
-
-def configured(root, *words, workers=0):
-    return compose("data=folder", f"data.root={root}", "image_size=16", f"workers={workers}", "data.flip=false", *words)
-
-
-def written(config, to, **options):
-    Shard(config, to.parent, to=str(to), **options).run()
-    return json.loads((to / "manifest.json").read_text())
-
-
-def read(to, part="train", **options):
-    data = build("data", {"name": "shards", "root": str(to), "flip": False, **options}, image_size=16, seed=0)
-    return data, data.split(part)
-
-
-def files(to):
-    return {each.name: each.read_bytes() for each in to.iterdir() if not each.name.endswith(".idx")}
+    return make_pictures(tmp_path / "pictures")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -127,37 +98,6 @@ def test_a_source_without_files_is_written_as_it_looks(tmp_path):
         assert ours.labels.tolist() == list(theirs.labels)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_named(pictures, tmp_path, caplog):
-    (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
-    (pictures / "train" / "bee" / "05.png").write_bytes(png()[:60])
-    manifest = written(configured(pictures, "data.max_bad=0.1"), tmp_path / "shards", shard_size=100)
-    first = manifest["shards"][0]
-    assert first["pictures"] == 18
-    assert set(first["left_out"]) == {"train/ant/04.png", "train/bee/05.png"}
-    assert first["left_out"]["train/bee/05.png"] == "image file is truncated"
-    assert "left out: 'train/ant/04.png' (not a picture of a known format" in caplog.text
-
-
-def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_when_more_may_be(pictures, tmp_path):
-    """A disk that gives nothing but errors must not become shards of nothing."""
-    for i in (4, 8, 12):
-        (pictures / "train" / "ant" / f"{i:02}.png").write_bytes(b"broken")
-    to = tmp_path / "shards"
-    with pytest.raises(UserError) as caught:
-        written(configured(pictures), to, shard_size=6, shuffle=False)
-    assert str(caught.value) == (
-        "data.max_bad: 2 of the 20 train pictures cannot be read, where 1 may be left out; the last is "
-        "'train/ant/08.png' (not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)), "
-        f"'{to / 'manifest.json'}' names all. What is written stays, and the same command with a larger max_bad goes on"
-    )
-    before = (to / "train-000000.tar").stat().st_mtime_ns
-    with pytest.raises(UserError, match="2 of the 20 train"):
-        written(configured(pictures), to, shard_size=6, shuffle=False)
-    manifest = written(configured(pictures, "data.max_bad=0.15"), to, shard_size=6, shuffle=False)
-    assert manifest["finished"] and manifest["pictures"] == {"train": 17, "validation": 3}
-    assert (to / "train-000000.tar").stat().st_mtime_ns == before
-
-
 def test_the_picture_of_a_phone_is_copied_as_the_jpeg_that_it_is(pictures, tmp_path):
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     path = pictures / "val" / "ant" / "20.png"
@@ -169,56 +109,7 @@ def test_the_picture_of_a_phone_is_copied_as_the_jpeg_that_it_is(pictures, tmp_p
     assert split.file(0).picture().getpixel((5, 5))[0] > 250
 
 
-def test_finished_shards_are_kept_and_damaged_ones_written_again(pictures, tmp_path, monkeypatch, caplog):
-    to, config = tmp_path / "shards", configured(pictures)
-    written(config, to, shard_size=6)
-    before = files(to)
-    (to / "train-000001.tar").unlink()
-    with (to / "train-000002.tar").open("r+b") as file:
-        file.seek(600)
-        file.write(b"damage")
-    (to / ".train-000003.tar.partial").write_bytes(b"half")
-    made = []
-    whole = shard.Writer.__call__
-    monkeypatch.setattr(shard.Writer, "__call__", lambda self, task: made.append(task.name) or whole(self, task))
-    written(config, to, shard_size=6)
-    assert made == ["train-000001.tar", "train-000002.tar"]
-    assert files(to) == before
-    assert f"'{to / 'train-000002.tar'}' is not what manifest.json says; it is written again" in caplog.text
-
-
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from vqf.pipelines import shard
-from tests.pipelines.test_shard import configured, written
-picture = shard.Writer._members
-shard.Writer._members = lambda *given: time.sleep(0.05) or picture(*given)
-written(configured(sys.argv[1], workers=int(sys.argv[3])), Path(sys.argv[2]), shard_size=4)
-"""
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_leaves_no_half_shard_and_goes_on(pictures, tmp_path, workers):
-    to = tmp_path / "shards"
-    command = [sys.executable, "-c", SCRIPT, str(pictures), str(to), str(workers)]
-    process = subprocess.Popen(command, start_new_session=True)
-    while not any(to.glob("*.tar")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    finished = sorted(to.glob("*.tar"))
-    assert 0 < len(finished) < 6
-    hashes = {path.name: sha256(path) for path in finished}
-    manifest = written(configured(pictures), to, shard_size=4)
-    assert not list(to.glob(".*"))
-    assert {each["name"]: each["sha256"] for each in manifest["shards"]}.items() >= hashes.items()
-    written(configured(pictures), tmp_path / "whole", shard_size=4)
-    assert files(to) == files(tmp_path / "whole")
-
-
-def test_a_union_is_copied_file_by_file(pictures, tmp_path, caplog):
+def test_a_union_is_copied_file_by_file(pictures, tmp_path):
     """Whole pictures, not what the union shows of them; a broken one is no copy of its neighbour."""
     (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
     parts = [
@@ -228,8 +119,7 @@ def test_a_union_is_copied_file_by_file(pictures, tmp_path, caplog):
     manifest = written(config, tmp_path / "shards", shuffle=False)
     assert manifest["classes"] == ["ant", "bee"]
     assert [each["pictures"] for each in manifest["shards"]] == [15, 4]
-    assert list(manifest["shards"][0]["left_out"]) == ["ant/04.png"]
-    assert "15 pictures" not in caplog.text
+    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["ant/04.png"]
     _, split = read(tmp_path / "shards")
     originals = [path for kind in ("ant", "bee") for path in sorted(pictures.glob(f"train/{kind}/*"))[:8]]
     originals = [path for path in originals if path.name != "04.png"]
@@ -246,11 +136,89 @@ def test_a_union_with_a_source_that_draws_keeps_the_files_of_the_other_whole(pic
     with pytest.raises(UserError, match="data 'union' has no files to copy"):
         written(config, tmp_path / "shards")
     manifest = written(config, tmp_path / "shards", format="png", shuffle=False)
-    assert manifest["shards"][0]["left_out"].keys() == {"ants/04.png"}
+    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["ants/04.png"]
     _, split = read(tmp_path / "shards")
     assert [split.file(i).picture().size for i in range(8)] == [(40, 30)] * 7 + [(16, 16)]
     assert [red(split.item(0, i)) for i in range(7)] == [0, 2, 6, 8, 10, 12, 14]
     assert split.labels.tolist() == [0] * 7 + [1] * 1400
+
+
+def test_names_tell_nothing_of_the_machine_and_none_hides_another(tmp_path):
+    """Two pictures of one name, by their whole paths."""
+    paths = [tmp_path / each / "p.png" for each in ("a", "b", "c", "d")]
+    for i, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_bytes(png((i, 0, 0)) if i < 2 else b"broken")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "v.png").write_bytes(png())
+    words = [f"data.root={tmp_path / 'in'}", f"data.train={tmp_path / 'list.txt'}", "data.max_bad=0.5", "image_size=16"]
+    for size in (1, 4):
+        manifest = written(compose("data=folder", *words), tmp_path / f"to{size}", shard_size=size, shuffle=False)
+        lost = [each for entry in manifest["shards"] for each in entry["left_out"]]
+        assert [(each["key"], each["name"]) for each in lost] == [("00000002", "p.png"), ("00000003", "p.png")]
+        assert all(str(tmp_path).encode() not in path.read_bytes() for path in tmp_path.glob(f"to{size}/*"))
+
+
+def test_a_huge_shard_holds_all(pictures, tmp_path):
+    manifest = written(configured(pictures), tmp_path / "shards", shard_size=10**20)
+    assert [each["pictures"] for each in manifest["shards"]] == [20, 3]
+
+
+class Stored:
+    """A picture of one's own as a file, of no class of vqf's."""
+
+    name, label = "own", None
+
+    def __init__(self, index):
+        self.index = index
+
+    def stored(self):
+        if self.index == 3:
+            raise FileNotFoundError(2, "No such file or directory", "x")
+        return png((self.index, 0, 0))
+
+    def picture(self):
+        return Image.open(io.BytesIO(self.stored()))
+
+    def facts(self, content):
+        return ("PNG", "RGB", 20, 16)
+
+
+class Own:
+    """A source of one's own with files, which says nothing of how many may be lost."""
+
+    classes, names, fingerprint = (), ("a", "b", "c", "d"), "own"
+
+    def __init__(self, image_size, seed):
+        pass
+
+    def split(self, name):
+        if name != "train":
+            raise EmptyPartError("nothing held out")
+        return self
+
+    def __len__(self):
+        return 4
+
+    def file(self, index):
+        return Stored(index)
+
+
+@pytest.mark.parametrize("how", ["original", "png"])
+def test_files_of_ones_own(tmp_path, monkeypatch, how):
+    monkeypatch.setitem(_components["data"], "own", Component("data", "own", Own, ("image_size", "seed"), {}))
+    alone, union = (compose("data=emoji", "image_size=16") for _ in range(2))
+    alone.data = {"name": "own"}
+    union.data = {"name": "union", "parts": {"one": {"name": "own"}, "other": {"name": "own"}}}
+    for config, count in ((alone, 3), (union, 6)):
+        to = tmp_path / str(count)
+        manifest = written(config, to, format=how, shuffle=False)
+        assert manifest["pictures"] == {"train": count}
+        assert {each["why"] for each in manifest["shards"][0]["left_out"]} == {"no such file or directory"}
+        _, split = read(to, validation=None)
+        assert [red(split.item(0, i)) for i in range(count)] == [0, 1, 2] * (count // 3)
+        assert split.labels is None if count == 3 else split.labels.tolist() == [0] * 3 + [1] * 3
 
 
 def test_shards_of_shards(pictures, tmp_path):
@@ -260,28 +228,3 @@ def test_shards_of_shards(pictures, tmp_path):
     one, two = (read(tmp_path / each)[1] for each in ("first", "second"))
     assert [one.file(i).stored() for i in range(20)] == [two.file(i).stored() for i in range(20)]
     assert torch.equal(one.labels, two.labels)
-
-
-def test_mistakes_are_worded(pictures, tmp_path):
-    def worded(*words, to="shards", **options):
-        with pytest.raises(UserError) as caught:
-            written(configured(pictures, *words), tmp_path / to, **options)
-        return str(caught.value)
-
-    written(configured(pictures), tmp_path / "shards")
-    assert worded(shard_size=3) == (
-        f"to={tmp_path / 'shards'}: holds shards of other pictures, or with other options; choose another folder"
-    )
-    png_of_another = pictures / "train" / "ant" / "00.png"
-    png_of_another.write_bytes(png((1, 2, 3), (50, 50)))
-    assert "holds shards of other pictures" in worded()
-    (tmp_path / "strange").mkdir()
-    (tmp_path / "strange" / "manifest.json").write_text('{"version": 1}')
-    assert worded(to="strange") == (
-        f"to={tmp_path / 'strange'}: its manifest.json is not one of pipeline=shard; choose another folder"
-    )
-    (tmp_path / "file").write_text("")
-    assert worded(to="file") == f"to={tmp_path / 'file'}: cannot be written (file exists)"
-    for options in ({"size": 0}, {"shard_size": 0}, {"quality": 101}, {"size": 8, "format": "original"}):
-        with pytest.raises(ValueError, match=r"=.*: |is not in"):
-            Shard(configured(pictures), tmp_path, **options)

@@ -1,18 +1,19 @@
 """Pictures with maps into shards: what `data=shard_pairs` reads has to be what the source shows."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.composing import compose
 from tests.data.test_pairs import save
+from tests.pipelines import sharding
 from vqf.data.maps import Reading
 from vqf.errors import UserError
-from vqf.pipelines.shard import Shard
 from vqf.protocols import Sample
 from vqf.registry import _components, build, register
 
@@ -46,8 +47,7 @@ def configured(root, *words, workers=0):
 
 
 def written(config, to, **options):
-    Shard(config, to.parent, to=str(to), **{"shuffle": False, **options}).run()
-    return json.loads((to / "manifest.json").read_text())
+    return sharding.written(config, to, **{"shuffle": False, **options})
 
 
 def read(to, manifest, part="train", **options):
@@ -100,7 +100,8 @@ def test_webdataset_reads_them(root):
         name = each["json"]["name"]
         assert np.array_equal(each["png"], Image.open(root / "images" / name))
         (path,) = (root / "conditions").glob(name.replace(".png", ".*"))
-        assert np.array_equal(np.asarray(each["condition.png"].convert("L")), np.asarray(Image.open(path)))
+        numbers = np.asarray(Image.open(path))
+        assert np.array_equal(np.asarray(each["condition.png"].convert("L")), np.where(numbers == 255, 0, numbers + 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,20 +115,49 @@ def test_maps_are_scaled_with_their_pictures_and_labels_never_mixed(root, kind):
     scaled = Image.open(io.BytesIO(found.stored_map()[0]))
     assert scaled.size == (30, 20)
     values = {*np.unique(np.asarray(scaled)).tolist()}
-    assert (values == {0, 4}) == (kind in ("palette", "labels"))
-    assert split.item(0, 0).condition.shape == source(config).item(0, 0).condition.shape
+    assert values == {1, 5} if kind == "labels" else (values == {0, 4}) == (kind == "palette")
 
 
-def test_labels_above_a_byte_and_sixteen_bits_of_grey_are_kept(root):
+DEEP = {
+    "labels above a byte": (np.uint16, 0, 300, ["data.maps=labels", "data.labels=300"]),
+    "a negative number": (np.int32, -1, 3, ["data.maps=labels", "data.labels=4", "data.unlabelled=-1"]),
+    "a number above two bytes": (np.int32, 69_998, 70_001, ["data.maps=labels", "data.labels=70002"]),
+    "16 bits of grey": (np.uint16, 0, 2**16, ["data.maps=grey"]),
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+@pytest.mark.parametrize("how", ["original", "png"])
+def test_numbers_that_no_byte_holds_are_kept(root, case, how):
+    kind, low, high, words = DEEP[case]
     for path in (root / "conditions").rglob("*.*"):
         path.unlink()
-        numbers = RNG.integers(300, size=(40, 60)).astype(np.uint16)
-        Image.fromarray(numbers).save(path.with_suffix(".png"))
-    config = configured(root, "data.maps=labels", "data.labels=300")
-    manifest = written(config, root / "shards", format="png")
+        Image.fromarray(RNG.integers(low, high, size=(40, 60)).astype(kind)).save(path.with_suffix(".tif"))
+    config = configured(root, *words)
+    if case == "a number above two bytes" and how == "png":
+        with pytest.raises(UserError, match=r"^data\.labels=70002: a PNG holds numbers below 65536; format=original"):
+            written(config, root / "shards", format=how)
+        return
+    manifest = written(config, root / "shards", format=how)
     ours, theirs = read(root / "shards", manifest), source(config)
-    for i in range(8):
+    for i in range(2):
         same(ours.item(0, i), theirs.item(0, i))
+
+
+@given(st.tuples(*[st.integers(20, 90)] * 3), st.integers(-2, 2), st.integers(5, 60))
+@example((45, 77, 41), -1, 40)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, sides, off, size):
+    """Sides are rounded, and a map may already be as far from its picture's shape as is allowed."""
+    width, height, other = sides
+    of_map = round(other * width / height) + off
+    assume(of_map > 0 and abs(of_map * height - other * width) <= max(*sides, of_map))
+    root = tmp_path_factory.mktemp("pairs")
+    save(root / "images" / "a.png", np.zeros((height, width, 3)))
+    save(root / "conditions" / "a.png", np.zeros((other, of_map, 3)))
+    config = configured(root, "data.validation_last=0")
+    assert written(config, root / "shards", format="png", size=size)["pictures"] == {"train": 1}
+    assert read(root / "shards", {"maps": {}}).item(0, 0).condition.shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("how", ["original", "png"])
@@ -136,7 +166,7 @@ def test_pairs_that_cannot_be_read_are_left_out_and_named(root, how):
     save(root / "conditions" / "0" / "04.bmp", np.zeros((30, 30)))
     (root / "conditions" / "0" / "06.png").unlink()
     manifest = written(configured(root, "data.max_bad=0.5"), root / "shards", format=how)
-    assert manifest["shards"][0]["left_out"] == {
+    assert {each["name"]: each["why"] for each in manifest["shards"][0]["left_out"]} == {
         "0/02.png": "its map '0/02.tif': not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
         "0/04.png": "its map '0/04.bmp' has another shape: 30 x 30 and 60 x 40",
         "0/06.png": "no map",
@@ -199,6 +229,21 @@ def test_maps_of_several_kinds_are_not_made_one_in_silence(root, tmp_path):
     assert written(config, tmp_path / "shards", pictures_alone=True)["finished"]
 
 
+@pytest.mark.parametrize("mixed", ["abc", "cab", "bca"])
+def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixed):
+    save(root / "alone" / "x.png", np.zeros((20, 20, 3)))
+    folder = f"{{name:folder,root:{root / 'alone'},validation_share:0}}"
+    nodes = {"a": folder, "b": f"{{name:pairs,root:{root}}}", "c": folder}
+    config = compose(
+        "data=union", f"+data.parts={{{','.join(f'{each}:{nodes[each]}' for each in mixed)}}}", "image_size=16"
+    )
+    with pytest.raises(UserError) as caught:
+        written(config, tmp_path / "shards")
+    assert str(caught.value) == (
+        "data 'union' has maps in some of its sources alone; pictures_alone=true writes the pictures alone"
+    )
+
+
 class Made:
     """A source of one's own, without files: maps of so many channels."""
 
@@ -254,9 +299,14 @@ def test_sources_of_ones_own(tmp_path):
     with pytest.raises(UserError) as caught:
         written(node("made", channels=5), tmp_path / "five", format="png")
     assert str(caught.value) == (
-        "pictures_alone=false: data 'made' has maps of 5 channels, and its class no function condition_reader that "
-        "says what they are (vqf.protocols.Data); pictures_alone=true leaves them out"
+        "data 'made' has maps of 5 channels, and no function condition_reader says what they are (vqf.protocols.Data); "
+        "pictures_alone=true writes the pictures alone"
     )
+    both = node("union", parts={"a": {"name": "made", "channels": 1}, "b": {"name": "made", "channels": 3}})
+    with pytest.raises(
+        UserError, match=r"^data 'union' has maps of 1 and 3 channels, and no function condition_reader"
+    ):
+        written(both, tmp_path / "both", format="png")
     manifest = written(node("zoned"), tmp_path / "zoned", format="png")
-    assert manifest["maps"] == {"maps": "labels", "labels": 5, "unlabelled": 9}
+    assert manifest["maps"] == {"maps": "labels", "labels": 5, "unlabelled": None}
     same(read(tmp_path / "zoned", manifest).item(0, 0), Zoned(16, 0).item(0, 0))

@@ -11,9 +11,9 @@ from tests.composing import compose
 from tests.data.packing import pack, png, red, shard
 from tests.data.test_shard_pairs import COUNT
 from tests.data.test_shard_pairs import written as packed_pairs
+from tests.pipelines.sharding import files, written
 from vqf.data import addresses
 from vqf.errors import UserError
-from vqf.pipelines.shard import Shard
 from vqf.pipelines.shard_writer import Writer
 from vqf.registry import build
 
@@ -35,18 +35,9 @@ def configured(folder, *words, workers=0):
     return compose("data=shards", *given, *words)
 
 
-def written(config, to, **options):
-    Shard(config, to.parent, to=str(to), **options).run()
-    return json.loads((to / "manifest.json").read_text())
-
-
 def read(to, part="train", **options):
     node = {"name": "shards", "root": str(to), "flip": False, "crop": "center", **options}
     return build("data", node, image_size=16, seed=0).split(part)
-
-
-def files(to):
-    return {each.name: each.read_bytes() for each in to.iterdir() if not each.name.endswith(".idx")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -82,7 +73,7 @@ def test_a_broken_picture_is_left_out_and_no_copy_of_its_neighbour(folder, tmp_p
     content = [b"broken" if i == 1 else png((i, 0, 0)) for i in range(EACH)]
     pack(folder / "a-0.tar", [each for i in range(EACH) for each in ((f"{i}.png", content[i]), (f"{i}.cls", b"0"))])
     manifest = written(configured(folder), tmp_path / "near")
-    assert list(manifest["shards"][0]["left_out"]) == ["a-0.tar/1.png"]
+    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["a-0.tar/1.png"]
     split = read(tmp_path / "near")
     assert [red(split.item(0, i)) for i in range(19)] == [0, *range(2, 20)]
 
@@ -101,7 +92,8 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_tried_again(folder, tmp_path,
     assert manifest["shards"][1]["pictures"] == had
     reason = manifest["shards"][1]["broken"]
     assert ("unexpected end of data" if damage == "cut" else "no such file or directory") in reason
-    assert f"'train-000001.tar' has no more of its shard than could be read ({reason})" in caplog.text
+    assert f"'train-000001.tar' is what could be read of 'file:{path}' ({reason}); the same command" in caplog.text
+    assert str(tmp_path) not in (to / "manifest.json").read_text()
     assert f"data.train_pictures=20: its shards hold {16 + had}" in caplog.text
     expected = [*range(4), *range(4, 4 + had), *range(8, 20)]
     assert [red(read(to).item(0, i)) for i in range(16 + had)] == expected
@@ -110,6 +102,51 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_tried_again(folder, tmp_path,
     assert written(configured(folder), to)["pictures"]["train"] == 20
     changed = [each.name for each in to.glob("*.tar") if each.stat().st_mtime_ns != times[each.name]]
     assert changed == ["train-000001.tar"]
+
+
+def test_what_was_had_of_a_broken_shard_is_kept_when_there_is_less_now(folder, tmp_path):
+    path, to = folder / "a-1.tar", tmp_path / "near"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 2 * 4 * 512 + 700])
+    first = written(configured(folder), to)
+    before = files(to)
+    path.unlink()
+    assert written(configured(folder), to) == first
+    assert files(to) == before
+    path.write_bytes(whole[: 3 * 4 * 512 + 700])
+    assert written(configured(folder), to)["shards"][1]["pictures"] == 3
+
+
+@pytest.mark.parametrize("max_bad", [0.01, 1])
+def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_path, max_bad):
+    config = compose(
+        *("data=shards", f"data.root=file:{folder}", "data.train=none.tar", "data.train_pictures=4", "image_size=16"),
+        *("data.validation=null", f"data.max_bad={max_bad}"),
+    )
+    with pytest.raises(UserError) as caught:
+        written(config, tmp_path / "near")
+    assert str(caught.value) == (
+        f"data.train: none of its pictures can be read: 'file:{folder}/none.tar' (no such file or directory)"
+    )
+    assert not json.loads((tmp_path / "near" / "manifest.json").read_text())["finished"]
+
+
+def test_a_command_that_fetches_a_shard_is_no_name_of_a_picture(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(addresses.PIPES, "1")
+    command = f"data.train='pipe:true PASSWORD && cat {folder}/a-0.tar'"
+    config = compose("data=shards", command, "data.train_pictures=4", "data.validation=null", "image_size=16")
+    written(config, tmp_path / "near")
+    assert [each["json"] for each in webdataset_of(tmp_path / "near" / "train-000000.tar")] == [
+        {"name": f"000{i}.png"} for i in range(4)
+    ]
+    for path in (tmp_path / "near").iterdir():
+        assert b"PASSWORD" not in path.read_bytes() and str(folder).encode() not in path.read_bytes()
+
+
+def webdataset_of(path):
+    import webdataset
+
+    return list(webdataset.WebDataset(str(path), shardshuffle=False).decode("pil"))
 
 
 def test_too_many_broken_shards_stop_it(folder, tmp_path):

@@ -149,12 +149,12 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
     try:
         stream = gopen(url)
     except (OSError, ValueError, ImportError) as error:
-        raise BrokenShardError(_reason(error)) from error
+        raise BrokenShardError(_reason(error, url)) from error
     process = os.getpid()
     try:
         yield stream
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise BrokenShardError(_failure(stream) or _reason(error)) from error
+        raise BrokenShardError(_failure(stream) or _reason(error, url)) from error
     finally:
         if process == os.getpid():  # a worker process that was forked meanwhile leaves it to its parent
             _stop(stream)
@@ -178,9 +178,9 @@ def _stop(stream: IO[bytes]) -> None:
         stream.close()
 
 
-def _reason(error: Exception) -> str:
-    """Word an error; that of a command would quote the whole of it, tokens included."""
+def _reason(error: Exception, url: str) -> str:
+    """Word an error; that of a command would quote the whole of it, tokens included, and that of a file its address."""
     if isinstance(error, OSError):
-        what = f"'{error.filename}': " if error.filename else ""
+        what = f"'{error.filename}': " if error.filename and not url.endswith(str(error.filename)) else ""
         return what + (error.strerror or "the command that fetches it failed").lower()
     return " ".join(str(error).split()).lower() or type(error).__name__

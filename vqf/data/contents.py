@@ -87,7 +87,7 @@ class Found:
         self.places.extend((0, 0, GONE) * count)
         self.labels += [LOST] * count
         if self.roles.condition:
-            self.maps += [LOST] * count
+            self.maps += [""] * count
             self.map_places.extend((0, 0, GONE) * count)
         self.missed += count
 

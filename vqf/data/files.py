@@ -79,22 +79,37 @@ class PairFile(PictureFile):
 
     def understood(self, shape: Size) -> Image.Image:
         """Return the map of a picture of so many rows and columns: see `Reading.understood`."""
-        return self._checked(shape, self.reading.understood)
+        return map_of(shape, self.open_map, self.map_name, self.reading.understood, self.limits.max_pixels)
 
     def map(self, shape: Size) -> Image.Image:
-        """Return the map of a picture of so many rows and columns: RGB, grey, or the numbers that its file has."""
-        return self._checked(shape, self.reading.plain)
+        """Return it in a mode that PNG keeps: see `Reading.plain`."""
+        return map_of(shape, self.open_map, self.map_name, self.reading.plain, self.limits.max_pixels)
 
-    def _checked(self, shape: Size, turn: Callable[[Image.Image], Image.Image]) -> Image.Image:
-        try:
-            found = turn(open_picture(self.open_map(), max_pixels=self.limits.max_pixels))
-        except UnreadableError as error:
-            raise UnreadableError(f"its map '{self.map_name}': {error}" if self.map_name else str(error)) from error
-        rows, columns = shape
-        if abs(found.width * rows - found.height * columns) > max(*found.size, *shape):  # beyond rounding
-            shapes = f"{found.width} x {found.height} and {columns} x {rows}"
-            raise UnreadableError(f"its map '{self.map_name}' has another shape: {shapes}")
-        return found
+
+def map_of(
+    shape: Size, open: Open, name: str, turn: Callable[[Image.Image], Image.Image], max_pixels: int
+) -> Image.Image:
+    """Return the map of a picture of so many rows and columns.
+
+    Args:
+        shape: Of the picture.
+        open: Opens the map.
+        name: Of the map; empty where there is none.
+        turn: Makes of what is in the file what it means.
+        max_pixels: The most that is decoded.
+
+    Raises:
+        UnreadableError: If there is none that could be trained on, or it has another shape.
+    """
+    try:
+        found = turn(open_picture(open(), max_pixels=max_pixels))
+    except UnreadableError as error:
+        raise UnreadableError(f"its map '{name}': {error}" if name else str(error)) from error
+    rows, columns = shape
+    if abs(found.width * rows - found.height * columns) > max(*found.size, *shape):  # beyond rounding
+        shapes = f"{found.width} x {found.height} and {columns} x {rows}"
+        raise UnreadableError(f"its map '{name}' has another shape: {shapes}")
+    return found
 
 
 def content_of(open: Open) -> bytes:

@@ -13,7 +13,7 @@ from vqf.data.maps import Reading
 from vqf.data.packed import File, Names, without_collector
 from vqf.data.split import PictureSplit
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
-from vqf.errors import UserError, unknown
+from vqf.errors import EmptyPartError, UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
 
@@ -133,7 +133,7 @@ class Folder:
             raise UserError(unknown("split", name, parts))
         if not parts[name]:
             count = len(self.division.train) + len(self.division.validation)
-            raise UserError(
+            raise EmptyPartError(
                 f"data.root: of the {count} pictures in '{self.root}' none is for {name}; "
                 "see data.validation_share, data.validation_last and the lists data.train and data.validation"
             )

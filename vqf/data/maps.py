@@ -77,18 +77,15 @@ class Reading:
         return to_rgb(picture).convert("L") if self.kind == "grey" else to_rgb(picture)
 
     def plain(self, picture: Image.Image) -> Image.Image:
-        """Return a map that was opened in a mode that PNG keeps and `understood` understands alike.
+        """Return what `understood` does in a mode that PNG keeps; read again, classes need no `unlabelled`.
 
         Raises:
             UnreadableError: See `understood`.
         """
-        understood = self.understood(picture)
+        found = self.understood(picture)
         if self.kind != "labels":
-            return understood
-        numbers = np.asarray(picture)
-        if numbers.max() >= 2**16:
-            raise UnreadableError(f"the number {numbers.max()}, more than a PNG keeps")
-        return Image.fromarray(numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16))
+            return found
+        return Image.fromarray(np.asarray(found).astype(np.uint8 if self.labels <= 256 else np.uint16))
 
     def values(self, picture: Image.Image) -> Tensor:
         """Turn what `understood` returned into (1, H, W) or (3, H, W): in [-1, 1], or numbers of classes."""

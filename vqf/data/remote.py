@@ -7,7 +7,7 @@ from vqf.data.addresses import check_address, is_address, read_manifest, shown
 from vqf.data.manifest import class_names, listed_shards
 from vqf.data.patterns import find_addresses
 from vqf.data.streams import Stream
-from vqf.errors import UserError
+from vqf.errors import EmptyPartError, UserError
 from vqf.terminal import log
 
 
@@ -46,10 +46,10 @@ class Remote:
         """Return the shards of a part.
 
         Raises:
-            UserError: If there are none.
+            EmptyPartError: If there are none.
         """
         if not self.streams[part].urls:
-            raise UserError(f"data.{part}: no {part} shards are named or listed")
+            raise EmptyPartError(f"data.{part}: no {part} shards are named or listed")
         return self.streams[part]
 
     def _stream(self, part: str, pattern: str | None, length: int | None) -> Stream:

@@ -28,16 +28,19 @@ class Roles:
     def picture_among(self, endings: Iterable[str]) -> str | None:
         """Return which member is the picture."""
         for ending in endings:
-            if ending == self.image if self.image else self._may_be_picture(ending):
+            if ending == self.image if self.image else _is_picture(ending) and not self.is_map(ending):
                 return ending
         return None
 
     def map_among(self, endings: Iterable[str]) -> str | None:
         """Return which member is the map; None where there are to be none."""
-        return next(filter(self._is_map, endings), None) if self.condition else None
+        return next(filter(self.is_map, endings), None) if self.condition else None
 
-    def _may_be_picture(self, ending: str) -> bool:
-        return f".{ending.rpartition('.')[2]}" in EXTENSIONS and not (self.condition and self._is_map(ending))
+    def is_map(self, ending: str) -> bool:
+        """Say whether a member is a map, by its ending."""
+        wanted = self.condition
+        return wanted is not None and (ending == wanted or (ending.startswith(f"{wanted}.") and _is_picture(ending)))
 
-    def _is_map(self, ending: str) -> bool:
-        return ending == self.condition or ending.startswith(f"{self.condition}.")
+
+def _is_picture(ending: str) -> bool:
+    return f".{ending.rpartition('.')[2]}" in EXTENSIONS

@@ -8,18 +8,19 @@ from typing import IO, Any
 
 import torch
 
-from vqf.data.contents import Part
-from vqf.data.files import PairFile
+from vqf.data.contents import GONE, Part
+from vqf.data.files import PairFile, map_of
 from vqf.data.imaging import MAX_PIXELS, Animated, Shown, UnreadableError
 from vqf.data.manifest import NAME
 from vqf.data.mapped import MappedSplit, apart, on_top
 from vqf.data.maps import Kind, Reading
+from vqf.data.roles import Roles
 from vqf.data.shards import Shards, ShardSplit, ending_of
 from vqf.data.split import tolerated
 from vqf.data.streams import Stream, StreamSplit
 from vqf.data.tape import Raw
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, View
-from vqf.errors import UserError
+from vqf.errors import UserError, quoted
 from vqf.protocols import Sample, Size
 from vqf.registry import register
 
@@ -90,7 +91,7 @@ class ShardPairs(Shards):
         max_bad: float = 0.01,
     ) -> None:
         self.reading, self.condition = self.condition_reader(maps, labels, unlabelled), ending_of(condition)
-        if not self.condition or ending_of(image) == self.condition:
+        if not self.condition or (image and Roles(condition=self.condition).is_map(image.lower().lstrip("."))):
             raise ValueError(f"condition={condition} is the ending of no map beside a picture; condition=png is one")
         super().__init__(
             image_size,
@@ -127,10 +128,10 @@ class ShardPairs(Shards):
         Raises:
             UserError: With the options that are right.
         """
-        written = manifest.get("maps")
-        if not isinstance(written, Mapping) or dict(written) == self.reading.options:
+        written = _reading(manifest.get("maps"))
+        if written in (None, self.reading):
             return
-        words = " ".join(f"data.{key}={'null' if value is None else value}" for key, value in written.items())
+        words = " ".join(f"data.{key}={'null' if value is None else value}" for key, value in written.options.items())
         raise UserError(f"data.maps={self.reading.kind}: {NAME} says how the maps of these shards are read: {words}")
 
     def indexed(self, name: str, part: Part, labels: torch.Tensor | None) -> "ShardPairSplit":
@@ -139,9 +140,10 @@ class ShardPairs(Shards):
         Raises:
             UserError: If too many of its pictures have no map.
         """
-        alone = [each for each, found in zip(part.names, part.maps, strict=True) if not found]
+        lost = (part.places[:, 2] == GONE).tolist()  # with its picture
+        alone = [name for name, found, gone in zip(part.names, part.maps, lost, strict=True) if not (found or gone)]
         if alone:
-            what = f"{len(alone)} of the {len(part.names)} {name} pictures have no map: '{alone[0]}' has no "
+            what = f"{len(alone)} of the {len(part.names)} {name} pictures have no map: {quoted(alone[0])} has no "
             what += f".{self.condition} and no .{self.condition}.* beside it"
             if len(alone) > tolerated(self.max_bad, len(part.names)) or len(alone) == len(part.names):
                 raise UserError(f"data.condition={self.condition}: {what}")
@@ -173,15 +175,17 @@ class StreamPairSplit(StreamSplit):
         self.reading, self.condition = data.reading, data.condition
         super().__init__(data, part, stream)
 
-    def file(self, raw: Raw) -> PairFile:
+    def file(self, raw: Raw, name: str) -> PairFile:
         """Return a pair as the files that it is."""
-        file = super().file(raw)
+        file = super().file(raw, name)
         return PairFile(**vars(file), reading=self.reading, map_name=raw.map_name, open_map=lambda: _map(raw))
 
     def decoded(self, raw: Raw, view: View) -> Shown:
         """See `StreamSplit`."""
         shown = super().decoded(raw, view)
-        return on_top(shown, self.file(raw).understood(shown.shape), self.data.size, self.reading)
+        turn, most = self.reading.understood, self.data.max_pixels
+        whole = map_of(shown.shape, lambda: _map(raw), raw.map_name, turn, most)
+        return on_top(shown, whole, self.data.size, self.reading)
 
     def _sample(self, raw: Raw, view: View) -> Sample | None:
         sample = super()._sample(raw, view)
@@ -190,6 +194,17 @@ class StreamPairSplit(StreamSplit):
     def facts(self, stream: Stream) -> list[object]:
         """See `StreamSplit`."""
         return [*super().facts(stream), astuple(self.reading), self.condition]
+
+
+def _reading(said: Any) -> Reading | None:
+    """Return how a manifest, which anybody may have written, says that maps are read; None if it says nothing."""
+    match said:
+        case {"maps": "rgb" | "grey" | "palette" as kind}:
+            return Reading(kind)
+        case {"maps": "labels", "labels": int(labels)} if labels > 1:
+            unlabelled = said.get("unlabelled")
+            return Reading("labels", labels, unlabelled if isinstance(unlabelled, int) else None)
+    return None
 
 
 def _map(raw: Raw) -> IO[bytes]:

@@ -28,7 +28,7 @@ from vqf.data.split import PictureSplit, tolerated
 from vqf.data.streams import Stream, StreamSplit
 from vqf.data.tarindex import Tars
 from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
-from vqf.errors import UserError, unknown
+from vqf.errors import EmptyPartError, UserError, unknown
 from vqf.protocols import Size, pair
 from vqf.registry import register
 
@@ -130,7 +130,7 @@ class Shards:
             return self.streamed(name, self.remote.stream(name))
         part = self.parts[name]
         if not part.names:
-            raise UserError(f"data.{name}={self.patterns[name]}: no pictures in such shards of '{self.root}'")
+            raise EmptyPartError(f"data.{name}={self.patterns[name]}: no pictures in such shards of '{self.root}'")
         labels = torch.tensor([self.numbers[each] for each in part.labels]) if self.classes else None
         return self.indexed(name, part, labels)
 

@@ -18,7 +18,7 @@ import torch
 from vqf.data.files import PictureFile
 from vqf.data.imaging import Animated, Shown, UnreadableError, read
 from vqf.data.views import View, Views
-from vqf.errors import UserError
+from vqf.errors import UserError, quoted
 from vqf.protocols import Sample, Size
 from vqf.randomness import generator
 
@@ -131,8 +131,8 @@ class PictureSplit:
         if self.bad[index]:
             return
         self.bad[index] = True
-        self.check_faults(f"; the last is '{self.names[index]}' ({reason})")
-        log.warning(f"data.root: cannot read '{self.names[index]}' ({reason}); the next picture takes its place")
+        self.check_faults(f"; the last is {quoted(self.names[index])} ({reason})")
+        log.warning(f"data.root: cannot read {quoted(self.names[index])} ({reason}); the next picture takes its place")
 
     def _fingerprint(self, content: Iterable[object]) -> str:
         facts = self.data.size, self.views.facts, self.data.max_pixels, self.data.animated
@@ -147,7 +147,7 @@ class PictureSplit:
 def listed(names: Sequence[str]) -> str:
     """Word names, and of very many the first."""
     more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(f"'{name}'" for name in names[:NAMED]) + more
+    return ", ".join(map(quoted, names[:NAMED])) + more
 
 
 def tolerated(max_bad: float, count: int) -> int:

@@ -27,7 +27,7 @@ from vqf.data.roles import Roles
 from vqf.data.split import listed, tolerated
 from vqf.data.tape import Raw, Tape
 from vqf.data.views import View, Views
-from vqf.errors import UserError
+from vqf.errors import UserError, quoted
 from vqf.protocols import Sample, Size
 from vqf.randomness import generator, mix
 
@@ -143,11 +143,17 @@ class StreamSplit:
             BrokenShardError: In the end, if it cannot be read to its own.
             UserError: If there is a label that cannot be.
         """
-        return map(self.file, self._pictures(shard))
+        command = f"{self.urls[shard]}/" if self.urls[shard].startswith("pipe:") else ""  # which may hold a password
+        for raw in self._pictures(shard):
+            yield self.file(raw, raw.name.removeprefix(command))
 
-    def file(self, raw: Raw) -> PictureFile:
-        """Return a picture as a file."""
-        return PictureFile(self.data, raw.name, self._label(raw), lambda: io.BytesIO(raw.content))
+    def file(self, raw: Raw, name: str) -> PictureFile:
+        """Return a picture as a file of some name."""
+        return PictureFile(self.data, name, self._label(raw), lambda: io.BytesIO(raw.content))
+
+    def address(self, shard: int) -> str:
+        """Return where a shard is, as it may be shown."""
+        return shown(self.urls[shard])
 
     def _pictures(self, shard: int) -> Iterator[Raw]:
         url, roles = self.urls[shard], self.data.roles
@@ -233,8 +239,8 @@ class StreamSplit:
         if self.bad[place]:
             return
         self.bad[place] = True
-        self.check_faults(f"; the last is '{raw.name}' ({reason})")
-        log.warning(f"data.root: cannot read '{raw.name}' ({reason}); the next picture takes its place")
+        self.check_faults(f"; the last is {quoted(raw.name)} ({reason})")
+        log.warning(f"data.root: cannot read {quoted(raw.name)} ({reason}); the next picture takes its place")
 
     def _count_shard(self, shard: int, reason: str) -> None:
         if self.broken[shard]:

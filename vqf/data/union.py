@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 
 from vqf.data.files import PictureFile
-from vqf.errors import UserError
+from vqf.errors import EmptyPartError, UserError
 from vqf.protocols import ConditionReader, Data, Sample, Size, Split, Streamed
 from vqf.randomness import mix
 from vqf.registry import ask, build, check, register
@@ -55,19 +55,28 @@ class Union:
         return reader
 
     def split(self, name: str) -> "UnionSplit":
-        """Return "train" or "validation"."""
-        parts = {source: self._part(source, name) for source in self.sources}
-        return FilesUnion(parts) if all(hasattr(part, "file") for part in parts.values()) else UnionSplit(parts)
+        """Return "train" or "validation", of the sources that have one.
 
-    def _part(self, source: str, name: str) -> Split:
-        with _worded(source):
-            return self.sources[source].split(name)
+        Raises:
+            EmptyPartError: If none has.
+        """
+        parts, empty = {}, None
+        for source, data in self.sources.items():
+            try:
+                with _worded(source):
+                    parts[source] = data.split(name)
+            except EmptyPartError as error:
+                empty = error
+        if not parts:
+            raise empty or AssertionError("a part or a mistake")
+        kind = FilesUnion if all(hasattr(part, "file") for part in parts.values()) else UnionSplit
+        return kind(parts, self.classes)
 
 
 class UnionSplit:
     """The training parts of all sources, or the validation parts, one after the other."""
 
-    def __init__(self, parts: Mapping[str, Split]) -> None:
+    def __init__(self, parts: Mapping[str, Split], classes: Sequence[str]) -> None:
         if stream := next((name for name, part in parts.items() if isinstance(part, Streamed)), None):
             raise UserError(
                 f"data.parts.{stream}: a stream cannot be one of several sources; copy its shards to a folder"
@@ -75,7 +84,8 @@ class UnionSplit:
         self.sources, self.parts = list(parts), list(parts.values())
         counts = [len(part) for part in self.parts]
         self.ends = list(accumulate(counts))
-        self.labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        self.numbers = [classes.index(name) for name in parts]
+        self.labels = torch.tensor(self.numbers).repeat_interleave(torch.tensor(counts))
         facts = [(name, len(part), part.fingerprint) for name, part in parts.items()]
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -86,7 +96,7 @@ class UnionSplit:
         """Return a picture as it looks in an epoch, labelled with the number of its source."""
         source, place = self.find(index)
         with _worded(self.sources[source]):
-            return replace(self.parts[source].item(epoch, place), label=source, **self.absent)
+            return replace(self.parts[source].item(epoch, place), label=self.numbers[source], **self.absent)
 
     @cached_property
     def absent(self) -> dict[str, Any]:
@@ -100,15 +110,10 @@ class UnionSplit:
             return self.parts[source].item(0, 0)
 
     def find(self, index: int) -> tuple[int, int]:
-        """Return the number of the source of a picture, and the picture's number there."""
+        """Return which of the sources that are here a picture is of, and the picture's number there."""
         index = range(len(self))[index]
         source = bisect_right(self.ends, index)
         return source, index - (self.ends[source - 1] if source else 0)
-
-    @property
-    def tolerance(self) -> int:
-        """How many pictures may be unreadable, in all sources together."""
-        return sum(getattr(part, "tolerance", 0) for part in self.parts)
 
     def faults(self) -> list[torch.Tensor]:
         """Return which pictures cannot be read, source by source, as far as anybody has looked."""
@@ -128,15 +133,15 @@ class UnionSplit:
 class FilesUnion(UnionSplit):
     """Of sources that all have files."""
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Mapping[str, Any], classes: Sequence[str]) -> None:
+        super().__init__(parts, classes)
         self.names = _Names(self)
 
     def file(self, index: int) -> PictureFile:
-        """Return a picture as the file that it is, named and labelled with its source."""
+        """Return a picture as the file that it is in its source."""
         source, place = self.find(index)
         file: PictureFile = self.parts[source].file(place)  # type: ignore[attr-defined]
-        return replace(file, name=f"{self.sources[source]}/{file.name}", label=source)
+        return file
 
 
 class _Names(Sequence[str]):
@@ -165,7 +170,7 @@ def _worded(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(OPTION, f"data.parts.{name}.", str(error))) from error
+        raise type(error)(re.sub(OPTION, f"data.parts.{name}.", str(error))) from error
 
 
 def _open(name: str, node: Mapping[str, Any], image_size: int | Size, seed: int) -> Data:

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from vqf import terminal
-from vqf.errors import UserError
+from vqf.errors import UserError, quoted
 from vqf.pipelines.common import image_size
 from vqf.pipelines.files import Files, open_parts, spread
 from vqf.pipelines.shard_manifest import sha256
@@ -104,12 +104,12 @@ class Looker:
         return [self._look(part, index) for index in range(first, min(first + AT_ONCE, self.counts[part]))]
 
     def _look(self, part: str, index: int) -> Seen:
-        file = self.parts[part].file(index)
+        name, file = self.parts[part].names[index], self.parts[part].file(index)
         try:
             content = file.stored()
-            return Seen(part, file.name, hashlib.sha256(content).hexdigest(), *file.facts(content))
+            return Seen(part, name, hashlib.sha256(content).hexdigest(), *file.facts(content))
         except ValueError as error:
-            return Seen(part, file.name, broken=str(error))
+            return Seen(part, name, broken=str(error))
 
 
 def summary(seen: Iterable[Seen], parts: Iterable[str], size: Size) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _tell(report: Mapping[str, Any]) -> None:
     terminal.table("check", ("", *parts), rows)
     for name, part in parts.items():
         for picture, why in list(part["unreadable"].items())[:NAMED]:
-            log.warning("%s: cannot read '%s' (%s)", name, picture, why)
+            log.warning("%s: cannot read %s (%s)", name, quoted(picture), why)
     for shard in report.get("damaged_shards", ()):
         log.warning("'%s' is not the shard whose sha256 is in manifest.json", shard)
     double = report["duplicates"]

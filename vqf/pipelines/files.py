@@ -1,15 +1,19 @@
 """What pipelines do with data sources whose pictures are files, spread over processes."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from vqf.errors import UserError
+from vqf.errors import EmptyPartError, UserError
 from vqf.pipelines.common import image_size
 from vqf.protocols import Data, Size, Split
 from vqf.registry import build
@@ -22,7 +26,7 @@ PARTS = ("train", "validation")
 
 
 class PictureFile(Protocol):
-    """A picture as a file. Every method raises a ValueError if it cannot be read."""
+    """A picture as a file. Every method raises a ValueError, or an OSError, if it cannot be read."""
 
     @property
     def name(self) -> str: ...
@@ -61,6 +65,7 @@ class Joined(Protocol):
     """A split made of others; the label of a picture says of which it is."""
 
     sources: Sequence[str]
+    numbers: Sequence[int]  # their labels
     parts: Sequence[Split]
 
     def find(self, index: int) -> tuple[int, int]: ...  # which of them, and the picture's number there
@@ -75,7 +80,34 @@ class Streams(Protocol):
     @property
     def shard_tolerance(self) -> int: ...  # how many of them may be missing or broken
 
+    def address(self, shard: int) -> str: ...  # as it may be shown
+
     def files(self, shard: int) -> Iterator[PictureFile]: ...  # a ValueError in the end if more should follow
+
+
+class Place(NamedTuple):
+    """Where a picture is, however often its source was joined with others."""
+
+    split: Split
+    number: int
+    name: str  # which tells nothing of the machine that it is on
+    source: int | None = None  # which becomes its label
+
+
+def place_of(split: Split, index: int) -> Place:
+    """Return where a picture of a split is."""
+    if isinstance(split, Joined):
+        source, number = split.find(index)
+        found = place_of(split.parts[source], number)
+        return found._replace(name=f"{split.sources[source]}/{found.name}", source=split.numbers[source])
+    names = getattr(split, "names", None)
+    name = str(index) if names is None else str(names[index])
+    return Place(split, index, Path(name).name if os.path.isabs(name) else name)
+
+
+def sources_of(split: Split) -> list[Split]:
+    """Return what a split is made of: itself, where it was not joined."""
+    return [each for part in split.parts for each in sources_of(part)] if isinstance(split, Joined) else [split]
 
 
 def open_parts(config: DictConfig) -> tuple[Data, dict[str, Split]]:
@@ -91,7 +123,7 @@ def open_parts(config: DictConfig) -> tuple[Data, dict[str, Split]]:
     for name in PARTS:
         try:
             parts[name] = data.split(name)
-        except UserError as error:
+        except EmptyPartError as error:
             log.info("no %s pictures: %s", name, error)
             empty = error
     if not parts:
@@ -125,7 +157,16 @@ _work: Callable[[Any], Any]
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the processes side by side share the cores
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed: the pool would wait for work for ever, or go on with what it had."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a process of a pool"
+    parent.join()
+    os._exit(1)
 
 
 def _do(task: Any) -> Any:

@@ -1,6 +1,7 @@
 """Any data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ import torch
 from omegaconf import DictConfig
 
 from vqf.errors import UserError
-from vqf.pipelines.files import Files, PairFile, Streams, open_parts, spread
+from vqf.lock import held, unwritable
+from vqf.pipelines.drawn_file import file_of
+from vqf.pipelines.files import Files, PairFile, Streams, open_parts, sources_of, spread
 from vqf.pipelines.pictures import condition_reader
-from vqf.pipelines.shard_manifest import MANIFEST, Manifest
-from vqf.pipelines.shard_writer import Drawn, Format, Task, Writer, file_of
-from vqf.protocols import Split
+from vqf.pipelines.shard_losses import Losses
+from vqf.pipelines.shard_manifest import Manifest
+from vqf.pipelines.shard_writer import Format, Task, Writer
+from vqf.protocols import ConditionReader, Split
 from vqf.randomness import generator
 from vqf.registry import register
 from vqf.terminal import log, progress
 
 BY_CHANNELS = {1: "grey", 3: "rgb"}
-NAMED = 10  # pictures that the log names; the manifest names all
+ALONE = "pictures_alone=true writes the pictures alone"
 
 
 @register("pipeline", "shard")
@@ -63,6 +67,8 @@ class Shard:
             raise ValueError(f"quality={quality} is not in [1, 100]")
         if size is not None and format == "original":
             raise ValueError(f"size={size}: a copied file keeps its size; give format=jpg, png or webp")
+        if to == "":
+            raise ValueError("to is empty; name a folder, or leave it out")
         self.config, self.format, self.size, self.quality = config, format, size, quality
         self.shard_size, self.shuffle, self.pictures_alone = shard_size, shuffle, pictures_alone
         self.folder = run_dir / "shards" if to is None else Path(to).expanduser()
@@ -78,71 +84,52 @@ class Shard:
         asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
         sources = {part: split.fingerprint for part, split in parts.items()}
         made_of = {"asked": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
-        try:
-            manifest = Manifest(self.folder, made_of)
-            self._write(manifest, tasks, Writer(self.folder, parts, self.format, self.size, self.quality, maps))
-            manifest.finish([task.name for task in tasks])
-        except OSError as error:
-            raise UserError(
-                f"to={self.folder}: cannot be written ({(error.strerror or str(error)).lower()})"
-            ) from error
+        writer = Writer(self.folder, parts, self.format, self.size, self.quality, maps)
+        with held(self.folder, "to"):
+            try:
+                self._write(Manifest(self.folder, made_of, {task.name for task in tasks}), tasks, writer)
+            except OSError as error:
+                raise UserError(unwritable(error, self.folder, "to")) from error
 
     def _write(self, manifest: Manifest, tasks: list[Task], writer: Writer) -> None:
-        left = [task for task in tasks if task.name not in manifest.shards]
-        if len(left) < len(tasks):
-            log.info("%d of %d shards are there already", len(tasks) - len(left), len(tasks))
-        done = sum(each.pictures + len(each.left_out) for each in manifest.shards.values())
-        with progress("shard", sum(map(len, writer.parts.values())), done) as bar:
-            self._check_losses(manifest, writer.parts)
-            for written in spread(writer, left, self.config.workers):
-                manifest.add(written)
-                bar.advance(written.pictures + len(written.left_out))
-                self._check_losses(manifest, writer.parts)
-        self._tell(manifest, writer.parts)
+        self._forget_mended(manifest, writer)
+        kept = {name: each for name, each in manifest.shards.items() if not each.broken}
+        left = [replace(task, had=manifest.shards.get(task.name)) for task in tasks if task.name not in kept]
+        if kept:
+            log.info("%d of %d shards are there already", len(kept), len(tasks))
+        done = sum(each.pictures + len(each.left_out) for each in kept.values())
+        losses = Losses(manifest, writer.parts)
+        try:
+            losses.check()
+            with progress("shard", sum(map(len, writer.parts.values())), done) as bar:
+                for written in spread(writer, left, self.config.workers):
+                    manifest.add(written)
+                    bar.advance(written.pictures + len(written.left_out))
+                    losses.check()
+            losses.check_nothing()
+        finally:
+            manifest.save()
+        manifest.save(finished=True)
+        losses.tell()
 
-    def _tell(self, manifest: Manifest, parts: Mapping[str, Split]) -> None:
-        shards = manifest.shards.values()
-        lost = [(name, why) for each in shards for name, why in each.left_out.items()]
-        for name, why in lost[:NAMED]:
-            log.warning("left out: '%s' (%s)", name, why)
-        for each in (each for each in shards if each.broken):
-            log.warning("'%s' has no more of its shard than could be read (%s)", each.name, each.broken)
-        for part, split in parts.items():
-            held = sum(each.pictures + len(each.left_out) for each in shards if each.part == part)
-            if isinstance(split, Streams) and held != len(split):
-                log.warning("data.%s_pictures=%d: its shards hold %d", part, len(split), held)
-        count = sum(each.pictures for each in shards)
-        log.info("%d pictures in %d shards, %d left out: %s", count, len(shards), len(lost), self.folder)
-
-    def _check_losses(self, manifest: Manifest, parts: Mapping[str, Split]) -> None:
-        """Stop if too much of a part cannot be read; what is finished stays."""
-        for part, split in parts.items():
-            written = [each for each in manifest.shards.values() if each.part == part]
-            lost = [f"'{name}' ({why})" for each in written for name, why in each.left_out.items()]
-            broken = [f"'{each.name}' ({each.broken})" for each in written if each.broken]
-            self._check_loss(f"{len(split)} {part} pictures", lost, getattr(split, "tolerance", len(split)))
-            if isinstance(split, Streams):
-                self._check_loss(f"{len(split.urls)} {part} shards", broken, split.shard_tolerance)
-
-    def _check_loss(self, of: str, lost: list[str], tolerated: int) -> None:
-        if len(lost) > tolerated:
-            raise UserError(
-                f"data.max_bad: {len(lost)} of the {of} cannot be read, where {tolerated} may be left out; the last is "
-                f"{lost[-1]}, '{self.folder / MANIFEST}' names all. What is written stays, and the same command with a "
-                "larger max_bad goes on"
-            )
+    def _forget_mended(self, manifest: Manifest, writer: Writer) -> None:
+        """Forget the shards without pictures that can be read by now: they are written again."""
+        for part, split in writer.parts.items():
+            shards = [] if isinstance(split, Streams) else [*manifest.shards.values()]
+            for each in (each for each in shards if each.part == part):
+                if any(writer.can_read(part, int(lost.key)) for lost in each.left_out):
+                    log.info("'%s' is written again: what was left out of it can be read now", each.name)
+                    del manifest.shards[each.name]
 
     def _tasks(self, part: str, split: Split) -> Iterator[Task]:
         if isinstance(split, Streams):
-            log.info(
-                "%s shards are streamed: each is copied to one, in its order, however many pictures it holds", part
-            )
+            log.info("%s shards are streamed: each is copied to one, its pictures in their order", part)
             yield from (Task(f"{part}-{number:06d}.tar", part, [], number) for number in range(len(split.urls)))
             return
         order = torch.arange(len(split))
         if self.shuffle and part == "train":
             order = torch.randperm(len(split), generator=generator("shards", self.config.seed))
-        for number, indices in enumerate(order.split(self.shard_size)):
+        for number, indices in enumerate(order.split(min(self.shard_size, len(split)))):
             yield Task(f"{part}-{number:06d}.tar", part, indices.tolist())
 
     def _maps(self, parts: Collection[Split]) -> dict[str, Any] | None:
@@ -151,34 +138,43 @@ class Shard:
         Raises:
             UserError: If there are maps of several kinds, or such as no option reads.
         """
-        if not any(map(has_maps, parts)):
+        name, sources = self.config.data.name, [each for split in parts for each in sources_of(split)]
+        mapped = [each for each in sources if has_maps(each)]
+        if not mapped:
             return None
+        if len(mapped) < len(sources):
+            raise UserError(f"data '{name}' has maps in some of its sources alone; {ALONE}")
         try:
             reader = condition_reader(self.config.data)
         except ValueError as error:
-            raise UserError(f"{error}; pictures_alone=true writes the pictures alone") from error
-        if options := getattr(reader, "options", None):
-            return dict(options)
+            raise UserError(f"{error}; {ALONE}") from error
+        options = dict(getattr(reader, "options", None) or self._by_channels(reader, mapped))
+        if options["maps"] == "labels" and self.format != "original":
+            options["unlabelled"] = None  # written as class 0, with all others moved up
+            if options["labels"] > 2**16:
+                raise UserError(
+                    f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {ALONE}"
+                )
+        return options
+
+    def _by_channels(self, reader: ConditionReader | None, mapped: Collection[Split]) -> dict[str, Any]:
         if reader is not None and reader.classes:
             return {"maps": "labels", "labels": reader.classes, "unlabelled": None}
-        channels = _channels(next(split for split in parts if has_maps(split)))
-        if channels not in BY_CHANNELS:
+        channels = {_channels(each) for each in mapped}
+        if len(channels) > 1 or not channels <= BY_CHANNELS.keys():
+            counts = " and ".join(map(str, sorted(channels)))
             raise UserError(
-                f"pictures_alone=false: data '{self.config.data.name}' has maps of {channels} channels, and its class "
-                "no function condition_reader that says what they are (vqf.protocols.Data); pictures_alone=true leaves "
-                "them out"
+                f"data '{self.config.data.name}' has maps of {counts} channels, and no function condition_reader says "
+                f"what they are (vqf.protocols.Data); {ALONE}"
             )
-        return {"maps": BY_CHANNELS[channels]}
+        return {"maps": BY_CHANNELS[channels.pop()]}
 
 
 def has_maps(split: Split) -> bool:
-    """Say whether there is a map beside the first picture, or the last: a union's sources differ."""
+    """Say whether the pictures of a source have maps beside them."""
     if isinstance(split, Streams):
         return getattr(split, "reading", None) is not None
-    files = [file_of(split, index) for index in {0, len(split) - 1}]
-    return any(
-        each.sample.condition is not None if isinstance(each, Drawn) else isinstance(each, PairFile) for each in files
-    )
+    return isinstance(file_of(split, 0), PairFile)
 
 
 def _channels(split: Split) -> int:

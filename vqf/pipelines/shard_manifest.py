@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import re
+import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +15,20 @@ from typing import Any
 from vqf.errors import UserError
 from vqf.terminal import log, progress
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 HASHERS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
+PAUSE = 1.0  # seconds between two writings: of many thousand shards each takes a while
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A picture that is not in its shard."""
+
+    key: str  # what its sample would be called: its number, where the source is no stream
+    name: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Written:
     pictures: int
     bytes: int
     sha256: str
-    left_out: dict[str, str] = field(default_factory=dict)  # which pictures are not in it, and why
+    left_out: list[LeftOut] = field(default_factory=list)
     broken: str = ""  # why the shard that it was copied from could not be read to its end
 
     @property
@@ -39,53 +52,70 @@ class Manifest:
     """The manifest of a folder, and which of its shards are finished.
 
     Args:
-        folder: Is made.
+        folder: Where they are.
         made_of: What the shards are made of, and how.
+        names: Of all shards that there are to be.
 
     Raises:
-        UserError: If the folder holds the shards of other pictures, or made with other options.
+        UserError: If the folder holds other shards. Nothing in it is touched then.
     """
 
-    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
-        self.path, self.made_of = folder / MANIFEST, {"version": VERSION, **made_of}
+    def __init__(self, folder: Path, made_of: dict[str, Any], names: Collection[str]) -> None:
+        self.folder, self.made_of = folder, {"version": VERSION, **made_of}
+        self.path, self.saved = folder / MANIFEST, 0.0
         self.shards: dict[str, Written] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        found = self._read() if self.path.exists() else []
+        if not self.path.exists() and (stranger := next((name for name in names if (folder / name).exists()), None)):
+            raise UserError(
+                f"to={folder}: holds '{stranger}', and no {MANIFEST} of pipeline=shard beside it; choose another folder"
+            )
+        self._keep([each for each in found if each.name in names])
         for half in folder.glob(f".*{PARTIAL}"):
-            half.unlink()
-        if self.path.exists():
-            self._take_up(folder)
+            if half.name[1:].removesuffix(PARTIAL).rpartition(".")[0] in names:
+                half.unlink(missing_ok=True)
+        self.save()
 
     def add(self, written: Written) -> None:
         """Record a finished shard."""
         self.shards[written.name] = written
-        self._save(False)
+        if time.monotonic() > self.saved + PAUSE:
+            self.save()
 
-    def finish(self, names: list[str]) -> None:
-        """Record that these are all, in this order."""
-        self.shards = {name: self.shards[name] for name in names}
-        self._save(True)
+    def save(self, finished: bool = False) -> None:
+        """Write what is known; `finished` says that these are all."""
+        pictures: Counter[str] = Counter()
+        shards = [self.shards[name] for name in sorted(self.shards)]
+        for each in shards:
+            pictures[each.part] += each.pictures
+        content = {**self.made_of, "finished": finished, "pictures": dict(pictures), "shards": [*map(asdict, shards)]}
+        temporary = self.path.with_name(f".{MANIFEST}{PARTIAL}")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self.saved = time.monotonic()
 
-    def _take_up(self, folder: Path) -> None:
+    def _read(self) -> list[Written]:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            same = {key: found.get(key) for key in self.made_of} == self.made_of
-            shards = [Written(**each) for each in found["shards"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            version, shards = found["version"], found["shards"]
+            written = [_written(each) for each in shards] if version == VERSION else []
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"to={folder}: its {MANIFEST} is not one of pipeline=shard; choose another folder"
+                f"to={self.folder}: its {MANIFEST} is not one of pipeline=shard; choose another folder"
             ) from error
-        if not same:
+        if version != VERSION:
+            raise UserError(f"to={self.folder}: holds shards of another version of vqf; choose another folder")
+        if {key: found.get(key) for key in self.made_of} != self.made_of:
             raise UserError(
-                f"to={folder}: holds shards of other pictures, or with other options; choose another folder"
+                f"to={self.folder}: holds shards of other pictures, or with other options; choose another folder"
             )
-        self._keep(folder, [each for each in shards if not each.broken])
-        for each in shards:
-            if each.broken:
-                log.info("'%s' is written again: its shard could not be read to its end", each.name)
+        return written
 
-    def _keep(self, folder: Path, shards: list[Written]) -> None:
+    def _keep(self, shards: list[Written]) -> None:
         """Keep the shards that are what they were when they were written."""
-        paths = [folder / Path(each.name).name for each in shards]
+        paths = [self.folder / each.name for each in shards]
         with ThreadPoolExecutor(HASHERS) as pool, progress("verify shards", len(shards)) as bar:
             for each, path, whole in zip(shards, paths, pool.map(_is_whole, paths, shards), strict=True):
                 if whole:
@@ -94,25 +124,38 @@ class Manifest:
                     log.warning("'%s' is not what %s says; it is written again", path, MANIFEST)
                 bar.advance()
 
-    def _save(self, finished: bool) -> None:
-        pictures: Counter[str] = Counter()
-        for each in self.shards.values():
-            pictures[each.part] += each.pictures
-        shards = [asdict(each) for each in self.shards.values()]
-        content = {**self.made_of, "finished": finished, "pictures": dict(pictures), "shards": shards}
-        temporary = self.path.with_name(f".{MANIFEST}{PARTIAL}")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(path: Path, known: Written) -> bool:
     return path.is_file() and path.stat().st_size == known.bytes and sha256(path) == known.sha256
 
 
-def sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _written(said: Mapping[str, Any]) -> Written:
+    """Read an entry, which anybody may have written.
+
+    Raises:
+        ValueError: If it makes no sense.
+    """
+    match said:
+        case {
+            "name": str(name),
+            "pictures": int(pictures),
+            "bytes": int(size),
+            "sha256": str(digest),
+            "left_out": list(left_out),
+            "broken": str(broken),
+        } if re.fullmatch(r"\w+-\d+\.tar", name):
+            return Written(name, pictures, size, digest, [_left_out(each) for each in left_out], broken)
+    raise ValueError("no entry of a shard")
+
+
+def _left_out(said: Mapping[str, Any]) -> LeftOut:
+    match said:
+        case {"key": str(key), "name": str(name), "why": str(why)} if re.fullmatch(r"\d+(-\d+)?", key):
+            return LeftOut(key, name, why)
+    raise ValueError("no entry of a picture")

@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, cast
 
-import numpy as np
 from PIL import Image
 
 from vqf.errors import UserError
-from vqf.pipelines.files import Files, Joined, PairFile, PictureFile, Streams
-from vqf.pipelines.pictures import to_image
-from vqf.pipelines.shard_manifest import PARTIAL, Written, sha256
-from vqf.protocols import Sample, Size, Split
+from vqf.pipelines.drawn_file import file_of
+from vqf.pipelines.files import PairFile, PictureFile, Streams, place_of
+from vqf.pipelines.shard_manifest import PARTIAL, LeftOut, Written, sha256
+from vqf.protocols import Size, Split
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm", "TIFF": "tif"}
-BICUBIC = Image.Resampling.BICUBIC
 FORMATS = {ending: name for name, ending in ENDINGS.items()}
+LONGEST = {"jpg": 65_500, "webp": 16_383}  # pixels of a side that a format has room for
+MIXED = ("rgb", "grey")  # maps of which pixels may be mixed: neither labels nor colours that stand for one
 
 T = TypeVar("T")
 Format = Literal["original", "jpg", "png", "webp"]
@@ -35,6 +35,17 @@ class Task:
     part: str
     indices: list[int]
     stream: int | None = None
+    had: Written | None = None  # what an earlier run could read of it, if not all
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample to be written."""
+
+    key: str
+    name: str
+    open: Callable[[], PictureFile]
+    source: int | None = None  # which it is from, where there are several
 
 
 @dataclass(frozen=True)
@@ -58,73 +69,87 @@ class Writer:
     maps: Mapping[str, Any] | None
 
     def __call__(self, task: Task) -> Written:
-        """Write a shard beside its final name, flush it and rename it."""
-        temporary = self.folder / f".{task.name}{PARTIAL}"
+        """Write a shard beside its final name, flush it and rename it; what was had is kept if there is no more now."""
+        temporary = self.folder / f".{task.name}.{os.getpid()}{PARTIAL}"
         with temporary.open("wb") as file:
             held = self._fill(file, task)
             file.flush()
             os.fsync(file.fileno())
+        if task.had and held.broken and held.pictures <= task.had.pictures:
+            temporary.unlink()
+            return task.had
         facts = temporary.stat().st_size, sha256(temporary)
         temporary.replace(self.folder / task.name)
         return Written(task.name, held.pictures, *facts, held.left_out, held.broken)
 
+    def can_read(self, part: str, index: int) -> bool:
+        """Say whether a picture can be written, as it was not an earlier time."""
+        entry = self._entry(self.parts[part], index)
+        return not isinstance(attempt(partial(self._members, entry)), Unreadable)
+
     def _fill(self, file: IO[bytes], task: Task) -> "Held":
         from webdataset import TarWriter
 
-        held, pictures = Held(), self._pictures(task)
+        held, entries = Held(), self._entries(task)
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            while picture := attempt(lambda: next(pictures, None)):
-                if isinstance(picture, Unreadable):  # nor can what follows it
-                    return replace(held, broken=picture.reason)
-                key, name, opened = picture
-                members = attempt(partial(self._members, name, opened))
+            while entry := attempt(lambda: next(entries, None)):
+                if isinstance(entry, Unreadable):  # nor can what follows it
+                    return replace(held, broken=entry.reason)
+                members = attempt(partial(self._members, entry))
                 if isinstance(members, Unreadable):
-                    held.left_out[name] = members.reason
+                    held.left_out.append(LeftOut(entry.key, entry.name, members.reason))
                     continue
-                for each in members:  # the writer sorts those that it is given at once, and the picture is to be first
-                    tar.write({"__key__": key, **each})
+                for each in members:  # the writer sorts those that it is given at once, and the map is to be last
+                    tar.write({"__key__": entry.key, **each})
                 held = replace(held, pictures=held.pictures + 1)
         return held
 
-    def _pictures(self, task: Task) -> Iterator[tuple[str, str, Callable[[], PictureFile]]]:
-        """Yield key and name of each, and what opens it."""
+    def _entries(self, task: Task) -> Iterator[Entry]:
         split = self.parts[task.part]
         if task.stream is None:
             for index in task.indices:
-                yield f"{index:08d}", name_of(split, index), partial(file_of, split, index)
+                yield self._entry(split, index)
         else:
             for i, file in enumerate(cast(Streams, split).files(task.stream)):
-                yield f"{task.stream:06d}-{i:06d}", file.name, lambda file=file: file  # type: ignore[misc]
+                yield Entry(f"{task.stream:06d}-{i:06d}", file.name, lambda file=file: file)  # type: ignore[misc]
 
-    def _members(self, name: str, opened: Callable[[], PictureFile]) -> list[Members]:
+    def _entry(self, split: Split, index: int) -> Entry:
+        place = place_of(split, index)
+        classes = self.maps is not None and self.maps["maps"] == "labels"
+        opened = partial(file_of, place.split, place.number, classes)
+        return Entry(f"{index:08d}", place.name, opened, place.source)
+
+    def _members(self, entry: Entry) -> list[Members]:
         """Return picture, label and name of a sample, and then its map."""
-        file = opened()
-        ending, content, shape = self._picture(file)
-        told = {} if file.label is None else {"cls": str(file.label).encode()}
-        members: Members = {ending: content, "json": json.dumps({"name": name}).encode(), **told}
-        return [members, *([] if self.maps is None else [self._map(file, shape, self.maps)])]
+        file = entry.open()
+        picture, *maps = self._copied(file) if self.format == "original" else self._drawn(file, self.format)
+        label = file.label if entry.source is None else entry.source
+        told = {} if label is None else {"cls": str(label).encode()}
+        return [{**picture, "json": json.dumps({"name": entry.name}).encode(), **told}, *maps]
 
-    def _picture(self, file: PictureFile) -> tuple[str, bytes, Size]:
-        if self.format != "original":
-            image = file.picture()
-            return self.format, self._encoded(image, self.format), (image.height, image.width)
+    def _copied(self, file: PictureFile) -> list[Members]:
         content = file.stored()
-        kind, _, width, height = file.facts(content)
-        return ENDINGS[kind], content, (height, width)
+        members = [{ENDINGS[file.facts(content)[0]]: content}]
+        if self.maps is not None:
+            stored, kind = cast(PairFile, file).stored_map()
+            members.append({f"condition.{ENDINGS[kind]}": stored})
+        return members
 
-    def _map(self, file: PictureFile, shape: Size, maps: Mapping[str, Any]) -> Members:
-        if self.format == "original":
-            content, kind = cast(PairFile, file).stored_map()
-            return {f"condition.{ENDINGS[kind]}": content}
-        image = drawn_map(file.sample, maps) if isinstance(file, Drawn) else cast(PairFile, file).map(shape)
-        mixed = maps["maps"] in ("rgb", "grey")  # no label, and no colour that stands for one, is mixed with another
-        return {"condition.png": self._encoded(image, "png", BICUBIC if mixed else Image.Resampling.NEAREST)}
+    def _drawn(self, file: PictureFile, ending: str) -> list[Members]:
+        image = file.picture()
+        small = _shrunk(image.size, self.size)
+        members = [{ending: self._encoded(image, small, ending)}]
+        if self.maps is not None:
+            of_map = cast(PairFile, file).map((image.height, image.width))
+            shape = _shape_of_map(of_map.size, image.size, small, self.size)
+            members.append({"condition.png": self._encoded(of_map, shape, "png", self.maps["maps"] in MIXED)})
+        return members
 
-    def _encoded(self, image: Image.Image, ending: str, filter: Image.Resampling = BICUBIC) -> bytes:
-        short = min(image.size)
-        if self.size is not None and short > self.size:
-            width, height = (max(round(side * self.size / short), 1) for side in image.size)
-            image = image.resize((width, height), filter)
+    def _encoded(self, image: Image.Image, size: Size, ending: str, mixed: bool = True) -> bytes:
+        if max(size) > LONGEST.get(ending, max(size)):
+            raise ValueError(f"{size[0]} x {size[1]} pixels, more than a {ending} has room for")
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BICUBIC if mixed else Image.Resampling.NEAREST)
         file = io.BytesIO()
         image.save(file, FORMATS[ending], **({} if ending == "png" else {"quality": self.quality}))
         return file.getvalue()
@@ -135,26 +160,8 @@ class Held:
     """What came into a shard, and what did not: see `Written`."""
 
     pictures: int = 0
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
     broken: str = ""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture of a source without files, as it looks in epoch 0."""
-
-    name: str
-    label: int | None
-    sample: Sample
-
-    def picture(self) -> Image.Image:
-        return to_image(self.sample.image)
-
-    def stored(self) -> bytes:
-        raise AssertionError("format=original is refused where there are no files")
-
-    def facts(self, content: bytes) -> tuple[str, str, int, int]:
-        raise AssertionError("format=original is refused where there are no files")
 
 
 @dataclass(frozen=True)
@@ -165,45 +172,29 @@ class Unreadable:
 
 
 def attempt(read: Callable[[], T]) -> T | Unreadable:
-    """Read something; what cannot be read raises a ValueError, and what the user has to mend a UserError."""
+    """Read something; what cannot be read raises a ValueError or an OSError, what the user has to mend a UserError."""
     try:
         return read()
     except UserError:
         raise
+    except OSError as error:
+        return Unreadable((error.strerror or str(error)).lower())
     except ValueError as error:
         return Unreadable(str(error))
 
 
-def drawn_map(sample: Sample, maps: Mapping[str, Any]) -> Image.Image:
-    """Return a map as a picture that the options `maps` read: RGB, grey, or the numbers of classes."""
-    condition = sample.condition
-    assert condition is not None, "every sample of a split has the same fields"
-    if maps["maps"] != "labels":
-        image = to_image(condition)
-        return image.convert("L") if len(condition) == 1 else image
-    numbers = condition.argmax(0).numpy()
-    if maps["unlabelled"] is not None:
-        numbers = np.where(numbers == 0, maps["unlabelled"], numbers - 1)
-    return Image.fromarray(numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16))
+def _shrunk(size: Size, shorter: int | None) -> Size:
+    """Return width and height with the shorter side scaled down, if it is longer than that."""
+    if shorter is None or min(size) <= shorter:
+        return size
+    width, height = (max(round(side * shorter / min(size)), 1) for side in size)
+    return width, height
 
 
-def file_of(split: Split, index: int) -> PictureFile:
-    """Return a picture as the file that it is, if it is one, however often its source was joined with others."""
-    if isinstance(split, Joined):
-        source, place = split.find(index)
-        return replace(file_of(split.parts[source], place), label=source)  # type: ignore[type-var]
-    if isinstance(split, Files):
-        return split.file(index)
-    sample = split.item(0, index)
-    return Drawn(name_of(split, index), sample.label, sample)
-
-
-def name_of(split: Split, index: int) -> str:
-    """Return the name of a picture, which tells nothing of the machine that it is on."""
-    if isinstance(split, Joined):
-        source, place = split.find(index)
-        return f"{split.sources[source]}/{name_of(split.parts[source], place)}"
-    names = getattr(split, "names", None)
-    if names is None:
-        return str(index)
-    return Path(names[index]).name if os.path.isabs(names[index]) else str(names[index])
+def _shape_of_map(size: Size, picture: Size, small: Size, shorter: int | None) -> Size:
+    """Return how large a map becomes whose picture becomes `small`: it keeps that one's shape, whatever is rounded."""
+    if small == picture:
+        return size
+    if shorter is not None and min(size) > shorter:
+        return small
+    return max(round(size[1] * small[0] / small[1]), 1), size[1]

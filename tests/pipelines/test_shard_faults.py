@@ -271,6 +271,10 @@ def test_a_manifest_of_another_kind(pictures, tmp_path):
     stranger = {**ENTRY, "name": "train-000009.tar"}
     (to / "manifest.json").write_text(json.dumps({**manifest, "shards": [*manifest["shards"], stranger]}))
     assert written(configured(pictures), to) == manifest
+    for key in ("00000001-000002", "99999999"):
+        first = {**manifest["shards"][0], "left_out": [{**LOST, "key": key}]}
+        (to / "manifest.json").write_text(json.dumps({**manifest, "shards": [first, *manifest["shards"][1:]]}))
+        assert written(configured(pictures), to) == manifest
 
 
 def test_the_tolerance_of_a_source_is_its_own(pictures, tmp_path):

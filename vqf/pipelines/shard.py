@@ -117,7 +117,7 @@ class Shard:
         for part, split in writer.parts.items():
             shards = [] if isinstance(split, Streams) else [*manifest.shards.values()]
             for each in (each for each in shards if each.part == part):
-                if any(writer.can_read(part, int(lost.key)) for lost in each.left_out):
+                if any(writer.can_read(part, lost.key) for lost in each.left_out):
                     log.info("'%s' is written again: what was left out of it can be read now", each.name)
                     del manifest.shards[each.name]
 

@@ -82,10 +82,12 @@ class Writer:
         temporary.replace(self.folder / task.name)
         return Written(task.name, held.pictures, *facts, held.left_out, held.broken)
 
-    def can_read(self, part: str, index: int) -> bool:
-        """Say whether a picture can be written, as it was not an earlier time."""
-        entry = self._entry(self.parts[part], index)
-        return not isinstance(attempt(partial(self._members, entry)), Unreadable)
+    def can_read(self, part: str, key: str) -> bool:
+        """Say whether a picture that was left out can be written now, or was never one of the part."""
+        split = self.parts[part]
+        if not (key.isdecimal() and int(key) < len(split)):
+            return True
+        return not isinstance(attempt(partial(self._members, self._entry(split, int(key)))), Unreadable)
 
     def _fill(self, file: IO[bytes], task: Task) -> "Held":
         from webdataset import TarWriter

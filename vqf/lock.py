@@ -11,6 +11,8 @@ from pathlib import Path
 from vqf.errors import UserError
 
 LOCK = ".lock"
+WHO = b"process"  # what it begins with, if somebody holds it
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TAKEN = {errno.EACCES, errno.EAGAIN}  # what a lock of another process is told by
 
 
@@ -31,18 +33,21 @@ def held(folder: Path, option: str = "run_dir") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+b", buffering=0)
+        number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(unwritable(error, folder, option)) from error
-    with file:
+    with os.fdopen(number, "r+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in TAKEN:
                 raise UserError(_taken(folder, option)) from error
+        if (said := file.read(len(WHO))) and said != WHO:
+            raise UserError(f"{option}={folder}: its file '{LOCK}' is none of vqf's; give another {option}")
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.seek(0)
+            file.write(WHO + f" {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             raise UserError(unwritable(error, folder, option)) from error
         yield
@@ -53,7 +58,8 @@ def held(folder: Path, option: str = "run_dir") -> Iterator[None]:
 def unwritable(error: OSError, folder: Path | None = None, option: str = "run_dir") -> str:
     """Say that a folder that the user named cannot be written."""
     where = f"{option}={folder or error.filename}" if folder or error.filename else option
-    return f"{where}: cannot be written ({error.strerror or error}); make room there, or give another {option}"
+    room = "make room there, or " if error.errno in FULL else ""
+    return f"{where}: cannot be written ({error.strerror or error}); {room}give another {option}"
 
 
 def _taken(folder: Path, option: str) -> str:

@@ -304,6 +304,6 @@ def test_mistakes_are_worded(tmp_path):
         {"image": "condition.png"},
         {"condition": "depth", "image": ".Depth.tif"},
     ):
-        assert "is the ending of no map beside a picture; condition=png is one" in said(**options)
+        assert said(**options).endswith(": give the ending of a map, and another of its picture")
     assert "labels=0, but maps=labels needs the number of classes" in said(maps="labels")
     assert said(root=str(tmp_path / "none")).startswith("data.root: no folder")

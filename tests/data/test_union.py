@@ -138,6 +138,19 @@ def test_beside_its_picture_a_sample_has_what_every_source_has(folders, tmp_path
     assert beside("emoji") == {"masks"}
 
 
+def test_validation_has_the_fields_of_training(folders, tmp_path):
+    """Though a source that lacks one holds nothing out."""
+    for part in ("images", "conditions"):
+        paint(tmp_path / "pairs" / part, 6, 5)
+    parts = {
+        "pairs": {"name": "pairs", "root": str(tmp_path / "pairs"), "validation_last": 2},
+        "few": {"name": "folder", "root": str(folders / "few"), "labels": False, "validation_share": 0},
+    }
+    data = Union(16, 0, parts=parts)
+    for part in ("train", "validation"):
+        assert data.split(part).item(0, 0).condition is None
+
+
 def test_maps_are_read_as_all_sources_read_theirs():
     pairs, grey = ({"name": "pairs", "root": "elsewhere", "maps": maps} for maps in ("rgb", "grey"))
     palette = {"name": "pairs", "root": "elsewhere", "maps": "palette"}

@@ -1,5 +1,6 @@
 """What goes wrong while shards are written, or has gone wrong before: nothing that was done is lost."""
 
+import errno
 import json
 import os
 import re
@@ -122,6 +123,7 @@ def test_nothing_of_anybody_else_is_written_over(pictures, tmp_path):
         "another folder"
     )
     assert {path: path.read_bytes() for path in tmp_path.glob("ours/*.tar")} == before
+    assert not (tmp_path / "ours" / ".lock").exists()
     with pytest.raises(ValueError, match=r"^to is empty; name a folder, or leave it out$"):
         Shard(config, tmp_path, to="")
 
@@ -152,6 +154,8 @@ def test_two_cannot_write_into_one_folder(pictures, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     with pytest.raises(UserError, match=r"^to=.*: process \d+ on .* is running there; wait until it ends, or give"):
+        written(configured(pictures), to, shard_size=4)
+    with pytest.raises(UserError, match="with other options"):
         written(configured(pictures), to, format="png")
     assert process.wait() == 0
     manifest = json.loads((to / "manifest.json").read_text())
@@ -185,16 +189,87 @@ def test_what_can_be_read_again_is_put_back(pictures, tmp_path, monkeypatch, cap
     caplog.set_level("INFO", "vqf")
     assert written(configured(pictures), to, shard_size=6)["pictures"]["train"] == 20
     assert made == [lost["name"]]
-    assert f"'{lost['name']}' is written again: what was left out of it can be read now" in caplog.text
+    assert f"'{lost['name']}' is written again: something was missing from it" in caplog.text
+
+
+def test_looking_again_never_leaves_less(pictures, tmp_path):
+    """One picture can be read again, and three others of its shard no more: what is there stays."""
+    path, to = pictures / "train" / "ant" / "04.png", tmp_path / "shards"
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    manifest = written(configured(pictures), to, shuffle=False)
+    before = files(to)
+    path.write_bytes(content)
+    for i in (8, 10, 12):
+        other = pictures / "train" / "ant" / f"{i:02}.png"
+        other.write_bytes(bytes(other.stat().st_size))
+    assert written(configured(pictures), to, shuffle=False) == manifest
+    assert files(to) == before
+
+
+def test_finished_shards_survive_whatever_ends_the_run(pictures, tmp_path):
+    """They are in the manifest as soon as they are there, as long as there are not very many."""
+    to = tmp_path / "shards"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(pictures), str(to), "0"])
+    while len([*to.glob("*.tar")]) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(json.loads((to / "manifest.json").read_text())["shards"]) >= 3
+
+
+def test_a_refusal_unfinishes_nothing(pictures, tmp_path):
+    (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
+    to = tmp_path / "shards"
+    written(configured(pictures), to)
+    before = files(to)
+    with pytest.raises(UserError, match=r"^data\.max_bad: 1 of the 20 train pictures"):
+        written(configured(pictures, "data.max_bad=0"), to)
+    assert files(to) == before
+
+
+def test_a_disk_that_fills_up_is_not_filled_with_halves(pictures, tmp_path, monkeypatch):
+    to, whole = tmp_path / "shards", shard.Writer._fill
+
+    def full(self, file, task):
+        if task.name == "train-000002.tar":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, file, task)
+
+    monkeypatch.setattr(shard.Writer, "_fill", full)
+    with pytest.raises(UserError) as caught:
+        written(configured(pictures), to, shard_size=6)
+    assert str(caught.value) == (
+        f"to={to}: cannot be written (No space left on device); make room there, or give another to"
+    )
+    assert not [*to.glob("*.partial"), *to.glob(".*.partial")]
+    monkeypatch.undo()
+    written(configured(pictures), to, shard_size=6)
+    written(configured(pictures), tmp_path / "whole", shard_size=6)
+    assert files(to) == files(tmp_path / "whole")
+
+
+def test_a_file_of_somebody_else_is_no_lock(pictures, tmp_path):
+    to, victim = tmp_path / "shards", tmp_path / "victim"
+    to.mkdir()
+    (to / ".lock").write_text("my precious")
+    with pytest.raises(UserError, match=r"^to=.*: its file '\.lock' is none of vqf's; give another to$"):
+        written(configured(pictures), to)
+    assert (to / ".lock").read_text() == "my precious"
+    (to / ".lock").unlink()
+    victim.write_text("important")
+    (to / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"^to=.*: cannot be written \(Too many levels of symbolic links\); give"):
+        written(configured(pictures), to)
+    assert victim.read_text() == "important"
 
 
 @pytest.mark.parametrize("max_bad", [0.01, 1])
 def test_a_source_of_which_nothing_can_be_read_becomes_no_shards(pictures, tmp_path, max_bad):
     for path in pictures.glob("val/*/*"):
         path.write_bytes(b"broken")
-    with pytest.raises(
-        UserError, match=r"^data\.max_bad: [23] of the 3 validation pictures cannot be read, where [12] "
-    ):
+    with pytest.raises(UserError, match=r"^data: none of its 3 validation pictures can be read; the last is 'val/"):
         written(configured(pictures, f"data.max_bad={max_bad}"), tmp_path / "shards")
     assert not json.loads((tmp_path / "shards" / "manifest.json").read_text())["finished"]
 
@@ -288,7 +363,7 @@ def test_the_tolerance_of_a_source_is_its_own(pictures, tmp_path):
     assert written(config, tmp_path / "one", shuffle=False)["pictures"]["train"] == 14
     (pictures / "train" / "ant" / "06.png").write_bytes(b"broken")
     with pytest.raises(
-        UserError, match=r"^data\.max_bad: 2 of the 8 train pictures cannot be read, where 1 may be left"
+        UserError, match=r"^data\.parts\.ant\.max_bad: 2 of the 8 train pictures cannot be read, where 1 may be left"
     ):
         written(config, tmp_path / "two", shuffle=False)
 
@@ -312,9 +387,7 @@ def test_mistakes_are_worded(pictures, tmp_path):
         f"to={tmp_path / 'strange'}: its manifest.json is not one of pipeline=shard; choose another folder"
     )
     (tmp_path / "file").write_text("")
-    assert worded(to="file") == (
-        f"to={tmp_path / 'file'}: cannot be written (File exists); make room there, or give another to"
-    )
+    assert worded(to="file") == (f"to={tmp_path / 'file'}: cannot be written (File exists); give another to")
     both = "both are numbers of at least 1"
     for options, words in (
         ({"size": 0}, f"size=0 and shard_size=5000: {both}"),

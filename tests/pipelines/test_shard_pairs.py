@@ -174,6 +174,15 @@ def test_pairs_that_cannot_be_read_are_left_out_and_named(root, how):
     assert len(read(root / "shards", manifest)) == 5
 
 
+def test_the_name_of_a_map_is_written_on_one_line(root):
+    (root / "conditions" / "0" / "02.tif").rename(root / "conditions" / "0" / "04\n\x1b.png")
+    (root / "images" / "0" / "04.png").rename(root / "images" / "0" / "04\n\x1b.png")
+    (root / "conditions" / "0" / "04\n\x1b.png").write_bytes(b"broken")
+    with pytest.raises(UserError) as caught:
+        written(configured(root, "data.max_bad=0"), root / "shards")
+    assert str(caught.value).isprintable()
+
+
 def test_pictures_alone(root, tmp_path):
     config = configured(root)
     manifest = written(config, tmp_path / "alone", pictures_alone=True)
@@ -247,8 +256,8 @@ def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixe
 class Made:
     """A source of one's own, without files: maps of so many channels."""
 
-    def __init__(self, image_size, seed, *, channels: int = 1) -> None:
-        self.channels, self.size, self.classes = channels, image_size, ["one"]
+    def __init__(self, image_size, seed, *, channels: int = 1, broken: int = 0) -> None:
+        self.channels, self.size, self.broken, self.classes = channels, image_size, broken, ["one"]
 
     def split(self, name):
         self.fingerprint = name
@@ -258,6 +267,8 @@ class Made:
         return 4
 
     def item(self, epoch, index):
+        if index < self.broken:
+            raise OSError(2, "Nowhere")
         values = torch.linspace(-1, 1, 256).repeat(self.channels).view(self.channels, 16, 16).roll(index, -1)
         return Sample(torch.full((3, 16, 16), -1.0), label=0, condition=values)
 
@@ -302,6 +313,11 @@ def test_sources_of_ones_own(tmp_path):
         "data 'made' has maps of 5 channels, and no function condition_reader says what they are (vqf.protocols.Data); "
         "pictures_alone=true writes the pictures alone"
     )
+    with pytest.raises(
+        UserError, match=r"^data: none of its 4 train pictures can be read; the last is '3' \(nowhere\)"
+    ):
+        written(node("made", broken=4), tmp_path / "none", format="png")
+    assert written(node("made", broken=1), tmp_path / "one", format="png")["maps"] == {"maps": "grey"}
     both = node("union", parts={"a": {"name": "made", "channels": 1}, "b": {"name": "made", "channels": 3}})
     with pytest.raises(
         UserError, match=r"^data 'union' has maps of 1 and 3 channels, and no function condition_reader"

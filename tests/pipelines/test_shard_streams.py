@@ -117,6 +117,31 @@ def test_what_was_had_of_a_broken_shard_is_kept_when_there_is_less_now(folder, t
     assert written(configured(folder), to)["shards"][1]["pictures"] == 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_comes_back_gives_what_it_could_not(folder, tmp_path, workers):
+    """However much it was: what stopped a run is fetched again before it stops the next."""
+    away = shutil.copytree(folder, tmp_path / "away")
+    for i in (1, 2, 3):
+        (folder / f"a-{i}.tar").unlink()
+    pack(folder / "a-4.tar", [each for i in range(16, 20) for each in ((f"{i}.png", b"broken"), (f"{i}.cls", b"0"))])
+    with pytest.raises(UserError, match=r"^data\.max_bad: \d of the "):
+        written(configured(folder, workers=workers), tmp_path / "near")
+    shutil.copytree(away, folder, dirs_exist_ok=True)
+    manifest = written(configured(folder, workers=workers), tmp_path / "near")
+    assert manifest["finished"] and manifest["pictures"]["train"] == 20
+    written(configured(folder), tmp_path / "whole")
+    assert files(tmp_path / "near") == files(tmp_path / "whole")
+
+
+def test_pictures_that_are_tolerated_do_not_fetch_their_shard_again(folder, tmp_path, monkeypatch):
+    pack(
+        folder / "a-0.tar", [each for i in range(4) for each in ((f"{i}.png", png() if i else b""), (f"{i}.cls", b"0"))]
+    )
+    manifest = written(configured(folder), tmp_path / "near")
+    monkeypatch.setattr(addresses, "samples", lambda url: pytest.fail("fetched"))
+    assert written(configured(folder), tmp_path / "near") == manifest
+
+
 @pytest.mark.parametrize("max_bad", [0.01, 1])
 def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_path, max_bad):
     config = compose(
@@ -126,7 +151,8 @@ def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_pat
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "near")
     assert str(caught.value) == (
-        f"data.train: none of its pictures can be read: 'file:{folder}/none.tar' (no such file or directory)"
+        "data.train: none of its pictures can be read; the last shard is "
+        f"'file:{folder}/none.tar' (no such file or directory)"
     )
     assert not json.loads((tmp_path / "near" / "manifest.json").read_text())["finished"]
 

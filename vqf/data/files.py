@@ -10,6 +10,7 @@ from PIL import Image
 
 from vqf.data.imaging import Animated, UnreadableError, open_picture, to_rgb
 from vqf.data.maps import Reading
+from vqf.errors import quoted
 from vqf.protocols import Size
 
 Open = Callable[[], Path | IO[bytes]]  # raises an UnreadableError where there is nothing, or not what there was
@@ -104,11 +105,11 @@ def map_of(
     try:
         found = turn(open_picture(open(), max_pixels=max_pixels))
     except UnreadableError as error:
-        raise UnreadableError(f"its map '{name}': {error}" if name else str(error)) from error
+        raise UnreadableError(f"its map {quoted(name)}: {error}" if name else str(error)) from error
     rows, columns = shape
     if abs(found.width * rows - found.height * columns) > max(*found.size, *shape):  # beyond rounding
         shapes = f"{found.width} x {found.height} and {columns} x {rows}"
-        raise UnreadableError(f"its map '{name}' has another shape: {shapes}")
+        raise UnreadableError(f"its map {quoted(name)} has another shape: {shapes}")
     return found
 
 

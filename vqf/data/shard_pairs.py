@@ -92,7 +92,9 @@ class ShardPairs(Shards):
     ) -> None:
         self.reading, self.condition = self.condition_reader(maps, labels, unlabelled), ending_of(condition)
         if not self.condition or (image and Roles(condition=self.condition).is_map(image.lower().lstrip("."))):
-            raise ValueError(f"condition={condition} is the ending of no map beside a picture; condition=png is one")
+            raise ValueError(
+                f"condition={condition} and image={image}: give the ending of a map, and another of its picture"
+            )
         super().__init__(
             image_size,
             seed,

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -60,28 +60,40 @@ class Union:
         Raises:
             EmptyPartError: If none has.
         """
-        parts, empty = {}, None
-        for source, data in self.sources.items():
-            try:
-                with _worded(source):
-                    parts[source] = data.split(name)
-            except EmptyPartError as error:
-                empty = error
+        parts, empty = self._parts(name, self.sources)
         if not parts:
             raise empty or AssertionError("a part or a mistake")
+        others, _ = self._parts("train" if name == "validation" else "validation", self.sources.keys() - parts.keys())
         kind = FilesUnion if all(hasattr(part, "file") for part in parts.values()) else UnionSplit
-        return kind(parts, self.classes)
+        return kind(parts, self.classes, others)
+
+    def _parts(self, name: str, sources: Iterable[str]) -> tuple[dict[str, Split], EmptyPartError | None]:
+        """Return a part of each source that has one, and what another says that has none."""
+        parts, empty = {}, None
+        for source in sources:
+            try:
+                with _worded(source):
+                    parts[source] = self.sources[source].split(name)
+            except EmptyPartError as error:
+                empty = error
+        return parts, empty
 
 
 class UnionSplit:
-    """The training parts of all sources, or the validation parts, one after the other."""
+    """The training parts of all sources, or the validation parts, one after the other.
 
-    def __init__(self, parts: Mapping[str, Split], classes: Sequence[str]) -> None:
+    Args:
+        parts: By source.
+        classes: All sources.
+        others: The other parts of sources that have none of these.
+    """
+
+    def __init__(self, parts: Mapping[str, Split], classes: Sequence[str], others: Mapping[str, Split]) -> None:
         if stream := next((name for name, part in parts.items() if isinstance(part, Streamed)), None):
             raise UserError(
                 f"data.parts.{stream}: a stream cannot be one of several sources; copy its shards to a folder"
             )
-        self.sources, self.parts = list(parts), list(parts.values())
+        self.sources, self.parts, self.every = list(parts), list(parts.values()), {**parts, **others}
         counts = [len(part) for part in self.parts]
         self.ends = list(accumulate(counts))
         self.numbers = [classes.index(name) for name in parts]
@@ -101,13 +113,13 @@ class UnionSplit:
     @cached_property
     def absent(self) -> dict[str, Any]:
         """What not every source has beside its pictures, or not in one shape: a batch cannot have that."""
-        firsts = [self._first(source) for source in range(len(self.parts))]
+        firsts = [self._first(source) for source in self.every]
         shapes = {field: {getattr(getattr(each, field), "shape", None) for each in firsts} for field in BESIDE}
         return {field: None for field, found in shapes.items() if len(found) > 1}
 
-    def _first(self, source: int) -> Sample:
-        with _worded(self.sources[source]):
-            return self.parts[source].item(0, 0)
+    def _first(self, source: str) -> Sample:
+        with _worded(source):
+            return self.every[source].item(0, 0)
 
     def find(self, index: int) -> tuple[int, int]:
         """Return which of the sources that are here a picture is of, and the picture's number there."""
@@ -133,8 +145,8 @@ class UnionSplit:
 class FilesUnion(UnionSplit):
     """Of sources that all have files."""
 
-    def __init__(self, parts: Mapping[str, Any], classes: Sequence[str]) -> None:
-        super().__init__(parts, classes)
+    def __init__(self, parts: Mapping[str, Any], classes: Sequence[str], others: Mapping[str, Split]) -> None:
+        super().__init__(parts, classes, others)
         self.names = _Names(self)
 
     def file(self, index: int) -> PictureFile:

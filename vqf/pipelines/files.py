@@ -105,9 +105,12 @@ def place_of(split: Split, index: int) -> Place:
     return Place(split, index, Path(name).name if os.path.isabs(name) else name)
 
 
-def sources_of(split: Split) -> list[Split]:
-    """Return what a split is made of: itself, where it was not joined."""
-    return [each for part in split.parts for each in sources_of(part)] if isinstance(split, Joined) else [split]
+def sources_of(split: Split, option: str = "data") -> list[tuple[str, Split]]:
+    """Return what a split is made of, each with the place of its options: itself, where it was not joined."""
+    if not isinstance(split, Joined):
+        return [(option, split)]
+    parts = zip(split.sources, split.parts, strict=True)
+    return [each for name, part in parts for each in sources_of(part, f"{option}.parts.{name}")]
 
 
 def open_parts(config: DictConfig) -> tuple[Data, dict[str, Split]]:

@@ -53,9 +53,14 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
         data: Its node, as a run was trained with.
 
     Raises:
-        ValueError: If it has maps of several kinds.
+        UserError: If it has maps of several kinds.
     """
-    reader: ConditionReader | None = ask("data", data, "condition_reader")
+    try:
+        reader: ConditionReader | None = ask("data", data, "condition_reader")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return reader
 
 

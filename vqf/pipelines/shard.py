@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from omegaconf import DictConfig
 
 from vqf.errors import UserError
 from vqf.lock import held, unwritable
-from vqf.pipelines.drawn_file import file_of
-from vqf.pipelines.files import Files, PairFile, Streams, open_parts, sources_of, spread
+from vqf.pipelines.drawn_file import DrawnPair, file_of
+from vqf.pipelines.files import Files, PairFile, PictureFile, Streams, open_parts, sources_of, spread
 from vqf.pipelines.pictures import condition_reader
 from vqf.pipelines.shard_losses import Losses
 from vqf.pipelines.shard_manifest import Manifest
-from vqf.pipelines.shard_writer import Format, Task, Writer
+from vqf.pipelines.shard_writer import Format, Task, Unreadable, Writer, attempt
 from vqf.protocols import ConditionReader, Split
 from vqf.randomness import generator
 from vqf.registry import register
@@ -85,41 +86,60 @@ class Shard:
         sources = {part: split.fingerprint for part, split in parts.items()}
         made_of = {"asked": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
         writer = Writer(self.folder, parts, self.format, self.size, self.quality, maps)
-        with held(self.folder, "to"):
-            try:
-                self._write(Manifest(self.folder, made_of, {task.name for task in tasks}), tasks, writer)
-            except OSError as error:
-                raise UserError(unwritable(error, self.folder, "to")) from error
+        names = {task.name for task in tasks}
+        try:
+            Manifest(self.folder, made_of, names)  # a folder of somebody else gets no lock
+            with held(self.folder, "to"):
+                self._write(Manifest(self.folder, made_of, names), tasks, writer)
+        except OSError as error:
+            raise UserError(unwritable(error, self.folder, "to")) from error
 
     def _write(self, manifest: Manifest, tasks: list[Task], writer: Writer) -> None:
-        self._forget_mended(manifest, writer)
-        kept = {name: each for name, each in manifest.shards.items() if not each.broken}
-        left = [replace(task, had=manifest.shards.get(task.name)) for task in tasks if task.name not in kept]
-        if kept:
-            log.info("%d of %d shards are there already", len(kept), len(tasks))
-        done = sum(each.pictures + len(each.left_out) for each in kept.values())
+        manifest.open()
+        self._doubt(manifest, writer)
         losses = Losses(manifest, writer.parts)
+        losses.check()
+        left = [
+            replace(task, had=manifest.doubtful.get(task.name)) for task in tasks if task.name not in manifest.shards
+        ]
+        if kept := [*manifest.shards.values()]:
+            log.info("%d of %d shards are there already", len(kept), len(tasks))
+        done = sum(each.pictures + len(each.left_out) for each in kept)
         try:
-            losses.check()
             with progress("shard", sum(map(len, writer.parts.values())), done) as bar:
                 for written in spread(writer, left, self.config.workers):
                     manifest.add(written)
-                    bar.advance(written.pictures + len(written.left_out))
+                    losses.count(written)
                     losses.check()
+                    bar.advance(written.pictures + len(written.left_out))
             losses.check_nothing()
         finally:
-            manifest.save()
+            if left:
+                manifest.save()
         manifest.save(finished=True)
         losses.tell()
 
-    def _forget_mended(self, manifest: Manifest, writer: Writer) -> None:
-        """Forget the shards without pictures that can be read by now: they are written again."""
-        for part, split in writer.parts.items():
-            shards = [] if isinstance(split, Streams) else [*manifest.shards.values()]
-            for each in (each for each in shards if each.part == part):
-                if any(writer.can_read(part, lost.key) for lost in each.left_out):
-                    log.info("'%s' is written again: what was left out of it can be read now", each.name)
-                    del manifest.shards[each.name]
+    def _doubt(self, manifest: Manifest, writer: Writer) -> None:
+        """Doubt the shards from which something is missing that may be there by now."""
+        streamed = {part for part, split in writer.parts.items() if isinstance(split, Streams)}
+        files = [each for each in manifest.shards.values() if each.part not in streamed]
+        for each in files:
+            if not all(writer.has(each.part, lost.key) for lost in each.left_out):  # somebody has edited it
+                del manifest.shards[each.name]
+        files = [each for each in files if each.name in manifest.shards]
+        looks = [(each.name, each.part, lost.key) for each in files for lost in each.left_out]
+        with progress("look again", len(looks)) as bar:
+            for name, readable in spread(partial(_look, writer), looks, self.config.workers):
+                if readable:
+                    manifest.doubt(name)
+                bar.advance()
+        losses = Losses(manifest, writer.parts)
+        for each in [*manifest.shards.values()]:
+            # A picture of a stream comes with all of its shard alone: only what would stop the run is fetched again.
+            if each.broken or (each.left_out and each.part in streamed and losses.too_many(each.part)):
+                manifest.doubt(each.name)
+        for name in manifest.doubtful:
+            log.info("'%s' is written again: something was missing from it", name)
 
     def _tasks(self, part: str, split: Split) -> Iterator[Task]:
         if isinstance(split, Streams):
@@ -138,7 +158,7 @@ class Shard:
         Raises:
             UserError: If there are maps of several kinds, or such as no option reads.
         """
-        name, sources = self.config.data.name, [each for split in parts for each in sources_of(split)]
+        name, sources = self.config.data.name, [each for split in parts for _, each in sources_of(split)]
         mapped = [each for each in sources if has_maps(each)]
         if not mapped:
             return None
@@ -171,12 +191,24 @@ class Shard:
 
 
 def has_maps(split: Split) -> bool:
-    """Say whether the pictures of a source have maps beside them."""
+    """Say whether the pictures of a source have maps beside them, by the first that can be had."""
     if isinstance(split, Streams):
         return getattr(split, "reading", None) is not None
-    return isinstance(file_of(split, 0), PairFile)
+    return isinstance(_first(split), PairFile)
+
+
+def _first(split: Split) -> PictureFile | None:
+    """Return the first picture that can be had."""
+    files = (attempt(partial(file_of, split, index)) for index in range(len(split)))
+    return next((each for each in files if not isinstance(each, Unreadable)), None)
+
+
+def _look(writer: Writer, at: tuple[str, str, str]) -> tuple[str, bool]:
+    name, part, key = at
+    return name, writer.can_read(part, key)
 
 
 def _channels(split: Split) -> int:
-    condition = split.item(0, 0).condition
+    file = _first(split)
+    condition = file.sample.condition if isinstance(file, DrawnPair) else split.item(0, 0).condition
     return 0 if condition is None else len(condition)

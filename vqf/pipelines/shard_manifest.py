@@ -19,7 +19,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 HASHERS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
-PAUSE = 1.0  # seconds between two writings: of many thousand shards each takes a while
+PAUSE = 20  # times as long as it took is the time before it is written again: of many thousand shards it takes a while
 
 
 @dataclass(frozen=True)
@@ -61,40 +61,59 @@ class Manifest:
     """
 
     def __init__(self, folder: Path, made_of: dict[str, Any], names: Collection[str]) -> None:
-        self.folder, self.made_of = folder, {"version": VERSION, **made_of}
-        self.path, self.saved = folder / MANIFEST, 0.0
+        self.folder, self.path, self.made_of = folder, folder / MANIFEST, {"version": VERSION, **made_of}
         self.shards: dict[str, Written] = {}
-        found = self._read() if self.path.exists() else []
-        if not self.path.exists() and (stranger := next((name for name in names if (folder / name).exists()), None)):
+        self.doubtful: dict[str, Written] = {}  # from which something is missing that may be there by now
+        self.saved, self.pause = 0.0, 0.0
+        found = self._read() if self.path.exists() else None
+        if found is None and (stranger := next((name for name in names if (folder / name).exists()), None)):
             raise UserError(
                 f"to={folder}: holds '{stranger}', and no {MANIFEST} of pipeline=shard beside it; choose another folder"
             )
-        self._keep([each for each in found if each.name in names])
-        for half in folder.glob(f".*{PARTIAL}"):
-            if half.name[1:].removesuffix(PARTIAL).rpartition(".")[0] in names:
+        self.found = [each for each in found or () if each.name in names]
+        self.names = names
+
+    def open(self) -> None:
+        """Begin, as the only process that does: keep what is finished, and throw away what is half-written."""
+        self._keep(self.found)
+        for half in self.folder.glob(f".*{PARTIAL}"):
+            if half.name[1:].removesuffix(PARTIAL).rpartition(".")[0] in {*self.names, MANIFEST}:
                 half.unlink(missing_ok=True)
-        self.save()
+        if not self.path.exists():
+            self.save()
+
+    def doubt(self, name: str) -> None:
+        """Put a shard among those that are tried again; until then it is what there is."""
+        if name in self.shards:
+            self.doubtful[name] = self.shards.pop(name)
 
     def add(self, written: Written) -> None:
         """Record a finished shard."""
+        self.doubtful.pop(written.name, None)
         self.shards[written.name] = written
-        if time.monotonic() > self.saved + PAUSE:
+        if time.monotonic() > self.saved + self.pause:
             self.save()
 
     def save(self, finished: bool = False) -> None:
         """Write what is known; `finished` says that these are all."""
+        began = time.monotonic()
         pictures: Counter[str] = Counter()
-        shards = [self.shards[name] for name in sorted(self.shards)]
-        for each in shards:
+        known = [each for _, each in sorted({**self.shards, **self.doubtful}.items())]
+        for each in known:
             pictures[each.part] += each.pictures
-        content = {**self.made_of, "finished": finished, "pictures": dict(pictures), "shards": [*map(asdict, shards)]}
-        temporary = self.path.with_name(f".{MANIFEST}{PARTIAL}")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        shards = [asdict(each) for each in known]
+        content = {**self.made_of, "finished": finished, "pictures": dict(pictures), "shards": shards}
+        temporary = self.path.with_name(f".{MANIFEST}.{os.getpid()}{PARTIAL}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
         self.saved = time.monotonic()
+        self.pause = PAUSE * (self.saved - began)
 
     def _read(self) -> list[Written]:
         try:
@@ -149,13 +168,13 @@ def _written(said: Mapping[str, Any]) -> Written:
             "sha256": str(digest),
             "left_out": list(left_out),
             "broken": str(broken),
-        } if re.fullmatch(r"\w+-\d+\.tar", name):
+        } if re.fullmatch(r"\w+-\d+\.tar", name) and pictures >= 0:
             return Written(name, pictures, size, digest, [_left_out(each) for each in left_out], broken)
     raise ValueError("no entry of a shard")
 
 
 def _left_out(said: Mapping[str, Any]) -> LeftOut:
     match said:
-        case {"key": str(key), "name": str(name), "why": str(why)} if re.fullmatch(r"\d+(-\d+)?", key):
+        case {"key": str(key), "name": str(name), "why": str(why)} if re.fullmatch(r"\d{1,18}(-\d{1,18})?", key):
             return LeftOut(key, name, why)
     raise ValueError("no entry of a picture")

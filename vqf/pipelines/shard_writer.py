@@ -35,7 +35,7 @@ class Task:
     part: str
     indices: list[int]
     stream: int | None = None
-    had: Written | None = None  # what an earlier run could read of it, if not all
+    had: Written | None = None  # what an earlier run could read of it, where not all
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,27 @@ class Writer:
     def __call__(self, task: Task) -> Written:
         """Write a shard beside its final name, flush it and rename it; what was had is kept if there is no more now."""
         temporary = self.folder / f".{task.name}.{os.getpid()}{PARTIAL}"
-        with temporary.open("wb") as file:
-            held = self._fill(file, task)
-            file.flush()
-            os.fsync(file.fileno())
-        if task.had and held.broken and held.pictures <= task.had.pictures:
-            temporary.unlink()
-            return task.had
-        facts = temporary.stat().st_size, sha256(temporary)
-        temporary.replace(self.folder / task.name)
+        try:
+            with temporary.open("wb") as file:
+                held = self._fill(file, task)
+                file.flush()
+                os.fsync(file.fileno())
+            if task.had and held.pictures <= task.had.pictures:
+                return task.had
+            facts = temporary.stat().st_size, sha256(temporary)
+            temporary.replace(self.folder / task.name)
+        finally:
+            temporary.unlink(missing_ok=True)
         return Written(task.name, held.pictures, *facts, held.left_out, held.broken)
 
+    def has(self, part: str, key: str) -> bool:
+        """Say whether a part has a picture that a manifest names."""
+        return key.isdecimal() and int(key) < len(self.parts[part])
+
     def can_read(self, part: str, key: str) -> bool:
-        """Say whether a picture that was left out can be written now, or was never one of the part."""
-        split = self.parts[part]
-        if not (key.isdecimal() and int(key) < len(split)):
-            return True
-        return not isinstance(attempt(partial(self._members, self._entry(split, int(key)))), Unreadable)
+        """Say whether a picture that was left out can be written now."""
+        entry = self._entry(self.parts[part], int(key))
+        return not isinstance(attempt(partial(self._members, entry)), Unreadable)
 
     def _fill(self, file: IO[bytes], task: Task) -> "Held":
         from webdataset import TarWriter

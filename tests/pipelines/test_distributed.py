@@ -269,7 +269,8 @@ def test_noise_is_of_the_step_and_the_process() -> None:
     assert not torch.equal(first, second)
 
 
-LOOP = [*HELD_BACK, "ema=0.9", "clip=0.5", "schedule=cosine", "optimizer=adam", "optimizer.eps=1e-6"]
+# Adam multiplies what is rounded in a gradient that is nearly zero by lr / eps, and processors round differently.
+LOOP = [*HELD_BACK, "ema=0.9", "clip=0.5", "schedule=cosine", "optimizer=adam", "optimizer.eps=1e-4"]
 
 
 def trained(folder: str, *overrides: str) -> None:

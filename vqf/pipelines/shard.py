@@ -1,8 +1,7 @@
 """Any data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,16 @@ from omegaconf import DictConfig
 
 from vqf.errors import UserError
 from vqf.lock import held, unwritable
-from vqf.pipelines.drawn_file import DrawnPair, file_of
-from vqf.pipelines.files import Files, PairFile, PictureFile, Streams, open_parts, sources_of, spread
-from vqf.pipelines.pictures import condition_reader
+from vqf.pipelines.files import Files, Streams, open_parts, spread
+from vqf.pipelines.shard_again import doubt
 from vqf.pipelines.shard_losses import Losses
 from vqf.pipelines.shard_manifest import Manifest
-from vqf.pipelines.shard_writer import Format, Task, Unreadable, Writer, attempt
-from vqf.protocols import ConditionReader, Split
+from vqf.pipelines.shard_maps import options_of_maps
+from vqf.pipelines.shard_writer import Format, Task, Writer
+from vqf.protocols import Data, Split
 from vqf.randomness import generator
 from vqf.registry import register
 from vqf.terminal import log, progress
-
-BY_CHANNELS = {1: "grey", 3: "rgb"}
-ALONE = "pictures_alone=true writes the pictures alone"
 
 
 @register("pipeline", "shard")
@@ -79,14 +75,10 @@ class Shard:
         data, parts = open_parts(self.config)
         if self.format == "original" and not all(isinstance(split, Files | Streams) for split in parts.values()):
             raise UserError(f"format=original: data '{self.config.data.name}' has no files to copy; give format=png")
-        maps = None if self.pictures_alone else self._maps(parts.values())
+        maps = None if self.pictures_alone else options_of_maps(self.config.data, parts.values(), self.format)
         tasks = [task for part, split in parts.items() for task in self._tasks(part, split)]
-        asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
-        asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
-        sources = {part: split.fingerprint for part, split in parts.items()}
-        made_of = {"asked": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
+        made_of, names = self._made_of(data, parts, maps), {task.name for task in tasks}
         writer = Writer(self.folder, parts, self.format, self.size, self.quality, maps)
-        names = {task.name for task in tasks}
         try:
             Manifest(self.folder, made_of, names)  # a folder of somebody else gets no lock
             with held(self.folder, "to"):
@@ -94,9 +86,15 @@ class Shard:
         except OSError as error:
             raise UserError(unwritable(error, self.folder, "to")) from error
 
+    def _made_of(self, data: Data, parts: Mapping[str, Split], maps: Mapping[str, Any] | None) -> dict[str, Any]:
+        asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
+        asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
+        sources = {part: split.fingerprint for part, split in parts.items()}
+        return {"asked": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
+
     def _write(self, manifest: Manifest, tasks: list[Task], writer: Writer) -> None:
         manifest.open()
-        self._doubt(manifest, writer)
+        doubt(manifest, writer, self.config.workers)
         losses = Losses(manifest, writer.parts)
         losses.check()
         left = [
@@ -119,28 +117,6 @@ class Shard:
         manifest.save(finished=True)
         losses.tell()
 
-    def _doubt(self, manifest: Manifest, writer: Writer) -> None:
-        """Doubt the shards from which something is missing that may be there by now."""
-        streamed = {part for part, split in writer.parts.items() if isinstance(split, Streams)}
-        files = [each for each in manifest.shards.values() if each.part not in streamed]
-        for each in files:
-            if not all(writer.has(each.part, lost.key) for lost in each.left_out):  # somebody has edited it
-                del manifest.shards[each.name]
-        files = [each for each in files if each.name in manifest.shards]
-        looks = [(each.name, each.part, lost.key) for each in files for lost in each.left_out]
-        with progress("look again", len(looks)) as bar:
-            for name, readable in spread(partial(_look, writer), looks, self.config.workers):
-                if readable:
-                    manifest.doubt(name)
-                bar.advance()
-        losses = Losses(manifest, writer.parts)
-        for each in [*manifest.shards.values()]:
-            # A picture of a stream comes with all of its shard alone: only what would stop the run is fetched again.
-            if each.broken or (each.left_out and each.part in streamed and losses.too_many(each.part)):
-                manifest.doubt(each.name)
-        for name in manifest.doubtful:
-            log.info("'%s' is written again: something was missing from it", name)
-
     def _tasks(self, part: str, split: Split) -> Iterator[Task]:
         if isinstance(split, Streams):
             log.info("%s shards are streamed: each is copied to one, its pictures in their order", part)
@@ -151,64 +127,3 @@ class Shard:
             order = torch.randperm(len(split), generator=generator("shards", self.config.seed))
         for number, indices in enumerate(order.split(min(self.shard_size, len(split)))):
             yield Task(f"{part}-{number:06d}.tar", part, indices.tolist())
-
-    def _maps(self, parts: Collection[Split]) -> dict[str, Any] | None:
-        """Return the options of `data=shard_pairs` that read the maps; None where there are none.
-
-        Raises:
-            UserError: If there are maps of several kinds, or such as no option reads.
-        """
-        name, sources = self.config.data.name, [each for split in parts for _, each in sources_of(split)]
-        mapped = [each for each in sources if has_maps(each)]
-        if not mapped:
-            return None
-        if len(mapped) < len(sources):
-            raise UserError(f"data '{name}' has maps in some of its sources alone; {ALONE}")
-        try:
-            reader = condition_reader(self.config.data)
-        except ValueError as error:
-            raise UserError(f"{error}; {ALONE}") from error
-        options = dict(getattr(reader, "options", None) or self._by_channels(reader, mapped))
-        if options["maps"] == "labels" and self.format != "original":
-            options["unlabelled"] = None  # written as class 0, with all others moved up
-            if options["labels"] > 2**16:
-                raise UserError(
-                    f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {ALONE}"
-                )
-        return options
-
-    def _by_channels(self, reader: ConditionReader | None, mapped: Collection[Split]) -> dict[str, Any]:
-        if reader is not None and reader.classes:
-            return {"maps": "labels", "labels": reader.classes, "unlabelled": None}
-        channels = {_channels(each) for each in mapped}
-        if len(channels) > 1 or not channels <= BY_CHANNELS.keys():
-            counts = " and ".join(map(str, sorted(channels)))
-            raise UserError(
-                f"data '{self.config.data.name}' has maps of {counts} channels, and no function condition_reader says "
-                f"what they are (vqf.protocols.Data); {ALONE}"
-            )
-        return {"maps": BY_CHANNELS[channels.pop()]}
-
-
-def has_maps(split: Split) -> bool:
-    """Say whether the pictures of a source have maps beside them, by the first that can be had."""
-    if isinstance(split, Streams):
-        return getattr(split, "reading", None) is not None
-    return isinstance(_first(split), PairFile)
-
-
-def _first(split: Split) -> PictureFile | None:
-    """Return the first picture that can be had."""
-    files = (attempt(partial(file_of, split, index)) for index in range(len(split)))
-    return next((each for each in files if not isinstance(each, Unreadable)), None)
-
-
-def _look(writer: Writer, at: tuple[str, str, str]) -> tuple[str, bool]:
-    name, part, key = at
-    return name, writer.can_read(part, key)
-
-
-def _channels(split: Split) -> int:
-    file = _first(split)
-    condition = file.sample.condition if isinstance(file, DrawnPair) else split.item(0, 0).condition
-    return 0 if condition is None else len(condition)

@@ -89,14 +89,20 @@ written(configured(sys.argv[1], workers=int(sys.argv[3])), Path(sys.argv[2]), sh
 """
 
 
+def started(pictures, to, ready, workers=0):
+    """Start to write, in a process of its own and a group of its own, and return it as soon as that is so."""
+    command = [sys.executable, "-c", SCRIPT, str(pictures), str(to), str(workers)]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not ready():
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_leaves_no_half_shard_and_goes_on(pictures, tmp_path, workers):
     to = tmp_path / "shards"
-    command = [sys.executable, "-c", SCRIPT, str(pictures), str(to), str(workers)]
-    process = subprocess.Popen(command, start_new_session=True)
-    while not any(to.glob("*.tar")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(pictures, to, lambda: any(to.glob("*.tar")), workers)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = sorted(to.glob("*.tar"))
@@ -131,11 +137,7 @@ def test_nothing_of_anybody_else_is_written_over(pictures, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(pictures, tmp_path, workers):
     to = tmp_path / "shards"
-    command = [sys.executable, "-c", SCRIPT, str(pictures), str(to), str(workers)]
-    process = subprocess.Popen(command, start_new_session=True)
-    while not any(to.glob("*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(pictures, to, lambda: any(to.glob("*.partial")), workers)
     process.kill()  # and not its workers
     process.wait()
     written(configured(pictures), to, shard_size=4)
@@ -149,10 +151,7 @@ def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(pic
 
 def test_two_cannot_write_into_one_folder(pictures, tmp_path):
     to = tmp_path / "shards"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(pictures), str(to), "0"])
-    while not any(to.glob("*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(pictures, to, lambda: any(to.glob("*.partial")))
     with pytest.raises(UserError, match=r"^to=.*: process \d+ on .* is running there; wait until it ends, or give"):
         written(configured(pictures), to, shard_size=4)
     with pytest.raises(UserError, match="with other options"):
@@ -210,10 +209,7 @@ def test_looking_again_never_leaves_less(pictures, tmp_path):
 def test_finished_shards_survive_whatever_ends_the_run(pictures, tmp_path):
     """They are in the manifest as soon as they are there, as long as there are not very many."""
     to = tmp_path / "shards"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(pictures), str(to), "0"])
-    while len([*to.glob("*.tar")]) < 4:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(pictures, to, lambda: len([*to.glob("*.tar")]) >= 4)
     process.kill()
     process.wait()
     assert len(json.loads((to / "manifest.json").read_text())["shards"]) >= 3

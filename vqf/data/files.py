@@ -8,7 +8,7 @@ from typing import IO, NamedTuple, Protocol
 
 from PIL import Image
 
-from vqf.data.imaging import Animated, UnreadableError, open_picture, to_rgb
+from vqf.data.imaging import Animated, UnreadableError, format_of, open_picture, to_rgb
 from vqf.data.maps import Reading
 from vqf.errors import quoted
 from vqf.protocols import Size
@@ -76,7 +76,7 @@ class PairFile(PictureFile):
     def stored_map(self) -> tuple[bytes, str]:
         """Return the bytes of the map's file, and its format."""
         content = content_of(self.open_map)
-        return content, open_picture(io.BytesIO(content), max_pixels=self.limits.max_pixels).format or "?"
+        return content, format_of(content)
 
     def understood(self, shape: Size) -> Image.Image:
         """Return the map of a picture of so many rows and columns: see `Reading.understood`."""

@@ -4,6 +4,7 @@ A file may hold anything: only the formats listed here are decoded, none above a
 whatever a decoder trips over becomes one exception, `UnreadableError`.
 """
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -106,6 +107,19 @@ def read(
     return Shown(picture, box_of(extent.shape, size, view, resize), extent.shape)
 
 
+def format_of(content: bytes) -> str:
+    """Return the format of a picture by its header; what a phone puts previews into is the JPEG that it begins with.
+
+    Raises:
+        UnreadableError: With a reason in a few words.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return _format(image) or "?"
+    except Exception as error:  # see `_decoded`
+        raise UnreadableError(_reason(error)) from error
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to RGB; 16 bits are cut to 8, transparency is put on white.
 
@@ -171,12 +185,16 @@ def _decoded(
             factor = 1 if size is None else _decode_small(image, box_of(stored, size, view), size)
             image.load()
             upright = _upright(image)
-            upright.format = "JPEG" if image.format == "MPO" else image.format
+            upright.format = _format(image)
             return upright, _extent(stored, factor, upright, _orientation(image))
     except (UnreadableError, MemoryError):
         raise
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise UnreadableError(_reason(error)) from error
+
+
+def _format(image: Image.Image) -> str | None:
+    return "JPEG" if image.format == "MPO" else image.format
 
 
 def _decode_small(image: Image.Image, box: Box, size: Size) -> int:

@@ -1,5 +1,6 @@
 """Pictures with a map each, wherever both lie: they are cut and mirrored alike, and one that is broken spoils both."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from vqf.data.views import View
 from vqf.protocols import Sample, Size
 
 
-class MappedSplit(PictureSplit):
+class MappedSplit(PictureSplit, ABC):
     """The pairs of a source that are for training, or for validation.
 
     A class that derives from it sets `reading` and `maps`, the names of the maps, before it calls this one's
@@ -28,13 +29,13 @@ class MappedSplit(PictureSplit):
     reading: Reading
     maps: Sequence[str]
 
+    @abstractmethod
     def open_map(self, index: int) -> Path | IO[bytes]:
         """Return where a map is read from.
 
         Raises:
             UnreadableError: If it is not there.
         """
-        raise NotImplementedError
 
     def file(self, index: int) -> PairFile:
         """Return a pair as the files that it is."""

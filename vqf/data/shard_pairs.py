@@ -15,7 +15,7 @@ from vqf.data.manifest import NAME
 from vqf.data.mapped import MappedSplit, apart, on_top
 from vqf.data.maps import Kind, Reading
 from vqf.data.roles import Roles
-from vqf.data.shards import Shards, ShardSplit, ending_of
+from vqf.data.shards import Shards, ShardSplit, ending_of, told_apart
 from vqf.data.split import tolerated
 from vqf.data.streams import Stream, StreamSplit
 from vqf.data.tape import Raw
@@ -142,11 +142,10 @@ class ShardPairs(Shards):
         Raises:
             UserError: If too many of its pictures have no map.
         """
-        lost = (part.places[:, 2] == GONE).tolist()  # with its picture
-        alone = [name for name, found, gone in zip(part.names, part.maps, lost, strict=True) if not (found or gone)]
+        alone = ((part.map_places[:, 2] == GONE) & (part.places[:, 2] != GONE)).nonzero()[0].tolist()
         if alone:
-            what = f"{len(alone)} of the {len(part.names)} {name} pictures have no map: {quoted(alone[0])} has no "
-            what += f".{self.condition} and no .{self.condition}.* beside it"
+            what = f"{len(alone)} of the {len(part.names)} {name} pictures have no map: {quoted(part.names[alone[0]])} "
+            what += f"has no .{self.condition} and no .{self.condition}.* beside it"
             if len(alone) > tolerated(self.max_bad, len(part.names)) or len(alone) == len(part.names):
                 raise UserError(f"data.condition={self.condition}: {what}")
             log.warning(f"data.condition={self.condition}: {what}; other pairs take their places")
@@ -162,8 +161,8 @@ class ShardPairSplit(MappedSplit, ShardSplit):
 
     def __init__(self, data: ShardPairs, name: str, part: Part, labels: torch.Tensor | None) -> None:
         self.reading, self.maps, self.map_places = data.reading, part.maps, part.map_places
-        places = ((each, size, crc) for each, (_, size, crc) in zip(part.maps, part.map_places.tolist(), strict=True))
-        super().__init__(data, name, part, labels, [astuple(data.reading), *places])
+        more = [astuple(data.reading), *told_apart(part.maps, part.map_places)]
+        super().__init__(data, name, part, labels, more)
 
     def open_map(self, index: int) -> IO[bytes]:
         """Return the bytes of a map."""

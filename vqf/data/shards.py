@@ -9,7 +9,7 @@ in a folder are read from end to end: see `vqf.data.streams`.
 import io
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,7 +238,7 @@ class ShardSplit(PictureSplit):
         self, data: Shards, name: str, part: Part, labels: torch.Tensor | None, more: Iterable[object] = ()
     ) -> None:
         self.tars, self.shards, self.places = part.tars, part.shards, part.places
-        content = ((each, size, crc) for each, (_, size, crc) in zip(part.names, part.places.tolist(), strict=True))
+        content = told_apart(part.names, part.places)
         told = [] if labels is None else [labels.tolist(), *data.classes]
         super().__init__(data, name, part.names, labels, itertools.chain(content, told, more))
 
@@ -258,6 +258,11 @@ class ShardSplit(PictureSplit):
         if crc == NO_LABEL:
             raise UnreadableError("its label cannot be read")
         return io.BytesIO(self.tars.read(int(self.shards[index]), offset, size, crc))
+
+
+def told_apart(names: Sequence[str], places: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """Yield what tells members from others, wherever in their shards they lie: name, size and checksum."""
+    return ((name, size, crc) for name, (_, size, crc) in zip(names, places.tolist(), strict=True))
 
 
 def ending_of(option: str | None) -> str | None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from vqf import terminal
-from vqf.data.imaging import MARGIN, read, to_unit
-from vqf.data.scaling import scaled
+from vqf.data.images.decode import MARGIN, read, to_unit
+from vqf.data.images.resize import scaled
 
 EARTH = Path(__file__).parent.parent / "vqf" / "data" / "assets" / "earth" / "earth-2048.jpg"
 PHOTOS = ("astronaut", "hubble_deep_field", "immunohistochemistry", "retina")

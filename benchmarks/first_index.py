@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
-from vqf import ranks, terminal
-from vqf.data.contents import indices
-from vqf.data.tarindex import SUFFIX
+from vqf import terminal
+from vqf.data.tar.contents import indices
+from vqf.data.tar.index import SUFFIX
+from vqf.distributed import comm
 
 BYTES = 100_000  # of a picture: about a JPEG of 512 px
 
@@ -37,16 +38,16 @@ def make_shards(folder: Path, shards: int, pictures: int) -> list[Path]:
 
 def timed(paths: list[Path], shared: bool) -> tuple[float, float]:
     """Index the shards in every process; returns the seconds until all are ready, and those of all processors."""
-    if ranks.first():
+    if comm.first():
         for path in paths:
             path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
-    ranks.wait()
+    comm.wait()
     began, busy = time.perf_counter(), time.process_time()
-    with mock.patch.object(ranks, "rank", ranks.rank if shared else lambda: 0):
+    with mock.patch.object(comm, "rank", comm.rank if shared else lambda: 0):
         indices(paths, None)
     mine = time.process_time() - busy
-    ranks.wait()
-    return time.perf_counter() - began, sum(ranks.each(mine))
+    comm.wait()
+    return time.perf_counter() - began, sum(comm.each(mine))
 
 
 def main() -> None:
@@ -56,21 +57,21 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=500, help="of a shard")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    with ranks.together(), tempfile.TemporaryDirectory() as place:
-        folder = Path(ranks.same(place))
-        paths = ranks.same(make_shards(folder, given.shards, given.pictures) if ranks.first() else [])
+    with comm.together(), tempfile.TemporaryDirectory() as place:
+        folder = Path(comm.same(place))
+        paths = comm.same(make_shards(folder, given.shards, given.pictures) if comm.first() else [])
         found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for _ in range(given.rounds):
             for shared in found:
                 found[shared].append(timed(paths, shared))
-        ranks.wait()
-        if ranks.first():
+        comm.wait()
+        if comm.first():
             names = {False: "all from the first", True: "each from another"}
             rows = [
                 (names[key], *(f"{median(each):.2f}" for each in zip(*rounds, strict=True)))
                 for key, rounds in found.items()
             ]
-            title = f"{given.shards} shards of {given.pictures * BYTES / 1e6:.0f} MB, {ranks.world()} processes"
+            title = f"{given.shards} shards of {given.pictures * BYTES / 1e6:.0f} MB, {comm.world()} processes"
             terminal.table(title, ("", "seconds", "of all processors"), rows)
 
 

@@ -15,12 +15,12 @@ import torch
 from omegaconf import DictConfig
 
 from vqf import terminal
-from vqf.command import config_dir
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.saver import Saver
-from vqf.pipelines.stage1 import TokenizerStage, make_stage
-from vqf.pipelines.training import Training
+from vqf.config.compose import config_dir
+from vqf.distributed.engine import make_engine
 from vqf.registry import build
+from vqf.runs.async_checkpointer import Saver
+from vqf.training.tokenizer_task import TokenizerStage, make_stage
+from vqf.training.train_state import Training
 
 
 def compose(*words: str) -> DictConfig:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqf import terminal
+from vqf.data.files.listing import scan
 from vqf.data.folder import Folder
-from vqf.data.imaging import EXTENSIONS
-from vqf.data.listing import scan
+from vqf.data.images.decode import EXTENSIONS
 from vqf.data.shards import Shards
-from vqf.data.tarindex import Index, Member, _place, _save
+from vqf.data.tar.index import Index, Member, _place, _save
 
 CLASSES = 100
 SHARD = 2500  # samples

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import vqf  # noqa: F401  (registers the components)
-from vqf.command import config_dir
+from vqf.config.compose import config_dir
 from vqf.registry import KINDS, Component, components
 
 PAGE = Path(__file__).parent / "components.md"

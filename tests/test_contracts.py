@@ -17,19 +17,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.composing import compose
 from tests.metrics.sets import Linear, gaussians
+from tests.support.composing import compose
 from vqf import registry
-from vqf.conditions import Conditions
-from vqf.generator import Generator
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.files import PARTS
-from vqf.pipelines.restore import build_generator
-from vqf.pipelines.stage1 import make_stage
-from vqf.protocols import Autoregressive, Batch, Drawn, Judged, Pieces, Piecewise, Reconstruction, SetMetric
+from vqf.batch import Batch
+from vqf.dataloading.image_files import PARTS
+from vqf.distributed.engine import make_engine
+from vqf.models.conditioning import Conditions
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
+from vqf.protocols import Autoregressive, Drawn, Judged, Pieces, Piecewise, Reconstruction, SetMetric
 from vqf.registry import KINDS, components, names
 from vqf.run import config_dir
-from vqf.tokenizer import Tokenizer
+from vqf.runs.load import build_generator
+from vqf.training.tokenizer_task import make_stage
 
 CODES = {"dim": 4, "codebook_size": 12}
 CONV = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [16]}
@@ -587,7 +588,7 @@ def compared(metric: SetMetric, shift: float) -> dict[str, float]:
 
 @every["metric"]
 def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqf.metrics.sets.embedding", lambda *_: Linear())
+    monkeypatch.setattr("vqf.metrics.set_metric.embedding", lambda *_: Linear())
     metric = build("metric", name, vocab_size=16, device="cpu")
     if isinstance(metric, SetMetric):
         here, near, far = (compared(metric, shift) for shift in (0.0, 0.3, 1.0))

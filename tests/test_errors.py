@@ -11,7 +11,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from vqf import registry
-from vqf.command import check_command, config_dir, ordered
+from vqf.config.compose import check_command, config_dir, ordered
 from vqf.errors import UserError, closest, unknown, unknown_place
 from vqf.registry import KINDS, register
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import free_port, together
+from tests.support.processes import free_port, together
 from vqf.run import main
 
 SLOW = pytest.mark.slow
-CHORUS = Path(__file__).with_name("chorus.py")
+CHORUS = Path(__file__).parent / "support" / "chorus.py"
 SMALL = [
     "pipeline=full",
     "model=small",

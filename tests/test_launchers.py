@@ -10,12 +10,12 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from tests.processes import free_port
-from vqf.command import Composer, check_command
+from tests.support.processes import free_port
+from vqf.config.compose import Composer, check_command
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-TOY = ROOT / "tests" / "toy.py"
+TOY = ROOT / "tests" / "support" / "toy.py"
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],

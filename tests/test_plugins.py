@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.composing import compose
+from tests.support.composing import compose
 from vqf.errors import UserError
 from vqf.plugins import load_plugins, requested
 from vqf.registry import build, names
@@ -208,7 +208,7 @@ def test_the_examples_train(installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_plugin_reaches_the_processes_of_a_sweep(tmp_path: Path) -> None:
-    toy = Path(__file__).with_name("toy.py")
+    toy = Path(__file__).parent / "support" / "toy.py"
     sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"plugins=[{toy}]", "pipeline=toy", "count=3,4"]
     vqf(*sweep, path=ROOT, cwd=tmp_path)
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()

@@ -8,18 +8,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from tests.composing import compose
-from vqf.features import PerceptualDistance
+from tests.support.composing import compose
+from vqf.batch import Batch
+from vqf.config.settings import check_config, complete
+from vqf.distributed.engine import make_engine
 from vqf.losses import perceptual
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.restore import build_generator
-from vqf.pipelines.stage1 import make_stage
-from vqf.pipelines.stage2 import PriorStage
-from vqf.protocols import Batch
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
+from vqf.networks.perceptual import PerceptualDistance
 from vqf.registry import build
 from vqf.run import config_dir
-from vqf.settings import check_config, complete
-from vqf.tokenizer import Tokenizer, build_tokenizer
+from vqf.runs.load import build_generator
+from vqf.training.prior_task import PriorStage
+from vqf.training.tokenizer_task import make_stage
 
 MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))

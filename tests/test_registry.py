@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from tests.composing import compose
+from tests.support.composing import compose
 from vqf import registry
 from vqf.errors import UserError
 from vqf.registry import KINDS, RegistryError, build, check, components, config_mistakes, flat_node, names, register
@@ -139,7 +139,7 @@ def test_a_function_is_a_component_too() -> None:
         ("quantizer", "bad", lambda **kwargs: None, "quantizer 'bad': spell out what *kwargs may hold"),
         ("quantizer", "bad", lambda name="x": None, "'name' has a meaning of its own; rename the parameter"),
         ("quantizer", "bad", lambda defaults="x": None, "'defaults' has a meaning of its own; rename the parameter"),
-        ("quantizer", "vq", Toy, "test_registry.Toy) clashes with quantizer 'vq' (vqf.quantizers.vector.VectorQuantiz"),
+        ("quantizer", "vq", Toy, "test_registry.Toy) clashes with quantizer 'vq' (vqf.quantizers.vq.VectorQuantiz"),
     ],
 )
 def test_what_cannot_be_registered(kind: str, name: str, target: Callable[..., Any], message: str) -> None:
@@ -180,7 +180,7 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("quantizer", None, "quantizer: no quantizer is chosen; choose one with model/quantizer=NAME. Known: "),
         ("quantizer", "ema", "quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
         ("quantizer", {"name": "vq", "betta": 1}, "quantizer.betta: unknown option 'betta'. Did you mean 'beta'?"),
-        ("quantizer", {"name": "vq", "betta": 1}, "(vqf.quantizers.vector.VectorQuantizer) takes: dim: int = 256, "),
+        ("quantizer", {"name": "vq", "betta": 1}, "(vqf.quantizers.vq.VectorQuantizer) takes: dim: int = 256, "),
         ("quantizer", {"name": "vq", "beta_on": "x"}, "quantizer.beta_on: unknown value 'x'. Known: commitment, codeb"),
         ("encoder", {"name": "conv", "in_channels": 1}, "encoder.in_channels: the pipeline sets 'in_channels' of enco"),
         ("data", {"name": "folder"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root"),

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from vqf.folders import choose_run_dir
 from vqf.registry import KINDS, names
 from vqf.run import main
+from vqf.runs.run_dir import choose_run_dir
 
-TOY = Path(__file__).with_name("toy.py")
+TOY = Path(__file__).parent / "support" / "toy.py"
 
 Run = Callable[..., None]
 
@@ -202,6 +203,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
         )
 
     def end(self) -> tuple[int, str, str]:

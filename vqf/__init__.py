@@ -4,6 +4,7 @@
 from vqf import data as data
 from vqf import discriminators as discriminators
 from vqf import encoders as encoders
+from vqf import evaluation as evaluation
 from vqf import loggers as loggers
 from vqf import losses as losses
 from vqf import metrics as metrics
@@ -11,8 +12,8 @@ from vqf import optimizers as optimizers
 from vqf import pipelines as pipelines
 from vqf import quantizers as quantizers
 from vqf import transformers as transformers
-from vqf.pipelines.restore import load
 from vqf.registry import build, register
+from vqf.runs.load import load
 
 __version__ = "0.1.0"
 

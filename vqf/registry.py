@@ -23,7 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqf.errors import UserError, closest, unknown
-from vqf.hints import choices_of, hints_of, strip_none, typed_node
+from vqf.typed_nodes import choices_of, hints_of, strip_none, typed_node
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -16,14 +16,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from vqf import folders, ranks
-from vqf.command import check_command, compose_job, config_dir, ordered
+from vqf.config.compose import check_command, compose_job, config_dir, ordered
+from vqf.config.settings import check_config, complete
+from vqf.distributed import comm
+from vqf.distributed.log_relay import pass_on
 from vqf.errors import UserError
-from vqf.lock import held, unwritable
-from vqf.pipelines.faults import pass_on
 from vqf.plugins import load_plugins, requested
 from vqf.registry import build, components, flat_node
-from vqf.settings import check_config, complete
+from vqf.runs import run_dir
+from vqf.runs.lock import held, unwritable
 from vqf.terminal import silent
 
 MISTAKE, INTERRUPTED = 2, 130  # exit status
@@ -51,8 +52,8 @@ def run(config: DictConfig) -> float | None:
     try:
         load_plugins(config.plugins)  # a launcher may have started this job in a fresh process
         check_config(config)
-        with ranks.together():
-            pipeline = _pipeline(complete(config), ranks.same(folders.output_dir()))
+        with comm.together():
+            pipeline = _pipeline(complete(config), comm.same(run_dir.output_dir()))
             sweeps = HydraConfig.get().mode == RunMode.MULTIRUN  # a single run is admitted before Hydra begins
             with _admitted(pipeline if sweeps else None):
                 return pipeline.run()
@@ -63,7 +64,7 @@ def run(config: DictConfig) -> float | None:
             raise
         _stop(f"no room left on the disk: {error}; make some, and go on with resume=true")
     except RuntimeError:
-        if words := ranks.overheard():  # what broke is the connection to the process that said so
+        if words := comm.overheard():  # what broke is the connection to the process that said so
             _stop(words)
         raise
 
@@ -74,7 +75,7 @@ def main() -> None:
     _began = False
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its whole traceback
     try:
-        with ranks.together():
+        with comm.together():
             sys.argv[1:] = arguments = _arguments()
             load_plugins(requested(arguments))
             check_command(arguments)
@@ -101,10 +102,10 @@ def _early(arguments: Sequence[str]) -> Any:
         return None
     if not _refuses(config.pipeline.name):
         if config.run_dir is not None:
-            folders.check_own(Path(config.run_dir).expanduser(), config.pipeline.name)
+            run_dir.check_own(Path(config.run_dir).expanduser(), config.pipeline.name)
         return None
     HydraConfig.instance().set_config(config)  # which `hydra.run.dir` is composed from
-    folder = ranks.same(Path(config.hydra.run.dir))
+    folder = comm.same(Path(config.hydra.run.dir))
     if config.run_dir is None and not folder.exists():
         return None  # a new one, named by the time
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -130,11 +131,11 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     """Hold a folder in the first process; all end if it cannot."""
     words = None
     try:
-        if ranks.first():
+        if comm.first():
             stack.enter_context(held(folder))
     except UserError as error:
         words = str(error)
-    if words := ranks.same(words):
+    if words := comm.same(words):
         raise UserError(words)
 
 
@@ -148,19 +149,19 @@ def _within(error: BaseException | None) -> UserError | None:
 def _arguments() -> list[str]:
     """Return the command line as Hydra wants it."""
     given = ordered(sys.argv[1:])
-    if ranks.world() > 1 and {"-m", "--multirun"} & {*given}:
+    if comm.world() > 1 and {"-m", "--multirun"} & {*given}:
         raise UserError("-m: the jobs of a sweep start processes of their own; start it without torchrun")
-    if ranks.first():
+    if comm.first():
         return given
     _quieten()
     return [*given, *FOLLOWER]
 
 
 def _pipeline(config: DictConfig, folder: Path) -> Any:
-    if not ranks.first():
+    if not comm.first():
         _quieten()
     pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
-    if ranks.world() > 1 and not getattr(pipeline, "parallel", False):
+    if comm.world() > 1 and not getattr(pipeline, "parallel", False):
         raise UserError(f"pipeline={config.pipeline.name} works in one process; start it without torchrun")
     return pipeline
 
@@ -170,7 +171,7 @@ def _quieten() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     warnings.simplefilter("ignore")  # the first process shows them
     log, said = logging.getLogger("vqf"), logging.StreamHandler()
-    said.setFormatter(logging.Formatter(f"[process {ranks.rank()}] %(message)s"))
+    said.setFormatter(logging.Formatter(f"[process {comm.rank()}] %(message)s"))
     log.handlers, log.propagate, log.disabled = [said], False, False
     log.setLevel(logging.WARNING)
 
@@ -179,7 +180,7 @@ def _stop(words: str) -> NoReturn:
     """End a job whose mistake showed only while it ran."""
     job = HydraConfig.get()
     where = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
-    if ranks.first():
+    if comm.first():
         pass_on()  # what led to it, in the others
         logging.getLogger("vqf.failure").error("%s", words)  # for log.txt alone
     if where and job.launcher._target_ != OWN_PROCESS:
@@ -189,7 +190,7 @@ def _stop(words: str) -> NoReturn:
 
 def _end(status: int, words: str, where: str = "") -> NoReturn:
     """Say why a command ends, in the first process that comes here."""
-    ranks.once(lambda: print(f"{where}{words}", file=sys.stderr, flush=True), words)
+    comm.once(lambda: print(f"{where}{words}", file=sys.stderr, flush=True), words)
     sys.exit(status)
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vqf.batch import Sample
 from vqf.data import earth
 from vqf.data.earth import ASSETS, BLUE, BOTTOM, HEIGHT, TOP, WIDTH, Earth, Window, drawn, planet, view
 from vqf.errors import UserError
-from vqf.protocols import Sample
 
 SIZES = st.one_of(st.integers(8, 200), st.tuples(st.integers(8, 767), st.integers(8, 228)))
 MAPS = Path(__file__).parents[2] / "examples" / "maps"

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from vqf.data.files.packed import Names
 from vqf.data.folder import Folder
-from vqf.data.packed import Names
 from vqf.errors import UserError
 from vqf.registry import build
 

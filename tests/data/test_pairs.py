@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.composing import compose
+from tests.support.composing import compose
 from vqf.data.folder import Folder
 from vqf.data.pairs import Pairs
 from vqf.errors import UserError

@@ -1,11 +1,11 @@
 import pytest
 from PIL import Image
 
-from tests.composing import compose
+from tests.support.composing import compose
+from vqf.data.files.listing import divide
+from vqf.data.files.packed import File
 from vqf.data.folder import WORDS
 from vqf.data.labels import numbered
-from vqf.data.listing import divide
-from vqf.data.packed import File
 from vqf.errors import UserError
 from vqf.registry import build
 

@@ -15,7 +15,7 @@ from vqf.data.pairs import Pairs
 from vqf.data.shard_pairs import ShardPairs
 from vqf.data.shards import Shards
 from vqf.errors import UserError
-from vqf.pipelines.pictures import condition_reader
+from vqf.images import condition_reader
 from vqf.registry import build
 
 RNG = np.random.default_rng(7)

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from tests.data.packing import pack, png, red, shard
-from tests.processes import together
-from vqf import ranks
-from vqf.data.patterns import find_shards
+from tests.support.processes import together
 from vqf.data.shards import Shards
-from vqf.data.tarindex import index_of
+from vqf.data.tar.index import index_of
+from vqf.data.tar.patterns import find_shards
+from vqf.dataloading.loader import batches, keyed
+from vqf.dataloading.order import Order
+from vqf.distributed import comm
 from vqf.errors import UserError
-from vqf.pipelines.loader import batches, keyed
-from vqf.pipelines.order import Order
 
 PLAIN = {"crop": "center", "flip": False}
 
@@ -86,7 +86,7 @@ def test_any_number_of_ranks_and_workers_sees_the_same(folder, ranks, workers):
 def seen(root):
     """The reds that this process of a run trains on, step by step."""
     split = make(root, train="train-{00..19}.tar", crop="random", flip=True).split("train")
-    order = Order(240, 24, 3, ranks.rank(), ranks.world())
+    order = Order(240, 24, 3, comm.rank(), comm.world())
     found = batches(split, order, start=0, steps=20, workers=3, every=7)
     return [[round(float(image[0].mean() + 1) * 127.5) for image in batch.images] for batch in found]
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.composing import compose
+from tests.support.composing import compose
+from vqf.batch import Batch
 from vqf.data.folder import Folder
-from vqf.data.imaging import UnreadableError
-from vqf.data.maps import Reading
+from vqf.data.images.decode import UnreadableError
+from vqf.data.images.maps import Reading
 from vqf.data.union import Union
 from vqf.errors import EmptyPartError, UserError
-from vqf.protocols import Batch
 from vqf.registry import ask, build
 
 

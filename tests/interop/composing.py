@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tests.composing import compose
+from tests.support.composing import compose
+from vqf.config.settings import check_config, complete
 from vqf.registry import build, flat_node
-from vqf.settings import check_config, complete
 
 # Folders, others in every test: set afterwards, so that what the other words compose can be kept.
 PLACES = re.compile(r"(path|run|resume|data\.root)=(.*)")

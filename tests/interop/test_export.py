@@ -18,16 +18,16 @@ from tests.interop.models import images, run_diffusers, run_vqgan, spread
 from tests.parity.comparisons import difference
 from tests.parity.mapping import from_gpt
 from tests.parity.peers import need, taming
+from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines import keeping
-from vqf.pipelines.checkpoint import newest
-from vqf.pipelines.critic import Critic
-from vqf.pipelines.restore import Coders, build_generator
-from vqf.pipelines.stage2 import decay_groups
-from vqf.protocols import Batch
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.registry import build
-from vqf.tokenizer import Tokenizer, build_tokenizer
+from vqf.runs import checkpoint_writer
+from vqf.runs.checkpoint import newest
+from vqf.runs.load import Coders, build_generator
+from vqf.training.gan import Critic
+from vqf.training.prior_task import decay_groups
 
 SIZE, CODES = 16, 24
 TINY = [
@@ -69,7 +69,7 @@ def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
         weights[name] = module.state_dict()
         optimizers[name] = optimizer.state_dict()
     state = {"kind": "stage1", "step": 9, "image_size": [SIZE, SIZE], "classes": []}
-    keeping.save(
+    checkpoint_writer.save(
         folder,
         state=state,
         config=config,
@@ -238,7 +238,7 @@ def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0
         weights["ema"] = prior.state_dict()
     state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names, "coders": coders.facts}
     states = {"optimizers": {"model": optimizer.state_dict()}, "schedules": {}}
-    keeping.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
+    checkpoint_writer.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
     return generator
 
 

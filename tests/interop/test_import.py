@@ -17,9 +17,9 @@ from tests.parity.comparisons import difference
 from tests.parity.mapping import from_vq_model
 from tests.parity.peers import NOMINAL, lightning_step, spread_codes, taming_lpips, vq_model
 from vqf.errors import UserError
-from vqf.pipelines.checkpoint import newest
-from vqf.pipelines.restore import load_tokenizer
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
+from vqf.runs.checkpoint import newest
+from vqf.runs.load import load_tokenizer
 
 GAME = {"disc_start": 3, "disc_weight": 0.6, "disc_ndf": 8, "disc_num_layers": 2}
 STEPS = 4
@@ -246,7 +246,7 @@ def test_a_foreign_optimizer_is_left_with_a_reason(trained: Any, tmp_path: Path)
 def test_steps_are_counted_as_that_version_of_lightning_did(
     trained: Any, version: str, step: int, tmp_path: Path
 ) -> None:
-    from vqf.interop.reading import read
+    from vqf.interop.import_model import read
 
     whole = torch.load(trained[2], weights_only=True)
     torch.save({**whole, "global_step": 40, "pytorch-lightning_version": version}, tmp_path / "last.ckpt")

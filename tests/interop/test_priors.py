@@ -14,14 +14,14 @@ from tests.interop.composing import run
 from tests.parity.comparisons import TOLERANCE, difference
 from tests.parity.mapping import from_gpt
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, SHAPE, spread_codes, stir, taming
+from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.generator import Generator
+from vqf.interop.import_model import read
 from vqf.interop.priors import Asked
-from vqf.interop.reading import read
-from vqf.pipelines.checkpoint import newest
-from vqf.pipelines.resume import check_fit
-from vqf.protocols import Batch
-from vqf.tokenizer import Tokenizer
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
+from vqf.runs.checkpoint import newest
+from vqf.runs.resume import check_fit
 
 N, CLASSES, HEADS = (NOMINAL // 4) ** 2, 5, 2
 LABELLED = {"target": "taming.modules.util.Labelator", "params": {"n_classes": CLASSES}}
@@ -155,7 +155,7 @@ def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path)
     generator = imported(path, f"classes={CLASSES}")
     checkpoint = newest(tmp_path / "run")
     assert checkpoint is not None
-    from vqf.pipelines.stage2 import decay_groups
+    from vqf.training.prior_task import decay_groups
 
     prior: Any = generator.prior.requires_grad_(True)  # type: ignore[attr-defined]
     mine = torch.optim.AdamW(decay_groups(prior))

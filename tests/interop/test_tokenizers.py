@@ -14,8 +14,8 @@ from tests.interop.models import PEERS, SIZE, Peer, gumbel, images, vqgan
 from tests.parity.comparisons import TOLERANCE, difference
 from tests.parity.peers import CODE_DIM, CODES, SHAPE, WIDTHS, Z, taming
 from vqf.errors import UserError
-from vqf.interop.reading import Read, read
-from vqf.tokenizer import Tokenizer, build_tokenizer
+from vqf.interop.import_model import Read, read
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
 
 
 @pytest.fixture(autouse=True)

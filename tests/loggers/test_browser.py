@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.browser import WANTED, Browser, find_browser, open_browser
 from tests.loggers.made_up import make_run
-from vqf.loggers.report import write_report
+from tests.support.browser import WANTED, Browser, find_browser, open_browser
+from vqf.loggers.report.page import write_report
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqf.errors import UserError
-from vqf.loggers.pictures import GAP, cut, grid
+from vqf.loggers.image_grid import GAP, cut, grid
 from vqf.registry import build
 
 

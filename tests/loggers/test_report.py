@@ -15,15 +15,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
-from vqf.loggers import report
-from vqf.loggers.about import duration
-from vqf.loggers.codebook import heat_map
-from vqf.loggers.curves import curve
-from vqf.loggers.meanings import meaning
-from vqf.loggers.pictures import cut
-from vqf.loggers.records import parts, pictures
-from vqf.loggers.report import write_report
-from vqf.loggers.tables import number
+from vqf.loggers.image_grid import cut
+from vqf.loggers.report import page as report_page
+from vqf.loggers.report.codebook import heat_map
+from vqf.loggers.report.curves import curve
+from vqf.loggers.report.metric_descriptions import meaning
+from vqf.loggers.report.page import write_report
+from vqf.loggers.report.run_files import parts, pictures
+from vqf.loggers.report.summary import duration
+from vqf.loggers.report.tables import number
 from vqf.registry import build
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -330,8 +330,8 @@ def test_a_run_that_goes_on_has_a_page_that_costs_little(run: Path, monkeypatch:
         clock[0] += 2  # seconds that a page takes
         return run
 
-    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(report, "write_report", write)
+    monkeypatch.setattr(report_page.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(report_page, "write_report", write)
     logger = build("logger", {"name": "report"}, run_dir=run, config=None)
     while clock[0] < 1000:
         clock[0] += 10

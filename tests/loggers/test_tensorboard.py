@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.composing import compose
-from tests.pipelines.test_loop import TINY, KilledError, interrupt_after
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY, KilledError, interrupt_after
 from vqf.errors import UserError
-from vqf.loggers.pictures import grid
+from vqf.loggers.image_grid import grid
 from vqf.pipelines.stage1 import Stage1
 from vqf.registry import build
 

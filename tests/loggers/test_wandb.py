@@ -12,13 +12,13 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 
 from tests import test_run
-from tests.composing import compose
 from tests.loggers.wandb_file import history, records
-from tests.pipelines.test_loop import TINY
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY
+from vqf.config.untrusted import check_links
 from vqf.errors import UserError
 from vqf.pipelines.full import Full
 from vqf.registry import build, find
-from vqf.trust import check_links
 
 command_line = test_run.run  # a fixture
 

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from vqf.collector import set_of
+from vqf.networks.feature_set import set_of
 from vqf.protocols import FeatureSet
 
 
@@ -43,8 +43,8 @@ def frechet(first: FeatureSet, second: FeatureSet) -> float:
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
     """Let every metric on features ask this network, whichever it names."""
-    from vqf.metrics import sets
+    from vqf.metrics import set_metric
 
     network = Linear()
-    monkeypatch.setattr(sets, "embedding", lambda *_: network)
+    monkeypatch.setattr(set_metric, "embedding", lambda *_: network)
     return network

@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.metrics.mean import bootstrap
+from vqf.metrics.running_mean import bootstrap
 from vqf.protocols import Metric, Reconstruction
 from vqf.registry import build
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.metrics.sets import Linear, frechet, gaussians
-from vqf.collector import Collector, set_of
 from vqf.errors import UserError
-from vqf.metrics.neighbours import density_coverage
+from vqf.metrics.prdc import density_coverage
+from vqf.networks.feature_set import Collector, set_of
 from vqf.protocols import FeatureSet, Reconstruction, SetMetric
 from vqf.registry import build
 
@@ -88,7 +88,7 @@ def test_neighbours_equal_those_of_prdc(neighbours: int, wider: int) -> None:
 def test_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = gaussians(50).features.double(), gaussians(40, 0.2, seed=1).features.double()
     whole = density_coverage(real, generated, 5)
-    monkeypatch.setattr("vqf.metrics.neighbours.ROWS", 7)
+    monkeypatch.setattr("vqf.metrics.prdc.ROWS", 7)
     assert density_coverage(real, generated, 5) == whole
 
 

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from tests.parity.mapping import from_vq_model
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, WIDTHS, Z, spread_codes, taming_lpips, vq_model
+from vqf.batch import Batch, Sample
 from vqf.discriminators.patchgan import PatchGAN
-from vqf.pipelines.engine import Engine
-from vqf.pipelines.stage1 import make_stage
-from vqf.protocols import Batch, Sample
+from vqf.distributed.engine import Engine
+from vqf.training.tokenizer_task import make_stage
 
 CONF = Path(__file__).parents[2] / "conf"
 ENGINE = Engine(torch.device("cpu"), torch.float32)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.parity.peers import need
-from vqf.data.scaling import scaled
-from vqf.data.views import CENTER, View
+from vqf.data.images.augment import CENTER, View
+from vqf.data.images.resize import scaled
 
 
 def picture(height: int, width: int) -> np.ndarray:

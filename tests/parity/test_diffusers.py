@@ -10,8 +10,8 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_diffusers
 from tests.parity.peers import CODE_DIM, CODES, Z, need, spread_codes, stir
 from vqf.encoders.conv import ConvDecoder, ConvEncoder
-from vqf.quantizers.vector import VectorQuantizer
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
+from vqf.quantizers.vq import VectorQuantizer
 
 LEVELS, SIZE = 3, 16
 

@@ -10,7 +10,7 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_gpt
 from tests.parity.peers import taming
 from vqf.transformers.gpt import GPT
-from vqf.transformers.sampling import AutoregressiveSampler
+from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, N, M, GRID = 23, 12, 4, (3, 4)  # codes, tokens of an image, of a prefix
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32}

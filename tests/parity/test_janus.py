@@ -9,9 +9,9 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_janus
 from tests.parity.peers import CODE_DIM, CODES, Z, need, spread_codes, stir
 from vqf.encoders.conv import ConvDecoder, ConvEncoder
+from vqf.models.tokenizer import Tokenizer
 from vqf.quantizers.cosine import CosineQuantizer
-from vqf.quantizers.vector import VectorQuantizer
-from vqf.tokenizer import Tokenizer
+from vqf.quantizers.vq import VectorQuantizer
 
 LEVELS, SIZE = 3, 16
 GRID = SIZE // 4

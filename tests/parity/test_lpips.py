@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.parity.comparisons import compares
 from tests.parity.peers import need, taming_lpips, trunk
-from vqf.features import unit
 from vqf.losses.perceptual import LPIPS
+from vqf.networks.perceptual import unit
 
 
 def images(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

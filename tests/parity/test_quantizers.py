@@ -13,7 +13,7 @@ from vqf.quantizers.cosine import CosineQuantizer
 from vqf.quantizers.ema import EMAQuantizer
 from vqf.quantizers.gumbel import GumbelQuantizer
 from vqf.quantizers.rotation import RotationQuantizer
-from vqf.quantizers.vector import VectorQuantizer
+from vqf.quantizers.vq import VectorQuantizer
 
 CODES, DIM = 40, 6
 BETA_ON = {True: "codebook", False: "commitment"}  # by the reference's `legacy`

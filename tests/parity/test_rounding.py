@@ -12,7 +12,7 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_gpt, from_vq_model
 from tests.parity.peers import play
 from tests.parity.stages import Sides, watch
-from vqf.protocols import Batch
+from vqf.batch import Batch
 
 RELATIVE = "gradients beside the truth"
 

@@ -10,10 +10,10 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_gpt, from_vq_model
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, SHAPE, spread_codes, stir, taming
 from tests.parity.stages import ENGINE, LR, SMALL, configure
-from vqf.pipelines.restore import build_generator
-from vqf.pipelines.stage2 import PriorStage, decay_groups
-from vqf.protocols import Batch
-from vqf.tokenizer import Tokenizer, build_tokenizer
+from vqf.batch import Batch
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
+from vqf.runs.load import build_generator
+from vqf.training.prior_task import PriorStage, decay_groups
 from vqf.transformers.gpt import GPT
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}

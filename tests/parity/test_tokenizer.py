@@ -11,8 +11,8 @@ from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_vq_model
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, WIDTHS, Z, spread_codes, vq_model
 from vqf.encoders.conv import ConvDecoder, ConvEncoder
-from vqf.quantizers.vector import VectorQuantizer
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
+from vqf.quantizers.vq import VectorQuantizer
 
 
 def pair(dtype: torch.dtype, height: int = 16, width: int = 16) -> tuple[Any, Tokenizer, Tensor]:

@@ -169,8 +169,8 @@ def _run() -> None:
 
 
 def _compose(words: list[str]) -> None:
-    from tests.composing import compose
-    from vqf.settings import complete
+    from tests.support.composing import compose
+    from vqf.config.settings import complete
 
     _composed[tuple(words)] = complete(compose(*words))
 

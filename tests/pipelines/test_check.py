@@ -3,8 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from tests.composing import compose
 from tests.data.packing import png
+from tests.support.composing import compose
 from vqf.errors import UserError
 from vqf.pipelines.check import Check
 from vqf.pipelines.shard import Shard

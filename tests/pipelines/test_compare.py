@@ -20,25 +20,25 @@ from PIL import Image
 
 import vqf
 from tests import test_run
-from tests.browser import WANTED, find_browser, open_browser
-from tests.composing import compose
 from tests.pipelines.test_full import OPTIONS
-from tests.pipelines.test_loop import TINY, KilledError, interrupt_after
+from tests.support.browser import WANTED, find_browser, open_browser
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY, KilledError, interrupt_after
+from vqf.config.diff import differing
+from vqf.config.settings import complete
 from vqf.errors import UserError
+from vqf.evaluation.protocols import digest
+from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.compare import Compare
-from vqf.pipelines.differences import differing
+from vqf.pipelines.comparison.metrics import Number
+from vqf.pipelines.comparison.ranking import LOWER, rank
+from vqf.pipelines.comparison.runs import Run, find_runs, read_run
 from vqf.pipelines.evaluate import Evaluate
-from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.full import Full
-from vqf.pipelines.numbers import Number
-from vqf.pipelines.ranking import LOWER, rank
-from vqf.pipelines.runs import Run, find_runs, read_run
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.protocols import Reconstruction
 from vqf.registry import build, register
-from vqf.settings import complete
-from vqf.tokenizer import Tokenizer
 
 command_line = test_run.run  # a fixture
 

@@ -10,23 +10,23 @@ import torch
 from PIL import Image
 
 import vqf
-from tests.composing import compose
-from tests.pipelines.test_loop import TINY
-from vqf.data.maps import Reading
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY
+from vqf.batch import Batch, Size
+from vqf.batch import Sample as Shown
+from vqf.data.images.maps import Reading
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines.checkpoint import newest
+from vqf.images import as_colours, condition_reader, read_picture, reader_of_maps
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
-from vqf.pipelines.pictures import as_colours, condition_reader, read_picture, reader_of_maps
 from vqf.pipelines.reconstruct import Reconstruct
 from vqf.pipelines.sample import Sample
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.protocols import Batch, Size
-from vqf.protocols import Sample as Shown
 from vqf.registry import build, register
-from vqf.tokenizer import Tokenizer
+from vqf.runs.checkpoint import newest
 
 EARTH = [*TINY, "data=earth", "data.crops=32", "evaluate.count=4", "model/conditioner=spatial"]
 FULL = [*EARTH, "pipeline=full", "sampler=sliding_window", "stage2.steps=4", "maps.steps=3", "maps.batch_size=4"]
@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def named(monkeypatch: pytest.MonkeyPatch, *places: str) -> None:
     """Say what stands on the command line: outside of a Hydra job nobody else does."""
-    monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: list(places))
+    monkeypatch.setattr("vqf.config.inherit.given", lambda: list(places))
 
 
 def a_map(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
@@ -380,7 +380,7 @@ def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=r"size=32: this prior draws by pictures \(spatial\), .* condition=FILE"):
         drawn(run, tmp_path / "out", size=32)
     words = r"sampler.window=\[1,1\]: this prior is told conditions of windows of 2 x 2 codes, as in training; leave"
-    monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: ["sampler"])
+    monkeypatch.setattr("vqf.config.inherit.given", lambda: ["sampler"])
     with pytest.raises(UserError, match=words):
         drawn(run, tmp_path / "out", "sampler=sliding_window", "sampler.window=1", count=1)
     with pytest.raises(UserError, match="place: this prior is not told places"):

@@ -16,23 +16,23 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
 import vqf
-from tests.composing import compose
 from tests.metrics.sets import Linear, frechet
-from tests.pipelines.test_loop import TINY
-from tests.processes import together
-from vqf.collector import set_of
+from tests.support.composing import compose
+from tests.support.processes import together
+from tests.training.test_trainer import TINY
+from vqf.batch import Batch
+from vqf.config.settings import complete
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines.cropping import to_pixels
-from vqf.pipelines.draws import spread
+from vqf.evaluation.feature_cache import floor_sets
+from vqf.evaluation.generation import spread
+from vqf.evaluation.preprocessing import to_pixels
+from vqf.evaluation.protocols import digest
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
+from vqf.networks.feature_set import set_of
 from vqf.pipelines.evaluate import Evaluate
-from vqf.pipelines.evaluation_protocol import digest
 from vqf.pipelines.full import Full
-from vqf.pipelines.statistics import floor_sets
-from vqf.protocols import Batch
 from vqf.registry import build, find, flat_node, names, register
-from vqf.settings import complete
-from vqf.tokenizer import Tokenizer
 
 TRAINED, HELD_OUT = 24, 12
 CODES = {"usage": {"name": "usage"}}
@@ -81,7 +81,7 @@ def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytes
         every = places.pop("all", False)
         for place, value in places.items():
             OmegaConf.update(config, place, value, merge=False, force_add=True)
-        monkeypatch.setattr("vqf.pipelines.inherit.given", lambda: list(places))
+        monkeypatch.setattr("vqf.config.inherit.given", lambda: list(places))
         options: Any = {"statistics": str(tmp_path / "statistics"), "checkpoints": "all" if every else "one"}
         Evaluate(config, tmp_path / "own", **options).run()
         return json.loads((tmp_path / "own" / "metrics.json").read_text())
@@ -92,7 +92,7 @@ def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(autouse=True)
 def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
     network = Linear()
-    monkeypatch.setattr("vqf.metrics.sets.embedding", lambda *_: network)
+    monkeypatch.setattr("vqf.metrics.set_metric.embedding", lambda *_: network)
     return network
 
 

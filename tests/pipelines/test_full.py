@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 
 import vqf
-from tests.composing import compose
-from tests.pipelines.test_loop import TINY
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines import classes
+from vqf.evaluation import class_accuracy
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
 from vqf.pipelines.reconstruct import Reconstruct
 from vqf.pipelines.sample import Sample
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build, flat_node
-from vqf.tokenizer import Tokenizer
 
 OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "logger=[images,report]"]
 JUDGED = 16  # samples that the classifier looks at
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = compose(*OPTIONS, f"evaluate.samples={JUDGED}")
     pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classes, "MOST", 64)
+        patch.setattr(class_accuracy, "MOST", 64)
         pipeline.run()
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.packing import pack, png
-from vqf.pipelines.checkpoint import newest
+from vqf.runs.checkpoint import newest
 
 STEPS, KILLS = 24, 20
 ROOT = Path(__file__).parents[2]

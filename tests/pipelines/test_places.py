@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import vqf
-from tests.composing import compose
 from tests.pipelines.test_conditions import EARTH, FULL
+from tests.support.composing import compose
+from vqf.batch import Batch
 from vqf.data.earth import BOTTOM, TOP, WIDTH
-from vqf.generator import Generator
+from vqf.models.generator import Generator
 from vqf.pipelines.full import Full
-from vqf.protocols import Batch
 from vqf.registry import build
 
 

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from tests.composing import compose
-from tests.processes import together
-from vqf import ranks
+from tests.support.composing import compose
+from tests.support.processes import together
+from vqf.config.settings import complete
+from vqf.distributed import comm
+from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
 from vqf.pipelines import plan as plans
-from vqf.pipelines.average import Average
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.estimate import EVERY, Estimate, build_job, estimate, estimate_drawing, stage_config
-from vqf.pipelines.ledger import Ledger
-from vqf.pipelines.measured import measure
 from vqf.pipelines.plan import Plan
-from vqf.pipelines.pretend import WIDENED, CudaRules
-from vqf.settings import complete
+from vqf.pipelines.planning.benchmark import measure
+from vqf.pipelines.planning.estimate import EVERY, Estimate, build_job, estimate, estimate_drawing, stage_config
+from vqf.pipelines.planning.fake_tensors import WIDENED, CudaRules
+from vqf.pipelines.planning.memory_tracker import Ledger
+from vqf.training.ema import Average
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def of_processes(name: str, overrides: list[str], kind: str) -> int:
     not see, and counts to the end: the places of DDP's gradients before it orders them anew, say. It never counts less.
     """
     config = tiny(*overrides, f"engine={kind}")
-    config.batch_size //= ranks.world()
+    config.batch_size //= comm.world()
     config.stage2.batch_size = config.batch_size
     return min(min(allocated(name, config, steps=8)[2:]) for _ in range(5))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests import test_run
-from tests.composing import compose
 from tests.loggers.made_up import make_run
+from tests.support.composing import compose
 from vqf.errors import UserError
 from vqf.pipelines.report import Report, refresh
 

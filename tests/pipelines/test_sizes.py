@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 import vqf
-from tests.composing import compose
-from tests.pipelines.test_loop import TINY
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY
 from vqf.errors import UserError
-from vqf.generator import Generator
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.pipelines.reconstruct import Reconstruct
 from vqf.pipelines.sample import Sample
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build
-from vqf.tokenizer import Tokenizer, build_tokenizer
 
 HEIGHT, WIDTH = 16, 24
 WIDE = [*(each for each in TINY if not each.startswith(("data=", "image_size="))), f"image_size=[{HEIGHT},{WIDTH}]"]

@@ -16,18 +16,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from tests.composing import compose
-from tests.pipelines.test_loop import TINY, weights
-from tests.processes import PATIENCE, together
-from vqf.conditions import Conditions
+from tests.support.composing import compose
+from tests.support.processes import PATIENCE, together
+from tests.training.test_trainer import TINY, weights
+from vqf.batch import Batch, Sample
+from vqf.dataloading import encode
+from vqf.dataloading.encode import Coder, check_size, tokenize_part
+from vqf.dataloading.token_shards import Manifest, Tokens
+from vqf.distributed.engine import Engine
 from vqf.errors import UserError
-from vqf.pipelines import tokenize
-from vqf.pipelines.engine import Engine
+from vqf.models.conditioning import Conditions
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.pipelines.tokenize import Coder, Tokenize, check_size, tokenize_part
-from vqf.pipelines.tokens import Manifest, Tokens
-from vqf.protocols import Batch, Sample
+from vqf.pipelines.tokenize import Tokenize
 from vqf.registry import build
 
 PICTURES, VIEWS = 23, 3
@@ -289,13 +290,13 @@ def test_conditions_that_make_no_codes_share_tokens() -> None:
 
     def origin(*names: str) -> str:
         parts = {name: build("conditioner", {"name": name}, classes=5, grid=(2, 2), tokenizer=None) for name in names}
-        return tokenize._fingerprint(Conditions(parts))
+        return encode._fingerprint(Conditions(parts))
 
     assert origin("none") == origin("label") == origin("label", "none")
-    assert origin("none") != tokenize._fingerprint(Conditions({"map": Map()}))  # type: ignore[dict-item]
+    assert origin("none") != encode._fingerprint(Conditions({"map": Map()}))  # type: ignore[dict-item]
     longer = Map()
     longer.length = 8  # type: ignore[misc]
-    fingerprints = {tokenize._fingerprint(Conditions({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
+    fingerprints = {encode._fingerprint(Conditions({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
     assert len(fingerprints) == 2
 
 
@@ -337,7 +338,7 @@ def test_a_shard_has_rows(tmp_path: Path) -> None:
 
 def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SimpleNamespace(image_size=(32, 48))
-    monkeypatch.setattr("vqf.pipelines.tokenize.given", lambda: ["image_size"])
+    monkeypatch.setattr("vqf.dataloading.encode.given", lambda: ["image_size"])
     check_size(OmegaConf.create({"image_size": [32, 48]}), tokenizer)  # type: ignore[arg-type]
     for size, words in ((48, "48"), ([48, 32], "[48,32]")):
         with pytest.raises(UserError) as caught:
@@ -346,5 +347,5 @@ def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyP
             f"image_size={words}: the tokenizer is one of 32 x 48, and stage 2 reads its tokens at that size; "
             "leave image_size out, or train a tokenizer at the other"
         )
-    monkeypatch.setattr("vqf.pipelines.tokenize.given", list)
+    monkeypatch.setattr("vqf.dataloading.encode.given", list)
     check_size(OmegaConf.create({"image_size": 256}), tokenizer)  # type: ignore[arg-type]  # the default

@@ -12,13 +12,13 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tests.parity.peers import need
-from tests.processes import together
-from vqf import ranks
+from tests.support.processes import together
+from vqf.distributed import comm
 from vqf.protocols import Quantized
 from vqf.quantizers import ema
+from vqf.quantizers.code_revival import KMEANS_ROUNDS, kmeans
 from vqf.quantizers.codebook import nearest
 from vqf.quantizers.ema import EMAQuantizer
-from vqf.quantizers.renewal import KMEANS_ROUNDS, kmeans
 
 V, D = 7, 3
 BUFFERS = ("codebook", "N", "m")
@@ -339,7 +339,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     quantizers = {"update": update}
     for start, count in itertools.product(("latents", "kmeans"), (V, 70)):  # 70 codes are more than latents
         quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, start=start, revive=1.5)  # type: ignore[arg-type]
-    torch.manual_seed(1 + ranks.rank())  # noise of its own
+    torch.manual_seed(1 + comm.rank())  # noise of its own
     for name, quantizer in quantizers.items():
         revived = 0
         for step in range(3):
@@ -351,7 +351,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
 
 
 def of_two() -> dict[str, Tensor]:
-    return train(lambda batch: batch.chunk(2)[ranks.rank()])
+    return train(lambda batch: batch.chunk(2)[comm.rank()])
 
 
 def test_two_processes_have_the_codebook_of_one_with_the_whole_batch() -> None:

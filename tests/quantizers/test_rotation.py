@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.parity.peers import need
 from vqf.quantizers.rotation import RotationQuantizer, rotate
-from vqf.quantizers.vector import VectorQuantizer
+from vqf.quantizers.vq import VectorQuantizer
 
 V, D = 16, 5
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from tests.composing import compose
 from tests.security.canary import Canary
-from vqf.pipelines import keeping
-from vqf.tokenizer import build_tokenizer
+from tests.support.composing import compose
+from vqf.models.tokenizer import build_tokenizer
+from vqf.runs import checkpoint_writer
 
 TINY = [
     *("model=small", "image_size=16", "model.encoder.channels=8", "model.encoder.dim=8", "model.decoder.channels=8"),
@@ -46,7 +46,7 @@ def make_run(tmp_path: Path, config: DictConfig) -> MakeRun:
             OmegaConf.update(changed, key.replace("__", "."), value, force_add=True)
         tokenizer = build_tokenizer(config.model, 16)
         facts = {"kind": "stage1", "step": 1, "seed": 0, "image_size": [16, 16], "classes": [], "data": "x"}
-        return keeping.save(
+        return checkpoint_writer.save(
             tmp_path / name,
             state=facts | (state or {}),
             config=OmegaConf.create(OmegaConf.to_container(changed, resolve=True)),
@@ -60,6 +60,6 @@ def make_run(tmp_path: Path, config: DictConfig) -> MakeRun:
 
 def seal(checkpoint: Path) -> Path:
     """Write the manifest of a checkpoint anew, as whoever changed it would."""
-    (checkpoint / keeping.MANIFEST).unlink(missing_ok=True)
-    keeping._write_manifest(checkpoint, {"kind": "stage1", "step": 1})
+    (checkpoint / checkpoint_writer.MANIFEST).unlink(missing_ok=True)
+    checkpoint_writer._write_manifest(checkpoint, {"kind": "stage1", "step": 1})
     return checkpoint

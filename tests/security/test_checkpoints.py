@@ -14,9 +14,9 @@ import vqf
 from tests.security.canary import PAYLOADS, Canary
 from tests.security.conftest import MakeRun, seal
 from vqf.errors import UserError
-from vqf.pipelines import keeping
-from vqf.pipelines.checkpoint import MANIFEST, BrokenCheckpointError, newest, open_checkpoint
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
+from vqf.runs import checkpoint_writer
+from vqf.runs.checkpoint import MANIFEST, BrokenCheckpointError, newest, open_checkpoint
 
 
 def files_of(folder: Path) -> set[Path]:
@@ -191,6 +191,6 @@ def test_pruning_does_not_follow_links(make_run: MakeRun, tmp_path: Path, config
     kept.parent.mkdir()
     kept.write_text("x")
     run = make_run().parents[1]
-    os.symlink(kept.parent, run / keeping.FOLDER / "step-00000000")
-    keeping.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
+    os.symlink(kept.parent, run / checkpoint_writer.FOLDER / "step-00000000")
+    checkpoint_writer.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
     assert kept.read_text() == "x"

@@ -10,13 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.security.canary import Canary
-from vqf.command import check_command, ordered
+from vqf.config import inherit as inheriting
+from vqf.config.compose import check_command, ordered
+from vqf.config.inherit import inherit
+from vqf.config.untrusted import OWN_WORDS, check_links
 from vqf.errors import UserError
-from vqf.folders import choose_run_dir
-from vqf.pipelines import inherit as inheriting
-from vqf.pipelines.inherit import inherit
 from vqf.run import main
-from vqf.trust import OWN_WORDS, check_links
+from vqf.runs.run_dir import choose_run_dir
 
 Say = Callable[..., list[str]]
 

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from tests.security.canary import PAYLOADS, Canary
-from vqf.data import imaging
-from vqf.data.imaging import UnreadableError
+from vqf.data.images import decode
+from vqf.data.images.decode import UnreadableError
+from vqf.dataloading.token_shards import Manifest
 from vqf.errors import UserError
+from vqf.evaluation.feature_cache import _load as read_reference
+from vqf.images import read_picture
 from vqf.interop import unpickle
-from vqf.pipelines.pictures import read_picture
-from vqf.pipelines.statistics import _load as read_reference
-from vqf.pipelines.tokens import Manifest
+from vqf.networks.weights import read_weights
 from vqf.registry import build
-from vqf.weights import read_weights
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -240,7 +240,7 @@ def both_readers(content: bytes, path: Path) -> None:
     """Try a file as a picture of data, and as one that a person hands in."""
     path.write_bytes(content)
     with pytest.raises(UnreadableError):
-        imaging.read(io.BytesIO(content), (8, 8), imaging.CENTER)
+        decode.read(io.BytesIO(content), (8, 8), decode.CENTER)
     with pytest.raises(UserError) as caught:
         read_picture(path)
     assert len(str(caught.value).splitlines()) == 1

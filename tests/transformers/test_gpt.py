@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vqf.protocols import Autoregressive
 from vqf.registry import RegistryError, build
-from vqf.transformers.cache import Whole
 from vqf.transformers.gpt import GPT
-from vqf.transformers.sampling import AutoregressiveSampler
+from vqf.transformers.layers.kv_cache import Whole
+from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, N, P, M = 11, 9, 5, 3  # vocabulary and length of tokens and prefix
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vqf.protocols import Autoregressive
 from vqf.registry import RegistryError, build
-from vqf.transformers.cache import Whole
+from vqf.transformers.layers.kv_cache import Whole
 from vqf.transformers.llama import Llama, SwiGLU, angles, rotate
-from vqf.transformers.sampling import AutoregressiveSampler
+from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, GRID, P, M = 11, (3, 4), 5, 2
 N = GRID[0] * GRID[1]

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqf.data.imaging import open_picture
-from vqf.data.maps import Reading
+from vqf.batch import Sample, Size, pair
+from vqf.data.images.decode import open_picture
+from vqf.data.images.maps import Reading
 from vqf.errors import UserError, unknown
-from vqf.protocols import Sample, Size, pair
-from vqf.randomness import generator
 from vqf.registry import register
+from vqf.seeding import generator
 
 ASSETS = Path(__file__).parent / "assets" / "earth"
 FILES = ("earth-2048.jpg", "elevation-2048.png", "water-2048.png")

@@ -15,11 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vqf.data.imaging import composite, contain, open_picture, premultiply
+from vqf.batch import Sample, Size, pair
+from vqf.data.images.decode import composite, contain, open_picture, premultiply
 from vqf.errors import UserError, unknown
-from vqf.protocols import Sample, Size, pair
-from vqf.randomness import generator, share
 from vqf.registry import register
+from vqf.seeding import generator, share
 
 Color = tuple[float, float, float]  # red, green and blue in [0, 1]
 

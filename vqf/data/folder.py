@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
+from vqf.batch import Size, pair
+from vqf.data.files.dataset import PictureSplit
+from vqf.data.files.listing import divide, divide_by_lists, scan
+from vqf.data.files.packed import File, Names, without_collector
+from vqf.data.images.augment import AREA, RATIO, UNCHANGED, Crop, Resize, Views
+from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
+from vqf.data.images.maps import Reading
 from vqf.data.labels import numbered
-from vqf.data.listing import divide, divide_by_lists, scan
-from vqf.data.maps import Reading
-from vqf.data.packed import File, Names, without_collector
-from vqf.data.split import PictureSplit
-from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
 from vqf.errors import EmptyPartError, UserError, unknown
-from vqf.protocols import Size, pair
 from vqf.registry import register
 
 log = logging.getLogger("vqf")

@@ -6,23 +6,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from vqf.data.tarindex import Member, Tars
 from vqf.errors import UserError
 
 CLASSES_AT_MOST = 1_000_000
-
-
-def read_label(tars: Tars, shard: int, member: Member, key: str | None, name: str) -> int | str:
-    """Return the label of a sample: a number, or the name of a class.
-
-    Raises:
-        UnreadableError: If its bytes cannot be had.
-        UserError: If it has none, or one that cannot be.
-    """
-    text = member.text
-    if text is None:
-        text = tars.read(shard, member.offset, member.size, member.crc).decode("utf-8", "replace")
-    return parse_label(text, key, name)
 
 
 def parse_label(text: str, key: str | None, name: str) -> int | str:

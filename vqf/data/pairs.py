@@ -5,16 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
+from vqf.batch import Size
+from vqf.data.files.dataset import tolerated
+from vqf.data.files.listing import scan
+from vqf.data.files.packed import File, Names
+from vqf.data.files.pair_dataset import MappedSplit
 from vqf.data.folder import Folder
-from vqf.data.imaging import EXTENSIONS, MAX_PIXELS, Animated
-from vqf.data.listing import scan
-from vqf.data.mapped import MappedSplit
-from vqf.data.maps import Kind, Reading
-from vqf.data.packed import File, Names
-from vqf.data.split import tolerated
-from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize
+from vqf.data.images.augment import AREA, RATIO, UNCHANGED, Crop, Resize
+from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
+from vqf.data.images.maps import Kind, Reading
 from vqf.errors import UserError
-from vqf.protocols import Size
 from vqf.registry import register
 
 log = logging.getLogger("vqf")

@@ -8,20 +8,20 @@ from typing import IO, Any
 
 import torch
 
-from vqf.data.contents import GONE, Part
-from vqf.data.files import PairFile, map_of
-from vqf.data.imaging import MAX_PIXELS, Animated, Shown, UnreadableError
-from vqf.data.manifest import NAME
-from vqf.data.mapped import MappedSplit, apart, on_top
-from vqf.data.maps import Kind, Reading
-from vqf.data.roles import Roles
+from vqf.batch import Sample, Size
+from vqf.data.files.dataset import tolerated
+from vqf.data.files.image_file import PairFile, map_of
+from vqf.data.files.pair_dataset import MappedSplit, apart, on_top
+from vqf.data.images.augment import AREA, RATIO, UNCHANGED, Crop, Resize, View
+from vqf.data.images.decode import MAX_PIXELS, Animated, Shown, UnreadableError
+from vqf.data.images.maps import Kind, Reading
 from vqf.data.shards import Shards, ShardSplit, ending_of, told_apart
-from vqf.data.split import tolerated
-from vqf.data.streams import Stream, StreamSplit
-from vqf.data.tape import Raw
-from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, View
+from vqf.data.tar.contents import GONE, Part
+from vqf.data.tar.manifest import NAME
+from vqf.data.tar.members import Roles
+from vqf.data.tar.replay import Raw
+from vqf.data.tar.streaming import Stream, StreamSplit
 from vqf.errors import UserError, quoted
-from vqf.protocols import Sample, Size
 from vqf.registry import register
 
 log = logging.getLogger("vqf")

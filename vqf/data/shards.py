@@ -3,7 +3,7 @@
 Members that share a name up to the first dot of it are one sample: `0001.jpg` and `0001.cls`. An index beside each
 shard says where its members lie, so that any picture can be read at any time: the order is the one of every data
 source, the same for any number of worker processes and ranks, and a run goes on where it stopped. Shards that are not
-in a folder are read from end to end: see `vqf.data.streams`.
+in a folder are read from end to end: see `vqf.data.tar.streaming`.
 """
 
 import io
@@ -16,20 +16,20 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from vqf.data.contents import GONE, LOST, NO_LABEL, Found, Part, indices, samples
-from vqf.data.imaging import MAX_PIXELS, Animated, UnreadableError
+from vqf.batch import Size, pair
+from vqf.data.files.dataset import PictureSplit, tolerated
+from vqf.data.files.packed import without_collector
+from vqf.data.images.augment import AREA, RATIO, UNCHANGED, Crop, Resize, Views
+from vqf.data.images.decode import MAX_PIXELS, Animated, UnreadableError
 from vqf.data.labels import numbered
-from vqf.data.manifest import NAME, class_names, listed_shards, read_manifest
-from vqf.data.packed import without_collector
-from vqf.data.patterns import find_shards, is_streamed
-from vqf.data.remote import Remote
-from vqf.data.roles import Roles
-from vqf.data.split import PictureSplit, tolerated
-from vqf.data.streams import Stream, StreamSplit
-from vqf.data.tarindex import Tars
-from vqf.data.views import AREA, RATIO, UNCHANGED, Crop, Resize, Views
+from vqf.data.tar.contents import GONE, LOST, NO_LABEL, Found, Part, indices, samples
+from vqf.data.tar.index import Tars
+from vqf.data.tar.manifest import NAME, class_names, listed_shards, read_manifest
+from vqf.data.tar.members import Roles
+from vqf.data.tar.patterns import find_shards, is_streamed
+from vqf.data.tar.remote import Remote
+from vqf.data.tar.streaming import Stream, StreamSplit
 from vqf.errors import EmptyPartError, UserError, unknown
-from vqf.protocols import Size, pair
 from vqf.registry import register
 
 log = logging.getLogger("vqf")

@@ -12,11 +12,12 @@ from typing import Any, overload
 
 import torch
 
-from vqf.data.files import PictureFile
+from vqf.batch import Sample, Size
+from vqf.data.files.image_file import PictureFile
 from vqf.errors import EmptyPartError, UserError
-from vqf.protocols import ConditionReader, Data, Sample, Size, Split, Streamed
-from vqf.randomness import mix
+from vqf.protocols import ConditionReader, Data, Split, Streamed
 from vqf.registry import ask, build, check, register
+from vqf.seeding import mix
 
 BESIDE = ("mask", "condition", "place")  # a picture
 OPTION = r"(?<![\w/.'])data\."  # where an error names an option of a source, and no file

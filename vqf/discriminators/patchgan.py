@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vqf.discriminators.batchnorm import SyncBatchNorm2d
+from vqf.discriminators.sync_batchnorm import SyncBatchNorm2d
 from vqf.registry import register
 
 

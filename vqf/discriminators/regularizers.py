@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqf import ranks
+from vqf.distributed import comm
 from vqf.protocols import Judged
 from vqf.registry import register
 
@@ -39,7 +39,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def _follow(self, means: Tensor) -> None:
-        means = ranks.mean(means)
+        means = comm.mean(means)
         rate = torch.where(self.seen > 0, 1 - self.decay, 1.0)
         self.averages.lerp_(means.to(self.averages.dtype), rate.to(self.averages.dtype))
         self.seen.fill_(1)
@@ -76,5 +76,5 @@ class R1(nn.Module):
         logits = judged.discriminator(images)
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
         term = gradient.square().sum((1, 2, 3)).mean() / 2
-        self.logged.copy_(ranks.mean(term.detach()))
+        self.logged.copy_(comm.mean(term.detach()))
         return self.every * term

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vqf.errors import UserError
-from vqf.interop import geometry, settings
-from vqf.interop.blanks import Prefix, Weights, blank_prior, check_shapes, shapes, take
-from vqf.interop.files import Contents
-from vqf.interop.layouts import GPT, MASK
+from vqf.interop import infer_config, source_config
+from vqf.interop.checkpoint_file import Contents
+from vqf.interop.import_report import Report
+from vqf.interop.key_mapping import Rule, Table, fits
+from vqf.interop.key_tables import GPT, MASK
+from vqf.interop.meta_models import Prefix, Weights, blank_prior, check_shapes, shapes, take
 from vqf.interop.optimizers import State
-from vqf.interop.report import Report
-from vqf.interop.rules import Rule, Table, fits
 from vqf.interop.tokenizers import Part, read_state
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
 
 PREFIX = "transformer."
 HEADS = 16  # of all but one published transformer; nothing in the weights tells
@@ -39,7 +39,7 @@ def condition_length(contents: Contents, tokens: int) -> int:
 
 def classes_of(contents: Contents, asked: Asked) -> int:
     """Return the number of classes that the prior was conditioned on; 0 where it was not."""
-    told = settings.classes(contents.settings)
+    told = source_config.classes(contents.settings)
     return (told or 0) if asked.classes is None else asked.classes
 
 
@@ -76,13 +76,13 @@ def read_prior(contents: Contents, tokenizer: Tokenizer, prefix: Prefix, asked: 
     return Part({"prior": node}, weights, state=_state(contents, moved, blank, report))
 
 
-def _node(contents: Contents, weights: Weights, asked: Asked, report: Report) -> geometry.Node:
-    told = settings.prior(contents.settings)
+def _node(contents: Contents, weights: Weights, asked: Asked, report: Report) -> infer_config.Node:
+    told = source_config.prior(contents.settings)
     if asked.heads is None and "heads" not in told:
         report.note(f"nothing says how many heads the transformer has: {HEADS} are assumed, heads= says otherwise")
     heads = asked.heads or told.get("heads", HEADS)
     return {
-        **geometry.prior_node(shapes(weights), heads),
+        **infer_config.prior_node(shapes(weights), heads),
         **{key: value for key, value in told.items() if key != "heads"},
         "unmasked_prefix": _unmasked(contents),
         "shared_vocabulary": True,
@@ -96,9 +96,9 @@ def _unmasked(contents: Contents) -> int:
     return first if first > 1 else 0
 
 
-def _start_token(contents: Contents, weights: Weights, node: geometry.Node, prefix: Prefix) -> None:
+def _start_token(contents: Contents, weights: Weights, node: infer_config.Node, prefix: Prefix) -> None:
     """Give a start token other than 0 an embedding of its own."""
-    token = settings.start_token(contents.settings)
+    token = source_config.start_token(contents.settings)
     if token and prefix.vocab_size == 1:
         node["shared_vocabulary"] = False
         weights["prefix_embedding.weight"] = weights["token_embedding.weight"][token : token + 1].clone()

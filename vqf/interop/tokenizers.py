@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from vqf.batch import Size
 from vqf.errors import UserError
-from vqf.interop import geometry, settings
-from vqf.interop.blanks import Nodes, Weights, blank_discriminator, blank_tokenizer, check_shapes, shapes, take
-from vqf.interop.files import CRITIC, Contents
-from vqf.interop.layouts import DISCRIMINATOR, LAYOUTS, Layout
+from vqf.interop import infer_config, source_config
+from vqf.interop.checkpoint_file import CRITIC, Contents
+from vqf.interop.import_report import Report
+from vqf.interop.key_mapping import Rule, Table
+from vqf.interop.key_tables import DISCRIMINATOR, LAYOUTS, Layout
+from vqf.interop.meta_models import Nodes, Weights, blank_discriminator, blank_tokenizer, check_shapes, shapes, take
 from vqf.interop.optimizers import State, by_name
-from vqf.interop.report import Report
-from vqf.interop.rules import Rule, Table
-from vqf.protocols import Size
-from vqf.tokenizer import Tokenizer
+from vqf.models.tokenizer import Tokenizer
 
 ENTRANCE = "encoder.conv_in.weight"  # every layout has it
 # In the order in which taming-transformers and its relatives hand their parameters to Adam.
@@ -90,7 +90,7 @@ def read_tokenizer(contents: Contents, prefix: str, layout: Layout, size: Size |
     try:
         size = size or _size(contents, weights, report)
         nodes = _nodes(contents, kind, weights, min(size))
-        channels = geometry.image_channels(shapes(weights))
+        channels = infer_config.image_channels(shapes(weights))
         blank = blank_tokenizer(nodes, size, channels)
     except UserError as error:
         raise UserError(f"{contents.path}: {error}") from error
@@ -112,7 +112,7 @@ def read_discriminator(contents: Contents, prefix: str, report: Report) -> Part 
     table = Table.reading(DISCRIMINATOR, names)
     renamed = {name: found[0] for name in names if (found := table.ours(name))}
     weights = {new: take(contents.tensors[prefix + name]) for name, new in renamed.items()}
-    node = geometry.discriminator_node(shapes(weights))
+    node = infer_config.discriminator_node(shapes(weights))
     blank = None if node is None else blank_discriminator(node, weights["discriminator.main.0.weight"].shape[1])
     if node is None or blank is None or shapes(blank.state_dict()) != shapes(weights):
         for name in names:
@@ -157,8 +157,8 @@ def read_state(
 
 
 def _size(contents: Contents, weights: Weights, report: Report) -> Size:
-    stride = 2 ** (geometry.count(weights, "encoder.down") - 1)
-    told = settings.image_size(contents.settings, stride)
+    stride = 2 ** (infer_config.count(weights, "encoder.down") - 1)
+    told = source_config.image_size(contents.settings, stride)
     if told is None:
         report.note(f"nothing says which size of pictures it is for: {ASSUMED} px assumed, image_size= says otherwise")
     return told or ASSUMED, told or ASSUMED
@@ -167,16 +167,16 @@ def _size(contents: Contents, weights: Weights, report: Report) -> Size:
 def _nodes(contents: Contents, kind: str, weights: Weights, nominal: int) -> Nodes:
     found = shapes(weights)
     return {
-        "encoder": geometry.encoder_node(found, nominal),
-        "decoder": geometry.decoder_node(found, nominal),
-        "quantizer": {**geometry.quantizer_node(found, kind), **_options(kind, contents)},
+        "encoder": infer_config.encoder_node(found, nominal),
+        "decoder": infer_config.decoder_node(found, nominal),
+        "quantizer": {**infer_config.quantizer_node(found, kind), **_options(kind, contents)},
     }
 
 
 def _options(kind: str, contents: Contents) -> dict[str, Any]:
     if kind == "vq":
         return {"beta_on": "codebook"}  # as all of these projects train
-    return settings.quantizer(contents.settings) if kind == "gumbel" else {}
+    return source_config.quantizer(contents.settings) if kind == "gumbel" else {}
 
 
 def _quantizer(layout: Layout, names: Sequence[str], contents: Contents) -> tuple[str, Sequence[Rule]]:
@@ -197,10 +197,10 @@ def _average(contents: Contents, prefix: str, moved: Mapping[str, tuple[str, Rul
 
 
 def _check_norms(contents: Contents, blank: Tokenizer) -> None:
-    told = settings.groups(contents.settings)
+    told = source_config.groups(contents.settings)
     found = {each.num_groups for each in blank.modules() if isinstance(each, nn.GroupNorm)}
     if found - {told}:
         raise UserError(
             f"{contents.path}: group norms of {told} groups, where vqf has {max(found - {told})} for these widths"
         )
-    settings.check_activation(contents.settings)
+    source_config.check_activation(contents.settings)

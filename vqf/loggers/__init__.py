@@ -1,5 +1,6 @@
 """Loggers: where the numbers and pictures of a run go."""
 
-from vqf.loggers import console, images, report, tensorboard, wandb
+from vqf.loggers import console, images, tensorboard, wandb
+from vqf.loggers.report import page
 
-__all__ = ["console", "images", "report", "tensorboard", "wandb"]
+__all__ = ["console", "images", "page", "tensorboard", "wandb"]

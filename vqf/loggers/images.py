@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vqf.loggers.pictures import columns_of, save_grid, together
+from vqf.loggers.image_grid import columns_of, save_grid, together
 from vqf.registry import register
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.loggers.pictures import grid
+from vqf.loggers.image_grid import grid
 from vqf.registry import register
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vqf.loggers.pictures import grid
+from vqf.loggers.image_grid import grid
 from vqf.registry import register
 
 MEMORY = "wandb.json"  # in the run's folder: under which id it is known

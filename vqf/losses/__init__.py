@@ -1,5 +1,5 @@
 """Losses: distances of a reconstruction to its image, and the objectives of the adversarial game."""
 
-from vqf.losses import adversarial, classes, perceptual, pixel
+from vqf.losses import adversarial, perceptual, pixel, segmentation
 
-__all__ = ["adversarial", "classes", "perceptual", "pixel"]
+__all__ = ["adversarial", "perceptual", "pixel", "segmentation"]

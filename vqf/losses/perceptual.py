@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vqf.features import Lite, PerceptualDistance, lite, lpips_heads, published_unit, unit, vgg16
+from vqf.networks.perceptual import Lite, PerceptualDistance, lite, lpips_heads, published_unit, unit, vgg16
 from vqf.registry import register
 
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from vqf.metrics.mean import precise
+from vqf.metrics.running_mean import precise
 from vqf.protocols import Reconstruction
 from vqf.registry import register
 

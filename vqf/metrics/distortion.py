@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.metrics.mean import Mean, unit_range
+from vqf.metrics.running_mean import Mean, unit_range
 from vqf.protocols import Reconstruction
 from vqf.registry import register
 

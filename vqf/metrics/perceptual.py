@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import torch
 
-from vqf.embeddings import ieee
-from vqf.features import Lite, LPIPSTrunk, PerceptualDistance, lite, lpips_heads, lpips_trunk
-from vqf.metrics.mean import Mean
+from vqf.metrics.running_mean import Mean
+from vqf.networks.feature_extractors import ieee
+from vqf.networks.perceptual import Lite, LPIPSTrunk, PerceptualDistance, lite, lpips_heads, lpips_trunk
+from vqf.networks.weights import fingerprint
 from vqf.protocols import Reconstruction
 from vqf.registry import register
-from vqf.weights import fingerprint
 
 
 class Distance:

@@ -13,11 +13,12 @@ import torch
 from omegaconf import DictConfig
 
 from vqf import terminal
+from vqf.batch import Size
+from vqf.config.access import image_size
+from vqf.dataloading.image_files import Files, open_parts, spread
 from vqf.errors import UserError, quoted
-from vqf.pipelines.common import image_size
-from vqf.pipelines.files import Files, open_parts, spread
-from vqf.pipelines.shard_manifest import sha256
-from vqf.protocols import Size, Split
+from vqf.hashing import sha256
+from vqf.protocols import Split
 from vqf.registry import register
 from vqf.terminal import log, progress
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
-from vqf.pipelines.common import command
-from vqf.pipelines.comparison import Comparison
-from vqf.pipelines.engine import Engine, make_engine
-from vqf.pipelines.ranking import rank
-from vqf.pipelines.runs import TRAINING, find_runs, read_runs
-from vqf.pipelines.strips import draw
+from vqf.pipelines.comparison.ranking import rank
+from vqf.pipelines.comparison.reconstructions import draw
+from vqf.pipelines.comparison.report import Comparison
+from vqf.pipelines.comparison.runs import TRAINING, find_runs, read_runs
 from vqf.registry import register
+from vqf.runs.provenance import command
 from vqf.terminal import log
 
 COUNT = 8  # pictures of every run

@@ -1,6 +1,5 @@
 """Keep a part of pictures and draw the rest: completion, section 4.2 of the paper of VQGAN, in- and outpainting."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +12,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from vqf import terminal
-from vqf.canvas import picture_fields
+from vqf.batch import Batch
+from vqf.dataloading.loader import sequential
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines.common import start_run
-from vqf.pipelines.cost import Meter
-from vqf.pipelines.drawing import open_run
-from vqf.pipelines.loader import sequential
-from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
-from vqf.pipelines.pictures import as_colours, read_picture
-from vqf.protocols import Batch
+from vqf.images import read_picture
+from vqf.models.completion import enlarged, upper
+from vqf.models.condition_batch import picture_fields
+from vqf.models.generator import Generator
+from vqf.pipelines.sampling.image_folder import PictureFolder, digest, settings_of
+from vqf.pipelines.sampling.open_run import open_run
 from vqf.registry import build, register
+from vqf.runs.provenance import Meter
+from vqf.runs.run_logger import start_run
 from vqf.terminal import log
 
 SHOWN = 16  # rows of the grid
@@ -151,34 +151,3 @@ def read_mask(path: Path, generator: Generator) -> Tensor:
     if not hidden.any():
         raise UserError(f"mask={path}: no pixel is black, so there is nothing to draw; white is what is kept")
     return F.adaptive_max_pool2d(hidden[None, None], generator.tokenizer.grid)[0, 0].to(generator.device) == 0
-
-
-def complete_tokens(generator: Generator, told: Batch, *, seed: int, first: int = 0, keep: float = 0.5) -> Tensor:
-    """Complete pictures that are known by their tokens; returns (B, 3, 3, H, W) as the grid of this pipeline has them.
-
-    The originals, too, are drawn from their codes.
-    """
-    assert told.tokens is not None
-    mask = upper(generator, keep)
-    known = told.tokens.masked_fill(~mask.flatten(), -1)
-    completed = generator.sample_tokens(told, seed=seed, first=first, known=known)
-    whole, drawn = (as_colours(generator.tokenizer.images(each).float()) for each in (told.tokens, completed))
-    return torch.stack([whole, whole.masked_fill(~enlarged(mask, generator), 0), drawn], dim=1)
-
-
-def can_complete(generator: Generator) -> bool:
-    """Say whether there is a lower part, and the sampler keeps what is known."""
-    return generator.tokenizer.grid[0] > 1 and "known" in inspect.signature(generator.sampler).parameters
-
-
-def upper(generator: Generator, keep: float) -> Tensor:
-    """Return the mask (h, w) of the upper rows of codes: a share of them, but at least one and not all."""
-    height, width = generator.tokenizer.grid
-    rows = min(max(round(keep * height), 1), height - 1)
-    return (torch.arange(height, device=generator.device) < rows)[:, None].expand(height, width)
-
-
-def enlarged(mask: Tensor, generator: Generator) -> Tensor:
-    """Turn a mask of codes into one of pixels."""
-    stride = generator.tokenizer.stride
-    return mask.repeat_interleave(stride, 0).repeat_interleave(stride, 1)

@@ -9,25 +9,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vqf import ranks
+from vqf.config.access import chosen
+from vqf.config.inherit import inherit
+from vqf.distributed import comm
+from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines import draws, evaluation, measurement
-from vqf.pipelines.album import Album
-from vqf.pipelines.bench import Bench
-from vqf.pipelines.checkpoint import Checkpoint, every_checkpoint, locate, run_folder
-from vqf.pipelines.common import chosen, start_run
-from vqf.pipelines.cost import Meter
-from vqf.pipelines.cropping import rounded
-from vqf.pipelines.engine import Engine, make_engine
-from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS
-from vqf.pipelines.inherit import inherit
-from vqf.pipelines.measurement import Measurement
+from vqf.evaluation import generation, reconstruction, result
+from vqf.evaluation.context import Bench
+from vqf.evaluation.feature_cache import PixelHash, Statistics, collect
+from vqf.evaluation.image_panels import Album
+from vqf.evaluation.preprocessing import rounded
+from vqf.evaluation.reconstruction import NUMBERS_OF_PRIORS
+from vqf.evaluation.result import Measurement
+from vqf.models.generator import Generator
 from vqf.pipelines.report import refresh
-from vqf.pipelines.restore import find_generator, find_tokenizer, load_generator, load_tokenizer
-from vqf.pipelines.statistics import PixelHash, Statistics, collect
 from vqf.protocols import Comparison, EvaluationProtocol, Reconstruction
 from vqf.registry import build, register
+from vqf.runs.checkpoint import Checkpoint, every_checkpoint, locate, run_folder
+from vqf.runs.load import find_generator, find_tokenizer, load_generator, load_tokenizer
+from vqf.runs.provenance import Meter
+from vqf.runs.run_logger import start_run
 from vqf.terminal import log
 
 MOST = 50_000  # samples where a protocol asks for as many as the reference has
@@ -78,7 +79,7 @@ class Evaluate:
             for name, images in found[-1].grids.items():
                 journal.images(checkpoints[-1].step, name, images)
             journal.details(found[-1].details)
-        if ranks.first():
+        if comm.first():
             refresh(run_folder(checkpoints[-1].path), config)
 
     def _open(self) -> tuple[list[Checkpoint], DictConfig]:
@@ -102,11 +103,11 @@ class Evaluate:
             found = self._reconstructions(checkpoint, config, protocol, engine)
         else:
             found = self._samples(checkpoint, config, protocol, engine)
-        if ranks.first():
-            facts = measurement.circumstances(meter.seconds, str(engine.device))
+        if comm.first():
+            facts = result.circumstances(meter.seconds, str(engine.device))
             found.tell()
             run = run_folder(Path(config.run).expanduser())
-            log.info("%s", measurement.save(found, checkpoint, facts, run, self.run_dir))
+            log.info("%s", result.save(found, checkpoint, facts, run, self.run_dir))
         return found
 
     def _reconstructions(
@@ -124,7 +125,7 @@ class Evaluate:
         generator = load_generator(checkpoint, config.sampler).to(engine.device)
         bench = Bench(config, protocol, generator.tokenizer, engine, self.statistics)
         bench.check(checkpoint)
-        return samples(bench, generator, measurement.mark(checkpoint))
+        return samples(bench, generator, result.mark(checkpoint))
 
 
 def reconstructions(bench: Bench) -> Measurement:
@@ -138,9 +139,9 @@ def reconstructions(bench: Bench) -> Measurement:
 
     def drawn() -> Iterator[Tensor]:
         for batch, count in pictures.parts("reconstruct"):
-            part = evaluation.reconstruct(tokenizer, batch, bench.engine)
+            part = reconstruction.reconstruct(tokenizer, batch, bench.engine)
             part.reconstructions = rounded(part.reconstructions, protocol.rounding)
-            whole = evaluation.collected(part, count)
+            whole = reconstruction.collected(part, count)
             if whole is not None:
                 pixels.add(whole.images)
                 for metric in (album, *bench.others.values()):
@@ -150,12 +151,12 @@ def reconstructions(bench: Bench) -> Measurement:
     generated = collect(drawn(), bench.networks, pictures.count)
     if reference is None:
         reference = bench.statistics.of_pictures(pictures, pixels.result(), bench.networks)
-    if not ranks.first():
+    if not comm.first():
         return found
     bench.finish(found, bench.others)
     bench.compare(found, reference, generated, pictures.count)
     found.state(bench.facts(pixels.result(), pictures.count, reference))
-    found.grids["reconstructions"] = evaluation.side_by_side(tokenizer, pictures.split, bench.engine)
+    found.grids["reconstructions"] = reconstruction.side_by_side(tokenizer, pictures.split, bench.engine)
     found.grids |= album.images()
     found.details = album.details()
     return found
@@ -178,15 +179,15 @@ def samples(bench: Bench, generator: Generator, checkpoint: str) -> Measurement:
     of_codes = {name: metric for name, metric in bench.others.items() if getattr(metric, "codes_only", False)}
     for name in bench.others.keys() - of_codes.keys():
         log.info("metric '%s' compares pictures with their reconstructions: samples have none", name)
-    pixels, nats = draws.likelihood(generator, held_out, bench.engine)
+    pixels, nats = generation.likelihood(generator, held_out, bench.engine)
     shown, labels = list[Tensor](), list[Tensor]()
-    sampled = draws.lines(bench.config.sampler, generator.sampler)
-    facts = {"checkpoint": checkpoint, "count": count, "batch": held_out.batch_size, "world": ranks.world()}
+    sampled = generation.lines(bench.config.sampler, generator.sampler)
+    facts = {"checkpoint": checkpoint, "count": count, "batch": held_out.batch_size, "world": comm.world()}
     facts |= {"device": bench.engine.device.type, "pictures": held_out.seen, **sampled}
-    shelf = draws.Shelf(bench.statistics.folder / "samples", facts | bench.lines())
+    shelf = generation.Shelf(bench.statistics.folder / "samples", facts | bench.lines())
 
     def drawn() -> Iterator[Tensor]:
-        for each in draws.samples(protocol, generator, held_out, count, bench.engine, shelf):
+        for each in generation.samples(protocol, generator, held_out, count, bench.engine, shelf):
             images = rounded(each.images, protocol.rounding)
             for metric in of_codes.values():
                 metric.update(Reconstruction(images, images, each.indices.to(images.device)))
@@ -195,13 +196,13 @@ def samples(bench: Bench, generator: Generator, checkpoint: str) -> Measurement:
             yield images
 
     generated = collect(drawn(), bench.networks, count)
-    if not ranks.first():
+    if not comm.first():
         return found
     found.add(None, Comparison({"nats_per_token": nats}), {})
     found.higher_is_better |= NUMBERS_OF_PRIORS
     bench.finish(found, of_codes)
     bench.compare(found, reference, generated, count)
-    told_of = {"samples_per_class": draws.spread(torch.cat(labels), len(generator.classes))}
+    told_of = {"samples_per_class": generation.spread(torch.cat(labels), len(generator.classes))}
     found.state(bench.facts(pixels, count, reference) | told_of | sampled)
     found.grids["samples"] = torch.cat(shown)
     shelf.clear()

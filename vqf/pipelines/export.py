@@ -10,18 +10,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.interop.blanks import blank_discriminator
-from vqf.interop.geometry import discriminator_node
+from vqf.interop.export_model import TARGETS, Written, write_discriminator, write_prior, write_tokenizer
+from vqf.interop.infer_config import discriminator_node
+from vqf.interop.meta_models import blank_discriminator
 from vqf.interop.optimizers import in_order
 from vqf.interop.priors import in_groups
 from vqf.interop.tokenizers import PARTS
-from vqf.interop.writing import TARGETS, Written, write_discriminator, write_prior, write_tokenizer
-from vqf.pipelines.checkpoint import Checkpoint
-from vqf.pipelines.restore import find_tokenizer, load_generator, load_tokenizer
-from vqf.pipelines.stage2 import decay_groups
+from vqf.models.generator import Generator
 from vqf.registry import register
+from vqf.runs.checkpoint import Checkpoint
+from vqf.runs.load import find_tokenizer, load_generator, load_tokenizer
 from vqf.terminal import log
+from vqf.training.prior_task import decay_groups
 
 LIGHTNING = "1.0.8"  # the version that taming-transformers pins
 

@@ -6,17 +6,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from vqf import ranks, terminal
-from vqf.pipelines.checkpoint import names, newest
-from vqf.pipelines.common import chosen, save_numbers, start_run
-from vqf.pipelines.cost import Meter
-from vqf.pipelines.evaluation import NUMBERS_OF_PRIORS, senses
-from vqf.pipelines.loop import Evaluation
-from vqf.pipelines.retention import best_by
+from vqf import terminal
+from vqf.config.access import chosen
+from vqf.dataloading.subject import shows_classes
+from vqf.distributed import comm
+from vqf.evaluation.reconstruction import NUMBERS_OF_PRIORS, senses
+from vqf.evaluation.validation import Evaluation
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.pipelines.subject import shows_classes
 from vqf.registry import register
+from vqf.runs.checkpoint import names, newest
+from vqf.runs.provenance import Meter
+from vqf.runs.retention import best_by
+from vqf.runs.run_logger import save_numbers, start_run
 from vqf.terminal import console, log
 
 TABLE = "held-out pictures"
@@ -52,7 +54,7 @@ class Full:
         self._train_maps(self.run_dir / "maps")
         first = Stage1(self._config(stage1), stage1).train("stage1")
         second = Stage2(self._config(stage2, run=stage1, **self._second()), stage2).train("stage2")
-        if ranks.first():
+        if comm.first():
             self._conclude(first, second, meter)
         return second.scalars["nats_per_token"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, open_dict
 
+from vqf.config.access import image_size
+from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
-from vqf.pipelines.common import image_size
-from vqf.pipelines.engine import make_engine
-from vqf.pipelines.estimate import Estimate, estimate, estimate_drawing, stage_config, stages_of
-from vqf.pipelines.ledger import Bytes
-from vqf.pipelines.measured import Measured, measure
-from vqf.pipelines.remedies import changed, changes, written
+from vqf.pipelines.planning.benchmark import Measured, measure
+from vqf.pipelines.planning.estimate import Estimate, estimate, estimate_drawing, stage_config, stages_of
+from vqf.pipelines.planning.memory_tracker import Bytes
+from vqf.pipelines.planning.suggestions import changed, changes, written
 from vqf.registry import register
 from vqf.terminal import log, table
 

@@ -6,19 +6,19 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf import terminal
-from vqf.pipelines import evaluation
-from vqf.pipelines.album import Album
-from vqf.pipelines.common import start_run
-from vqf.pipelines.engine import Engine, make_engine
-from vqf.pipelines.inherit import inherit
-from vqf.pipelines.loader import sequential
-from vqf.pipelines.pictures import save_pictures
-from vqf.pipelines.restore import find_tokenizer, load_tokenizer
-from vqf.pipelines.subject import build_subject
+from vqf.config.inherit import inherit
+from vqf.dataloading.loader import sequential
+from vqf.dataloading.subject import build_subject
+from vqf.distributed.engine import Engine, make_engine
+from vqf.evaluation import reconstruction
+from vqf.evaluation.image_panels import Album
+from vqf.images import save_pictures
+from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Metric, Reconstruction, Split
 from vqf.registry import register
+from vqf.runs.load import find_tokenizer, load_tokenizer
+from vqf.runs.run_logger import start_run
 from vqf.terminal import log
-from vqf.tokenizer import Tokenizer
 
 
 @register("pipeline", "reconstruct")
@@ -51,7 +51,7 @@ class Reconstruct:
         scalars = self._reconstruct(tokenizer, split, config, engine, album)
         with start_run(config, self.run_dir) as journal:
             journal.scalars(checkpoint.step, {f"validation/{key}": value for key, value in scalars.items()})
-            pairs = evaluation.side_by_side(tokenizer, split, engine)
+            pairs = reconstruction.side_by_side(tokenizer, split, engine)
             for name, images in {"reconstructions": pairs, **album.images()}.items():
                 journal.images(checkpoint.step, name, images)
             journal.details(album.details())
@@ -65,9 +65,9 @@ class Reconstruct:
         count = min(self.count or len(split), len(split))
         loading = {"workers": config.workers, "timeout": config.worker_timeout}
         batches = sequential(split, config.batch_size, count=count, **loading)
-        metrics: dict[str, Metric] = evaluation.build_metrics(config, tokenizer.vocab_size, engine)
+        metrics: dict[str, Metric] = reconstruction.build_metrics(config, tokenizer.vocab_size, engine)
         metrics |= {"saved": _Saver(self.run_dir / "reconstructions"), "album": album}
-        return evaluation.evaluate(tokenizer, batches, count, metrics, engine)
+        return reconstruction.evaluate(tokenizer, batches, count, metrics, engine)
 
 
 class _Saver:

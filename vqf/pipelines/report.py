@@ -4,10 +4,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from vqf.config.untrusted import check_links
 from vqf.errors import UserError
-from vqf.pipelines.checkpoint import run_folder
 from vqf.registry import build, register
-from vqf.trust import check_links
+from vqf.runs.checkpoint import run_folder
 
 PAGE = "report.html"
 TRACES = ("metrics.jsonl", "metrics.json", ".hydra")  # of a run

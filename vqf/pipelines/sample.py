@@ -12,19 +12,18 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vqf import terminal
-from vqf.canvas import fields, picture_fields
+from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.generator import Generator
-from vqf.pipelines import drawn_by
-from vqf.pipelines.classes import reads_labels
-from vqf.pipelines.common import start_run
-from vqf.pipelines.cost import Meter
-from vqf.pipelines.drawing import open_run
-from vqf.pipelines.drawn_by import Condition, DrawnBy
-from vqf.pipelines.picture_folder import PictureFolder, digest, settings_of
-from vqf.pipelines.pictures import as_colours
-from vqf.protocols import Batch
+from vqf.evaluation.class_accuracy import reads_labels
+from vqf.images import as_colours
+from vqf.models.condition_batch import fields, picture_fields
+from vqf.models.generator import Generator
+from vqf.pipelines.sampling.conditions import Condition, DrawnBy, files, held_out
+from vqf.pipelines.sampling.image_folder import PictureFolder, digest, settings_of
+from vqf.pipelines.sampling.open_run import open_run
 from vqf.registry import build, register
+from vqf.runs.provenance import Meter
+from vqf.runs.run_logger import start_run
 from vqf.terminal import log
 
 SHOWN = 64  # pictures in the grid
@@ -108,7 +107,7 @@ class Sample:
 
     def _conditions(self, generator: Generator, config: DictConfig) -> Iterator[DrawnBy]:
         if self.condition is not None:
-            return iter(drawn_by.files(self.condition, self.place, generator, config.data))
+            return iter(files(self.condition, self.place, generator, config.data))
         if pictures := picture_fields(generator.conditioner):
             if self.size is not None:
                 raise UserError(
@@ -117,7 +116,7 @@ class Sample:
                 )
         elif self.size is not None and fields(generator.conditioner):
             return iter([DrawnBy("", lambda first, last: None)])  # of another size than in training: the whole picture
-        return iter([drawn_by.held_out(generator, config, self.count)])
+        return iter([held_out(generator, config, self.count)])
 
     def _draw(self, generator: Generator, by: DrawnBy, settings: Mapping[str, Any], size: int) -> Shown:
         """Draw and save pictures batch by batch, and return the first of them."""

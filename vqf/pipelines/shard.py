@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from vqf.dataloading.image_files import Files, Streams, open_parts, spread
 from vqf.errors import UserError
-from vqf.lock import held, unwritable
-from vqf.pipelines.files import Files, Streams, open_parts, spread
-from vqf.pipelines.shard_again import doubt
-from vqf.pipelines.shard_losses import Losses
-from vqf.pipelines.shard_manifest import Manifest
-from vqf.pipelines.shard_maps import options_of_maps
-from vqf.pipelines.shard_writer import Format, Task, Writer
+from vqf.pipelines.shards.manifest import Manifest
+from vqf.pipelines.shards.maps import options_of_maps
+from vqf.pipelines.shards.retry import doubt
+from vqf.pipelines.shards.skipped import Losses
+from vqf.pipelines.shards.writer import Format, Task, Writer
 from vqf.protocols import Data, Split
-from vqf.randomness import generator
 from vqf.registry import register
+from vqf.runs.lock import held, unwritable
+from vqf.seeding import generator
 from vqf.terminal import log, progress
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqf import ranks
+from vqf.distributed import comm
 
 
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
@@ -44,7 +44,7 @@ def usage(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
         counts: How often each code is chosen.
         training: Whether every process is here with its part of the batch, and all of it is to be described.
     """
-    counts = ranks.total(counts) if training else counts
+    counts = comm.total(counts) if training else counts
     p = counts / counts.sum().clamp(min=1)
     entropy = -(p * (p + 1e-10).log()).sum()
     return {"perplexity": entropy.exp(), "batch_usage": (counts > 0).float().mean()}

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf import ranks
+from vqf.distributed import comm
 from vqf.protocols import Quantized
+from vqf.quantizers.code_revival import Start, renewal
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
-from vqf.quantizers.renewal import Start, renewal
 from vqf.registry import register
 
 
@@ -95,5 +95,5 @@ def entropy_loss(logits: Tensor, training: bool = False) -> Tensor:
     """
     log_p = logits.log_softmax(1)
     p = log_p.exp()
-    mean = ranks.joint_mean(p.mean(0)) if training else p.mean(0)
+    mean = comm.joint_mean(p.mean(0)) if training else p.mean(0)
     return -(p * log_p).sum(1).mean() + (mean * mean.clamp(min=1e-10).log()).sum()

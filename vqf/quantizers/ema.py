@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.protocols import Quantized
+from vqf.quantizers.code_revival import Start, Tally, ask_again, count, draw, kmeans
 from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
-from vqf.quantizers.renewal import Start, Tally, ask_again, count, draw, kmeans
 from vqf.registry import register
 
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqf.quantizers.code_revival import Start
 from vqf.quantizers.codebook import straight_through
-from vqf.quantizers.renewal import Start
-from vqf.quantizers.vector import VectorQuantizer
+from vqf.quantizers.vq import VectorQuantizer
 from vqf.registry import register
 
 EPSILON = 1e-6  # lower limit of a norm that is divided by, as in the authors' code

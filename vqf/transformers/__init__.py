@@ -1,5 +1,7 @@
 """Stage 2: priors over token sequences, their conditioners, and sampling from them."""
 
-from vqf.transformers import conditioners, gpt, guidance, llama, sampling, scorers, sliding, spatial
+from vqf.transformers import gpt, llama
+from vqf.transformers.conditioners import coordinates, label, spatial
+from vqf.transformers.samplers import autoregressive, scorers, sliding_window
 
-__all__ = ["conditioners", "gpt", "guidance", "llama", "sampling", "scorers", "sliding", "spatial"]
+__all__ = ["autoregressive", "coordinates", "gpt", "label", "llama", "scorers", "sliding_window", "spatial"]

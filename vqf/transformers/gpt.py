@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.registry import register
-from vqf.transformers.cache import Attend, Autoregression, nats
+from vqf.transformers.layers.causal import Autoregression, nats
+from vqf.transformers.layers.kv_cache import Attend
 
 
 class Attention(nn.Module):

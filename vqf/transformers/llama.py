@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf.protocols import Place, Size
+from vqf.batch import Place, Size
 from vqf.registry import register
-from vqf.transformers.cache import Attend, Autoregression
+from vqf.transformers.layers.causal import Autoregression
+from vqf.transformers.layers.kv_cache import Attend
 
 EPS = 1e-5
 

@@ -1,0 +1,184 @@
+"""The words of every run: what each may be, and that nothing is said in vain."""
+
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tests.support.composing import compose
+from vqf.config.compose import config_dir
+from vqf.config.settings import SECTIONS, SETTINGS, check_config, complete
+from vqf.errors import UserError
+from vqf.registry import KINDS, find, names, register
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    return compose()
+
+
+def mistakes(config: DictConfig, **values: Any) -> list[str]:
+    """The lines about a config with some of its values replaced."""
+    config = config.copy()
+    with open_dict(config):
+        for key, value in values.items():
+            OmegaConf.update(config, key.replace("__", "."), value, merge=False)
+    try:
+        check_config(config)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def leaves(node: Any, prefix: str = "") -> set[str]:
+    if not isinstance(node, dict):
+        return {prefix[:-1]}
+    return {leaf for key, value in node.items() for leaf in leaves(value, f"{prefix}{key}.")}
+
+
+def test_every_word_of_the_config_has_its_rule() -> None:
+    own = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"))
+    assert isinstance(own, dict)
+    words = {key: value for key, value in own.items() if key not in ("defaults", "hydra", *SECTIONS)}
+    assert leaves(words) == set(SETTINGS)
+    for name in SECTIONS:
+        assert leaves(own[name]) <= set(SETTINGS)
+
+
+def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
+    assert mistakes(composed) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("steps", "many", "steps=many: 'many' is not a whole number"),
+        ("steps", 1.5, "steps=1.5: '1.5' is not a whole number"),
+        ("steps", True, "steps=true: 'true' is not a whole number"),
+        ("steps", None, "steps=null: 'null' is not a whole number"),
+        ("steps", "???", "steps: Missing mandatory value: steps; give steps=..."),
+        ("steps", "${stepz}", "steps: Interpolation key 'stepz' not found; give steps=..."),
+        ("steps", -1, "steps=-1: must be a whole number of at least 0"),
+        ("batch_size", 0, "batch_size=0: must be a whole number of at least 1"),
+        ("image_size", "big", "image_size=big: 'big' is not a whole number or a list"),
+        ("image_size", [64, "x"], "image_size=[64,x]: must be a whole number of at least 1"),
+        ("image_size", [64, 0.5], "image_size=[64,0.5]: must be a whole number of at least 1"),
+        ("image_size", [], "image_size=[]: a list of 0; give height and width, or one number for both"),
+        ("image_size", [8, 8, 3], "image_size=[8,8,3]: a list of 3; give height and width, or one number for both"),
+        ("image_size", 0, "image_size=0: must be a whole number of at least 1"),
+        ("compile", "maybe", "compile=maybe: 'maybe' is not true or false"),
+        ("compile", 1, "compile=1: '1' is not true or false"),
+        ("device", 0, "device=0: '0' is not a word"),
+        ("clip", "x", "clip=x: 'x' is not a number or null"),
+        ("clip", -1.0, "clip=-1.0: must be a number of at least 0"),
+        ("ema", 1, "ema=1: must be below 1"),
+        ("worker_timeout", 0, "worker_timeout=0: must be a number of at least 1"),
+        ("run", 3, "run=3: '3' is not a path or null"),
+        ("run", "nowhere", "run=nowhere: no such folder in {cwd}"),
+        ("resume", "nowhere", "resume=nowhere: no such folder in {cwd}"),
+        ("resume", None, "resume=null: 'null' is not true or false or a path"),
+        ("checkpoint.every", 0, "checkpoint.every=0: must be a whole number of at least 1"),
+        (
+            "guard.nonfinite",
+            "skipp",
+            "guard.nonfinite=skipp: unknown value 'skipp'. Did you mean 'skip'? Known: stop, skip, rollback.",
+        ),
+        ("checkpoint.on_failure", "wait", "checkpoint.on_failure=wait: unknown value 'wait'. Known: stop, go_on."),
+        ("evaluate.count", 0, "evaluate.count=0: must be a whole number of at least 1"),
+        ("stage2.steps", "x", "stage2.steps=x: 'x' is not a whole number"),
+        ("plugins", 3, "plugins=3: '3' is not a list or a word"),
+        (
+            "checkpoint",
+            5,
+            "checkpoint=5: 'checkpoint' is not a word by itself; give checkpoint.background=... or the like",
+        ),
+        ("stepz", 5, "stepz: unknown word 'stepz'. Did you mean 'steps'? python -m vqf.run --help lists them."),
+        ("log.evry", 5, "log.evry: unknown word 'evry' in log. Did you mean 'every'? Known: every."),
+        (
+            "count",
+            5,
+            "count: unknown word 'count'. Did you mean 'evaluate.count'? python -m vqf.run --help lists them.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_worded(
+    composed: DictConfig, key: str, value: Any, line: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mistakes(composed, **{key.replace(".", "__"): value}) == [line.format(cwd=tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("image_size", [64, 96]),
+        ("device", "cuda:1"),
+        ("clip", 1),
+        ("ema", 0.999),
+        ("run", "."),
+        ("run_dir", "not/there/yet"),
+        ("resume", True),
+        ("resume", "."),
+        ("evaluate.count", 16),
+        ("plugins", "my_package"),
+    ],
+)
+def test_a_right_value_passes(composed: DictConfig, key: str, value: Any) -> None:
+    assert mistakes(composed, **{key.replace(".", "__"): value}) == []
+
+
+def test_every_mistake_has_its_line(composed: DictConfig) -> None:
+    lines = mistakes(
+        composed, steps=0.5, typo=1, model__quantizer__betta=1, stage2__optimizer__lrr=1, model__typo={"name": "x"}
+    )
+    assert {line.split(":")[0] for line in lines} == {
+        *("typo", "model.typo", "steps=0.5", "model.quantizer.betta", "stage2.optimizer.lrr")
+    }
+    assert len(lines) == 5
+
+
+def test_a_copy_of_a_wrong_word_is_not_told_twice(composed: DictConfig) -> None:
+    assert OmegaConf.is_interpolation(composed.stage2, "steps")
+    assert len(mistakes(composed, steps="many")) == 1
+
+
+@pytest.mark.usefixtures("isolated")
+def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
+    class Greedy:
+        def __init__(self, config: DictConfig, *, steps: int = 3, run: int = 4, count: int = 5) -> None: ...
+
+    register("pipeline", "greedy")(Greedy)
+    lines = [line for line in mistakes(compose("pipeline=greedy")) if "every run has a word" in line]
+    assert sorted(line.split("word ")[1] for line in lines) == [
+        "'run'; give this option another name",
+        "'steps'; give this option another name",
+    ]
+
+
+@pytest.mark.parametrize("name", names("pipeline"))
+def test_options_of_the_pipelines_here_are_words_of_their_own(name: str) -> None:
+    needed = [each.name for each in find("pipeline", name).options.values() if each.default is each.empty]
+    assert mistakes(compose(f"pipeline={name}", *(f"{option}=x" for option in needed))) == []
+
+
+def presets() -> list[str]:
+    """Every YAML file of conf/ as it is chosen: experiment=quickstart, model/quantizer=vq_16k."""
+    files = (path.relative_to(config_dir()).with_suffix("") for path in config_dir().rglob("*/*.yaml"))
+    return sorted(f"{file.parent.as_posix()}={file.name}" for file in files if file.parts[0] != "hydra")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_in_order(preset: str) -> None:
+    several = any(facts.many for facts in KINDS.values() if preset.startswith(f"{facts.group}="))
+    group, name = preset.split("=")
+    assert mistakes(compose(f"{group}=[{name}]" if several else preset)) == []
+
+
+def test_what_is_not_chosen_is_null_or_empty() -> None:
+    config = complete(compose("model=vqvae", "model/loss=[]", "metric=[]", "~data"))
+    assert config.data is None and config.model.discriminator is None
+    assert config.model.loss == {} and config.metric == {}
+    for facts in KINDS.values():
+        place, _, key = facts.group.replace("/", ".").rpartition(".")
+        assert key in (OmegaConf.select(config, place) if place else config)

@@ -1,0 +1,93 @@
+"""The tokenizer: round trips, sizes, and the words for parts that do not fit."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vqf.errors import UserError
+from vqf.models.tokenizer import Tokenizer, build_tokenizer
+
+CONV = {"name": "conv", "channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": []}
+
+
+def model(**parts: dict[str, object]) -> OmegaConf:
+    nodes = {
+        "encoder": {**CONV, "dim": 6},
+        "decoder": CONV,
+        "quantizer": {"name": "vq", "dim": 4, "codebook_size": 16},
+    }
+    return OmegaConf.create({**nodes, **parts})
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    torch.manual_seed(0)
+    return build_tokenizer(model(), 16).eval()
+
+
+def test_published_size_of_the_preset() -> None:
+    whole = {"name": "conv"}
+    with torch.device("meta"):
+        built = build_tokenizer(
+            OmegaConf.create({"encoder": whole, "decoder": whole, "quantizer": {"name": "vq"}}), 256
+        )
+    assert sum(p.numel() for p in built.parameters()) == 72_141_699
+    assert len(built.state_dict()) == 343
+
+
+def test_encode_decode_reconstruct(tokenizer: Tokenizer) -> None:
+    tokenizer, images = tokenizer.double(), torch.rand(2, 3, 16, 24, dtype=torch.double) * 2 - 1
+    indices = tokenizer.encode(images)
+    assert indices.shape == (2, 8, 12)
+    assert indices.dtype == torch.int64
+    pictures = tokenizer.decode(indices)
+    assert pictures.shape == images.shape
+    assert pictures.abs().max() <= 1
+    torch.testing.assert_close(pictures, tokenizer(images).reconstructions.clamp(-1, 1), atol=1e-9, rtol=1e-9)
+
+
+def test_tokens_are_row_by_row(tokenizer: Tokenizer) -> None:
+    images = torch.rand(1, 3, 16, 24) * 2 - 1
+    tokens, indices = tokenizer.tokens(images), tokenizer.encode(images)
+    assert tokens[0, 12 * 3 + 5] == indices[0, 3, 5]
+    torch.testing.assert_close(tokenizer.images(tokens, (8, 12)), tokenizer.decode(indices))
+
+
+def test_the_quantizer_works_in_float32_under_autocast(tokenizer: Tokenizer) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokenizer.quantize(torch.rand(1, 3, 16, 16)).latents.dtype == torch.float32
+
+
+def test_fingerprint_follows_the_weights(tokenizer: Tokenizer) -> None:
+    before = tokenizer.fingerprint()
+    assert before == tokenizer.fingerprint()
+    with torch.no_grad():
+        tokenizer.decoder.last_layer.bias[0] += 1e-6
+    assert tokenizer.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 3, 15, 16), "multiples of the encoder's stride 2, not 15 x 16"),
+        ((3, 16, 16), "images must be (B, 3, H, W) in [-1, 1], not (3, 16, 16)"),
+        ((1, 1, 16, 16), "images must be (B, 3, H, W) in [-1, 1], not (1, 1, 16, 16)"),
+    ],
+)
+def test_images_that_cannot_be_encoded(tokenizer: Tokenizer, shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        tokenizer.encode(torch.zeros(shape))
+    assert words in str(caught.value)
+
+
+def test_an_image_size_that_the_stride_does_not_divide() -> None:
+    with pytest.raises(UserError) as caught:
+        build_tokenizer(model(), 33)
+    assert str(caught.value) == (
+        "image_size=33: the stride 2 of encoder 'conv' must divide it; the nearest that fits is image_size=32"
+    )
+
+
+def test_encoder_and_decoder_must_mirror_each_other() -> None:
+    with pytest.raises(UserError, match="enlarges by 4, encoder 'conv' shrinks by 2"):
+        build_tokenizer(model(decoder={**CONV, "multipliers": [1, 1, 1]}), 16)

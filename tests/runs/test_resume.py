@@ -1,0 +1,324 @@
+"""Going on: only as the run that was, and without a run being lost by a command that was not meant so."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY, lines
+from vqf.data.emoji import EmojiSplit
+from vqf.errors import UserError
+from vqf.pipelines.stage1 import Stage1
+from vqf.pipelines.stage2 import Stage2
+from vqf.runs.checkpoint import newest
+from vqf.training.out_of_memory import explained
+from vqf.training.tokenizer_task import TokenizerStage
+from vqf.training.trainer import Loop
+
+SHORT = [*TINY, "steps=2", "evaluate.every=50"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished")
+    Stage1(compose(*SHORT), run).run()
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A run of two steps."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(run: Path, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        Stage1(compose(*SHORT, "resume=true", *words), run).run()
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["model.quantizer.codebook_size=32"], "model.quantizer.codebook_size 16 → 32"),
+        (["model/quantizer=vq"], "model.quantizer ema → vq"),
+        (["model/loss=[l1,l2]"], "model.loss.l2 null → l2"),
+        (["model.adversary.weight=0.5", "seed=3"], "model.adversary.weight 0.4 → 0.5, seed 0 → 3"),
+        (["optimizer.lr=0.1"], "optimizer.lr 0.001 → 0.1"),
+        (["schedule=constant"], "schedule cosine → constant"),
+        (["batch_size=4"], "batch_size 8 → 4"),
+        (["clip=null"], "clip 1.0 → null"),
+        (
+            ["model.discriminator=null", "model.adversary=null"],
+            "model.discriminator patchgan → null, model.adversary hinge → null",
+        ),
+    ],
+)
+def test_another_config_is_refused_with_every_difference(run: Path, words: list[str], difference: str) -> None:
+    assert refused(run, *words) == (
+        f"resume: {run}/checkpoints/step-00000002 is of another config: {difference}. Set them back, "
+        "give another run_dir to start anew, or go on all the same with allow_changes=true"
+    )
+
+
+def test_other_pictures_are_another_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())["data"]
+    monkeypatch.setattr(EmojiSplit, "_fingerprint", lambda self: "0123456789")
+    assert f"the training pictures ({facts[:8]} → 01234567)" in refused(run)
+
+
+@pytest.mark.parametrize(
+    "words", [["log.every=2", "evaluate.every=1", "checkpoint.keep=1", "metric=[psnr]", "guard.nonfinite=skip"]]
+)
+def test_what_does_not_make_the_run_may_change(run: Path, words: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    Stage1(compose(*SHORT, "resume=true", *words), run).run()
+    assert "not bit for bit" not in caplog.text
+
+
+def test_what_changes_the_last_bits_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Stage1(compose(*SHORT, "resume=true", "steps=3", "accumulate=2"), run).run()
+    assert "not bit for bit the run that was saved: steps 2 → 3, accumulate 1 → 2" in caplog.text
+    assert lines(run)[-1]["step"] == 3
+
+
+def test_changes_that_are_wanted_take_effect(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["steps=4", "optimizer.lr=0.25", "schedule=constant", "allow_changes=true"]
+    Stage1(compose(*SHORT, "resume=true", *words), run).run()
+    assert "optimizer.lr 0.001 → 0.25, schedule cosine → constant, steps 2 → 4" in caplog.text
+    assert [line["lr/model"] for line in lines(run) if "lr/model" in line][2:] == [0.25, 0.25]
+    found = newest(run)
+    assert found
+    entry = found.optimizers()["optimizers"]["model"]
+    assert entry["param_groups"][0]["lr"] == 0.25 and float(entry["state"][0]["step"]) == 4
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(run: Path) -> None:
+    line = refused(run, "model.quantizer.codebook_size=32", "allow_changes=true")
+    assert line.startswith(f"resume: {run}/checkpoints/step-00000002: its 'model' does not fit this config: ")
+    assert "size mismatch for quantizer" in line
+
+
+def test_a_discriminator_that_the_run_did_not_have_is_named(tmp_path: Path) -> None:
+    Stage1(compose(*SHORT, "model.discriminator=null", "model.adversary=null"), tmp_path).run()
+    assert "its 'discriminator' does not fit this config: " in refused(tmp_path, "allow_changes=true")
+
+
+def test_a_run_of_the_other_stage_is_refused(run: Path, tmp_path: Path) -> None:
+    words = [*SHORT, "pipeline=stage2", f"run={run}", f"resume={run}"]
+    with pytest.raises(UserError, match="is of a stage1 run, and this is stage2"):
+        Stage2(compose(*words), tmp_path / "second").run()
+
+
+def test_a_run_beyond_the_end_is_refused(run: Path) -> None:
+    assert refused(run, "steps=1") == (f"steps=1: counts from the start, and {run}/checkpoints/step-00000002 is at 2")
+
+
+def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError) as caught:
+        Stage1(compose(*SHORT), run).run()
+    assert str(caught.value) == (
+        f"run_dir={run}: holds a run at step 2; resume=true goes on with it, another run_dir starts a new one"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", ["true", "false", "{run}"])
+def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(run: Path, resume: str) -> None:
+    """Neither begun anew nor cleared: a copy of the checkpoints may exist."""
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000001")
+    shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002")
+    for folder in (run / "checkpoints").iterdir():
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        Stage1(compose(*SHORT, f"resume={resume.format(run=run)}"), run).run()
+    assert str(caught.value) in (
+        f"run_dir={run}: holds a run, but none of its checkpoints is whole (step-00000001, step-00000002); nothing was "
+        "touched. Bring one back from a copy, or give another run_dir to start a new run",
+        f"resume={run}: no whole checkpoint there; give a run's folder or one of its checkpoints",
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_refused_leaves_a_run_as_it_was(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused(run, "optimizer.lr=0.1")
+    refused(run, "model.quantizer.codebook_size=32", "allow_changes=true")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+class EndedError(Exception):
+    """Stands for a process that a scheduler ends while it looks at held-out pictures."""
+
+
+@pytest.mark.parametrize(("every", "step"), [(2, 2), (50, 6)])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_process_that_ends_in_a_look_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int, told: bool
+) -> None:
+    """Neither in one between two steps nor in the last, be it in the middle or when the log has its numbers."""
+    words = [*TINY, f"evaluate.every={every}", "checkpoint.every=50", "checkpoint.best=psnr"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Stage1(compose(*words), whole).run()
+
+    def end(*_: Any) -> Any:
+        raise EndedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(Loop, "_amend") if told else (TokenizerStage, "evaluate"), end)
+        with pytest.raises(EndedError):
+            Stage1(compose(*words), cut).run()
+    found = newest(cut)
+    assert found and found.step == step
+    Stage1(compose(*words, "resume=true"), cut).run()
+    assert lines(cut) == lines(whole)
+    left, right = newest(cut), newest(whole)
+    assert left and right and left.state == right.state and not left.state["due"]
+
+
+def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of another run, which has no checkpoint to note it in."""
+    words = [*TINY, "checkpoint.every=50"]
+    Stage1(compose(*words), tmp_path / "whole").run()
+
+    def end(*_: Any) -> Any:
+        raise EndedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "evaluate", end)
+        with pytest.raises(EndedError):
+            Stage1(compose(*words), tmp_path / "cut").run()
+    Stage1(compose(*words, f"resume={tmp_path / 'cut'}"), tmp_path / "other").run()
+    found, whole = newest(tmp_path / "other"), newest(tmp_path / "whole")
+    assert found and whole and found.state == whole.state
+
+
+def test_going_on_from_another_run_does_not_write_over_one(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match="holds a run at step 2"):
+        Stage1(compose(*SHORT, f"resume={other}"), run).run()
+
+
+def test_a_finished_run_is_not_run_again(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "summary.json"}
+    value = Stage1(compose(*SHORT, "resume=true"), run).run()
+    assert value == -lines(run)[-1]["validation/psnr"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_going_back_in_time_sets_the_later_ones_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Stage1(compose(*TINY, "checkpoint.keep=2"), tmp_path).run()
+    names = [f"step-0000000{step}" for step in (4, 6)]
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    words = [*TINY, f"resume={checkpoints / names[0]}", "optimizer.lr=0.01", "allow_changes=true", "checkpoint.keep=1"]
+    before = (checkpoints / names[1] / "model.safetensors").read_bytes()
+    Stage1(compose(*words), tmp_path).run()
+    assert "set aside as" in caplog.text
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["aside-step-00000006", "step-00000006"]
+    assert (checkpoints / "aside-step-00000006" / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_one_does_not_push_out_those_that_count(tmp_path: Path) -> None:
+    """The newest is broken, only one is kept: the run must go on from the one before, and keep what it then saves."""
+    Stage1(compose(*TINY), tmp_path).run()
+    (tmp_path / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
+    whole = lines(tmp_path)
+
+    def stop(self: TokenizerStage, number: int, batch: Any) -> Any:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    step = TokenizerStage.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerStage, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Stage1(compose(*TINY, "resume=true", "checkpoint.keep=1", "checkpoint.every=1"), tmp_path).run()
+    found = newest(tmp_path)
+    assert found and found.step == 5
+    Stage1(compose(*TINY, "resume=true"), tmp_path).run()
+    assert lines(tmp_path) == whole
+
+
+def test_a_moved_folder_of_pictures_is_the_same_run(tmp_path: Path) -> None:
+    from tests.data.packing import png
+
+    for i in range(20):
+        path = tmp_path / "here" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png((i * 10, 0, 0)))
+    words = [*SHORT, "data=folder"]
+    Stage1(compose(*words, f"data.root={tmp_path / 'here'}"), tmp_path / "run").run()
+    (tmp_path / "here").rename(tmp_path / "there")
+    Stage1(compose(*words, f"data.root={tmp_path / 'there'}", "resume=true"), tmp_path / "run").run()
+    (tmp_path / "there" / "07.png").write_bytes(png((1, 2, 3), (40, 40)))
+    with pytest.raises(UserError, match="the training pictures"):
+        Stage1(compose(*words, f"data.root={tmp_path / 'there'}", "resume=true"), tmp_path / "run").run()
+
+
+MODEL = {"encoder": {"gradient_checkpointing": False}, "decoder": {}, "prior": {"gradient_checkpointing": False}}
+
+
+def config(**values: Any) -> DictConfig:
+    return DictConfig(
+        {"batch_size": 12, "accumulate": 1, "precision": "fp32", "image_size": 256, "model": MODEL, **values}
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_options_that_lower_it(error: Exception) -> None:
+    with pytest.raises(UserError) as caught, explained("stage1, step 3", "stage1", config()):
+        raise error
+    reason = "CUDA out of memory" if str(error) else "no memory left"
+    assert str(caught.value) == (
+        f"stage1, step 3: out of memory ({reason}). Go on with resume=true and accumulate=2, precision=bf16, "
+        "model.encoder.gradient_checkpointing=true; or begin another run with batch_size=6 or image_size=128"
+    )
+
+
+def test_an_allocation_that_this_machine_refuses() -> None:
+    with (
+        pytest.raises(UserError, match=r"^here: out of memory .*model.prior.gradient_checkpointing=true"),
+        explained("here", "stage2", config()),
+    ):
+        torch.empty(2**60)
+
+
+def test_what_cannot_be_lowered_is_not_offered() -> None:
+    with pytest.raises(UserError) as caught, explained("here", "stage2", config(batch_size=1, precision="bf16")):
+        raise MemoryError
+    assert "accumulate" not in str(caught.value) and "batch_size" not in str(caught.value)
+    assert "bf16" not in str(caught.value)
+
+
+def test_a_bug_is_no_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match=r"^a bug$"), explained("here", "stage2", config()):
+        raise RuntimeError("a bug")
+
+
+def test_out_of_memory_in_a_step_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(TokenizerStage, "step", step)
+    logging.disable(logging.NOTSET)
+    with pytest.raises(UserError, match=r"^stage1, step 1: out of memory \(CUDA out of memory\)"):
+        Stage1(compose(*TINY), tmp_path).run()

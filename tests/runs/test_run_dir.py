@@ -1,0 +1,131 @@
+"""A folder belongs to one run at a time; where it cannot be written that is one line, before anything is made."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs.test_async_checkpointer import limited
+from tests.test_run import Run, run  # noqa: F401  (a fixture)
+from tests.training.test_trainer import TINY
+from vqf.errors import UserError
+from vqf.run import main
+from vqf.runs.checkpoint import newest
+from vqf.runs.lock import held
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vqf.runs.lock import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that runs in a folder."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    with pytest.raises(UserError) as caught, held(tmp_path):
+        pass
+    assert str(caught.value) == (
+        f"run_dir={tmp_path}: process {other.pid} on {os.uname().nodename} is running there; wait until it ends, or "
+        "give another run_dir"
+    )
+    other.kill()
+    other.wait()
+    with held(tmp_path):
+        pass
+
+
+def test_a_process_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
+    """As one that loads pictures does for a moment."""
+    with held(tmp_path):
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+    command = [sys.executable, "-c", HOLD.replace("time.sleep(60)", ""), str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "held\n"
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+
+
+def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that is refused; returns its only line."""
+    sys.argv[1:] = list(arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def trained(run: Run, tmp_path: Path) -> Path:  # noqa: F811
+    """A run of two steps, made by a command."""
+    sys.argv[1:] = [*TINY, "logger=[report]", "steps=2", f"run_dir={tmp_path / 'run'}"]
+    main()
+    return tmp_path / "run"
+
+
+def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, words = contents(trained), [*TINY, "logger=[report]", f"run_dir={trained}"]
+    assert {"config.yaml", "summary.json", "report.html", "log.txt"} <= {Path(name).name for name in before}
+    capsys.readouterr()
+    assert "optimizer.lr 0.001 → 0.1" in ends(capsys, *words, "steps=2", "resume=true", "optimizer.lr=0.1")
+    assert "counts from the start" in ends(capsys, *words, "steps=1", "resume=true")
+    assert "holds a run at step 2" in ends(capsys, *words, "steps=2")
+    for pipeline in ("sample", "evaluate", "check"):
+        line = ends(capsys, f"pipeline={pipeline}", f"run={trained}", f"run_dir={trained}")
+        assert f"holds a run of pipeline=stage1, whose record pipeline={pipeline} would overwrite" in line
+    assert contents(trained) == before
+    found = newest(trained)
+    assert found
+    (found.path / "model.safetensors").write_bytes(b"damaged")
+    before = contents(trained)
+    for resume in ("true", "false"):
+        assert "none of its checkpoints is whole" in ends(capsys, *words, "steps=2", f"resume={resume}")
+    assert contents(trained) == before
+
+
+@pytest.mark.usefixtures("run")
+def test_two_commands_do_not_share_a_run(
+    tmp_path: Path, other: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ends(capsys, *TINY, f"run_dir={tmp_path}", "resume=true")
+    assert f"process {other.pid} on " in line
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("words", [TINY, ["pipeline=sample", "run=."]])
+def test_a_folder_that_cannot_be_one(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "cannot be written (" in ends(capsys, *words, f"run_dir={place}")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with limited(0):
+        line = ends(capsys, *TINY, f"run_dir={tmp_path / 'run'}")
+    assert line == (
+        f"run_dir={tmp_path / 'run'}: cannot be written (File too large); make room there, or give another run_dir"
+    )

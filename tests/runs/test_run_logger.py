@@ -1,0 +1,146 @@
+"""The record of a run: only whole lines, none twice, and none lost where a disk is full for a while."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqf.runs.run_logger import Journal
+
+
+class Recorder:
+    """A logger that remembers, or that finds no room."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.seen = error, list[Any]()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._see(step)
+
+    def images(self, step: int, name: str, images: torch.Tensor) -> None:
+        self._see(name)
+
+    def close(self) -> None:
+        self._see("close")
+
+    def _see(self, what: Any) -> None:
+        if self.error:
+            raise self.error
+        self.seen.append(what)
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@given(st.integers(0, 6), st.integers(0, 300))
+def test_a_log_cut_anywhere_goes_on_with_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, at: int, cut: int
+) -> None:
+    """A process is killed in the middle of a line, and another goes on from step `at`."""
+    run = tmp_path_factory.mktemp("run")
+    journal = Journal(run, [])
+    for step in range(1, 7):
+        journal.scalars(step, {"loss": step / 7})
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    kept = whole[: len(whole) - cut]
+    path.write_bytes(kept)
+    found = kept.count(b"\n") + (not kept.endswith(b"\n") and kept.endswith(b"}"))
+    journal = Journal(run, [])
+    journal.rewind(at)
+    assert steps(run) == list(range(1, min(at, found) + 1))
+    journal.scalars(9, {"loss": 1.0})
+    assert steps(run)[-1] == 9 and len(steps(run)) == min(at, found) + 1
+
+
+@pytest.mark.parametrize(("looked", "left"), [(True, ["loss", "validation/psnr"]), (False, ["loss"])])
+def test_a_look_that_the_checkpoint_does_not_know_is_forgotten(tmp_path: Path, looked: bool, left: list[str]) -> None:
+    journal = Journal(tmp_path, [])
+    for step in (1, 2):
+        journal.scalars(step, {"loss": 1.0})
+        journal.scalars(step, {"validation/psnr": 30.0})
+    journal.rewind(2, looked)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [key for line in found if line["step"] == 1 for key in list(line)[2:]] == ["loss", "validation/psnr"]
+    assert [key for line in found if line["step"] == 2 for key in list(line)[2:]] == left
+
+
+def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, [])
+    journal.scalars(1, {"loss": 1.0})
+    journal.scalars(2, {"loss": 2.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        journal.rewind(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_lines_wait_for_room_and_half_of_one_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, [])
+    journal.scalars(1, {"loss": 1.0})
+    opened = Path.open
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            self.file.write(text[: len(text) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *mode: Full(opened(self, *mode)))
+        journal.scalars(2, {"loss": 2.0})
+        journal.scalars(3, {"loss": 3.0})
+    assert steps(tmp_path) == [1]
+    journal.scalars(4, {"loss": 4.0})
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics.jsonl cannot be written: No space left on device; the run goes on"
+    ]
+
+
+def test_a_logger_without_room_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    full, good = Recorder(OSError(errno.ENOSPC, "No space left on device")), Recorder()
+    journal = Journal(tmp_path, [full, good])
+    journal.scalars(1, {"loss": 1.0})
+    journal.images(1, "samples", torch.zeros(1, 3, 1, 1))
+    journal.close()
+    assert good.seen == [1, "samples", "close"]
+    assert len(caplog.records) == 1
+
+
+def test_a_bug_in_a_logger_is_no_full_disk(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, [Recorder(KeyError("a bug"))])
+    with pytest.raises(KeyError, match="a bug"):
+        journal.scalars(1, {"loss": 1.0})
+
+
+def test_details_keep_the_newest_of_every_name(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, [])
+    journal.details({"codes": {"counts": [1]}, "best": {}})
+    journal.details({"codes": {"counts": [2]}})
+    journal.details({})
+    assert json.loads((tmp_path / "details.json").read_text()) == {"codes": {"counts": [2]}, "best": {}}

@@ -1,0 +1,34 @@
+"""A plugin for tests of several processes: a pipeline that each of them runs, and does as it is told."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from vqf import register
+from vqf.distributed import comm
+from vqf.errors import UserError
+from vqf.terminal import log
+
+
+@register("pipeline", "chorus")
+class Chorus:
+    """Agree on the folder, then do as told in some of the processes."""
+
+    parallel = True
+
+    def __init__(self, config: DictConfig, run_dir: Path, *, do: str = "nothing", who: str = "01") -> None:
+        self.run_dir, self.do, self.who = run_dir, do, who
+
+    def run(self) -> float:
+        """Return 0."""
+        log.info("singing in %s", self.run_dir.name)
+        assert comm.same(self.run_dir) == self.run_dir
+        if str(comm.rank()) in self.who:
+            if self.do == "warn":
+                log.warning("hoarse")
+            if self.do == "refuse":
+                raise UserError(f"process {comm.rank()} does not sing")
+            if self.do == "break":
+                raise IndexError(f"a bug in process {comm.rank()}")
+        comm.wait()
+        return 0.0

@@ -1,0 +1,95 @@
+"""Several processes of one run inside a test, connected by gloo as torchrun would connect them."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+import vqf  # noqa: F401  (imported once, in the server that the processes are forked from)
+from vqf.distributed import comm
+
+PATIENCE = 900  # seconds
+
+
+def together(
+    count: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    joined: bool = True,
+    mortal: bool = False,
+    parents: bool = False,
+) -> list[Any]:
+    """Run `work` in so many processes at once and return what each gives.
+
+    Args:
+        count: Of processes.
+        work: A function at the top of a module, which every process imports.
+        arguments: Pickled into every process.
+        joined: Whether the processes have found each other; otherwise they have only been told where to.
+        mortal: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
+        parents: Whether a process may start others, as one that loads data by workers does.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.processes", work.__module__])
+    port = free_port()
+    ends, processes = [], []
+    for rank in range(count):
+        told = variables(rank, count, port)
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_process, args=(theirs, told, joined, work, arguments), daemon=not parents)
+        process.start()
+        theirs.close()
+        ends.append(mine)
+        processes.append(process)
+    try:
+        return [_received(end, mortal) for end in ends]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a process."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
+
+
+def _process(
+    end: Connection, told: dict[str, str], joined: bool, work: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
+    os.environ.update(told)
+    torch.set_num_threads(1)
+    try:
+        with comm.together() if joined else nullcontext():
+            found = (work(*arguments), "")
+    except BaseException:
+        found = (None, traceback.format_exc())
+    end.send_bytes(pickle.dumps(found))  # whole: tensors in shared memory would end with this process
+
+
+def _received(end: Connection, mortal: bool) -> Any:
+    assert end.poll(PATIENCE), "a process hangs"
+    try:
+        value, trouble = pickle.loads(end.recv_bytes())
+    except EOFError:
+        value, trouble = "", "" if mortal else "it died"
+    if trouble and mortal:
+        return trouble
+    if trouble:
+        raise AssertionError(f"in a process:\n{trouble}")
+    return value

@@ -1,0 +1,103 @@
+"""Alarms: raised when a condition holds, once, and again only after it has gone; and what they tell to turn."""
+
+from typing import Any
+
+import pytest
+
+from tests.support.composing import compose
+from vqf.config.settings import check_config
+from vqf.training.alarms import LESSONS, PATIENCE, Watch, alarms
+
+BAD = {
+    "discriminator wins": {"discriminator": 0.0},
+    "discriminator knows nothing": {"logits_real": 0.003, "logits_fake": -0.002, "discriminator": 0.9975},
+    "adaptive weight": {"gan_weight": 1e4},
+    "codes die": {"spread": 0.05, "usage": 0.05},
+    "collapse": {"perplexity": 1.2},
+}
+GOOD = {
+    "discriminator": 0.9,
+    "gan_weight": 1.0,
+    "logits_real": 0.3,
+    "logits_fake": -0.2,
+    "spread": 0.95,
+    "usage": 0.1,
+    "perplexity": 300.0,
+}
+
+
+def watch(*words: str) -> Watch:
+    return Watch(alarms(compose("model=vqgan", *words).model))
+
+
+def raised(values: dict[str, float], *words: str) -> list[str]:
+    watched = watch(*words)
+    return [line for step in range(PATIENCE) for line in watched.look(step, values)]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_alarm_is_raised_once_and_names_an_option(name: str) -> None:
+    watched = watch()
+    patience = LESSONS if name == "discriminator knows nothing" else PATIENCE
+    said = [watched.look(step, BAD[name]) for step in range(patience + 3)]
+    assert [len(lines) for lines in said] == [0] * (patience - 1) + [1] + [0] * 3
+    assert "model." in said[patience - 1][0] or "optimizer." in said[patience - 1][0]
+
+
+def test_every_alarm_is_tried() -> None:
+    assert {alarm.name for alarm in watch().alarms} == set(BAD)
+
+
+def test_good_numbers_are_quiet() -> None:
+    watched = watch()
+    assert not any(watched.look(step, GOOD) for step in range(50))
+
+
+def test_a_run_without_a_game_has_no_alarms_of_one() -> None:
+    values = {key: value for each in BAD.values() for key, value in each.items()}
+    assert len(raised(values, "model.discriminator=null", "model.adversary=null")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["model/quantizer=vq"], "model.quantizer.revive=0.03 model.quantizer.start=kmeans"),
+        (["model/quantizer=ema"], "model.quantizer.revive=0.09 model.quantizer.start=kmeans"),
+        (["model/quantizer=ema", "model.quantizer.start=kmeans"], "model.quantizer.revive=0.09, or"),
+        (["model/quantizer=gumbel"], "raise model.quantizer.kl_weight"),
+    ],
+)
+def test_the_cure_of_dead_codes_is_one_that_the_quantizer_has(words: list[str], cure: str) -> None:
+    (line,) = raised(BAD["codes die"], *words)
+    assert cure in line
+    assert "model/quantizer=ema" not in line
+    options = [word.rstrip(",") for word in line.split() if word.startswith("model.quantizer.") and "=" in word]
+    check_config(compose("model=vqgan", *words, *options))  # they exist
+
+
+@pytest.mark.parametrize(
+    ("words", "weight", "said"),
+    [
+        (["model.adversary.clamp=10"], 8.0, "at its limit, model.adversary.clamp=10:"),
+        (["model.adversary.clamp=10"], 7.9, None),
+        ([], 999.0, None),
+        ([], 1001.0, "above 1,000: the discriminator gives almost no gradient. Give it time before it counts"),
+        (["model.adversary.adaptive=false", "model.adversary.weight=2000"], 2000.0, None),
+    ],
+)
+def test_the_adaptive_weight_at_its_limit(words: list[str], weight: float, said: str | None) -> None:
+    lines: list[Any] = raised({"gan_weight": weight}, "model.adversary.weight=0.8", *words)
+    assert [said in line for line in lines] == ([True] if said else [])
+
+
+def test_one_good_look_starts_the_count_again() -> None:
+    watched = watch()
+    for step in range(20):
+        values = GOOD if step % (PATIENCE - 1) == 0 else BAD["collapse"]
+        assert not watched.look(step, {"perplexity": values["perplexity"]})
+
+
+def test_an_alarm_comes_back_after_it_has_gone() -> None:
+    watched = watch()
+    said = [len(watched.look(0, {"perplexity": value})) for value in [1.0] * 6 + [100.0] * PATIENCE + [1.0] * 6]
+    assert sum(said) == 2

@@ -1,0 +1,275 @@
+"""Numbers that are not finite: named, and answered by stopping, skipping or going back."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY, lines, weights
+from vqf.batch import Batch
+from vqf.dataloading.order import Order
+from vqf.errors import UserError
+from vqf.losses.adversarial import Hinge
+from vqf.losses.pixel import L1
+from vqf.pipelines.stage1 import Stage1
+from vqf.pipelines.stage2 import Stage2
+from vqf.runs.checkpoint import newest
+from vqf.training.nonfinite import Guard, Lookout
+from vqf.training.prior_task import PriorStage
+from vqf.training.tokenizer_task import TokenizerStage
+
+nan, inf = float("nan"), float("inf")
+GAN = [*TINY, "model/quantizer=ema", "+model/regularizer=[lecam]"]
+
+
+def scalars(**values: float) -> dict[str, Tensor]:
+    return {key: torch.tensor(value) for key, value in values.items()}
+
+
+def test_the_first_step_and_every_name_are_remembered_without_reading() -> None:
+    lookout = Lookout()
+    lookout.see(3, scalars(loss=1.0, l1=2.0))
+    lookout.see(4, scalars(loss=1.0, l1=2.0, generator=0.0))  # the game begins
+    lookout.see(5, scalars(loss=inf, l1=2.0, generator=-inf))
+    lookout.see(6, scalars(loss=nan, l1=nan, generator=nan))
+    lookout.see(7, scalars(loss=1.0, l1=1.0, generator=1.0))
+    trouble = lookout.read()
+    assert trouble is not None
+    assert (trouble.step, trouble.words) == (5, "'generator' is -inf (loss too)")
+
+
+def test_finite_numbers_are_no_trouble() -> None:
+    lookout = Lookout()
+    lookout.see(0, {"dead": torch.tensor(3), "loss": torch.tensor(1e30), "half": torch.tensor(2.0).bfloat16()})
+    assert lookout.read() is None
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_the_limit(policy: str) -> None:
+    guard = Guard("stage1", OmegaConf.create({"nonfinite": policy, "limit": 2}))
+    moved = policy != "skip"
+
+    def trouble() -> None:
+        guard.see(8, scalars(loss=nan))
+        guard.read(moved)
+
+    trouble()
+    trouble()
+    guard.saved() if policy == "rollback" else guard.read(moved=True)  # all is well again: it counts from the start
+    trouble()
+    trouble()
+    with pytest.raises(UserError, match=r"^stage1, step 9: 'loss' is nan, 3 times .*, and guard\.limit=2\. Lower"):
+        trouble()
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Spoil a number at some batches; counted by the order of the data, as a broken picture would be."""
+    at: dict[str, int] = {}
+    original = Order.batch
+
+    def batch(self: Order, step: int) -> Any:
+        at["now"] = step
+        return original(self, step)
+
+    def install(cls: type, name: str, steps: set[int], value: float) -> None:
+        method = getattr(cls, name)
+
+        def spoilt(self: object, *arguments: Any) -> Tensor:
+            found = method(self, *arguments)
+            return found * value if at["now"] in steps and torch.is_grad_enabled() else found
+
+        monkeypatch.setattr(cls, name, spoilt)
+
+    monkeypatch.setattr(Order, "batch", batch)
+    return install
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, cls: type = TokenizerStage) -> list[dict[str, bytes]]:
+    """Keep everything that a run changes, before its first step and after each."""
+    kept: list[dict[str, bytes]] = []
+    step = cls.step  # type: ignore[attr-defined]
+
+    def state(stage: Any) -> dict[str, bytes]:
+        found = {f"{name}/{key}": t for name, module in stage.modules.items() for key, t in module.state_dict().items()}
+        for name, optimizer in stage.optimizers.items():
+            for number, entry in optimizer.state_dict()["state"].items():
+                found |= {f"{name}-optimizer/{number}/{key}": each for key, each in entry.items()}
+        return {key: each.numpy().tobytes() for key, each in found.items()}
+
+    def stepped(self: Any, number: int, batch: Batch) -> Any:
+        if not kept:
+            kept.append(state(self))
+        values = step(self, number, batch)
+        kept.append(state(self))
+        return values
+
+    monkeypatch.setattr(cls, "step", stepped)
+    return kept
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_a_skipped_step_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(L1, "forward", {0, 4}, value)  # 0: before the codebook has started, 4: with both players in the game
+    kept = watch(monkeypatch)
+    Stage1(compose(*GAN, "guard.nonfinite=skip"), tmp_path).run()
+    same = [[key for key in after if before.get(key) == after[key]] for before, after in pairwise(kept)]
+    assert len(same) == 6
+    for step, unchanged in enumerate(same):
+        if step in (0, 4):
+            assert set(unchanged) == set(kept[step + 1])
+        else:
+            assert "model/quantizer.codebook" not in unchanged and "usage/age" not in unchanged
+    said = [record.getMessage() for record in caplog.records if "step skipped" in record.getMessage()]
+    assert [line.split(";")[1] for line in said] == [" step skipped, 1 of at most 10 in a row"] * 2
+    assert said[0].startswith("stage1, step 1: 'l1' is ") and said[1].startswith("stage1, step 5: ")
+
+
+def test_the_average_waits_too(tmp_path: Path, spoil: Any) -> None:
+    spoil(L1, "forward", {5}, nan)  # the last one
+    Stage1(compose(*GAN, "guard.nonfinite=skip", "checkpoint.every=5"), tmp_path).run()
+    before, after = (tmp_path / "checkpoints" / f"step-0000000{step}" / "ema.safetensors" for step in (5, 6))
+    assert before.read_bytes() == after.read_bytes()
+
+
+def test_a_discriminator_that_fails_stays_and_the_tokenizer_moves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
+) -> None:
+    spoil(Hinge, "discriminator_loss", {4}, nan)
+    kept = watch(monkeypatch)
+    Stage1(compose(*GAN, "guard.nonfinite=skip"), tmp_path).run()
+    before, after = kept[4:6]
+    for key, value in after.items():
+        if key.startswith("discriminator"):
+            assert value == before[key], key
+    assert after["model/quantizer.codebook"] != before["model/quantizer.codebook"]
+
+
+def test_skipped_steps_in_a_row_stop_the_run_also_over_a_resume(tmp_path: Path, spoil: Any) -> None:
+    spoil(L1, "forward", {1, 2, 3, 4}, nan)
+    words = [*GAN, "guard.nonfinite=skip", "guard.limit=3"]
+    for resume in ("false", "true"):  # the second process goes on from step 4: three were skipped before
+        with pytest.raises(UserError, match=r"^stage1, step 5: 'l1' is nan.*, 4 times in a row, and guard\.limit=3"):
+            Stage1(compose(*words, f"resume={resume}"), tmp_path).run()
+    found = newest(tmp_path)
+    assert found and found.step == 4
+
+
+def test_stage2_skips_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
+    Stage1(compose(*TINY), tmp_path / "tokenizer").run()
+    spoil(PriorStage, "_loss", {2}, nan)
+    kept = watch(monkeypatch, PriorStage)
+    config = compose(*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "guard.nonfinite=skip")
+    Stage2(config, tmp_path / "prior").run()
+    assert [before == after for before, after in pairwise(kept)] == [
+        False,
+        False,
+        True,
+        *[False] * 3,
+    ]
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batches that steps were taken on."""
+    seen: list[int] = []
+    original = Order.batch
+
+    def batch(self: Order, step: int) -> Any:
+        seen.append(step)
+        return original(self, step)
+
+    monkeypatch.setattr(Order, "batch", batch)
+    return seen
+
+
+def test_going_back_passes_over_the_batches_that_made_the_trouble(
+    tmp_path: Path, order: list[int], spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(L1, "forward", {3}, nan)
+    Stage1(compose(*GAN, "guard.nonfinite=rollback"), tmp_path).run()
+    assert order == [0, 1, 2, 3, 4, 5, 6, 7]
+    found = newest(tmp_path)
+    assert found and (found.step, found.state["passed"]) == (6, 2)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert "stage1, step 4: 'l1' is nan" in caplog.text and "back at step 2, and on with other pictures" in caplog.text
+
+
+def test_going_back_to_the_very_start(tmp_path: Path, spoil: Any) -> None:
+    spoil(L1, "forward", {0}, nan)
+    Stage1(compose(*GAN, "guard.nonfinite=rollback"), tmp_path).run()
+    found = newest(tmp_path)
+    assert found and (found.step, found.state["passed"]) == (6, 1)
+
+
+def test_a_run_that_went_back_is_resumed_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
+) -> None:
+    spoil(L1, "forward", {1, 5}, nan)
+    words = [*GAN, "guard.nonfinite=rollback"]
+    Stage1(compose(*words), tmp_path / "whole").run()
+    for kill in range(8):
+        with monkeypatch.context() as patch:
+            end_after(kill, patch)
+            with pytest.raises(KeyboardInterrupt):
+                Stage1(compose(*words, "resume=true"), tmp_path / "cut").run()
+    Stage1(compose(*words, "resume=true"), tmp_path / "cut").run()
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def end_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the process after so many steps, wherever they lead."""
+    numbers: Iterator[int] = iter(range(100))
+    original = TokenizerStage.step
+
+    def step(self: TokenizerStage, number: int, batch: Batch) -> Any:
+        if next(numbers) >= min(steps, 2):
+            raise KeyboardInterrupt
+        return original(self, number, batch)
+
+    monkeypatch.setattr(TokenizerStage, "step", step)
+
+
+def test_a_run_that_cannot_be_saved_by_going_back_stops(tmp_path: Path, spoil: Any) -> None:
+    spoil(L1, "forward", set(range(2, 50)), nan)
+    with pytest.raises(UserError, match=r"^stage1, step 3: .*, 4 times without a new checkpoint, and guard\.limit=3"):
+        Stage1(compose(*GAN, "guard.nonfinite=rollback", "guard.limit=3"), tmp_path).run()
+    found = newest(tmp_path)
+    assert found and found.step == 2
+    assert json.loads((found.path / "state.json").read_text())["passed"] == 0
+
+
+def test_what_is_not_finite_between_two_lines_of_the_log_is_seen(tmp_path: Path, spoil: Any) -> None:
+    spoil(L1, "forward", {2}, nan)
+    with pytest.raises(UserError, match=r"^stage1, step 3: 'l1' is nan"):
+        Stage1(compose(*GAN, "log.every=50", "checkpoint.every=50"), tmp_path).run()
+
+
+def test_a_device_that_is_not_read_every_step_never_saves_what_is_spoilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU: the record is read where something is logged, looked at or saved."""
+    from vqf.training.trainer import Loop
+
+    reads: list[int] = []
+    read = Guard.read
+    monkeypatch.setattr(Loop, "_trouble", lambda self, due: self.guard.read(True) if due else None)
+    monkeypatch.setattr(Guard, "read", lambda self, moved: (reads.append(1), read(self, moved))[1])
+    spoil(L1, "forward", {2}, nan)
+    caplog.set_level(logging.INFO, "vqf")
+    Stage1(compose(*GAN, "guard.nonfinite=rollback", "log.every=3", "checkpoint.every=2"), tmp_path).run()
+    found = newest(tmp_path)
+    assert found and (found.step, found.state["passed"]) == (6, 1)
+    assert len(reads) == 5  # at steps 2, 3, and after going back 3, 4, 6
+    assert "stage1, step 3: 'l1' is nan" in caplog.text

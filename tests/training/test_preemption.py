@@ -1,0 +1,184 @@
+"""What a scheduler says to a running job, answered between two steps."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY, lines, weights
+from vqf.batch import Batch
+from vqf.dataloading.loader import sequential
+from vqf.pipelines.full import Full
+from vqf.pipelines.stage1 import Stage1
+from vqf.runs.checkpoint import newest
+from vqf.training.preemption import TERMINATED, Signals
+from vqf.training.tokenizer_task import TokenizerStage
+
+LONG = [*TINY, "checkpoint.every=50"]
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def during(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Send signals to this process in the middle of a step."""
+    original = TokenizerStage.step
+
+    def stepped(self: TokenizerStage, number: int, batch: Batch) -> Any:
+        if number == step:
+            for each in numbers:
+                signal.raise_signal(each)
+        return original(self, number, batch)
+
+    monkeypatch.setattr(TokenizerStage, "step", stepped)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    Stage1(compose(*LONG), run).run()
+    return run
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_sigterm_saves_after_the_step_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vqf")
+    with monkeypatch.context() as patch:
+        during(step, patch, signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            Stage1(compose(*LONG), tmp_path).run()
+    assert ended.value.code == TERMINATED == 143
+    assert saved(tmp_path) == [f"step-{step + 1:08d}"]
+    assert f"ended by SIGTERM, saved at step {step + 1}; resume=true goes on" in caplog.text
+    Stage1(compose(*LONG, "resume=true"), tmp_path).run()
+    assert lines(tmp_path) == lines(whole)
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    during(2, monkeypatch, signal.SIGUSR1, signal.SIGUSR1)
+    Stage1(compose(*LONG), tmp_path).run()
+    assert saved(tmp_path) == ["step-00000003", "step-00000006"]
+    assert lines(tmp_path) == lines(whole)
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_sigterm_in_the_last_look_keeps_what_the_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = TokenizerStage.evaluate
+
+    def told(self: TokenizerStage, *arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(TokenizerStage, "evaluate", told)
+    config = compose(*TINY, "pipeline=full", "stage2.steps=1", "evaluate.every=50")
+    with pytest.raises(SystemExit) as ended:  # and stage 2 does not begin
+        Full(config, tmp_path).run()
+    assert ended.value.code == 143
+    assert lines(tmp_path / "stage1")[-1]["step"] == 6 and not (tmp_path / "stage2").exists()
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    Stage1(compose(*TINY, "steps=1"), tmp_path).run()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_run_in_another_thread_does_without() -> None:
+    found: list[bool] = []
+
+    def run() -> None:
+        with Signals() as signals:
+            found.append(signals.save())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+class Shaken:
+    """Pictures that take a moment; at the third, somebody signals the process that loads it."""
+
+    fingerprint = "shaken"
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 6
+
+    def item(self, epoch: int, index: int) -> Any:
+        import torch
+
+        from vqf.batch import Sample
+
+        if index == 2:
+            subprocess.run(["kill", f"-{self.number}", str(os.getpid())], check=True)
+            time.sleep(0.2)
+        return Sample(torch.full((3, 1, 1), float(index)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_that_signals_every_process_leaves_the_loading_ones_alone(number: int) -> None:
+    shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential(Shaken(number), 2, workers=1)]  # type: ignore[index]
+    assert shown == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.fixture
+def thread_at_birth() -> Iterator[None]:
+    """Have every process that is forked begin with a second thread, as one does that inherits an open queue."""
+    on = [True]
+    os.register_at_fork(
+        after_in_child=lambda: on and threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    )
+    yield
+    on.clear()
+
+
+@pytest.mark.usefixtures("thread_at_birth")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_no_thread_of_a_loading_process_is_older_than_its_orders(number: int) -> None:
+    for _ in range(3):  # the kernel chooses the thread that a signal is for
+        assert len(list(sequential(Shaken(number), 2, workers=1))) == 3  # type: ignore[arg-type]
+
+
+def test_this_process_goes_on_to_hear_signals() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loading = sequential(Shaken(0), 2, workers=1)  # type: ignore[arg-type]
+    next(loading)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    loading.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_job_whose_every_process_is_told_to_end(tmp_path: Path, workers: int) -> None:
+    """As SLURM does at the end of the time: SIGTERM to all processes; the same command goes on."""
+    words = [*LONG, "steps=400", f"workers={workers}", f"run_dir={tmp_path}", "resume=true", "data.flip=true"]
+    command = [sys.executable, "-m", "vqf.run", *words]
+    ended = []
+    for _ in range(2):
+        before = len(lines(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+        job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < before + 3:
+            assert job.poll() is None
+            time.sleep(0.02)
+        os.killpg(job.pid, signal.SIGTERM)
+        _, said = job.communicate(timeout=60)
+        ended.append((job.returncode, said))
+        found = newest(tmp_path)
+        assert found and found.step == lines(tmp_path)[-1]["step"]
+    assert ended == [(143, "")] * 2

@@ -1,0 +1,138 @@
+"""Scorers, and the choice among candidates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.composing import compose
+from tests.training.test_trainer import TINY
+from vqf.errors import UserError
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import build_tokenizer
+from vqf.networks.perceptual import LITE_SCALE, LITE_SHIFT, lite_classifier
+from vqf.pipelines.sample import Sample
+from vqf.pipelines.stage1 import Stage1
+from vqf.pipelines.stage2 import Stage2
+from vqf.protocols import Drawn
+from vqf.registry import build
+from vqf.runs.load import build_generator
+from vqf.seeding import mix
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    config = compose(*TINY, "model/conditioner=label")
+    torch.manual_seed(0)
+    made = build_generator(config, build_tokenizer(config.model, 16), CLASSES).eval()
+    for parameter in made.prior.parameters():  # type: ignore[attr-defined]
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+class Red:
+    """Likes red."""
+
+    def __call__(self, drawn: Drawn) -> torch.Tensor:
+        return drawn.images[:, 0].mean((1, 2))
+
+
+def test_likelihood_is_the_prior_s_own(generator: Generator) -> None:
+    labels = torch.tensor([0, 2])
+    tokens, prefix = torch.randint(16, (2, 4)), labels[:, None]
+    found = build("scorer", {"name": "likelihood"})(
+        Drawn(torch.zeros(2, 3, 16, 16), tokens, generator.prior, prefix, labels, CLASSES)
+    )
+    for b in range(2):
+        total = 0.0
+        for n in range(4):
+            logits = generator.prior(tokens[b : b + 1], prefix[b : b + 1])[0, n].double()
+            total += float(logits[tokens[b, n]] - logits.logsumexp(0))
+        assert float(found[b]) == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_the_best_of_all_candidates_is_kept(generator: Generator) -> None:
+    generator.scorer = Red()
+    best = generator.sample(3, seed=5, candidates=4)
+    drawn = [generator.sample(3, seed=mix(5, "candidate", c) if c else 5) for c in range(4)]
+    scores = torch.stack([each[:, 0].mean((1, 2)) for each in drawn])
+    for b in range(3):
+        assert torch.equal(best[b], drawn[int(scores[:, b].argmax())][b])
+    assert len(set(scores.argmax(0).tolist())) > 1 or scores.argmax(0)[0] > 0, (
+        "the first was best everywhere: no choice seen"
+    )
+    torch.testing.assert_close(generator.sample(1, seed=5, first=2, candidates=4, label=2), best[2:])
+
+
+def test_a_choice_needs_a_scorer(generator: Generator) -> None:
+    generator.scorer = None
+    with pytest.raises(UserError, match="a scorer says which is best; choose one with scorer=likelihood"):
+        generator.sample(1, candidates=2)
+
+
+def test_a_picture_larger_than_the_prior_has_no_likelihood(generator: Generator) -> None:
+    sliding = build("sampler", {"name": "sliding_window"})
+    wide = Generator(generator.tokenizer, generator.conditioner, generator.prior, sliding, CLASSES)
+    wide.scorer = build("scorer", {"name": "likelihood"})
+    with pytest.raises(UserError, match="larger than what the prior has learned"):
+        wide.sample(1, size=(16, 32), candidates=2)
+
+
+def test_imagenet_scores_are_log_probabilities_of_the_label() -> None:
+    images = torch.rand(2, 3, 260, 260) * 2 - 1
+    labels = torch.tensor([3, 977])
+    scorer, names = build("scorer", {"name": "imagenet"}), [str(i) for i in range(1000)]
+    found = scorer(Drawn(images, torch.zeros(2, 1), None, None, labels, names))
+    with torch.no_grad():
+        logits = lite_classifier("lite2")(images * LITE_SCALE + LITE_SHIFT).double()
+    expected = logits.softmax(-1)[torch.arange(2), labels].log()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="the prior has 3 classes, not ImageNet's 1,000"):
+        scorer(Drawn(images, torch.zeros(2, 1), None, None, labels, CLASSES))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    Stage1(compose(*TINY, "steps=2"), folder / "stage1").run()
+    Stage2(compose(*TINY, "pipeline=stage2", f"run={folder / 'stage1'}", "steps=2"), folder / "stage2").run()
+    return folder
+
+
+def test_the_command_chooses_among_candidates(run: Path, tmp_path: Path) -> None:
+    config = compose("pipeline=sample", f"run={run}", "scorer=likelihood", "logger=[]")
+    Sample(config, tmp_path / "best", count=2, candidates=3).run()
+    assert len(list((tmp_path / "best" / "samples").iterdir())) == 2
+
+
+def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first batch, gone on with: the same pictures, and only the missing ones are drawn."""
+    words = ["pipeline=sample", f"run={run}", "logger=[]"]  # in batches of 8, as the run
+    Sample(compose(*words), tmp_path / "whole", count=30).run()
+    drawn: list[int] = []
+    draw = Generator.sample
+
+    def counted(self: Generator, count: int, **options: Any) -> torch.Tensor:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(options["first"])
+        return draw(self, count, **options)
+
+    monkeypatch.setattr(Generator, "sample", counted)
+    with pytest.raises(KeyboardInterrupt):
+        Sample(compose(*words), tmp_path / "cut", count=30).run()
+    assert drawn == [0, 8] and len(list((tmp_path / "cut" / "samples").glob("*.png"))) == 16
+    drawn.clear()
+    monkeypatch.setattr(
+        Generator,
+        "sample",
+        lambda self, count, **options: drawn.append(options["first"]) or draw(self, count, **options),
+    )
+    Sample(compose(*words, "resume=true"), tmp_path / "cut", count=30).run()
+    assert drawn == [16, 24]
+    for path in (tmp_path / "whole" / "samples").iterdir():
+        assert Image.open(path).tobytes() == Image.open(tmp_path / "cut" / "samples" / path.name).tobytes()

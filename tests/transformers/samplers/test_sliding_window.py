@@ -1,0 +1,320 @@
+"""Sliding windows: every way to go through a grid against the loop of the paper's notebook, one token at a time."""
+
+import itertools
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vqf.errors import UserError
+from vqf.registry import RegistryError, build
+from vqf.transformers.gpt import GPT
+from vqf.transformers.samplers.filtering import draw, uniforms
+from vqf.transformers.samplers.window_logits import crop
+from vqf.transformers.samplers.window_schedule import make_plan, row_by_row, waves, window_start
+
+V, P, SEED = 13, 7, 3
+WAYS = [
+    dict(zip(("prefix_only", "cache", "wavefront"), each, strict=True)) for each in itertools.product((0, 1), repeat=3)
+]
+CASES = [  # grid, window
+    ((4, 4), (4, 4)),
+    ((7, 9), (4, 4)),
+    ((9, 4), (4, 4)),
+    ((4, 11), (4, 4)),
+    ((5, 6), (4, 4)),
+    ((6, 13), (2, 6)),
+    ((9, 7), (6, 2)),
+    ((8, 10), (3, 5)),
+    ((3, 10), (4, 4)),
+    ((5, 6), (1, 3)),
+    ((3, 5), (2, 1)),
+]
+
+
+@lru_cache
+def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
+    """A prior behind one token, or behind one for every place of the window."""
+    torch.manual_seed(0)
+    places = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
+    sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
+    options = {"unmasked": {"name": "gpt", "unmasked_prefix": True}, "llama": {"name": "llama", "multiple_of": 8}}
+    node = {"name": name, "layers": 2, "heads": 2, "dim": 16, **options.get(name, {})}
+    model = build("prior", node, **sizes, prefix_length=len(places), prefix_places=places).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
+    return model
+
+
+def gpt(length: int) -> GPT:
+    return prior("gpt", (1, length))
+
+
+def notebook_local(i: int, window: int, length: int) -> int:
+    """A token's place in its window as the paper's notebook has it, for even windows."""
+    if i <= window // 2:
+        return i
+    if length - i < window // 2:
+        return window - (length - i)
+    return window // 2
+
+
+def one_by_one(
+    prior: Any, condition: Callable[[int, int, int], Tensor], batch: int, grid: tuple[int, int], window: tuple[int, int]
+) -> Tensor:
+    """For each sample, row and column: the whole window through the whole prior, of which one row of logits counts."""
+    (H, W), (h, w) = grid, (min(window[0], grid[0]), window[1])
+    out = []
+    for b in range(batch):
+        numbers = uniforms(SEED, b, H * W).reshape(H, W)
+        drawn = torch.randint(V, grid)  # what is not drawn yet may be anything
+        for i in range(H):
+            local_i = notebook_local(i, h, H) if h % 2 == 0 else i - min(max(i - h // 2, 0), H - h)
+            for j in range(W):
+                local_j = notebook_local(j, w, W) if w % 2 == 0 else j - min(max(j - w // 2, 0), W - w)
+                top, left = i - local_i, j - local_j
+                patch = drawn[top : top + h, left : left + w].reshape(1, -1)
+                logits = prior(patch, condition(b, top, left)).reshape(1, h, w, -1)[:, local_i, local_j]
+                drawn[i, j] = draw(logits.float(), numbers[i, j][None])[0]
+        out.append(drawn.flatten())
+    return torch.stack(out)
+
+
+@lru_cache
+def expected(grid: tuple[int, int], window: tuple[int, int], name: str = "gpt") -> Tensor:
+    prefix = torch.tensor([[0], [3], [5]])
+    return one_by_one(prior(name, window), lambda b, top, left: prefix[b : b + 1], 3, grid, window)
+
+
+def sampler(window: tuple[int, int], **options: Any) -> Any:
+    options = {key: bool(value) if key in WAYS[0] else value for key, value in options.items()}
+    return build("sampler", {"name": "sliding_window", "window": list(window), **options})
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=str)
+@pytest.mark.parametrize(("grid", "window"), CASES)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_every_way_gives_the_tokens_of_the_plain_loop(name: str, grid: tuple, window: tuple, ways: dict) -> None:
+    prefix = torch.tensor([[0], [3], [5]])
+    tokens = sampler(window, **ways)(prior(name, window), prefix, grid, seed=SEED)
+    assert torch.equal(tokens, expected(grid, window, name))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 7])
+@pytest.mark.parametrize("wavefront", [False, True])
+def test_windows_that_memory_has_no_room_for_are_read_again(kept: int, wavefront: bool) -> None:
+    model, prefix = prior("gpt", (4, 4)), torch.tensor([[0], [3], [5]])
+    room = (kept + 0.5) * 3 * model.sequence_bytes / 1e9
+    drawer = sampler((4, 4), cache_gb=room, wavefront=wavefront)
+    assert torch.equal(drawer(model, prefix, (7, 9), seed=SEED), expected((7, 9), (4, 4)))
+
+
+class Slow:
+    """The GPT with less to offer: no way to be fed, or only token by token."""
+
+    vocab_size = V
+
+    def __init__(self, model: GPT, fed: bool) -> None:
+        self.model = model
+        if fed:
+            self.begin = lambda prefix: model.begin(prefix)
+            self.advance = model.advance
+
+    def __call__(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+        return self.model(tokens, prefix)
+
+    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+        return self.model.loss(tokens, prefix)
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_any_prior_will_do(fed: bool) -> None:
+    tokens = sampler((4, 4))(Slow(gpt(16), fed), torch.tensor([[0], [3], [5]]), (7, 9), seed=SEED)
+    assert torch.equal(tokens, expected((7, 9), (4, 4)))
+
+
+LAYOUT = torch.randint(P, (2, 6, 9), generator=torch.Generator().manual_seed(4))
+
+
+def condition(b: int, top: int, left: int) -> Tensor:
+    return LAYOUT[b : b + 1, top : top + 3, left : left + 4].reshape(1, 12)
+
+
+@lru_cache
+def expected_of_a_map(name: str) -> Tensor:
+    return one_by_one(prior(name, (3, 4), mapped=True), condition, 2, (6, 9), (3, 4))
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=str)
+@pytest.mark.parametrize("callable_prefix", [False, True])
+@pytest.mark.parametrize("name", ["gpt", "unmasked", "llama"])
+def test_a_spatial_condition_is_cropped_with_the_window(name: str, ways: dict, callable_prefix: bool) -> None:
+    grid, window, layout = (6, 9), (3, 4), LAYOUT
+    model, plain = prior(name, window, mapped=True), expected_of_a_map(name)
+
+    def by_start(at: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        assert size == window
+        return torch.cat([condition(b, *at) for b in range(2)])
+
+    prefix: Any = by_start if callable_prefix else layout
+    assert torch.equal(sampler(window, **ways)(model, prefix, grid, seed=SEED), plain)
+    other = layout.clone()
+    other[:, -1, -1] = (other[:, -1, -1] + 1) % P
+    changed = (sampler(window, **ways)(model, other, grid, seed=SEED) != plain).reshape(2, *grid)
+    assert not changed[:, :4].any()  # rows whose windows end above the last
+
+
+def test_one_window_over_the_whole_grid_is_the_autoregressive_sampler() -> None:
+    prefix = torch.tensor([[0], [3], [5]])
+    plain = build("sampler", {"name": "autoregressive", "top_k": 6, "min_p": 0.02})(gpt(12), prefix, (3, 4), seed=9)
+    window = build("sampler", {"name": "sliding_window", "top_k": 6, "min_p": 0.02})
+    assert torch.equal(window(gpt(12), prefix, (3, 4), seed=9), plain)
+    assert torch.equal(window(gpt(20), prefix, (3, 4), seed=9, window=(4, 4)), window(gpt(20), prefix, (3, 4), seed=9))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_guidance_is_the_same_every_way(schedule: str) -> None:
+    prefix, null = torch.tensor([[0], [3]]), torch.tensor([[6], [6]])
+    options = {"guidance": 2.5, "guidance_schedule": schedule}
+    drawn = [sampler((4, 4), **ways, **options)(gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null) for ways in WAYS]
+    assert all(torch.equal(each, drawn[0]) for each in drawn)
+    assert not torch.equal(drawn[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
+    whole = build("sampler", {"name": "autoregressive", **options})(gpt(16), prefix, (4, 4), seed=1, null_prefix=null)
+    assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), whole)
+    with pytest.raises(UserError, match=r"model\.conditioner\.label\.drop"):
+        sampler((4, 4), **options)(gpt(16), prefix, (6, 9), seed=SEED)
+
+
+def test_known_tokens_stay_and_the_rest_follows_from_them() -> None:
+    prefix, whole = torch.tensor([[0], [3], [5]]), expected((7, 9), (4, 4))
+    hidden = torch.rand(whole.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    again = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=whole.masked_fill(hidden, -1))
+    assert torch.equal(again, whole)
+    other = (whole + 1) % V
+    kept = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=other.masked_fill(hidden, -1))
+    assert torch.equal(kept[~hidden], other[~hidden])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(0, 30), st.data())
+def test_windows_start_where_the_notebook_starts_them(half: int, more: int, data: st.DataObject) -> None:
+    window, length = 2 * half, 2 * half + more
+    i = data.draw(st.integers(0, length - 1))
+    assert window_start(i, window, length) == i - notebook_local(i, window, length)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 25), st.integers(0, 40), st.data())
+def test_a_window_holds_its_token_inside_of_the_grid(window: int, more: int, data: st.DataObject) -> None:
+    length = window + more
+    i = data.draw(st.integers(0, length - 1))
+    at = window_start(i, window, length)
+    assert 0 <= at <= i < at + window <= length
+    assert at == i - window // 2 or (at == 0 and i < window // 2) or (at == length - window and i > at + window // 2)
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 12))
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_a_wave_waits_for_all_that_its_windows_show(size: tuple[int, int, int, int]) -> None:
+    h, w, taller, wider = size
+    H, W = h + taller, w + wider
+    drawn: set[tuple[int, int]] = set()
+    steps = 0
+    for cells in waves((H, W), w):
+        for i, j in cells:
+            top, left = window_start(i, h, H), window_start(j, w, W)
+            window = itertools.product(range(top, top + h), range(left, left + w))
+            assert {cell for cell in window if cell < (i, j)} <= drawn
+        assert cells and not drawn & set(cells)
+        drawn |= set(cells)
+        steps += 1
+    assert drawn == set(itertools.product(range(H), range(W)))
+    assert steps == W + w * (H - 1)
+
+
+@pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((24, 160), 528), ((64, 64), 1072), ((32, 32), 528)])
+def test_steps_of_known_grids(grid: tuple[int, int], steps: int) -> None:
+    assert len(list(waves(grid, 16))) == steps
+
+
+def passes(model: GPT, work: Callable[[], object]) -> list[int]:
+    """The token positions that run through the blocks, pass by pass."""
+    counted: list[int] = []
+    hook = model.blocks[0].register_forward_hook(lambda module, inputs, output: counted.append(output[..., 0].numel()))
+    work()
+    hook.remove()
+    return counted
+
+
+def windows_of(grid: tuple[int, int], window: tuple[int, int]) -> dict[tuple[int, int], list[int]]:
+    """For every place of a window, the positions of [start token; tokens] that each of its tokens needs."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, j in itertools.product(range(grid[0]), range(grid[1])):
+        top, left = window_start(i, window[0], grid[0]), window_start(j, window[1], grid[1])
+        found.setdefault((top, left), []).append(1 + (i - top) * window[1] + j - left)
+    return found
+
+
+@pytest.mark.parametrize("grid", [(9, 12), (7, 4), (4, 11)])
+def test_the_work_is_what_the_options_say(grid: tuple[int, int]) -> None:
+    model, prefix = gpt(16), torch.tensor([[0]])
+    work = {}
+    for ways in WAYS:
+        drawer = sampler((4, 4), **ways)
+        work[tuple(ways.values())] = passes(model, lambda drawer=drawer: drawer(model, prefix, grid, seed=0))
+    cells, needed = grid[0] * grid[1], windows_of(grid, (4, 4)).values()
+    for ways, counted in work.items():
+        assert len(counted) == (grid[1] + 4 * (grid[0] - 1) if ways[2] else cells)
+    assert sum(work[0, 0, 0]) == sum(work[0, 0, 1]) == cells * 16
+    assert sum(work[1, 0, 0]) == sum(work[1, 0, 1]) == sum(sum(each) for each in needed)
+    once = sum(max(each) for each in needed)  # every position of every window
+    assert sum(work[1, 1, 0]) == sum(work[1, 1, 1]) == sum(work[0, 1, 0]) == sum(work[0, 1, 1]) == once
+
+
+@pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((64, 64), 1072)])
+def test_the_prior_is_asked_once_for_every_wave(grid: tuple[int, int], steps: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(V, 256, P, 1, layers=1, heads=1, dim=4).eval()
+    assert len(passes(model, lambda: sampler((16, 16))(model, torch.tensor([[0]]), grid, seed=0))) == steps
+
+
+@pytest.mark.parametrize("wavefront", [False, True])
+@pytest.mark.parametrize("keep", [0, 5, 1000])
+def test_a_plan_keeps_no_more_than_it_may_and_reads_in_order(keep: int, wavefront: bool) -> None:
+    grid, window = (11, 14), (4, 4)
+    order = list(waves(grid, 4) if wavefront else row_by_row(grid))
+    plan = make_plan(iter(order), window, grid, 3, keep)
+    assert [[each.cell for each in wave.readings] for wave in plan.waves] == order
+    held: dict[int, tuple[tuple[int, int], int]] = {}  # what stands in each slot: a window, and its first positions
+    for wave in plan.waves:
+        assert len({each.slot for each in wave.readings}) == len(wave.readings)
+        for each in wave.readings:
+            assert 0 <= each.slot < plan.slots
+            assert each.start == 0 or held[each.slot] == (each.window, each.start)
+            held[each.slot] = (each.window, each.start + each.count)
+    # At most all windows of the upper and the lower border, and what a wave holds besides.
+    assert plan.slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(each) for each in order)
+
+
+def test_crop_reads_a_grid_row_by_row() -> None:
+    layout = torch.arange(24).reshape(1, 4, 6)
+    assert crop(layout, (1, 2), (2, 3)).tolist() == [[8, 9, 10, 14, 15, 16]]
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    prefix = torch.tensor([[0]])
+    with pytest.raises(UserError, match="narrower than the window of 4 x 4; draw at least 4 columns"):
+        sampler((4, 4))(gpt(16), prefix, (8, 3), seed=0)
+    with pytest.raises(UserError, match=r"sampler\.window=\[4,5\]: it has 20 tokens, the prior models 16"):
+        sampler((4, 5))(gpt(16), prefix, (8, 8), seed=0)
+    with pytest.raises(RegistryError, match="window must be at least 1 high and wide"):
+        sampler((0, 5))

@@ -1,0 +1,228 @@
+"""Reads the command line before Hydra acts on it, so that a slip costs a second and a line, not a run.
+
+Hydra stops at the first mistake, with advice such as "to append to your config use +stepz=5" that makes it worse.
+This composes the same config, and where that fails tries the arguments one by one to say which of them is at fault.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from vqf.config import messages
+from vqf.config.settings import check_config
+from vqf.config.untrusted import foreign_words
+from vqf.errors import UserError, unknown
+
+# What composing raises; the ValueError is Hydra's, for a group set to null.
+FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+UNKNOWN_KEY = (ConfigKeyError, ConfigAttributeError)
+
+
+def config_dir() -> Path:
+    """The presets lie beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def ordered(arguments: Sequence[str]) -> list[str]:
+    """Put flags before overrides, since argparse refuses `model=vqgan -m seed=1,2`."""
+    parsed = get_args_parser().parse_intermixed_args(list(arguments))
+    flags = list(arguments)
+    for each in parsed.overrides:
+        flags.remove(each)
+    if parsed.config_path:  # Hydra would look for it beside this file
+        flags = [str(Path(each).absolute()) if each == parsed.config_path else each for each in flags]
+    return [*flags, *parsed.overrides]
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Compose what the arguments ask for, every choice of a sweep included, and check it.
+
+    Raises:
+        UserError: All the mistakes, a line each.
+    """
+    flags = get_args_parser().parse_args(list(arguments))
+    if flags.shell_completion or flags.hydra_help or flags.info is not None:
+        return
+    composer = Composer(flags)
+    overrides, mistakes = _parse(flags.overrides, composer)
+    sweep = [each for each in overrides if each.is_sweep_override()]
+    if sweep and not flags.multirun and not composer.is_sweep(overrides):
+        mistakes += [messages.not_a_sweep(each) for each in sweep]
+    for job in [] if mistakes else _jobs(overrides):
+        mistakes += composer.mistakes(job, runs=not flags.help and not flags.cfg)
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+
+
+def compose_job(arguments: Sequence[str]) -> DictConfig | None:
+    """Compose the config of checked arguments, its `hydra` node included; None if they do not ask for one job."""
+    flags = get_args_parser().parse_args(list(arguments))
+    if flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg:
+        return None
+    config = Composer(flags).compose(flags.overrides) if not flags.multirun else None
+    return None if config is None or config.hydra.mode == RunMode.MULTIRUN else config
+
+
+class Composer:
+    """Composes configs as `hydra.main` does, and words what goes wrong."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        setup_globals()
+        if flags.config_path and not Path(flags.config_path).is_dir():
+            raise UserError(f"--config-path {flags.config_path}: no such folder")
+        path = create_config_search_path(str(Path(flags.config_path or config_dir()).absolute()))
+        self.others = bool(flags.config_path or flags.config_dir)  # whether files that are not vqf's may be chosen
+        if flags.config_dir:
+            extra = Path(flags.config_dir).absolute()
+            if not extra.is_dir():
+                raise UserError(f"--config-dir {flags.config_dir}: no such folder")
+            path.prepend(provider="command-line", path=f"file://{extra}", anchor=SearchPathQuery(provider="schema"))
+        self.name = flags.config_name or "config"
+        self.loader = ConfigLoaderImpl(path)
+
+    def compose(self, lines: Sequence[str]) -> DictConfig:
+        """Compose a config, its `hydra` node included."""
+        return self.loader.load_configuration(self.name, list(lines), RunMode.RUN, from_shell=False)
+
+    def is_sweep(self, overrides: Sequence[Override]) -> bool:
+        """Tell whether the config asks for a sweep by itself (`hydra.mode: MULTIRUN`), without `-m`."""
+        try:
+            config = self.compose([_line(each) for each in overrides if not each.is_sweep_override()])
+        except FAULTS:
+            return False
+        return config.hydra.mode == RunMode.MULTIRUN
+
+    def mistakes(self, lines: Sequence[str], runs: bool) -> list[str]:
+        """Return a line for each mistake of one job; only one that `runs` must have every value."""
+        try:
+            config = self.compose(lines)
+        except FAULTS as error:
+            return self._find(lines) or [messages.explain(error)]
+        found = list(self._foreign(config, lines))
+        try:
+            if runs:
+                check_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+        except UserError as error:
+            found += str(error).splitlines()
+        return found
+
+    def _foreign(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
+        """Yield a line for every word that a file of others may not set."""
+        if not self.others:
+            return
+        given = OverridesParser.create().parse_overrides(list(lines))
+        yield from foreign_words(config, _own(), [each.key_or_group.replace("/", ".") for each in given])
+
+    def choices(self) -> dict[str, str]:
+        """Return every name that a group offers, and how to choose it."""
+        groups = [each for each in self._groups() if not each.startswith("hydra")]
+        return {name: f"{group}={name}" for group in groups for name in self.loader.get_group_options(group)}
+
+    def _find(self, lines: Sequence[str]) -> list[str]:
+        """Try every argument beside the choices that hold, and word those that fail."""
+        groups, held, mistakes = list(self._groups()), list[str](), list[str]()
+        parsed = OverridesParser.create().parse_overrides(list(lines))
+        for each in sorted(parsed, key=lambda each: not _is_choice(each, groups)):
+            is_choice = _is_choice(each, groups)
+            fault = self._bad_choice(each, groups, held) if is_choice else self._bad_value(each, groups, held)
+            if fault:
+                mistakes.append(f"{_line(each)}: {fault}")
+            elif is_choice:
+                held.append(_line(each))
+        return mistakes
+
+    def _bad_choice(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
+        group, value = override.key_or_group, override.value()
+        if group not in groups:
+            return messages.unknown_group(group, groups)
+        if value is None and not override.is_delete():
+            return messages.no_null(group)
+        for name in [] if override.is_delete() else value if isinstance(value, list) else [value]:
+            folder, _, file = f"{group}/{name}".rpartition("/")
+            options = self.loader.get_group_options(folder, ObjectType.CONFIG, self.name, held)
+            if file not in options:
+                return unknown(group.rpartition("/")[2], name, options)
+        error = self._error([*held, _line(override)])
+        return messages.explain(error) if error else None
+
+    def _bad_value(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
+        error = self._error([*held, _line(override)])
+        if error and isinstance(error.__cause__, UNKNOWN_KEY):
+            return messages.unknown_key(override, self.compose(held), groups)
+        return messages.explain(error) if error else None
+
+    def _error(self, lines: Sequence[str]) -> Exception | None:
+        try:
+            self.compose(lines)
+        except FAULTS as error:
+            return error
+        return None
+
+    def _groups(self, parent: str = "") -> Iterator[str]:
+        for name in self.loader.list_groups(parent):
+            group = f"{parent}/{name}" if parent else name
+            yield group
+            yield from self._groups(group)
+
+
+def _own() -> list[DictConfig]:
+    """Return what Hydra says by itself, and what vqf's own files make of it."""
+    loader = ConfigLoaderImpl(create_config_search_path(None))
+    plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
+    config = OmegaConf.create({"hydra": OmegaConf.to_container(plain.hydra, resolve=False)})
+    own = OmegaConf.merge(config, OmegaConf.load(config_dir() / "config.yaml"))
+    own.hydra.job_logging = OmegaConf.load(config_dir() / "hydra" / "job_logging" / "vqf.yaml")
+    return [plain, own]  # type: ignore[list-item]
+
+
+def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], list[str]]:
+    parser = OverridesParser.create(config_loader=composer.loader)
+    overrides, mistakes = [], []
+    for line in lines:
+        try:
+            overrides += parser.parse_overrides([line])
+        except OverrideParseException as error:
+            mistakes.append(messages.unreadable(line, error, composer.choices()))
+    return overrides, mistakes
+
+
+def _jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Yield the arguments of as many jobs as it takes to see every choice of a sweep once."""
+    columns = [_choices(each) for each in overrides]
+    if not columns:
+        yield []
+    for row in zip_longest(*columns):
+        yield [column[-1] if line is None else line for line, column in zip(row, columns, strict=True)]
+
+
+def _choices(override: Override) -> list[str]:
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{override.get_key_element()}={value.start}"]
+    if override.is_sweep_override():
+        return [f"{override.get_key_element()}={choice}" for choice in override.sweep_string_iterator()]
+    return [_line(override)]
+
+
+def _line(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _is_choice(override: Override, groups: Sequence[str]) -> bool:
+    return override.key_or_group in groups or "/" in override.key_or_group

@@ -1,0 +1,1 @@
+"""Batches: order of the data, loader processes, unreadable images and cached token shards."""

@@ -1,0 +1,38 @@
+"""Batch norm over the pictures of all processes.
+
+Batch Normalization, https://arxiv.org/abs/1502.03167, with the statistics of the whole batch (synchronised, as in
+MegDet, https://arxiv.org/abs/1711.07240).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vqf.distributed import comm
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`, weights and buffers included, whose training statistics are those of every process's part.
+
+    Torch's own needs a GPU and cannot be differentiated twice, as R1 does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W); every process must have as many pictures."""
+        if not self.training or comm.world() == 1:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = comm.joint_sum(wide.mean((0, 2, 3))) / comm.world()
+        centred = wide - mean[:, None, None]
+        variance = comm.joint_sum(centred.square().mean((0, 2, 3))) / comm.world()
+        self._follow(mean.detach(), variance.detach(), x.numel() // x.shape[1] * comm.world())
+        normal = centred * (variance + self.eps).rsqrt()[:, None, None]
+        return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        unbiased = variance * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

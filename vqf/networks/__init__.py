@@ -1,0 +1,1 @@
+"""Frozen networks that describe images: perceptual distances, feature extractors, their weight files."""

@@ -1,0 +1,1 @@
+"""Helpers of `pipeline=compare`: a table and a page over several runs."""

@@ -1,0 +1,1 @@
+"""Helpers of `pipeline=sample` and `pipeline=complete`."""

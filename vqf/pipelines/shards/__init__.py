@@ -1,0 +1,1 @@
+"""Helpers of `pipeline=shard`: writing, checking and resuming tar shards."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, the tokenizer and prior tasks, GAN, EMA, optimizer step, alarms."""

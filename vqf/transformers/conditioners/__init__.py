@@ -1,0 +1,1 @@
+"""Conditioners: what a prior is told about an image, as tokens in front of it."""

@@ -1,0 +1,1 @@
+"""Layers that the priors share: causal attention and its key-value caches."""

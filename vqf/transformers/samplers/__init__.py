@@ -1,0 +1,1 @@
+"""Samplers: drawing tokens from a prior, with filters, guidance and sliding windows."""

@@ -1,7 +1,7 @@
-"""How fast one core turns JPEG files into pictures to train on: `python benchmarks/decode.py`.
+"""How fast one core turns JPEG files into images to train on: `python benchmarks/decode.py`.
 
 vqf beside a plain Pillow loop (open, convert, resize, crop, to tensor) and torchvision's decoder with its resize. The
-ways take turns on the same pictures in one process; the ratios are medians over rounds of time against plain Pillow.
+ways take turns on the same images in one process; the ratios are medians over rounds of time against plain Pillow.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from vqf import terminal
-from vqf.data.images.decode import MARGIN, read, to_unit
-from vqf.data.images.resize import scaled
+from vqf.data.images.decode import DRAFT_MARGIN, normalize_pixels, read_crop
+from vqf.data.images.resize import crop_and_resize
 
 EARTH = Path(__file__).parent.parent / "vqf" / "data" / "assets" / "earth" / "earth-2048.jpg"
 PHOTOS = ("astronaut", "hubble_deep_field", "immunohistochemistry", "retina")
@@ -54,7 +54,7 @@ def files(side: int, kind: str = "JPEG", **options: Any) -> list[bytes]:
 
 def ours(content: bytes, size: int) -> Tensor:
     """What `data=folder` does with a file."""
-    return read(io.BytesIO(content), (size, size)).picture
+    return read_crop(io.BytesIO(content), (size, size)).image
 
 
 def pillow(content: bytes, size: int) -> Tensor:
@@ -75,38 +75,36 @@ def torchvision(content: bytes, size: int) -> Tensor:
 
 
 def whole(content: bytes, size: int) -> Tensor:
-    """A picture without fractions: decoded whole, then scaled."""
-    return to_unit(scaled(Image.open(io.BytesIO(content)).convert("RGB"), (size, size)))
+    """An image without fractions: decoded whole, then scaled."""
+    return normalize_pixels(crop_and_resize(Image.open(io.BytesIO(content)).convert("RGB"), (size, size)))
 
 
 def reduced(content: bytes, size: int) -> Tensor:
     """The same with Pillow's `reduce`, by the factor that leaves as much as `data=folder` does of a JPEG."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
-    return to_unit(scaled(image.reduce(min(image.size) // (MARGIN * size)), (size, size)))
+    return normalize_pixels(crop_and_resize(image.reduce(min(image.size) // (DRAFT_MARGIN * size)), (size, size)))
 
 
-def measure(ways: dict[str, Callable[[bytes, int], Tensor]], pictures: list[bytes], size: int, rounds: int):
+def measure(ways: dict[str, Callable[[bytes, int], Tensor]], images: list[bytes], size: int, rounds: int):
     """Return the seconds of every round of every way, which take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             began = time.process_time()
-            for content in pictures:
+            for content in images:
                 way(content, size)
             if turn:  # the first warms up
                 seconds[name].append(time.process_time() - began)
     return seconds
 
 
-def compared(
-    ways: dict[str, Callable[[bytes, int], Tensor]], pictures: list[bytes], label: str, size: int, rounds: int
-):
-    """Return a row for each way: pictures per second, and how many times as fast as the first."""
+def compared(ways: dict[str, Callable[[bytes, int], Tensor]], images: list[bytes], label: str, size: int, rounds: int):
+    """Return a row for each way: images per second, and how many times as fast as the first."""
     rows, first = [], next(iter(ways))
-    seconds = measure(ways, pictures, size, rounds)
+    seconds = measure(ways, images, size, rounds)
     for name, times in seconds.items():
         ratios = [base / own for base, own in zip(seconds[first], times, strict=True)]
-        rate = len(pictures) / statistics.median(times)
+        rate = len(images) / statistics.median(times)
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         rows.append((f"{label}: {name}", f"{rate:.0f}", f"{statistics.median(ratios):.2f}", spread))
     return rows
@@ -120,14 +118,14 @@ def main() -> None:
     torch.set_num_threads(1)
     ways, rows = {"plain Pillow": pillow, "vqf": ours, "torchvision": torchvision}, []
     for side, size in ((512, 256), (1024, 256), (1024, 128), (256, 256)):
-        pictures = files(side, quality=QUALITY)
-        density = sum(map(len, pictures)) / len(pictures) / side**2
-        rows += compared(ways, pictures, f"{side} to {size} ({density:.2f} bytes a pixel)", size, rounds)
-    terminal.table("JPEG, pictures per second of one core", ("", "pictures/s", "to plain Pillow", "range"), rows)
+        images = files(side, quality=QUALITY)
+        density = sum(map(len, images)) / len(images) / side**2
+        rows += compared(ways, images, f"{side} to {size} ({density:.2f} bytes a pixel)", size, rounds)
+    terminal.print_table("JPEG, images per second of one core", ("", "images/s", "to plain Pillow", "range"), rows)
     ways, rows = {"decoded whole": whole, "with reduce": reduced}, []
     for kind in ("PNG", "WEBP"):
         rows += compared(ways, files(1024, kind), f"{kind}, 1024 to 128", 128, max(rounds // 3, 1))
-    terminal.table("what reduce would bring", ("", "pictures/s", "to decoded whole", "range"), rows)
+    terminal.print_table("what reduce would bring", ("", "images/s", "to decoded whole", "range"), rows)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,20 @@ from statistics import median
 from unittest import mock
 
 from vqf import terminal
-from vqf.data.tar.contents import indices
-from vqf.data.tar.index import SUFFIX
+from vqf.data.tar.contents import load_indices
+from vqf.data.tar.index import INDEX_SUFFIX
 from vqf.distributed import comm
 
-BYTES = 100_000  # of a picture: about a JPEG of 512 px
+BYTES = 100_000  # of an image: about a JPEG of 512 px
 
 
-def make_shards(folder: Path, shards: int, pictures: int) -> list[Path]:
+def make_shards(folder: Path, shards: int, images: int) -> list[Path]:
     """Write shards of random bytes with labels."""
     content = os.urandom(BYTES)
     paths = [folder / f"train-{i:06d}.tar" for i in range(shards)]
     for path in paths:
         with tarfile.open(path, "w:") as tar:
-            for i in range(pictures):
+            for i in range(images):
                 for name, data in ((f"{i:06d}.jpg", content), (f"{i:06d}.cls", b"1")):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
@@ -38,41 +38,41 @@ def make_shards(folder: Path, shards: int, pictures: int) -> list[Path]:
 
 def timed(paths: list[Path], shared: bool) -> tuple[float, float]:
     """Index the shards in every process; returns the seconds until all are ready, and those of all processors."""
-    if comm.first():
+    if comm.is_main():
         for path in paths:
-            path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
-    comm.wait()
+            path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+    comm.barrier()
     began, busy = time.perf_counter(), time.process_time()
     with mock.patch.object(comm, "rank", comm.rank if shared else lambda: 0):
-        indices(paths, None)
+        load_indices(paths, None)
     mine = time.process_time() - busy
-    comm.wait()
-    return time.perf_counter() - began, sum(comm.each(mine))
+    comm.barrier()
+    return time.perf_counter() - began, sum(comm.all_gather_object(mine))
 
 
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=64)
-    parser.add_argument("--pictures", type=int, default=500, help="of a shard")
+    parser.add_argument("--images", type=int, default=500, help="of a shard")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    with comm.together(), tempfile.TemporaryDirectory() as place:
-        folder = Path(comm.same(place))
-        paths = comm.same(make_shards(folder, given.shards, given.pictures) if comm.first() else [])
+    with comm.process_group(), tempfile.TemporaryDirectory() as place:
+        folder = Path(comm.broadcast_object(place))
+        paths = comm.broadcast_object(make_shards(folder, given.shards, given.images) if comm.is_main() else [])
         found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for _ in range(given.rounds):
             for shared in found:
                 found[shared].append(timed(paths, shared))
-        comm.wait()
-        if comm.first():
+        comm.barrier()
+        if comm.is_main():
             names = {False: "all from the first", True: "each from another"}
             rows = [
                 (names[key], *(f"{median(each):.2f}" for each in zip(*rounds, strict=True)))
                 for key, rounds in found.items()
             ]
-            title = f"{given.shards} shards of {given.pictures * BYTES / 1e6:.0f} MB, {comm.world()} processes"
-            terminal.table(title, ("", "seconds", "of all processors"), rows)
+            title = f"{given.shards} shards of {given.images * BYTES / 1e6:.0f} MB, {comm.world_size()} processes"
+            terminal.print_table(title, ("", "seconds", "of all processors"), rows)
 
 
 if __name__ == "__main__":

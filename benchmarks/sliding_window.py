@@ -1,6 +1,6 @@
 """What each shortcut of `sampler=sliding_window` saves: `python benchmarks/sliding_window.py`.
 
-An untrained GPT draws one picture of each grid, window by window: first as the paper's notebook does, the whole window
+An untrained GPT draws one image of each grid, window by window: first as the paper's notebook does, the whole window
 for every token, then with each shortcut. A step is a pass through the prior; `tokens` are the positions that run
 through its blocks, those of the condition included; `prefix` stands for the option `prefix_only`, which `cache`
 includes. The last column compares the tokens with those of the plain way: they are the same numbers added in another
@@ -38,7 +38,7 @@ class Measured:
     seconds: float
     processor: float  # seconds of all its threads: what a machine with other work on it does not change
     steps: int
-    positions: int  # for each picture
+    positions: int  # for each image
     tokens: Tensor
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--window", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument(
         "--map", action="store_true", help="behind a token for every code of the window, not behind one"
     )
@@ -106,7 +106,7 @@ def main() -> None:
         f"{args.layers} layers of {args.dim}, window {args.window} x {args.window}, behind {condition}, "
         f"batch {args.batch}, {args.device}"
     )
-    terminal.table(title, ("grid", "way", "steps", "tokens", "wall s", "faster", "CPU s", "less", "same"), rows)
+    terminal.print_table(title, ("grid", "way", "steps", "tokens", "wall s", "faster", "CPU s", "less", "same"), rows)
 
 
 if __name__ == "__main__":

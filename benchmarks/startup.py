@@ -1,7 +1,7 @@
-"""How long a run with many pictures takes to know what there is: `python benchmarks/startup.py`.
+"""How long a run with many images takes to know what there is: `python benchmarks/startup.py`.
 
 A folder of empty files in a hundred classes is scanned and divided; indices of shards with as many samples, each a
-picture, a label and a `.json`, are read. Neither opens a picture, so that none is needed.
+image, a label and a `.json`, are read. Neither opens an image, so that none is needed.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from vqf.data.files.listing import scan
 from vqf.data.folder import Folder
 from vqf.data.images.decode import EXTENSIONS
 from vqf.data.shards import Shards
-from vqf.data.tar.index import Index, Member, _place, _save
+from vqf.data.tar.index import TarIndex, TarMember, _index_path, _write_index
 
 CLASSES = 100
 SHARD = 2500  # samples
@@ -38,13 +38,17 @@ def make_indices(root: Path, count: int) -> None:
         tar.write_bytes(bytes(1024))
         state = tar.stat()
         members = [member for i in range(first, first + SHARD) for member in _sample(i)]
-        _save(Index(state.st_size, state.st_mtime_ns, True, members), _place(tar, None))
+        _write_index(TarIndex(state.st_size, state.st_mtime_ns, True, members), _index_path(tar, None))
 
 
-def _sample(number: int) -> list[Member]:
+def _sample(number: int) -> list[TarMember]:
     key, offset = f"{number:08d}", number % SHARD * 120_000
-    label = Member(key, "cls", offset + 112_000, 3, 1_234_567, str(number % CLASSES))
-    return [Member(key, "jpg", offset, 110_000, 12_345_678), Member(key, "json", offset + 111_000, 60, 123_456), label]
+    label = TarMember(key, "cls", offset + 112_000, 3, 1_234_567, str(number % CLASSES))
+    return [
+        TarMember(key, "jpg", offset, 110_000, 12_345_678),
+        TarMember(key, "json", offset + 111_000, 60, 123_456),
+        label,
+    ]
 
 
 def least(action: Callable[[], object], rounds: int) -> float:
@@ -73,7 +77,7 @@ def main() -> None:
             "data=shards": lambda: Shards(64, 0, root=str(shards), validation=None).split("train"),
         }
         rows = [(name, f"{least(job, given.rounds):.2f}") for name, job in jobs.items()]
-    terminal.table(f"{given.count:,} pictures", ("", "seconds"), rows)
+    terminal.print_table(f"{given.count:,} images", ("", "seconds"), rows)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _whole(group: str, what: str) -> Iterator[str]:
 def _kind(kind: str) -> Iterator[str]:
     facts = KINDS[kind]
     yield f"## {kind}\n"
-    choose = f"`{facts.group}=[a,b]`, several at once" if facts.many else f"`{facts.group}=name`"
+    choose = f"`{facts.group}=[a,b]`, several at once" if facts.multiple else f"`{facts.group}=name`"
     where = "; options are words of their own, `option=value`" if facts.flat else ""
     yield f"{choose}{where}.\n"
     yield "| name | what it is | source |\n|---|---|---|"

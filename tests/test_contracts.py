@@ -21,16 +21,24 @@ from tests.metrics.sets import Linear, gaussians
 from tests.support.composing import compose
 from vqf import registry
 from vqf.batch import Batch
-from vqf.dataloading.image_files import PARTS
+from vqf.dataloading.image_files import SPLITS
 from vqf.distributed.engine import make_engine
-from vqf.models.conditioning import Conditions
+from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import Autoregressive, Drawn, Judged, Pieces, Piecewise, Reconstruction, SetMetric
-from vqf.registry import KINDS, components, names
+from vqf.protocols import (
+    Autoregressive,
+    DiscriminatorOutput,
+    RaggedChunks,
+    RaggedDecoding,
+    Reconstruction,
+    ScoredSamples,
+    SetMetric,
+)
+from vqf.registry import KINDS, component_names, components
 from vqf.run import config_dir
 from vqf.runs.load import build_generator
-from vqf.training.tokenizer_task import make_stage
+from vqf.training.tokenizer_task import build_tokenizer_task
 
 CODES = {"dim": 4, "codebook_size": 12}
 CONV = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [16]}
@@ -49,7 +57,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("conditioner", "spatial"): {"run": "somewhere"},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
     ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
-    ("data", "folder"): {"root": "{pictures}"},
+    ("data", "folder"): {"root": "{images}"},
     ("data", "pairs"): {"root": "{pairs}"},
     ("data", "shard_pairs"): {"root": "{shard_pairs}"},
     ("data", "shards"): {"root": "{shards}"},
@@ -62,19 +70,19 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("pipeline", "export"): {"path": "somewhere"},
     ("pipeline", "import"): {"path": "somewhere"},
 }
-PLACES = {"vgg": "vgg.safetensors", "pictures": "pictures", "pairs": "pairs", "shards": "shards"}
+PLACES = {"vgg": "vgg.safetensors", "images": "images", "pairs": "pairs", "shards": "shards"}
 PLACES["shard_pairs"] = "shards"  # whose samples have a map each, which `data=shards` leaves alone
 LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
 SIZE = 32  # pixels
 
-every = {kind: pytest.mark.parametrize("name", names(kind)) for kind in KINDS}
-every_conditioner = pytest.mark.parametrize("conditioner", names("conditioner"))
-every_sampler = pytest.mark.parametrize("sampler", names("sampler"))
+every = {kind: pytest.mark.parametrize("name", component_names(kind)) for kind in KINDS}
+every_conditioner = pytest.mark.parametrize("conditioner", component_names("conditioner"))
+every_sampler = pytest.mark.parametrize("sampler", component_names("sampler"))
 
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the table's options in braces stand for: random weights of VGG16, a folder of pictures in two classes."""
+    """What the table's options in braces stand for: random weights of VGG16, a folder of images in two classes."""
     from torchvision.models.vgg import cfgs, make_layers
 
     folder = tmp_path_factory.mktemp("contracts")
@@ -82,18 +90,18 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     vgg = make_layers(cfgs["D"]).state_dict()
     save_file({f"features.{key}": value for key, value in vgg.items()}, folder / "vgg.safetensors")
     for i in range(24):
-        place = folder / "pictures" / f"class{i % 2}" / f"{i}.png"
+        place = folder / "images" / f"class{i % 2}" / f"{i}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (20 + i, 50 - i, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(place)
     for part in ("images", "conditions"):
-        shutil.copytree(folder / "pictures", folder / "pairs" / part)
+        shutil.copytree(folder / "images", folder / "pairs" / part)
     (folder / "shards").mkdir()
     for part, first in (("train", 0), ("validation", 16)):
         with tarfile.open(folder / "shards" / f"{part}-000000.tar", "w:") as tar:
             for i in range(first, first + 8):
                 for ending in ("png", "condition.png"):
-                    tar.add(folder / "pictures" / f"class{i % 2}" / f"{i}.png", f"{i}.{ending}")
+                    tar.add(folder / "images" / f"class{i % 2}" / f"{i}.png", f"{i}.{ending}")
     return {f"{{{name}}}": str(folder / file) for name, file in PLACES.items()}
 
 
@@ -117,7 +125,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(count: int = 2, seed: int = 0, size: int = SIZE) -> Tensor:
+def make_images(count: int = 2, seed: int = 0, size: int = SIZE) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -151,7 +159,7 @@ def test_every_kind_has_a_contract() -> None:
 @every["encoder"]
 def test_encoder_contract(build: Any, name: str) -> None:
     encoder = build("encoder", name, in_channels=3, image_size=SIZE).eval()
-    images = pictures(3).requires_grad_()
+    images = make_images(3).requires_grad_()
     latents = encoder(images)
     assert latents.shape == (3, encoder.dim, SIZE // encoder.stride, SIZE // encoder.stride)
     assert (gradient(latents, images).flatten(1).norm(dim=1) > 0).all()
@@ -239,8 +247,8 @@ def test_quantizer_keeps_its_state(build: Any, name: str) -> None:
 def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> None:
     tokenizer = Tokenizer(Given(), trained(build, name), Given(), (SIZE, SIZE)).eval()  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
-        q = tokenizer.quantize(pictures())
-        latents = tokenizer.quant_conv(pictures())
+        q = tokenizer.quantize(make_images())
+        latents = tokenizer.quant_conv(make_images())
     assert latents.dtype == torch.bfloat16
     expected = tokenizer.quantizer(latents.float())
     assert torch.equal(q.indices, expected.indices) and torch.equal(q.latents, expected.latents)
@@ -248,17 +256,17 @@ def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> 
 
 @every["loss"]
 def test_loss_contract(build: Any, name: str) -> None:
-    loss, images = build("loss", name), pictures()
+    loss, images = build("loss", name), make_images()
     assert isinstance(loss.weight, float)
     equal = images.clone()
-    if getattr(loss, "of_classes", False):  # reconstructions are logits of maps of 0 and 1
+    if getattr(loss, "expects_logits", False):  # reconstructions are logits of maps of 0 and 1
         images = (images > 0).float()
         equal = images * 40 - 20
     equal.requires_grad_()
     nothing = loss(equal, images)
     assert is_number(nothing) and 0 <= float(nothing.detach()) < 1e-6
     gradient(nothing, equal)
-    other = pictures(seed=1).requires_grad_()
+    other = make_images(seed=1).requires_grad_()
     something = loss(other, images)
     assert is_number(something) and float(something.detach()) > 1e-3
     (downhill,) = torch.autograd.grad(-something, other)
@@ -270,7 +278,7 @@ def test_loss_contract(build: Any, name: str) -> None:
 @every["discriminator"]
 def test_discriminator_contract(build: Any, name: str) -> None:
     discriminator = build("discriminator", name, in_channels=3)
-    images = pictures(3).requires_grad_()
+    images = make_images(3).requires_grad_()
     logits = discriminator(images)
     assert len(logits) == 3 and logits.isfinite().all()
     assert (gradient(logits, images).flatten(1).norm(dim=1) > 0).all()
@@ -279,11 +287,11 @@ def test_discriminator_contract(build: Any, name: str) -> None:
 @every["adversary"]
 def test_adversary_contract(build: Any, name: str) -> None:
     adversary = build("adversary", name, steps=100)
-    assert isinstance(adversary.start, int) and 0 <= adversary.start <= 100
-    assert isinstance(adversary.second_forward, bool)
-    ramp = [adversary.ramp(step) for step in range(100)]
+    assert isinstance(adversary.start_step, int) and 0 <= adversary.start_step <= 100
+    assert isinstance(adversary.refresh_fakes, bool)
+    ramp = [adversary.weight_at(step) for step in range(100)]
     assert ramp == sorted(ramp) and 0 <= ramp[0] and ramp[-1] <= 1
-    assert not any(ramp[: adversary.start]) and ramp[-1] > 0
+    assert not any(ramp[: adversary.start_step]) and ramp[-1] > 0
     logits = noise(4, 1, 3, 3)
     judged = [float(adversary.discriminator_loss(logits + gap, logits - gap)) for gap in (-1, 0, 1)]
     assert judged[0] > judged[1] > judged[2]
@@ -292,7 +300,7 @@ def test_adversary_contract(build: Any, name: str) -> None:
     for value in (adversary.discriminator_loss(logits, -logits), adversary.generator_loss(logits)):
         assert is_number(value)
     for first, second in ((noise(5), noise(5, seed=1)), (noise(5), torch.zeros(5)), (torch.zeros(5), noise(5))):
-        weight = adversary.weight(first, second)
+        weight = adversary.adaptive_weight(first, second)
         assert is_number(weight) and weight >= 0
 
 
@@ -302,30 +310,30 @@ def test_regularizer_contract(build: Any, name: str) -> None:
     assert isinstance(regularizer.weight, float)
     discriminator = build("discriminator", "patchgan", in_channels=3)
     for step in range(3):
-        real, fake = discriminator(torch.cat([pictures(), pictures(seed=1)])).chunk(2)
-        term = regularizer(Judged(discriminator, pictures(), real, fake, step))
+        real, fake = discriminator(torch.cat([make_images(), make_images(seed=1)])).chunk(2)
+        term = regularizer(DiscriminatorOutput(discriminator, make_images(), real, fake, step))
         assert is_number(term) and term >= 0
         if step == 0:
             held_back = torch.autograd.grad(term, list(discriminator.parameters()), allow_unused=True)
             assert any(each is not None and each.isfinite().all() and each.norm() > 0 for each in held_back)
     fresh = build("regularizer", name)
     fresh.load_state_dict(regularizer.state_dict())
-    judged = Judged(discriminator, pictures(), real.detach(), fake.detach(), 3)
+    judged = DiscriminatorOutput(discriminator, make_images(), real.detach(), fake.detach(), 3)
     assert torch.equal(fresh(judged), regularizer(judged))
 
 
 def a_batch(count: int = 4) -> Batch:
     return Batch(
-        images=pictures(count),
+        images=make_images(count),
         labels=torch.arange(count) % 3,
         masks=torch.ones(count, 1, SIZE, SIZE),
         tokens=torch.arange(12).expand(count, 12),
-        conditions=pictures(count, seed=7),
-        places=torch.tensor([0.25, 0.0, 0.5, 0.5]).expand(count, 4),
+        conditions=make_images(count, seed=7),
+        crop_boxes=torch.tensor([0.25, 0.0, 0.5, 0.5]).expand(count, 4),
     )
 
 
-CELL = 4  # pixels of a picture's code
+CELL = 4  # pixels of an image's code
 
 
 class Brightness:
@@ -345,7 +353,7 @@ class Brightness:
 def a_conditioner(build: Any, name: str) -> Any:
     grid = (SIZE // CELL, SIZE // CELL)
     return build(
-        "conditioner", name, classes=3, grid=grid, tokenizer=Brightness(), open_tokenizer=lambda _: Brightness()
+        "conditioner", name, num_classes=3, grid=grid, tokenizer=Brightness(), open_tokenizer=lambda _: Brightness()
     )
 
 
@@ -364,13 +372,13 @@ def test_conditioner_contract(build: Any, name: str) -> None:
 
 @every["conditioner"]
 def test_a_condition_that_is_prepared_says_the_same_and_is_cut_with_a_window(build: Any, name: str) -> None:
-    whole = Conditions({name: a_conditioner(build, name)}).eval()
+    whole = ConditionerStack({name: a_conditioner(build, name)}).eval()
     batch = a_batch()
     prepared = whole.prepare(batch)
     assert torch.equal(whole(prepared), whole(batch))
     full = prepared.window((0, 0), (8, 8), (8, 8))
     assert torch.equal(whole(full), whole(batch))
-    wide = replace(batch, images=pictures(4).repeat(1, 1, 1, 2), conditions=pictures(4, 7).repeat(1, 1, 1, 2))
+    wide = replace(batch, images=make_images(4).repeat(1, 1, 1, 2), conditions=make_images(4, 7).repeat(1, 1, 1, 2))
     for left in (0, 8):  # both halves show the same, so that only the place may differ
         here = whole(whole.prepare(wide).window((0, left), (8, 8), (8, 16)))
         assert name == "coordinates" or torch.equal(here, whole(batch))
@@ -384,7 +392,7 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     build: Any, name: str, conditioner: str, sampler: str
 ) -> None:
     """Twice the size in one direction, where the sampler can, and once more with another seed."""
-    told = Conditions({conditioner: a_conditioner(build, conditioner)}).eval()
+    told = ConditionerStack({conditioner: a_conditioner(build, conditioner)}).eval()
     grid = (SIZE // CELL, SIZE // CELL)
     prior = build("prior", name, vocab_size=V, length=64, grid=grid, **behind(told)).eval()
     for parameter in prior.parameters():
@@ -393,7 +401,7 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     generator = Generator(FakeTokenizer(grid), told, prior, drawer, ["a", "b", "c"])  # type: ignore[arg-type]
     wide = "window" in inspect.signature(drawer).parameters
     shape = (grid[0], grid[1] + 2) if wide else grid
-    batch = replace(a_batch(2), tokens=None, images=pictures(2).repeat(1, 1, 1, 2)[..., : CELL * shape[1]])
+    batch = replace(a_batch(2), tokens=None, images=make_images(2).repeat(1, 1, 1, 2)[..., : CELL * shape[1]])
     batch = replace(batch, conditions=batch.images, masks=None)
     tokens = generator.sample_tokens(batch, seed=1, grid=shape)
     assert tokens.shape == (2, shape[0] * shape[1]) and 0 <= tokens.min() and tokens.max() < V
@@ -402,12 +410,12 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     assert not torch.equal(generator.sample_tokens(batch, seed=2, grid=shape), tokens)
 
 
-def behind(told: Conditions) -> dict[str, Any]:
+def behind(told: ConditionerStack) -> dict[str, Any]:
     """What a prior is told of its condition."""
-    return {"prefix_vocab": told.vocab_size, "prefix_length": told.length, "prefix_places": told.places}
+    return {"prefix_vocab": told.vocab_size, "prefix_length": told.length, "prefix_positions": told.positions}
 
 
-COPIED, SQUARE = 16, (4, 4)  # codes of a map, which are the codes of the picture, and their grid
+COPIED, SQUARE = 16, (4, 4)  # codes of a map, which are the codes of the image, and their grid
 
 
 def least_without_places(tokens: Tensor) -> float:
@@ -423,8 +431,8 @@ def test_a_prior_copies_a_map_code_by_code(name: str) -> None:
     sizes = {"vocab_size": COPIED, "length": 16, "grid": SQUARE, "prefix_vocab": COPIED, "prefix_length": 16}
     places = [(float(i), float(j)) for i in range(SQUARE[0]) for j in range(SQUARE[1])]
     taken = {"layers": 2, "heads": 4, "dim": 32, "dropout": 0.0, "multiple_of": 8}
-    options = {key: value for key, value in taken.items() if key in registry.find("prior", name).options}
-    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_places=places)
+    options = {key: value for key, value in taken.items() if key in registry.find_component("prior", name).options}
+    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_positions=places)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
     for _ in range(250):
         maps = torch.randint(COPIED, (32, 16))
@@ -450,7 +458,7 @@ N = GRID[0] * GRID[1]
 
 
 def a_prior(build: Any, name: str) -> Any:
-    prefix = {"prefix_vocab": P, "prefix_length": M, "prefix_places": [None, (1.0, 1.5)]}
+    prefix = {"prefix_vocab": P, "prefix_length": M, "prefix_positions": [None, (1.0, 1.5)]}
     prior = build("prior", name, vocab_size=V, length=N, grid=GRID, **prefix).eval()
     for parameter in prior.parameters():  # so far from 0 that every input matters
         nn.init.normal_(parameter, std=0.3)
@@ -484,21 +492,21 @@ def test_prior_remembers_what_it_was_fed(build: Any, name: str) -> None:
         return  # nothing is promised
     with torch.no_grad():
         expected = prior(tokens, prefix)
-        logits, cache = prior.begin(prefix)
+        logits, cache = prior.prefill(prefix)
         for n in range(N):
             torch.testing.assert_close(logits, expected[:, n], rtol=1e-4, atol=1e-5)
             if n + 1 < N:
-                logits = prior.advance(tokens[:, n], cache)
+                logits = prior.decode(tokens[:, n], cache)
 
 
 @every["prior"]
 def test_prior_reads_pieces_of_many_sequences_in_one_pass(build: Any, name: str) -> None:
     """Three of five sequences at a time, each by a random number of positions: the logits of the whole pass."""
     prior, (tokens, prefix) = a_prior(build, name), sequences()
-    if not isinstance(prior, Piecewise):
+    if not isinstance(prior, RaggedDecoding):
         return  # nothing is promised
     drawn, read, size = np.random.default_rng(0), dict.fromkeys(range(5), 0), M + N - 1
-    cache, ids = prior.room(7), torch.cat([prefix, tokens], dim=1)
+    cache, ids = prior.allocate_cache(7), torch.cat([prefix, tokens], dim=1)
     with torch.no_grad():
         expected = prior(tokens, prefix)
         while left := [b for b in read if read[b] < size]:
@@ -508,10 +516,10 @@ def test_prior_reads_pieces_of_many_sequences_in_one_pass(build: Any, name: str)
             owners, rows, positions = torch.tensor(places).T
             counts = torch.tensor([end - read[b] for b, end in zip(some, ends, strict=True)])
             slots = torch.tensor([6 - b for b in some])
-            pieces = Pieces(
+            pieces = RaggedChunks(
                 ids[rows, positions], positions, owners, counts.cumsum(0) - 1, slots, max(counts), max(ends)
             )
-            logits = prior.extend(pieces, cache)
+            logits = prior.decode_chunks(pieces, cache)
             for k, (b, end) in enumerate(zip(some, ends, strict=True)):
                 torch.testing.assert_close(logits[k], expected[b, end - M], rtol=1e-4, atol=1e-5)
                 read[b] = end
@@ -530,13 +538,13 @@ def test_sampler_contract(build: Any, name: str) -> None:
 
 @every["scorer"]
 def test_scorer_contract(build: Any, name: str) -> None:
-    """A number for each picture, whatever else is looked at."""
+    """A number for each image, whatever else is looked at."""
     scorer, prior, (tokens, prefix) = build("scorer", name), a_prior(build, "gpt"), sequences(3)
     labels, classes = torch.tensor([5, 0, 999]), [str(i) for i in range(1000)]
-    drawn = Drawn(pictures(3), tokens, prior, prefix, labels, classes)
+    drawn = ScoredSamples(make_images(3), tokens, prior, prefix, labels, classes)
     scores = scorer(drawn)
     assert scores.shape == (3,) and scores.isfinite().all() and not scores.requires_grad
-    last = Drawn(pictures(3)[2:], tokens[2:], prior, prefix[2:], labels[2:], classes)
+    last = ScoredSamples(make_images(3)[2:], tokens[2:], prior, prefix[2:], labels[2:], classes)
     torch.testing.assert_close(scorer(last), scores[2:], rtol=1e-4, atol=1e-5)
 
 
@@ -563,17 +571,17 @@ def test_data_contract(build: Any, name: str, part: str) -> None:
             assert sample.condition.shape[1:] == (16, 16) and sample.condition.dtype == torch.float32
             assert sample.condition.min() >= -1 and sample.condition.max() <= 1
             assert torch.equal(sample.condition, other.condition)
-        if sample.place is not None and other.place is not None:
-            top, left, bottom, right = sample.place.tolist()
+        if sample.crop_box is not None and other.crop_box is not None:
+            top, left, bottom, right = sample.crop_box.tolist()
             assert 0 <= top < bottom <= 1 and left != right
-            assert torch.equal(sample.place, other.place)
+            assert torch.equal(sample.crop_box, other.crop_box)
     assert len(Batch.collate([split.item(0, i) for i in range(min(len(split), 3))])) == min(len(split), 3)
 
 
 def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int = 1) -> dict[str, float]:
     """What a metric says of reconstructions with so much noise and so many codes, seen in so many batches."""
     metric = build("metric", name, vocab_size=16, device="cpu")
-    images, masks = pictures(6) * 0.8, torch.ones(6, 1, SIZE, SIZE)
+    images, masks = make_images(6) * 0.8, torch.ones(6, 1, SIZE, SIZE)
     wrong = (images + spread * noise(6, 3, SIZE, SIZE, seed=4)).clamp(-1, 1)
     indices = torch.randint(codes, (6, 4, 4), generator=torch.Generator().manual_seed(5))
     for part in zip(*(each.chunk(parts) for each in (images, wrong, indices, masks)), strict=True):
@@ -588,7 +596,7 @@ def compared(metric: SetMetric, shift: float) -> dict[str, float]:
 
 @every["metric"]
 def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqf.metrics.set_metric.embedding", lambda *_: Linear())
+    monkeypatch.setattr("vqf.metrics.set_metric.feature_network", lambda *_: Linear())
     metric = build("metric", name, vocab_size=16, device="cpu")
     if isinstance(metric, SetMetric):
         here, near, far = (compared(metric, shift) for shift in (0.0, 0.3, 1.0))
@@ -596,7 +604,9 @@ def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch)
         for key, best in here.items():
             assert math.isfinite(best)
             assert best > near[key] > far[key] or best < near[key] < far[key], key
-        assert len(here) > 1 or measured(build, name, 0.3).keys() == {f"{metric.prefix}{key}" for key in here}
+        assert len(here) > 1 or measured(build, name, 0.3).keys() == {
+            f"{metric.reconstruction_prefix}{key}" for key in here
+        }
         return
     perfect, near, far = (measured(build, name, spread) for spread in (0.0, 0.05, 0.3))
     assert perfect and perfect.keys() == near.keys() == far.keys()
@@ -612,10 +622,10 @@ def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch)
 def test_protocol_contract(build: Any, name: str) -> None:
     protocol = build("protocol", name)
     assert protocol.task in ("reconstruction", "generation")
-    assert protocol.part in PARTS
+    assert protocol.part in SPLITS
     assert protocol.count is None or protocol.count > 1
     assert (protocol.reference == "originals") <= (protocol.task == "reconstruction")
-    options = registry.find("protocol", name).options
+    options = registry.find_component("protocol", name).options
     assert {each.name for each in fields(protocol)} == options.keys(), "every line can be set"
     with pytest.raises(FrozenInstanceError):
         protocol.seed = 3
@@ -623,9 +633,9 @@ def test_protocol_contract(build: Any, name: str) -> None:
 
 @every["logger"]
 def test_logger_contract(build: Any, name: str, tmp_path: Path) -> None:
-    logger = build("logger", name, run_dir=tmp_path, config=compose("model=small", "data=emoji"), part="")
+    logger = build("logger", name, run_dir=tmp_path, config=compose("model=small", "data=emoji"), subrun="")
     logger.scalars(1, {"loss": 0.5, "validation/psnr": 20.0})
-    logger.images(1, "reconstructions", pictures(5))
+    logger.images(1, "reconstructions", make_images(5))
     logger.scalars(2, {"loss": math.nan})
     logger.close()
     logger.close()
@@ -661,7 +671,7 @@ def test_schedule_contract(build: Any, name: str) -> None:
 
 @every["pipeline"]
 def test_pipeline_contract(name: str, tmp_path: Path) -> None:
-    component = registry.find("pipeline", name)
+    component = registry.find_component("pipeline", name)
     assert set(component.wired) == {"config", "run_dir"}
     words = OmegaConf.load(config_dir() / "config.yaml").keys()
     assert not component.options.keys() & words, "its options would be words that mean something else already"
@@ -687,7 +697,7 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
         *overrides("quantizer", name),
     )
     data = registry.build("data", config.data, image_size=16, seed=0)
-    stage = make_stage(config, data, make_engine(config))
+    stage = build_tokenizer_task(config, data, make_engine(config))
     batch = Batch.collate([data.split("train").item(0, i) for i in range(4)])
     before = copy.deepcopy(dict(stage.model.encoder.named_parameters()))  # type: ignore[attr-defined]
     log = stage.step(0, batch)
@@ -696,9 +706,9 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
     assert all(not torch.equal(before[key], after[key]) for key in before)
 
     tokenizer = stage.model.eval()
-    tokens = tokenizer.tokens(batch.images)
-    torch.testing.assert_close(tokenizer.images(tokens), tokenizer(batch.images).reconstructions.clamp(-1, 1))
-    for prior in names("prior"):
+    tokens = tokenizer.encode_tokens(batch.images)
+    torch.testing.assert_close(tokenizer.decode_tokens(tokens), tokenizer(batch.images).reconstructions.clamp(-1, 1))
+    for prior in component_names("prior"):
         node = OmegaConf.create({"name": prior, **TINY.get(("prior", prior), {})})
         OmegaConf.update(config, "model.prior", node, merge=False)
         generator = build_generator(config, tokenizer, data.classes)

@@ -11,8 +11,8 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from vqf import registry
-from vqf.config.compose import check_command, config_dir, ordered
-from vqf.errors import UserError, closest, unknown, unknown_place
+from vqf.config.compose import check_command, config_dir, flags_first
+from vqf.errors import UserError, closest_match, unknown_key_message, unknown_message
 from vqf.registry import KINDS, register
 
 PRESETS = {
@@ -97,7 +97,7 @@ def _register() -> None:
 def said(conf: Path, line: str) -> list[str]:
     """What the check of a command line says, and that it composes where it says nothing."""
     try:
-        check_command(ordered(["-cp", str(conf), *shlex.split(line)]))
+        check_command(flags_first(["-cp", str(conf), *shlex.split(line)]))
     except UserError as error:
         return str(error).splitlines()
     return []
@@ -308,20 +308,23 @@ def test_a_folder_of_ones_own_presets_is_searched(world: Path, tmp_path: Path) -
 
 
 def test_flags_may_stand_anywhere() -> None:
-    assert ordered(["a=1", "-m", "b=1,2", "-cd", "x", "c=3"]) == ["-m", "-cd", "x", "a=1", "b=1,2", "c=3"]
-    assert ordered(["a=1", "-cp", "x"]) == ["-cp", f"{Path.cwd()}/x", "a=1"]
-    assert ordered(["--help", "a=1"]) == ["--help", "a=1"]
+    assert flags_first(["a=1", "-m", "b=1,2", "-cd", "x", "c=3"]) == ["-m", "-cd", "x", "a=1", "b=1,2", "c=3"]
+    assert flags_first(["a=1", "-cp", "x"]) == ["-cp", f"{Path.cwd()}/x", "a=1"]
+    assert flags_first(["--help", "a=1"]) == ["--help", "a=1"]
 
 
 def test_an_unknown_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        ordered(["--halp"])
+        flags_first(["--halp"])
     assert caught.value.code == 2 and "unrecognized arguments: --halp" in capsys.readouterr().err
 
 
 def test_words_for_what_is_unknown() -> None:
-    assert closest("stepz", ["seed", "steps"]) == "steps" and closest("x", ["seed"]) is None
-    assert unknown("fruit", "aple", ["apple"]) == "unknown fruit 'aple'. Did you mean 'apple'? Known: apple."
-    assert unknown("fruit", 3, []) == "unknown fruit '3'. Known: none."
-    assert unknown_place("a.x", ["a.b", "a.c"]) == "unknown word 'x' in a. Known: b, c."
-    assert unknown_place("b", [*(f"w{i}" for i in range(20)), "a.b"]) == f"unknown word 'b'. Did you mean 'a.b'? {HELP}"
+    assert closest_match("stepz", ["seed", "steps"]) == "steps" and closest_match("x", ["seed"]) is None
+    assert unknown_message("fruit", "aple", ["apple"]) == "unknown fruit 'aple'. Did you mean 'apple'? Known: apple."
+    assert unknown_message("fruit", 3, []) == "unknown fruit '3'. Known: none."
+    assert unknown_key_message("a.x", ["a.b", "a.c"]) == "unknown word 'x' in a. Known: b, c."
+    assert (
+        unknown_key_message("b", [*(f"w{i}" for i in range(20)), "a.b"])
+        == f"unknown word 'b'. Did you mean 'a.b'? {HELP}"
+    )

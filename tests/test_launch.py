@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.processes import free_port, together
+from tests.support.processes import free_port, run_processes
 from vqf.run import main
 
 SLOW = pytest.mark.slow
@@ -75,7 +75,9 @@ def threads_left(folder: str, arguments: list[str]) -> list[str]:
 
 def chorus(folder: Path, *arguments: str) -> list[Ended]:
     """Run the plugin's pipeline in two processes."""
-    return together(2, command, str(folder), [f"plugins=[{CHORUS}]", "pipeline=chorus", *arguments], joined=False)
+    return run_processes(
+        2, command, str(folder), [f"plugins=[{CHORUS}]", "pipeline=chorus", *arguments], initialized=False
+    )
 
 
 def test_the_first_process_chooses_the_folder_and_speaks(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_mistake_is_one_line_whoever_makes_it(tmp_path: Path, who: str) -> Non
 def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
     """One that frees a tensor while the interpreter ends aborts a process that has done all of its work."""
     words = [*SMALL, "pipeline=stage1", "steps=1", "logger=[]", "engine=ddp", "device=cpu"]
-    assert together(2, threads_left, str(tmp_path), words, joined=False) == [[], []]
+    assert run_processes(2, threads_left, str(tmp_path), words, initialized=False) == [[], []]
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from tests.support.composing import compose
 from vqf.errors import UserError
-from vqf.plugins import load_plugins, requested
-from vqf.registry import build, names
+from vqf.plugins import load_plugins, plugins_from_cli
+from vqf.registry import build, component_names
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -55,7 +55,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None) -> It
 def test_a_file_registers_what_is_in_it(write: Write, spelling: str) -> None:
     file = write("a_plugin.py", COMPONENT.format(name="mine"))
     load_plugins([spelling.format(file=file)])
-    assert "mine" in names("quantizer")
+    assert "mine" in component_names("quantizer")
     assert build("quantizer", compose("model/quantizer=mine", "model.quantizer.bits=5").model.quantizer).bits == 5
     load_plugins([str(file), "./a_plugin.py"])
 
@@ -64,7 +64,7 @@ def test_a_module_of_a_package_registers_what_is_in_it(write: Write) -> None:
     write("a_package/__init__.py", "")
     write("a_package/inner.py", COMPONENT.format(name="inner"))
     load_plugins("a_package.inner")
-    assert "inner" in names("quantizer")
+    assert "inner" in component_names("quantizer")
 
 
 def test_an_installed_package_needs_no_word(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_an_installed_package_needs_no_word(write: Write, tmp_path: Path, monkey
     write("site/installed_one-1.0.dist-info/entry_points.txt", "[vqf.components]\nany = installed_one\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     load_plugins()
-    assert "installed" in names("quantizer")
+    assert "installed" in component_names("quantizer")
     write("site/installed_one.py", "import not_there")
     del sys.modules["installed_one"]
     with pytest.raises(UserError) as caught:
@@ -113,7 +113,7 @@ def test_a_plugin_with_a_bug_keeps_its_own_error(write: Write, plugin: str) -> N
         load_plugins([plugin])
     write("broken.py", COMPONENT.format(name="mended"))
     load_plugins([plugin])
-    assert "mended" in names("quantizer")
+    assert "mended" in component_names("quantizer")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_a_plugin_with_a_bug_keeps_its_own_error(write: Write, plugin: str) -> N
     ],
 )
 def test_plugins_are_read_from_the_command_line(arguments: list[str], modules: list[str]) -> None:
-    assert requested(arguments) == modules
+    assert plugins_from_cli(arguments) == modules
 
 
 def test_plugins_are_not_swept() -> None:
     with pytest.raises(UserError, match=r"name every module of the sweep at once, plugins=\[a,b\]"):
-        requested(["plugins=a,b"])
+        plugins_from_cli(["plugins=a,b"])
     with pytest.raises(UserError, match="plugins: '3' is not a module"):
-        requested(["plugins=[a,3]"])
+        plugins_from_cli(["plugins=[a,3]"])
 
 
 def lattice(**options: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.support.composing import compose
 from vqf.batch import Batch
-from vqf.config.settings import check_config, complete
+from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed.engine import make_engine
 from vqf.losses import perceptual
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
@@ -18,15 +18,15 @@ from vqf.networks.perceptual import PerceptualDistance
 from vqf.registry import build
 from vqf.run import config_dir
 from vqf.runs.load import build_generator
-from vqf.training.prior_task import PriorStage
-from vqf.training.tokenizer_task import make_stage
+from vqf.training.prior_task import PriorTask
+from vqf.training.tokenizer_task import build_tokenizer_task
 
 MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 PRESETS = [f"model={name}" for name in MODELS] + [f"experiment={name}" for name in EXPERIMENTS]
 
 # What an option shrinks to, wherever a component has it; lists keep their length, so that strides stay.
-SMALL = {"channels": 8, "blocks": 1, "codebook_size": 12, "layers": 2, "heads": 2, "dim": 8, "head": 4}
+SMALL = {"channels": 8, "blocks": 1, "codebook_size": 12, "layers": 2, "heads": 2, "dim": 8, "head_channels": 4}
 PRIOR = {"dim": 16}
 
 # Tokenizer: parameters and tensors, from the authors' own numbers or counted in their code (docs/checkpoints.md).
@@ -43,7 +43,7 @@ TOKENIZERS = {
     "llamagen_vq16": (71_883_403, 343),
     "llamagen_vq8": (70_109_835, 299),
 }
-DISCRIMINATORS = {  # of pictures of three channels
+DISCRIMINATORS = {  # of images of three channels
     "vqgan": 2_765_633,
     "vqgan_f16_16384": 663_361,
     "ldm_vq_f4": 2_765_633,
@@ -75,7 +75,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def distance(*_: object) -> PerceptualDistance:
         return PerceptualDistance(Network(3, 4, 3).requires_grad_(False))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(perceptual, "vgg16", lambda *_: None)
+    monkeypatch.setattr(perceptual, "vgg16_features", lambda *_: None)
     monkeypatch.setattr(perceptual, "lpips_heads", lambda *_: None)
     monkeypatch.setattr(perceptual, "PerceptualDistance", distance)
 
@@ -147,7 +147,7 @@ def test_published_priors_behind_a_condition(name: str) -> None:
 
 @pytest.mark.parametrize("choice", PRESETS)
 def test_it_composes_and_says_what_it_is(choice: str) -> None:
-    check_config(complete(compose(choice)))
+    check_config(fill_missing_groups(compose(choice)))
     group, _, name = choice.partition("=")
     text = (config_dir() / group / f"{name}.yaml").read_text()
     comments = [line for line in text.split("defaults:")[0].splitlines() if line.startswith("#")]
@@ -169,7 +169,7 @@ def test_a_preset_only_chooses(name: str) -> None:
 
 def shrunk(config: DictConfig) -> DictConfig:
     """Make everything about a config small that its options allow, and nothing else."""
-    config = complete(config)
+    config = fill_missing_groups(config)
     nodes = {key: node for key, node in config.model.items() if isinstance(node, DictConfig) and "name" in node}
     stride = 1
     with open_dict(config):
@@ -179,7 +179,7 @@ def shrunk(config: DictConfig) -> DictConfig:
                     node[option] = value
             if "multipliers" in node:
                 node.multipliers = [1] * len(node.multipliers)
-                stride = node.get("stem", 1) * 2 ** (len(node.multipliers) - 1)
+                stride = node.get("patch_size", 1) * 2 ** (len(node.multipliers) - 1)
             if node.get("attention"):
                 node.attention = [2]
             if node.get("start") and "delta" in node:
@@ -197,7 +197,7 @@ def shrunk(config: DictConfig) -> DictConfig:
 def test_two_steps_of_both_stages(choice: str) -> None:
     config = shrunk(compose(choice))
     engine, data = make_engine(config), build("data", config.data, image_size=config.image_size, seed=0)
-    stage = make_stage(config, data, engine)
+    stage = build_tokenizer_task(config, data, engine)
     batch = Batch.collate([data.split("train").item(0, i) for i in range(4)])
     players = {name: stage.modules[name] for name in stage.optimizers}
     assert changes(players, lambda: [stage.step(step, batch) for step in range(2)])
@@ -205,8 +205,8 @@ def test_two_steps_of_both_stages(choice: str) -> None:
         return
     generator = build_generator(config, stage.model.eval(), data.classes)
     assert batch.images is not None
-    tokens = Batch(tokens=stage.model.tokens(batch.images), labels=batch.labels)
-    second = PriorStage(generator, None, {}, with_second(config), engine)  # type: ignore[arg-type]
+    tokens = Batch(tokens=stage.model.encode_tokens(batch.images), labels=batch.labels)
+    second = PriorTask(generator, None, {}, with_second(config), engine)  # type: ignore[arg-type]
     assert changes({"model": second.model}, lambda: [second.step(step, tokens) for step in range(2)])
 
 

@@ -15,7 +15,18 @@ from omegaconf import OmegaConf
 from tests.support.composing import compose
 from vqf import registry
 from vqf.errors import UserError
-from vqf.registry import KINDS, RegistryError, build, check, components, config_mistakes, flat_node, names, register
+from vqf.registry import (
+    KINDS,
+    RegistryError,
+    build,
+    check_options,
+    component_names,
+    components,
+    config_errors,
+    find_component,
+    flat_component,
+    register,
+)
 from vqf.run import config_dir
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -146,7 +157,7 @@ def test_what_cannot_be_registered(kind: str, name: str, target: Callable[..., A
     with pytest.raises(RegistryError) as caught:
         register(kind, name)(target)
     assert message in str(caught.value)
-    assert "bad" not in names("quantizer")
+    assert "bad" not in component_names("quantizer")
 
 
 def test_an_option_that_no_config_can_hold_is_refused() -> None:
@@ -181,7 +192,11 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("quantizer", "ema", "quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
         ("quantizer", {"name": "vq", "betta": 1}, "quantizer.betta: unknown option 'betta'. Did you mean 'beta'?"),
         ("quantizer", {"name": "vq", "betta": 1}, "(vqf.quantizers.vq.VectorQuantizer) takes: dim: int = 256, "),
-        ("quantizer", {"name": "vq", "beta_on": "x"}, "quantizer.beta_on: unknown value 'x'. Known: commitment, codeb"),
+        (
+            "quantizer",
+            {"name": "vq", "beta_placement": "x"},
+            "quantizer.beta_placement: unknown value 'x'. Known: commitment, codeb",
+        ),
         ("encoder", {"name": "conv", "in_channels": 1}, "encoder.in_channels: the pipeline sets 'in_channels' of enco"),
         ("data", {"name": "folder"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root"),
         ("data", {"name": "folder", "root": "???"}, "data.root: data 'folder' (vqf.data.folder.Folder) needs a value"),
@@ -197,17 +212,17 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
 )
 def test_check_names_the_place_and_the_cure(kind: str, node: Any, message: str) -> None:
     with pytest.raises(RegistryError) as caught:
-        check(kind, node)
+        check_options(kind, node)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_node_of_a_whole_config_says_where_it_stands() -> None:
     config = compose("model.quantizer.betta=1", "model.loss.l1.wait=2", "metric.psnr.peak=1", "optimizer.lrr=1")
-    mistakes = config_mistakes(config)
+    mistakes = config_errors(config)
     places = ["model.quantizer.betta", "model.loss.l1.wait", "metric.psnr.peak", "optimizer.lrr"]
     assert [line.split(":")[0] for line in mistakes] == places
-    assert config_mistakes(compose()) == []
+    assert config_errors(compose()) == []
 
 
 def test_building_without_a_wired_value_says_what_there_is() -> None:
@@ -260,7 +275,7 @@ def test_options_of_a_pipeline_are_words_of_their_own() -> None:
     register("pipeline", "draw")(Draw)
     config = compose("pipeline=draw", "count=16")
     assert (config.pipeline, config.count, config.label) == ({"name": "draw"}, 16, None)
-    node = flat_node("pipeline", config)
+    node = flat_component("pipeline", config)
     assert OmegaConf.to_container(node) == {"name": "draw", "count": 16, "label": None}
     assert build("pipeline", node, config=config, run_dir=Path()).given == (16, None)
     assert "label" not in compose()
@@ -278,7 +293,7 @@ def test_swapping_a_component_leaves_no_stale_option_behind() -> None:
     config = compose("model.quantizer.codebook_size=64", "model/quantizer=vq_16k").model.quantizer
     assert config.codebook_size == 64
     swapped = compose("model=vqvae", "model/quantizer=ema").model.quantizer
-    assert set(swapped) == {"name", *registry.find("quantizer", "ema").options}
+    assert set(swapped) == {"name", *registry.find_component("quantizer", "ema").options}
 
 
 def test_a_component_swapped_in_for_null_wins() -> None:
@@ -289,7 +304,7 @@ def test_a_component_swapped_in_for_null_wins() -> None:
 def test_yaml_files_do_not_bear_the_name_of_a_component() -> None:
     for kind, facts in KINDS.items():
         files = {path.stem for path in (config_dir() / facts.group).glob("*.yaml")}
-        assert not files & set(names(kind)), "Hydra would match one against the other"
+        assert not files & set(component_names(kind)), "Hydra would match one against the other"
 
 
 def test_presets_that_set_values_stand_first_in_their_own_list() -> None:
@@ -301,7 +316,7 @@ def test_presets_that_set_values_stand_first_in_their_own_list() -> None:
 def test_every_default_survives_the_config(component: registry.Component) -> None:
     needed = {key: each for key, each in component.options.items() if each.default is each.empty}
     missing = {key: {"a": 1} if "Mapping" in str(each.annotation) else "x" for key, each in needed.items()}
-    options = check(component.kind, {**registry._options(component), **missing, "name": component.name})
+    options = check_options(component.kind, {**registry._typed_options(component), **missing, "name": component.name})
     defaults = {key: each.default for key, each in component.options.items() if key not in missing}
     assert {key: value for key, value in options.items() if key not in missing} == defaults
 
@@ -319,3 +334,45 @@ def test_launchers_can_pickle_what_is_registered() -> None:
     register("quantizer", "toy")(Toy)
     repo = pickle.loads(pickle.dumps(copy.deepcopy(ConfigStore.instance().repo)))
     assert repo["model"]["quantizer"]["toy.yaml"].node.bits == 10
+
+
+class Base:
+    def __init__(self, dim, *, size: int = 3, rate: float = 0.5):
+        self.dim, self.size, self.rate = dim, size, rate
+
+
+class Middle(Base):
+    def __init__(self, *, extra: str = "x", rate: float = 0.25, **options):
+        super().__init__(rate=rate, **options)
+        self.extra = extra
+
+
+class Leaf(Middle):
+    def __init__(self, *, more: bool = False, **options):
+        super().__init__(**options)
+        self.more = more
+
+
+def test_options_of_the_base_class_need_not_be_repeated() -> None:
+    register("quantizer", "leaf")(Leaf)
+    component = find_component("quantizer", "leaf")
+    assert component.wired == ("dim",)
+    assert [(key, each.default) for key, each in component.options.items()] == [
+        ("more", False),
+        ("extra", "x"),
+        ("rate", 0.25),
+        ("size", 3),
+    ]
+    built = build("quantizer", compose("model/quantizer=leaf", "model.quantizer.size=7").model.quantizer, dim=8)
+    assert (built.dim, built.size, built.rate, built.extra, built.more) == (8, 7, 0.25, "x", False)
+    with pytest.raises(ConfigCompositionException):  # typed as in the base class
+        compose("model/quantizer=leaf", "model.quantizer.size=large")
+
+
+def test_options_that_no_base_class_takes_are_refused() -> None:
+    class Open(torch.nn.Module):
+        def __init__(self, **options):
+            super().__init__(**options)
+
+    with pytest.raises(RegistryError, match=r"^quantizer 'open': spell out what \*args may hold"):
+        register("quantizer", "open")(Open)

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from vqf.registry import KINDS, names
+from vqf.registry import KINDS, component_names
 from vqf.run import main
 from vqf.runs.run_dir import choose_run_dir
 
@@ -135,8 +135,8 @@ def test_help_lists_every_group_and_name(run: Run, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     for kind, facts in KINDS.items():
         (listed,) = [line for line in lines if line.startswith(f"{facts.group}: ")]
-        assert set(names(kind)) <= set(listed.removeprefix(f"{facts.group}: ").split(", "))
-    assert "toy" in names("pipeline")
+        assert set(component_names(kind)) <= set(listed.removeprefix(f"{facts.group}: ").split(", "))
+    assert "toy" in component_names("pipeline")
     assert any(line.startswith("experiment: ") for line in lines)
     assert list(Path().iterdir()) == []
 

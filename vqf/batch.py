@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
-Place = tuple[float, float]  # row and column in the grid of a picture's codes; the centre of a code is a whole number
+GridPosition = tuple[
+    float, float
+]  # row and column in the grid of an image's codes; the centre of a code is a whole number
 
 
 @dataclass
 class Sample:
-    """One picture of a data source."""
+    """One image of a data source."""
 
     image: Tensor  # (3, H, W) float in [-1, 1]
     label: int | None = None
     mask: Tensor | None = None  # (1, H, W) float in [0, 1]: how much of a pixel is drawn, where a source knows
     condition: Tensor | None = None  # (C, H, W) float in [-1, 1]: a map of the same place, where a source has one
-    place: Tensor | None = None  # (4,) top, left, bottom, right of what is shown, as shares of the whole picture
+    crop_box: Tensor | None = None  # (4,) top, left, bottom, right of what is shown, as shares of the whole image
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Batch:
     masks: Tensor | None = None  # (B, 1, H, W)
     tokens: Tensor | None = None  # (B, N), where stage 2 trains on cached tokens
     conditions: Tensor | None = None  # (B, C, H, W)
-    places: Tensor | None = None  # (B, 4)
+    crop_boxes: Tensor | None = None  # (B, 4)
     # (B, h, w), or (B, p, q, h, w) for windows, what a conditioner has prepared, by its name
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
+    condition_indices: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> "Batch":
@@ -50,36 +52,37 @@ class Batch:
         return cls(
             images=torch.stack([sample.image for sample in samples]),
             labels=None if labels[0] is None else torch.tensor(labels),
-            masks=_stacked([sample.mask for sample in samples]),
-            conditions=_stacked([sample.condition for sample in samples]),
-            places=_stacked([sample.place for sample in samples]),
+            masks=_stack_optional([sample.mask for sample in samples]),
+            conditions=_stack_optional([sample.condition for sample in samples]),
+            crop_boxes=_stack_optional([sample.crop_box for sample in samples]),
         )
 
     def __len__(self) -> int:
-        return len(self.any)
+        return len(self.any_field)
 
     @property
-    def any(self) -> Tensor:
+    def any_field(self) -> Tensor:
         """One of the fields that are there: for its length and its device."""
-        return next(each for each in (*self._fields().values(), *self.codes.values()))
+        return next(each for each in (*self._fields().values(), *self.condition_indices.values()))
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move every field to a device."""
         return self.map(lambda value: value.to(device, non_blocking=True))
 
-    def chunk(self, parts: int) -> list["Batch"]:
+    def chunk(self, chunks: int) -> list["Batch"]:
         """Cut the batch into equal micro-batches."""
-        size = -(-len(self) // parts)
-        return [self.part(first, first + size) for first in range(0, len(self), size)]
+        size = -(-len(self) // chunks)
+        return [self.slice(first, first + size) for first in range(0, len(self), size)]
 
-    def part(self, start: int, stop: int) -> "Batch":
+    def slice(self, start: int, stop: int) -> "Batch":
         """Return the samples from `start` to `stop` - 1."""
         return self.map(lambda value: value[start:stop])
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with every field changed."""
-        changed = {name: change(value) for name, value in self._fields().items()}
-        return replace(self, **changed, codes={name: change(value) for name, value in self.codes.items()})
+        changed = {name: fn(value) for name, value in self._fields().items()}
+        indices = {name: fn(value) for name, value in self.condition_indices.items()}
+        return replace(self, **changed, condition_indices=indices)
 
     def window(self, start: Size, size: Size, grid: Size) -> "Batch":
         """Return what one window of a larger grid is told: its part of every map and of the place.
@@ -88,25 +91,27 @@ class Batch:
             start: Row and column of the window's first code.
             size: Its height and width in codes.
             grid: Height and width of the whole in codes. Prepared codes may be a coarser grid of the same place: those
-                of pictures that were shifted are where the window is, others where they are nearest to it.
+                of images that were shifted are where the window is, others where they are nearest to it.
         """
-        places = _part(self.shown(), start, size, grid)
-        codes = {name: _crop(value, start, size, grid) for name, value in self.codes.items()}
-        return replace(self, images=None, conditions=None, masks=None, tokens=None, places=places, codes=codes)
+        crop_boxes = _window_crop_boxes(self.crop_boxes_or_full(), start, size, grid)
+        indices = {name: _crop_indices(value, start, size, grid) for name, value in self.condition_indices.items()}
+        kept = replace(self, images=None, conditions=None, masks=None, tokens=None)
+        return replace(kept, crop_boxes=crop_boxes, condition_indices=indices)
 
-    def named(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that is there by its name."""
-        return {**self._fields(), **{f"codes.{name}": value for name, value in self.codes.items()}}
+        indices = {f"condition_indices.{name}": value for name, value in self.condition_indices.items()}
+        return {**self._fields(), **indices}
 
-    def shown(self) -> Tensor:
-        """Return the places (B, 4); where none are given a picture is the whole."""
-        if self.places is not None:
-            return self.places
-        corner = torch.zeros(len(self), 2, device=self.any.device)
+    def crop_boxes_or_full(self) -> Tensor:
+        """Return the places (B, 4); where none are given an image is the whole."""
+        if self.crop_boxes is not None:
+            return self.crop_boxes
+        corner = torch.zeros(len(self), 2, device=self.any_field.device)
         return torch.cat([corner, corner + 1], dim=1)
 
     def _fields(self) -> dict[str, Tensor]:
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "codes"}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "condition_indices"}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -122,15 +127,15 @@ def pair(size: int | Sequence[int]) -> Size:
     return int(sides[0]), int(sides[1])
 
 
-def _part(places: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
-    """Return the places (B, 4) of a window of pictures at `places` (B, 4)."""
+def _window_crop_boxes(places: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
+    """Return the places (B, 4) of a window of images at `crop_boxes` (B, 4)."""
     corner, extent = places[:, :2], places[:, 2:] - places[:, :2]
     # Number by number: a tensor of them would be a copy to the device, for every window.
     ends = [(start[i] + more * size[i]) / grid[i] for more in (0, 1) for i in (0, 1)]
     return torch.stack([corner[:, n % 2] + extent[:, n % 2] * end for n, end in enumerate(ends)], dim=1)
 
 
-def _crop(codes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
+def _crop_indices(codes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
     """Return the part (B, h, w) of a map's codes (B, H, W) or (B, p, q, H, W) that a window covers."""
     if codes.ndim == 5:
         steps = codes.shape[1:3]
@@ -144,7 +149,7 @@ def _crop(codes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
     return codes[:, top : top + height, left : left + width]
 
 
-def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
+def _stack_optional(values: Sequence[Tensor | None]) -> Tensor | None:
     if values[0] is None:
         return None
     assert all(value is not None for value in values), "every sample of a split has the same fields"

@@ -1,4 +1,4 @@
-"""Pictures in and out of files, for pipelines. How a file is read is for the data sources to say."""
+"""Images in and out of files, for pipelines. How a file is read is for the data sources to say."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,40 +10,41 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from vqf.atomic import atomic_path
 from vqf.errors import UserError
 from vqf.protocols import ConditionReader
-from vqf.registry import ask, find
+from vqf.registry import call_static, find_component
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """Turn a picture (C, H, W) in [-1, 1] into an 8-bit one, rounded to the nearest; see `as_colours`."""
-    pixels = ((as_colours(picture[None])[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+def to_pil_image(image: Tensor) -> Image.Image:
+    """Turn an image (C, H, W) in [-1, 1] into an 8-bit one, rounded to the nearest; see `to_rgb`."""
+    pixels = ((to_rgb(image[None])[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
-def as_colours(pictures: Tensor) -> Tensor:
-    """Return pictures (B, C, H, W) of any channels in colours, (B, 3, H, W) in [-1, 1].
+def to_rgb(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) of any channels in colours, (B, 3, H, W) in [-1, 1].
 
     One channel is grey. Two, or more than three, are the scores of classes, of which the best is shown in a colour of
     its own.
     """
-    if pictures.shape[1] == 1:
-        return pictures.expand(-1, 3, -1, -1)
-    if pictures.shape[1] == 3:
-        return pictures
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 3:
+        return images
     # Steps of the golden ratio around the circle of hues: neighbours in number are far apart in colour.
-    hues = torch.arange(pictures.shape[1], device=pictures.device) * 0.618034 % 1
+    hues = torch.arange(images.shape[1], device=images.device) * 0.618034 % 1
     palette = ((hues[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], device=hues.device)) % 6 - 3).abs() - 1
-    return rearrange(palette.clamp(0, 1)[pictures.argmax(1)] * 2 - 1, "b h w c -> b c h w")
+    return rearrange(palette.clamp(0, 1)[images.argmax(1)] * 2 - 1, "b h w c -> b c h w")
 
 
-def read_picture(path: Path) -> Tensor:
-    """Read a picture whole, (3, H, W) in [-1, 1], as `data=folder` reads its own.
+def read_image(path: Path) -> Tensor:
+    """Read an image whole, (3, H, W) in [-1, 1], as `data=folder` reads its own.
 
     Raises:
         UserError: If there is none that can be read.
     """
-    return _read(find("data", "folder").target.picture_reader(), path)  # type: ignore[attr-defined]
+    return _read_or_raise(find_component("data", "folder").target.image_reader(), path)  # type: ignore[attr-defined]
 
 
 def condition_reader(data: DictConfig) -> ConditionReader | None:
@@ -56,7 +57,7 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
         UserError: If it has maps of several kinds.
     """
     try:
-        reader: ConditionReader | None = ask("data", data, "condition_reader")
+        reader: ConditionReader | None = call_static("data", data, "condition_reader")
     except UserError:
         raise
     except ValueError as error:
@@ -64,7 +65,7 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
     return reader
 
 
-def reader_of_maps(data: DictConfig) -> Callable[[Path], Tensor]:
+def condition_map_reader(data: DictConfig) -> Callable[[Path], Tensor]:
     """Return `condition_reader`, whose mistakes are the user's.
 
     Raises:
@@ -76,11 +77,11 @@ def reader_of_maps(data: DictConfig) -> Callable[[Path], Tensor]:
             f"condition: data '{data.name}' does not say how it reads a map from a file; give its class a function "
             "condition_reader (vqf.protocols.Data), or leave condition out to draw by held-out maps"
         )
-    return lambda path: _read(reader, path)
+    return lambda path: _read_or_raise(reader, path)
 
 
-def picture_files(path: Path) -> list[Path]:
-    """List the pictures of a folder, by name, or the file itself; hidden files and what ends otherwise are left out.
+def image_files(path: Path) -> list[Path]:
+    """List the images of a folder, by name, or the file itself; hidden files and what ends otherwise are left out.
 
     Raises:
         UserError: If there is none.
@@ -89,32 +90,30 @@ def picture_files(path: Path) -> list[Path]:
         raise UserError(f"condition={path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    endings: tuple[str, ...] = tuple(find("data", "folder").options["extensions"].default)
+    endings: tuple[str, ...] = tuple(find_component("data", "folder").options["extensions"].default)
     files = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
     found = sorted(each for each in files if each.name.lower().endswith(endings))
     if not found:
-        raise UserError(f"condition={path}: no pictures ({', '.join(endings)}) in this folder")
+        raise UserError(f"condition={path}: no images ({', '.join(endings)}) in this folder")
     return found
 
 
-def save_pictures(pictures: Iterable[Tensor], folder: Path, names: Iterable[str]) -> None:
-    """Write pictures (C, H, W) as PNG files of the given names into a folder."""
-    for picture, name in zip(pictures, names, strict=True):
-        save_picture(picture, folder / f"{name}.png")
+def save_images(images: Iterable[Tensor], folder: Path, names: Iterable[str]) -> None:
+    """Write images (C, H, W) as PNG files of the given names into a folder."""
+    for image, name in zip(images, names, strict=True):
+        save_image(image, folder / f"{name}.png")
 
 
-def save_picture(picture: Tensor, path: Path, said: PngInfo | None = None) -> None:
-    """Write a picture (C, H, W), and what is said of it; the file is whole, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp")
-    to_image(picture).save(temporary, format="PNG", pnginfo=said)
-    temporary.rename(path)
+def save_image(image: Tensor, path: Path, png_info: PngInfo | None = None) -> None:
+    """Write an image (C, H, W), and what is said of it; the file is whole, whatever happens."""
+    with atomic_path(path, durable=False) as temporary:
+        to_pil_image(image).save(temporary, format="PNG", pnginfo=png_info)
 
 
-def _read(reader: Callable[[Path], Tensor], path: Path) -> Tensor:
+def _read_or_raise(reader: Callable[[Path], Tensor], path: Path) -> Tensor:
     try:
         return reader(path)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: no picture that can be read ({error})") from error
+        raise UserError(f"{path}: no image that can be read ({error})") from error

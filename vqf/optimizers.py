@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from vqf.errors import UserError, unknown
-from vqf.protocols import share_of
+from vqf.errors import UserError, unknown_message
+from vqf.protocols import to_steps
 from vqf.registry import register
 
 register("optimizer", "adam")(torch.optim.Adam)
@@ -37,21 +37,21 @@ def timm_optimizer(
     from timm.optim import create_optimizer_v2, list_optimizers
 
     if opt not in list_optimizers():
-        raise UserError(f"optimizer.opt: {unknown('timm optimizer', opt, list_optimizers())}")
+        raise UserError(f"optimizer.opt: {unknown_message('timm optimizer', opt, list_optimizers())}")
     return create_optimizer_v2(list(params), opt=opt, lr=lr, weight_decay=weight_decay, **(options or {}))
 
 
 @register("schedule", "constant")
 def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0) -> LambdaLR:
     """The learning rate as given, after a linear warm-up of `warmup` steps (below 1: a share of the run)."""
-    rise = share_of(warmup, steps)
+    rise = to_steps(warmup, steps)
     return LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
 
 
 @register("schedule", "cosine")
 def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0.02, end: float = 0.0) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `end` times the learning rate at the last step."""
-    rise = share_of(warmup, steps)
+    rise = to_steps(warmup, steps)
 
     def multiplier(step: int) -> float:
         if step < rise:

@@ -37,7 +37,7 @@ def load_plugins(modules: str | Sequence[str] = ()) -> None:
             _import_module(module)
 
 
-def requested(arguments: Sequence[str]) -> list[str]:
+def plugins_from_cli(arguments: Sequence[str]) -> list[str]:
     """Read the `plugins=` override, which must act before Hydra composes the rest."""
     modules: list[Any] = []
     for argument in arguments:

@@ -31,7 +31,7 @@ class Quantized:
 
 @dataclass
 class Reconstruction:
-    """What a metric looks at: held-out pictures, what the tokenizer made of them, and through which codes."""
+    """What a metric looks at: held-out images, what the tokenizer made of them, and through which codes."""
 
     images: Tensor  # (B, 3, H, W)
     reconstructions: Tensor  # (B, 3, H, W), clamped to [-1, 1]
@@ -51,8 +51,9 @@ class Encoder(Protocol):
 class Decoder(Protocol):
     """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels, image_size.
 
-    One may have `features` in two parts: `rest(whole(latents))`. What `whole` returns still has a cell for every code,
-    and may depend on all of them; `rest` is local, but for group norms, so that large pictures go through it in tiles.
+    One may have `features` in two parts: `local_features(global_features(latents))`. `global_features` returns a cell
+    for every code, which may depend on all of them; `local_features` is local, but for group norms, so that large
+    images go through it in tiles.
     """
 
     stride: int
@@ -82,8 +83,8 @@ class Quantizer(Protocol):
 class Loss(Protocol):
     """A distance between reconstructions and images.
 
-    One that compares pictures alone has their numbers of `channels` as an attribute of its class; one for maps of
-    classes, of which reconstructions are logits, has `of_classes = True`.
+    One that compares images alone has their numbers of `channels` as an attribute of its class; one for maps of
+    classes, of which reconstructions are logits, has `expects_logits = True`.
     """
 
     weight: float
@@ -100,48 +101,48 @@ class Discriminator(Protocol):
 class Adversary(Protocol):
     """The GAN objective: what each player minimises, from which step, and how much it weighs. Wired: steps."""
 
-    start: int  # the first step at which the discriminator learns
-    second_forward: bool  # whether it judges what the tokenizer draws after its own update
+    start_step: int  # the first step at which the discriminator learns
+    refresh_fakes: bool  # whether it judges what the tokenizer draws after its own update
 
     def generator_loss(self, fake: Tensor) -> Tensor: ...  # logits -> ()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor: ...  # logits -> ()
 
-    def weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
         """Weigh the generator's loss from both gradients at the decoder's last layer. -> ()."""
         ...
 
-    def ramp(self, step: int) -> float: ...  # share in [0, 1] of its verdict that counts at a step; 0: not asked
+    def weight_at(self, step: int) -> float: ...  # share in [0, 1] of its verdict that counts at a step; 0: not asked
 
 
 @dataclass
-class Judged:
+class DiscriminatorOutput:
     """What a discriminator made of a batch."""
 
     discriminator: nn.Module
     images: Tensor  # (B, 3, H, W)
-    real: Tensor  # logits of the images
-    fake: Tensor  # logits of their reconstructions
+    real_logits: Tensor  # logits of the images
+    fake_logits: Tensor  # logits of their reconstructions
     step: int  # counted from the start of the run
 
 
 class Regularizer(Protocol):
     """A term that the discriminator minimises beside the adversary's loss.
 
-    One that is not computed at every step has a tensor `logged`, what the log shows instead.
+    One that is not computed at every step has a tensor `last_value`, what the log shows instead.
     """
 
     weight: float
 
-    def __call__(self, judged: Judged) -> Tensor: ...  # -> ()
+    def __call__(self, output: DiscriminatorOutput) -> Tensor: ...  # -> ()
 
 
-class Coder(Protocol):
+class ImageCodec(Protocol):
     """What a conditioner needs of a tokenizer."""
 
     vocab_size: int
     stride: int
-    channels: int  # of its pictures
+    channels: int  # of its images
 
     def encode(self, images: Tensor) -> Tensor: ...  # (B, C, H, W) -> (B, H / stride, W / stride) int64
 
@@ -149,21 +150,21 @@ class Coder(Protocol):
 
 
 class Conditioner(Protocol):
-    """What stage 2 is told about a picture, as tokens in front of it.
+    """What stage 2 is told about an image, as tokens in front of it.
 
-    Wired: classes, their number; grid, of the codes of a picture; tokenizer, a `Coder` of the pictures; open_tokenizer,
-    which gives the `Coder` of another run by the run's folder.
+    Wired: num_classes; grid, of the codes of an image; tokenizer, a `ImageCodec` of the images; open_tokenizer,
+    which gives the `ImageCodec` of another run by the run's folder.
 
-    One that has a method `prepare(batch)` turns pictures into codes in it, once, and returns the batch with those
-    codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null(batch)` says
-    there what stands for no condition, (B, M), or None. One that has a method `show(batch)` draws what it is told,
-    (B, C, H, W). One that is told by pictures has their `channels`, and `multiple`, the pixels that divide their sides.
-    One whose tokens speak of places in the picture has `places`, M of them. Where `drop` is a share above 0, training
-    puts what `null` says in its place that often, for several conditioners at once; see
-    `vqf.models.conditioning.Conditions`.
-    One whose codes are larger than those of the picture may have a method `prepare_shifted(batch)`: its codes are then
-    (B, p, q, h, w), where [:, i, j] are those of the pictures without their first i rows and j columns of codes.
-    `field` names the field of a batch that it is told by: `conditions` by default, `images` or `places`.
+    One that has a method `prepare(batch)` turns images into codes in it, once, and returns the batch with those
+    codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null_prefix(batch)`
+    says there what stands for no condition, (B, M), or None. One that has a method `render(batch)` draws what it is
+    told, (B, C, H, W). One that is told by images has their `channels`, and `size_multiple`, the pixels that divide
+    their sides. One whose tokens speak of places in the image has `positions`, M of them. Where `dropout` is a share
+    above 0, training puts what `null_prefix` says in its place that often, for several conditioners at once; see
+    `vqf.models.conditioning.ConditionerStack`.
+    One whose codes are larger than those of the image may have a method `prepare_shifted(batch)`: its codes are then
+    (B, p, q, h, w), where [:, i, j] are those of the images without their first i rows and j columns of codes.
+    `batch_field` names the field of a batch that it is told by: `conditions` by default, `images` or `crop_boxes`.
     """
 
     vocab_size: int
@@ -175,8 +176,8 @@ class Conditioner(Protocol):
 class Prior(Protocol):
     """A distribution over token sequences.
 
-    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_places, for each token of the
-    prefix the `Place` that it speaks of, None where it speaks of none.
+    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_positions, for each token
+    of the prefix the `GridPosition` that it speaks of, None where it speaks of none.
     """
 
     vocab_size: int
@@ -190,13 +191,13 @@ class Prior(Protocol):
 class Autoregressive(Protocol):
     """A prior that can also be fed one token at a time, remembering keys and values."""
 
-    def begin(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, a cache
+    def prefill(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, a cache
 
-    def advance(self, token: Tensor, cache: Any) -> Tensor: ...  # (B,), cache -> logits (B, V) of the next token
+    def decode(self, token: Tensor, cache: Any) -> Tensor: ...  # (B,), cache -> logits (B, V) of the next token
 
 
 @dataclass
-class Pieces:
+class RaggedChunks:
     """Parts of n sequences [prefix; tokens], end to end, that a prior reads in one pass.
 
     The cache holds all positions of a sequence before its piece. It may hold later ones, which mean nothing.
@@ -204,15 +205,15 @@ class Pieces:
 
     ids: Tensor  # (T,) int64, of the prefix where the position is one of its M, of a token elsewhere
     positions: Tensor  # (T,) int64, in the sequence
-    owners: Tensor  # (T,) int64 in [0, n), the piece that a token belongs to; rising
+    chunk_indices: Tensor  # (T,) int64 in [0, n), the piece that a token belongs to; rising
     ends: Tensor  # (n,) int64, where in T the last token of each piece is
     slots: Tensor  # (n,) int64, the place of each sequence in the cache, no two alike
-    longest: int  # tokens of the longest piece
-    reach: int  # one more than the largest position
+    max_chunk_length: int  # tokens of the longest piece
+    context_length: int  # one more than the largest position
 
 
 @runtime_checkable
-class Piecewise(Protocol):
+class RaggedDecoding(Protocol):
     """A prior that can also read pieces of many sequences at once, each of its own length, remembering keys and values.
 
     What sliding windows need to be fast.
@@ -220,9 +221,11 @@ class Piecewise(Protocol):
 
     sequence_bytes: int  # of the keys and values of one sequence
 
-    def room(self, sequences: int) -> Any: ...  # an empty cache for so many sequences
+    def allocate_cache(self, sequences: int) -> Any: ...  # an empty cache for so many sequences
 
-    def extend(self, pieces: Pieces, cache: Any) -> Tensor: ...  # -> logits (n, V) of the token after each piece
+    def decode_chunks(
+        self, chunks: RaggedChunks, cache: Any
+    ) -> Tensor: ...  # -> logits (n, V) of the token after each piece
 
 
 class Sampler(Protocol):
@@ -234,7 +237,7 @@ class Sampler(Protocol):
         Sample i of the batch depends on `seed` and `first + i` alone, not on the size of the batch.
 
         A sampler whose signature has one of these keywords is given it, too: `known`, (B, h * w) tokens to keep,
-        -1 where one is to be drawn; `null_prefix`, what the conditioner's method `null(batch)` says in place of a
+        -1 where one is to be drawn; `null_prefix`, what the conditioner's `null_prefix(batch)` says in place of a
         condition, None where it has none; `window`, the grid that the prior was trained on. One that takes `window`
         is given both prefixes as functions of a window's start and size that return (B, M).
 
@@ -244,13 +247,13 @@ class Sampler(Protocol):
 
 
 @dataclass
-class Drawn:
+class ScoredSamples:
     """Samples that a scorer looks at."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     tokens: Tensor  # (B, N)
     prior: Any
-    prefix: Tensor | None  # (B, M); None where the picture is larger than what the prior models at once
+    prefix: Tensor | None  # (B, M); None where the image is larger than what the prior models at once
     labels: Tensor | None  # (B,)
     classes: Sequence[str]  # names of all labels
 
@@ -258,13 +261,13 @@ class Drawn:
 class Scorer(Protocol):
     """Says which of several samples is best."""
 
-    def __call__(self, drawn: Drawn) -> Tensor: ...  # -> (B,), the higher the better
+    def __call__(self, samples: ScoredSamples) -> Tensor: ...  # -> (B,), the higher the better
 
 
 class Split(Protocol):
     """One part of a data source. `item` is a pure function of the source's seed, epoch and index."""
 
-    fingerprint: str  # changes when the pictures do
+    fingerprint: str  # changes when the images do
 
     def __len__(self) -> int: ...
 
@@ -272,12 +275,12 @@ class Split(Protocol):
 
 
 @runtime_checkable
-class Streamed(Protocol):
+class StreamingSplit(Protocol):
     """A split whose `item` is quick only for indices that rise; it is trained on as it comes, in no exact order."""
 
-    readers: int  # processes that can share it, those that load data counted
+    max_readers: int  # processes that can share it, those that load data counted
 
-    def stream(self, start: int, rank: int, world: int) -> Iterator[Sample]: ...  # from a step on, without end
+    def stream(self, start: int, rank: int, world_size: int) -> Iterator[Sample]: ...  # from a step on, without end
 
 
 class ConditionReader(Protocol):
@@ -287,31 +290,31 @@ class ConditionReader(Protocol):
     the maps of a shard are read by their channels.
     """
 
-    classes: int  # where every channel is a class; 0 where a map is a picture
+    num_classes: int  # where every channel is a class; 0 where a map is an image
 
     def __call__(self, path: Path) -> Tensor: ...  # -> (C, H, W), a pixel of the file for a pixel
 
 
 class Data(Protocol):
-    """A source of pictures. Wired: image_size, seed.
+    """A source of images. Wired: image_size, seed.
 
-    One with maps beside its pictures has a function of its class, `condition_reader`, that takes some of its options by
+    One with maps beside its images has a function of its class, `condition_reader`, that takes some of its options by
     name and returns a `ConditionReader`. It opens no data: a run is also sampled where its data is not.
     """
 
     classes: Sequence[str]  # names of the labels; empty where there are none
 
-    # "train" or "validation"; an EmptyPartError where it holds no picture, which a pipeline for both goes without
+    # "train" or "validation"; an EmptyPartError where it holds no image, which a pipeline for both goes without
     def split(self, name: str) -> Split: ...
 
 
 class Metric(Protocol):
-    """Numbers over held-out pictures. Wired: vocab_size, device.
+    """Numbers over held-out images. Wired: vocab_size, device.
 
     One that has a method `intervals()` gives the 95 % interval of some of its numbers there, as (low, high). One whose
-    attribute `codes_only` is true looks at the codes alone, and is asked about samples of a prior, too. One whose class
-    has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint, and is sorted
-    that way in a comparison.
+    attribute `indices_only` is true looks at the codes alone, and is asked about samples of a prior, too. One whose
+    class has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint, and is
+    sorted that way in a comparison.
     """
 
     def update(self, batch: Reconstruction) -> None: ...
@@ -321,17 +324,17 @@ class Metric(Protocol):
 
 @dataclass
 class FeatureSet:
-    """What a feature network sees in a set of pictures, on the CPU."""
+    """What a feature network sees in a set of images, on the CPU."""
 
-    count: int | None  # pictures behind mean and covariance; None where a file does not say
+    count: int | None  # images behind mean and covariance; None where a file does not say
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64, divided by count - 1
-    features: Tensor  # (n, D) float32 of n of them, spread evenly, for metrics that look at single pictures
+    features: Tensor  # (n, D) float32 of n of them, spread evenly, for metrics that look at single images
     logits: Tensor | None = None  # (n, C) float32 of the same, where the network is a classifier
 
 
 @dataclass
-class Comparison:
+class SetMetricResult:
     """What a set metric says."""
 
     values: dict[str, float]
@@ -340,37 +343,37 @@ class Comparison:
 
 
 class FeatureNetwork(Protocol):
-    """Describes a picture by a vector."""
+    """Describes an image by a vector."""
 
     name: str
-    digest: str  # of its weights, and of how it scales pictures
+    digest: str  # of its weights, and of how it scales images
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...  # -> (B, D), logits (B, C) of a classifier
 
 
 @runtime_checkable
 class SetMetric(Protocol):
-    """A metric that compares a set of pictures with a set of real ones, by features. Wired: device.
+    """A metric that compares a set of images with a set of real ones, by features. Wired: device.
 
     As a `Metric` it compares reconstructions with their originals.
     """
 
     network: FeatureNetwork
-    prefix: str  # of its names where the pictures are reconstructions: r, as in rFID
+    reconstruction_prefix: str  # of its names where the images are reconstructions: r, as in rFID
 
     def update(self, batch: Reconstruction) -> None: ...
 
     def compute(self) -> dict[str, float]: ...
 
-    def compare(self, real: FeatureSet, generated: FeatureSet) -> Comparison: ...
+    def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult: ...
 
 
 class EvaluationProtocol(Protocol):
-    """What is measured on which pictures; a frozen dataclass whose fields are lines of the result. Wired: nothing."""
+    """What is measured on which images; a frozen dataclass whose fields are lines of the result. Wired: nothing."""
 
     task: str  # "reconstruction" or "generation"
     part: str  # of the data: what is reconstructed, or held out
-    count: int | None  # pictures that are reconstructed or generated; all, or as many as the reference has
+    count: int | None  # images that are reconstructed or generated; all, or as many as the reference has
     crop: str
     resize: str
     rounding: str
@@ -379,7 +382,7 @@ class EvaluationProtocol(Protocol):
 
 
 class Logger(Protocol):
-    """Where numbers and pictures of a run go. Wired: run_dir, config, part.
+    """Where numbers and images of a run go. Wired: run_dir, config, subrun.
 
     `part` says what the folder is of the run in the folder above, as "stage1" of pipeline=full; "" where it is a run.
     """
@@ -394,12 +397,12 @@ class Logger(Protocol):
 class Pipeline(Protocol):
     """One thing that `python -m vqf.run` can do. Wired: config, run_dir.
 
-    One with the attribute `parallel = True` runs in every process that torchrun starts; others are refused there.
+    One with the attribute `distributed = True` runs in every process that torchrun starts; others are refused there.
     """
 
     def run(self) -> float | None: ...  # what a sweeper minimises
 
 
-def share_of(value: float, steps: int) -> int:
+def to_steps(value: float, steps: int) -> int:
     """Read a number of steps, or below 1 a share of the run."""
     return round(value * steps) if 0 < value < 1 else int(value)

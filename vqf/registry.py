@@ -4,7 +4,8 @@ A component is any callable, and its signature is its whole contract:
 
 * a positional parameter without a default is *wired*: the pipeline passes it to `build`;
 * every other parameter is an *option*: it appears in the config with its default, or as
-  `???` where it has none.
+  `???` where it has none;
+* `**options` stands for the parameters of the base class, which need not be repeated.
 
 So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all it takes for
 `model/quantizer=fsq "model.quantizer.levels=[8,8,8]"` to work.
@@ -22,8 +23,8 @@ from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqf.errors import UserError, closest, unknown
-from vqf.typed_nodes import choices_of, hints_of, strip_none, typed_node
+from vqf.errors import UserError, closest_match, unknown_message
+from vqf.typed_nodes import literal_choices, parameters_of, strip_none, type_hints_of, typed_node
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -32,12 +33,12 @@ T = TypeVar("T", bound=Callable[..., Any])
 class Kind:
     """Where the components of one kind stand in the config.
 
-    `many`: a run uses several at once; `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
+    `multiple`: a run uses several at once; `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
     `flat`: the options are words of their own on the command line, as in `pipeline=sample count=16`.
     """
 
     group: str
-    many: bool = False
+    multiple: bool = False
     flat: bool = False
 
 
@@ -45,18 +46,18 @@ KINDS = {
     "encoder": Kind("model/encoder"),
     "decoder": Kind("model/decoder"),
     "quantizer": Kind("model/quantizer"),
-    "loss": Kind("model/loss", many=True),
+    "loss": Kind("model/loss", multiple=True),
     "discriminator": Kind("model/discriminator"),
     "adversary": Kind("model/adversary"),
-    "regularizer": Kind("model/regularizer", many=True),
-    "conditioner": Kind("model/conditioner", many=True),
+    "regularizer": Kind("model/regularizer", multiple=True),
+    "conditioner": Kind("model/conditioner", multiple=True),
     "prior": Kind("model/prior"),
     "sampler": Kind("sampler"),
     "scorer": Kind("scorer"),
     "data": Kind("data"),
-    "metric": Kind("metric", many=True),
+    "metric": Kind("metric", multiple=True),
     "protocol": Kind("protocol"),
-    "logger": Kind("logger", many=True),
+    "logger": Kind("logger", multiple=True),
     "optimizer": Kind("optimizer"),
     "schedule": Kind("schedule"),
     "pipeline": Kind("pipeline", flat=True),
@@ -103,33 +104,33 @@ def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[
         RegistryError: For an unknown kind, an unusable name or signature, or a name that is taken.
     """
     if kind not in KINDS:
-        raise RegistryError(unknown("component kind", kind, KINDS))
+        raise RegistryError(unknown_message("component kind", kind, KINDS))
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise RegistryError(f"{kind} name '{name}' is not lower_snake_case")
 
     def decorator(target: T) -> T:
-        component = _read(kind, name, target)
+        component = _parse_signature(kind, name, target)
         taken = _components[kind].get(name)
         if taken and str(taken) != str(component):  # the same class again is a notebook's reload
             raise RegistryError(f"{component} clashes with {taken}; pick another name")
         _components[kind][name] = component
-        _store(component, defaults)
+        _store_in_hydra(component, defaults)
         return target
 
     return decorator
 
 
-def names(kind: str) -> list[str]:
+def component_names(kind: str) -> list[str]:
     """List what is registered under a kind."""
     return sorted(_components[kind])
 
 
 def components(kind: str) -> list[Component]:
     """List the registered components of a kind, sorted by name."""
-    return [_components[kind][name] for name in names(kind)]
+    return [_components[kind][name] for name in component_names(kind)]
 
 
-def check(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None = None) -> dict[str, Any]:
+def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None = None) -> dict[str, Any]:
     """Return the options that `config` sets for the component it names.
 
     Args:
@@ -140,15 +141,15 @@ def check(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None =
     Raises:
         RegistryError: One line that names the place, what is close, and what is known.
     """
-    config = _node(kind, config, where)
+    config = _as_node(kind, config, where)
     where = where or config._get_full_key(None) or kind
-    component = find(kind, config.get("name"), where)
+    component = find_component(kind, config.get("name"), where)
     for key in config:
         _check_key(component, str(key), where)
     for key, parameter in component.options.items():
         absent = key not in config and parameter.default is parameter.empty
         if absent or OmegaConf.is_missing(config, key):
-            place = _place(component, key, where)
+            place = _option_key(component, key, where)
             raise RegistryError(f"{place}: {component} needs a value; give {place}=...")
     try:
         options = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -158,10 +159,10 @@ def check(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None =
     return {key: _check_value(component, key, value, where) for key, value in options.items()}
 
 
-def find(kind: str, name: Any, where: str | None = None) -> Component:
+def find_component(kind: str, name: Any, where: str | None = None) -> Component:
     """Return the component registered under a name."""
     if name not in _components[kind]:
-        raise RegistryError(f"{where or kind}: {unknown(kind, name, names(kind))}")
+        raise RegistryError(f"{where or kind}: {unknown_message(kind, name, component_names(kind))}")
     return _components[kind][name]
 
 
@@ -171,8 +172,8 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
     Raises:
         RegistryError: If the node is wrong, or the component itself refuses a value with a `ValueError`.
     """
-    options = check(kind, config)
-    component = find(kind, config["name"])
+    options = check_options(kind, config)
+    component = find_component(kind, config["name"])
     if absent := [key for key in component.wired if key not in wired]:
         raise RegistryError(f"{component} asks for '{absent[0]}'; a {kind} is given {', '.join(wired) or 'nothing'}")
     try:
@@ -183,7 +184,7 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
         raise RegistryError(f"{kind} '{component.name}': {error}") from error
 
 
-def ask(kind: str, config: Mapping[str, Any] | DictConfig, question: str, where: str | None = None) -> Any:
+def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, where: str | None = None) -> Any:
     """Call a function of a component's class with those of its options that it takes; None if it has no such function.
 
     Nothing is built.
@@ -191,22 +192,22 @@ def ask(kind: str, config: Mapping[str, Any] | DictConfig, question: str, where:
     Raises:
         RegistryError: If the node is wrong.
     """
-    answer = getattr(find(kind, config.get("name"), where).target, question, None)
+    answer = getattr(find_component(kind, config.get("name"), where).target, method, None)
     if answer is None:
         return None
-    options = check(kind, config, where)
+    options = check_options(kind, config, where)
     return answer(**{key: options[key] for key in inspect.signature(answer).parameters if key in options})
 
 
-def flat_node(kind: str, config: DictConfig) -> DictConfig:
+def flat_component(kind: str, config: DictConfig) -> DictConfig:
     """Gather the node of a flat kind, whose options stand at the top level of `config`."""
     name = config[kind]["name"]
-    component = find(kind, name, kind)
+    component = find_component(kind, name, kind)
     options = {key: config[key] for key in component.options if key in config and not OmegaConf.is_missing(config, key)}
     return OmegaConf.create({"name": name, **options})
 
 
-def nodes(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
+def chosen_components(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
     """Yield (kind, node, place) for every component that a composed config chooses."""
     for kind, facts in KINDS.items():
         place = facts.group.replace("/", ".")
@@ -214,14 +215,14 @@ def nodes(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
         if node is None:
             continue
         if facts.flat:
-            yield kind, flat_node(kind, config), place
-        elif facts.many and isinstance(node, DictConfig):
+            yield kind, flat_component(kind, config), place
+        elif facts.multiple and isinstance(node, DictConfig):
             yield from ((kind, each, f"{place}.{key!s}") for key, each in node.items() if each is not None)
         else:
             yield kind, node, place
 
 
-def config_mistakes(config: DictConfig, prefix: str = "") -> list[str]:
+def config_errors(config: DictConfig, prefix: str = "") -> list[str]:
     """Check every component that a composed config chooses, before anything is built; a line for each mistake.
 
     Args:
@@ -229,27 +230,27 @@ def config_mistakes(config: DictConfig, prefix: str = "") -> list[str]:
         prefix: The place of that part.
     """
     mistakes = []
-    for kind, node, place in nodes(config):
+    for kind, node, place in chosen_components(config):
         try:
-            check(kind, node, prefix + place)
+            check_options(kind, node, prefix + place)
         except RegistryError as error:
             mistakes.append(str(error))
     return mistakes
 
 
-def _node(kind: str, config: Any, where: str | None) -> DictConfig:
+def _as_node(kind: str, config: Any, where: str | None) -> DictConfig:
     group = KINDS[kind].group
     if config is None or (isinstance(config, Mapping) and config.get("name") is None):
-        known = ", ".join(names(kind))
+        known = ", ".join(component_names(kind))
         raise RegistryError(f"{where or kind}: no {kind} is chosen; choose one with {group}=NAME. Known: {known}.")
     if not isinstance(config, Mapping):
         raise RegistryError(f"{where or kind}={config}: a {kind} is chosen with {group}={config}")
     return config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
 
 
-def _read(kind: str, name: str, target: Callable[..., Any]) -> Component:
+def _parse_signature(kind: str, name: str, target: Callable[..., Any]) -> Component:
     wired, options = [], {}
-    for parameter in inspect.signature(target).parameters.values():
+    for parameter in parameters_of(target).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise RegistryError(f"{kind} '{name}': spell out what *{parameter.name} may hold")
         if parameter.name in ("name", "defaults"):
@@ -261,11 +262,11 @@ def _read(kind: str, name: str, target: Callable[..., Any]) -> Component:
     return Component(kind, name, target, tuple(wired), options)
 
 
-def _store(component: Component, defaults: Sequence[Any]) -> None:
+def _store_in_hydra(component: Component, defaults: Sequence[Any]) -> None:
     facts = KINDS[component.kind]
     place = facts.group.replace("/", ".")
-    content = _options(component)
-    package = f"{place}.{component.name}" if facts.many else None
+    content = _typed_options(component)
+    package = f"{place}.{component.name}" if facts.multiple else None
     if facts.flat:
         content = {place: {"name": component.name}, **content}
         package = "_global_"
@@ -273,7 +274,7 @@ def _store(component: Component, defaults: Sequence[Any]) -> None:
         content = {"name": component.name, **content}
     if defaults:
         content = {"defaults": [*defaults, "_self_"], **content}
-    # Not struct, so that an unknown key reaches `check`, which can name the component.
+    # Not struct, so that an unknown key reaches `check_options`, which can name the component.
     node = DictConfig(content, flags={"struct": False})
     provider = component.target.__module__
     store = ConfigStore.instance()
@@ -292,13 +293,13 @@ class _SharedNode(ConfigNode):
         return self
 
 
-def _options(component: Component) -> dict[str, Any]:
+def _typed_options(component: Component) -> dict[str, Any]:
     """Hold the options in typed OmegaConf nodes.
 
     Plain containers, not a generated dataclass: launchers pickle the ConfigStore into worker
     processes, where a class made here could not be found.
     """
-    hints = hints_of(component.target)
+    hints = type_hints_of(component.target)
     content: dict[str, Any] = {}
     for key, parameter in component.options.items():
         default = MISSING if parameter.default is parameter.empty else parameter.default
@@ -314,7 +315,7 @@ def _check_key(component: Component, key: str, where: str) -> None:
         raise RegistryError(f"{where}.{key}: the pipeline sets '{key}' of {component}")
     if key != "name" and key not in component.options:
         owners = [each.name for each in components(component.kind) if key in each.options]
-        close = closest(key, component.options)
+        close = closest_match(key, component.options)
         hint = f"{KINDS[component.kind].group}={' or '.join(owners)} has it." if owners else ""
         hint = hint or (f"Did you mean '{close}'?" if close else "")
         takes = f"{component} takes: {component.signature}"
@@ -322,17 +323,19 @@ def _check_key(component: Component, key: str, where: str) -> None:
 
 
 def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
-    hint, _ = strip_none(hints_of(component.target).get(key))
-    choices = choices_of(hint)
+    hint, _ = strip_none(type_hints_of(component.target).get(key))
+    choices = literal_choices(hint)
     if choices and value is not None and value not in choices:
-        raise RegistryError(f"{_place(component, key, where)}: {unknown('value', value, choices)}")
+        raise RegistryError(f"{_option_key(component, key, where)}: {unknown_message('value', value, choices)}")
     origin = typing.get_origin(hint)
     if inspect.isclass(origin) and issubclass(origin, Mapping) and not isinstance(value, Mapping | None):
-        raise RegistryError(f"{_place(component, key, where)}: '{value}' is not a mapping; write it as {{a:1,b:2}}")
+        raise RegistryError(
+            f"{_option_key(component, key, where)}: '{value}' is not a mapping; write it as {{a:1,b:2}}"
+        )
     if isinstance(value, list) and isinstance(component.options[key].default, tuple):
         return tuple(value)
     return value
 
 
-def _place(component: Component, key: str, where: str) -> str:
+def _option_key(component: Component, key: str, where: str) -> str:
     return key if KINDS[component.kind].flat else f"{where}.{key}"

@@ -20,7 +20,7 @@ from omegaconf import (
     StringNode,
 )
 
-LEAVES: dict[type, Callable[..., Node]] = {
+NODE_TYPES: dict[type, Callable[..., Node]] = {
     bool: BooleanNode,
     int: IntegerNode,
     float: FloatNode,
@@ -37,18 +37,18 @@ def typed_node(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
     """
     hint, optional = strip_none(hint)
     optional = optional or default is None
-    if choices := choices_of(hint):
+    if choices := literal_choices(hint):
         hint = type(choices[0])
     origin = typing.get_origin(hint) or hint
     args = [each for each in typing.get_args(hint) if each is not Ellipsis]
-    if hint in LEAVES:
-        return LEAVES[hint](default, is_optional=optional)
+    if hint in NODE_TYPES:
+        return NODE_TYPES[hint](default, is_optional=optional)
     if inspect.isclass(origin) and issubclass(origin, Sequence) and origin is not str:
-        element: Any = args[0] if len(set(args)) == 1 and args[0] in LEAVES else Any
+        element: Any = args[0] if len(set(args)) == 1 and args[0] in NODE_TYPES else Any
         content = list(default) if isinstance(default, Sequence) and default != MISSING else default
         return ListConfig(content, element_type=element, ref_type=list[element], is_optional=optional)
     if inspect.isclass(origin) and issubclass(origin, Mapping) and default is not None:
-        element = args[1] if len(args) == 2 and args[1] in LEAVES else Any
+        element = args[1] if len(args) == 2 and args[1] in NODE_TYPES else Any
         return DictConfig(default, element_type=element, ref_type=dict[str, element], is_optional=optional)
     return AnyNode(default)  # a mapping that is null, too: OmegaConf 2.3 cannot merge another into a typed one
 
@@ -61,15 +61,46 @@ def strip_none(hint: Any) -> tuple[Any, bool]:
     return rest[0] if len(rest) == 1 else Any, len(rest) < len(typing.get_args(hint))
 
 
-def choices_of(hint: Any) -> tuple[Any, ...]:
+def literal_choices(hint: Any) -> tuple[Any, ...]:
     """Return the values that a Literal lists; none for any other annotation."""
     hint, _ = strip_none(hint)
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a component's parameters."""
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # an annotation imported for type checkers only; its option goes untyped
-        return {}
+def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a component: its own, then those that its `**options` passes on to its base class.
+
+    A parameter of the subclass hides one of the same name in the base. `*args`, and `**options` that no base class
+    takes, stay in the answer.
+    """
+    _, *bases = _constructors(target)
+    parameters = dict(inspect.signature(target).parameters)
+    for base in bases:
+        parameters = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
+        _, *inherited = inspect.signature(base).parameters.values()  # without self
+        parameters |= {each.name: each for each in inherited if each.name not in parameters}
+    return parameters
+
+
+def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of a component's parameters, those of `parameters_of`."""
+    hints: dict[str, Any] = {}
+    for constructor in _constructors(target):
+        try:
+            hints = typing.get_type_hints(constructor) | hints
+        except NameError:  # an annotation imported for type checkers only; its option goes untyped
+            continue
+    return hints
+
+
+def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Return the `__init__` of a class, and of its bases as long as each passes `**options` on to the next."""
+    if not inspect.isclass(target):
+        return [target]
+    found: list[Callable[..., Any]] = []
+    for owner in target.__mro__[:-1]:  # without object, which takes nothing
+        if constructor := vars(owner).get("__init__"):
+            found.append(constructor)
+            if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(constructor).parameters.values()):
+                break
+    return found or [target.__init__]

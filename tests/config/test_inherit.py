@@ -40,7 +40,7 @@ PLACES = ["data", "image_size", "model.prior"]
 def test_what_is_named_wins(
     monkeypatch: pytest.MonkeyPatch, named: list[str], size: int, data: str, prior: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(module, "given", lambda: named)
+    monkeypatch.setattr(module, "cli_keys", lambda: named)
     result = inherit(NOW, RUN, PLACES)
     assert result.image_size == size
     assert result.data.name == data
@@ -50,4 +50,4 @@ def test_what_is_named_wins(
 
 def test_outside_of_a_job_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # another test may have run a job in this process
-    assert module.given() == []
+    assert module.cli_keys() == []

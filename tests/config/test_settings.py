@@ -7,9 +7,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.support.composing import compose
 from vqf.config.compose import config_dir
-from vqf.config.settings import SECTIONS, SETTINGS, check_config, complete
+from vqf.config.settings import SECTIONS, SETTINGS, check_config, fill_missing_groups
 from vqf.errors import UserError
-from vqf.registry import KINDS, find, names, register
+from vqf.registry import KINDS, component_names, find_component, register
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
         ("resume", None, "resume=null: 'null' is not true or false or a path"),
         ("checkpoint.every", 0, "checkpoint.every=0: must be a whole number of at least 1"),
         (
-            "guard.nonfinite",
+            "nonfinite.action",
             "skipp",
-            "guard.nonfinite=skipp: unknown value 'skipp'. Did you mean 'skip'? Known: stop, skip, rollback.",
+            "nonfinite.action=skipp: unknown value 'skipp'. Did you mean 'skip'? Known: stop, skip, rollback.",
         ),
-        ("checkpoint.on_failure", "wait", "checkpoint.on_failure=wait: unknown value 'wait'. Known: stop, go_on."),
+        ("checkpoint.on_failure", "wait", "checkpoint.on_failure=wait: unknown value 'wait'. Known: stop, continue."),
         ("evaluate.count", 0, "evaluate.count=0: must be a whole number of at least 1"),
         ("stage2.steps", "x", "stage2.steps=x: 'x' is not a whole number"),
         ("plugins", 3, "plugins=3: '3' is not a list or a word"),
@@ -156,9 +156,9 @@ def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", names("pipeline"))
+@pytest.mark.parametrize("name", component_names("pipeline"))
 def test_options_of_the_pipelines_here_are_words_of_their_own(name: str) -> None:
-    needed = [each.name for each in find("pipeline", name).options.values() if each.default is each.empty]
+    needed = [each.name for each in find_component("pipeline", name).options.values() if each.default is each.empty]
     assert mistakes(compose(f"pipeline={name}", *(f"{option}=x" for option in needed))) == []
 
 
@@ -170,13 +170,13 @@ def presets() -> list[str]:
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_is_in_order(preset: str) -> None:
-    several = any(facts.many for facts in KINDS.values() if preset.startswith(f"{facts.group}="))
+    several = any(facts.multiple for facts in KINDS.values() if preset.startswith(f"{facts.group}="))
     group, name = preset.split("=")
     assert mistakes(compose(f"{group}=[{name}]" if several else preset)) == []
 
 
 def test_what_is_not_chosen_is_null_or_empty() -> None:
-    config = complete(compose("model=vqvae", "model/loss=[]", "metric=[]", "~data"))
+    config = fill_missing_groups(compose("model=vqvae", "model/loss=[]", "metric=[]", "~data"))
     assert config.data is None and config.model.discriminator is None
     assert config.model.loss == {} and config.metric == {}
     for facts in KINDS.values():

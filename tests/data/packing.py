@@ -1,4 +1,4 @@
-"""Pictures and tars to test with. The tars are made by the standard library, not by what is tested."""
+"""Images and tars to test with. The tars are made by the standard library, not by what is tested."""
 
 import io
 import tarfile
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def png(color=(200, 30, 60), size=(20, 16)):
-    """Return the bytes of a plain picture."""
+    """Return the bytes of a plain image."""
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, "PNG")
     return file.getvalue()
@@ -25,12 +25,12 @@ def pack(path, members, mode="w:"):
 
 
 def red(sample):
-    """Return the red of a plain picture."""
+    """Return the red of a plain image."""
     return round(float(sample.image[0].mean() + 1) * 127.5)
 
 
 def shard(path, reds, **labels):
-    """Write a shard of plain pictures; `cls` or `json` is a function of the red of each."""
+    """Write a shard of plain images; `cls` or `json` is a function of the red of each."""
     members = []
     for each in reds:
         members += [(f"{each:04}.{ending}", label(each).encode()) for ending, label in labels.items()]

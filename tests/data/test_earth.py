@@ -14,7 +14,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqf.batch import Sample
 from vqf.data import earth
-from vqf.data.earth import ASSETS, BLUE, BOTTOM, HEIGHT, TOP, WIDTH, Earth, Window, drawn, planet, view
+from vqf.data.earth import (
+    ASSETS,
+    FIRST_ROW,
+    HEIGHT,
+    LAST_ROW,
+    WATER_COLOR,
+    WIDTH,
+    Earth,
+    Window,
+    render_crop,
+    render_map,
+    world_maps,
+)
 from vqf.errors import UserError
 
 SIZES = st.one_of(st.integers(8, 200), st.tuples(st.integers(8, 767), st.integers(8, 228)))
@@ -25,9 +37,9 @@ MAPS = Path(__file__).parents[2] / "examples" / "maps"
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planet whose colours say where they are: the column in red and green, the row in blue and in the elevation."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    water = planet()[4].numpy()
+    water = world_maps()[4].numpy()
     channels = np.stack([columns // 256, columns % 256, rows // 256, rows % 256, water]).astype(np.uint8)
-    monkeypatch.setattr(earth, "planet", lambda: torch.from_numpy(channels))
+    monkeypatch.setattr(earth, "world_maps", lambda: torch.from_numpy(channels))
 
 
 def origin(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +69,7 @@ def test_no_training_crop_reaches_into_the_band_and_no_validation_crop_out_of_it
     degrees = east(origin(held_out)[1])
     assert ((degrees > 60) & (degrees < 100)).all()
     for sample in (learned, held_out):
-        assert 0 <= sample.place[0] < sample.place[2] <= 1  # from 75 N to 60 S
+        assert 0 <= sample.crop_box[0] < sample.crop_box[2] <= 1  # from 75 N to 60 S
 
 
 @pytest.mark.parametrize("band", [(60, 240), (160, 340), (-180, 0), (200.2, 380.2)])
@@ -77,7 +89,7 @@ def test_scaled_crops_keep_to_their_side(zoom: float, monkeypatch: pytest.Monkey
     """With the band in white and everything else in black, no training crop holds a trace of white, nor the reverse."""
     pixels = torch.zeros(5, HEIGHT, WIDTH, dtype=torch.uint8)
     pixels[:, :, round(240 / 360 * WIDTH) : round(280 / 360 * WIDTH)] = 255
-    monkeypatch.setattr(earth, "planet", lambda: pixels)
+    monkeypatch.setattr(earth, "world_maps", lambda: pixels)
     source = Earth(64, 0, zoom=zoom, scale=1.4, land=0)
     train, validation = source.split("train"), source.split("validation")
     assert all((train.item(1, i).image < -1 + 1e-5).all() for i in range(200))
@@ -86,7 +98,7 @@ def test_scaled_crops_keep_to_their_side(zoom: float, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("left", [0, 1500, WIDTH - 64, WIDTH - 63, WIDTH - 20, WIDTH - 1, WIDTH, WIDTH + 700])
 def test_crops_wrap_round_in_longitude(left: int) -> None:
-    image = view(Window(200, left, 48, 64), (48, 64)).image
+    image = render_crop(Window(200, left, 48, 64), (48, 64)).image
     pixels = np.asarray(Image.open(ASSETS / "earth-2048.jpg"))
     expected = np.empty((3, 48, 64))
     for y in range(48):
@@ -103,8 +115,8 @@ def test_some_training_crops_cross_the_edge_of_the_map(traced: None) -> None:
 
 def test_latitudes_reach_from_75_north_to_60_south() -> None:
     """The tallest crop that fits is a pixel short of them at most; one row more does not fit."""
-    place = Earth((767, 8), 0).split("train").item(0, 0).place
-    north, south = (90 - 180 * (TOP + float(share) * (BOTTOM - TOP)) / HEIGHT for share in place[[0, 2]])
+    place = Earth((767, 8), 0).split("train").item(0, 0).crop_box
+    north, south = (90 - 180 * (FIRST_ROW + float(share) * (LAST_ROW - FIRST_ROW)) / HEIGHT for share in place[[0, 2]])
     assert 75 - 360 / HEIGHT < north <= 75 and -60 <= south + 1e-4 and south < -60 + 360 / HEIGHT
     with pytest.raises(ValueError, match="a crop shows 768 x 8 pixels"):
         Earth((768, 8), 0)
@@ -115,10 +127,10 @@ def test_the_place_is_where_the_crop_was_taken(traced: None) -> None:
     mirrored = 0
     for index in range(100):
         sample = split.item(2, index)
-        top, left, bottom, right = sample.place.double().tolist()
+        top, left, bottom, right = sample.crop_box.double().tolist()
         _, columns = origin(sample)
         first, last = (columns[0, 0], columns[0, -1])
-        assert (bottom - top) * (BOTTOM - TOP) == pytest.approx(32, abs=1e-3)
+        assert (bottom - top) * (LAST_ROW - FIRST_ROW) == pytest.approx(32, abs=1e-3)
         if left < right:
             assert left * WIDTH == pytest.approx(first, abs=1e-3)
             assert (right * WIDTH - 1) % WIDTH == pytest.approx(last, abs=1e-3)
@@ -129,11 +141,11 @@ def test_the_place_is_where_the_crop_was_taken(traced: None) -> None:
     assert 30 < mirrored < 70
 
 
-def test_map_and_picture_are_aligned(traced: None) -> None:
-    """The map's grey is the root of the row's low byte, the picture's blue is the row's high byte."""
+def test_map_and_image_are_aligned(traced: None) -> None:
+    """The map's grey is the root of the row's low byte, the image's blue is the row's high byte."""
     splits = [Earth(48, 1).split(name) for name in ("train", "validation")]
     for sample in (split.item(0, index) for split in splits for index in range(12)):  # some of them mirrored
-        top = TOP + round(float(sample.place[0]) * (BOTTOM - TOP))
+        top = FIRST_ROW + round(float(sample.crop_box[0]) * (LAST_ROW - FIRST_ROW))
         columns = origin(sample)[1][0]
         water = planet_water()[top : top + 48][:, columns] >= 128
         rows = np.arange(top, top + 48)[:, None].repeat(48, 1)
@@ -149,7 +161,7 @@ def planet_water() -> np.ndarray:
 @pytest.mark.parametrize("axis", [1, 2])
 def test_the_shipped_maps_lie_on_each_other(axis: int) -> None:
     """Water is bluer than land, mountains are whiter than plains, and both most so where no map is shifted."""
-    red, _, blue, elevation, water = planet()[:, 200:800].double()
+    red, _, blue, elevation, water = world_maps()[:, 200:800].double()
 
     def contrast(shift: int) -> float:
         wet = water.roll(shift, axis - 1) >= 128
@@ -169,8 +181,8 @@ def test_maps_hold_greys_and_one_blue_only(options: dict[str, float]) -> None:
     for index in range(30):
         sample = split.item(0, index)
         assert sample.image.shape == sample.condition.shape == (3, 40, 40) and sample.label is None
-        for picture in (sample.image, sample.condition):
-            assert -1 <= picture.min() and picture.max() <= 1
+        for image in (sample.image, sample.condition):
+            assert -1 <= image.min() and image.max() <= 1
         red, green, blue = sample.condition
         water = (red == -1) & (green == -1) & (blue == 1)
         assert torch.equal(red[~water], green[~water]) and torch.equal(red[~water], blue[~water])
@@ -179,13 +191,13 @@ def test_maps_hold_greys_and_one_blue_only(options: dict[str, float]) -> None:
 def test_a_map_is_drawn_by_the_rule() -> None:
     elevation, water = torch.tensor([[0.0, 0.25, 1.0]]), torch.tensor([[0.0, 0.4, 0.51]])
     expected = torch.tensor([[-1.0, 0.0, -1.0], [-1.0, 0.0, -1.0], [-1.0, 0.0, 1.0]])[:, None]
-    torch.testing.assert_close(drawn(elevation, water), expected)
+    torch.testing.assert_close(render_map(elevation, water), expected)
 
 
 @pytest.mark.parametrize("land", [0.0, 0.5, 1.0])
 def test_land_is_the_share_of_crops_centred_on_it(land: float) -> None:
     split = Earth(33, 0, land=land).split("train")
-    water = tuple(value / 127.5 - 1 for value in BLUE)
+    water = tuple(value / 127.5 - 1 for value in WATER_COLOR)
     inland = np.mean([tuple(split.item(0, i).condition[:, 16, 16].tolist()) != water for i in range(600)])
     elsewhere = 0.3  # share of land, measured on the water map between 60 S and 75 N
     assert inland == pytest.approx(land + (1 - land) * elsewhere, abs=0.06)
@@ -221,7 +233,7 @@ class Items(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.split.item(1, index)
-        return {"image": sample.image, "condition": sample.condition, "place": sample.place}
+        return {"image": sample.image, "condition": sample.condition, "crop_box": sample.crop_box}
 
 
 def test_workers_see_the_same_crops() -> None:
@@ -280,7 +292,7 @@ def test_the_drawn_maps_keep_the_rule(name: str, size: tuple[int, int]) -> None:
         assert image.mode == "RGB"
         pixels = np.asarray(image)
     assert pixels.shape[:2] == size and not any(side % 32 for side in size)
-    water = (pixels == BLUE).all(-1)
+    water = (pixels == WATER_COLOR).all(-1)
     assert 0.2 < water.mean() < 0.8
     land = pixels[~water]
     assert (land == land[:, :1]).all() and land.max() > 230 and land.min() < 40

@@ -21,7 +21,7 @@ def test_the_split_is_frozen(splits):
     assert validation.names[1] == "FACE WITH STUCK-OUT TONGUE AND WINKING EYE"
 
 
-def test_every_picture_is_on_one_side_and_twins_on_the_same(splits):
+def test_every_image_is_on_one_side_and_twins_on_the_same(splits):
     train, validation = splits
     assert sorted(train.cells + validation.cells) == list(range(1636))
     sides = [{tuple(atlas()[cell].flatten().tolist()) for cell in split.cells} for split in splits]
@@ -83,7 +83,7 @@ def test_halving_the_size_leaves_no_dark_fringe():
     assert (small.image - averaged).abs().mean() < 0.02
 
 
-def test_random_backgrounds_differ_by_picture_and_epoch_but_repeat():
+def test_random_backgrounds_differ_by_image_and_epoch_but_repeat():
     data = Emoji(64, 3, background="random")
     train, validation = data.split("train"), data.split("validation")
     corner = lambda split, epoch, index: tuple(split.item(epoch, index).image[:, 0, 0].tolist())  # noqa: E731
@@ -94,7 +94,7 @@ def test_random_backgrounds_differ_by_picture_and_epoch_but_repeat():
     assert corner(validation, 0, 0) == corner(validation, 5, 0) == (1, 1, 1)
 
 
-def test_shift_moves_the_whole_picture_within_its_limit():
+def test_shift_moves_the_whole_image_within_its_limit():
     moved = Emoji(64, 0, shift=3).split("train")
     plain = Emoji(64, 0).split("train")
     seen = set()

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vqf.data.files.packed import Names
+from vqf.data.files.packed import PackedStrings
 from vqf.data.folder import Folder
 from vqf.errors import UserError
 from vqf.registry import build
@@ -40,7 +40,7 @@ def worded(action):
 
 
 def test_the_hash_split_is_frozen_and_disjoint(flat):
-    data = Folder(16, 0, root=str(flat), validation_share=0.2)
+    data = Folder(16, 0, root=str(flat), validation_fraction=0.2)
     assert names(data, "validation") == [
         "00.png",
         "02.png",
@@ -58,12 +58,12 @@ def test_the_hash_split_is_frozen_and_disjoint(flat):
     assert data.split("train").item(0, 0).label is None
 
 
-def test_adding_pictures_moves_none_to_the_other_side(flat):
-    before = Folder(16, 0, root=str(flat), validation_share=0.3)
+def test_adding_images_moves_none_to_the_other_side(flat):
+    before = Folder(16, 0, root=str(flat), validation_fraction=0.3)
     sides = set(names(before)), set(names(before, "validation"))
     for i in range(40, 80):
         paint(flat / f"{i:02}.png")
-    after = Folder(16, 0, root=str(flat), validation_share=0.3)
+    after = Folder(16, 0, root=str(flat), validation_fraction=0.3)
     assert sides[0] < set(names(after))
     assert sides[1] < set(names(after, "validation"))
 
@@ -72,14 +72,14 @@ def test_adding_pictures_moves_none_to_the_other_side(flat):
 def test_a_tiny_folder_has_both_parts(tmp_path, share):
     for i in range(3):
         paint(tmp_path / f"{i}.png")
-    data = Folder(16, 0, root=str(tmp_path), validation_share=share)
+    data = Folder(16, 0, root=str(tmp_path), validation_fraction=share)
     assert {len(data.split("train")), len(data.split("validation"))} == {1, 2}
 
 
 def test_a_share_of_one_is_everything_whatever_the_folders_are_called(tmp_path):
     paint(tmp_path / "train" / "a.png")
     paint(tmp_path / "val" / "b.png")
-    data = Folder(16, 0, root=str(tmp_path), validation_share=1.0)
+    data = Folder(16, 0, root=str(tmp_path), validation_fraction=1.0)
     assert names(data, "validation") == ["train/a.png", "val/b.png"]
 
 
@@ -109,7 +109,7 @@ def test_train_and_val_folders_and_their_classes(tmp_path, held_out):
     assert Folder(16, 0, root=str(tmp_path), labels=False).split("train").item(0, 0).label is None
 
 
-def test_a_picture_outside_the_class_folders_means_no_labels(tmp_path, caplog):
+def test_an_image_outside_the_class_folders_means_no_labels(tmp_path, caplog):
     for name in ("dog/1.png", "cat/2.png", "stray.png"):
         paint(tmp_path / name)
     with caplog.at_level(logging.WARNING, "vqf"):
@@ -120,12 +120,12 @@ def test_a_picture_outside_the_class_folders_means_no_labels(tmp_path, caplog):
 def test_hidden_files_other_endings_and_circular_links_are_left_out(tmp_path):
     for name in ("a.PNG", "b.JPEG", ".c.png", ".hidden/d.png", "__MACOSX/._e.png"):
         paint(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "again").symlink_to(tmp_path)
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     paint(outside / "f.png")
     (tmp_path / "linked").symlink_to(outside)
-    data = Folder(16, 0, root=str(tmp_path), validation_share=0)
+    data = Folder(16, 0, root=str(tmp_path), validation_fraction=0)
     assert names(data) == ["a.PNG", "b.JPEG", "linked/f.png"]
 
 
@@ -140,7 +140,7 @@ def test_lists(flat, caplog):
     assert names(rest) == [f"{i:02}.png" for i in range(40) if i != 2]
     assert not caplog.records
     Folder(16, 0, root=str(flat), train=lists["train"], validation=lists["train"])
-    assert "2 of its pictures are trained on too, such as '01.png'" in caplog.text
+    assert "2 of its images are trained on too, such as '01.png'" in caplog.text
 
 
 def test_tables(flat, caplog):
@@ -208,7 +208,7 @@ def test_lists_of_names_alone_are_found_below_whatever_their_ending(tmp_path):
     )
 
 
-def test_a_list_may_name_pictures_elsewhere(flat, tmp_path_factory):
+def test_a_list_may_name_images_elsewhere(flat, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "x.png"
     paint(other, (77, 0, 0))
     (flat / "train.txt").write_text(f"{other}\n")
@@ -216,7 +216,7 @@ def test_a_list_may_name_pictures_elsewhere(flat, tmp_path_factory):
     assert red(split.item(0, 0)) == 77
 
 
-def test_training_pictures_are_cropped_at_random_and_flipped_but_repeatably(tmp_path):
+def test_training_images_are_cropped_at_random_and_flipped_but_repeatably(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8), (16, 1))
     for i in range(8):
         Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / f"{i}.png")
@@ -243,12 +243,12 @@ def test_where_a_crop_lies_in_the_whole(tmp_path):
     Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "0.png")
     Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "1.png")
     data = Folder(16, 0, root=str(tmp_path), validation_last=1)
-    assert data.split("validation").item(0, 0).place.tolist() == [0, 24 / 64, 1, 40 / 64]
+    assert data.split("validation").item(0, 0).crop_box.tolist() == [0, 24 / 64, 1, 40 / 64]
     for epoch in range(12):
         sample = data.split("train").item(epoch, 0)
         first, last = ((sample.image[0, 0, [0, -1]] + 1) * 127.5).round().tolist()
         left, right = (first, last + 1) if first < last else (first + 1, last)  # mirrored, right is below left
-        assert sample.place.tolist() == [0, left / 64, 1, right / 64]
+        assert sample.crop_box.tolist() == [0, left / 64, 1, right / 64]
 
 
 def test_regions_colors_and_cv2_are_options(tmp_path):
@@ -267,15 +267,15 @@ def test_regions_colors_and_cv2_are_options(tmp_path):
         assert train.fingerprint != plain.split("train").fingerprint
         still = data.split("validation").item(0, 0).image, plain.split("validation").item(0, 0).image
         assert torch.equal(*still) == ("resize" not in options)
-    areas = [make(crop="resized", crop_area=(0.2, 0.3)).split("train").item(e, 0).place for e in range(20)]
+    areas = [make(crop="resized", crop_area=(0.2, 0.3)).split("train").item(e, 0).crop_box for e in range(20)]
     assert all(0.18 < (b - t) * (right - left).abs() < 0.32 for t, left, b, right in areas)
 
 
 def test_animations_are_refused_unless_their_first_frame_is_wanted(flat):
     frames = [Image.new("RGB", (20, 16), (each, 0, 0)) for each in (201, 9)]
     frames[0].save(flat / "05.png", save_all=True, append_images=frames[1:])
-    assert red(Folder(16, 0, root=str(flat), validation_share=0).split("train").item(0, 5)) == 6
-    first = Folder(16, 0, root=str(flat), validation_share=0, animated="first").split("train")
+    assert red(Folder(16, 0, root=str(flat), validation_fraction=0).split("train").item(0, 5)) == 6
+    first = Folder(16, 0, root=str(flat), validation_fraction=0, animated="first").split("train")
     assert red(first.item(0, 5)) == 201
 
 
@@ -283,54 +283,55 @@ def test_height_and_width(flat):
     assert Folder([24, 40], 0, root=str(flat)).split("train").item(0, 0).image.shape == (3, 24, 40)
 
 
-def test_an_unreadable_picture_is_replaced_by_the_next_and_named_once(flat, caplog):
+def test_an_unreadable_image_is_replaced_by_the_next_and_named_once(flat, caplog):
     (flat / "03.png").write_bytes(b"broken")
     (flat / "04.png").write_bytes((flat / "05.png").read_bytes()[:60])
-    split = Folder(16, 0, root=str(flat), validation_share=0, max_bad=0.05).split("train")
+    split = Folder(16, 0, root=str(flat), validation_fraction=0, max_unreadable=0.05).split("train")
     with caplog.at_level(logging.WARNING, "vqf"):
         for _ in range(3):
             assert [red(split.item(0, i)) for i in (2, 3, 4, 5)] == [2, 5, 5, 5]
     assert [record.getMessage() for record in caplog.records] == [
-        "data.root: cannot read '03.png' (not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)); "
-        "the next picture takes its place",
-        "data.root: cannot read '04.png' (image file is truncated); the next picture takes its place",
+        "data.root: cannot read '03.png' (not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)); "
+        "the next image takes its place",
+        "data.root: cannot read '04.png' (image file is truncated); the next image takes its place",
     ]
-    assert split.bad.nonzero().flatten().tolist() == [3, 4]
+    assert split.unreadable.nonzero().flatten().tolist() == [3, 4]
 
 
-def test_the_last_picture_is_replaced_by_the_first(flat):
+def test_the_last_image_is_replaced_by_the_first(flat):
     (flat / "39.png").unlink()
     paint(flat / "39.png", size=(200, 200))
-    split = Folder(16, 0, root=str(flat), validation_share=0, max_pixels=10_000).split("train")
+    split = Folder(16, 0, root=str(flat), validation_fraction=0, max_pixels=10_000).split("train")
     assert red(split.item(0, 39)) == 0
 
 
 def test_a_file_that_vanishes_after_the_start_is_replaced(flat):
-    split = Folder(16, 0, root=str(flat), validation_share=0).split("train")
+    split = Folder(16, 0, root=str(flat), validation_fraction=0).split("train")
     (flat / "07.png").unlink()
     assert red(split.item(0, 7)) == 8
 
 
 @pytest.mark.parametrize(("limit", "allowed"), [(0.05, 2), (0.001, 1), (0.0, 0)])
-def test_too_many_unreadable_pictures_stop_the_run(flat, limit, allowed):
+def test_too_many_unreadable_images_stop_the_run(flat, limit, allowed):
     for i in range(allowed + 1):
         (flat / f"{2 * i + 10}.png").write_bytes(b"broken")
-    split = Folder(16, 0, root=str(flat), validation_share=0, max_bad=limit).split("train")
+    split = Folder(16, 0, root=str(flat), validation_fraction=0, max_unreadable=limit).split("train")
     for i in range(allowed):
         assert red(split.item(0, 2 * i + 10)) == 2 * i + 11
     message = worded(lambda: split.item(0, 10 + 2 * allowed))
     assert message == (
-        f"data.max_bad={limit:g}: {allowed + 1} of the 40 train pictures in '{flat}' cannot be read; the last is "
-        f"'{10 + 2 * allowed}.png' (not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF))"
+        f"data.max_unreadable={limit:g}: {allowed + 1} of the 40 train images in '{flat}' cannot be read; the "
+        f"last is "
+        f"'{10 + 2 * allowed}.png' (not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF))"
     )
 
 
 def test_a_folder_of_which_nothing_can_be_read(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    split = Folder(16, 0, root=str(tmp_path), validation_share=0, max_bad=1).split("train")
-    assert "2 of the 2 train pictures" in worded(lambda: split.item(0, 0))
-    assert worded(lambda: split.item(0, 0)) == f"data.root: none of the 2 train pictures in '{tmp_path}' can be read"
+    split = Folder(16, 0, root=str(tmp_path), validation_fraction=0, max_unreadable=1).split("train")
+    assert "2 of the 2 train images" in worded(lambda: split.item(0, 0))
+    assert worded(lambda: split.item(0, 0)) == f"data.root: none of the 2 train images in '{tmp_path}' can be read"
 
 
 def test_the_fingerprint_follows_files_and_options(flat):
@@ -351,7 +352,7 @@ def test_the_fingerprint_follows_files_and_options(flat):
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_folder_lies(flat, tmp_path_factory):
-    copy = tmp_path_factory.mktemp("copy") / "pictures"
+    copy = tmp_path_factory.mktemp("copy") / "images"
     shutil.copytree(flat, copy)
     first, second = (Folder(16, 0, root=str(root)).split("train").fingerprint for root in (flat, copy))
     assert first == second
@@ -360,7 +361,7 @@ def test_the_fingerprint_does_not_depend_on_where_the_folder_lies(flat, tmp_path
 def test_mistakes_are_worded(tmp_path, flat, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hint = "FFHQ: 70,000 faces at 1024 px, https://github.com/NVlabs/ffhq-dataset"
-    assert worded(lambda: Folder(16, 0, root="data/ffhq", hint=hint)) == (
+    assert worded(lambda: Folder(16, 0, root="data/ffhq", source_hint=hint)) == (
         "data.root: no folder 'data/ffhq' (FFHQ: 70,000 faces at 1024 px, https://github.com/NVlabs/ffhq-dataset); "
         "point data.root to it, or to any folder of images"
     )
@@ -369,7 +370,7 @@ def test_mistakes_are_worded(tmp_path, flat, monkeypatch):
     )
     (tmp_path / "empty").mkdir()
     assert worded(lambda: Folder(16, 0, root="empty", extensions=(".png", ".jpg"))) == (
-        "data.root: no pictures (.png, .jpg) in the folder 'empty'; point data.root to a folder of images"
+        "data.root: no images (.png, .jpg) in the folder 'empty'; point data.root to a folder of images"
     )
     assert worded(lambda: Folder(16, 0, root="00.png")) == (
         "data.root: '00.png' is a file, not a folder; point data.root to a folder of images"
@@ -381,14 +382,14 @@ def test_mistakes_are_worded(tmp_path, flat, monkeypatch):
     assert worded(lambda: Folder(16, 0, root=".", validation="none.txt")) == (
         "data.validation: cannot read the list 'none.txt' (no such file or directory)"
     )
-    assert worded(lambda: Folder(16, 0, root=".", validation_share=0).split("validation")) == (
-        "data.root: of the 40 pictures in '.' none is for validation; "
-        "see data.validation_share, data.validation_last and the lists data.train and data.validation"
+    assert worded(lambda: Folder(16, 0, root=".", validation_fraction=0).split("validation")) == (
+        "data.root: of the 40 images in '.' none is for validation; "
+        "see data.validation_fraction, data.validation_last and the lists data.train and data.validation"
     )
     assert worded(lambda: Folder(16, 0, root=".").split("test")) == "unknown split 'test'. Known: train, validation."
 
 
-@pytest.mark.parametrize("options", [{"validation_share": 1.5}, {"validation_last": -1}, {"max_bad": -0.1}])
+@pytest.mark.parametrize("options", [{"validation_fraction": 1.5}, {"validation_last": -1}, {"max_unreadable": -0.1}])
 def test_impossible_options(tmp_path, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name}="):
@@ -408,7 +409,7 @@ def test_it_is_built_from_a_config(flat):
 
 def test_names_are_a_sequence():
     words = ["a/b.png", "", "straße/日本.jpg", "bad\udcff.png"]
-    names = Names(words)
+    names = PackedStrings(words)
     assert list(names) == words
     assert names[-1] == words[-1]
     assert names[1:3] == words[1:3]

@@ -21,14 +21,14 @@ def save(path, pixels):
 
 
 def smooth(height, width, phase=0.0):
-    """A picture of slow waves, in 8 bits of grey."""
+    """An image of slow waves, in 8 bits of grey."""
     y, x = np.mgrid[:height, :width]
     return 127 + 100 * np.sin((x + 0.5) / width * 5 + phase) * np.cos((y + 0.5) / height * 4 + phase)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Six pictures of random pixels, each with itself as its map."""
+    """Six images of random pixels, each with itself as its map."""
     for i in range(6):
         pixels = RNG.integers(256, size=(24, 40 - i, 3))
         save(tmp_path / "images" / f"{i % 2}" / f"{i}.png", pixels)
@@ -37,7 +37,7 @@ def root(tmp_path):
 
 
 def pairs(root, size=16, seed=0, **options):
-    return Pairs(size, seed, root=str(root), **{"validation_share": 0, **options})
+    return Pairs(size, seed, root=str(root), **{"validation_fraction": 0, **options})
 
 
 def items(data, part="train", epochs=3):
@@ -52,17 +52,17 @@ def worded(action):
 
 
 def alike(sample):
-    """Whether picture and map of random pixels show the same, to the rounding of two scalers."""
+    """Whether image and map of random pixels show the same, to the rounding of two scalers."""
     return (sample.image - sample.condition).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("crop", ["random", "center"])
 @pytest.mark.parametrize("size", [16, 30, (8, 32)])
-def test_a_map_is_cut_and_mirrored_with_its_picture(root, size, crop):
+def test_a_map_is_cut_and_mirrored_with_its_image(root, size, crop):
     samples = items(pairs(root, size, crop=crop))
     assert all(alike(sample) for sample in samples)
     assert all(not alike(replace(sample, condition=sample.condition.roll(1, -1))) for sample in samples)
-    assert all(sample.label is None and sample.place is not None for sample in samples)
+    assert all(sample.label is None and sample.crop_box is not None for sample in samples)
     still = items(pairs(root, size, crop=crop, flip=False))
     mirrored = [not torch.equal(a.image, b.image) for a, b in zip(samples, still, strict=True)]
     assert 0 < sum(mirrored) < len(mirrored)
@@ -78,7 +78,7 @@ def test_what_needs_no_scaling_is_cut_without_loss(root, maps):
     assert len({sample.image.numpy().tobytes() for sample in samples}) > 20
 
 
-def test_a_map_keeps_its_colours_where_those_of_the_picture_change(root):
+def test_a_map_keeps_its_colours_where_those_of_the_image_change(root):
     plain = items(pairs(root, 24))
     changed = items(pairs(root, 24, jitter=(0.4, 0.4, 0.4, 0.1)))
     for before, after in zip(plain, changed, strict=True):
@@ -87,8 +87,8 @@ def test_a_map_keeps_its_colours_where_those_of_the_picture_change(root):
 
 
 @pytest.mark.parametrize("maps", ["rgb", "palette"])
-def test_the_picture_is_the_one_that_a_folder_gives(root, maps):
-    folder = Folder(24, 0, root=str(root / "images"), validation_share=0, labels=False)
+def test_the_image_is_the_one_that_a_folder_gives(root, maps):
+    folder = Folder(24, 0, root=str(root / "images"), validation_fraction=0, labels=False)
     alone, together = folder.split("train"), pairs(root, 24, maps=maps).split("train")
     assert list(alone.names) == list(together.names)
     assert all(torch.equal(alone.item(1, i).image, together.item(1, i).image) for i in range(6))
@@ -96,8 +96,8 @@ def test_the_picture_is_the_one_that_a_folder_gives(root, maps):
 
 @pytest.mark.parametrize("crop", ["random", "resized"])
 @pytest.mark.parametrize("height", [60, 61, 200, 401])
-def test_a_map_of_another_scale_lies_on_its_picture(tmp_path, height, crop):
-    """A large JPEG is decoded small, its map is whole, or smaller than the picture: both show the same place."""
+def test_a_map_of_another_scale_lies_on_its_image(tmp_path, height, crop):
+    """A large JPEG is decoded small, its map is whole, or smaller than the image: both show the same place."""
     for i in range(4):
         waves = smooth(401, 613, i)
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -170,13 +170,13 @@ def test_what_has_no_label_is_class_0(tmp_path):
     assert np.array_equal(sample.condition.argmax(0).numpy(), reference)
 
 
-def test_maps_beside_their_pictures(tmp_path):
+def test_maps_beside_their_images(tmp_path):
     for i in range(30):
         save(tmp_path / f"{i}.png", np.full((16, 16), i))
         save(tmp_path / f"{i}_depth.png", np.full((16, 16), 100 + i))
-    data = pairs(tmp_path, images=".", conditions=".", suffix="_depth", maps="grey", validation_share=0.3)
+    data = pairs(tmp_path, images=".", conditions=".", suffix="_depth", maps="grey", validation_fraction=0.3)
     samples = [*items(data, epochs=1), *items(data, "validation", epochs=1)]
-    value = lambda picture: round((float(picture.mean()) + 1) * 127.5)  # noqa: E731
+    value = lambda image: round((float(image.mean()) + 1) * 127.5)  # noqa: E731
     assert sorted(value(sample.image) for sample in samples) == list(range(30))
     assert all(value(sample.condition) == value(sample.image) + 100 for sample in samples)
     assert len(data.split("validation")) > 1
@@ -186,7 +186,7 @@ def test_maps_beside_their_pictures(tmp_path):
     assert sorted(rest.names) == sorted(f"{i}.png" for i in range(30) if i not in (3, 7))
 
 
-def test_pictures_and_maps_in_folders_of_any_name(root, tmp_path):
+def test_images_and_maps_in_folders_of_any_name(root, tmp_path):
     (root / "conditions").rename(root.parent / "elsewhere")
     try:
         data = pairs(root, conditions=str(root.parent / "elsewhere"))
@@ -195,7 +195,7 @@ def test_pictures_and_maps_in_folders_of_any_name(root, tmp_path):
         (root.parent / "elsewhere").rename(root / "conditions")
 
 
-def test_lists_name_pictures(root):
+def test_lists_name_images(root):
     (root / "val.txt").write_text("1/3.png\n0/0.png\n")
     data = pairs(root, validation=str(root / "val.txt"))
     assert list(data.split("validation").names) == ["1/3.png", "0/0.png"]
@@ -213,15 +213,15 @@ def spoil(path, how):
     elif how == "label 9":
         save(path, np.full((24, 38), 9))
     else:
-        path.write_text("no picture")
+        path.write_text("no image")
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "another shape", "no picture", "label 9"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "another shape", "no image", "label 9"])
 def test_a_pair_with_a_bad_map_is_replaced_by_the_next_and_named_once(root, caplog, how):
     for path in (root / "conditions").rglob("*.bmp"):
         save(path, np.zeros(np.asarray(Image.open(path)).shape[:2]))
     spoil(root / "conditions" / "0" / "2.bmp", how)
-    good = Pairs(16, 0, root=str(root), validation_share=0, maps="labels", labels=9, flip=False, crop="center")
+    good = Pairs(16, 0, root=str(root), validation_fraction=0, maps="labels", labels=9, flip=False, crop="center")
     with caplog.at_level(logging.WARNING, "vqf"):
         split = good.split("train")
         first, again, following = split.item(0, 1), split.item(4, 1), split.item(0, 2)
@@ -233,13 +233,13 @@ def test_a_pair_with_a_bad_map_is_replaced_by_the_next_and_named_once(root, capl
         "truncated": "its map '0/2.bmp': ",
         "another shape": "its map '0/2.bmp' has another shape: 24 x 24 and 38 x 24",
         "label 9": "its map '0/2.bmp': the label 9 is not below data.labels=9",
-        "no picture": "its map '0/2.bmp': not a picture",
+        "no image": "its map '0/2.bmp': not an image",
     }
     assert expected[how] in caplog.text
 
 
-def test_a_bad_picture_is_replaced_too(root):
-    (root / "images" / "0" / "2.png").write_text("no picture")
+def test_a_bad_image_is_replaced_too(root):
+    (root / "images" / "0" / "2.png").write_text("no image")
     split = pairs(root, flip=False, crop="center").split("train")
     assert torch.equal(split.item(0, 1).image, split.item(0, 2).image)
     assert torch.equal(split.item(0, 1).condition, split.item(0, 2).condition)
@@ -247,17 +247,17 @@ def test_a_bad_picture_is_replaced_too(root):
 
 def test_too_many_bad_maps_stop_the_run(root):
     for i in (2, 4):
-        (root / "conditions" / "0" / f"{i}.bmp").write_text("no picture")
+        (root / "conditions" / "0" / f"{i}.bmp").write_text("no image")
     split = pairs(root).split("train")
-    assert worded(lambda: split.item(0, 1)).startswith("data.max_bad=0.01: 2 of the 6 train pictures")
+    assert worded(lambda: split.item(0, 1)).startswith("data.max_unreadable=0.01: 2 of the 6 train images")
 
 
 @pytest.mark.parametrize("count", [2, 6])
-def test_many_pictures_without_a_map_stop_the_run_at_its_start(root, count):
+def test_many_images_without_a_map_stop_the_run_at_its_start(root, count):
     for i in range(count):
         (root / "conditions" / f"{i % 2}" / f"{i}.bmp").unlink()
     words = worded(lambda: pairs(root).split("train"))
-    assert words.startswith(f"data.conditions: {count} of the 6 pictures in '{root / 'images'}' have no map in ")
+    assert words.startswith(f"data.conditions: {count} of the 6 images in '{root / 'images'}' have no map in ")
     assert words.endswith("looked for '0/0' with any ending for '0/0.png'")
 
 
@@ -272,7 +272,7 @@ def test_a_pair_is_a_function_of_seed_epoch_and_index(root):
     assert any(not torch.equal(other.item(0, i).image, first.item(0, i).image) for i in range(6))
 
 
-def test_the_fingerprint_follows_pictures_maps_and_how_they_are_read(root):
+def test_the_fingerprint_follows_images_maps_and_how_they_are_read(root):
     fingerprint = lambda **options: pairs(root, **options).split("train").fingerprint  # noqa: E731
     prints = [fingerprint(), fingerprint(maps="grey"), fingerprint(maps="labels", labels=9)]
     prints += [fingerprint(maps="labels", labels=8), fingerprint(maps="labels", labels=9, unlabelled=8)]
@@ -285,8 +285,8 @@ def test_the_fingerprint_follows_pictures_maps_and_how_they_are_read(root):
 def test_check_looks_at_the_maps_too(root):
     spoil(root / "conditions" / "0" / "2.bmp", "another shape")
     split = pairs(root).split("train")
-    assert split.file(0).facts(split.file(0).stored()).mode == "RGB"
-    assert "has another shape" in worded(lambda: split.file(1).facts(split.file(1).stored()))
+    assert split.file(0).probe(split.file(0).read_bytes()).mode == "RGB"
+    assert "has another shape" in worded(lambda: split.file(1).probe(split.file(1).read_bytes()))
 
 
 def test_mistakes_are_worded(root):
@@ -294,15 +294,15 @@ def test_mistakes_are_worded(root):
         return worded(lambda: pairs(root, **options))
 
     assert said(conditions="maps") == f"data.conditions: no folder '{root / 'maps'}'; it holds the maps"
-    assert said(images="pictures").startswith(f"data.root: no folder '{root / 'pictures'}'")
+    assert said(images="photos").startswith(f"data.root: no folder '{root / 'photos'}'")
     assert said(images="conditions").startswith("images and conditions are both 'conditions'; give data.suffix")
     assert said(maps="labels").startswith("labels=0, but maps=labels needs the number of classes")
     assert said(labels=5) == "labels and unlabelled are for maps=labels, not for maps=rgb"
     (root / "conditions" / "0" / "0.png").write_bytes(b"")
-    assert said() == "data.conditions: '0/0.bmp' and '0/0.png' are maps of the same picture"
+    assert said() == "data.conditions: '0/0.bmp' and '0/0.png' are maps of the same image"
 
 
-def test_a_colour_picture_is_no_map_of_labels(root):
+def test_a_colour_image_is_no_map_of_labels(root):
     words = worded(lambda: items(pairs(root, maps="labels", labels=256)))
     assert "RGB pixels; a map of labels is grey, or has a palette" in words
 

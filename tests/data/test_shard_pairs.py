@@ -64,7 +64,7 @@ def written(root, kind="rgb", ending="condition.png"):
 
 
 def folder(root, kind="rgb", **options):
-    return Pairs(16, 0, root=str(root), validation_share=0, **KINDS[kind], **options).split("train")
+    return Pairs(16, 0, root=str(root), validation_fraction=0, **KINDS[kind], **options).split("train")
 
 
 def packed(root, kind="rgb", **options):
@@ -72,7 +72,7 @@ def packed(root, kind="rgb", **options):
 
 
 def streamed(root, kind="rgb", **options):
-    given = {"train": "train-{0..2}.tar", "train_pictures": COUNT, "classes": 2, "buffer": 1, **options}
+    given = {"train": "train-{0..2}.tar", "train_images": COUNT, "classes": 2, "buffer": 1, **options}
     return ShardPairs(16, 0, root=f"file:{root / 'shards'}", validation=None, **KINDS[kind], **given).split("train")
 
 
@@ -101,12 +101,12 @@ def test_a_pair_of_a_shard_is_the_pair_of_the_folders(root, kind, where, crop):
             one, other = ours.item(epoch, i), theirs.item(epoch, i)
             assert torch.equal(one.image, other.image)
             assert torch.equal(one.condition, other.condition)
-            assert torch.equal(one.place, other.place)
+            assert torch.equal(one.crop_box, other.crop_box)
             assert one.label == i % 2
 
 
-def test_training_on_a_stream_shows_pictures_with_their_maps(tmp_path):
-    """Of pairs of random pixels no picture has another's map."""
+def test_training_on_a_stream_shows_images_with_their_maps(tmp_path):
+    """Of pairs of random pixels no image has another's map."""
     written(tmp_path)
     plain = {"crop": "center", "flip": False}
     pairs = [folder(tmp_path, **plain).item(0, i) for i in range(COUNT)]
@@ -116,7 +116,7 @@ def test_training_on_a_stream_shows_pictures_with_their_maps(tmp_path):
     assert all(torch.equal(each.condition, maps[each.image.numpy().tobytes()]) for each in seen)
 
 
-def test_the_same_shards_are_pictures_without_maps(tmp_path):
+def test_the_same_shards_are_images_without_maps(tmp_path):
     written(tmp_path)
     plain = Shards(16, 0, root=str(tmp_path / "shards"), validation=None).split("train")
     pairs = packed(tmp_path)
@@ -182,7 +182,7 @@ def test_a_pair_with_a_bad_map_is_replaced_by_the_next_and_named_once(tmp_path, 
 
 
 @pytest.mark.parametrize("where", [packed, streamed])
-def test_a_member_that_is_no_picture_is_no_map(tmp_path, where):
+def test_a_member_that_is_no_image_is_no_map(tmp_path, where):
     """Such as `0001.depth.json`, what somebody noted of a depth."""
     written(tmp_path, ending="depth.png")
     before = [where(tmp_path, condition="depth", **PLAIN).item(0, i).condition for i in range(3)]
@@ -205,18 +205,20 @@ def test_a_map_that_changed_on_the_disk_is_noticed(tmp_path):
     place = content.index((tmp_path / "conditions" / "1.png").read_bytes())
     path.write_bytes(content[: place + 100] + bytes(8) + content[place + 108 :])
     assert torch.equal(split.item(0, 1).image, split.item(0, 2).image)
-    assert worded(lambda: split.file(1).stored_map()).startswith("its checksum is not the one in train-0.tar.idx")
+    assert worded(lambda: split.file(1).read_map()).startswith("its checksum is not the one in train-0.tar.idx")
 
 
-def test_many_pictures_without_a_map_stop_the_run_at_its_start(tmp_path, caplog):
+def test_many_images_without_a_map_stop_the_run_at_its_start(tmp_path, caplog):
     written(tmp_path)
     repack(tmp_path, lambda members: spoilt(members, "no map"))
     packed(tmp_path)
-    assert "1 of the 9 train pictures have no map: 'train-0.tar/0001.png' has no .condition and" in caplog.text
-    assert worded(lambda: packed(tmp_path, max_bad=0)).startswith("data.condition=condition: 1 of the 9 train pictures")
-    message = worded(lambda: packed(tmp_path, condition="depth", max_bad=1))
+    assert "1 of the 9 train images have no map: 'train-0.tar/0001.png' has no .condition and" in caplog.text
+    assert worded(lambda: packed(tmp_path, max_unreadable=0)).startswith(
+        "data.condition=condition: 1 of the 9 train images"
+    )
+    message = worded(lambda: packed(tmp_path, condition="depth", max_unreadable=1))
     assert message == (
-        "data.condition=depth: 9 of the 9 train pictures have no map: 'train-0.tar/0000.png' has no .depth and "
+        "data.condition=depth: 9 of the 9 train images have no map: 'train-0.tar/0000.png' has no .depth and "
         "no .depth.* beside it"
     )
 
@@ -225,10 +227,10 @@ def test_a_shard_that_lost_pairs_keeps_their_places(tmp_path, caplog):
     written(tmp_path)
     names = [f"train-{i}.tar" for i in range(3)]
     (tmp_path / "shards" / "manifest.json").write_text(
-        json.dumps({"shards": [{"name": name, "pictures": 3} for name in names]})
+        json.dumps({"shards": [{"name": name, "images": 3} for name in names]})
     )
     (tmp_path / "shards" / "train-1.tar").unlink()
-    split = packed(tmp_path, max_bad=0.5, **PLAIN)
+    split = packed(tmp_path, max_unreadable=0.5, **PLAIN)
     assert len(split) == COUNT
     assert "have no map" not in caplog.text
     assert torch.equal(split.item(0, 3).condition, split.item(0, 6).condition)
@@ -238,7 +240,7 @@ def test_a_shard_that_lost_pairs_keeps_their_places(tmp_path, caplog):
 def test_shards_are_read_as_their_manifest_says(tmp_path, where):
     written(tmp_path, "unlabelled")
     said = {"maps": {"maps": "labels", "labels": 6, "unlabelled": 255}}
-    shards = [{"name": f"train-{i}.tar", "pictures": 3} for i in range(3)]
+    shards = [{"name": f"train-{i}.tar", "images": 3} for i in range(3)]
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"shards": shards, **said}))
     assert len(where(tmp_path, "unlabelled")) == COUNT
     for kind in ("rgb", "labels"):
@@ -304,6 +306,6 @@ def test_mistakes_are_worded(tmp_path):
         {"image": "condition.png"},
         {"condition": "depth", "image": ".Depth.tif"},
     ):
-        assert said(**options).endswith(": give the ending of a map, and another of its picture")
+        assert said(**options).endswith(": give the ending of a map, and another of its image")
     assert "labels=0, but maps=labels needs the number of classes" in said(maps="labels")
     assert said(root=str(tmp_path / "none")).startswith("data.root: no folder")

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from tests.data.packing import pack, png, red, shard
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from vqf.data.shards import Shards
-from vqf.data.tar.index import index_of
+from vqf.data.tar.index import load_index
 from vqf.data.tar.patterns import find_shards
-from vqf.dataloading.loader import batches, keyed
-from vqf.dataloading.order import Order
+from vqf.dataloading.loader import keyed_batches, train_batches
+from vqf.dataloading.order import ShuffledBatches
 from vqf.distributed import comm
 from vqf.errors import UserError
 
@@ -24,7 +24,7 @@ PLAIN = {"crop": "center", "flip": False}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards of ten to train on, one of five to validate on; the red of a picture is its number."""
+    """Three shards of ten to train on, one of five to validate on; the red of an image is its number."""
     for i in range(3):
         shard(tmp_path / f"train-{i:03}.tar", range(10 * i, 10 * i + 10), cls=lambda each: f"{each % 4}\n")
     shard(tmp_path / "validation-000.tar", range(200, 205), cls=lambda each: "6")
@@ -45,7 +45,7 @@ def worded(action):
     return str(caught.value)
 
 
-def test_pictures_and_labels_in_the_order_of_the_shards(folder):
+def test_images_and_labels_in_the_order_of_the_shards(folder):
     data = make(folder)
     train, validation = data.split("train"), data.split("validation")
     assert reds(train) == list(range(30))
@@ -67,15 +67,16 @@ def test_webdataset_reads_the_same(folder):
     assert [each["__key__"] for each in theirs] == [name.split("/")[1][:-4] for name in ours.names]
     assert [each["cls"] for each in theirs] == ours.labels.tolist()
     for i in (0, 17, 29):
-        assert theirs[i]["png"].tobytes() == ours.file(i).picture().tobytes()
+        assert theirs[i]["png"].tobytes() == ours.file(i).load_image().tobytes()
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (5, 1)])
 def test_any_number_of_ranks_and_workers_sees_the_same(folder, ranks, workers):
     split = make(folder, crop="random", flip=True).split("train")
-    expected = list(batches(split, Order(30, 10, 0), start=0, steps=7, workers=0))
+    expected = list(train_batches(split, ShuffledBatches(30, 10, 0), start=0, steps=7, workers=0))
     parts = [
-        list(batches(split, Order(30, 10, 0, rank, ranks), start=2, steps=7, workers=workers)) for rank in range(ranks)
+        list(train_batches(split, ShuffledBatches(30, 10, 0, rank, ranks), start=2, steps=7, workers=workers))
+        for rank in range(ranks)
     ]
     for step in range(2, 7):
         together = torch.cat([part[step - 2].images for part in parts])
@@ -86,16 +87,16 @@ def test_any_number_of_ranks_and_workers_sees_the_same(folder, ranks, workers):
 def seen(root):
     """The reds that this process of a run trains on, step by step."""
     split = make(root, train="train-{00..19}.tar", crop="random", flip=True).split("train")
-    order = Order(240, 24, 3, comm.rank(), comm.world())
-    found = batches(split, order, start=0, steps=20, workers=3, every=7)
+    order = ShuffledBatches(240, 24, 3, comm.rank(), comm.world_size())
+    found = train_batches(split, order, start=0, steps=20, workers=3, sync_every=7)
     return [[round(float(image[0].mean() + 1) * 127.5) for image in batch.images] for batch in found]
 
 
-def test_twenty_shards_over_two_ranks_and_three_workers_show_every_picture_once_in_an_epoch(tmp_path):
+def test_twenty_shards_over_two_ranks_and_three_workers_show_every_image_once_in_an_epoch(tmp_path):
     """In processes of their own that start at once, so that both make the indices, too."""
     for i in range(20):
         shard(tmp_path / f"train-{i:02}.tar", range(12 * i, 12 * i + 12), cls=lambda each: "0")
-    parts = together(2, seen, tmp_path, parents=True)
+    parts = run_processes(2, seen, tmp_path, may_fork=True)
     assert [[len(step) for step in part] for part in parts] == [[12] * 20] * 2
     steps = [parts[0][step] + parts[1][step] for step in range(20)]
     for epoch in range(2):
@@ -128,7 +129,7 @@ def test_labels_that_are_none(tmp_path, label):
     assert "data.root: the label beside 'train-0.tar/0000.png' is " in worded(lambda: make(tmp_path, label_key="kind"))
 
 
-def test_a_picture_without_label_means_no_labels(tmp_path, caplog):
+def test_an_image_without_label_means_no_labels(tmp_path, caplog):
     pack(tmp_path / "train-0.tar", [("a.cls", b"1"), ("a.png", png()), ("b.png", png())])
     assert make(tmp_path).classes == []
     assert "no labels, because 'train-0.tar/b.png' has no .cls beside it" in caplog.text
@@ -144,51 +145,52 @@ def test_names_of_classes_from_the_manifest(folder):
 
 
 def manifest(root, counts, **facts):
-    listed = [{"name": name, "pictures": count} for name, count in counts.items()]
+    listed = [{"name": name, "images": count} for name, count in counts.items()]
     (root / "manifest.json").write_text(json.dumps({"shards": listed, **facts}))
 
 
 def test_a_shard_that_the_manifest_lists_and_that_is_missing_keeps_its_places(folder, caplog):
     manifest(folder, {f"train-{i:03}.tar": 10 for i in range(4)} | {"validation-000.tar": 5})
-    split = make(folder, max_bad=0.3).split("train")
+    split = make(folder, max_unreadable=0.3).split("train")
     assert reds(split) == [*range(30), *[0] * 10]
     assert split.item(0, 35).label == 0
     assert (
-        f"data.root: 10 of the 40 train pictures that manifest.json in '{folder}' names are not there: "
+        f"data.root: 10 of the 40 train images that manifest.json in '{folder}' names are not there: "
         "10 in 'train-003.tar'; others take their places"
     ) in caplog.text
     assert "cannot read 'train-003.tar/missing-0' (it is not in its shard)" in caplog.text
-    assert make(folder, max_bad=0.3).classes == [str(i) for i in range(7)]
+    assert make(folder, max_unreadable=0.3).classes == [str(i) for i in range(7)]
     for pattern in ("train-*.tar", "train-{000..003}.tar"):
-        assert worded(lambda pattern=pattern: make(folder, train=pattern, max_bad=0.2)) == (
-            f"data.max_bad=0.2: 10 of the 40 train pictures that manifest.json in '{folder}' names are not there: "
+        assert worded(lambda pattern=pattern: make(folder, train=pattern, max_unreadable=0.2)) == (
+            f"data.max_unreadable=0.2: 10 of the 40 train images that manifest.json in '{folder}' names are "
+            f"not there: "
             "10 in 'train-003.tar'"
         )
-    assert len(make(folder, train="train-00{0,2}.tar", max_bad=0).split("train")) == 20
+    assert len(make(folder, train="train-00{0,2}.tar", max_unreadable=0).split("train")) == 20
 
 
-def test_a_shard_with_fewer_pictures_than_the_manifest_says(folder, caplog):
+def test_a_shard_with_fewer_images_than_the_manifest_says(folder, caplog):
     manifest(folder, {"train-000.tar": 10, "train-001.tar": 12, "train-002.tar": 9}, finished=False)
-    split = make(folder, max_bad=0.2).split("train")
+    split = make(folder, max_unreadable=0.2).split("train")
     assert reds(split) == [*range(20), 20, 20, *range(20, 30)]
-    assert "2 of the 32 train pictures" in caplog.text and "2 in 'train-001.tar'" in caplog.text
-    assert f"manifest.json in '{folder}' has 9 pictures, not 10, of the shard 'train-002.tar'" in caplog.text
+    assert "2 of the 32 train images" in caplog.text and "2 in 'train-001.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' has 9 images, not 10, of the shard 'train-002.tar'" in caplog.text
     assert f"manifest.json in '{folder}' does not know the shard 'validation-000.tar'" in caplog.text
     assert f"manifest.json in '{folder}' says that pipeline=shard has not finished writing it" in caplog.text
 
 
 def test_a_manifest_of_anything_else_says_nothing(folder):
-    for content in ('{"shards": 3}', '{"shards": [1, {"name": "../x.tar", "pictures": 3}]}', "[1]", "{", "3"):
+    for content in ('{"shards": 3}', '{"shards": [1, {"name": "../x.tar", "images": 3}]}', "[1]", "{", "3"):
         (folder / "manifest.json").write_text(content)
-        assert reds(make(folder, max_bad=0).split("train")) == list(range(30))
+        assert reds(make(folder, max_unreadable=0).split("train")) == list(range(30))
 
 
-def test_which_member_is_the_picture(tmp_path):
+def test_which_member_is_the_image(tmp_path):
     members = [("a.left.png", png((1, 0, 0))), ("a.right.png", png((2, 0, 0))), ("a.txt", b"x"), ("only.txt", b"y")]
     pack(tmp_path / "train-0.tar", members)
     assert reds(make(tmp_path).split("train")) == [1]
     assert reds(make(tmp_path, image=".Right.PNG").split("train")) == [2]
-    assert "no pictures in shards of" in worded(lambda: make(tmp_path, image="jpg"))
+    assert "no images in shards of" in worded(lambda: make(tmp_path, image="jpg"))
 
 
 def test_patterns(folder):
@@ -197,7 +199,7 @@ def test_patterns(folder):
     assert find_shards(folder, "train-*.tar", "x") == [folder / f"train-{i:03}.tar" for i in range(3)]
     only = make(folder, train=None)
     assert len(only.split("validation")) == 5
-    assert worded(lambda: only.split("train")) == f"data.train=None: no pictures in such shards of '{folder}'"
+    assert worded(lambda: only.split("train")) == f"data.train=None: no images in such shards of '{folder}'"
     assert worded(lambda: make(folder, train="train-{0..")) == (
         "data.train=train-{0..: unbalanced braces: 'train-{0..'; write it as in train-{0000..0146}.tar"
     )
@@ -206,50 +208,50 @@ def test_patterns(folder):
     )
 
 
-def test_broken_pictures_follow_the_rule_of_folders(tmp_path, caplog):
+def test_broken_images_follow_the_rule_of_folders(tmp_path, caplog):
     members = [(f"{i:02}.png", png((i, 0, 0))) for i in range(40)]
     members[3] = ("03.png", b"broken")
     path = pack(tmp_path / "train-0.tar", members)
-    split = make(tmp_path, max_bad=0.05).split("train")
+    split = make(tmp_path, max_unreadable=0.05).split("train")
     with path.open("r+b") as file:
-        file.seek(index_of(path).members[4].offset + 20)
+        file.seek(load_index(path).members[4].offset + 20)
         file.write(b"!")
     with caplog.at_level(logging.WARNING, "vqf"):
         assert [red(split.item(0, i)) for i in (2, 3, 4, 5, 3)] == [2, 5, 5, 5, 5]
     assert [each.getMessage() for each in caplog.records] == [
-        "data.root: cannot read 'train-0.tar/03.png' (not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, "
-        "TIFF)); the next picture takes its place",
+        "data.root: cannot read 'train-0.tar/03.png' (not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, "
+        "TIFF)); the next image takes its place",
         "data.root: cannot read 'train-0.tar/04.png' (its checksum is not the one in train-0.tar.idx); "
-        "the next picture takes its place",
+        "the next image takes its place",
     ]
-    split.places[9, 2] += 1
+    split.locations[9, 2] += 1
     assert worded(lambda: split.item(0, 9)).startswith(
-        f"data.max_bad=0.05: 3 of the 40 train pictures in '{tmp_path}' cannot be read; "
+        f"data.max_unreadable=0.05: 3 of the 40 train images in '{tmp_path}' cannot be read; "
         "the last is 'train-0.tar/09.png'"
     )
 
 
 def test_a_shard_that_vanishes_or_shrinks_keeps_every_place(folder, caplog):
-    before = make(folder, max_bad=0.5).split("train")
-    whole = index_of(folder / "train-001.tar")
+    before = make(folder, max_unreadable=0.5).split("train")
+    whole = load_index(folder / "train-001.tar")
     (folder / "train-000.tar").unlink()
-    last = [each for each in whole.members if each.ending == "png"][-1]
+    last = [each for each in whole.members if each.extension == "png"][-1]
     os.truncate(folder / "train-001.tar", last.offset + 9)
-    after = make(folder, max_bad=0.5).split("train")
+    after = make(folder, max_unreadable=0.5).split("train")
     assert list(after.names) == list(before.names)
     assert after.fingerprint == before.fingerprint
     assert "is missing; its 20 members count as unreadable" in caplog.text
     expected = [10] * 11 + [*range(11, 19), 20, *range(20, 30)]
     assert reds(after) == expected
     assert "cannot read 'train-001.tar/0019.png' (train-001.tar ends early)" in caplog.text
-    assert int(after.bad.sum()) == 11
-    loaded = torch.cat([each.images for each in keyed(after, [[(0, i)] for i in range(30)], workers=2)])
+    assert int(after.unreadable.sum()) == 11
+    loaded = torch.cat([each.images for each in keyed_batches(after, [[(0, i)] for i in range(30)], workers=2)])
     assert [red(type("S", (), {"image": each})) for each in loaded] == expected
 
 
-def test_a_lost_label_counts_as_an_unreadable_picture(tmp_path, caplog):
+def test_a_lost_label_counts_as_an_unreadable_image(tmp_path, caplog):
     path = shard(tmp_path / "train-0.tar", range(4), json=lambda each: json.dumps({"kind": f"class{each}"}))
-    member = next(each for each in index_of(path).members if each.key == "0002" and each.ending == "json")
+    member = next(each for each in load_index(path).members if each.key == "0002" and each.extension == "json")
     before = path.stat().st_mtime_ns
     with path.open("r+b") as file:
         file.seek(member.offset + 11)
@@ -264,15 +266,15 @@ def test_a_lost_label_counts_as_an_unreadable_picture(tmp_path, caplog):
 
 def test_a_shard_that_was_never_whole(folder, caplog):
     path = folder / "train-001.tar"
-    last = [each for each in index_of(path).members if each.ending == "png"][4]
+    last = [each for each in load_index(path).members if each.extension == "png"][4]
     (folder / "train-001.tar.idx").unlink()
     os.truncate(path, last.offset + 9)
     for _ in range(2):  # without an index, and with one
         caplog.clear()
         assert reds(make(folder).split("train")) == [*range(10), *range(10, 14), *range(20, 30)]
         assert f"the shard '{path}' is cut short or damaged; what follows is left out" in caplog.text
-    assert worded(lambda: make(folder, max_bad=0)) == (
-        f"data.max_bad=0: 1 of 3 shards are cut short or damaged; the last is '{path}'"
+    assert worded(lambda: make(folder, max_unreadable=0)) == (
+        f"data.max_unreadable=0: 1 of 3 shards are cut short or damaged; the last is '{path}'"
     )
 
 
@@ -290,7 +292,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path_factory):
     assert not list(folder.glob("*.idx"))
 
 
-def test_the_fingerprint_follows_pictures_and_labels_but_not_the_place(folder, tmp_path_factory):
+def test_the_fingerprint_follows_images_and_labels_but_not_the_place(folder, tmp_path_factory):
     def fingerprint(root=folder, part="train", size=16, **options):
         return make(root, size, **options).split(part).fingerprint
 
@@ -328,10 +330,10 @@ def test_mistakes_are_worded(folder):
         "data.root: no folder 'nowhere'; point data.root to a folder of tar shards"
     )
     assert worded(lambda: make(folder, train="a-*.tar", validation=None)) == (
-        f"data.root: no pictures in shards of '{folder}'; data.train=a-*.tar and data.validation=None"
+        f"data.root: no images in shards of '{folder}'; data.train=a-*.tar and data.validation=None"
     )
     assert worded(lambda: make(folder).split("test")) == "unknown split 'test'. Known: train, validation."
     pack(folder / "train-000.tar", [("a.png", png()), ("a.png", png())])
     assert worded(lambda: make(folder)) == f"data.root: the shard '{folder / 'train-000.tar'}' holds 'a.png' twice"
-    with pytest.raises(ValueError, match=r"^max_bad=2 is not in"):
-        make(folder, max_bad=2)
+    with pytest.raises(ValueError, match=r"^max_unreadable=2 is not in"):
+        make(folder, max_unreadable=2)

@@ -6,10 +6,10 @@ from tests.support.composing import compose
 from vqf.batch import Batch
 from vqf.data.folder import Folder
 from vqf.data.images.decode import UnreadableError
-from vqf.data.images.maps import Reading
+from vqf.data.images.maps import MapDecoder
 from vqf.data.union import Union
-from vqf.errors import EmptyPartError, UserError
-from vqf.registry import ask, build
+from vqf.errors import EmptySplitError, UserError
+from vqf.registry import build, call_static
 
 
 def paint(folder, count, green):
@@ -38,7 +38,7 @@ def colours(split, epoch=0):
     return [(sample.label, *((sample.image[:2, 0, 0] + 1) * 127.5).round().int().tolist()) for sample in seen]
 
 
-def test_every_picture_of_every_source_is_there_once_with_its_source_as_label(folders):
+def test_every_image_of_every_source_is_there_once_with_its_source_as_label(folders):
     data = union(folders)
     assert data.classes == ["few", "many"]
     assert colours(data.split("train")) == [(0, i, 10) for i in range(3)] + [(1, i, 200) for i in range(6)]
@@ -59,12 +59,12 @@ def test_a_source_that_holds_nothing_out_is_missing_from_validation_alone(folder
     assert colours(held_out) == [(1, i, 200) for i in (6, 7, 8)]
     assert held_out.labels.tolist() == [1, 1, 1] and held_out.names[0] == "many/006.png"
     with pytest.raises(
-        EmptyPartError, match=r"^data\.parts\.many\.root: of the 9 pictures in .* none is for validation; "
+        EmptySplitError, match=r"^data\.parts\.many\.root: of the 9 images in .* none is for validation; "
     ):
         union(0, 0).split("validation")
 
 
-def test_a_source_shows_its_own_pictures(folders):
+def test_a_source_shows_its_own_images(folders):
     """Up to its random numbers, which are not those of its neighbours."""
     validation = union(folders).split("validation")
     alone = Folder(16, 0, root=str(folders / "many"), validation_last=3).split("validation")
@@ -96,14 +96,14 @@ def test_files_are_those_of_the_sources(folders):
     assert train.labels.tolist() == [train.item(0, i).label for i in range(9)] == [0] * 3 + [1] * 6
     for i in range(9):
         path = folders / train.names[i]
-        assert train.file(i).stored() == path.read_bytes()
-        assert train.file(i).picture().size == (20, 16)
-        assert train.file(i).facts(train.file(i).stored()) == ("PNG", "RGB", 20, 16)
+        assert train.file(i).read_bytes() == path.read_bytes()
+        assert train.file(i).load_image().size == (20, 16)
+        assert train.file(i).probe(train.file(i).read_bytes()) == ("PNG", "RGB", 20, 16)
     (folders / "few" / "001.png").write_bytes(b"broken")
     with pytest.raises(UnreadableError):
-        train.file(1).picture()
+        train.file(1).load_image()
     assert train.item(0, 1).label == 0
-    assert [flags.tolist() for flags in train.faults()] == [[False, True, False], [False] * 6]
+    assert [flags.tolist() for flags in train.read_error_flags()] == [[False, True, False], [False] * 6]
     with pytest.raises(IndexError):
         train.names[9]
 
@@ -113,7 +113,7 @@ def test_a_source_without_files_leaves_the_union_without(folders):
     assert not hasattr(Union(16, 0, parts=parts).split("train"), "stored")
 
 
-def test_beside_its_picture_a_sample_has_what_every_source_has(folders, tmp_path):
+def test_beside_its_image_a_sample_has_what_every_source_has(folders, tmp_path):
     """A batch of samples of which some have a mask or a map could not be made."""
     for i in range(4):
         for part, name in (("images", f"{i}.jpg"), ("conditions", f"{i}.png")):
@@ -130,11 +130,11 @@ def test_beside_its_picture_a_sample_has_what_every_source_has(folders, tmp_path
     def beside(*names):
         split = Union(16, 0, parts={name: made[name] for name in names}).split("train")
         batch = Batch.collate([split.item(0, i) for i in (0, len(split) - 1)])
-        return {each for each in ("masks", "conditions", "places") if getattr(batch, each) is not None}
+        return {each for each in ("masks", "conditions", "crop_boxes") if getattr(batch, each) is not None}
 
     assert beside("few", "emoji") == beside("emoji", "few") == set()
-    assert beside("few", "pairs") == beside("pairs", "grey") == {"places"}
-    assert beside("pairs", "again") == {"conditions", "places"}
+    assert beside("few", "pairs") == beside("pairs", "grey") == {"crop_boxes"}
+    assert beside("pairs", "again") == {"conditions", "crop_boxes"}
     assert beside("emoji") == {"masks"}
 
 
@@ -144,7 +144,7 @@ def test_validation_has_the_fields_of_training(folders, tmp_path):
         paint(tmp_path / "pairs" / part, 6, 5)
     parts = {
         "pairs": {"name": "pairs", "root": str(tmp_path / "pairs"), "validation_last": 2},
-        "few": {"name": "folder", "root": str(folders / "few"), "labels": False, "validation_share": 0},
+        "few": {"name": "folder", "root": str(folders / "few"), "labels": False, "validation_fraction": 0},
     }
     data = Union(16, 0, parts=parts)
     for part in ("train", "validation"):
@@ -156,10 +156,12 @@ def test_maps_are_read_as_all_sources_read_theirs():
     palette = {"name": "pairs", "root": "elsewhere", "maps": "palette"}
 
     def reader(*nodes):
-        return ask("data", {"name": "union", "parts": dict(zip("abc", nodes, strict=False))}, "condition_reader")
+        return call_static(
+            "data", {"name": "union", "parts": dict(zip("abc", nodes, strict=False))}, "condition_reader"
+        )
 
-    assert reader(pairs, {**pairs, "root": "other"}) == Reading("rgb")
-    assert reader(palette, {"name": "earth"}, {"name": "union", "parts": {"x": palette}}) == Reading("palette")
+    assert reader(pairs, {**pairs, "root": "other"}) == MapDecoder("rgb")
+    assert reader(palette, {"name": "earth"}, {"name": "union", "parts": {"x": palette}}) == MapDecoder("palette")
     assert reader({"name": "emoji"}, {"name": "emoji"}) is None
     for others in ((pairs, grey), (pairs, {"name": "emoji"}), ({"name": "emoji"}, pairs)):
         with pytest.raises(

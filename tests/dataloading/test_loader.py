@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from vqf.batch import Batch, Sample
 from vqf.dataloading import loader
-from vqf.dataloading.loader import batches, keyed, sequential
-from vqf.dataloading.order import Order, in_batches
+from vqf.dataloading.loader import keyed_batches, sequential_batches, train_batches
+from vqf.dataloading.order import ShuffledBatches, batches_for_rank
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
 
 
 class Numbers:
-    """Pictures that show their key."""
+    """Images that show their key."""
 
     fingerprint = "numbers"
 
@@ -34,7 +34,7 @@ class Numbers:
 
 
 class Faulty(Numbers):
-    """Pictures of which some make trouble."""
+    """Images of which some make trouble."""
 
     def __init__(self, length, trouble):
         super().__init__(length)
@@ -64,11 +64,11 @@ orders = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**40)
 
 
 @given(orders)
-def test_an_epoch_shows_no_picture_twice_and_leaves_out_less_than_a_batch(numbers):
+def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(numbers):
     length, batch_size, seed = numbers
-    order = Order(length, batch_size, seed)
+    order = ShuffledBatches(length, batch_size, seed)
     for epoch in range(3):
-        steps = range(epoch * order.epoch_steps, (epoch + 1) * order.epoch_steps)
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         keys = [key for step in steps for key in order.batch(step)]
         assert {each for each, _ in keys} == {epoch}
         seen = [index for _, index in keys]
@@ -79,8 +79,8 @@ def test_an_epoch_shows_no_picture_twice_and_leaves_out_less_than_a_batch(number
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.integers(0, 9), st.integers(0, 100))
 def test_ranks_share_the_batch_of_one_process(part, world, more, seed, step):
     length, batch_size = part * world + more, part * world
-    together = Order(length, batch_size, seed).batch(step)
-    parts = [Order(length, batch_size, seed, rank, world).batch(step) for rank in range(world)]
+    together = ShuffledBatches(length, batch_size, seed).batch(step)
+    parts = [ShuffledBatches(length, batch_size, seed, rank, world).batch(step) for rank in range(world)]
     assert [key for each in parts for key in each] == together
     assert {len(each) for each in parts} == {part}
 
@@ -89,8 +89,8 @@ def test_ranks_share_the_batch_of_one_process(part, world, more, seed, step):
 def test_ranks_share_every_micro_batch_of_one_process(part, world, accumulate, seed, step):
     batch_size = part * world * accumulate
     length = batch_size + 3
-    together = Order(length, batch_size, seed, accumulate=accumulate).batch(step)
-    orders = [Order(length, batch_size, seed, rank, world, accumulate) for rank in range(world)]
+    together = ShuffledBatches(length, batch_size, seed, accumulate=accumulate).batch(step)
+    orders = [ShuffledBatches(length, batch_size, seed, rank, world, accumulate) for rank in range(world)]
     parts = [order.batch(step) for order in orders]
     for i in range(accumulate):
         piece = [key for each in parts for key in each[i * part : (i + 1) * part]]
@@ -101,8 +101,8 @@ def test_ranks_share_every_micro_batch_of_one_process(part, world, accumulate, s
 def test_equal_parts_of_held_out_batches_come_together_to_all_of_them(count, batch_size, world):
     keys, parts = list(range(count)), []
     for rank in range(world):
-        with mock.patch.multiple("vqf.distributed.comm", rank=lambda rank=rank: rank, world=lambda: world):
-            parts.append(in_batches(keys, batch_size))
+        with mock.patch.multiple("vqf.distributed.comm", rank=lambda rank=rank: rank, world_size=lambda: world):
+            parts.append(batches_for_rank(keys, batch_size))
     assert len({len(part) for part in parts}) == 1
     collected, left = [], count
     for batch in zip(*parts, strict=True):
@@ -114,7 +114,7 @@ def test_equal_parts_of_held_out_batches_come_together_to_all_of_them(count, bat
 
 
 def test_the_order_is_frozen():
-    order = Order(10, 4, seed=0)
+    order = ShuffledBatches(10, 4, seed=0)
     assert [order.batch(step) for step in range(4)] == [
         [(0, 6), (0, 8), (0, 3), (0, 1)],
         [(0, 9), (0, 4), (0, 2), (0, 0)],
@@ -125,7 +125,9 @@ def test_the_order_is_frozen():
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     sequences = {
-        tuple(index for _, index in Order(100, 100, seed).batch(epoch)) for seed in range(5) for epoch in range(5)
+        tuple(index for _, index in ShuffledBatches(100, 100, seed).batch(epoch))
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(sequences) == 25
 
@@ -133,7 +135,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_every_place_is_equally_likely():
     counts = torch.zeros(5, 5)
     for seed in range(2000):
-        for place, (_, index) in enumerate(Order(5, 5, seed).batch(0)):
+        for place, (_, index) in enumerate(ShuffledBatches(5, 5, seed).batch(0)):
             counts[place, index] += 1
     chi = ((counts - 400) ** 2 / 400).sum()
     assert chi < 40  # 16 degrees of freedom: the chance of more is below 0.001
@@ -142,18 +144,18 @@ def test_every_place_is_equally_likely():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 12), st.integers(0, 12))
 def test_going_on_at_a_step_is_the_same_as_never_having_stopped(start, more):
-    split, order = Numbers(7), Order(7, 2, seed=5)
-    whole = [keys_of(batch) for batch in batches(split, order, start=0, steps=start + more, workers=0)]
-    rest = [keys_of(batch) for batch in batches(split, order, start=start, steps=start + more, workers=0)]
+    split, order = Numbers(7), ShuffledBatches(7, 2, seed=5)
+    whole = [keys_of(batch) for batch in train_batches(split, order, start=0, steps=start + more, workers=0)]
+    rest = [keys_of(batch) for batch in train_batches(split, order, start=start, steps=start + more, workers=0)]
     assert len(whole) == start + more
     assert rest == whole[start:]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    split, order = Numbers(11), Order(11, 3, seed=1)
-    alone = list(batches(split, order, start=2, steps=9, workers=0))
-    helped = list(batches(split, order, start=2, steps=9, workers=workers))
+    split, order = Numbers(11), ShuffledBatches(11, 3, seed=1)
+    alone = list(train_batches(split, order, start=2, steps=9, workers=0))
+    helped = list(train_batches(split, order, start=2, steps=9, workers=workers))
     assert len(alone) == len(helped) == 7
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.images, other.images)
@@ -164,80 +166,82 @@ def test_workers_change_nothing(workers):
 def test_every_field_of_a_batch_is_pinned(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    batch = Batch(torch.zeros(1, 3, 2, 2), labels=torch.zeros(1), codes={"map": torch.zeros(1, 2, 2)})
-    assert len(loader._Loaded(batch).pin_memory().batch) == 1
+    batch = Batch(torch.zeros(1, 3, 2, 2), labels=torch.zeros(1), condition_indices={"map": torch.zeros(1, 2, 2)})
+    assert len(loader._LoadedBatch(batch).pin_memory().batch) == 1
     assert len(pinned) == 3
-    assert loader._Loaded().pin_memory().batch is None
+    assert loader._LoadedBatch().pin_memory().batch is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_generator_is_left_alone(workers):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(batches(Numbers(4), Order(4, 2, 0), start=0, steps=2, workers=workers))
+    next(train_batches(Numbers(4), ShuffledBatches(4, 2, 0), start=0, steps=2, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sequential_shows_every_picture_once_in_order(workers):
-    shown = list(sequential(Numbers(10), 4, workers=workers))
+def test_sequential_shows_every_image_once_in_order(workers):
+    shown = list(sequential_batches(Numbers(10), 4, workers=workers))
     assert [len(batch) for batch in shown] == [4, 4, 2]
     assert [key for batch in shown for key in keys_of(batch)] == [(0, i) for i in range(10)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (99, list(range(10))), (0, [])])
 def test_sequential_spreads_a_count_over_the_split(count, expected):
-    assert [index for batch in sequential(Numbers(10), 4, count=count) for _, index in keys_of(batch)] == expected
+    assert [
+        index for batch in sequential_batches(Numbers(10), 4, count=count) for _, index in keys_of(batch)
+    ] == expected
 
 
 def test_keyed_shows_what_is_asked_for():
     asked = [[(3, 1), (0, 0)], [(7, 4)]]
-    assert [keys_of(batch) for batch in keyed(Numbers(5), asked)] == asked
+    assert [keys_of(batch) for batch in keyed_batches(Numbers(5), asked)] == asked
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((12, 64, 0), "batch_size=64 is larger than the 12 pictures to train on"),
-        ((12, 0, 0), "batch_size=0: a step needs at least one picture"),
+        ((12, 64, 0), "batch_size=64 is larger than the 12 images to train on"),
+        ((12, 0, 0), "batch_size=0: a step needs at least one image"),
         ((12, 10, 0, 0, 4), "batch_size=10 cannot be divided among 4 processes and accumulate=1 micro-batches"),
         ((12, 10, 0, 0, 1, 4), "accumulate=4 must divide batch_size=10"),
     ],
 )
 def test_impossible_orders(arguments, message):
     with pytest.raises(UserError) as caught:
-        Order(*arguments)
+        ShuffledBatches(*arguments)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mistake_arrives_as_one_line(workers):
     with pytest.raises(UserError) as caught:
-        list(sequential(Faulty(8, {5: mistake}), 2, workers=workers))
+        list(sequential_batches(Faulty(8, {5: mistake}), 2, workers=workers))
     assert str(caught.value) == "data.root: 'x.png' is broken"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_keeps_its_traceback(workers):
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        list(sequential(Faulty(8, {5: bug}), 2, workers=workers))
+        list(sequential_batches(Faulty(8, {5: bug}), 2, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_warnings_of_workers_are_logged_by_the_parent_once(workers, caplog):
-    split = Faulty(8, {1: lambda: log.warning("picture %d is odd", 1), 6: lambda: log.info("picture 6 is fine")})
+    split = Faulty(8, {1: lambda: log.warning("image %d is odd", 1), 6: lambda: log.info("image 6 is fine")})
     with caplog.at_level(logging.INFO, "vqf"):
-        list(sequential(split, 2, workers=workers))
+        list(sequential_batches(split, 2, workers=workers))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "picture 1 is odd"),
-        ("INFO", "picture 6 is fine"),
+        ("WARNING", "image 1 is odd"),
+        ("INFO", "image 6 is fine"),
     ]
     assert {record.process for record in caplog.records} == {os.getpid()}
 
 
 def test_a_hung_worker_is_reported():
     with pytest.raises(UserError) as caught:
-        list(sequential(Faulty(4, {2: lambda: time.sleep(30)}), 2, workers=1, timeout=1.5))
+        list(sequential_batches(Faulty(4, {2: lambda: time.sleep(30)}), 2, workers=1, timeout=1.5))
     assert str(caught.value) == (
         "workers=1: no batch came for 1.5 s; a worker hangs (a network disk?); "
         "try workers=0, or a longer worker_timeout"
@@ -246,5 +250,5 @@ def test_a_hung_worker_is_reported():
 
 def test_a_killed_worker_is_reported():
     with pytest.raises(UserError) as caught:
-        list(sequential(Faulty(4, {2: lambda: os.kill(os.getpid(), signal.SIGKILL)}), 2, workers=1))
+        list(sequential_batches(Faulty(4, {2: lambda: os.kill(os.getpid(), signal.SIGKILL)}), 2, workers=1))
     assert str(caught.value) == "workers=1: a worker process died (out of memory?); try fewer of them"

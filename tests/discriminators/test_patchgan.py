@@ -22,7 +22,7 @@ def test_patches(layers: int, side: int, field: int) -> None:
     assert (touched.max(0).values - touched.min(0).values + 1).tolist() == [field, field]
 
 
-def test_group_norm_keeps_pictures_apart() -> None:
+def test_group_norm_keeps_images_apart() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32)
     apart, mixed = PatchGAN(3, channels=8, layers=2, norm="group"), PatchGAN(3, channels=8, layers=2)

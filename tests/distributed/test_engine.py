@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.support.composing import compose
 from vqf.distributed.engine import make_engine
-from vqf.training.ema import Average
+from vqf.training.ema import EMA
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_torch_before_2_9_is_told_by_its_flag(monkeypatch: pytest.MonkeyPatch) -
 def test_the_average_is_that_of_the_formula() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
     module[1].bias = module[0].bias  # one tensor under two names
-    average, expected = Average(module, 0.9), {name: each.clone() for name, each in module.named_parameters()}
+    average, expected = EMA(module, 0.9), {name: each.clone() for name, each in module.named_parameters()}
     for step in range(30):
         with torch.no_grad():
             for each in module.parameters():
@@ -82,5 +82,5 @@ def test_the_average_is_that_of_the_formula() -> None:
         for name, each in module.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * each.detach()
     for name, each in expected.items():
-        torch.testing.assert_close(average.tensors[name], each, rtol=1e-12, atol=1e-12)
-    assert torch.equal(average.state()["1.bias"], average.state()["0.bias"])
+        torch.testing.assert_close(average.shadow_params[name], each, rtol=1e-12, atol=1e-12)
+    assert torch.equal(average.state_dict()["1.bias"], average.state_dict()["0.bias"])

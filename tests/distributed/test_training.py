@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.support.composing import compose
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from vqf.batch import Batch
-from vqf.dataloading.order import Order
-from vqf.dataloading.token_shards import Tokens
+from vqf.dataloading.order import ShuffledBatches
+from vqf.dataloading.token_shards import TokenDataset
 from vqf.discriminators.sync_batchnorm import SyncBatchNorm2d
 from vqf.distributed import comm
 from vqf.distributed.engine import make_engine, seed_everything
@@ -28,8 +28,8 @@ from vqf.models.tokenizer import build_tokenizer
 from vqf.registry import build
 from vqf.runs.checkpoint import open_checkpoint
 from vqf.runs.load import build_generator
-from vqf.training.prior_task import PriorStage
-from vqf.training.tokenizer_task import TokenizerStage, make_stage
+from vqf.training.prior_task import PriorTask
+from vqf.training.tokenizer_task import TokenizerTask, build_tokenizer_task
 from vqf.training.trainer import train
 
 TINY = [
@@ -87,18 +87,18 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1
         )
 
 
-def pictures(keys: list[tuple[int, int]]) -> Batch:
-    """Random pictures, a pure function of their keys."""
+def make_images(keys: list[tuple[int, int]]) -> Batch:
+    """Random images, a pure function of their keys."""
     images = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) for _, i in keys]
     return Batch(images=torch.stack(images) * 2 - 1)
 
 
-def order(config: Any) -> Order:
-    part = {"rank": comm.rank(), "world": comm.world(), "accumulate": config.accumulate}
-    return Order(IMAGES, config.batch_size, config.seed, **part)
+def order(config: Any) -> ShuffledBatches:
+    part = {"rank": comm.rank(), "world_size": comm.world_size(), "accumulate": config.accumulate}
+    return ShuffledBatches(IMAGES, config.batch_size, config.seed, **part)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -111,7 +111,7 @@ def watched(stage: Any) -> dict[str, Tensor]:
         def keep(key: str = key, module: nn.Module = module) -> None:
             for name, parameter in module.named_parameters():
                 if parameter.grad is not None:
-                    seen[f"{key}.{name}"] = whole(parameter.grad).clone()
+                    seen[f"{key}.{name}"] = full_tensor(parameter.grad).clone()
 
         optimizer.step = keep
     return seen
@@ -119,7 +119,7 @@ def watched(stage: Any) -> dict[str, Tensor]:
 
 def numbers(log: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the log will say of all processes."""
-    means = comm.mean(torch.stack([value.double() for value in log.values()]))
+    means = comm.all_reduce_mean(torch.stack([value.double() for value in log.values()]))
     return {f"log {key}": mean for key, mean in zip(log, means, strict=True)}
 
 
@@ -127,16 +127,16 @@ def stage1_gradients(*overrides: str) -> dict[str, Tensor]:
     """What a step of stage 1, its second player included, gives for every weight, buffer and number."""
     with nullcontext() if "precision=bf16" in overrides else double():
         config = compose(*TINY, *overrides)
-        stage = make_stage(config, build("data", config.data, image_size=16, seed=0), make_engine(config))
+        stage = build_tokenizer_task(config, build("data", config.data, image_size=16, seed=0), make_engine(config))
         seen = watched(stage)
         seed_everything(5)
-        log = numbers(stage.step(2, pictures(order(config).batch(0))))
-        stage.engine.align(stage.modules.values())  # as the loop does
+        log = numbers(stage.step(2, make_images(order(config).batch(0))))
+        stage.engine.sync_buffers(stage.modules.values())  # as the loop does
         buffers = {f"buffer {key}": each for part in stage.modules.values() for key, each in part.named_buffers()}
     return {**seen, **log, **buffers}
 
 
-def prior_stage(config: Any) -> PriorStage:
+def prior_stage(config: Any) -> PriorTask:
     """A stage 2 on random tokens of random classes."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(config.model, 16)
@@ -146,8 +146,8 @@ def prior_stage(config: Any) -> PriorStage:
     shape = (IMAGES, tokenizer.grid[0] * tokenizer.grid[1])
     tokens = torch.randint(CODES, shape, generator=drawn, dtype=torch.int32)
     labels = torch.randint(len(classes), (IMAGES,), generator=drawn)
-    held = Tokens([{"tokens": tokens, "labels": labels}], IMAGES)
-    return PriorStage(generator, held, {"classes": list(classes)}, config, make_engine(config))
+    held = TokenDataset([{"tokens": tokens, "labels": labels}], IMAGES)
+    return PriorTask(generator, held, {"classes": list(classes)}, config, make_engine(config))
 
 
 def stage2_gradients(*overrides: str) -> dict[str, Tensor]:
@@ -157,8 +157,8 @@ def stage2_gradients(*overrides: str) -> dict[str, Tensor]:
         stage = prior_stage(config)
         seen = watched(stage)
         keys = order(config).batch(0)
-        log = numbers(stage.step(0, stage.held_out.pick(*map(list, zip(*keys, strict=True)))))
-        with torch.no_grad(), stage.engine.whole(stage.model):
+        log = numbers(stage.step(0, stage.validation_tokens.gather(*map(list, zip(*keys, strict=True)))))
+        with torch.no_grad(), stage.engine.unsharded(stage.model):
             look = stage.evaluate(stage.model.eval())
     shown = {f"shown {name}": images for name, images in look.images.items()}
     return {**seen, **log, **shown, **{key: torch.tensor(value) for key, value in look.scalars.items()}}
@@ -175,8 +175,8 @@ STAGE1 = [
 @pytest.mark.parametrize("overrides", STAGE1)
 def test_stage1_has_the_gradients_of_one_process_with_the_whole_batch(overrides: list[str]) -> None:
     alone = stage1_gradients(*overrides)
-    assert {"log gan_weight", "log gradient", "discriminator.discriminator.main.0.weight"} <= alone.keys()
-    for found in together(2, stage1_gradients, *overrides):
+    assert {"log gan_weight", "log grad_norm", "discriminator.discriminator.main.0.weight"} <= alone.keys()
+    for found in run_processes(2, stage1_gradients, *overrides):
         close(found, alone)  # codebook, logits, usage and running statistics included
 
 
@@ -190,7 +190,7 @@ STAGE2 = [
 @pytest.mark.parametrize("overrides", STAGE2)
 def test_stage2_has_the_gradients_of_one_process_with_the_whole_batch(overrides: list[str]) -> None:
     alone = stage2_gradients(*(each for each in overrides if "engine" not in each))
-    first, second = together(2, stage2_gradients, *overrides)
+    first, second = run_processes(2, stage2_gradients, *overrides)
     assert "shown samples" in alone
     close(first, alone)
     close(second, {key: value for key, value in alone.items() if not key.startswith("shown ")})
@@ -205,7 +205,7 @@ def compiled(backend: str, *overrides: str) -> list[dict[str, Tensor]]:
 @SLOW
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_compiled_stages_have_the_same_gradients(engine: str) -> None:
-    found, _ = together(2, compiled, "aot_eager", f"engine={engine}")
+    found, _ = run_processes(2, compiled, "aot_eager", f"engine={engine}")
     for each, gradients in zip(found, (stage1_gradients, stage2_gradients), strict=True):
         close(each, gradients())
 
@@ -215,15 +215,15 @@ def test_compiled_stages_have_the_same_gradients(engine: str) -> None:
 def test_bf16_is_that_of_one_process_but_for_its_rounding(engine: str) -> None:
     options = ["precision=bf16", "model/quantizer=cosine", *HELD_BACK]
     alone = stage1_gradients(*options)
-    found, _ = together(2, stage1_gradients, f"engine={engine}", *options)
-    numbers = ("log loss", "log gan_weight", "log gradient", "log discriminator")
+    found, _ = run_processes(2, stage1_gradients, f"engine={engine}", *options)
+    numbers = ("log loss", "log gan_weight", "log grad_norm", "log discriminator")
     close({key: found[key] for key in numbers}, {key: alone[key] for key in numbers}, rtol=0.02)
 
 
 def test_a_published_patchgan_normalises_each_part_by_itself() -> None:
     """Why `norm=sync_batch` is there: with `batch` the gradients are others, but every process has the same ones."""
     alone = stage1_gradients("model.discriminator.norm=batch")
-    first, second = together(2, stage1_gradients, "model.discriminator.norm=batch")
+    first, second = run_processes(2, stage1_gradients, "model.discriminator.norm=batch")
     close(first, second)
     name = "discriminator.discriminator.main.0.weight"
     assert (first[name] - alone[name]).abs().max() > 1e-3 * alone[name].abs().max()
@@ -236,23 +236,25 @@ def normalised(norm: type[nn.BatchNorm2d]) -> dict[str, Tensor]:
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     whole, onward = (torch.randn(8, 3, 4, 5, dtype=torch.float64) for _ in range(2))
-    x = whole.chunk(comm.world())[comm.rank()].clone().requires_grad_()
+    x = whole.chunk(comm.world_size())[comm.rank()].clone().requires_grad_()
     y = layer(3 * x + 1)
-    (slope,) = torch.autograd.grad((y * onward.chunk(comm.world())[comm.rank()]).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad((y * onward.chunk(comm.world_size())[comm.rank()]).sum(), x, create_graph=True)
     slope.square().sum().backward()
     assert x.grad is not None and layer.weight.grad is not None
     by_part = {"y": y.detach(), "slope": slope.detach(), "curvature": x.grad}
     gathered = {key: torch.cat(torch_all(each)) for key, each in by_part.items()}
-    return {**gathered, "weight": comm.total(layer.weight.grad), **dict(layer.named_buffers())}
+    return {**gathered, "weight": comm.all_reduce_sum(layer.weight.grad), **dict(layer.named_buffers())}
 
 
 def torch_all(tensor: Tensor) -> list[Tensor]:
-    return [comm.total(tensor if comm.rank() == i else torch.zeros_like(tensor)) for i in range(comm.world())]
+    return [
+        comm.all_reduce_sum(tensor if comm.rank() == i else torch.zeros_like(tensor)) for i in range(comm.world_size())
+    ]
 
 
 def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch() -> None:
     alone = normalised(nn.BatchNorm2d)
-    for found in together(2, normalised, SyncBatchNorm2d):
+    for found in run_processes(2, normalised, SyncBatchNorm2d):
         close(found, alone)
     x = torch.randn(4, 3, 2, 2)
     assert torch.equal(SyncBatchNorm2d(3)(x), nn.BatchNorm2d(3)(x)), "one process needs none of it"
@@ -264,7 +266,7 @@ def noise() -> Tensor:
 
 
 def test_noise_is_of_the_step_and_the_process() -> None:
-    first, second = together(2, noise)
+    first, second = run_processes(2, noise)
     assert torch.equal(first, noise()), "the first process draws what one alone would"
     assert not torch.equal(first, second)
 
@@ -278,10 +280,10 @@ def trained(folder: str, *overrides: str) -> None:
     with double():
         config = compose(*TINY, *LOOP, *overrides)
         engine = make_engine(config)
-        stage = make_stage(config, build("data", config.data, image_size=16, seed=0), engine)
+        stage = build_tokenizer_task(config, build("data", config.data, image_size=16, seed=0), engine)
 
         def source(start: int, stop: int) -> Iterator[Batch]:
-            yield from (pictures(order(config).batch(step)) for step in range(start, stop))
+            yield from (make_images(order(config).batch(step)) for step in range(start, stop))
 
         train(stage, config, Path(folder), engine, source)
 
@@ -301,8 +303,8 @@ def saved(folder: Path, step: int = 4) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     found = open_checkpoint(folder / "checkpoints" / f"step-{step:08d}")
     parts = [path.stem for path in found.path.glob("*.safetensors")]
-    tensors = {f"{part} {key}": each for part in parts for key, each in found.weights(part).items()}
-    for name, state in found.optimizers()["optimizers"].items():
+    tensors = {f"{part} {key}": each for part in parts for key, each in found.load_weights(part).items()}
+    for name, state in found.load_optimizers()["optimizers"].items():
         for number, entry in state["state"].items():
             tensors |= {f"{name} {number} {key}": each for key, each in entry.items()}
     return tensors
@@ -319,7 +321,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_of_two_processes_is_that_of_one(engine: str, alone: Path, tmp_path: Path) -> None:
     parts = ("encoder", "decoder") if engine == "fsdp2" else ()
     again = [f"model.{part}.gradient_checkpointing=true" for part in parts]
-    together(2, trained, str(tmp_path), f"engine={engine}", *again)
+    run_processes(2, trained, str(tmp_path), f"engine={engine}", *again)
     assert len(lines(alone)) > 50
     close(lines(tmp_path), lines(alone), rtol=1e-7)  # printed from float32 in places
     close(saved(tmp_path), saved(alone))
@@ -329,9 +331,9 @@ def test_a_run_of_two_processes_is_that_of_one(engine: str, alone: Path, tmp_pat
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_codes_learned_by_gradient_move_to_the_same_latents(engine: str, tmp_path: Path) -> None:
     """Where each process keeps all weights, and where it keeps a share."""
-    words = ["model/quantizer=vq", "model.quantizer.start=kmeans", "model.quantizer.revive=7", "accumulate=2"]
+    words = ["model/quantizer=vq", "model.quantizer.init=kmeans", "model.quantizer.revive=7", "accumulate=2"]
     trained(str(tmp_path / "alone"), *words)
-    together(2, trained, str(tmp_path / "two"), f"engine={engine}", *words)
+    run_processes(2, trained, str(tmp_path / "two"), f"engine={engine}", *words)
     numbers = lines(tmp_path / "alone")
     assert sum(value for key, value in numbers.items() if key.endswith(" revived")) > 0
     assert float(numbers["1 perplexity"]) < float(numbers["4 perplexity"])
@@ -343,23 +345,23 @@ def test_codes_learned_by_gradient_move_to_the_same_latents(engine: str, tmp_pat
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_run_goes_on_with_another_number_of_processes(engine: str, alone: Path, tmp_path: Path) -> None:
     fewer, more = tmp_path / "fewer", tmp_path / "more"
-    together(2, trained, str(fewer), f"engine={engine}", "steps=2", "schedule=constant")
+    run_processes(2, trained, str(fewer), f"engine={engine}", "steps=2", "schedule=constant")
     trained(str(fewer), "resume=true", "schedule=constant")
     trained(str(more), "steps=2", "schedule=constant")
-    together(2, trained, str(more), f"engine={engine}", "resume=true", "schedule=constant")
+    run_processes(2, trained, str(more), f"engine={engine}", "resume=true", "schedule=constant")
     close(saved(fewer), saved(more))
 
 
 def interrupted(folder: str, what: int, *overrides: str) -> None:
     """A run whose second process gets a signal in the middle of step 3."""
-    original = TokenizerStage.step
+    original = TokenizerTask.step
 
-    def step(self: TokenizerStage, number: int, batch: Batch) -> dict[str, Tensor]:
+    def step(self: TokenizerTask, number: int, batch: Batch) -> dict[str, Tensor]:
         if number == 3 and comm.rank() == 1:
             os.kill(os.getpid(), what)
         return original(self, number, batch)
 
-    TokenizerStage.step = step  # type: ignore[method-assign]  # this process ends soon
+    TokenizerTask.step = step  # type: ignore[method-assign]  # this process ends soon
     trained(folder, *overrides)
 
 
@@ -368,14 +370,14 @@ def interrupted(folder: str, what: int, *overrides: str) -> None:
 def test_a_run_that_lost_a_process_goes_on_to_the_bit(what: signal.Signals, tmp_path: Path) -> None:
     long = ["steps=6", "model.discriminator.norm=batch"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    together(2, trained, str(whole), *long)
-    first, second = together(2, interrupted, str(cut), int(what), *long, mortal=True)
+    run_processes(2, trained, str(whole), *long)
+    first, second = run_processes(2, interrupted, str(cut), int(what), *long, may_die=True)
     if what == signal.SIGKILL:
         assert "RuntimeError" in first and second == "", "the other process ends as well"
     else:
         assert "SystemExit: 143" in first and "SystemExit: 143" in second
         assert (cut / "checkpoints" / "step-00000004").is_dir()
-    together(2, trained, str(cut), *long, "resume=true")
+    run_processes(2, trained, str(cut), *long, "resume=true")
     expected, found = saved(whole, 6), saved(cut, 6)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -395,13 +397,13 @@ def test_a_run_of_two_that_loses_one_again_and_again_goes_on_to_the_bit(tmp_path
     """Either of them, at a random moment: at the start, in a step, while it saves, in a look."""
     long = ["steps=40", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=3", "checkpoint.best=psnr"]
     whole, cut, random = tmp_path / "whole", tmp_path / "cut", Random(5)
-    together(2, trained, str(whole), *long)
+    run_processes(2, trained, str(whole), *long)
     ended = []
     for kill in range(4):
         after = random.uniform(0.05, 1 + kill / 2)
-        ended += together(2, killed, str(cut), random.randrange(2), after, *long, "resume=true", mortal=True)
+        ended += run_processes(2, killed, str(cut), random.randrange(2), after, *long, "resume=true", may_die=True)
     assert ended.count("") >= 3, "they were killed"
-    together(2, trained, str(cut), *long, "resume=true")
+    run_processes(2, trained, str(cut), *long, "resume=true")
     expected, found = saved(whole, 40), saved(cut, 40)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert lines(cut) == lines(whole)

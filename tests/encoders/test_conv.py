@@ -22,10 +22,10 @@ def test_published_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "stem", "stride"), [((1,), 1, 1), ((1, 2), 1, 2), ((1, 1, 2), 1, 4), ((1, 2), 4, 8)]
+    ("multipliers", "patch_size", "stride"), [((1,), 1, 1), ((1, 2), 1, 2), ((1, 1, 2), 1, 4), ((1, 2), 4, 8)]
 )
-def test_strides_and_shapes(multipliers: tuple[int, ...], stem: int, stride: int) -> None:
-    options = {"channels": 8, "multipliers": multipliers, "blocks": 1, "attention": (), "stem": stem}
+def test_strides_and_shapes(multipliers: tuple[int, ...], patch_size: int, stride: int) -> None:
+    options = {"channels": 8, "multipliers": multipliers, "blocks": 1, "attention": (), "patch_size": patch_size}
     encoder = ConvEncoder(3, 32, dim=5, **options)
     decoder = ConvDecoder(5, 3, 32, **options)
     assert encoder.stride == decoder.stride == stride

@@ -10,20 +10,26 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from vqf.batch import Batch, Sample
-from vqf.dataloading.token_shards import Tokens
+from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed.engine import Engine
-from vqf.evaluation.class_accuracy import Classifier, Judge, Verdict, equally_often, reads_labels
-from vqf.models.conditioning import Conditions
+from vqf.evaluation.class_accuracy import (
+    ClassAccuracy,
+    ClassAccuracyEvaluator,
+    RidgeClassifier,
+    balanced_labels,
+    is_class_conditional,
+)
+from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.registry import build
 
 ENGINE = Engine(torch.device("cpu"), torch.float32)
 CLASSES = ("Food & Drink", "People & Body", "Smileys & Emotion", "Symbols")
-HELD_OUT = 8  # pictures of every class
+HELD_OUT = 8  # images of every class
 TRAINED = 24
-Draw = Callable[[Tensor, Tensor], Tensor]  # labels (B,), numbers of the samples (B,) -> which held-out pictures (B,)
+Draw = Callable[[Tensor, Tensor], Tensor]  # labels (B,), numbers of the samples (B,) -> which held-out images (B,)
 
 
 class Few:
@@ -31,11 +37,11 @@ class Few:
 
     classes = CLASSES
 
-    def split(self, name: str) -> "Pictures":
-        return Pictures(*few()[name])
+    def split(self, name: str) -> "Images":
+        return Images(*few()[name])
 
 
-class Pictures:
+class Images:
     fingerprint = "few"
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -61,37 +67,37 @@ def few() -> Mapping[str, tuple[Tensor, Tensor]]:
 
 
 class Album(nn.Module):
-    """A tokenizer that has every picture for a code: nothing is lost."""
+    """A tokenizer that has every image for a code: nothing is lost."""
 
     channels, grid, stride = 3, (1, 1), 32
 
     def __init__(self) -> None:
         super().__init__()
-        self.pictures = nn.Parameter(torch.cat([few()[name][0] for name in ("train", "validation")]))
+        self.images = nn.Parameter(torch.cat([few()[name][0] for name in ("train", "validation")]))
 
-    def images(self, tokens: Tensor, grid: Any = None) -> Tensor:
-        return self.pictures[tokens[:, 0]].detach()
-
-
-def _tokens(codes: Tensor, labels: Tensor) -> Tokens:
-    return Tokens([{"tokens": codes[:, None].int(), "labels": labels}], len(codes))
+    def decode_tokens(self, tokens: Tensor, grid: Any = None) -> Tensor:
+        return self.images[tokens[:, 0]].detach()
 
 
-def cached() -> dict[str, Tokens]:
+def _tokens(codes: Tensor, labels: Tensor) -> TokenDataset:
+    return TokenDataset([{"tokens": codes[:, None].int(), "labels": labels}], len(codes))
+
+
+def cached() -> dict[str, TokenDataset]:
     count = TRAINED * len(CLASSES)
     codes = {"train": torch.arange(count), "validation": torch.arange(count, count + HELD_OUT * len(CLASSES))}
     return {name: _tokens(each, few()[name][1]) for name, each in codes.items()}
 
 
 def planted(draw: Draw, conditioner: str = "label") -> Generator:
-    """A generator that gives held-out pictures for samples."""
+    """A generator that gives held-out images for samples."""
 
     def sampler(prior: object, prefix: Tensor, grid: object, *, seed: int, first: int = 0) -> Tensor:
         which = draw(prefix[:, 0], torch.arange(first, first + len(prefix)))
         return which[:, None] + TRAINED * len(CLASSES)
 
-    part = build("conditioner", {"name": conditioner}, classes=len(CLASSES), grid=(1, 1), tokenizer=None)
-    return Generator(Album(), Conditions({conditioner: part}), nn.Identity(), sampler, CLASSES)  # type: ignore[arg-type]
+    part = build("conditioner", {"name": conditioner}, num_classes=len(CLASSES), grid=(1, 1), tokenizer=None)
+    return Generator(Album(), ConditionerStack({conditioner: part}), nn.Identity(), sampler, CLASSES)  # type: ignore[arg-type]
 
 
 def config(samples: int) -> DictConfig:
@@ -99,8 +105,8 @@ def config(samples: int) -> DictConfig:
     return OmegaConf.create({"evaluate": {"samples": samples}, "seed": 0, **loading})
 
 
-def verdict(generator: Generator, samples: int) -> Verdict | None:
-    return Judge(Few(), cached(), config(samples), ENGINE)(generator)  # type: ignore[arg-type]
+def verdict(generator: Generator, samples: int) -> ClassAccuracy | None:
+    return ClassAccuracyEvaluator(Few(), cached(), config(samples), ENGINE)(generator)  # type: ignore[arg-type]
 
 
 def of_the_class(labels: Tensor, numbers: Tensor) -> Tensor:
@@ -108,15 +114,15 @@ def of_the_class(labels: Tensor, numbers: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def copies() -> Verdict:
+def copies() -> ClassAccuracy:
     found = verdict(planted(of_the_class), HELD_OUT * len(CLASSES))
     assert found is not None
     return found
 
 
-def test_copies_of_real_pictures_are_as_right_as_real_pictures(copies: Verdict) -> None:
+def test_copies_of_real_images_are_as_right_as_real_images(copies: ClassAccuracy) -> None:
     found = copies
-    assert found.samples == found.real == found.drawn  # the same pictures, each once
+    assert found.samples == found.real == found.decoded  # the same images, each once
     assert found.real > 0.6
     assert found.chance == 0.25
     assert found.confusion.sum(1).tolist() == [HELD_OUT] * len(CLASSES)
@@ -125,7 +131,7 @@ def test_copies_of_real_pictures_are_as_right_as_real_pictures(copies: Verdict) 
 
 
 def test_samples_of_any_class_are_right_by_chance() -> None:
-    """Every class is answered with the same 32 pictures: whatever is seen in them, a quarter is right."""
+    """Every class is answered with the same 32 images: whatever is seen in them, a quarter is right."""
     found = verdict(planted(lambda labels, numbers: numbers // len(CLASSES)), HELD_OUT * len(CLASSES) ** 2)
     assert found is not None
     assert found.samples == pytest.approx(found.chance)
@@ -139,15 +145,15 @@ def test_samples_of_another_class_are_wrong() -> None:
     assert found.confusion.diagonal().sum() < found.confusion.sum() / 8
 
 
-def test_the_verdict_is_the_same_again_and_has_names(copies: Verdict) -> None:
+def test_the_verdict_is_the_same_again_and_has_names(copies: ClassAccuracy) -> None:
     again = verdict(planted(of_the_class), HELD_OUT * len(CLASSES))
     assert again is not None
     assert again.scalars() == copies.scalars()
-    assert list(again.scalars()) == [f"class_accuracy{each}" for each in ("", "_real", "_drawn", "_chance")]
+    assert list(again.scalars()) == [f"class_accuracy{each}" for each in ("", "_real", "_decoded", "_chance")]
 
 
-def judged() -> Verdict | None:
-    """The verdict on a generator whose pictures depend on the number of the sample, in batches that leave a rest."""
+def judged() -> ClassAccuracy | None:
+    """The verdict on a generator whose images depend on the number of the sample, in batches that leave a rest."""
     return verdict(planted(of_the_class), HELD_OUT * len(CLASSES) - 3)
 
 
@@ -155,7 +161,7 @@ def judged() -> Verdict | None:
 def test_two_processes_see_what_one_sees() -> None:
     alone = judged()
     assert alone is not None
-    for found in together(2, judged):
+    for found in run_processes(2, judged):
         assert found is not None
         assert found.scalars() == pytest.approx(alone.scalars())
         assert torch.equal(found.confusion, alone.confusion)
@@ -164,9 +170,9 @@ def test_two_processes_see_what_one_sees() -> None:
 def test_only_samples_that_are_asked_for_by_class_are_judged() -> None:
     assert verdict(planted(of_the_class), 0) is None
     told = Batch(labels=torch.zeros(1).long(), tokens=torch.zeros(1, 1).long())
-    assert reads_labels(planted(of_the_class), told)
-    assert not reads_labels(planted(of_the_class, "none"), told)
-    assert not reads_labels(planted(of_the_class), Batch(tokens=torch.zeros(1, 1).long()))
+    assert is_class_conditional(planted(of_the_class), told)
+    assert not is_class_conditional(planted(of_the_class, "none"), told)
+    assert not is_class_conditional(planted(of_the_class), Batch(tokens=torch.zeros(1, 1).long()))
 
 
 @pytest.mark.parametrize(
@@ -174,26 +180,26 @@ def test_only_samples_that_are_asked_for_by_class_are_judged() -> None:
     [(9, 4, [0, 1, 2, 3, 0, 1, 2, 3]), (3, 3, [0, 1, 2]), (3, 10, [0, 3, 6])],
 )
 def test_every_class_is_asked_for_equally_often(count: int, classes: int, labels: list[int]) -> None:
-    assert equally_often(count, classes).tolist() == labels
+    assert balanced_labels(count, classes).tolist() == labels
 
 
 def test_the_classifier_solves_its_least_squares() -> None:
-    """The same problem, stacked: a row for every picture and one for every penalty."""
+    """The same problem, stacked: a row for every image and one for every penalty."""
     random = np.random.default_rng(0)
     labels = np.array([0] * 40 + [1] * 10 + [2] * 5)
     features = random.normal(size=(55, 6)) * [1, 5, 0.1, 1, 1, 1] + labels[:, None] * 0.7
-    classifier = Classifier(torch.tensor(features).float(), torch.tensor(labels), 3)
+    classifier = RidgeClassifier(torch.tensor(features).float(), torch.tensor(labels), 3)
     x = features.astype(np.float32).astype(np.float64)
     x = np.c_[(x - x.mean(0)) / x.std(0, ddof=1), np.ones(55)]
     w = np.sqrt(55 / 3 / np.bincount(labels)[labels])[:, None]
     penalty = np.sqrt(55.0) * np.eye(7)[:6]
     targets = 2.0 * np.eye(3)[labels] - 1
     expected, *_ = np.linalg.lstsq(np.r_[w * x, penalty], np.r_[w * targets, np.zeros((6, 3))], rcond=None)
-    np.testing.assert_allclose(classifier.solution.numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(classifier.weights.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_rare_classes_count_as_much() -> None:
     labels = torch.tensor([0] * 300 + [1] * 6)
     features = torch.randn(306, 2, generator=torch.Generator().manual_seed(0)) + 1.5 * labels[:, None]
-    seen = Classifier(features, labels, 2)(features)
+    seen = RidgeClassifier(features, labels, 2)(features)
     assert (seen[labels == 1] == 1).float().mean() > 0.8

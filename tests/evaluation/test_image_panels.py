@@ -1,4 +1,4 @@
-"""The best and the worst pictures, and what codes stand for: against plain loops."""
+"""The best and the worst images, and what codes stand for: against plain loops."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqf.evaluation import image_panels as module
-from vqf.evaluation.image_panels import Album
+from vqf.evaluation.image_panels import ImagePanels
 from vqf.protocols import Reconstruction
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ def batches(count: int = 23, size: int = 5, vocab: int = 7) -> list[Reconstructi
     return [Reconstruction(*each) for each in zip(*parts, strict=True)]
 
 
-def filled(found: list[Reconstruction], vocab: int = 7, **options: int) -> Album:
-    album = Album(vocab, CPU, **options)
+def filled(found: list[Reconstruction], vocab: int = 7, **options: int) -> ImagePanels:
+    album = ImagePanels(vocab, CPU, **options)
     for batch in found:
         album.update(batch)
     return album
@@ -31,7 +31,7 @@ def filled(found: list[Reconstruction], vocab: int = 7, **options: int) -> Album
 
 def test_both_ends_are_found_and_named() -> None:
     found = batches()
-    album = filled(found, shown=4)
+    album = filled(found, top_k=4)
     images, drawn = (torch.cat([getattr(each, name) for each in found]) for name in ("images", "reconstructions"))
     errors = [float(((a - b) / 2).square().mean()) for a, b in zip(images.double(), drawn.double(), strict=True)]
     order = np.argsort(errors)
@@ -47,10 +47,10 @@ def test_codes_are_counted_and_drawn_as_what_lies_under_them() -> None:
     album = filled(found)
     cells: dict[int, list[Tensor]] = {}
     for batch in found:
-        for picture, codes in zip(batch.reconstructions, batch.indices, strict=True):
+        for image, codes in zip(batch.reconstructions, batch.indices, strict=True):
             for i in range(2):
                 for j in range(2):
-                    cell = picture[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+                    cell = image[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
                     cells.setdefault(int(codes[i, j]), []).append(cell)
     assert album.details()["codes"]["counts"] == [len(cells.get(code, [])) for code in range(7)]
     order = sorted(range(7), key=lambda code: -len(cells.get(code, [])))
@@ -60,16 +60,16 @@ def test_codes_are_counted_and_drawn_as_what_lies_under_them() -> None:
 
 
 def test_several_codebooks_are_counted_together() -> None:
-    pictures = torch.zeros(2, 3, 4, 4)
+    images = torch.zeros(2, 3, 4, 4)
     indices = torch.tensor([0, 1, 1, 2]).view(2, 1, 1, 2)
-    album = filled([Reconstruction(pictures, pictures, indices)], vocab=3)
+    album = filled([Reconstruction(images, images, indices)], vocab=3)
     assert album.details()["codes"]["counts"] == [1, 2, 1]
     assert album.images()["codes"].shape == (1, 3, 4, 12)
 
 
 def test_codes_that_lie_on_no_squares_are_counted_alone() -> None:
-    pictures = torch.zeros(2, 3, 4, 4)
-    album = filled([Reconstruction(pictures, pictures, torch.zeros(2, 1, 4).long())], vocab=3)
+    images = torch.zeros(2, 3, 4, 4)
+    album = filled([Reconstruction(images, images, torch.zeros(2, 1, 4).long())], vocab=3)
     assert album.details()["codes"]["counts"] == [8, 0, 0]
     assert "codes" not in album.images()
 
@@ -78,7 +78,7 @@ def test_huge_vocabularies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     album = filled(batches(), vocab=2**40)
     assert "codes" not in album.details()
     assert set(album.images()) == {"best", "worst"}
-    monkeypatch.setattr(module, "ROOM", 7 * 48 - 1)
+    monkeypatch.setattr(module, "MAX_MOSAIC_ELEMENTS", 7 * 48 - 1)
     assert "codes" not in filled(batches()).images()
     assert "codes" in filled(batches()).details()
 
@@ -93,7 +93,7 @@ def test_maps_of_classes_are_judged_by_wrong_pixels() -> None:
 
 
 def test_an_album_of_nothing_is_empty() -> None:
-    album = Album(4, CPU)
+    album = ImagePanels(4, CPU)
     assert album.images() == {}
     assert album.details() == {"codes": {"counts": [0, 0, 0, 0]}}
     assert album.compute() == {}

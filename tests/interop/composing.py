@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tests.support.composing import compose
-from vqf.config.settings import check_config, complete
-from vqf.registry import build, flat_node
+from vqf.config.settings import check_config, fill_missing_groups
+from vqf.registry import build, flat_component
 
 # Folders, others in every test: set afterwards, so that what the other words compose can be kept.
 PLACES = re.compile(r"(path|run|resume|data\.root)=(.*)")
@@ -18,7 +18,7 @@ PLACES = re.compile(r"(path|run|resume|data\.root)=(.*)")
 @cache
 def composed(*overrides: str) -> DictConfig:
     """Compose a command line once; copy it before changing it."""
-    return complete(compose(*overrides))
+    return fill_missing_groups(compose(*overrides))
 
 
 def run(run_dir: Path, *overrides: str) -> Any:
@@ -30,6 +30,6 @@ def run(run_dir: Path, *overrides: str) -> Any:
         OmegaConf.update(config, found[1], found[2])
     check_config(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    pipeline = build("pipeline", flat_node("pipeline", config), config=config, run_dir=run_dir)
+    pipeline = build("pipeline", flat_component("pipeline", config), config=config, run_dir=run_dir)
     pipeline.run()
     return pipeline

@@ -1,4 +1,4 @@
-"""Models of other projects with random weights, and what each makes of a picture."""
+"""Models of other projects with random weights, and what each makes of an image."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

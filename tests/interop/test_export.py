@@ -24,10 +24,10 @@ from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.registry import build
 from vqf.runs import checkpoint_writer
-from vqf.runs.checkpoint import newest
-from vqf.runs.load import Coders, build_generator
-from vqf.training.gan import Critic
-from vqf.training.prior_task import decay_groups
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.runs.load import ConditionTokenizers, build_generator
+from vqf.training.gan import GANModule
+from vqf.training.prior_task import param_groups_weight_decay
 
 SIZE, CODES = 16, 24
 TINY = [
@@ -57,7 +57,7 @@ def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
     modules = {"model": tokenizer}
     if config.model.discriminator is not None:
         adversary = build("adversary", config.model.adversary, steps=10)
-        modules["discriminator"] = Critic(
+        modules["discriminator"] = GANModule(
             build("discriminator", config.model.discriminator, in_channels=3), adversary, {}
         )
     optimizers = {}
@@ -69,7 +69,7 @@ def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
         weights[name] = module.state_dict()
         optimizers[name] = optimizer.state_dict()
     state = {"kind": "stage1", "step": 9, "image_size": [SIZE, SIZE], "classes": []}
-    checkpoint_writer.save(
+    checkpoint_writer.write_checkpoint(
         folder,
         state=state,
         config=config,
@@ -87,7 +87,7 @@ def export(folder: Path, to: str, path: Path) -> Path:
 
 def reimport(folder: Path, path: Path) -> Any:
     run(folder, "pipeline=import", f"path={path}", f"image_size={SIZE}", "heads=2")
-    found = newest(folder)
+    found = latest_checkpoint(folder)
     assert found is not None
     return found
 
@@ -104,7 +104,7 @@ def taming_model(path: Path, prefix: str = "") -> Any:
     return model.eval()
 
 
-def pictures() -> Tensor:
+def make_images() -> Tensor:
     return images()[:, :, :SIZE, :SIZE]
 
 
@@ -112,14 +112,14 @@ def pictures() -> Tensor:
 def test_taming_loads_it_and_computes_the_same(codebook: str, tmp_path: Path) -> None:
     save(tmp_path / "run", f"model/quantizer={codebook}")
     model = taming_model(export(tmp_path / "run", "taming", tmp_path / "out.ckpt"))
-    check(tmp_path / "run", *run_vqgan(model, pictures()))
+    check(tmp_path / "run", *run_vqgan(model, make_images()))
 
 
 def check(folder: Path, indices: Tensor, expected: Tensor) -> None:
     tokenizer = vqf.load(folder)
     assert isinstance(tokenizer, Tokenizer)
     with torch.no_grad():
-        out = tokenizer(pictures())
+        out = tokenizer(make_images())
     assert torch.equal(out.quantized.indices, indices)
     assert len(indices.unique()) > 2
     assert difference(out.reconstructions, expected) <= 1e-5
@@ -128,7 +128,7 @@ def check(folder: Path, indices: Tensor, expected: Tensor) -> None:
 def test_taming_s_gumbel_loads_it(tmp_path: Path) -> None:
     save(tmp_path / "run", "model/quantizer=gumbel", "model.encoder.dim=8")
     model = taming_model(export(tmp_path / "run", "taming", tmp_path / "out.ckpt"))
-    indices = model.quantize.proj(model.encode_to_prequant(pictures())).argmax(1)
+    indices = model.quantize.proj(model.encode_to_prequant(make_images())).argmax(1)
     codes = model.quantize.embed(indices).movedim(-1, 1)
     check(tmp_path / "run", indices, model.decode(codes))
 
@@ -143,8 +143,8 @@ def test_diffusers_loads_it_and_computes_the_same(codebook: str, attention: bool
     settings = json.loads((path / "config.json").read_text())
     model = need("diffusers").VQModel.from_config(settings)
     model.load_state_dict(load_file(path / "diffusion_pytorch_model.safetensors"))
-    check(tmp_path / "run", *run_diffusers(model.eval(), pictures()))
-    check(tmp_path / "run", *run_diffusers(need("diffusers").VQModel.from_pretrained(path).eval(), pictures()))
+    check(tmp_path / "run", *run_diffusers(model.eval(), make_images()))
+    check(tmp_path / "run", *run_diffusers(need("diffusers").VQModel.from_pretrained(path).eval(), make_images()))
 
 
 @pytest.mark.parametrize(
@@ -153,15 +153,15 @@ def test_diffusers_loads_it_and_computes_the_same(codebook: str, attention: bool
 def test_round_trip_is_equal_to_the_bit(codebook: str, to: str, tmp_path: Path) -> None:
     save(tmp_path / "run", f"model/quantizer={codebook}", *(["model.encoder.dim=8"] if codebook == "gumbel" else []))
     path = export(tmp_path / "run", to, tmp_path / ("out.ckpt" if to == "taming" else "out"))
-    found, original = reimport(tmp_path / "back", path), newest(tmp_path / "run")
+    found, original = reimport(tmp_path / "back", path), latest_checkpoint(tmp_path / "run")
     assert original is not None
-    back, before = found.weights("model"), original.weights("model")
+    back, before = found.load_weights("model"), original.load_weights("model")
     codes = "quantizer.codebook" if codebook == "ema" else "quantizer.codebook.weight"
     if codebook == "cosine":
         before[codes] = torch.nn.functional.normalize(before[codes], dim=1)
     if codebook == "ema":
         before["quantizer.codebook.weight"] = before.pop(codes)
-    left = {"quantizer.N", "quantizer.m", "quantizer.started", "quantizer.steps"}
+    left = {"quantizer.N", "quantizer.m", "quantizer.initialized", "quantizer.steps"}
     assert set(before) - left == set(back) - left
     for name in set(back) - left:
         assert torch.equal(back[name], before[name]), name
@@ -179,12 +179,12 @@ def test_discriminator_and_optimizers_make_the_round_trip(tmp_path: Path) -> Non
     judge.load_state_dict(
         {name.removeprefix(start): each for name, each in whole["state_dict"].items() if name.startswith(start)}
     )
-    found, original = reimport(tmp_path / "back", path), newest(tmp_path / "run")
+    found, original = reimport(tmp_path / "back", path), latest_checkpoint(tmp_path / "run")
     assert original is not None
-    for name, each in original.weights("discriminator").items():
-        assert torch.equal(found.weights("discriminator")[name], each), name
+    for name, each in original.load_weights("discriminator").items():
+        assert torch.equal(found.load_weights("discriminator")[name], each), name
     for name in ("model", "discriminator"):
-        ours, back = original.optimizers()["optimizers"][name], found.optimizers()["optimizers"][name]
+        ours, back = original.load_optimizers()["optimizers"][name], found.load_optimizers()["optimizers"][name]
         assert len(ours["state"]) == len(back["state"]) > 0
         for number, entry in ours["state"].items():
             for key, each in entry.items():
@@ -195,12 +195,12 @@ def test_the_order_of_adam_is_the_reference_s(tmp_path: Path) -> None:
     """The reference's own optimizer takes the state, and every entry lies with the parameter of its shape and name."""
     save(tmp_path / "run", "model/quantizer=vq_published")
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
-    model, original = taming_model(path), newest(tmp_path / "run")
+    model, original = taming_model(path), latest_checkpoint(tmp_path / "run")
     assert original is not None
     parts = [model.encoder, model.decoder, model.quantize, model.quant_conv, model.post_quant_conv]
     optimizer = torch.optim.Adam([each for part in parts for each in part.parameters()])
     optimizer.load_state_dict(torch.load(path, weights_only=True)["optimizer_states"][0])
-    ours = original.optimizers()["optimizers"]["model"]["state"]
+    ours = original.load_optimizers()["optimizers"]["model"]["state"]
     tokenizer = vqf.load(tmp_path / "run")
     from tests.parity.mapping import from_vq_model
 
@@ -212,16 +212,16 @@ def test_the_order_of_adam_is_the_reference_s(tmp_path: Path) -> None:
 def test_averaged_weights_are_what_is_written(tmp_path: Path) -> None:
     save(tmp_path / "run", ema=True)
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
-    whole, original = torch.load(path, weights_only=True), newest(tmp_path / "run")
+    whole, original = torch.load(path, weights_only=True), latest_checkpoint(tmp_path / "run")
     assert original is not None
-    assert torch.equal(whole["state_dict"]["quant_conv.bias"], original.weights("ema")["quant_conv.bias"])
-    assert not torch.equal(whole["state_dict"]["quant_conv.bias"], original.weights("model")["quant_conv.bias"])
+    assert torch.equal(whole["state_dict"]["quant_conv.bias"], original.load_weights("ema")["quant_conv.bias"])
+    assert not torch.equal(whole["state_dict"]["quant_conv.bias"], original.load_weights("model")["quant_conv.bias"])
     assert whole["optimizer_states"] == []
 
 
 def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0, ema: bool = False) -> Generator:
     """Write a stage-2 run with random weights and AdamW's state, as training leaves it."""
-    config, coders, names = composed(*TINY, *words).copy(), Coders(), [str(i) for i in range(classes)]
+    config, coders, names = composed(*TINY, *words).copy(), ConditionTokenizers(), [str(i) for i in range(classes)]
     if "spatial" in config.model.conditioner:
         config.model.conditioner.spatial.run = str(folder.parent / "maps")
     generator = build_generator(config, tokenizer, names, coders)
@@ -229,22 +229,28 @@ def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.AdamW(decay_groups(prior), lr=1e-5)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(prior), lr=1e-5)
     optimizer.step()
     weights = {"model": prior.state_dict(), "tokenizer": tokenizer.state_dict()}
     if told := generator.conditioner.state_dict():
         weights["conditioner"] = told
     if ema:
         weights["ema"] = prior.state_dict()
-    state = {"kind": "stage2", "step": 9, "image_size": [SIZE, SIZE], "classes": names, "coders": coders.facts}
+    state = {
+        "kind": "stage2",
+        "step": 9,
+        "image_size": [SIZE, SIZE],
+        "classes": names,
+        "condition_tokenizers": coders.specs,
+    }
     states = {"optimizers": {"model": optimizer.state_dict()}, "schedules": {}}
-    checkpoint_writer.save(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
+    checkpoint_writer.write_checkpoint(folder, state=state, config=config, weights=weights, optimizers=states, keep=0)
     return generator
 
 
 def check_back(folder: Path, path: Path, generator: Generator) -> Generator:
     """Import what was exported: every weight, and all that AdamW remembers, is equal to the bit."""
-    found, original = reimport(folder, path), newest(path.parent / "run")
+    found, original = reimport(folder, path), latest_checkpoint(path.parent / "run")
     assert original is not None
     again = vqf.load(folder)
     assert isinstance(again, Generator)
@@ -253,7 +259,7 @@ def check_back(folder: Path, path: Path, generator: Generator) -> Generator:
         assert expected.keys() == got.keys()
         for name, each in expected.items():
             assert torch.equal(got[name], each), name
-    before, after = original.optimizers()["optimizers"]["model"], found.optimizers()["optimizers"]["model"]
+    before, after = original.load_optimizers()["optimizers"]["model"], found.load_optimizers()["optimizers"]["model"]
     assert len(before["state"]) == len(after["state"]) > 0
     for number, entry in before["state"].items():
         for key, each in entry.items():
@@ -269,7 +275,7 @@ def test_a_transformer(classes: int, tmp_path: Path) -> None:
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     taming("modules.transformer.mingpt"), taming("models.vqgan")
     model = taming_model(path)
-    x, labels = pictures(), torch.tensor([3, 1])
+    x, labels = make_images(), torch.tensor([3, 1])
     with torch.no_grad():
         expected, tokens = model(x, labels if classes else x)
         prefix = labels[:, None] if classes else torch.zeros(2, 1, dtype=torch.long)
@@ -289,12 +295,12 @@ def test_adamw_of_a_transformer_in_the_reference_s_order(tmp_path: Path) -> None
     optimizer = model.configure_optimizers()
     (state,) = torch.load(path, weights_only=True)["optimizer_states"]
     optimizer.load_state_dict(state)
-    original = newest(tmp_path / "run")
+    original = latest_checkpoint(tmp_path / "run")
     assert original is not None
     prior: Any = generator.prior
     names = {id(each): name for name, each in prior.named_parameters()}
-    order = [names[id(each)] for group in decay_groups(prior) for each in group["params"]]
-    ours = original.optimizers()["optimizers"]["model"]["state"]
+    order = [names[id(each)] for group in param_groups_weight_decay(prior) for each in group["params"]]
+    ours = original.load_optimizers()["optimizers"]["model"]["state"]
     found = from_gpt({name: optimizer.state[each]["exp_avg"] for name, each in model.transformer.named_parameters()})
     for number, name in enumerate(order):
         assert torch.equal(found[name], ours[number]["exp_avg"]), name
@@ -312,7 +318,7 @@ def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_p
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     taming("modules.transformer.mingpt"), taming("models.vqgan")
     model = taming_model(path)
-    x = pictures()
+    x = make_images()
     with torch.no_grad():
         told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=x)))
         small = torch.nn.functional.interpolate(x, size=(SIZE // downsample,) * 2)
@@ -325,13 +331,13 @@ def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_p
     assert model.transformer.get_block_size() == told.shape[1] + tokens.shape[1] - 1
     if quantizer == "ema":  # comes back as codes learned by gradient
         assert torch.equal(
-            reimport(tmp_path / "back", path).weights("model")["head.weight"], generator.prior.head.weight
+            reimport(tmp_path / "back", path).load_weights("model")["head.weight"], generator.prior.head.weight
         )  # type: ignore[attr-defined]
         beside = vqf.load(tmp_path / "back-condition")
         assert torch.equal(beside.quantizer.codebook.weight, maps.quantizer.codebook)  # type: ignore[union-attr]
         return
     again = check_back(tmp_path / "back", path, generator)
-    assert again.conditioner.parts["spatial"].downsample == downsample  # type: ignore[attr-defined]
+    assert again.conditioner.conditioners["spatial"].downsample == downsample  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -339,8 +345,8 @@ def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_p
     [
         (["model/conditioner=[spatial,label]"], "to=taming: model/conditioner=spatial and label: it knows none, label"),
         (
-            ["model/conditioner=spatial", "model.conditioner.spatial.drop=0.1"],
-            "model/conditioner=spatial with drop: it",
+            ["model/conditioner=spatial", "model.conditioner.spatial.dropout=0.1"],
+            "model/conditioner=spatial with dropout: it",
         ),
         (["model/conditioner=coordinates"], "to=taming: model/conditioner=coordinates: it knows none, label, or"),
     ],
@@ -385,9 +391,9 @@ def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
             "model.encoder.blocks=1 and model.decoder.blocks=2 must be the same there",
         ),
         (
-            [f"model.{part}.stem=2" for part in ("encoder", "decoder")],
+            [f"model.{part}.patch_size=2" for part in ("encoder", "decoder")],
             "taming",
-            "there is no place for 'decoder.unfold.conv.weight'; only model/encoder=conv, stem=1 has one",
+            "there is no place for 'decoder.unfold.conv.weight'; only model/encoder=conv, patch_size=1 has one",
         ),
     ],
 )

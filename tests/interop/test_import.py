@@ -18,7 +18,7 @@ from tests.parity.mapping import from_vq_model
 from tests.parity.peers import NOMINAL, lightning_step, spread_codes, taming_lpips, vq_model
 from vqf.errors import UserError
 from vqf.models.tokenizer import Tokenizer
-from vqf.runs.checkpoint import newest
+from vqf.runs.checkpoint import latest_checkpoint
 from vqf.runs.load import load_tokenizer
 
 GAME = {"disc_start": 3, "disc_weight": 0.6, "disc_ndf": 8, "disc_num_layers": 2}
@@ -63,8 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Optimiz
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for i in range(20):
         pixels = torch.randint(256, (NOMINAL, NOMINAL, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
@@ -72,15 +72,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(trained: Any, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(trained: Any, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "imported"
-    data = ["data=folder", f"data.root={pictures}", "data.validation_share=0.4"]
+    data = ["data=folder", f"data.root={image_folder}", "data.validation_fraction=0.4"]
     prior = ["model.prior.layers=1", "model.prior.heads=2", "model.prior.dim=16"]
     run(folder, "pipeline=import", f"path={trained[2]}", *data, *prior)
     return folder
 
 
-def test_vqf_load_gives_the_reference_s_codes_and_pictures(trained: Any, imported: Path) -> None:
+def test_vqf_load_gives_the_reference_s_codes_and_images(trained: Any, imported: Path) -> None:
     tokenizer = vqf.load(imported)
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.image_size == (NOMINAL, NOMINAL)
@@ -92,7 +92,7 @@ def test_vqf_load_gives_the_reference_s_codes_and_pictures(trained: Any, importe
 
 
 def test_the_run_says_what_it_is(trained: Any, imported: Path) -> None:
-    found = newest(imported)
+    found = latest_checkpoint(imported)
     assert found is not None
     assert (found.kind, found.step, found.state["image_size"]) == ("stage1", STEPS, [NOMINAL, NOMINAL])
     model = found.config.model
@@ -118,15 +118,15 @@ def test_both_optimizers_take_the_step_that_the_reference_s_take(trained: Any, i
     """The same gradients by name on both sides: every weight ends where the reference's does."""
     theirs, optimizers, path = trained
     theirs.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    found = newest(imported)
+    found = latest_checkpoint(imported)
     assert found is not None
     tokenizer = load_tokenizer(found).requires_grad_(True)
     judge = theirs.loss.discriminator
     ours = type(judge)(ndf=8, n_layers=2)
     ours.load_state_dict(
-        {name.removeprefix("discriminator."): each for name, each in found.weights("discriminator").items()}
+        {name.removeprefix("discriminator."): each for name, each in found.load_weights("discriminator").items()}
     )
-    saved = found.optimizers()["optimizers"]
+    saved = found.load_optimizers()["optimizers"]
     pairs = [(tokenizer, "model", optimizers[0]), (ours, "discriminator", optimizers[1])]
     named = {**from_vq_model(dict(theirs.named_parameters())), **dict(judge.named_parameters())}
     for module, name, optimizer in pairs:
@@ -141,16 +141,16 @@ def test_both_optimizers_take_the_step_that_the_reference_s_take(trained: Any, i
             torch.testing.assert_close(parameter, named[key], rtol=0, atol=1e-7, msg=key)
 
 
-def test_training_goes_on(imported: Path, pictures: Path) -> None:
+def test_training_goes_on(imported: Path, image_folder: Path) -> None:
     """By the presets in the run's folder, as `--config-dir` finds them."""
     conf = f"hydra.searchpath=[file://{imported}/conf]"
     words = ["experiment=imported", "model/loss=[l1]", f"steps={STEPS + 2}", "checkpoint.keep=0"]
-    data = ["data=folder", f"data.root={pictures}", "data.validation_share=0.4"]
+    data = ["data=folder", f"data.root={image_folder}", "data.validation_fraction=0.4"]
     run(imported, conf, *words, *data, *TINY, f"resume={imported}", "log.every=1")
-    found = newest(imported)
+    found = latest_checkpoint(imported)
     assert found is not None
     assert found.step == STEPS + 2
-    state = found.optimizers()["optimizers"]
+    state = found.load_optimizers()["optimizers"]
     assert {float(each["step"]) for each in state["model"]["state"].values()} == {STEPS + 2}
     assert {float(each["step"]) for each in state["discriminator"]["state"].values()} == {STEPS + 2}
     assert state["model"]["param_groups"][0]["lr"] == 1e-3
@@ -177,10 +177,10 @@ def test_without_optimizers_and_discriminator_both_start_afresh(tmp_path: Path) 
     assert "no optimizer state of the tokenizer in the file; a resumed run starts it afresh" in text
     assert "no discriminator was read: the run has a fresh one" in text
     assert "256 px assumed, image_size= says otherwise" in text
-    found = newest(tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run")
     assert found is not None
-    assert found.step == 0 and found.has("discriminator")
-    assert found.optimizers()["optimizers"]["model"]["state"] == {}
+    assert found.step == 0 and found.has_weights("discriminator")
+    assert found.load_optimizers()["optimizers"]["model"]["state"] == {}
 
 
 def test_names_that_ddp_has_wrapped(tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_averages_become_the_run_s(tmp_path: Path) -> None:
     average = {f"model_ema.{name.replace('.', '')}": each + 1 for name, each in state.items()}
     torch.save({"state_dict": {**state, **average, "model_ema.decay": torch.tensor(0.9)}}, path)
     run(tmp_path / "run", "pipeline=import", "model=vqvae", f"path={path}")
-    found = newest(tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run")
     assert found is not None
     assert found.config.ema == pytest.approx(0.9)
-    assert not found.has("discriminator")
+    assert not found.has_weights("discriminator")
     tokenizer = vqf.load(tmp_path / "run")
     assert isinstance(tokenizer, Tokenizer)
     assert torch.equal(tokenizer.quantizer.codebook.weight, state["quantize.embedding.weight"] + 1)
@@ -246,11 +246,11 @@ def test_a_foreign_optimizer_is_left_with_a_reason(trained: Any, tmp_path: Path)
 def test_steps_are_counted_as_that_version_of_lightning_did(
     trained: Any, version: str, step: int, tmp_path: Path
 ) -> None:
-    from vqf.interop.import_model import read
+    from vqf.interop.import_model import import_checkpoint
 
     whole = torch.load(trained[2], weights_only=True)
     torch.save({**whole, "global_step": 40, "pytorch-lightning_version": version}, tmp_path / "last.ckpt")
-    assert read(tmp_path / "last.ckpt").step == step
+    assert import_checkpoint(tmp_path / "last.ckpt").step == step
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vqf.interop import infer_config
-from vqf.interop.key_mapping import Rule, Table, fits, flatten, inflate, match
-from vqf.interop.key_tables import DISCRIMINATOR, EMBEDDING, GPT, LAYOUTS, Layout
-from vqf.interop.meta_models import shapes
+from vqf.interop.key_mapping import KeyMapping, KeyRule, matches, parse, to_conv, to_linear
+from vqf.interop.key_tables import DISCRIMINATOR_RULES, EMBEDDING_RULES, GPT_RULES, LAYOUTS, CheckpointLayout
+from vqf.interop.meta_models import shapes_of
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.registry import build
 
@@ -41,25 +41,25 @@ def blank(network: dict[str, Any]) -> Tokenizer:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda each: each.name)
 @given(network=networks())
 @settings(max_examples=12, deadline=None)
-def test_names_of_tokenizers_go_there_and_back(layout: Layout, network: dict[str, Any]) -> None:
+def test_names_of_tokenizers_go_there_and_back(layout: CheckpointLayout, network: dict[str, Any]) -> None:
     ours = blank(network).state_dict()
-    rules = [*layout.rules, *EMBEDDING]
-    there = Table.writing(rules, ours)
-    moved = {name: there.theirs(name) for name in ours}
+    rules = [*layout.rules, *EMBEDDING_RULES]
+    there = KeyMapping.for_export(rules, ours)
+    moved = {name: there.to_source(name) for name in ours}
     assert None not in moved.values()
     theirs = {name: found[0] for name, found in moved.items() if found}
     assert len(set(theirs.values())) == len(ours), "two tensors with one name"
-    back = Table.reading(rules, theirs.values())
+    back = KeyMapping.for_import(rules, theirs.values())
     for name, new in theirs.items():
-        found = back.ours(new)
+        found = back.to_vqf(new)
         assert found is not None and found[0] == name
-        assert inflate(flatten(ours[name], moved[name][1]), found[1]).shape == ours[name].shape  # type: ignore[index]
+        assert to_conv(to_linear(ours[name], moved[name][1]), found[1]).shape == ours[name].shape  # type: ignore[index]
 
 
 @given(network=networks())
 @settings(max_examples=12, deadline=None)
 def test_sizes_are_read_back(network: dict[str, Any]) -> None:
-    found = shapes(blank(network).state_dict())
+    found = shapes_of(blank(network).state_dict())
     assert infer_config.encoder_node(found, SIZE) == {"name": "conv", "dim": 4, **network}
     assert infer_config.decoder_node(found, SIZE) == {"name": "conv", **network}
     assert infer_config.quantizer_node(found, "vq") == {"name": "vq", "dim": 2, "codebook_size": 3}
@@ -69,13 +69,13 @@ def test_names_of_a_prior_go_there_and_back() -> None:
     sizes = {"vocab_size": 5, "length": 4, "grid": (2, 2), "prefix_vocab": 1, "prefix_length": 1}
     prior = build("prior", {"name": "gpt", "layers": 12, "dim": 4, "heads": 2, "shared_vocabulary": True}, **sizes)
     names = list(prior.state_dict())
-    there, back = Table.writing(GPT, names), []
+    there, back = KeyMapping.for_export(GPT_RULES, names), []
     for name in names:
-        found = there.theirs(name)
+        found = there.to_source(name)
         assert found is not None
         back.append(found[0])
-    table = Table.reading(GPT, back)
-    again = [table.ours(name) for name in back]
+    table = KeyMapping.for_import(GPT_RULES, back)
+    again = [table.to_vqf(name) for name in back]
     assert [found and found[0] for found in again] == names
 
 
@@ -84,15 +84,15 @@ def test_a_discriminator_is_read_back(layers: int) -> None:
     node = {"name": "patchgan", "channels": 4, "layers": layers, "norm": "batch"}
     weights = build("discriminator", node, in_channels=3).state_dict()
     names = {f"discriminator.{name}": each for name, each in weights.items()}
-    assert infer_config.discriminator_node(shapes(names)) == node
-    found = Table.writing(DISCRIMINATOR, names).theirs("discriminator.main.0.bias")
+    assert infer_config.discriminator_node(shapes_of(names)) == node
+    found = KeyMapping.for_export(DISCRIMINATOR_RULES, names).to_source("discriminator.main.0.bias")
     assert found is not None and found[0] == "loss.discriminator.main.0.bias"
 
 
 def test_templates() -> None:
-    assert match("a.{i}.{*}", "a.12.b.c") == {"i": "12", "rest": "b.c"}
-    assert match("a.{i}.{*}", "a.x.b") is None
-    assert fits("a.b", "a.b") and not fits("a.b", "aXb")
-    flipped = Table([Rule("x.{-i}", "y.{i}")], levels=4, last=2)
-    assert flipped.ours("x.0") is not None and flipped.ours("x.0")[0] == "y.3"  # type: ignore[index]
-    assert flipped.theirs("y.3") is not None and flipped.theirs("y.3")[0] == "x.0"  # type: ignore[index]
+    assert parse("a.{i}.{*}", "a.12.b.c") == {"i": "12", "rest": "b.c"}
+    assert parse("a.{i}.{*}", "a.x.b") is None
+    assert matches("a.b", "a.b") and not matches("a.b", "aXb")
+    flipped = KeyMapping([KeyRule("x.{-i}", "y.{i}")], levels=4, last=2)
+    assert flipped.to_vqf("x.0") is not None and flipped.to_vqf("x.0")[0] == "y.3"  # type: ignore[index]
+    assert flipped.to_source("y.3") is not None and flipped.to_source("y.3")[0] == "x.0"  # type: ignore[index]

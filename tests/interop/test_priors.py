@@ -16,12 +16,12 @@ from tests.parity.mapping import from_gpt
 from tests.parity.peers import CODE_DIM, CODES, NOMINAL, SHAPE, spread_codes, stir, taming
 from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.interop.import_model import read
-from vqf.interop.priors import Asked
+from vqf.interop.import_model import import_checkpoint
+from vqf.interop.priors import ImportOptions
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer
-from vqf.runs.checkpoint import newest
-from vqf.runs.resume import check_fit
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.runs.resume import check_same_run
 
 N, CLASSES, HEADS = (NOMINAL // 4) ** 2, 5, 2
 LABELLED = {"target": "taming.modules.util.Labelator", "params": {"n_classes": CLASSES}}
@@ -50,12 +50,12 @@ def net2net(condition: Any, block_size: int, n_unmasked: int = 0, **options: Any
     stir(model.first_stage_model)
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    spread_codes(model.first_stage_model, pictures())
+    spread_codes(model.first_stage_model, make_images())
     model.learning_rate = 1e-3
     return model.eval()
 
 
-def pictures() -> Tensor:
+def make_images() -> Tensor:
     return torch.rand(4, 3, NOMINAL, NOMINAL, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -79,8 +79,8 @@ def imported(path: Path, *words: str) -> Generator:
 def test_class_conditional(dtype: torch.dtype, tmp_path: Path) -> None:
     model = net2net(LABELLED, N)
     generator = imported(save(model, tmp_path / "last.ckpt"), f"classes={CLASSES}").to(dtype)
-    labels, x = torch.tensor([0, 3, 4, 3]), pictures().to(dtype)
-    tokens = generator.tokenizer.tokens(x)
+    labels, x = torch.tensor([0, 3, 4, 3]), make_images().to(dtype)
+    tokens = generator.tokenizer.encode_tokens(x)
     with torch.no_grad():
         expected, codes = model.to(dtype)(x, labels)
         found = generator.prior(tokens, generator.conditioner(Batch(labels=labels)))
@@ -92,11 +92,11 @@ def test_class_conditional(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_training_does_not_go_on_with_other_classes(tmp_path: Path) -> None:
     imported(save(net2net(LABELLED, N), tmp_path / "last.ckpt"), f"classes={CLASSES}")
-    found = newest(tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run")
     assert found is not None
-    check_fit(found, found.config, {"classes": [str(i) for i in range(CLASSES)]})
+    check_same_run(found, found.config, {"classes": [str(i) for i in range(CLASSES)]})
     with pytest.raises(UserError, match=r"^resume: .* was trained on 5 classes, and the data has 6$"):
-        check_fit(found, found.config, {"classes": [str(i) for i in range(6)]})
+        check_same_run(found, found.config, {"classes": [str(i) for i in range(6)]})
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -105,7 +105,7 @@ def test_unconditional(start: int, tmp_path: Path) -> None:
     model = net2net(UNCONDITIONAL, N, sos_token=start)
     path = save(model, tmp_path / "last.ckpt")
     write_settings(path, sos_token=start)
-    generator, x = imported(path), pictures()
+    generator, x = imported(path), make_images()
     with torch.no_grad():
         expected, tokens = model(x, x)
         prefix = generator.conditioner(Batch(images=x))
@@ -121,16 +121,16 @@ def test_what_the_settings_say(tmp_path: Path) -> None:
     write_settings(
         path, transformer_config=transformer, first_stage_config=first, cond_stage_config=LABELLED, pkeep=0.9
     )
-    found = read(path)
+    found = import_checkpoint(path)
     assert found.image_size == (NOMINAL, NOMINAL)
     assert len(found.classes) == CLASSES
     expected = {"name": "gpt", "layers": 2, "heads": 4, "dim": 16, "dropout": 0.1, "pkeep": 0.9}
     assert expected.items() <= found.nodes["prior"].items()
-    assert read(path, asked=Asked(heads=8, classes=2)).nodes["prior"]["heads"] == 8
+    assert import_checkpoint(path, options=ImportOptions(heads=8, classes=2)).nodes["prior"]["heads"] == 8
 
 
 def test_heads_that_nobody_tells(tmp_path: Path) -> None:
-    found = read(save(net2net(UNCONDITIONAL, N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
+    found = import_checkpoint(save(net2net(UNCONDITIONAL, N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
     assert found.nodes["prior"]["heads"] == 16
     assert (
         "nothing says how many heads the transformer has: 16 are assumed, heads= says otherwise" in found.report.notes
@@ -139,9 +139,11 @@ def test_heads_that_nobody_tells(tmp_path: Path) -> None:
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     model = net2net(LABELLED, N)
-    report = read(save(model, tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL), asked=Asked(HEADS, CLASSES)).report
-    assert set(report.taken) | set(report.left) == set(model.state_dict())
-    assert set(report.left.values()) == {"causal mask"}
+    report = import_checkpoint(
+        save(model, tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL), options=ImportOptions(HEADS, CLASSES)
+    ).report
+    assert set(report.taken) | set(report.skipped) == set(model.state_dict())
+    assert set(report.skipped.values()) == {"causal mask"}
 
 
 def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path) -> None:
@@ -153,13 +155,13 @@ def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path)
         optimizer.step()
     path = save(model, tmp_path / "last.ckpt", optimizer_states=[optimizer.state_dict()])
     generator = imported(path, f"classes={CLASSES}")
-    checkpoint = newest(tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
-    from vqf.training.prior_task import decay_groups
+    from vqf.training.prior_task import param_groups_weight_decay
 
     prior: Any = generator.prior.requires_grad_(True)  # type: ignore[attr-defined]
-    mine = torch.optim.AdamW(decay_groups(prior))
-    mine.load_state_dict(checkpoint.optimizers()["optimizers"]["model"])
+    mine = torch.optim.AdamW(param_groups_weight_decay(prior))
+    mine.load_state_dict(checkpoint.load_optimizers()["optimizers"]["model"])
     named = from_gpt(dict(model.transformer.named_parameters()))
     for name, parameter in prior.named_parameters():
         named[name].grad = torch.randn_like(parameter)
@@ -173,14 +175,14 @@ def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("unmasked", [0, 3])
 def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> None:
-    """Its tokenizer becomes a run of its own, of depth (1 channel), pictures or classes; the prior draws by maps."""
+    """Its tokenizer becomes a run of its own, of depth (1 channel), images or classes; the prior draws by maps."""
     condition = {"target": "taming.models.vqgan.VQModel", "params": network(channels)}
     model = net2net(condition, 2 * N, n_unmasked=unmasked)
     generator = imported(save(model, tmp_path / "last.ckpt"))
     beside = vqf.load(tmp_path / "run-condition")
     assert isinstance(beside, Tokenizer) and beside.channels == channels
     assert torch.equal(beside.last_layer.weight, model.cond_stage_model.decoder.conv_out.weight)  # type: ignore[arg-type]
-    x, maps = pictures(), torch.rand(4, channels, NOMINAL, NOMINAL) * 2 - 1
+    x, maps = make_images(), torch.rand(4, channels, NOMINAL, NOMINAL) * 2 - 1
     with torch.no_grad():
         _, codes = model.encode_to_z(x)
         # Not encode_to_c: with a map it fails on the flat indices of its own tokenizer (their issue 110).
@@ -189,7 +191,7 @@ def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> No
         told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=maps)))
         assert torch.equal(told, prefix)
         assert difference(generator.prior(codes, told), expected) <= TOLERANCE[torch.float32]
-    assert generator.prior.unmasked == unmasked  # type: ignore[attr-defined]
+    assert generator.prior.bidirectional_prefix == unmasked  # type: ignore[attr-defined]
     text = (tmp_path / "run" / "import-report.txt").read_text()
     assert "1 of 32 positions are left: no token ever stands there" in text
     assert generator.sample(4, conditions=maps).shape == (4, 3, NOMINAL, NOMINAL)
@@ -207,9 +209,9 @@ def test_a_condition_that_the_file_does_not_hold_is_kept_as_it_is(tmp_path: Path
         "the prior reads 16 tokens of a condition that the file does not hold"
         in (tmp_path / "run" / "import-report.txt").read_text()
     )
-    found = newest(tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run")
     assert found is not None
-    assert torch.equal(found.weights("model")["head.weight"], tensors["transformer.head.weight"])
+    assert torch.equal(found.load_weights("model")["head.weight"], tensors["transformer.head.weight"])
     with pytest.raises(UserError, match="model/conditioner"):
         vqf.load(tmp_path / "run")
 
@@ -225,7 +227,7 @@ def spatial() -> dict[str, Any]:
         ({"transformer.head.weight": torch.zeros(CODES + 1, 16)}, r"'head.weight' is \[13, 16\], not \[12, 16\]"),
         (
             {"transformer.pos_emb": torch.zeros(1, N - 2, 16)},
-            "its prior has 14 positions, and pictures of 16 x 16 px need 16: give image_size= as it was trained",
+            "its prior has 14 positions, and images of 16 x 16 px need 16: give image_size= as it was trained",
         ),
         ({"permuter.forward_shuffle_idx": torch.arange(N).flip(0)}, "in an order of its own"),
     ],
@@ -234,4 +236,4 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor | None], words: s
     tensors = {**net2net(LABELLED, N).state_dict(), **change}
     torch.save({"state_dict": {name: each for name, each in tensors.items() if each is not None}}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=words):
-        read(tmp_path / "a.ckpt", size=(NOMINAL, NOMINAL), asked=Asked(HEADS, CLASSES))
+        import_checkpoint(tmp_path / "a.ckpt", size=(NOMINAL, NOMINAL), options=ImportOptions(HEADS, CLASSES))

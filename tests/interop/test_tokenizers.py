@@ -1,4 +1,4 @@
-"""Tokenizers of other projects, written by their own classes: imported, they give the same codes and pictures."""
+"""Tokenizers of other projects, written by their own classes: imported, they give the same codes and images."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tests.interop.models import PEERS, SIZE, Peer, gumbel, images, vqgan
 from tests.parity.comparisons import TOLERANCE, difference
 from tests.parity.peers import CODE_DIM, CODES, SHAPE, WIDTHS, Z, taming
 from vqf.errors import UserError
-from vqf.interop.import_model import Read, read
+from vqf.interop.import_model import ImportedCheckpoint, import_checkpoint
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -28,7 +28,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, **more: object) -> Path:
     return path
 
 
-def rebuilt(found: Read) -> Tokenizer:
+def rebuilt(found: ImportedCheckpoint) -> Tokenizer:
     tokenizer = build_tokenizer(OmegaConf.create(found.nodes), found.image_size)
     tokenizer.load_state_dict(found.tokenizer.weights)
     return tokenizer.eval()
@@ -45,18 +45,18 @@ def check(tokenizer: Tokenizer, peer: Peer, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_same_codes_and_pictures(name: str, tmp_path: Path) -> None:
+def test_same_codes_and_images(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
-    found = read(save(peer.model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
+    found = import_checkpoint(save(peer.model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
     assert found.report.layout in (peer.source, "taming")  # latent-diffusion's names are taming's
-    assert found.report.strange == []
-    assert set(found.report.taken) | set(found.report.left) == set(peer.model.state_dict())
+    assert found.report.unknown_tensors == []
+    assert set(found.report.taken) | set(found.report.skipped) == set(peer.model.state_dict())
     for dtype in (torch.float32, torch.float64):
         check(rebuilt(found), peer, dtype)
 
 
 def test_sizes_are_read_off_the_tensors(tmp_path: Path) -> None:
-    found = read(save(vqgan(num_res_blocks=1).model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
+    found = import_checkpoint(save(vqgan(num_res_blocks=1).model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
     sizes = {
         "channels": SHAPE["ch"],
         "multipliers": list(WIDTHS),
@@ -67,7 +67,7 @@ def test_sizes_are_read_off_the_tensors(tmp_path: Path) -> None:
     assert found.nodes == {
         "encoder": {"name": "conv", "dim": Z, **sizes},
         "decoder": {"name": "conv", **sizes},
-        "quantizer": {"name": "vq", "dim": CODE_DIM, "codebook_size": CODES, "beta_on": "codebook"},
+        "quantizer": {"name": "vq", "dim": CODE_DIM, "codebook_size": CODES, "beta_placement": "codebook"},
     }
     assert (found.kind, found.step) == ("stage1", 7)
 
@@ -75,7 +75,7 @@ def test_sizes_are_read_off_the_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [16, 32, 48])
 def test_attention_stays_on_its_level_whatever_the_nominal_size(size: int, tmp_path: Path) -> None:
     peer = vqgan()
-    tokenizer = rebuilt(read(save(peer.model.state_dict(), tmp_path / "last.ckpt"), size=(size, size)))
+    tokenizer = rebuilt(import_checkpoint(save(peer.model.state_dict(), tmp_path / "last.ckpt"), size=(size, size)))
     check(tokenizer, peer, torch.float32)
 
 
@@ -83,7 +83,7 @@ def test_attention_stays_on_its_level_whatever_the_nominal_size(size: int, tmp_p
 def test_folders_with_settings(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
     peer.model.save_pretrained(tmp_path)
-    found = read(tmp_path)
+    found = import_checkpoint(tmp_path)
     assert found.image_size == SIZE
     check(rebuilt(found), peer, torch.float32)
 
@@ -99,7 +99,7 @@ def test_a_pipeline_folder_of_diffusers_with_the_old_names_of_attention(tmp_path
     folder.mkdir()
     torch.save(tensors, folder / "diffusion_pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(dict(peer.model.config)))
-    check(rebuilt(read(tmp_path)), peer, torch.float32)
+    check(rebuilt(import_checkpoint(tmp_path)), peer, torch.float32)
 
 
 def test_a_model_inside_a_larger_one_in_several_files(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_a_model_inside_a_larger_one_in_several_files(tmp_path: Path) -> None:
         save_file({name: inside[name] for name in names[i::2]}, tmp_path / f"model-{i}.safetensors")
     save_file({"model.language_model.weight": torch.zeros(3)}, tmp_path / "model-2.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"vq_config": {"num_patches": 8}}))
-    found = read(tmp_path)
-    assert found.report.left == {"model.language_model.weight": "unknown to vqf"}
+    found = import_checkpoint(tmp_path)
+    assert found.report.skipped == {"model.language_model.weight": "unknown to vqf"}
     check(rebuilt(found), peer, torch.float32)
 
 
@@ -119,11 +119,11 @@ def test_averages_of_latent_diffusion(tmp_path: Path) -> None:
     peer = PEERS["ldm"]()
     shadow = {f"model_ema.{name.replace('.', '')}": each + 1 for name, each in peer.model.named_parameters()}
     more = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
-    found = read(save({**peer.model.state_dict(), **shadow, **more}, tmp_path / "last.ckpt"), size=SIZE)
-    assert (found.report.layout, found.decay) == ("ldm", pytest.approx(0.99))
+    found = import_checkpoint(save({**peer.model.state_dict(), **shadow, **more}, tmp_path / "last.ckpt"), size=SIZE)
+    assert (found.report.layout, found.ema_decay) == ("ldm", pytest.approx(0.99))
     for name, each in found.tokenizer.weights.items():
-        assert torch.equal(found.tokenizer.average[name], each + 1), name
-    assert found.report.strange == []
+        assert torch.equal(found.tokenizer.ema_weights[name], each + 1), name
+    assert found.report.unknown_tensors == []
 
 
 def test_a_file_of_llamagen(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_a_file_of_llamagen(tmp_path: Path) -> None:
     state, path = peer.model.state_dict(), tmp_path / "vq_ds16_c2i.pt"
     average = {name: each * 2 for name, each in state.items()}
     torch.save({"model": state, "ema": average, "steps": 11}, path)
-    found = read(path, size=SIZE)
+    found = import_checkpoint(path, size=SIZE)
     assert found.step == 11
-    assert torch.equal(found.tokenizer.average["quant_conv.weight"], state["quant_conv.weight"] * 2)
-    assert found.report.left == {"quantize.codebook_used": "record of the codes used last"}
+    assert torch.equal(found.tokenizer.ema_weights["quant_conv.weight"], state["quant_conv.weight"] * 2)
+    assert found.report.skipped == {"quantize.codebook_used": "record of the codes used last"}
     check(rebuilt(found), peer, torch.float32)
 
 
@@ -149,7 +149,7 @@ def test_training_state_of_llamagen(tmp_path: Path) -> None:
     states = {"optimizer": optimizers[0].state_dict(), "optimizer_disc": optimizers[1].state_dict()}
     path = tmp_path / "0000011.pt"
     torch.save({"model": model.state_dict(), "discriminator": judge.state_dict(), "steps": 11, **states}, path)
-    found = read(path, size=SIZE)
+    found = import_checkpoint(path, size=SIZE)
     assert found.discriminator is not None
     assert found.discriminator.nodes["discriminator"]["layers"] == 3
     named = {f"loss.discriminator.{name}": each for name, each in judge.named_parameters()}
@@ -157,16 +157,16 @@ def test_training_state_of_llamagen(tmp_path: Path) -> None:
         (found.tokenizer, optimizers[0], dict(model.named_parameters())),
         (found.discriminator, optimizers[1], named),
     ]:
-        assert part.state is not None
-        assert part.state.options["betas"] == [0.9, 0.95]
+        assert part.optimizer_state is not None
+        assert part.optimizer_state.options["betas"] == [0.9, 0.95]
         for name, parameter in parameters.items():
-            entry = part.state.entries[found.report.taken[name]]
+            entry = part.optimizer_state.entries[found.report.taken[name]]
             assert torch.equal(entry["exp_avg"], optimizer.state[parameter]["exp_avg"]), name
 
 
 def test_half_precision_is_widened(tmp_path: Path) -> None:
     state = {name: each.half() for name, each in vqgan().model.state_dict().items()}
-    found = read(save(state, tmp_path / "last.ckpt"), size=SIZE)
+    found = import_checkpoint(save(state, tmp_path / "last.ckpt"), size=SIZE)
     assert {each.dtype for each in found.tokenizer.weights.values()} == {torch.float32}
 
 
@@ -175,7 +175,7 @@ def test_a_gumbel_quantizer_goes_on_with_its_temperature(tmp_path: Path) -> None
     schedule = {"lr_max": 0.9, "lr_min": 1e-6, "max_decay_steps": 1000001}
     params = {"kl_weight": 1e-8, "temperature_scheduler_config": {"params": schedule}}
     OmegaConf.save({"model": {"params": params}}, tmp_path / "last.yaml")
-    found = read(path, size=SIZE)
+    found = import_checkpoint(path, size=SIZE)
     options = {"temperature_start": 0.9, "temperature_end": 1e-6, "anneal_steps": 1000001, "kl_weight": 1e-8}
     assert options.items() <= found.nodes["quantizer"].items()
     assert found.tokenizer.weights["quantizer.steps"] == 7
@@ -190,9 +190,9 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
         "encoder.adapter.weight": "unknown to vqf",
     }
     tensors = {**vqgan().model.state_dict(), **{name: torch.zeros(1) for name in extra}}
-    report = read(save(tensors, tmp_path / "last.ckpt"), size=SIZE).report
-    assert report.left == extra
-    assert report.strange == ["encoder.adapter.weight"]
+    report = import_checkpoint(save(tensors, tmp_path / "last.ckpt"), size=SIZE).report
+    assert report.skipped == extra
+    assert report.unknown_tensors == ["encoder.adapter.weight"]
     for name in tensors:
         assert f"  {name}" in report.text()
 
@@ -245,15 +245,15 @@ def broken(change: str) -> dict[str, Tensor]:
 def test_what_cannot_be_read_whole_is_refused(change: str, words: str, tmp_path: Path) -> None:
     path = save(broken(change), tmp_path / "last.ckpt")
     with pytest.raises(UserError) as caught:
-        read(path, size=SIZE)
+        import_checkpoint(path, size=SIZE)
     assert str(caught.value) == f"{path}: {words}"
 
 
 def test_another_layout_than_the_one_named(tmp_path: Path) -> None:
     path = save(vqgan().model.state_dict(), tmp_path / "last.ckpt")
-    assert read(path, source="ldm", size=SIZE).report.layout == "ldm"
+    assert import_checkpoint(path, source="ldm", size=SIZE).report.layout == "ldm"
     with pytest.raises(UserError) as caught:
-        read(path, source="llamagen")
+        import_checkpoint(path, source="llamagen")
     assert str(caught.value) == f"source=llamagen: the names in {path} are those of 'taming'"
 
 
@@ -269,7 +269,7 @@ def test_settings_that_change_what_the_weights_mean(settings: dict[str, object],
     save_file(peer.model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**dict(peer.model.config), **settings}))
     with pytest.raises(UserError, match=words):
-        read(tmp_path)
+        import_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_settings_are_data(text: str, words: str, tmp_path: Path) -> None:
     path = save(vqgan().model.state_dict(), tmp_path / "last.ckpt")
     (tmp_path / "last.yaml").write_text(text.format(touched=tmp_path / "touched"))
     with pytest.raises(UserError, match=words):
-        read(path)
+        import_checkpoint(path)
     assert not (tmp_path / "touched").exists()
 
 
@@ -293,4 +293,4 @@ def test_settings_are_not_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = save(vqgan().model.state_dict(), tmp_path / "last.ckpt")
     settings = {"model": {"params": {"ddconfig": {"resolution": "${oc.decode:${oc.env:SECRET}}"}}}}
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "other.yaml")
-    assert read(path, yaml=tmp_path / "other.yaml").image_size == (256, 256)
+    assert import_checkpoint(path, yaml=tmp_path / "other.yaml").image_size == (256, 256)

@@ -25,7 +25,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
-from vqf.interop.unpickle import HARMLESS, StandIn, Stranger, Unpickler, load
+from vqf.interop.unpickle import OPAQUE_NAMES, OpaqueObject, OpaqueType, RestrictedUnpickler, load_untrusted
 
 
 class Calls:
@@ -82,12 +82,12 @@ def test_a_checkpoint_of_lightning(
     whole = {"state_dict": weights, "callbacks": {made: state}, "hyper": object_, "args": args, "classes": {1, 2}}
     path = saved(tmp_path / "last.ckpt", whole)
     monkeypatch.undo()
-    found = load(path)
+    found = load_untrusted(path)
     assert list(found["state_dict"]) == list(weights)
     for name, tensor in weights.items():
         assert torch.equal(found["state_dict"][name], tensor), name
         assert found["state_dict"][name].dtype == tensor.dtype
-    assert [type(each).__name__ for each in found["callbacks"]] == ["StandIn"]
+    assert [type(each).__name__ for each in found["callbacks"]] == ["OpaqueType"]
     assert next(iter(found["callbacks"].values()))["best"] == 0.5
     assert "lightning_of_old" not in sys.modules
     assert "lightning_of_old.callbacks.ModelCheckpoint" in caplog.text
@@ -118,12 +118,12 @@ def test_what_lightning_keeps_beside_the_weights(tmp_path: Path, caplog: pytest.
         "path": Path("x"),
         "state_dict": weights,
     }
-    found = load(saved(tmp_path / "last.ckpt", whole))
+    found = load_untrusted(saved(tmp_path / "last.ckpt", whole))
     assert torch.equal(found["state_dict"]["a"], weights["a"])
     assert torch.equal(found["state"][0]["exp_avg"], torch.ones(2))
     assert type(found["state"]).__mro__[1] is dict
     for key in ("hyper_parameters", "typed", "when", "took", "array", "texts", "scalar", "set", "queue"):
-        assert isinstance(found[key], Stranger), key
+        assert isinstance(found[key], OpaqueObject), key
     assert "omegaconf.dictconfig.DictConfig" in caplog.text
 
 
@@ -163,33 +163,33 @@ def test_a_stand_in_never_calls_anything() -> None:
         def __hash__(self) -> int:
             raise AssertionError("hashed")
 
-    unpickler = Unpickler.__new__(Unpickler)
-    unpickler.strangers = {}
+    unpickler = RestrictedUnpickler.__new__(RestrictedUnpickler)
+    unpickler.opaque_types = {}
     trap: typing.Any = Trap()
-    for full in HARMLESS | {"typing.Any", "omegaconf.dictconfig.DictConfig"}:
-        made = Unpickler.find_class(unpickler, *full.rsplit(".", 1))
-        assert isinstance(made, StandIn)
+    for full in OPAQUE_NAMES | {"typing.Any", "omegaconf.dictconfig.DictConfig"}:
+        made = RestrictedUnpickler.find_class(unpickler, *full.rsplit(".", 1))
+        assert isinstance(made, OpaqueType)
         for arguments in ((), (trap,), (trap, trap, trap)):
             stranger = made(*arguments)
-            assert isinstance(stranger, Stranger)
+            assert isinstance(stranger, OpaqueObject)
             stranger.__setstate__(trap)
             stranger.append(trap), stranger.extend(trap), stranger.add(trap)
             stranger[trap] = trap
-            assert isinstance(made.__new__(made, *arguments), Stranger)
+            assert isinstance(made.__new__(made, *arguments), OpaqueObject)
 
 
 def test_a_file_of_before_zip_is_refused_in_plain_letters(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"when": datetime.datetime(2020, 1, 1)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError) as caught:
-        load(path)
+        load_untrusted(path)
     assert "one of torch before 1.6" in str(caught.value)
     assert str(caught.value).isprintable()
 
 
 def test_plain_weights(tmp_path: Path) -> None:
     path = saved(tmp_path / "weights.bin", {"a": torch.ones(2)})
-    assert torch.equal(load(path)["a"], torch.ones(2))
+    assert torch.equal(load_untrusted(path)["a"], torch.ones(2))
 
 
 def partial_of_system(path: str) -> Any:
@@ -239,7 +239,7 @@ def test_code_is_refused_by_name(name: str, nested: bool, tmp_path: Path) -> Non
     weights = {"a": torch.ones(2), "b": [{"c": payload}]}
     path = saved(tmp_path / "last.ckpt", {"state_dict": weights} if nested else payload)
     with pytest.raises(UserError) as caught:
-        load(path)
+        load_untrusted(path)
     assert not touched.exists()
     assert str(caught.value) == (
         f"{path}: names '{refused}', which no file of weights needs and which could run code: refused"
@@ -276,7 +276,7 @@ SYSTEM = b"cposix\nsystem\n"
 )
 def test_pickles_by_hand(pickled: bytes, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        load(written(tmp_path / "last.ckpt", pickled))
+        load_untrusted(written(tmp_path / "last.ckpt", pickled))
 
 
 def test_a_stand_in_takes_everything_and_does_nothing(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_stand_in_takes_everything_and_does_nothing(tmp_path: Path) -> None:
         + b"}X\x0c\x00\x00\x00__setstate__K\x01sb"  # state: {"__setstate__": 1}
         + b"(K\x01e."  # append
     )
-    found = load(written(tmp_path / "last.ckpt", pickled))
+    found = load_untrusted(written(tmp_path / "last.ckpt", pickled))
     assert type(found).__name__ == "Class"
     assert not hasattr(found, "__dict__") or vars(found) == {}
 
@@ -296,7 +296,9 @@ def test_a_mapping_cannot_bring_methods_of_its_own(tmp_path: Path) -> None:
     """BUILD sets attributes on an OrderedDict; `items` would be one."""
     stranger = b"clib\nClass\n0"  # so that torch's own reader leaves it to vqf's
     filled = b"ccollections\nOrderedDict\n)RX\x01\x00\x00\x00aK\x02s"
-    found = load(written(tmp_path / "last.ckpt", PROTOCOL + stranger + filled + b"}X\x05\x00\x00\x00itemsK\x01sb."))
+    found = load_untrusted(
+        written(tmp_path / "last.ckpt", PROTOCOL + stranger + filled + b"}X\x05\x00\x00\x00itemsK\x01sb.")
+    )
     assert list(found.items()) == [("a", 2)]
 
 
@@ -315,7 +317,7 @@ def with_storage(path: Path, pickled: bytes, bytes_of_it: int = 16, compression:
 
 
 def test_a_tensor_inside_its_storage(tmp_path: Path) -> None:
-    found = load(with_storage(tmp_path / "last.ckpt", tensor_of(b"K\x03\x85", b"K\x01")))
+    found = load_untrusted(with_storage(tmp_path / "last.ckpt", tensor_of(b"K\x03\x85", b"K\x01")))
     assert torch.equal(found, torch.zeros(3))
 
 
@@ -335,7 +337,7 @@ def test_a_tensor_that_does_not_fit_its_storage(
     pickled: bytes, size: int, compression: int, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        load(with_storage(tmp_path / "last.ckpt", pickled, size, compression))
+        load_untrusted(with_storage(tmp_path / "last.ckpt", pickled, size, compression))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02K\x01.", b"<html>not found</html>"])
@@ -343,16 +345,16 @@ def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a file of weights"):
-        load(path)
+        load_untrusted(path)
 
 
 def test_a_truncated_download(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.ckpt", {"a": torch.randn(1000)})
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="not a file of weights"):
-        load(path)
+        load_untrusted(path)
 
 
 def test_nothing_of_the_restricted_reader_is_torch_s_unrestricted_one() -> None:
-    source = Path(load.__code__.co_filename).read_text()
+    source = Path(load_untrusted.__code__.co_filename).read_text()
     assert "weights_only=False" not in source and "pickle.load" not in source

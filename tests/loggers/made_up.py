@@ -26,11 +26,11 @@ def write_metrics(folder: Path, steps: int, validation: dict[str, float]) -> Non
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_pictures(folder: Path, counts: dict[str, int], size: int = 16) -> None:
-    """Write grids of so many pictures, the same ones for the same name."""
+def write_images(folder: Path, counts: dict[str, int], size: int = 16) -> None:
+    """Write grids of so many images, the same ones for the same name."""
     for seed, (name, count) in enumerate(counts.items()):
         images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        build("logger", {"name": "images"}, run_dir=folder, config=None, part="").images(500, name, images)
+        build("logger", {"name": "images"}, run_dir=folder, config=None, subrun="").images(500, name, images)
 
 
 def make_run(folder: Path, name: str = EVIL.replace("/", "_")) -> Path:
@@ -38,9 +38,9 @@ def make_run(folder: Path, name: str = EVIL.replace("/", "_")) -> Path:
     run_dir = folder / name
     write_metrics(run_dir / "stage1", 1000, {"psnr": 21.5, "loss": 0.25, "<b>bold</b>": 3.0})
     write_metrics(run_dir / "stage2", 100, {"nats_per_token": 4.5})
-    write_pictures(run_dir / "stage1", {"reconstructions": 16, "best": 4, "worst": 4, "codes": 1})
-    write_pictures(run_dir / "stage2", {"samples": 12, "completions": 9})
-    write_pictures(run_dir, {"reconstructions": 16})
+    write_images(run_dir / "stage1", {"reconstructions": 16, "best": 4, "worst": 4, "codes": 1})
+    write_images(run_dir / "stage2", {"samples": 12, "completions": 9})
+    write_images(run_dir, {"reconstructions": 16})
     first = {"best": {"captions": ["40.0 dB", "39.5 dB"]}, "worst": {"captions": ["9.0 dB", EVIL]}}
     (run_dir / "stage1" / "details.json").write_text(json.dumps({**first, "codes": {"counts": COUNTS}}))
     second = {
@@ -49,9 +49,9 @@ def make_run(folder: Path, name: str = EVIL.replace("/", "_")) -> Path:
         "classes": {"names": CLASSES, "confusion": [[3, 0, 0, 0], [0, 2, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]},
     }
     (run_dir / "stage2" / "details.json").write_text(json.dumps(second))
-    accuracy = {"": 0.5, "_real": 0.75, "_drawn": 0.7, "_chance": 0.25}
+    accuracy = {"": 0.5, "_real": 0.75, "_decoded": 0.7, "_chance": 0.25}
     numbers = {
-        "held-out pictures": {"psnr": 21.98765, "usage": 0.995, EVIL: 1.0},
+        "held-out images": {"psnr": 21.98765, "usage": 0.995, EVIL: 1.0},
         "codes": {f"class_accuracy{key}": value for key, value in accuracy.items()},
     }
     (run_dir / "metrics.json").write_text(json.dumps(numbers))

@@ -23,7 +23,7 @@ TOO_WIDE = """width =>
   .filter(each => each.getBoundingClientRect().right > width + 1)
   .map(each => each.tagName + ' ' + each.className + ' ' + each.textContent.slice(0, 40))
 """
-PICTURES = """
+IMAGES = """
 [...document.images].map(each => ({
   there: each.complete && each.naturalWidth > 0, width: each.getBoundingClientRect().width, words: each.alt,
 }))
@@ -88,16 +88,16 @@ def test_the_page_is_whole_at_any_width(browser: Browser, page: Path, tmp_path: 
     assert browser.complaints == []
     assert browser.run("document.documentElement.scrollWidth") == width
     assert too_wide(browser, width) == []
-    shown = browser.run(PICTURES)
+    shown = browser.run(IMAGES)
     assert len(shown) == 47
     assert all(each["there"] and each["words"] for each in shown)
     assert min(each["width"] for each in shown) >= 64  # as many pixels as an emoji has, even beside two others
     assert min(browser.run(SIZES)) >= 12
     browser.screenshot(tmp_path / f"report-{width}.png")
-    picture = Image.open(tmp_path / f"report-{width}.png").convert("RGB")
-    assert picture.width == width * (2 if mobile else 1)
-    assert picture.height > picture.width
-    assert len(picture.getcolors(picture.width * picture.height)) > 1000  # pictures, not a blank page
+    image = Image.open(tmp_path / f"report-{width}.png").convert("RGB")
+    assert image.width == width * (2 if mobile else 1)
+    assert image.height > image.width
+    assert len(image.getcolors(image.width * image.height)) > 1000  # images, not a blank page
 
 
 @pytest.mark.parametrize(("dark", "width"), [(False, 1100), (True, 1100), (True, 390)])
@@ -144,7 +144,7 @@ def test_a_page_that_breaks_these_rules_is_noticed(browser: Browser, tmp_path: P
     assert len(browser.complaints) >= 2
     assert browser.run("document.documentElement.scrollWidth") > 390
     assert [each.split()[0] for each in too_wide(browser, 390)] == ["DIV"]
-    assert browser.run(PICTURES)[0]["there"] is False
+    assert browser.run(IMAGES)[0]["there"] is False
     assert browser.run(CONTRASTS)[0][0] < 4.5
     assert min(browser.run(SIZES)) == 8
 

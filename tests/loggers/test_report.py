@@ -15,15 +15,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
-from vqf.loggers.image_grid import cut
+from vqf.loggers.image_grid import split_grid
 from vqf.loggers.report import page as report_page
-from vqf.loggers.report.codebook import heat_map
+from vqf.loggers.report.codebook import usage_heatmap
 from vqf.loggers.report.curves import curve
-from vqf.loggers.report.metric_descriptions import meaning
+from vqf.loggers.report.metric_descriptions import describe_metric
 from vqf.loggers.report.page import write_report
-from vqf.loggers.report.run_files import parts, pictures
-from vqf.loggers.report.summary import duration
-from vqf.loggers.report.tables import number
+from vqf.loggers.report.run_files import latest_images, read_parts
+from vqf.loggers.report.summary import format_seconds
+from vqf.loggers.report.tables import format_number
 from vqf.registry import build
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -98,7 +98,7 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
         "21.99",
         "22.0\u00a0dB",
         "99.5\u00a0%",
-        "Held-out pictures",
+        "Held-out images",
         "Stage 1, the tokenizer",
         "Stage 2, the prior",
         "nats_per_token",
@@ -110,7 +110,7 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
         "conv encoder, ema quantizer, conv decoder",
         "l1 + features + patchgan hinge",
         "gpt told label",
-        "2,200 of 8 pictures, then 900 of 8 pictures",
+        "2,200 of 8 images, then 900 of 8 images",
         "16 codes in all, 4 different ones of 6",
         "50.0\u00a0% of the samples",
     ):
@@ -120,15 +120,15 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
     assert len(page.values("id")) == len(set(page.values("id")))
 
 
-def test_every_picture_is_shown_once_and_by_itself(run: Path) -> None:
+def test_every_image_is_shown_once_and_by_itself(run: Path) -> None:
     page = Page(write_report(run))
     # The run's own reconstructions and those of stage 1 are the same file. The codes come with a map of their use.
     assert page.tags.count("img") == 16 + 4 + 4 + 12 + 9 + 1 + 1
     shown = [_decoded(uri) for uri in page.values("src")]
     grid = run / "stage1" / "images" / "reconstructions-latest.png"
-    for i, expected in enumerate(cut(grid)):
+    for i, expected in enumerate(split_grid(grid)):
         assert np.array_equal(np.array(shown[i]), np.array(expected))
-    assert {picture.size for picture in shown} == {(16, 16), (3, 2)}
+    assert {image.size for image in shown} == {(16, 16), (3, 2)}
 
 
 def _decoded(uri: str) -> Image.Image:
@@ -166,7 +166,7 @@ def test_a_measurement_shows_its_protocol_intervals_and_floors(tmp_path: Path) -
     page = Page(write_report(tmp_path))
     for words in ("22.06", "95 %: 21.75 to 22.5", "real against real: 3.25", "crop", "center"):
         assert words in page.text, words
-    assert "reconstructions: Frechet distance to real pictures, on other features than FID's" in page.text
+    assert "reconstructions: Frechet distance to real images, on other features than FID's" in page.text
 
 
 def test_a_run_on_another_run_does_not_describe_a_model_of_its_own(run: Path) -> None:
@@ -199,12 +199,12 @@ def test_the_price_is_told(run: Path) -> None:
 
 
 def test_the_map_of_the_codes_tells_used_from_dead() -> None:
-    picture = np.array(heat_map([5, 0, 1, 500, 0]))
-    assert picture.shape == (2, 3, 4)
-    assert picture[0, 1].tolist() == picture[1, 1].tolist() == [214, 69, 65, 255]
-    light = picture[..., :3].sum(2).astype(int)
+    image = np.array(usage_heatmap([5, 0, 1, 500, 0]))
+    assert image.shape == (2, 3, 4)
+    assert image[0, 1].tolist() == image[1, 1].tolist() == [214, 69, 65, 255]
+    light = image[..., :3].sum(2).astype(int)
     assert light[0, 2] < light[0, 0] < light[1, 0]
-    assert picture[1, 2, 3] == 0  # there is no sixth code
+    assert image[1, 2, 3] == 0  # there is no sixth code
 
 
 def test_numbers_fall_back_on_the_last_look_at_held_out_data(run: Path) -> None:
@@ -236,7 +236,7 @@ def test_broken_files_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("[1, 2]")
     page = Page(write_report(tmp_path))
     assert page.tags.count("svg") == 1
-    (part,) = parts(tmp_path)
+    (part,) = read_parts(tmp_path)
     assert part.training == {"loss": [(1, 2.0), (2, 4.0)]}
 
 
@@ -247,16 +247,16 @@ def test_time_adds_up_over_processes_and_keys_are_in_order(tmp_path: Path) -> No
         for i, now in enumerate(times)
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    (part,) = parts(tmp_path)
+    (part,) = read_parts(tmp_path)
     assert part.seconds == 7.5
     assert part.keys == ["loss", "psnr", "lr/model"]
 
 
-def test_newest_pictures_are_found(tmp_path: Path) -> None:
+def test_newest_images_are_found(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("samples-00000100", "samples-00000200", "samples-latest", "chart"):
         (tmp_path / "images" / f"{name}.png").write_bytes(b"")
-    assert {name: path.stem for name, path in pictures(tmp_path).items()} == {
+    assert {name: path.stem for name, path in latest_images(tmp_path).items()} == {
         "samples": "samples-latest",
         "chart": "chart",
     }
@@ -283,7 +283,7 @@ def test_curves_take_the_ink_of_the_page_and_share_no_names() -> None:
     ("value", "words"), [(21.98765, "21.99"), (4096.0, "4,096"), (0.00012346, "0.0001235"), (12345.6, "12,346")]
 )
 def test_numbers_are_short(value: float, words: str) -> None:
-    assert number(value) == words
+    assert format_number(value) == words
 
 
 def test_every_number_of_a_metric_has_a_meaning() -> None:
@@ -293,7 +293,7 @@ def test_every_number_of_a_metric_has_a_meaning() -> None:
         "perceptual",
         "lpips",
         "usage",
-        "dead",
+        "dead_codes",
         "fid",
         "rfid",
         "kid",
@@ -301,16 +301,16 @@ def test_every_number_of_a_metric_has_a_meaning() -> None:
         "recall",
         "rdensity_lite2",
     ]
-    assert [key for key in named if not meaning(key)] == []
-    assert meaning("rusage") == meaning("something") == ""
-    assert meaning("rfd_lite2") == f"reconstructions: {meaning('fd_lite2')}"
+    assert [key for key in named if not describe_metric(key)] == []
+    assert describe_metric("rusage") == describe_metric("something") == ""
+    assert describe_metric("rfd_lite2") == f"reconstructions: {describe_metric('fd_lite2')}"
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0, ""), (5.2, "5 s"), (65, "1 min 5 s"), (7265, "2 h 1 min"), (None, "")]
 )
 def test_durations_are_words(seconds: float | None, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_seconds(seconds) == words
 
 
 def test_closing_the_logger_writes_the_page(run: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_run_that_goes_on_has_a_page_that_costs_little(run: Path, monkeypatch:
 
 
 def test_losses_come_first_and_variants_unfold(tmp_path: Path) -> None:
-    keys = ["psnr", "psnr_pooled", "psnr_masked", "ssim", "usage", "perplexity", "perceptual", "dead"]
+    keys = ["psnr", "psnr_pooled", "psnr_masked", "ssim", "usage", "perplexity", "perceptual", "dead_codes"]
     lines = [{"step": i, "loss": 1.0, "l1": 2.0, "lr/model": 3.0} for i in range(3)]
     lines += [{"step": i, **{f"validation/{key}": 1.0 for key in keys}} for i in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -351,7 +351,7 @@ def test_losses_come_first_and_variants_unfold(tmp_path: Path) -> None:
     shown, others = source[source.index("<h2>Curves") :].split("<details>")[:2]
     drawn = [re.findall(r"<figcaption>([^<]*)</figcaption>", each) for each in (shown, others)]
     assert drawn[0] == ["loss", "psnr", "ssim", "usage", "perplexity", "perceptual"]
-    assert drawn[1] == ["psnr_pooled", "psnr_masked", "dead", "l1", "lr/model"]
+    assert drawn[1] == ["psnr_pooled", "psnr_masked", "dead_codes", "l1", "lr/model"]
 
 
 def test_a_run_shows_what_evaluations_measured_of_it(run: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_run_shows_what_evaluations_measured_of_it(run: Path) -> None:
         place.parent.mkdir(parents=True)
         place.write_text(json.dumps(content))
     page = Page(write_report(run))
-    for words in ("Measured by the protocol rfid_val, 236 pictures, step 8", "12.38", "0123456789abcdef", "rFID"):
+    for words in ("Measured by the protocol rfid_val, 236 images, step 8", "12.38", "0123456789abcdef", "rFID"):
         assert words in page.text, words
     assert "11.13" not in page.text and "Checkpoints by rfid_val" in page.text
     assert page.tags.count("svg") == 9, "one more curve, over the steps"

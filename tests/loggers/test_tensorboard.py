@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY, KilledError, interrupt_after
 from vqf.errors import UserError
-from vqf.loggers.image_grid import grid
+from vqf.loggers.image_grid import make_grid
 from vqf.pipelines.stage1 import Stage1
 from vqf.registry import build
 
@@ -27,7 +27,7 @@ def config() -> DictConfig:
 
 
 def make(run_dir: Path, config: DictConfig | None = None) -> Any:
-    return build("logger", {"name": "tensorboard"}, run_dir=run_dir, config=config or OmegaConf.create({}), part="")
+    return build("logger", {"name": "tensorboard"}, run_dir=run_dir, config=config or OmegaConf.create({}), subrun="")
 
 
 def read(run_dir: Path) -> EventAccumulator:
@@ -38,7 +38,7 @@ def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in read(run_dir).Scalars(key)]
 
 
-def test_numbers_pictures_and_the_unresolved_config_come_back(
+def test_numbers_images_and_the_unresolved_config_come_back(
     tmp_path: Path, config: DictConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VQF_TEST_SECRET", "very-secret-words")
@@ -53,8 +53,8 @@ def test_numbers_pictures_and_the_unresolved_config_come_back(
     events = read(tmp_path).Images("samples")
     assert [event.step for event in events] == [5, 10]
     for event in events:
-        picture = Image.open(io.BytesIO(event.encoded_image_string))
-        assert np.array_equal(np.asarray(picture), np.asarray(grid(images)))
+        image = Image.open(io.BytesIO(event.encoded_image_string))
+        assert np.array_equal(np.asarray(image), np.asarray(make_grid(images)))
     (text,) = read(tmp_path).Tensors("config/text_summary")
     (words,) = text.tensor_proto.string_val
     assert b"4321" in words and b"${oc.env:VQF_TEST_SECRET}" in words and b"very-secret-words" not in words

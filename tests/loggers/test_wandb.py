@@ -15,10 +15,10 @@ from tests import test_run
 from tests.loggers.wandb_file import history, records
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY
-from vqf.config.untrusted import check_links
+from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
 from vqf.pipelines.full import Full
-from vqf.registry import build, find
+from vqf.registry import build, find_component
 
 command_line = test_run.run  # a fixture
 
@@ -41,7 +41,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 
 def make(run_dir: Path, config: DictConfig, part: str = "", **options: object) -> Any:
-    return build("logger", {"name": "wandb", **options}, run_dir=run_dir, config=config, part=part)
+    return build("logger", {"name": "wandb", **options}, run_dir=run_dir, config=config, subrun=part)
 
 
 def use(logger: Any) -> None:
@@ -64,7 +64,7 @@ def artifacts(path: Path) -> list[Any]:
     return [record.artifact for record in records(path) if record.HasField("artifact")]
 
 
-def test_an_offline_run_holds_numbers_pictures_and_the_unresolved_config(
+def test_an_offline_run_holds_numbers_images_and_the_unresolved_config(
     tmp_path: Path, config: DictConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="vqf"):
@@ -121,7 +121,7 @@ def test_any_other_link_out_of_a_run_is_refused(tmp_path: Path, link: str) -> No
     (tmp_path / "run" / link).parent.mkdir(parents=True)
     os.symlink(tmp_path / "outside", tmp_path / "run" / link)
     with pytest.raises(UserError, match=f"'{link}' is a link to"):
-        check_links(tmp_path / "run")
+        check_symlinks(tmp_path / "run")
 
 
 def test_a_broken_memory_means_a_new_run(tmp_path: Path, config: DictConfig) -> None:
@@ -266,7 +266,7 @@ def test_an_interrupt_is_not_swallowed(tmp_path: Path, config: DictConfig, monke
 
 def test_no_option_takes_a_key() -> None:
     options = {"mode", "project", "entity", "group", "tags", "checkpoints"}
-    assert set(find("logger", "wandb").options) == options
+    assert set(find_component("logger", "wandb").options) == options
 
 
 def test_modes_are_checked(tmp_path: Path, config: DictConfig) -> None:

@@ -41,26 +41,28 @@ def test_a_perfect_discriminator_loses_nothing() -> None:
 def test_adaptive_weight_is_the_papers_lambda() -> None:
     reconstruction, adversarial = torch.randn(3, 4, 3, 3), torch.randn(3, 4, 3, 3)
     expected = 0.8 * float(reconstruction.norm()) / (float(adversarial.norm()) + 1e-4)
-    assert float(Hinge(10).weight(reconstruction, adversarial)) == pytest.approx(expected, rel=1e-6)
-    assert float(Hinge(10).weight(reconstruction, torch.zeros(1))) == pytest.approx(0.8 * 1e4)
-    assert float(Hinge(10, adaptive=False, weight=0.3).weight(reconstruction, adversarial)) == pytest.approx(0.3)
+    assert float(Hinge(10).adaptive_weight(reconstruction, adversarial)) == pytest.approx(expected, rel=1e-6)
+    assert float(Hinge(10).adaptive_weight(reconstruction, torch.zeros(1))) == pytest.approx(0.8 * 1e4)
+    assert float(Hinge(10, adaptive=False, weight=0.3).adaptive_weight(reconstruction, adversarial)) == pytest.approx(
+        0.3
+    )
 
 
 @pytest.mark.parametrize(("start", "first"), [(0, 0), (0.25, 25), (30, 30), (1, 1)])
 def test_start_counts_steps_or_is_a_share(start: float, first: int) -> None:
-    assert Hinge(100, start=start).start == first
+    assert Hinge(100, start=start).start_step == first
 
 
 def test_ramp_rises_once_the_game_has_begun() -> None:
     game = Vanilla(100, start=10, ramp_steps=4)
-    assert [game.ramp(step) for step in (9, 10, 12, 14, 99)] == pytest.approx([0, 0.2, 0.6, 1.0, 1.0])
-    assert Hinge(100, start=10).ramp(10) == 1.0
+    assert [game.weight_at(step) for step in (9, 10, 12, 14, 99)] == pytest.approx([0, 0.2, 0.6, 1.0, 1.0])
+    assert Hinge(100, start=10).weight_at(10) == 1.0
 
 
 def test_a_warm_up_lets_the_discriminator_learn_before_it_counts() -> None:
     game = Hinge(100, start=10, warmup=5)
-    assert game.start == 10
-    assert [game.ramp(step) for step in (10, 14, 15)] == [0.0, 0.0, 1.0]
+    assert game.start_step == 10
+    assert [game.weight_at(step) for step in (10, 14, 15)] == [0.0, 0.0, 1.0]
 
 
 def test_a_negative_start_is_refused() -> None:
@@ -78,11 +80,11 @@ def test_the_saturating_generator_minimises_the_papers_log() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clamp": -1.0}, "clamp=-1.0: below 0 the decoder would help the discriminator"),
+        ({"max_weight": -1.0}, "max_weight=-1.0: below 0 the decoder would help the discriminator"),
         ({"weight": -0.8}, "weight=-0.8: below 0"),
         ({"delta": -1.0}, "delta=-1.0: it keeps λ finite"),
         ({"delta": 0.0}, "above 0"),
-        ({"clamp": math.nan}, "clamp=nan"),
+        ({"max_weight": math.nan}, "max_weight=nan"),
         ({"warmup": -0.5}, "warmup=-0.5: it counts steps"),
     ],
 )

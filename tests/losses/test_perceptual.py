@@ -20,10 +20,10 @@ def crops(size: int = 64) -> Tensor:
     """Sixteen crops of photos that come with scikit-image."""
     pieces = []
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
-        picture = getattr(skimage.data, name)()
+        image = getattr(skimage.data, name)()
         for i in range(4):
             top, left = 40 + 50 * i, 60 + 60 * i
-            pieces.append(picture[top : top + size, left : left + size])
+            pieces.append(image[top : top + size, left : left + size])
     return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -109,7 +109,7 @@ def test_another_photo_is_farthest(loss: FeatureLoss) -> None:
     assert loss(images.roll(4, 0), images) > 1.5 * loss(noise(images, 0.2), images)
 
 
-def test_loss_is_the_mean_over_the_pictures(loss: FeatureLoss) -> None:
+def test_loss_is_the_mean_over_the_images(loss: FeatureLoss) -> None:
     images = crops()[:4]
     fakes = noise(images, 0.2)
     each = [loss(fakes[i : i + 1], images[i : i + 1]) for i in range(4)]
@@ -125,7 +125,7 @@ def test_gradient_reaches_the_reconstruction_alone(loss: FeatureLoss) -> None:
     assert (fakes.grad.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_following_the_gradient_brings_a_picture_closer(loss: FeatureLoss) -> None:
+def test_following_the_gradient_brings_an_image_closer(loss: FeatureLoss) -> None:
     images = crops()[:4]
     fakes = blur(images, 1.0).requires_grad_()
     before = loss(fakes, images)
@@ -151,7 +151,7 @@ def test_any_size_is_compared(loss: FeatureLoss, size: tuple[int, int]) -> None:
     assert float(loss(noise(images, 0.2), images)) > 0.1
 
 
-def test_blank_pictures_have_finite_gradients(loss: FeatureLoss) -> None:
+def test_blank_images_have_finite_gradients(loss: FeatureLoss) -> None:
     for value in (-1.0, 0.0, 1.0):
         fakes = torch.full((1, 3, 32, 32), value, requires_grad=True)
         loss(fakes, crops(32)[:1]).backward()

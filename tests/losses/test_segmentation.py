@@ -39,7 +39,7 @@ def test_a_depth_map_is_compared_as_grey() -> None:
 
 @pytest.fixture(params=[2, 3, 4])
 def words(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
-    """Stripes of classes, and pictures of them."""
+    """Stripes of classes, and images of them."""
     classes: int = request.param
     for i in range(24):
         numbers = ((np.arange(32)[:, None] + np.arange(32) * (i % 3) + i) // 7 % classes).astype(np.uint8)
@@ -48,11 +48,11 @@ def words(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
     kept = [each for each in TINY if not each.startswith(("data=", "model/loss="))]
     options = [f"data.root={tmp_path / 'data'}", "data.maps=labels", f"data.labels={classes}"]
-    return [*kept, "data=pairs", *options, "data.validation_share=0.3", "evaluate.count=4"]
+    return [*kept, "data=pairs", *options, "data.validation_fraction=0.3", "evaluate.count=4"]
 
 
 def test_maps_of_classes_train_by_default(words: list[str], tmp_path: Path) -> None:
-    """By one command, whatever losses and discriminator its pictures have; and all that is measured can be."""
+    """By one command, whatever losses and discriminator its images have; and all that is measured can be."""
     several = [*words, "model/conditioner=spatial", "pipeline=full", "metric=[psnr,ssim,features,usage]"]
     Full(
         compose(*several, "steps=2", "optimizer.lr=1e-2", "maps.steps=150", "checkpoint.every=50", "log.every=10"),
@@ -65,7 +65,7 @@ def test_maps_of_classes_train_by_default(words: list[str], tmp_path: Path) -> N
     share = torch.tensor(1 / maps.channels)
     blind = -(share * share.log() + (1 - share) * (1 - share).log())  # of what knows how often classes occur
     assert losses[-1] < 0.9 * blind
-    assert not any("discriminator" in line for line in lines(tmp_path / "run" / "maps"))
+    assert not any("d_loss" in line for line in lines(tmp_path / "run" / "maps"))
     config = compose("pipeline=reconstruct", f"run={tmp_path / 'run' / 'maps'}", "metric=[features]", "logger=[]")
     Reconstruct(config, tmp_path / "back", count=2).run()
 
@@ -74,16 +74,16 @@ def test_what_cannot_compare_them_is_one_line(words: list[str], tmp_path: Path) 
     cure = r"model/loss=\[bce\] model.discriminator=null model.adversary=null"
     for others, message in (
         (
-            ["model/loss=[l1,features]", "subject=condition"],
-            rf"model\.loss\.features: compares pictures of 1 or 3 channels, .* classes.* {cure}",
+            ["model/loss=[l1,features]", "target=condition"],
+            rf"model\.loss\.features: compares images of 1 or 3 channels, .* classes.* {cure}",
         ),
         (
-            ["model/loss=[bce]", "subject=condition"],
+            ["model/loss=[bce]", "target=condition"],
             "model.loss.bce: makes logits, which a discriminator tells .* model.discriminator=null",
         ),
-        (["model/loss=[bce]", *PLAIN], "model.loss.bce: compares maps of classes, not pictures of 3"),
+        (["model/loss=[bce]", *PLAIN], "model.loss.bce: compares maps of classes, not images of 3"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             Stage1(compose(*words, *others), tmp_path).run()
         assert "\n" not in str(caught.value)
-    Stage1(compose(*words, "subject=condition", "model/loss=[bce]", *PLAIN, "steps=2"), tmp_path / "run").run()
+    Stage1(compose(*words, "target=condition", "model/loss=[bce]", *PLAIN, "steps=2"), tmp_path / "run").run()

@@ -6,12 +6,12 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from vqf.networks.feature_set import set_of
+from vqf.networks.feature_set import feature_set
 from vqf.protocols import FeatureSet
 
 
 class Linear:
-    """Describes a picture by sums over its pixels, so that anybody can say what it sees."""
+    """Describes an image by sums over its pixels, so that anybody can say what it sees."""
 
     name, digest = "linear", "linear-1"
 
@@ -30,7 +30,7 @@ def gaussians(count: int, shift: float = 0.0, seed: int = 0, width: int = 8) -> 
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / 3
     features = torch.randn(count, width, generator=random) @ mix + shift
-    return set_of(features, (2 + shift) * torch.randn(count, 5, generator=random))
+    return feature_set(features, (2 + shift) * torch.randn(count, 5, generator=random))
 
 
 def frechet(first: FeatureSet, second: FeatureSet) -> float:
@@ -46,5 +46,5 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
     from vqf.metrics import set_metric
 
     network = Linear()
-    monkeypatch.setattr(set_metric, "embedding", lambda *_: network)
+    monkeypatch.setattr(set_metric, "feature_network", lambda *_: network)
     return network

@@ -30,17 +30,19 @@ def test_usage_equals_a_count_by_hand(drawn: tuple[int, list[int]]) -> None:
     shares = [count / len(codes) for count in Counter(codes).values()]
     values = measure(size, torch.tensor(codes).view(-1, 1, 1))
     assert values["usage"] == pytest.approx(len(shares) / size)
-    assert values["dead"] == size - len(shares)
+    assert values["dead_codes"] == size - len(shares)
     assert values["perplexity"] == pytest.approx(math.prod(share**-share for share in shares))
 
 
 def test_even_use_has_the_perplexity_of_the_vocabulary() -> None:
     values = measure(64, torch.arange(64).view(4, 4, 4))
-    assert values == pytest.approx({"usage": 1.0, "perplexity": 64.0, "dead": 0.0})
+    assert values == pytest.approx({"usage": 1.0, "perplexity": 64.0, "dead_codes": 0.0})
 
 
 def test_one_code_has_perplexity_one() -> None:
-    assert measure(16, torch.full((3, 2, 2), 5)) == pytest.approx({"usage": 1 / 16, "perplexity": 1.0, "dead": 15.0})
+    assert measure(16, torch.full((3, 2, 2), 5)) == pytest.approx(
+        {"usage": 1 / 16, "perplexity": 1.0, "dead_codes": 15.0}
+    )
 
 
 def test_batches_add_up_and_several_codebooks_are_counted_together() -> None:
@@ -50,5 +52,5 @@ def test_batches_add_up_and_several_codebooks_are_counted_together() -> None:
     assert measure(30, codes.flatten(2)) == whole
 
 
-def test_before_the_first_picture_every_code_is_dead() -> None:
-    assert measure(8) == {"usage": 0.0, "perplexity": 1.0, "dead": 8.0}
+def test_before_the_first_image_every_code_is_dead() -> None:
+    assert measure(8) == {"usage": 0.0, "perplexity": 1.0, "dead_codes": 8.0}

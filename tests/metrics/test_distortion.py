@@ -8,12 +8,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.metrics.running_mean import bootstrap
+from vqf.metrics.running_mean import bootstrap_interval
 from vqf.protocols import Metric, Reconstruction
 from vqf.registry import build
 
 
-def pictures(count: int = 7, height: int = 40, width: int = 33) -> Tensor:
+def make_images(count: int = 7, height: int = 40, width: int = 33) -> Tensor:
     photo = skimage.data.astronaut()
     pieces = [photo[40 * i : 40 * i + height, 55 * i : 55 * i + width] for i in range(count)]
     return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -22,7 +22,7 @@ def pictures(count: int = 7, height: int = 40, width: int = 33) -> Tensor:
 @pytest.fixture(scope="module")
 def batch() -> Reconstruction:
     generator = torch.Generator().manual_seed(0)
-    images = pictures()
+    images = make_images()
     scales = torch.linspace(0.02, 0.5, len(images)).view(-1, 1, 1, 1)
     fakes = images + scales * torch.randn(images.shape, generator=generator)
     masks = torch.rand(len(images), 1, 40, 33, generator=generator)
@@ -57,7 +57,7 @@ def test_psnr_equals_scikit_images(batch: Reconstruction) -> None:
     assert measure("psnr", batch)["psnr"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_pooled_psnr_is_that_of_all_pictures_as_one(batch: Reconstruction) -> None:
+def test_pooled_psnr_is_that_of_all_images_as_one(batch: Reconstruction) -> None:
     x, y = (np.stack(each) for each in zip(*as_arrays(batch), strict=True))
     values = measure("psnr", batch)
     assert values["psnr_pooled"] == pytest.approx(peak_signal_noise_ratio(x, y, data_range=1), abs=1e-9)
@@ -72,19 +72,19 @@ def test_masked_psnr_counts_pixels_by_their_mask(batch: Reconstruction) -> None:
     assert measure("psnr", batch)["psnr_masked"] == pytest.approx(np.mean(expected), abs=1e-9)
 
 
-def test_pictures_where_nothing_is_drawn_do_not_count(batch: Reconstruction) -> None:
+def test_images_where_nothing_is_drawn_do_not_count(batch: Reconstruction) -> None:
     masks = batch.masks.clone()
     masks[0] = 0
     blank = Reconstruction(batch.images, batch.reconstructions, batch.indices, masks)
     assert measure("psnr", blank)["psnr_masked"] == measure("psnr", part(blank, 1, 7))["psnr_masked"]
 
 
-def test_pictures_without_masks_have_no_masked_psnr(batch: Reconstruction) -> None:
+def test_images_without_masks_have_no_masked_psnr(batch: Reconstruction) -> None:
     bare = Reconstruction(batch.images, batch.reconstructions, batch.indices)
     assert set(measure("psnr", bare)) == {"psnr", "psnr_pooled"}
 
 
-def test_a_perfect_picture_keeps_the_mean_finite(batch: Reconstruction) -> None:
+def test_a_perfect_image_keeps_the_mean_finite(batch: Reconstruction) -> None:
     perfect = Reconstruction(batch.images, batch.images, batch.indices, batch.masks)
     assert measure("psnr", perfect) == {"psnr": 100.0, "psnr_pooled": 100.0, "psnr_masked": 100.0}
 
@@ -105,11 +105,11 @@ def test_ssim_equals_scikit_images(batch: Reconstruction) -> None:
     assert measure("ssim", batch)["ssim"] == pytest.approx(np.mean(expected), abs=1e-9)
 
 
-def test_ssim_of_a_picture_with_itself_is_one(batch: Reconstruction) -> None:
+def test_ssim_of_an_image_with_itself_is_one(batch: Reconstruction) -> None:
     assert measure("ssim", Reconstruction(batch.images, batch.images, batch.indices))["ssim"] == pytest.approx(1)
 
 
-def test_ssim_refuses_pictures_smaller_than_its_window() -> None:
+def test_ssim_refuses_images_smaller_than_its_window() -> None:
     tiny = torch.zeros(1, 3, 16, 10)
     with pytest.raises(UserError, match="not 16 x 10"):
         measure("ssim", Reconstruction(tiny, tiny, torch.zeros(1, 1, 1, dtype=torch.int64)))
@@ -123,10 +123,10 @@ def test_batch_size_does_not_change_results(batch: Reconstruction, name: str, si
 
 
 @pytest.mark.parametrize(("name", "keys"), [("psnr", {"psnr", "psnr_masked"}), ("ssim", {"ssim"})])
-def test_intervals_are_of_the_means_over_pictures(batch: Reconstruction, name: str, keys: set[str]) -> None:
+def test_intervals_are_of_the_means_over_images(batch: Reconstruction, name: str, keys: set[str]) -> None:
     whole = metric(name)
     whole.update(batch)
     each = [measure(name, part(batch, i, i + 1)) for i in range(7)]
     assert whole.intervals().keys() == keys
     for key, found in whole.intervals().items():
-        assert found == pytest.approx(bootstrap(np.array([values[key] for values in each])), abs=1e-9)
+        assert found == pytest.approx(bootstrap_interval(np.array([values[key] for values in each])), abs=1e-9)

@@ -1,4 +1,4 @@
-"""Perceptual metrics: the losses of the same names, averaged over pictures."""
+"""Perceptual metrics: the losses of the same names, averaged over images."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
 
 
 @pytest.mark.parametrize(("name", "key"), [("features", "perceptual"), ("lpips", "lpips")])
-def test_metric_is_the_loss_of_clamped_pictures_whatever_the_batch_size(
+def test_metric_is_the_loss_of_clamped_images_whatever_the_batch_size(
     batch: Reconstruction, options: dict[str, dict[str, object]], name: str, key: str
 ) -> None:
     node = {"name": name, **options[name]}

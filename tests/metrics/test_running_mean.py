@@ -7,30 +7,30 @@ import pytest
 import scipy.stats
 import torch
 
-from vqf.metrics.running_mean import Mean, bootstrap
+from vqf.metrics.running_mean import RunningMean, bootstrap_interval
 
 
 def test_the_interval_is_that_of_scipys_bootstrap() -> None:
     values = np.random.default_rng(4).exponential(size=80)
-    found = bootstrap(values)
+    found = bootstrap_interval(values)
     theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1)
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
     assert found == pytest.approx(tuple(theirs.confidence_interval), abs=width / 20)
-    assert bootstrap(values) == found
+    assert bootstrap_interval(values) == found
 
 
 def test_it_holds_the_mean_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,000 samples of a known mean, all but about 5 % have it in their interval: percentiles are a bit narrow."""
     monkeypatch.setattr("vqf.metrics.running_mean.RESAMPLES", 400)
     random = np.random.default_rng(0)
-    held = [low < 3 < high for low, high in (bootstrap(random.normal(3, 2, size=60)) for _ in range(1000))]
+    held = [low < 3 < high for low, high in (bootstrap_interval(random.normal(3, 2, size=60)) for _ in range(1000))]
     assert 0.91 < np.mean(held) < 0.97
 
 
 def test_a_means_interval_does_not_depend_on_the_batches() -> None:
-    whole, pieces, values = Mean("cpu"), Mean("cpu"), torch.rand(50)
-    whole.add(values)
+    whole, pieces, values = RunningMean("cpu"), RunningMean("cpu"), torch.rand(50)
+    whole.update(values)
     for part in values.split(7):
-        pieces.add(part)
-    assert whole.interval() == pieces.interval() == bootstrap(values.double().numpy())
-    assert all(map(math.isnan, Mean("cpu").interval()))
+        pieces.update(part)
+    assert whole.interval() == pieces.interval() == bootstrap_interval(values.double().numpy())
+    assert all(map(math.isnan, RunningMean("cpu").interval()))

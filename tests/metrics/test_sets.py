@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.metrics.sets import Linear, frechet, gaussians
 from vqf.errors import UserError
 from vqf.metrics.prdc import density_coverage
-from vqf.networks.feature_set import Collector, set_of
+from vqf.networks.feature_set import FeatureAccumulator, feature_set
 from vqf.protocols import FeatureSet, Reconstruction, SetMetric
 from vqf.registry import build
 
@@ -26,7 +26,7 @@ def compared(name: str, real: FeatureSet, generated: FeatureSet, **options: obje
     return metric(name, **options).compare(real, generated).values
 
 
-@pytest.mark.parametrize("count", [5, 300])  # fewer pictures than features, and more
+@pytest.mark.parametrize("count", [5, 300])  # fewer images than features, and more
 def test_frechet_distance_equals_scipys(count: int) -> None:
     real, generated = gaussians(300), gaussians(count, shift=0.3, seed=1)
     expected = frechet(real, generated)
@@ -51,7 +51,7 @@ def cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def test_kernel_distance_equals_brute_force() -> None:
-    """One subset that is everything: the sums over all pairs, each picture never with itself."""
+    """One subset that is everything: the sums over all pairs, each image never with itself."""
     real, generated = gaussians(12), gaussians(12, shift=0.5, seed=1)
     kid = metric("kid", subsets=3, subset_size=6)
     random, expected = np.random.RandomState(2020), []
@@ -66,7 +66,7 @@ def test_kernel_distance_equals_brute_force() -> None:
 
 
 def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not() -> None:
-    """Sets of one distribution: KID scatters around 0, FD is far above it, the more so the fewer the pictures."""
+    """Sets of one distribution: KID scatters around 0, FD is far above it, the more so the fewer the images."""
     kernel = [compared("kid", gaussians(60, seed=i), gaussians(60, seed=i + 50))["kd_linear"] for i in range(30)]
     assert abs(np.mean(kernel)) < 3 * np.std(kernel) / np.sqrt(30)
     assert min(kernel) < 0
@@ -81,21 +81,21 @@ def test_neighbours_equal_those_of_prdc(neighbours: int, wider: int) -> None:
     x, y = (each.features.double().numpy() for each in (real, generated))
     near, wide = (prdc.compute_prdc(x, y, nearest_k=k) for k in (neighbours, wider))
     for name, expected in (("precision", near), ("recall", near), ("density", wide), ("coverage", wide)):
-        assert found[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)  # one picture is 1/150
+        assert found[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)  # one image is 1/150
         assert 0.05 < expected[name] < 1.5, "a case where it says something"
 
 
 def test_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = gaussians(50).features.double(), gaussians(40, 0.2, seed=1).features.double()
     whole = density_coverage(real, generated, 5)
-    monkeypatch.setattr("vqf.metrics.prdc.ROWS", 7)
+    monkeypatch.setattr("vqf.metrics.prdc.CHUNK_ROWS", 7)
     assert density_coverage(real, generated, 5) == whole
 
 
-def test_of_many_real_pictures_some_are_compared_with_all_generated_ones() -> None:
-    """As ADM's evaluation does, whose reference batch has 10,000 pictures: every sample counts for the recall."""
+def test_of_many_real_images_some_are_compared_with_all_generated_ones() -> None:
+    """As ADM's evaluation does, whose reference batch has 10,000 images: every sample counts for the recall."""
     real, generated = gaussians(120), gaussians(90, 0.2, seed=1)
-    found = compared("prdc", real, generated, pictures=40)
+    found = compared("prdc", real, generated, images=40)
     some, every = real.features[::3].double().numpy(), generated.features.double().numpy()
     near, wide = (prdc.compute_prdc(some, every, nearest_k=k) for k in (3, 5))
     for name, expected in (("precision", near), ("recall", near), ("density", wide), ("coverage", wide)):
@@ -121,51 +121,51 @@ def test_inception_score_by_its_formula() -> None:
 
 
 def test_the_best_inception_score_is_the_number_of_classes() -> None:
-    sure = set_of(torch.zeros(20, 2), torch.eye(5).repeat(4, 1) * 100)
+    sure = feature_set(torch.zeros(20, 2), torch.eye(5).repeat(4, 1) * 100)
     assert compared("is", sure, sure, splits=1)["score_linear"] == pytest.approx(5)
 
 
 def test_what_cannot_be_compared_is_one_line() -> None:
     few, many = gaussians(4), gaussians(40)
-    with pytest.raises(UserError, match="needs 6 pictures in each set; there are 4"):
+    with pytest.raises(UserError, match="needs 6 images in each set; there are 4"):
         compared("prdc", many, few)
-    with pytest.raises(UserError, match="4 pictures are fewer than splits=10"):
+    with pytest.raises(UserError, match="4 images are fewer than splits=10"):
         compared("is", many, few)
     with pytest.raises(UserError, match="needs a classifier, which linear is not"):
-        compared("is", many, set_of(many.features))
+        compared("is", many, feature_set(many.features))
     with pytest.raises(UserError, match="subset_size=1"):
         metric("kid", subset_size=1)
 
 
-def pictures(count: int, seed: int) -> Tensor:
+def make_images(count: int, seed: int) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.mark.parametrize(("name", "key"), [("fid", "rfd_linear"), ("kid", "kd_linear"), ("is", "score_linear")])
 def test_as_a_metric_it_compares_reconstructions_with_their_originals(name: str, key: str, linear: Linear) -> None:
-    originals, drawn, codes = pictures(24, 0), pictures(24, 1), torch.zeros(24, 1, 1, dtype=torch.int64)
+    originals, drawn, codes = make_images(24, 0), make_images(24, 1), torch.zeros(24, 1, 1, dtype=torch.int64)
     whole, pieces = metric(name), metric(name)
     whole.update(Reconstruction(originals, drawn, codes))
     for i in range(0, 24, 7):
         pieces.update(Reconstruction(originals[i : i + 7], drawn[i : i + 7], codes[i : i + 7]))
-    sets = [set_of(*linear(each)) for each in (originals, drawn)]
+    sets = [feature_set(*linear(each)) for each in (originals, drawn)]
     expected = next(iter(metric(name).compare(*sets).values.values()))
     assert whole.compute() == pytest.approx({key: expected}, rel=1e-5)
     assert pieces.compute() == pytest.approx({key: expected}, rel=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_a_collectors_moments_are_numpys_however_the_pictures_come(offset: float) -> None:
+def test_a_collectors_moments_are_numpys_however_the_images_come(offset: float) -> None:
     class Offset(Linear):
         def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
             features = images.double().flatten(1) @ self.weights.double()  # in float32, rounding hangs on the batch
             return features + offset, features
 
-    images = pictures(50, 0)
-    collector = Collector(Offset(), count=50)
+    images = make_images(50, 0)
+    collector = FeatureAccumulator(Offset(), count=50)
     for part in images.split(7):
-        collector.add(part)
-    found, features = collector.result(), Offset()(images)[0].numpy()
+        collector.update(part)
+    found, features = collector.compute(), Offset()(images)[0].numpy()
     assert found.count == 50 and len(found.features) == 50
     np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-8)
@@ -173,21 +173,21 @@ def test_a_collectors_moments_are_numpys_however_the_pictures_come(offset: float
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_of_many_features_some_are_kept_spread_evenly(size: int) -> None:
-    network, images = Linear(), pictures(50, 0)
-    collector = Collector(network, count=50, keep=20)
+    network, images = Linear(), make_images(50, 0)
+    collector = FeatureAccumulator(network, count=50, max_kept=20)
     for part in images.split(size):
-        collector.add(part)
-    found, features = collector.result(), network(images)[0]
+        collector.update(part)
+    found, features = collector.compute(), network(images)[0]
     assert len(found.features) == len(found.logits) == 20
     numbers = [int((features - each).norm(dim=1).argmin()) for each in found.features]
     assert set(np.diff(numbers)) == {2, 3}
     np.testing.assert_allclose(found.mean, features.double().mean(0), atol=1e-6)
 
 
-def test_one_picture_is_no_set() -> None:
-    collector = Collector(Linear())
-    collector.add(pictures(1, 0))
-    with pytest.raises(UserError, match="a set of 1 pictures"):
-        collector.result()
+def test_one_image_is_no_set() -> None:
+    collector = FeatureAccumulator(Linear())
+    collector.update(make_images(1, 0))
+    with pytest.raises(UserError, match="a set of 1 images"):
+        collector.compute()
     with pytest.raises(UserError, match="3 channels, not 1"):
-        collector.add(torch.zeros(2, 1, 16, 16))
+        collector.update(torch.zeros(2, 1, 16, 16))

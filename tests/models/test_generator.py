@@ -15,11 +15,11 @@ from tests.support.composing import compose
 from tests.training.test_trainer import TINY
 from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.models.conditioning import Conditions
+from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import build_tokenizer
 from vqf.pipelines.complete import Complete
-from vqf.pipelines.sample import Sample
+from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build
@@ -31,7 +31,7 @@ CLASSES = ["cat", "dog", "owl"]
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     """Untrained, in float64: 16 x 16 pixels, classes that training drops."""
-    config = compose(*TINY, "model/conditioner=label", "model.conditioner.label.drop=0.5")
+    config = compose(*TINY, "model/conditioner=label", "model.conditioner.label.dropout=0.5")
     torch.manual_seed(0)
     made = build_generator(config, build_tokenizer(config.model, 16), CLASSES).double().eval()
     for parameter in made.prior.parameters():  # type: ignore[attr-defined]
@@ -44,11 +44,11 @@ def with_sampler(generator: Generator, name: str, **options: Any) -> Generator:
     return Generator(*parts, build("sampler", {"name": name, **options}), generator.classes)
 
 
-def pictures(count: int = 3) -> Tensor:
+def make_images(count: int = 3) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
-def test_larger_pictures_come_from_sliding_windows(generator: Generator) -> None:
+def test_larger_images_come_from_sliding_windows(generator: Generator) -> None:
     sliding = with_sampler(generator, "sliding_window")
     stride, (height, width) = generator.tokenizer.stride, generator.tokenizer.grid
     size = (stride * (height + 3), stride * (width + 2))
@@ -61,7 +61,7 @@ def test_larger_pictures_come_from_sliding_windows(generator: Generator) -> None
 
 
 def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Generator) -> None:
-    words = "size: the prior has learned pictures of 16 x 16 pixels, not 32 x 48; sampler=sliding_window draws larger"
+    words = "size: the prior has learned images of 16 x 16 pixels, not 32 x 48; sampler=sliding_window draws larger"
     with pytest.raises(UserError, match=words) as caught:
         generator.sample(1, size=(32, 48))
     assert "\n" not in str(caught.value)
@@ -72,7 +72,7 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
     fewer = generator.sample(1, size=(stride, 16), seed=2)  # the first row of a sequence
     whole = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
-    assert torch.equal(fewer, generator.tokenizer.images(whole[:, :width], (1, width)))
+    assert torch.equal(fewer, generator.tokenizer.decode_tokens(whole[:, :width], (1, width)))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
         (15, "size=[15,15]: the tokenizer's stride {stride} must divide it; the nearest that fits is size=[16,16]"),
         ((16, 16, 16), "size=(16, 16, 16): give one number, or two as size=[512,768]"),
         ("big", "size=big: give one number, or two as size=[512,768]"),
-        (-16, "size=[-16,-16]: a picture has at least one pixel"),
+        (-16, "size=[-16,-16]: an image has at least one pixel"),
     ],
 )
 def test_a_wrong_size_is_named(generator: Generator, size: Any, words: str) -> None:
@@ -92,11 +92,11 @@ def test_a_wrong_size_is_named(generator: Generator, size: Any, words: str) -> N
 @pytest.mark.parametrize("sampler", ["autoregressive", "sliding_window"])
 def test_completion_keeps_what_is_known_and_draws_the_rest(generator: Generator, sampler: str) -> None:
     made = with_sampler(generator, sampler)
-    indices = made.tokenizer.encode(pictures())
+    indices = made.tokenizer.encode(make_images())
     height, width = made.tokenizer.grid
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[: height // 2] = True
-    completed = made.complete(pictures(), mask, seed=1)
+    completed = made.complete(make_images(), mask, seed=1)
     tokens = made.sample_tokens(
         Batch(labels=torch.tensor([0, 1, 2])), seed=1, known=indices.masked_fill(~mask, -1).flatten(1)
     ).reshape(indices.shape)
@@ -107,11 +107,11 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(generator: Generator,
     assert not torch.equal(made.complete(indices, mask, seed=2), completed)
     apart = [made.complete(indices[i : i + 1], mask, labels=[i], seed=1, first=i) for i in range(3)]
     torch.testing.assert_close(torch.cat(apart), completed)
-    torch.testing.assert_close(made.complete(pictures(), mask, seed=1, batch_size=2), completed)
+    torch.testing.assert_close(made.complete(make_images(), mask, seed=1, batch_size=2), completed)
 
 
-def test_a_mask_may_be_of_pixels_and_differ_between_pictures(generator: Generator) -> None:
-    indices = generator.tokenizer.encode(pictures())
+def test_a_mask_may_be_of_pixels_and_differ_between_images(generator: Generator) -> None:
+    indices = generator.tokenizer.encode(make_images())
     codes = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     stride = generator.tokenizer.stride
     pixels = codes.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
@@ -128,7 +128,7 @@ def test_a_mask_may_be_of_pixels_and_differ_between_pictures(generator: Generato
 def test_a_mask_that_hides_nothing_gives_the_reconstruction(generator: Generator) -> None:
     mask = torch.ones(16, 16, dtype=torch.bool)
     assert torch.equal(
-        generator.complete(pictures(), mask), generator.tokenizer.decode(generator.tokenizer.encode(pictures()))
+        generator.complete(make_images(), mask), generator.tokenizer.decode(generator.tokenizer.encode(make_images()))
     )
 
 
@@ -139,9 +139,9 @@ def test_guidance_reaches_the_sampler_from_the_conditioner(generator: Generator)
     null = torch.full((4, 1), 3)
     expected = guided.sampler(guided.prior, labels[:, None], guided.tokenizer.grid, seed=0, null_prefix=null)  # type: ignore[call-arg]
     assert torch.equal(guided.sample_tokens(Batch(labels=labels)), expected)
-    never = build("conditioner", {"name": "label"}, classes=3).eval()
-    without = Generator(guided.tokenizer, Conditions({"label": never}), guided.prior, guided.sampler, CLASSES)
-    with pytest.raises(UserError, match=r"model\.conditioner\.label\.drop"):
+    never = build("conditioner", {"name": "label"}, num_classes=3).eval()
+    without = Generator(guided.tokenizer, ConditionerStack({"label": never}), guided.prior, guided.sampler, CLASSES)
+    with pytest.raises(UserError, match=r"model\.conditioner\.label\.dropout"):
         without.sample(1)
 
 
@@ -156,7 +156,7 @@ def test_a_sampler_is_given_what_its_signature_asks_for(generator: Generator) ->
     plain = Generator(generator.tokenizer, generator.conditioner, generator.prior, Zeros(), CLASSES)
     assert not plain.sample_tokens(Batch(labels=torch.tensor([0, 1]))).any()
     with pytest.raises(UserError, match="cannot keep codes that are known; sampler=autoregressive does"):
-        plain.complete(pictures(), torch.ones(16, 16, dtype=torch.bool))
+        plain.complete(make_images(), torch.ones(16, 16, dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "stage2"
 
 
-def test_the_pipeline_completes_held_out_pictures(run: Path, tmp_path: Path) -> None:
+def test_the_pipeline_completes_held_out_images(run: Path, tmp_path: Path) -> None:
     config = compose("pipeline=complete", f"run={run}", "logger=[images]", "batch_size=4")
     build("pipeline", {"name": "complete", "count": 6, "keep": 0.5}, config=config, run_dir=tmp_path).run()
     files = sorted((tmp_path / "completions").iterdir())
@@ -195,7 +195,7 @@ def test_a_mask_of_any_size_says_what_is_drawn_anew(
 ) -> None:
     """Black in the lower right quarter: those codes, of a grid of 2 x 2, are drawn, and nothing else."""
     seen = []
-    monkeypatch.setattr(Generator, "complete", lambda self, pictures, mask, **options: seen.append(mask) or pictures)
+    monkeypatch.setattr(Generator, "complete", lambda self, images, mask, **options: seen.append(mask) or images)
     middle = -(-side // 2)
     completed(
         run, tmp_path, mask=a_mask(tmp_path / "mask.png", (slice(middle, None), slice(middle, None)), side), count=2
@@ -207,7 +207,7 @@ def test_a_mask_of_any_size_says_what_is_drawn_anew(
         completed(run, tmp_path / "b", mask=str(tmp_path / "mask.png"), keep=0.3)
 
 
-def test_own_pictures_are_completed(run: Path, tmp_path: Path) -> None:
+def test_own_images_are_completed(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 50, 3)).astype(np.uint8)).save(
         tmp_path / "mine/a.png"
@@ -218,10 +218,10 @@ def test_own_pictures_are_completed(run: Path, tmp_path: Path) -> None:
     assert first == completed(run, tmp_path / "b", images=str(tmp_path / "mine"), mask=mask, label="Objects")
 
 
-def test_a_folder_that_is_gone_on_with_holds_the_same_pictures(
+def test_a_folder_that_is_gone_on_with_holds_the_same_images(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vqf.config.inherit.given", lambda: ["batch_size"])
+    monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["batch_size"])
     whole = completed(run, tmp_path / "whole", "batch_size=2", count=5)
     completed(run, tmp_path / "cut", "batch_size=2", count=5)
     for name in ("000003.png", "000004.png"):
@@ -234,8 +234,8 @@ def test_a_folder_that_is_gone_on_with_holds_the_same_pictures(
     for words, options, difference in (
         (["seed=3"], {}, "seed 0 → 3"),
         ([], {"mask": mask}, r"kept \[1,1,0,0\] → \[0,0,0,0\]"),
-        ([], {"label": "Objects"}, "label null → Objects, picture"),
-        ([], {"count": 4}, "picture"),
+        ([], {"label": "Objects"}, "label null → Objects, image"),
+        ([], {"count": 4}, "image"),
     ):
         with pytest.raises(UserError, match=rf"00000\d\.png was drawn with other settings: {difference}"):
             completed(run, tmp_path / "cut", "resume=true", *words, **{"count": 5, **options})
@@ -260,9 +260,9 @@ def test_samples_of_other_settings_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def sample(*words: str, **options: Any) -> None:
-        Sample(compose("pipeline=sample", f"run={run}", "logger=[]", *words), tmp_path, **options).run()
+        SamplePipeline(compose("pipeline=sample", f"run={run}", "logger=[]", *words), tmp_path, **options).run()
 
-    monkeypatch.setattr("vqf.config.inherit.given", lambda: ["sampler"])
+    monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler"])
     sample(count=2)
     before = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
     sample("resume=true", count=3)  # more of the same
@@ -285,17 +285,17 @@ def test_complete_refuses_nonsense(options: dict, words: str, tmp_path: Path) ->
 def test_the_pipeline_samples_any_size(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose("pipeline=sample", f"run={run}", "logger=[]", "sampler=sliding_window", "batch_size=2")
     with monkeypatch.context() as patch:
-        patch.setattr("vqf.config.inherit.given", lambda: ["sampler", "batch_size"])
-        Sample(config, tmp_path, count=3, size=[32, 48]).run()
+        patch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler", "batch_size"])
+        SamplePipeline(config, tmp_path, count=3, size=[32, 48]).run()
     sizes = {Image.open(each).size for each in (tmp_path / "samples").iterdir()}
     assert sizes == {(48, 32)}
     with pytest.raises(UserError, match="sampler=sliding_window"):
-        Sample(compose("pipeline=sample", f"run={run}", "logger=[]"), tmp_path, count=3, size=32).run()
+        SamplePipeline(compose("pipeline=sample", f"run={run}", "logger=[]"), tmp_path, count=3, size=32).run()
 
 
 @pytest.mark.parametrize("prior", ["gpt", "llama"])
 @pytest.mark.parametrize("sampler", ["autoregressive", "sliding_window"])
-def test_eight_pictures_learned_by_heart_come_back_token_for_token(prior: str, sampler: str) -> None:
+def test_eight_images_learned_by_heart_come_back_token_for_token(prior: str, sampler: str) -> None:
     """The whole way: emoji, their codes, a class for each, a prior that is trained on them, and the sampler."""
     words = [f"model/prior={prior}", "model/conditioner=label", "model/quantizer=ema"]
     config = compose(*TINY, *words, "model.prior.layers=2", "model.prior.heads=2", "model.prior.dim=32")
@@ -303,9 +303,9 @@ def test_eight_pictures_learned_by_heart_come_back_token_for_token(prior: str, s
     split = build("data", config.data, image_size=32, seed=0).split("train")
     shown = torch.stack([split.item(0, i * len(split) // 8).image for i in range(8)])
     tokenizer = build_tokenizer(config.model, 32)
-    tokenizer(shown)  # codes begin at latents of the pictures
-    tokens, labels = tokenizer.eval().tokens(shown), torch.arange(8)
-    assert len({tuple(each) for each in tokens.tolist()}) == 8, "the codes do not tell the pictures apart"
+    tokenizer(shown)  # codes begin at latents of the images
+    tokens, labels = tokenizer.eval().encode_tokens(shown), torch.arange(8)
+    assert len({tuple(each) for each in tokens.tolist()}) == 8, "the codes do not tell the images apart"
     made = build_generator(config, tokenizer, [str(each) for each in range(8)])
     optimizer = torch.optim.AdamW(made.prior.parameters(), lr=5e-3)  # type: ignore[attr-defined]
     for _ in range(300):
@@ -314,4 +314,4 @@ def test_eight_pictures_learned_by_heart_come_back_token_for_token(prior: str, s
         optimizer.step()
     greedy = with_sampler(made, sampler, top_k=1)
     assert torch.equal(greedy.sample_tokens(Batch(labels=labels), seed=1), tokens)
-    torch.testing.assert_close(greedy.sample(8, seed=1), tokenizer.images(tokens))
+    torch.testing.assert_close(greedy.sample(8, seed=1), tokenizer.decode_tokens(tokens))

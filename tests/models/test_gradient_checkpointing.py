@@ -22,7 +22,7 @@ WIRED = {
         "grid": (8, 8),
         "prefix_vocab": 4,
         "prefix_length": 1,
-        "prefix_places": [None],
+        "prefix_positions": [None],
     },
 }
 OPTIONS = {

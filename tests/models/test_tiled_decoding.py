@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import vqf
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY
-from vqf.data.earth import planet
-from vqf.models.tiled_decoding import SharedNorms, decode_tiles, fade, starts
+from vqf.data.earth import world_maps
+from vqf.models.tiled_decoding import GlobalGroupNorm, blend_ramp, decode_tiles, tile_starts
 from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.stage1 import Stage1
 
@@ -31,7 +31,7 @@ def test_what_needs_no_neighbours_is_the_same_to_rounding(
     indices = torch.randint(9, (2, height, width), generator=torch.Generator().manual_seed(0))
     found = decode_tiles(enlarge, indices, 4, tile, overlap)
     torch.testing.assert_close(found, enlarge(indices), rtol=1e-9, atol=1e-9)
-    covered = [range(first, min(first + tile, height)) for first in starts(height, tile, overlap)]
+    covered = [range(first, min(first + tile, height)) for first in tile_starts(height, tile, overlap)]
     assert sorted({row for each in covered for row in each}) == list(range(height))
 
 
@@ -47,8 +47,8 @@ def test_no_tile_is_larger_than_asked_for() -> None:
 
 
 def test_two_neighbours_share_the_weight() -> None:
-    first = fade(0, 8, 4, 12, 2, torch.zeros((), dtype=torch.float64))
-    second = fade(4, 8, 4, 12, 2, torch.zeros((), dtype=torch.float64))
+    first = blend_ramp(0, 8, 4, 12, 2, torch.zeros((), dtype=torch.float64))
+    second = blend_ramp(4, 8, 4, 12, 2, torch.zeros((), dtype=torch.float64))
     assert (first[:8] == 1).all() and (second[8:] == 1).all()
     torch.testing.assert_close(first[8:] + second[:8], torch.ones(8, dtype=torch.float64), rtol=0, atol=3e-6)
     assert first[-1] < 1e-5 and second[0] < 1e-5  # the border of a tile, drawn without its neighbours, does not count
@@ -79,10 +79,10 @@ def test_norms_see_the_whole() -> None:
     def decode(indices: Tensor) -> Tensor:
         return net(enlarge(indices))
 
-    norms = SharedNorms(net)
-    with torch.no_grad(), norms.measuring():
+    norms = GlobalGroupNorm(net)
+    with torch.no_grad(), norms.collecting():
         alone = decode_tiles(decode, slope[None], 4, 8, 0)
-    with torch.no_grad(), norms.applied():
+    with torch.no_grad(), norms.frozen():
         shared = decode_tiles(decode, slope[None], 4, 8, 0)
     with torch.no_grad():
         whole = decode(slope[None])
@@ -108,9 +108,9 @@ def trained(folder: Path, *words: str) -> Tokenizer:
 
 
 def coast(tokenizer: Tokenizer, side: int = 56) -> tuple[Tensor, Tensor]:
-    """Codes of a large part of the earth, and their picture decoded whole."""
+    """Codes of a large part of the earth, and their image decoded whole."""
     pixels = side * tokenizer.stride
-    codes = tokenizer.encode(planet()[:3, 300 : 300 + pixels, 900 : 900 + pixels].float()[None] / 127.5 - 1)
+    codes = tokenizer.encode(world_maps()[:3, 300 : 300 + pixels, 900 : 900 + pixels].float()[None] / 127.5 - 1)
     return codes, tokenizer.decode(codes)
 
 
@@ -124,8 +124,8 @@ def test_tiles_of_a_trained_decoder_are_the_whole_to_a_level(folder: Path) -> No
     codes, whole = coast(tokenizer)
     tiled = tokenizer.decode(codes, tile=32)
     assert float((tiled - whole).abs().max()) < LEVEL and jump(tiled - whole) < LEVEL / 4
-    alone = decode_tiles(tokenizer._draw, codes, tokenizer.stride, 32, 16).clamp(-1, 1)
-    cut = decode_tiles(tokenizer._draw, codes, tokenizer.stride, 32, 0).clamp(-1, 1)
+    alone = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 16).clamp(-1, 1)
+    cut = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 0).clamp(-1, 1)
     assert float((alone - whole).abs().max()) > 20 * LEVEL and jump(alone - whole) > 2 * LEVEL
     assert jump(cut - whole) > 10 * LEVEL
     assert torch.equal(tokenizer.decode(codes, tile=56), whole)

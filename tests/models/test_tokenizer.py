@@ -40,17 +40,17 @@ def test_encode_decode_reconstruct(tokenizer: Tokenizer) -> None:
     indices = tokenizer.encode(images)
     assert indices.shape == (2, 8, 12)
     assert indices.dtype == torch.int64
-    pictures = tokenizer.decode(indices)
-    assert pictures.shape == images.shape
-    assert pictures.abs().max() <= 1
-    torch.testing.assert_close(pictures, tokenizer(images).reconstructions.clamp(-1, 1), atol=1e-9, rtol=1e-9)
+    decoded = tokenizer.decode(indices)
+    assert decoded.shape == images.shape
+    assert decoded.abs().max() <= 1
+    torch.testing.assert_close(decoded, tokenizer(images).reconstructions.clamp(-1, 1), atol=1e-9, rtol=1e-9)
 
 
 def test_tokens_are_row_by_row(tokenizer: Tokenizer) -> None:
     images = torch.rand(1, 3, 16, 24) * 2 - 1
-    tokens, indices = tokenizer.tokens(images), tokenizer.encode(images)
+    tokens, indices = tokenizer.encode_tokens(images), tokenizer.encode(images)
     assert tokens[0, 12 * 3 + 5] == indices[0, 3, 5]
-    torch.testing.assert_close(tokenizer.images(tokens, (8, 12)), tokenizer.decode(indices))
+    torch.testing.assert_close(tokenizer.decode_tokens(tokens, (8, 12)), tokenizer.decode(indices))
 
 
 def test_the_quantizer_works_in_float32_under_autocast(tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Networks that describe whole pictures: the right weights or none, and what they see."""
+"""Networks that describe whole images: the right weights or none, and what they see."""
 
 import urllib.error
 from contextlib import nullcontext
@@ -15,8 +15,8 @@ from tests.networks.test_perceptual import photo
 from tests.support.inception import random_inception, write_inception
 from vqf.errors import UserError
 from vqf.networks import feature_extractors
-from vqf.networks.feature_extractors import Classifier, Inception, embedding
-from vqf.networks.perceptual import lite, lite_classifier
+from vqf.networks.feature_extractors import InceptionV3, TimmClassifier, feature_network
+from vqf.networks.perceptual import efficientnet_lite, efficientnet_lite_classifier
 from vqf.registry import build
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def noise() -> Tensor:
 
 
 def test_inception_sees_what_torch_fidelitys_sees_in_the_8_bit_pixels(file: File) -> None:
-    network = embedding("inception", str(file.path), file.sha256, CPU)
+    network = feature_network("inception", str(file.path), file.sha256, CPU)
     images = noise()
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
     features, logits = random_inception()(pixels)
@@ -55,31 +55,31 @@ def test_inception_sees_what_torch_fidelitys_sees_in_the_8_bit_pixels(file: File
 
 def test_inception_takes_no_other_file(file: File, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"its sha256 is {file.sha256}, not {feature_extractors.INCEPTION_SHA256}"):
-        Inception(str(file.path), None)
+        InceptionV3(str(file.path), None)
     damaged = bytearray(file.path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.pth").write_bytes(damaged)
     with pytest.raises(UserError, match=f"not {file.sha256}"):
-        Inception(str(tmp_path / "damaged.pth"), file.sha256)
+        InceptionV3(str(tmp_path / "damaged.pth"), file.sha256)
     with pytest.raises(UserError, match="no such file; it should hold the Inception weights of FID"):
-        Inception(str(tmp_path / "absent.pth"), None)
+        InceptionV3(str(tmp_path / "absent.pth"), None)
 
 
 def test_inception_says_what_a_file_of_other_weights_lacks(tmp_path: Path) -> None:
-    from vqf.networks.weights import sha256
+    from vqf.hashing import sha256_of_file
 
     torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="not torch-fidelity's port of the Inception network") as error:
-        Inception(str(tmp_path / "other.pth"), sha256(tmp_path / "other.pth"))
+        InceptionV3(str(tmp_path / "other.pth"), sha256_of_file(tmp_path / "other.pth"))
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_would_run_code_is_not_run(tmp_path: Path) -> None:
-    from vqf.networks.weights import sha256
+    from vqf.hashing import sha256_of_file
 
     torch.save({"fc.bias": Path("x")}, tmp_path / "code.pth")
     with pytest.raises(UserError, match="not a file of weights"):
-        Inception(str(tmp_path / "code.pth"), sha256(tmp_path / "code.pth"))
+        InceptionV3(str(tmp_path / "code.pth"), sha256_of_file(tmp_path / "code.pth"))
 
 
 def test_fid_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_fid_refuses_a_damaged_file_in_the_hub_folder(tmp_path: Path, monkeypatc
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="its sha256 is"):
-        Inception(None, None)
+        InceptionV3(None, None)
 
 
 def test_metrics_share_one_network(file: File) -> None:
@@ -112,15 +112,15 @@ def test_metrics_share_one_network(file: File) -> None:
 
 
 @pytest.mark.parametrize(("size", "seen"), [(32, 128), (128, 128), (200, 260)])
-def test_lite2_describes_pictures_by_its_last_layer_at_one_of_two_sizes(size: int, seen: int) -> None:
-    network, images = embedding("lite2", None, None, CPU), photo("coffee", size)
+def test_lite2_describes_images_by_its_last_layer_at_one_of_two_sizes(size: int, seen: int) -> None:
+    network, images = feature_network("lite2", None, None, CPU), photo("coffee", size)
     scaled = images
     if size != seen:
         scaled = torch.nn.functional.interpolate(images, size=(seen, seen), mode="bicubic", antialias=True)
     features, logits = network(images)
-    expected = lite("lite2", [8])(scaled)[0].mean((2, 3))
+    expected = efficientnet_lite("lite2", [8])(scaled)[0].mean((2, 3))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits, lite_classifier("lite2").classifier(expected), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, efficientnet_lite_classifier("lite2").classifier(expected), rtol=1e-3, atol=1e-3)
     assert network.name == "lite2" and network.digest.endswith("-260-128-bicubic")
 
 
@@ -132,9 +132,9 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_any_model_of_timm_sees_pictures_as_it_was_trained(resnet: Path) -> None:
-    network, images = embedding("test_resnet.r160_in1k", str(resnet), None, CPU), photo("coffee", 64)
-    assert isinstance(network, Classifier)
+def test_any_model_of_timm_sees_images_as_it_was_trained(resnet: Path) -> None:
+    network, images = feature_network("test_resnet.r160_in1k", str(resnet), None, CPU), photo("coffee", 64)
+    assert isinstance(network, TimmClassifier)
     theirs = timm.create_model("test_resnet.r160_in1k").eval()
     theirs.load_state_dict(network.network.state_dict())
     facts = timm.data.resolve_model_data_config(theirs)
@@ -151,7 +151,7 @@ def test_other_weights_have_another_digest(resnet: Path, tmp_path: Path) -> None
     save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), tmp_path / "other.safetensors")
     names = ("test_resnet.r160_in1k", "test_resnet.r160_in1k")
     first, other = (
-        embedding(name, str(path), None, CPU)
+        feature_network(name, str(path), None, CPU)
         for name, path in zip(names, (resnet, tmp_path / "other.safetensors"), strict=True)
     )
     assert first.digest != other.digest
@@ -165,7 +165,7 @@ def test_networks_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch: p
     said = {}
     for name, weights in (("resnet5O", None), ("resnet50", None)):
         with pytest.raises(UserError) as error:
-            embedding(name, weights, None, CPU)
+            feature_network(name, weights, None, CPU)
         said[name] = str(error.value)
         assert "\n" not in said[name]
     assert "Did you mean 'resnet50'?" in said["resnet5O"]
@@ -174,9 +174,9 @@ def test_networks_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch: p
 
 def test_weights_of_another_model_are_refused(resnet: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the weights of timm's test_vit"):
-        embedding("test_vit.r160_in1k", str(resnet), None, CPU)
+        feature_network("test_vit.r160_in1k", str(resnet), None, CPU)
     with pytest.raises(UserError, match="no such file"):
-        embedding("test_vit.r160_in1k", str(tmp_path / "absent"), None, CPU)
+        feature_network("test_vit.r160_in1k", str(tmp_path / "absent"), None, CPU)
 
 
 class Switch:
@@ -197,7 +197,7 @@ def test_a_network_of_a_measure_computes_in_float32_whatever_a_run_allows(
     monkeypatch.setattr(torch.backends, "cuda", Switch(matmul=matmul))
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
     told = [matmul, cudnn if name == "allow_tf32" else convolution]
-    with feature_extractors.ieee():
+    with feature_extractors.full_float32():
         assert [getattr(each, name) for each in told] == [exact, exact]
     assert [getattr(each, name) for each in told] == [allowed, allowed]
 
@@ -205,13 +205,13 @@ def test_a_network_of_a_measure_computes_in_float32_whatever_a_run_allows(
 @pytest.mark.filterwarnings("error")
 def test_torch_is_told_without_complaint() -> None:
     before = torch.get_float32_matmul_precision()
-    with feature_extractors.ieee():
+    with feature_extractors.full_float32():
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == before
 
 
 def test_networks_look_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(feature_extractors, "ieee", lambda: seen.append("asked") or nullcontext())
-    embedding("lite2", None, None, CPU)(noise())
+    monkeypatch.setattr(feature_extractors, "full_float32", lambda: seen.append("asked") or nullcontext())
+    feature_network("lite2", None, None, CPU)(noise())
     assert seen == ["asked"]

@@ -16,18 +16,25 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES as CLASSES
 
 from vqf.errors import UserError
 from vqf.networks import perceptual
-from vqf.networks.perceptual import PerceptualDistance, lite, lite_classifier, lpips_heads, unit, vgg16
-from vqf.networks.weights import verified
+from vqf.networks.perceptual import (
+    PerceptualDistance,
+    efficientnet_lite,
+    efficientnet_lite_classifier,
+    lpips_heads,
+    unit_normalize,
+    vgg16_features,
+)
+from vqf.networks.weights import verify_checksum
 
 CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
 
 
 def photo(name: str, size: int) -> Tensor:
-    picture = Image.fromarray(getattr(skimage.data, name)())
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    image = Image.fromarray(getattr(skimage.data, name)())
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +51,8 @@ def vgg_weights() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "size"), [("lite0", 224), ("lite2", 260)])
-def test_lite_knows_what_photos_show(name: perceptual.Lite, size: int) -> None:
-    network, classify = lite(name, [8]), lite_classifier(name).classifier
+def test_lite_knows_what_photos_show(name: perceptual.EfficientNetLite, size: int) -> None:
+    network, classify = efficientnet_lite(name, [8]), efficientnet_lite_classifier(name).classifier
     answers = [
         CLASSES[int(classify(network(photo(each, size))[0].mean((2, 3))).argmax())] for each in ("coffee", "chelsea")
     ]
@@ -55,18 +62,18 @@ def test_lite_knows_what_photos_show(name: perceptual.Lite, size: int) -> None:
 
 def test_every_tap_is_the_output_of_timms_own_stage() -> None:
     images = photo("coffee", 96)
-    whole = lite_classifier("lite0")
+    whole = efficientnet_lite_classifier("lite0")
     x = whole.bn1(whole.conv_stem((images * 127.5 + 127.5 - 127) / 128))
     expected = [x]
     for stage in whole.blocks:
         expected.append(x := stage(x))
     expected.append(whole.bn2(whole.conv_head(x)))
-    for y, y0 in zip(lite("lite0", range(9))(images), expected, strict=True):
+    for y, y0 in zip(efficientnet_lite("lite0", range(9))(images), expected, strict=True):
         torch.testing.assert_close(y, y0, rtol=1e-3, atol=1e-3)
 
 
 def test_folding_the_batch_norm_changes_neither_values_nor_gradients() -> None:
-    plain, folded = (lite_classifier("lite0").double() for _ in range(2))
+    plain, folded = (efficientnet_lite_classifier("lite0").double() for _ in range(2))
     for parent in folded.modules():
         perceptual._fold_batch_norm(parent)
     assert not any(isinstance(each, nn.BatchNorm2d) for each in folded.modules())
@@ -79,14 +86,14 @@ def test_folding_the_batch_norm_changes_neither_values_nor_gradients() -> None:
 
 def test_networks_are_cut_after_the_last_tap() -> None:
     images = photo("chelsea", 64)
-    short, long = lite("lite0", [0, 2]), lite("lite0", range(9))
+    short, long = efficientnet_lite("lite0", [0, 2]), efficientnet_lite("lite0", range(9))
     assert len(short.layers) == 3
     for y, y0 in zip(short(images), [long(images)[i] for i in (0, 2)], strict=True):
         assert torch.equal(y, y0)
 
 
 def test_networks_stay_frozen_inside_a_parent_that_trains() -> None:
-    parent = nn.ModuleList([lite("lite0", [2])])
+    parent = nn.ModuleList([efficientnet_lite("lite0", [2])])
     parent.train()
     assert not any(each.training for each in parent[0].modules())
     assert not any(each.requires_grad for each in parent.parameters())
@@ -99,7 +106,7 @@ def test_networks_stay_frozen_inside_a_parent_that_trains() -> None:
 @pytest.mark.parametrize("taps", [[], [9], [-1], [0, 12]])
 def test_taps_that_do_not_exist_are_refused(taps: list[int]) -> None:
     with pytest.raises(ValueError, match="layers 0 to 8"):
-        lite("lite0", taps)
+        efficientnet_lite("lite0", taps)
 
 
 def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
@@ -108,21 +115,23 @@ def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
     content = bytearray(source.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
-    assert verified(source) == source
+    assert verify_checksum(source) == source
     with pytest.raises(UserError, match="damaged"):
-        verified(tmp_path / name)
+        verify_checksum(tmp_path / name)
 
 
 def test_a_position_without_any_feature_has_a_finite_gradient() -> None:
     zeros = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    (unit(zeros) - 1).square().sum().backward()
+    (unit_normalize(zeros) - 1).square().sum().backward()
     assert zeros.grad is not None
     assert zeros.grad.isfinite().all()
 
 
 def test_units_have_length_one() -> None:
     y = torch.randn(2, 5, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(unit(y).norm(dim=1), torch.ones(2, 3, 3, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        unit_normalize(y).norm(dim=1), torch.ones(2, 3, 3, dtype=torch.float64), rtol=1e-9, atol=0
+    )
 
 
 def test_heads_of_lpips_fit_vgg16() -> None:
@@ -132,14 +141,14 @@ def test_heads_of_lpips_fit_vgg16() -> None:
 
 
 def test_changed_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(perceptual.TRUNKS, "vgg", replace(perceptual.TRUNKS["vgg"], heads="0" * 64))
+    monkeypatch.setitem(perceptual.BACKBONES, "vgg", replace(perceptual.BACKBONES["vgg"], heads_sha256="0" * 64))
     with pytest.raises(UserError, match="reinstall lpips"):
         lpips_heads()
 
 
 def test_distance_is_the_mean_over_positions_of_squared_differences_of_units() -> None:
     images, others = photo("coffee", 64).double(), photo("chelsea", 64).double()
-    distance = PerceptualDistance(lite("lite0", [0, 3]).double())
+    distance = PerceptualDistance(efficientnet_lite("lite0", [0, 3]).double())
     expected = 0.0
     with torch.no_grad():
         for y, y0 in zip(distance.network(others), distance.network(images), strict=True):
@@ -155,7 +164,7 @@ def test_vgg16_reads_both_formats_and_forgets_the_classifier(tmp_path: Path, vgg
     torch.save(weights, tmp_path / "vgg.pth")
     save_file(weights, tmp_path / "vgg.safetensors")
     images = photo("coffee", 32)
-    old, new = vgg16(tmp_path / "vgg.pth")(images), vgg16(tmp_path / "vgg.safetensors")(images)
+    old, new = vgg16_features(tmp_path / "vgg.pth")(images), vgg16_features(tmp_path / "vgg.safetensors")(images)
     assert [y.shape[1:] for y in old] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
     assert all(torch.equal(*each) for each in zip(old, new, strict=True))
 
@@ -168,12 +177,12 @@ def test_vgg16_refuses_other_files(tmp_path: Path, vgg_weights: dict[str, Tensor
     told = {"shape": "features.2.weight", "keys": "not torchvision's VGG16", "code": "not a file of weights"}
     for name, words in told.items():
         with pytest.raises(UserError, match=words) as error:
-            vgg16(tmp_path / f"{name}.pth")
+            vgg16_features(tmp_path / f"{name}.pth")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="not a file of weights"):
-        vgg16(tmp_path / "text.safetensors")
+        vgg16_features(tmp_path / "text.safetensors")
     with pytest.raises(UserError, match="no such file"):
-        vgg16(tmp_path / "absent.pth")
+        vgg16_features(tmp_path / "absent.pth")
 
 
 def test_vgg16_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,10 +192,10 @@ def test_vgg16_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(UserError) as error:
-        vgg16()
+        vgg16_features()
     message = str(error.value)
     assert "\n" not in message
-    for words in (perceptual.TRUNKS["vgg"].url, "vgg16-397923af.pth", "model.loss.lpips.weights=FILE"):
+    for words in (perceptual.BACKBONES["vgg"].url, "vgg16-397923af.pth", "model.loss.lpips.weights=FILE"):
         assert words in message
 
 
@@ -195,4 +204,4 @@ def test_vgg16_refuses_a_damaged_file_in_the_hub_folder(tmp_path: Path, monkeypa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "vgg16-397923af.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="damaged"):
-        vgg16()
+        vgg16_features()

@@ -15,7 +15,7 @@ from tests.parity.peers import CODE_DIM, CODES, NOMINAL, WIDTHS, Z, spread_codes
 from vqf.batch import Batch, Sample
 from vqf.discriminators.patchgan import PatchGAN
 from vqf.distributed.engine import Engine
-from vqf.training.tokenizer_task import make_stage
+from vqf.training.tokenizer_task import build_tokenizer_task
 
 CONF = Path(__file__).parents[2] / "conf"
 ENGINE = Engine(torch.device("cpu"), torch.float32)
@@ -63,7 +63,7 @@ class Sides:
         spread_codes(self.theirs, self.images().double())
         self.theirs.to(dtype)
         perceptual = [f"model.loss.lpips.weights={vgg_file}", "model.loss.lpips.epsilon=beside"]
-        self.ours = make_stage(
+        self.ours = build_tokenizer_task(
             configure("model=vqgan", *SMALL, *PLAYERS, *perceptual, f"optimizer.lr={LR}", *overrides), DATA, ENGINE
         )
         self.discriminator = next(

@@ -1,4 +1,4 @@
-"""`data.resize=cv2` beside OpenCV itself, whose bilinear the reference scales pictures with: equal bit for bit."""
+"""`data.resize=cv2` beside OpenCV itself, whose bilinear the reference scales images with: equal bit for bit."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.parity.peers import need
-from vqf.data.images.augment import CENTER, View
-from vqf.data.images.resize import scaled
+from vqf.data.images.augment import CENTER_CROP, ViewParams
+from vqf.data.images.resize import crop_and_resize
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -32,34 +32,34 @@ def smallest_max_size(pixels: np.ndarray, side: int) -> Any:
     return whole[top : top + side, left : left + side]
 
 
-def found(pixels: np.ndarray, size: tuple[int, int], view: View = CENTER) -> np.ndarray:
-    return scaled(Image.fromarray(pixels), size, view, "cv2").permute(1, 2, 0).numpy()
+def found(pixels: np.ndarray, size: tuple[int, int], view: ViewParams = CENTER_CROP) -> np.ndarray:
+    return crop_and_resize(Image.fromarray(pixels), size, view, "cv2").permute(1, 2, 0).numpy()
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.tuples(*[st.integers(1, 90)] * 4))
 def test_resize(sides: tuple[int, int, int, int]) -> None:
     """Any size to any other."""
-    pixels, size = picture(*sides[:2]), sides[2:]
-    whole = View(regions=((1.0, sides[1] * size[0] / (sides[0] * size[1])),))
+    pixels, size = image(*sides[:2]), sides[2:]
+    whole = ViewParams(regions=((1.0, sides[1] * size[0] / (sides[0] * size[1])),))
     assert np.array_equal(found(pixels, size, whole), by_cv2(pixels, size))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 64))
 def test_smallest_max_size_and_centre_crop(height: int, width: int, side: int) -> None:
-    """As the reference prepares every picture."""
-    pixels = picture(height, width)
+    """As the reference prepares every image."""
+    pixels = image(height, width)
     assert np.array_equal(found(pixels, (side, side)), smallest_max_size(pixels, side))
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (375, 500), (1024, 1024), (640, 427)])
 def test_usual_sizes(shape: tuple[int, int]) -> None:
     """To 256 pixels."""
-    assert np.array_equal(found(picture(*shape), (256, 256)), smallest_max_size(picture(*shape), 256))
+    assert np.array_equal(found(image(*shape), (256, 256)), smallest_max_size(image(*shape), 256))
 
 
 def test_it_is_not_what_is_done_by_default() -> None:
-    pixels = picture(60, 90)
-    antialiased = scaled(Image.fromarray(pixels), (20, 20)).permute(1, 2, 0).int()
+    pixels = image(60, 90)
+    antialiased = crop_and_resize(Image.fromarray(pixels), (20, 20)).permute(1, 2, 0).int()
     assert (antialiased - torch.from_numpy(smallest_max_size(pixels, 20)).int()).abs().float().mean() > 10

@@ -30,7 +30,7 @@ def pair(dtype: torch.dtype) -> tuple[Any, Tokenizer, Tensor]:
     images = torch.rand(3, 3, SIZE, 20, dtype=dtype) * 2 - 1
     spread_codes(theirs, images)
     options = {"channels": 32, "multipliers": (1, 2, 2), "attention": ()}
-    quantizer = VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_on="codebook")
+    quantizer = VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_placement="codebook")
     encoder, decoder = ConvEncoder(3, SIZE, dim=Z, **options), ConvDecoder(Z, 3, SIZE, **options)
     ours = Tokenizer(encoder, quantizer, decoder, (SIZE, 20)).to(dtype)
     ours.load_state_dict(from_diffusers(theirs.state_dict(), LEVELS))

@@ -55,13 +55,13 @@ def test_cache(dtype: torch.dtype, unmasked: int, record: Any) -> None:
     theirs, ours = pair(dtype, unmasked=unmasked)
     tokens, prefix = sequences()
     expected, _, present = theirs.forward_with_past(prefix)
-    logits, cache = ours.begin(prefix)
+    logits, cache = ours.prefill(prefix)
     record("logits of every token", logits, expected[:, -1])
     past = [present]
     for n in range(N - 1):
         expected, _, present = theirs.forward_with_past(tokens[:, n, None], past=past, past_length=M + n)
         past.append(present)
-        record("logits of every token", ours.advance(tokens[:, n], cache), expected[:, -1])
+        record("logits of every token", ours.decode(tokens[:, n], cache), expected[:, -1])
 
 
 @compares("sampler `autoregressive`", "taming `sample_with_past`", "the likeliest tokens")

@@ -50,7 +50,7 @@ def tokenizer(theirs: Any, quantizer: VectorQuantizer | CosineQuantizer, dtype: 
 def test_encode(dtype: torch.dtype, record: Any) -> None:
     """Its `encode` compares latents with the codebook as it is, so it is our `vq` with the misplaced beta."""
     theirs, images = janus(dtype)
-    ours = tokenizer(theirs, VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_on="codebook"), dtype)
+    ours = tokenizer(theirs, VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_placement="codebook"), dtype)
     expected = theirs.encode(images)
     pull = torch.randn_like(expected.quantized_last_hidden_state)
     ((expected.quantized_last_hidden_state * pull).sum() + expected.embedding_loss).backward()

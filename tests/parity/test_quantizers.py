@@ -34,7 +34,7 @@ def pair(dtype: torch.dtype, legacy: bool, kind: str = "VectorQuantizer2") -> tu
     options = {"legacy": legacy} if kind == "VectorQuantizer2" else {}
     theirs = getattr(taming("modules.vqvae.quantize"), kind)(CODES, DIM, beta=0.25, **options).to(dtype)
     theirs.embedding.weight.data.normal_()
-    ours = VectorQuantizer(dim=DIM, codebook_size=CODES, beta=0.25, beta_on=BETA_ON[legacy]).to(dtype)
+    ours = VectorQuantizer(dim=DIM, codebook_size=CODES, beta=0.25, beta_placement=BETA_ON[legacy]).to(dtype)
     ours.load_state_dict({"codebook.weight": theirs.embedding.weight})
     return theirs, ours
 
@@ -50,8 +50,8 @@ def pair(dtype: torch.dtype, legacy: bool, kind: str = "VectorQuantizer2") -> tu
 )
 @pytest.mark.parametrize("legacy", [True, False])
 def test_vq(dtype: torch.dtype, legacy: bool, record: Any) -> None:
-    """`beta_on=codebook` is `legacy=True`, the reference's mistake with which every published VQGAN was trained;
-    `beta_on=commitment` is `legacy=False`, the equation."""
+    """`beta_placement=codebook` is `legacy=True`, the reference's mistake with which every published VQGAN was trained;
+    `beta_placement=commitment` is `legacy=False`, the equation."""
     theirs, ours = pair(dtype, legacy)
     z, pull = latents(dtype), torch.randn(3, DIM, 5, 7, dtype=dtype)
     expected, loss, (_, _, indices) = theirs(z)
@@ -188,7 +188,7 @@ def test_ema(dtype: torch.dtype, record: Any) -> None:
     book.embed_avg.data.copy_(book.embed.data)
     ours = EMAQuantizer(dim=DIM, codebook_size=CODES, decay=0.9, revive=0)
     state = {"codebook": book.embed[0], "m": book.embed_avg[0], "N": book.cluster_size[0]}
-    ours.load_state_dict({**state, "started": torch.tensor(True)})
+    ours.load_state_dict({**state, "initialized": torch.tensor(True)})
     for _ in range(3):
         z, pull = latents(dtype), torch.randn(3, DIM, 5, 7)
         expected, indices, loss = theirs(z)
@@ -210,7 +210,7 @@ def test_ema_of_sonnet(dtype: torch.dtype, record: Any) -> None:
     codes, decay, epsilon = torch.randn(CODES, DIM, dtype=torch.float64).to(dtype), 0.9, 1e-5
     ours = EMAQuantizer(dim=DIM, codebook_size=CODES, decay=decay, epsilon=epsilon, revive=0, debias=True).to(dtype)
     state = {"codebook": codes, "m": codes, "N": torch.ones(CODES), "updates": torch.tensor(0)}
-    ours.load_state_dict({**state, "started": torch.tensor(True)})
+    ours.load_state_dict({**state, "initialized": torch.tensor(True)})
     hidden_n, hidden_sum = torch.zeros(CODES, dtype=dtype), torch.zeros(CODES, DIM, dtype=dtype)
     for t in range(1, 5):
         z = torch.randn(30, DIM, 5, 7, dtype=dtype)  # enough that every code is chosen

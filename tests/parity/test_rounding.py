@@ -35,15 +35,15 @@ def three(
 
 @compares("`Tokenizer`", "taming `VQModel`", RELATIVE)
 @float32_only
-def test_tokenizer_of_a_picture(dtype: torch.dtype, record_rounding: Any) -> None:
+def test_tokenizer_of_an_image(dtype: torch.dtype, record_rounding: Any) -> None:
     """The pass of `Tokenizer` above, 16 x 16 pixels; all weights as one vector, by its length."""
     theirs, ours, images = test_tokenizer.pair(dtype)
     pull = torch.randn_like(images)
 
     def loss(module: Any, dtype: torch.dtype) -> Tensor:
         out = module(images.to(dtype))
-        pictures, codebook = out if isinstance(out, tuple) else (out.reconstructions, out.quantized.loss)
-        return (pictures * pull.to(dtype)).sum() + codebook
+        decoded, codebook = out if isinstance(out, tuple) else (out.reconstructions, out.quantized.loss)
+        return (decoded * pull.to(dtype)).sum() + codebook
 
     record_rounding(*three(ours, theirs, loss, from_vq_model))
 
@@ -106,10 +106,10 @@ def test_a_step_of_stage2(dtype: torch.dtype, record_rounding: Any) -> None:
     model, labels, images = (
         test_stage2.reference(test_stage2.LABELLED, 1, dtype),
         torch.tensor([0, 3, 4, 3]),
-        test_stage2.pictures(dtype),
+        test_stage2.make_images(dtype),
     )
     stage = test_stage2.stage_of(model, "model/conditioner=label")
-    batch = Batch(tokens=stage.generator.tokenizer.tokens(images), labels=labels)
+    batch = Batch(tokens=stage.generator.tokenizer.encode_tokens(images), labels=labels)
     stage.model.loss(batch.tokens, stage.generator.conditioner(batch)).backward()
     found = []
     for each in (dtype, torch.float64):

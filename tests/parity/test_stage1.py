@@ -1,4 +1,4 @@
-"""Training stage 1: the reference's own `training_step` and losses against vqf's `TokenizerStage`."""
+"""Training stage 1: the reference's own `training_step` and losses against vqf's `TokenizerTask`."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from tests.parity.peers import lightning_step, play, shared_step
 from tests.parity.stages import LR, Sides, configure, watch
 
 TERMS = {  # vqf's name: the reference's
-    "codebook": "quant_loss",
+    "quantizer_loss": "quant_loss",
     "lpips": "p_loss",
-    "generator": "g_loss",
+    "g_loss": "g_loss",
     "gan_weight": "d_weight",
-    "discriminator": "disc_loss",
+    "d_loss": "disc_loss",
     "logits_real": "logits_real",
     "logits_fake": "logits_fake",
 }
@@ -70,7 +70,7 @@ def test_shared_forward(vgg_file: str, record: Any) -> None:
 
 
 @compares(
-    "pipeline `stage1` with `second_forward`",
+    "pipeline `stage1` with `refresh_fakes`",
     "taming `VQModel.training_step`",
     "weights and running statistics after three steps",
     "Adam's averages after three steps",
@@ -78,7 +78,7 @@ def test_shared_forward(vgg_file: str, record: Any) -> None:
 def test_second_forward(vgg_file: str, record: Any) -> None:
     """Three steps exactly as the reference takes them: for the discriminator it runs the autoencoder again, with the
     weights that were just updated."""
-    sides = Sides(vgg_file, "model.adversary.second_forward=true")
+    sides = Sides(vgg_file, "model.adversary.refresh_fakes=true")
     optimizers, _ = sides.theirs.configure_optimizers()
     for step in range(3):
         images = sides.images()
@@ -93,7 +93,7 @@ def test_before_the_discriminator_starts(vgg_file: str, record: Any) -> None:
     """Two steps before the start and the first of the game. Until then the reference computes the discriminator all the
     same: its weights stay, but its running statistics and its Adam's count of steps move, so that its first real steps
     have another length. vqf leaves it alone; the autoencoder is the same."""
-    options = ("model.adversary.start=2", "model.adversary.second_forward=true")
+    options = ("model.adversary.start=2", "model.adversary.refresh_fakes=true")
     sides = Sides(vgg_file, *options, disc_start=2)
     optimizers, _ = sides.theirs.configure_optimizers()
     before = {name: each.clone() for name, each in sides.discriminator.state_dict().items()}
@@ -121,7 +121,7 @@ def _tokenizer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_which_weights_move(vgg_file: str) -> None:
     """Two Adams: encoder, decoder, codebook and both 1x1 convolutions; and the discriminator. The preset has the
-    published betas and 4.5e-6 for every picture of a batch of 12."""
+    published betas and 4.5e-6 for every image of a batch of 12."""
     sides = Sides(vgg_file)
     published, _ = sides.theirs.configure_optimizers()
     modules = {"model": sides.ours.model, "discriminator": sides.discriminator}

@@ -1,4 +1,4 @@
-"""Training stage 2: the reference's `Net2NetTransformer` on a frozen tokenizer against vqf's `PriorStage`."""
+"""Training stage 2: the reference's `Net2NetTransformer` on a frozen tokenizer against vqf's `PriorTask`."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.parity.stages import ENGINE, LR, SMALL, configure
 from vqf.batch import Batch
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.runs.load import build_generator
-from vqf.training.prior_task import PriorStage, decay_groups
+from vqf.training.prior_task import PriorTask, param_groups_weight_decay
 from vqf.transformers.gpt import GPT
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -44,13 +44,13 @@ def reference(condition: Any, prefix: int, dtype: torch.dtype = torch.float64, *
     for parameter in model.transformer.parameters():
         nn.init.normal_(parameter, std=0.3)
     model.double().train()
-    spread_codes(model.first_stage_model, pictures())
+    spread_codes(model.first_stage_model, make_images())
     model.to(dtype)
     model.learning_rate = LR
     return model
 
 
-def pictures(dtype: torch.dtype = torch.float64) -> Tensor:
+def make_images(dtype: torch.dtype = torch.float64) -> Tensor:
     return (torch.rand(4, 3, NOMINAL, NOMINAL, dtype=torch.float64) * 2 - 1).to(dtype)
 
 
@@ -64,11 +64,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def stage_of(model: Any, *overrides: str) -> PriorStage:
+def stage_of(model: Any, *overrides: str) -> PriorTask:
     """Build vqf's stage 2 with the weights of a Net2NetTransformer."""
     config = configure(*OURS, *overrides)
     generator = build_generator(config, tokenizer_of(model), [str(i) for i in range(CLASSES)])
-    stage = PriorStage(generator, None, {}, config, ENGINE)  # type: ignore[arg-type]
+    stage = PriorTask(generator, None, {}, config, ENGINE)  # type: ignore[arg-type]
     stage.model.to(dtype_of(model)).load_state_dict(from_gpt(model.transformer.state_dict()))
     return stage
 
@@ -77,17 +77,17 @@ def stage_of(model: Any, *overrides: str) -> PriorStage:
 def test_tokens(dtype: torch.dtype, record: Any) -> None:
     """Codes of an image, row by row."""
     model = reference(LABELLED, 1, dtype)
-    images = pictures(dtype)
-    record("tokens of an image", tokenizer_of(model).tokens(images), model.encode_to_z(images)[1])
+    images = make_images(dtype)
+    record("tokens of an image", tokenizer_of(model).encode_tokens(images), model.encode_to_z(images)[1])
 
 
 @compares("pipeline `stage2` with a label", "taming `shared_step`, `Labelator`", "loss")
 @compares("pipeline `stage2` with a label", "taming `shared_step`, `Labelator`", "gradients of all weights", exact=True)
 def test_label(dtype: torch.dtype, record: Any) -> None:
     """The class as a token in front; class k is embedded like code k."""
-    model, labels, images = reference(LABELLED, 1, dtype), torch.tensor([0, 3, 4, 3]), pictures(dtype)
+    model, labels, images = reference(LABELLED, 1, dtype), torch.tensor([0, 3, 4, 3]), make_images(dtype)
     stage = stage_of(model, "model/conditioner=label")
-    batch = Batch(tokens=stage.generator.tokenizer.tokens(images), labels=labels)
+    batch = Batch(tokens=stage.generator.tokenizer.encode_tokens(images), labels=labels)
     compare(model, {"image": images, "condition": labels}, stage, batch, record)
 
 
@@ -100,13 +100,13 @@ def test_label(dtype: torch.dtype, record: Any) -> None:
 )
 def test_start_token(dtype: torch.dtype, record: Any) -> None:
     """A start token in front, which is embedded like code 0."""
-    model, images = reference("__is_unconditional__", 1, dtype), pictures(dtype)
+    model, images = reference("__is_unconditional__", 1, dtype), make_images(dtype)
     stage = stage_of(model, "model/conditioner=none")
-    batch = Batch(tokens=stage.generator.tokenizer.tokens(images))
+    batch = Batch(tokens=stage.generator.tokenizer.encode_tokens(images))
     compare(model, {"image": images, "condition": images}, stage, batch, record)
 
 
-def compare(model: Any, published: dict[str, Tensor], stage: PriorStage, batch: Batch, record: Any) -> None:
+def compare(model: Any, published: dict[str, Tensor], stage: PriorTask, batch: Batch, record: Any) -> None:
     loss = model.shared_step(published, 0)
     loss.backward()
     prefix = stage.generator.conditioner(batch)
@@ -126,7 +126,7 @@ def compare(model: Any, published: dict[str, Tensor], stage: PriorStage, batch: 
 def test_spatial_prefix(dtype: torch.dtype, record: Any) -> None:
     """A whole image as the condition: its codes, of the same tokenizer, in front of those of the image. The reference
     cannot do that as it comes, its indices are flat; it can with `sane_index_shape`."""
-    model, images, conditions = reference("__is_first_stage__", N, dtype), pictures(dtype), pictures(dtype)
+    model, images, conditions = reference("__is_first_stage__", N, dtype), make_images(dtype), make_images(dtype)
     batch = {"image": images, "condition": conditions}
     with pytest.raises(IndexError):
         model.shared_step(batch, 0)
@@ -136,7 +136,7 @@ def test_spatial_prefix(dtype: torch.dtype, record: Any) -> None:
     tokenizer = tokenizer_of(model)
     ours = GPT(CODES, N, CODES, N, layers=2, heads=2, dim=16, shared_vocabulary=True).to(dtype)
     ours.load_state_dict(from_gpt(model.transformer.state_dict()))
-    found = ours.loss(tokenizer.tokens(images), tokenizer.tokens(conditions))
+    found = ours.loss(tokenizer.encode_tokens(images), tokenizer.encode_tokens(conditions))
     found.backward()
     record("loss", found, loss)
     record("gradients of all weights", gradients(ours), from_gpt(gradients(model.transformer)))
@@ -148,11 +148,11 @@ def test_three_steps(record: Any) -> None:
     model = reference(LABELLED, 1)
     optimizer, stage = model.configure_optimizers(), stage_of(model, "model/conditioner=label")
     for step in range(3):
-        images, labels = pictures(), torch.randint(CLASSES, (4,))
+        images, labels = make_images(), torch.randint(CLASSES, (4,))
         optimizer.zero_grad()
         model.training_step({"image": images, "condition": labels}, 0).backward()
         optimizer.step()
-        stage.step(step, Batch(tokens=stage.generator.tokenizer.tokens(images), labels=labels))
+        stage.step(step, Batch(tokens=stage.generator.tokenizer.encode_tokens(images), labels=labels))
     record("weights after three steps", stage.model.state_dict(), from_gpt(model.transformer.state_dict()))
 
 
@@ -168,7 +168,7 @@ def test_which_weights_decay() -> None:
     }
     groups = stage.optimizers["model"].param_groups
     assert {group["weight_decay"]: {names[id(each)] for each in group["params"]} for group in groups} == expected
-    assert sum(len(group["params"]) for group in decay_groups(stage.model)) == len(names)
+    assert sum(len(group["params"]) for group in param_groups_weight_decay(stage.model)) == len(names)
     for group, other in zip(groups, model.configure_optimizers().param_groups, strict=True):
         assert {key: group[key] for key in ("lr", "eps")} == {key: other[key] for key in ("lr", "eps")}
         assert tuple(group["betas"]) == other["betas"]

@@ -23,7 +23,7 @@ def pair(dtype: torch.dtype, height: int = 16, width: int = 16) -> tuple[Any, To
     options = {"channels": 32, "multipliers": WIDTHS, "attention": [NOMINAL // 2]}
     ours = Tokenizer(
         ConvEncoder(3, NOMINAL, dim=Z, **options),
-        VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_on="codebook"),
+        VectorQuantizer(dim=CODE_DIM, codebook_size=CODES, beta_placement="codebook"),
         ConvDecoder(Z, 3, NOMINAL, **options),
         (height, width),
     ).to(dtype)
@@ -62,7 +62,9 @@ def test_codes(dtype: torch.dtype, record: Any) -> None:
         theirs.decode_code(indices)
     expected = theirs.decode(theirs.quantize.get_codebook_entry(indices, (3, 3, 5, CODE_DIM)))
     record("images of indices", ours.decode(found), expected.clamp(-1, 1))
-    record("codes and back", ours.images(ours.tokens(images), (3, 5)), theirs.decode(quantized).clamp(-1, 1))
+    record(
+        "codes and back", ours.decode_tokens(ours.encode_tokens(images), (3, 5)), theirs.decode(quantized).clamp(-1, 1)
+    )
 
 
 def test_published_sizes() -> None:

@@ -159,20 +159,20 @@ def _run() -> None:
     """Run what was composed before the fork, with its folder put in."""
     from omegaconf import open_dict
 
-    from vqf.registry import build, flat_node
+    from vqf.registry import build, flat_component
 
     *words, run_dir, _ = sys.argv[1:]
     config = _composed[tuple(words)].copy()
     with open_dict(config):
         config.run_dir, config.resume = run_dir.removeprefix("run_dir="), True
-    build("pipeline", flat_node("pipeline", config), config=config, run_dir=Path(config.run_dir)).run()
+    build("pipeline", flat_component("pipeline", config), config=config, run_dir=Path(config.run_dir)).run()
 
 
 def _compose(words: list[str]) -> None:
     from tests.support.composing import compose
-    from vqf.config.settings import complete
+    from vqf.config.settings import fill_missing_groups
 
-    _composed[tuple(words)] = complete(compose(*words))
+    _composed[tuple(words)] = fill_missing_groups(compose(*words))
 
 
 def _step(line: str) -> int:

@@ -11,8 +11,8 @@ from vqf.pipelines.shard import Shard
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    root = tmp_path / "pictures"
+def image_folder(tmp_path):
+    root = tmp_path / "images"
     sizes = [(10, 20), (30, 20), (50, 90), (40, 20)]
     for i, size in enumerate(sizes):
         path = root / "train" / f"{i}.png"
@@ -27,12 +27,12 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_folder_holds(pictures, tmp_path, workers, caplog, capsys):
-    config = compose("data=folder", f"data.root={pictures}", "image_size=16", f"workers={workers}")
+def test_what_a_folder_holds(image_folder, tmp_path, workers, caplog, capsys):
+    config = compose("data=folder", f"data.root={image_folder}", "image_size=16", f"workers={workers}")
     Check(config, tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
     train, validation = report["parts"]["train"], report["parts"]["validation"]
-    assert (train["pictures"], validation["pictures"]) == (7, 1)
+    assert (train["images"], validation["images"]) == (7, 1)
     assert list(train["unreadable"]) == ["train/broken.png"]
     assert train["width"] == {"min": 10, "median": 16, "max": 50}
     assert train["height"] == {"min": 16, "median": 20, "max": 90}
@@ -45,12 +45,12 @@ def test_what_a_folder_holds(pictures, tmp_path, workers, caplog, capsys):
         ["train: train/grey.jpg", "train: train/misnamed.png"],
     ]
     assert report["in_both_parts"] == 1
-    assert "train: cannot read 'train/broken.png' (not a picture of a known format" in caplog.text
+    assert "train: cannot read 'train/broken.png' (not an image of a known format" in caplog.text
     assert "10 / 16 / 50" in capsys.readouterr().out
 
 
 def test_every_kind_of_trouble_is_named(tmp_path):
-    """One picture of each kind that no run can be trained on, among others that look odd and are fine."""
+    """One image of each kind that no run can be trained on, among others that look odd and are fine."""
     made = {"fine.png": png(), "copy.png": png(), "empty.jpg": b"", "text.png": b"hello", "cut.png": png()[:60]}
     for name, content in made.items():
         (tmp_path / name).write_bytes(content)
@@ -65,16 +65,16 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (90, 30)).save(tmp_path / "turned.jpg", exif=turned)
-    config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_share=0")
+    config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_fraction=0")
     Check(config, tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
     part = report["parts"]["train"]
     assert part["unreadable"] == {
         "bomb.png": "9000 x 9000 pixels, more than max_pixels=67108864",
         "cut.png": "image file is truncated",
-        "empty.jpg": "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+        "empty.jpg": "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
         "moving.gif": "animated; data.animated=first takes the first frame",
-        "text.png": "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+        "text.png": "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
     }
     assert part["modes"] == {"RGB": 4, "RGBA": 1, "I;16": 1, "P": 1, "CMYK": 1}
     assert part["formats"] == {"PNG": 5, "JPEG": 3}
@@ -82,8 +82,8 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     assert report["duplicates"] == [["train: copy.png", "train: fine.png"]]
 
 
-def test_classes_and_how_many_pictures_each_has(tmp_path, capsys):
-    root = tmp_path / "pictures"
+def test_classes_and_how_many_images_each_has(tmp_path, capsys):
+    root = tmp_path / "images"
     for i in range(30):
         path = root / ("train" if i < 24 else "test") / ("ant", "bee", "cow")[i % 3 if i < 24 else i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +103,21 @@ def test_classes_and_how_many_pictures_each_has(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "check.json").read_text())["parts"]["train"]["classes"] == {}
 
 
-def test_a_union(pictures, tmp_path):
-    parts = f"{{a:{{name:folder,root:{pictures}}},b:{{name:folder,root:{pictures / 'train'},validation_last:3}}}}"
+def test_a_union(image_folder, tmp_path):
+    parts = (
+        f"{{a:{{name:folder,root:{image_folder}}},b:{{name:folder,root:{image_folder / 'train'},validation_last:3}}}}"
+    )
     Check(compose("data=union", f"+data.parts={parts}", "image_size=16"), tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
-    assert {name: part["pictures"] for name, part in report["parts"].items()} == {"train": 11, "validation": 4}
+    assert {name: part["images"] for name, part in report["parts"].items()} == {"train": 11, "validation": 4}
     named = [name for part in report["parts"].values() for name in part["unreadable"]]
     assert sorted(named) == ["a/train/broken.png", "b/broken.png"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_compared_with_their_manifest(pictures, tmp_path, caplog, workers):
+def test_shards_are_compared_with_their_manifest(image_folder, tmp_path, caplog, workers):
     to = tmp_path / "shards"
-    config = compose("data=folder", f"data.root={pictures}", "data.validation_last=0", "image_size=16")
+    config = compose("data=folder", f"data.root={image_folder}", "data.validation_last=0", "image_size=16")
     Shard(config, tmp_path, to=str(to), shard_size=2).run()
     words = "data=shards", f"data.root={to}", "image_size=16", f"workers={workers}"
     Check(compose(*words), tmp_path / "run").run()
@@ -128,7 +130,7 @@ def test_shards_are_compared_with_their_manifest(pictures, tmp_path, caplog, wor
     assert "'train-000001.tar' is not the shard whose sha256 is in manifest.json" in caplog.text
     for path in to.glob("train-000002.tar*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"^data\.max_bad=0\.01: 2 of the 7 train pictures that manifest\.json in"):
+    with pytest.raises(UserError, match=r"^data\.max_unreadable=0\.01: 2 of the 7 train images that manifest\.json in"):
         Check(compose(*words), tmp_path / "run").run()
 
 
@@ -137,10 +139,10 @@ def test_a_source_without_files(tmp_path):
         Check(compose("data=emoji", "image_size=16"), tmp_path / "run").run()
 
 
-def test_a_folder_of_broken_pictures(tmp_path):
+def test_a_folder_of_broken_images(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_share=0")
+    config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_fraction=0")
     Check(config, tmp_path / "run").run()
     (part,) = json.loads((tmp_path / "run" / "check.json").read_text())["parts"].values()
     assert (len(part["unreadable"]), part["width"], part["modes"]) == (3, {}, {})

@@ -1,4 +1,4 @@
-"""Comparing runs: the table against what the runs wrote, the pictures against the runs' own models, and no mixing."""
+"""Comparing runs: the table against what the runs wrote, the images against the runs' own models, and no mixing."""
 
 import base64
 import csv
@@ -24,14 +24,14 @@ from tests.pipelines.test_full import OPTIONS
 from tests.support.browser import WANTED, find_browser, open_browser
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY, KilledError, interrupt_after
-from vqf.config.diff import differing
-from vqf.config.settings import complete
+from vqf.config.diff import differing_options
+from vqf.config.settings import fill_missing_groups
 from vqf.errors import UserError
-from vqf.evaluation.protocols import digest
+from vqf.evaluation.protocols import stable_hash
 from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.compare import Compare
-from vqf.pipelines.comparison.metrics import Number
-from vqf.pipelines.comparison.ranking import LOWER, rank
+from vqf.pipelines.comparison.metrics import MetricValue
+from vqf.pipelines.comparison.ranking import LOWER_IS_BETTER, rank
 from vqf.pipelines.comparison.runs import Run, find_runs, read_run
 from vqf.pipelines.evaluate import Evaluate
 from vqf.pipelines.full import Full
@@ -111,7 +111,7 @@ def looked(folder: Path) -> dict[str, float]:
 def evaluate(folder: Path, values: dict[str, float], /, step: int | None = None, **changes: Any) -> Path:
     """Write what pipeline=evaluate leaves below a run."""
     protocol = PROTOCOL | {key: value for key, value in changes.items() if key not in BESIDE}
-    protocol |= {"hash": digest(protocol)}
+    protocol |= {"hash": stable_hash(protocol)}
     done = step or max(int(each.name[5:]) for each in (folder / "checkpoints").iterdir())
     place = folder / "evaluations" / f"{protocol['name']}-{protocol['hash'][:8]}" / f"stage1-{done:08d}"
     place.mkdir(parents=True)
@@ -220,12 +220,12 @@ def test_the_page_fits_a_screen_a_phone_and_paper(sweep: Path, tmp_path: Path) -
 
 
 def strips(where: Path) -> list[np.ndarray]:
-    """The rows of pictures on a page, pixel by pixel."""
+    """The rows of images on a page, pixel by pixel."""
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', page(where))
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
 
 
-def test_the_pictures_are_what_each_run_makes_of_the_same_originals(sweep: Path, tmp_path: Path) -> None:
+def test_the_images_are_what_each_run_makes_of_the_same_originals(sweep: Path, tmp_path: Path) -> None:
     rows = compare(tmp_path, sweep, count=5)
     split = build("data", {"name": "emoji"}, image_size=(16, 16), seed=0).split("validation")
     images = torch.stack([split.item(0, i * len(split) // 5).image for i in range(5)])
@@ -236,9 +236,9 @@ def test_the_pictures_are_what_each_run_makes_of_the_same_originals(sweep: Path,
         expected.append(tokenizer.decode(tokenizer.encode(images)))
     found = strips(tmp_path)
     assert len(found) == len(expected) == 4
-    for strip, pictures in zip(found, expected, strict=True):
-        for i, picture in enumerate(pictures):
-            pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    for strip, expected_row in zip(found, expected, strict=True):
+        for i, image in enumerate(expected_row):
+            pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             assert np.array_equal(strip[:, 18 * i : 18 * i + 16], pixels)
 
 
@@ -340,7 +340,7 @@ def test_a_metric_of_ones_own_is_ranked_as_it_says(tmp_path: Path) -> None:
         assert values[0] < values[1]
         for seed in (0, 1):
             words = ["pipeline=evaluate", f"run={tmp_path / 'runs' / str(seed)}", "metric=[gap]", "logger=[]"]
-            config = complete(compose(*words))
+            config = fill_missing_groups(compose(*words))
             Evaluate(config, tmp_path / "evaluated" / str(seed), statistics=str(tmp_path / "cache")).run()
 
 
@@ -350,14 +350,16 @@ def test_a_checkpoint_has_its_own_numbers_only(sweep: Path, tmp_path: Path) -> N
     early, late = (sweep / "1" / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
     rows = compare(tmp_path, [early, late])
     assert [rows[each.name]["reconstruction/psnr"] for each in (early, late)] == ["22.25", "24.25"]
-    assert "step-00000002: psnr 22.25" in page(tmp_path), "the words under its pictures"
-    assert read_run(sweep / "1").numbers["psnr"][-1].value == 24.25
+    assert "step-00000002: psnr 22.25" in page(tmp_path), "the words under its images"
+    assert read_run(sweep / "1").metrics["psnr"][-1].value == 24.25
     path = evaluate(sweep / "1", {"ssim": 0.5}, step=4, crop="center")
     path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0'))
     evaluate(sweep / "1", {"usage": 0.5}, step=9, crop="center")
-    known = read_run(sweep / "1").numbers
+    known = read_run(sweep / "1").metrics
     for metric in ("ssim", "usage"):
-        assert not [each for each in known.get(metric, []) if each.evaluated], "of weights that are not there any more"
+        assert not [each for each in known.get(metric, []) if each.from_evaluation], (
+            "of weights that are not there any more"
+        )
 
 
 def test_a_run_without_an_evaluation_is_compared_by_its_training(sweep: Path, tmp_path: Path) -> None:
@@ -386,7 +388,7 @@ def test_what_evaluate_writes_is_read(sweep: Path, tmp_path: Path) -> None:
     assert "training/psnr" not in rows["0"]
 
 
-def test_looks_of_trainings_at_other_pictures_are_another_protocol(tmp_path: Path) -> None:
+def test_looks_of_trainings_at_other_images_are_another_protocol(tmp_path: Path) -> None:
     train(tmp_path / "few", "evaluate.count=8")
     train(tmp_path / "more")
     rows = compare(tmp_path / "out", [tmp_path / "few", tmp_path / "more"])
@@ -405,7 +407,7 @@ def test_intervals_floors_and_older_steps_are_shown(sweep: Path, tmp_path: Path)
     text = (tmp_path / "comparison.md").read_text()
     assert "**5 (4.250 to 6.500) at step 2**" in text
     assert [rows[name][f"{key} step"] for name in RUNS] == ["2", "4", "3"]
-    assert "Real pictures against real ones: fd_lite2 3.25." in notes(tmp_path)
+    assert "Real images against real ones: fd_lite2 3.25." in notes(tmp_path)
 
 
 def test_nats_of_two_tokenizers_are_not_compared(full: Path, tmp_path: Path) -> None:
@@ -424,13 +426,15 @@ def test_the_tokenizer_of_nats_does_not_make_a_protocol_of_its_own() -> None:
     runs = []
     for i in range(2):
         run = Run(Path(str(i)), Path(str(i)), name=str(i))
-        nats = Number(5.0 + i, lines | {"tokenizer": "abc"}, 4, evaluated=True, hash="0123456789abcdef")
-        run.numbers = {"nats_per_token": [nats], "usage": [Number(0.5, lines, 4, evaluated=True)]}
+        nats = MetricValue(
+            5.0 + i, lines | {"tokenizer": "abc"}, 4, from_evaluation=True, protocol_hash="0123456789abcdef"
+        )
+        run.metrics = {"nats_per_token": [nats], "usage": [MetricValue(0.5, lines, 4, from_evaluation=True)]}
         runs.append(run)
     ranking = rank(runs, [None, None], None)
     assert ranking.protocols == {"generation": lines}
     assert {each.name for each in ranking.columns} == {"generation/nats_per_token", "generation/usage"}
-    assert ranking.differences() == [] and ranking.order == [0, 1]
+    assert ranking.protocol_differences() == [] and ranking.order == [0, 1]
 
 
 def test_a_part_of_a_full_run_is_a_run(full: Path, tmp_path: Path) -> None:
@@ -467,7 +471,7 @@ def test_a_broken_checkpoint_is_passed_over(sweep: Path, tmp_path: Path) -> None
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     row = compare(tmp_path, sweep)["1"]
     assert (row["step"], row["state"]) == ("2", "2 of 4 steps")
-    assert row["training/psnr"] == ""  # it looked at held-out pictures later only
+    assert row["training/psnr"] == ""  # it looked at held-out images later only
 
 
 def test_a_checkpoint_stands_for_its_run_at_that_step(sweep: Path, tmp_path: Path) -> None:
@@ -480,24 +484,24 @@ def test_a_checkpoint_stands_for_its_run_at_that_step(sweep: Path, tmp_path: Pat
 def test_runs_of_other_data_have_a_panel_of_their_own(sweep: Path, tmp_path: Path) -> None:
     train(sweep / "grey", "data.background=grey")
     compare(tmp_path, sweep, count=2)
-    abouts = re.findall(r"emoji, 236 held-out pictures of 16 x 16 \(\w{8}\)", page(tmp_path))
+    abouts = re.findall(r"emoji, 236 held-out images of 16 x 16 \(\w{8}\)", page(tmp_path))
     assert len(set(abouts)) == 2 and len(strips(tmp_path)) == 2 + 4
 
 
-def test_data_that_is_gone_costs_the_pictures_only(sweep: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_data_that_is_gone_costs_the_images_only(sweep: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(40):
-        Image.new("RGB", (20, 20), (6 * i, 9, 99)).save(pictures / f"{i}.png")
-    folder = train(sweep / "folder", "data=folder", f"data.root={pictures}", "data.validation_share=0.5")
+        Image.new("RGB", (20, 20), (6 * i, 9, 99)).save(images / f"{i}.png")
+    folder = train(sweep / "folder", "data=folder", f"data.root={images}", "data.validation_fraction=0.5")
     for i in range(5):
-        (pictures / f"{i}.png").unlink()
+        (images / f"{i}.png").unlink()
     rows = compare(tmp_path / "out", sweep)
     assert "folder" in rows and rows["folder"]["parameters"]
-    assert "No pictures of folder: data 'folder' is not what it was in training." in notes(tmp_path / "out")
-    shutil.rmtree(pictures)
+    assert "No images of folder: data 'folder' is not what it was in training." in notes(tmp_path / "out")
+    shutil.rmtree(images)
     compare(tmp_path / "out", [sweep / "0", folder])
-    assert any(line.startswith("No pictures of folder: ") for line in notes(tmp_path / "out"))
+    assert any(line.startswith("No images of folder: ") for line in notes(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -515,19 +519,19 @@ def test_a_minus_turns_the_order_round(sweep: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "lower"),
     [
-        ("fid rfid gfid fd_lite2 kd_lite2 kid lpips perceptual nats_per_token dead l1 mse", True),
+        ("fid rfid gfid fd_lite2 kd_lite2 kid lpips perceptual nats_per_token dead_codes l1 mse", True),
         ("psnr psnr_masked ssim is precision recall_lite2 density coverage usage perplexity class_accuracy", False),
     ],
 )
 def test_which_way_is_better(metrics: str, lower: bool) -> None:
-    assert {bool(LOWER.search(metric)) for metric in metrics.split()} == {lower}
+    assert {bool(LOWER_IS_BETTER.search(metric)) for metric in metrics.split()} == {lower}
 
 
 @pytest.mark.parametrize(
     ("runs", "options", "words"),
     [
         ("nowhere", {}, r"runs=nowhere: no such folder in .*"),
-        ("{sweep}/0/checkpoints", {"count": 0}, r"count=0: a comparison shows at least one picture"),
+        ("{sweep}/0/checkpoints", {"count": 0}, r"count=0: a comparison shows at least one image"),
         ("{sweep}/0/.hydra", {}, r"runs=.*: neither a run nor a folder of runs.*"),
         ("{sweep}", {"sort": "pnsr"}, r"sort=pnsr: unknown column 'pnsr'\. Did you mean 'psnr'\? Known: psnr, .*"),
     ],
@@ -565,21 +569,21 @@ def test_options_of_two_components_are_never_compared_with_each_other() -> None:
         return OmegaConf.create({"model": {"quantizer": {"name": name, **options}}, "seed": 1})
 
     vq, ema = quantizer("vq", beta=0.25, weight=1.0), quantizer("ema", beta=1.0)
-    assert differing([vq, ema]) == {"model/quantizer": ["vq", "ema"]}
+    assert differing_options([vq, ema]) == {"model/quantizer": ["vq", "ema"]}
     stronger = quantizer("vq", beta=0.5, weight=1.0)
-    assert differing([vq, ema, stronger]) == {
+    assert differing_options([vq, ema, stronger]) == {
         "model/quantizer": ["vq", "ema", "vq"],
         "model.quantizer.beta": ["0.25", "–", "0.5"],
     }
-    assert differing([vq, vq, None]) == {}
+    assert differing_options([vq, vq, None]) == {}
 
 
 def test_what_says_nothing_of_the_model_is_no_difference() -> None:
     one, other = (
         compose(f"run_dir={each}", f"log.every={each}", f"workers={each}", f"steps={each}", "seed=0") for each in (1, 2)
     )
-    assert differing([one, other]) == {}
-    assert differing([one, compose("seed=5", "ema=0.9")]) == {"seed": ["0", "5"], "ema": ["null", "0.9"]}
+    assert differing_options([one, other]) == {}
+    assert differing_options([one, compose("seed=5", "ema=0.9")]) == {"seed": ["0", "5"], "ema": ["null", "0.9"]}
 
 
 def test_priors_on_one_tokenizer_are_ranked_by_their_nats(full: Path, tmp_path: Path) -> None:

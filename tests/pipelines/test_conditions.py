@@ -1,4 +1,4 @@
-"""Stage 2 told by maps: three trainings in one command, and pictures drawn by a map of any size."""
+"""Stage 2 told by maps: three trainings in one command, and images drawn by a map of any size."""
 
 import shutil
 from pathlib import Path
@@ -14,19 +14,19 @@ from tests.support.composing import compose
 from tests.training.test_trainer import TINY
 from vqf.batch import Batch, Size
 from vqf.batch import Sample as Shown
-from vqf.data.images.maps import Reading
+from vqf.data.images.maps import MapDecoder
 from vqf.errors import UserError
-from vqf.images import as_colours, condition_reader, read_picture, reader_of_maps
+from vqf.images import condition_map_reader, condition_reader, read_image, to_rgb
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
 from vqf.pipelines.reconstruct import Reconstruct
-from vqf.pipelines.sample import Sample
+from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build, register
-from vqf.runs.checkpoint import newest
+from vqf.runs.checkpoint import latest_checkpoint
 
 EARTH = [*TINY, "data=earth", "data.crops=32", "evaluate.count=4", "model/conditioner=spatial"]
 FULL = [*EARTH, "pipeline=full", "sampler=sliding_window", "stage2.steps=4", "maps.steps=3", "maps.batch_size=4"]
@@ -34,14 +34,14 @@ CLASSES = 5
 
 
 class Zones:
-    """Pictures whose map says which of five classes every pixel is of, one-hot."""
+    """Images whose map says which of five classes every pixel is of, one-hot."""
 
     def __init__(self, image_size: tuple[int, int], seed: int) -> None:
         self.size, self.classes = image_size, ()
 
     @staticmethod
-    def condition_reader() -> Reading:
-        return Reading("labels", CLASSES)
+    def condition_reader() -> MapDecoder:
+        return MapDecoder("labels", CLASSES)
 
     def split(self, name: str) -> "Zones":
         self.fingerprint = name
@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def named(monkeypatch: pytest.MonkeyPatch, *places: str) -> None:
     """Say what stands on the command line: outside of a Hydra job nobody else does."""
-    monkeypatch.setattr("vqf.config.inherit.given", lambda: list(places))
+    monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: list(places))
 
 
 def a_map(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
@@ -75,20 +75,20 @@ def a_map(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
 
 
 def drawn(run: Path, folder: Path, *words: str, **options: object) -> Path:
-    Sample(compose("pipeline=sample", f"run={run}", "logger=[]", *words), folder, **options).run()  # type: ignore[arg-type]
+    SamplePipeline(compose("pipeline=sample", f"run={run}", "logger=[]", *words), folder, **options).run()  # type: ignore[arg-type]
     return folder / "samples"
 
 
 def test_one_command_trains_both_tokenizers_and_the_prior(run: Path) -> None:
-    maps, pictures, generator = vqf.load(run / "maps"), vqf.load(run / "stage1"), vqf.load(run)
-    assert isinstance(maps, Tokenizer) and isinstance(pictures, Tokenizer) and isinstance(generator, Generator)
-    assert maps.fingerprint() != pictures.fingerprint()
-    told = generator.conditioner.parts["spatial"]
+    maps, images, generator = vqf.load(run / "maps"), vqf.load(run / "stage1"), vqf.load(run)
+    assert isinstance(maps, Tokenizer) and isinstance(images, Tokenizer) and isinstance(generator, Generator)
+    assert maps.fingerprint() != images.fingerprint()
+    told = generator.conditioner.conditioners["spatial"]
     assert told.tokenizer.fingerprint() == maps.fingerprint()  # type: ignore[attr-defined]
-    assert newest(run / "maps").step == 3  # type: ignore[union-attr]
+    assert latest_checkpoint(run / "maps").step == 3  # type: ignore[union-attr]
 
 
-def test_a_drawn_map_becomes_a_picture_of_its_size(run: Path, tmp_path: Path) -> None:
+def test_a_drawn_map_becomes_an_image_of_its_size(run: Path, tmp_path: Path) -> None:
     path = a_map(tmp_path / "map.png", 40, 24)
     first = drawn(run, tmp_path / "first", condition=str(path), count=2)
     assert sorted(each.name for each in first.iterdir()) == ["map-000000.png", "map-000001.png"]
@@ -97,18 +97,18 @@ def test_a_drawn_map_becomes_a_picture_of_its_size(run: Path, tmp_path: Path) ->
     assert [(again / each.name).read_bytes() == each.read_bytes() for each in first.iterdir()] == [True, True]
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
-    picture = generator.sample(1, conditions=read_picture(path))
-    saved = read_picture(first / "map-000000.png")
-    torch.testing.assert_close(picture[0], saved, rtol=0, atol=1 / 255)
+    image = generator.sample(1, conditions=read_image(path))
+    saved = read_image(first / "map-000000.png")
+    torch.testing.assert_close(image[0], saved, rtol=0, atol=1 / 255)
 
 
 @pytest.mark.parametrize("size", [(37, 29), (16, 16), (9, 30), (5, 3)])
-def test_a_map_of_any_size_gives_a_picture_of_exactly_that_size(run: Path, tmp_path: Path, size: Size) -> None:
+def test_a_map_of_any_size_gives_an_image_of_exactly_that_size(run: Path, tmp_path: Path, size: Size) -> None:
     """What the stride does not divide, or is smaller than a window, is continued by its edge, and cut off again."""
     path = a_map(tmp_path / "map.png", *size)
     samples = drawn(run, tmp_path / "out", condition=str(path))
     assert Image.open(samples / "map-000000.png").size == size
-    generator, whole = vqf.load(run), read_picture(path)
+    generator, whole = vqf.load(run), read_image(path)
     assert isinstance(generator, Generator)
     sides = [max(-(-side // 8) * 8, 16) for side in whole.shape[1:]]
     rows, columns = (torch.arange(side).clamp(max=old - 1) for side, old in zip(sides, whole.shape[1:], strict=True))
@@ -116,7 +116,7 @@ def test_a_map_of_any_size_gives_a_picture_of_exactly_that_size(run: Path, tmp_p
     assert torch.equal(generator.sample(1, conditions=whole), enlarged[..., : size[1], : size[0]])
 
 
-def test_a_folder_of_maps_gives_a_picture_for_each(run: Path, tmp_path: Path) -> None:
+def test_a_folder_of_maps_gives_an_image_for_each(run: Path, tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     for name in "ab":
         a_map(tmp_path / "maps" / f"{name}.png", 16, 16, "P" if name == "a" else "L")
@@ -137,7 +137,7 @@ def test_the_run_needs_no_other_folder(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "stage2", tmp_path / "alone")
     first, alone = vqf.load(run), vqf.load(tmp_path / "alone")
     assert isinstance(first, Generator) and isinstance(alone, Generator)
-    config = newest(tmp_path / "alone").config  # type: ignore[union-attr]
+    config = latest_checkpoint(tmp_path / "alone").config  # type: ignore[union-attr]
     shutil.move(config.model.conditioner.spatial.run, tmp_path / "gone")
     try:
         alone = vqf.load(tmp_path / "alone")
@@ -147,7 +147,7 @@ def test_the_run_needs_no_other_folder(run: Path, tmp_path: Path) -> None:
         shutil.move(tmp_path / "gone", config.model.conditioner.spatial.run)
 
 
-def test_cached_codes_are_those_of_the_map_beside_each_picture(
+def test_cached_codes_are_those_of_the_map_beside_each_image(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training on the cache sees the prefix that encoding on the fly gives; other conditions do not fit the cache."""
@@ -161,9 +161,9 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
     for index in (0, len(split) - 1):
         sample = split.item(0, index)
         assert sample.condition is not None
-        codes = generator.conditioner.parts["spatial"].tokenizer.encode(sample.condition[None])  # type: ignore[attr-defined]
-        assert torch.equal(kept["codes.spatial"][index].long(), codes[0])
-        assert torch.equal(kept["tokens"][index].long(), generator.tokenizer.tokens(sample.image[None])[0])
+        codes = generator.conditioner.conditioners["spatial"].tokenizer.encode(sample.condition[None])  # type: ignore[attr-defined]
+        assert torch.equal(kept["condition_indices.spatial"][index].long(), codes[0])
+        assert torch.equal(kept["tokens"][index].long(), generator.tokenizer.encode_tokens(sample.image[None])[0])
     named(monkeypatch, "model.conditioner")
     words = [f"run={run}", f"tokens.root={run / 'stage2' / 'tokens'}", "model/conditioner=none", "pipeline=stage2"]
     with pytest.raises(UserError, match=r"was made with conditions \w+, this run has \w+"):
@@ -172,9 +172,9 @@ def test_cached_codes_are_those_of_the_map_beside_each_picture(
 
 @pytest.fixture(scope="module")
 def many(run: Path) -> Path:
-    """A prior that is told maps, places and poorer pictures."""
+    """A prior that is told maps, places and poorer images."""
     folder, words = run.parent / "many", [f"run={run / 'stage1'}", f"model.conditioner.spatial.run={run / 'maps'}"]
-    conditioners = ["model/conditioner=[spatial,coordinates,image]", "model.conditioner.spatial.drop=0.3"]
+    conditioners = ["model/conditioner=[spatial,coordinates,image]", "model.conditioner.spatial.dropout=0.3"]
     config = compose(
         *EARTH[:-1], *conditioners, "model.conditioner.image.factor=2", *words, "pipeline=stage2", "steps=2"
     )
@@ -213,10 +213,10 @@ def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypa
     samples = drawn(many, tmp_path / "out", *words, condition=both)
     assert Image.open(samples / "m-000000.png").size == (32, 24)
     for condition, message in (
-        (both["spatial"], r"told by several pictures; give each, as condition=\{spatial:spatial.png,image:image.png\}"),
-        ({"spatial": both["spatial"]}, "the picture for conditioner 'image' is missing"),
+        (both["spatial"], r"told by several images; give each, as condition=\{spatial:spatial.png,image:image.png\}"),
+        ({"spatial": both["spatial"]}, "the image for conditioner 'image' is missing"),
         ({**both, "map": both["spatial"]}, r"condition\.map: no conditioner of this prior"),
-        ({**both, "spatial": str(a_map(tmp_path / "s.png", 16, 16))}, "pictures of 16 x 16 and 24 x 32 pixels"),
+        ({**both, "spatial": str(a_map(tmp_path / "s.png", 16, 16))}, "images of 16 x 16 and 24 x 32 pixels"),
     ):
         with pytest.raises(UserError, match=message):
             drawn(many, tmp_path / "wrong", *words, condition=condition)
@@ -224,11 +224,11 @@ def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypa
 
 
 def test_held_out_samples_tell_all_that_they_have(many: Path, tmp_path: Path, told: list[Batch]) -> None:
-    """Map, picture and place, those of the sample that training would have shown."""
+    """Map, image and place, those of the sample that training would have shown."""
     drawn(many, tmp_path / "out", count=3)
     expected = held_out(3)
-    assert len(told) == 1 and (expected.places[:, 2] - expected.places[:, 0] < 0.1).all()  # type: ignore[index]
-    for name in ("images", "conditions", "places"):
+    assert len(told) == 1 and (expected.crop_boxes[:, 2] - expected.crop_boxes[:, 0] < 0.1).all()  # type: ignore[index]
+    for name in ("images", "conditions", "crop_boxes"):
         assert torch.equal(getattr(told[0], name), getattr(expected, name))
 
 
@@ -238,7 +238,7 @@ def test_a_place_says_where_a_drawn_map_lies(many: Path, tmp_path: Path, told: l
         named(patch, "sampler")
         drawn(many, tmp_path / "out", "sampler=sliding_window", condition=both, place=[0.2, 0.0, 0.4, 1.0])
     # 20 rows are continued to 32, 24 columns to 32: the part that is kept still lies where it was said.
-    torch.testing.assert_close(told[0].places, torch.tensor([[0.2, 0.0, 0.2 + 0.2 * 32 / 20, 32 / 24]]))
+    torch.testing.assert_close(told[0].crop_boxes, torch.tensor([[0.2, 0.0, 0.2 + 0.2 * 32 / 20, 32 / 24]]))
     with pytest.raises(UserError, match=r"place=\[0\.5, 0\.2\]: give top, left, bottom and right"):
         drawn(many, tmp_path / "wrong", condition=both, place=[0.5, 0.2])
 
@@ -251,10 +251,10 @@ def test_completion_is_told_what_training_was(
     Complete(config, tmp_path, count=4).run()
     expected = held_out(4)
     assert [len(each) for each in told] == [2, 2]
-    for name in ("images", "conditions", "places"):
+    for name in ("images", "conditions", "crop_boxes"):
         assert torch.equal(torch.cat([getattr(each, name) for each in told]), getattr(expected, name))
     assert len(list((tmp_path / "completions").iterdir())) == 4
-    with pytest.raises(UserError, match="images: this prior draws by maps, too; give pictures and maps"):
+    with pytest.raises(UserError, match="images: this prior draws by maps, too; give images and maps"):
         Complete(config, tmp_path / "own", images=str(tmp_path / "completions")).run()
 
 
@@ -267,13 +267,13 @@ def test_a_resumed_stage2_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None
         shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
     Stage2(compose(*words, "resume=true"), folder).run()
     for name in ("model", "conditioner", "ema"):
-        whole, cut = (newest(each).weights(name) for each in (tmp_path / "whole", folder))  # type: ignore[union-attr]
+        whole, cut = (latest_checkpoint(each).load_weights(name) for each in (tmp_path / "whole", folder))  # type: ignore[union-attr]
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 @pytest.mark.usefixtures("isolated")
 def test_maps_of_classes_have_a_channel_for_each(tmp_path: Path) -> None:
-    """Segmentations: trained, reconstructed, shown in colours, and drawn by from a picture of class numbers."""
+    """Segmentations: trained, reconstructed, shown in colours, and drawn by from an image of class numbers."""
     register("data", "zones")(Zones)
     words = [each for each in FULL if not each.startswith("data")]
     Full(compose(*words, "data=zones", "evaluate.count=4"), tmp_path / "run").run()
@@ -306,7 +306,7 @@ def pixels_of(maps: str, labels: int) -> np.ndarray:
     [("rgb", 0), ("palette", 0), ("grey", 0), ("grey16", 0), ("labels", 2), ("labels", 3), ("labels", 5)],
 )
 def test_sampling_reads_a_map_as_training_does(maps: str, labels: int, tmp_path: Path) -> None:
-    """The same file, beside its picture in `data=pairs`, and handed in to draw by; and as the format defines it."""
+    """The same file, beside its image in `data=pairs`, and handed in to draw by; and as the format defines it."""
     pixels = pixels_of(maps, labels)
     for name in ("images", "conditions"):
         (tmp_path / name).mkdir()
@@ -314,20 +314,20 @@ def test_sampling_reads_a_map_as_training_does(maps: str, labels: int, tmp_path:
     Image.fromarray(pixels).save(tmp_path / "conditions" / "a.png")
     words = [f"data.maps={'grey' if maps == 'grey16' else maps}", f"data.root={tmp_path}"]
     words += [f"data.labels={labels}", "data.unlabelled=255"] if labels else []
-    config = compose("data=pairs", *words, "data.validation_share=0", "data.flip=false")
+    config = compose("data=pairs", *words, "data.validation_fraction=0", "data.flip=false")
     trained = build("data", config.data, image_size=(12, 16), seed=0).split("train").item(0, 0).condition
-    sampled = reader_of_maps(config.data)(tmp_path / "conditions" / "a.png")
+    sampled = condition_map_reader(config.data)(tmp_path / "conditions" / "a.png")
     assert torch.equal(trained, sampled)
     if labels:
         moved = torch.from_numpy(np.where(pixels == 255, 0, pixels.astype(int) + 1))
         assert torch.equal(sampled, torch.nn.functional.one_hot(moved, labels).permute(2, 0, 1).float())
-        assert len(as_colours(sampled[None]).flatten(2).unique(dim=2)[0].T) == labels
+        assert len(to_rgb(sampled[None]).flatten(2).unique(dim=2)[0].T) == labels
     else:
         levels = torch.from_numpy(pixels.reshape(12, 16, -1).astype(np.float64)).permute(2, 0, 1)
         step = 65535 if maps == "grey16" else 255
         torch.testing.assert_close(sampled.double(), levels / step * 2 - 1, rtol=0, atol=1 / 255)
     reader = condition_reader(config.data)
-    assert reader is not None and reader.classes == labels
+    assert reader is not None and reader.num_classes == labels
 
 
 @pytest.mark.usefixtures("isolated")
@@ -342,8 +342,8 @@ def test_data_that_does_not_say_how_it_reads_maps_is_not_guessed_at(tmp_path: Pa
 
 def refusals() -> list[tuple[list[str], str]]:
     return [
-        (["data=earth", "subject=maps"], "subject=maps: unknown subject 'maps'"),
-        (["data=emoji", "subject=condition"], "data 'emoji' has no maps beside its pictures"),
+        (["data=earth", "target=maps"], "target=maps: unknown subject 'maps'"),
+        (["data=emoji", "target=condition"], "data 'emoji' has no maps beside its images"),
     ]
 
 
@@ -360,27 +360,27 @@ def test_stage2_says_where_maps_would_come_from(run: Path, tmp_path: Path, monke
         Stage2(compose(*words), tmp_path / "a").run()
     with pytest.raises(UserError, match=r"^model\.conditioner\.spatial\.run=/nowhere: no such folder; give the run of"):
         Stage2(compose(*words, "model.conditioner.spatial.run=/nowhere"), tmp_path / "c").run()
-    with pytest.raises(UserError, match="the data has no maps beside its pictures"):
+    with pytest.raises(UserError, match="the data has no maps beside its images"):
         Stage2(compose(*words, f"model.conditioner.spatial.run={run / 'maps'}"), tmp_path / "b").run()
 
 
 def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for condition, words in (
         ("nowhere.png", "no such file or folder"),
-        ("empty", "no pictures .* in this folder"),
-        ("text.png", "no picture that can be read"),
+        ("empty", "no images .* in this folder"),
+        ("text.png", "no image that can be read"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             drawn(run, tmp_path / "out", condition=str(tmp_path / condition))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="a picture is as large as its condition"):
+    with pytest.raises(UserError, match="an image is as large as its condition"):
         drawn(run, tmp_path / "out", condition="a.png", size=64)
-    with pytest.raises(UserError, match=r"size=32: this prior draws by pictures \(spatial\), .* condition=FILE"):
+    with pytest.raises(UserError, match=r"size=32: this prior draws by images \(spatial\), .* condition=FILE"):
         drawn(run, tmp_path / "out", size=32)
     words = r"sampler.window=\[1,1\]: this prior is told conditions of windows of 2 x 2 codes, as in training; leave"
-    monkeypatch.setattr("vqf.config.inherit.given", lambda: ["sampler"])
+    monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler"])
     with pytest.raises(UserError, match=words):
         drawn(run, tmp_path / "out", "sampler=sliding_window", "sampler.window=1", count=1)
     with pytest.raises(UserError, match="place: this prior is not told places"):

@@ -18,21 +18,21 @@ from torch import Tensor
 import vqf
 from tests.metrics.sets import Linear, frechet
 from tests.support.composing import compose
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from tests.training.test_trainer import TINY
 from vqf.batch import Batch
-from vqf.config.settings import complete
+from vqf.config.settings import fill_missing_groups
 from vqf.errors import UserError
-from vqf.evaluation.feature_cache import floor_sets
-from vqf.evaluation.generation import spread
-from vqf.evaluation.preprocessing import to_pixels
-from vqf.evaluation.protocols import digest
+from vqf.evaluation.feature_cache import real_vs_real
+from vqf.evaluation.generation import class_counts
+from vqf.evaluation.preprocessing import to_uint8
+from vqf.evaluation.protocols import stable_hash
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer
-from vqf.networks.feature_set import set_of
+from vqf.networks.feature_set import feature_set
 from vqf.pipelines.evaluate import Evaluate
 from vqf.pipelines.full import Full
-from vqf.registry import build, find, flat_node, names, register
+from vqf.registry import build, component_names, find_component, flat_component, register
 
 TRAINED, HELD_OUT = 24, 12
 CODES = {"usage": {"name": "usage"}}
@@ -46,10 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (TRAINED + HELD_OUT, 3, 4, 3), dtype=np.uint8)
     for name in ("one", "other"):
         pixels[TRAINED, 1, 1, 0] ^= 64
-        for i, picture in enumerate(pixels):
+        for i, image in enumerate(pixels):
             place = root / name / ("train" if i < TRAINED else "val") / f"class{i % 2}" / f"{i:02d}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).resize((28, 20), Image.Resampling.BICUBIC).save(place)
+            Image.fromarray(image).resize((28, 20), Image.Resampling.BICUBIC).save(place)
         np.savez(root / f"{name}.npz", arr_0=pixels[:10].repeat(4, 1).repeat(4, 2), name=np.array(name))
     return root
 
@@ -60,15 +60,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
     words = ("data=folder", f"data.root={folders / 'one'}", "data.flip=false", "data.crop=center")
     words = (*words, "checkpoint.every=3", "checkpoint.keep=0")
     config = compose(*TINY, *words, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "model/conditioner=label")
-    config.model.conditioner.label.drop = 0.1  # so that samples can be guided
-    pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
+    config.model.conditioner.label.dropout = 0.1  # so that samples can be guided
+    pipeline: Full = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
     pipeline.run()
     return folder
 
 
 @pytest.fixture(scope="module")
 def composed() -> DictConfig:
-    return complete(compose("pipeline=evaluate", "logger=[]", "metric=[psnr,usage,fd]"))
+    return fill_missing_groups(compose("pipeline=evaluate", "logger=[]", "metric=[psnr,usage,fd]"))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytes
         every = places.pop("all", False)
         for place, value in places.items():
             OmegaConf.update(config, place, value, merge=False, force_add=True)
-        monkeypatch.setattr("vqf.config.inherit.given", lambda: list(places))
+        monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: list(places))
         options: Any = {"statistics": str(tmp_path / "statistics"), "checkpoints": "all" if every else "one"}
         Evaluate(config, tmp_path / "own", **options).run()
         return json.loads((tmp_path / "own" / "metrics.json").read_text())
@@ -92,11 +92,11 @@ def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(autouse=True)
 def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
     network = Linear()
-    monkeypatch.setattr("vqf.metrics.set_metric.embedding", lambda *_: network)
+    monkeypatch.setattr("vqf.metrics.set_metric.feature_network", lambda *_: network)
     return network
 
 
-def pictures(folders: Path, part: str) -> Tensor:
+def make_images(folders: Path, part: str) -> Tensor:
     node = {"name": "folder", "root": str(folders / "one"), "crop": "center", "flip": False}
     split = build("data", node, image_size=16, seed=0).split(part)
     return torch.stack([split.item(0, i).image for i in range(len(split))])
@@ -110,16 +110,16 @@ def test_reconstructions_by_hand(run: Path, folders: Path, evaluate: Any, linear
     found = evaluate("stage1")
     tokenizer = vqf.load(run / "stage1")
     assert isinstance(tokenizer, Tokenizer)
-    originals = pictures(folders, "validation")
+    originals = make_images(folders, "validation")
     codes = tokenizer.encode(originals)
     drawn = on_8_bits(tokenizer.decode(codes))
     pairs = zip(originals, drawn, strict=True)
-    each = [peak_signal_noise_ratio(to_pixels(x).numpy(), to_pixels(y).numpy()) for x, y in pairs]
+    each = [peak_signal_noise_ratio(to_uint8(x).numpy(), to_uint8(y).numpy()) for x, y in pairs]
     assert found["values"]["psnr"] == pytest.approx(np.mean(each), abs=1e-4)
     low, high = found["intervals"]["psnr"]
     assert low < np.mean(each) < high and high - low == pytest.approx(4 * np.std(each) / HELD_OUT**0.5, rel=0.2)
     assert found["values"]["usage"] == len(codes.unique()) / 16
-    real, generated = (set_of(*linear(images)) for images in (originals, drawn))
+    real, generated = (feature_set(*linear(images)) for images in (originals, drawn))
     assert found["values"]["rfd_linear"] == pytest.approx(frechet(real, generated), rel=1e-3)
     assert found["checkpoint"]["kind"] == "stage1" and found["checkpoint"]["step"] == 6
 
@@ -129,8 +129,8 @@ def test_samples_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
     tokens = generator.sample_tokens(Batch(labels=torch.arange(20) % 2), seed=0)
-    drawn = on_8_bits(generator.tokenizer.images(tokens))
-    real, generated = (set_of(*linear(each)) for each in (pictures(folders, "train"), drawn))
+    drawn = on_8_bits(generator.tokenizer.decode_tokens(tokens))
+    real, generated = (feature_set(*linear(each)) for each in (make_images(folders, "train"), drawn))
     assert found["values"]["fd_linear"] == pytest.approx(frechet(real, generated), rel=1e-3)
     assert found["values"]["usage"] == len(tokens.unique()) / 16
     assert "psnr" not in found["values"], "a sample has no original"
@@ -146,7 +146,7 @@ def test_without_a_protocol_a_run_is_measured_as_what_it_is(evaluate: Any) -> No
     alone = evaluate("stage1")
     assert alone["protocol"]["name"] == "reconstruction"
     protocol = evaluate()["protocol"]
-    assert protocol["name"] == "generation" and protocol["count"] == TRAINED, "as many samples as there are pictures"
+    assert protocol["name"] == "generation" and protocol["count"] == TRAINED, "as many samples as there are images"
     assert protocol["sampler"] == "autoregressive" and protocol["samples_per_class"] == "12"
     reconstructed = evaluate(protocol={"name": "reconstruction"})
     assert reconstructed["checkpoint"]["kind"] == "stage2", "a prior's run keeps its tokenizer"
@@ -161,20 +161,20 @@ def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
     }
     protocol = found["protocol"]
     facts = {
-        "name": "reconstruction", "task": "reconstruction", "data": "folder", "subject": "image", "precision": "fp32",
+        "name": "reconstruction", "task": "reconstruction", "data": "folder", "target": "image", "precision": "fp32",
         "part": "validation", "count": HELD_OUT, "image_size": "16 x 16", "crop": "source",
         "resize": "by the data source", "rounding": "nearest", "reference": "originals",
         "reference_count": HELD_OUT, "seed": 3,
     }  # fmt: skip
     assert {key: protocol[key] for key in facts} == facts
-    assert protocol.keys() - facts.keys() == {"pictures", "reference_pictures", "hash"}
-    assert protocol["pictures"] == protocol["reference_pictures"]
-    assert protocol["hash"] == digest(protocol)
+    assert protocol.keys() - facts.keys() == {"images", "reference_images", "hash"}
+    assert protocol["images"] == protocol["reference_images"]
+    assert protocol["hash"] == stable_hash(protocol)
     of_sets = {"rfd_linear", "kd_linear", *(f"{key}_linear" for key in PRDC)}
     assert found["settings"].keys() == found["values"].keys() == of_sets
     kid = {"name": "kid", "network": "lite2", "network_digest": "linear-1", "subset_size": HELD_OUT // 2}
     assert found["settings"]["kd_linear"] == kid, "the size that was possible, not the one that was asked for"
-    assert found["floors"].keys() == of_sets, "real pictures against real ones beside every distance"
+    assert found["floors"].keys() == of_sets, "real images against real ones beside every distance"
     better = {"rfd_linear": False, "kd_linear": False, **{f"{key}_linear": True for key in PRDC}}
     assert found["higher_is_better"] == better
     (made,) = found["commands"]
@@ -200,11 +200,11 @@ def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Pat
     assert both["values"].items() >= first["values"].items()
     assert [sorted(each["numbers"]) for each in both["commands"]] == [
         ["psnr", "psnr_pooled"],
-        ["dead", "perplexity", "usage"],
+        ["dead_codes", "perplexity", "usage"],
     ]
     again = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
     assert [sorted(each["numbers"]) for each in again["commands"]] == [
-        ["dead", "perplexity", "usage"],
+        ["dead_codes", "perplexity", "usage"],
         ["psnr", "psnr_pooled"],
     ], "of a number that was measured again, the command that gave the first is forgotten"
     both["checkpoint"]["sha256"] = "another"
@@ -286,7 +286,7 @@ def test_every_line_changes_the_hash(folders: Path, evaluate: Any, name: str, wi
     base = evaluate(protocol=plain, metric=CODES)["protocol"]
     assert evaluate(protocol=plain, metric=CODES)["protocol"] == base
     tried = CHANGES.keys() - without
-    assert {f"protocol.{option}" for option in find("protocol", name).options} <= tried
+    assert {f"protocol.{option}" for option in find_component("protocol", name).options} <= tried
     hashes = {base["hash"]}
     for place in tried:
         value = str(folders / "other") if place == "data.root" else CHANGES[place]
@@ -294,7 +294,7 @@ def test_every_line_changes_the_hash(folders: Path, evaluate: Any, name: str, wi
         assert changed["hash"] not in hashes, f"{place} changes nothing"
         hashes.add(changed["hash"])
     for line in base.keys() - {"hash"}:
-        assert digest({**base, line: "another"}) != digest(base) == base["hash"]
+        assert stable_hash({**base, line: "another"}) != stable_hash(base) == base["hash"]
 
 
 def test_a_reference_batch_is_known_by_its_content(folders: Path, tmp_path: Path, evaluate: Any) -> None:
@@ -306,7 +306,7 @@ def test_a_reference_batch_is_known_by_its_content(folders: Path, tmp_path: Path
         found.append(evaluate(protocol=protocol, metric=CODES)["protocol"])
     first, second = found
     assert first["reference"] == second["reference"] == "batch.npz"
-    assert {key for key in first if first[key] != second[key]} == {"reference_pictures", "hash"}
+    assert {key for key in first if first[key] != second[key]} == {"reference_images", "hash"}
     assert first["rounding"] == "truncate" and first["crop"] == "adm" and first["labels"] == "uniform"
 
 
@@ -316,41 +316,41 @@ def test_what_only_makes_sampling_faster_is_no_line(evaluate: Any) -> None:
     assert fast == slow and "sampler.cache" not in fast and fast["sampler.top_k"] is None
 
 
-def test_other_held_out_pictures_than_in_training_are_told(
+def test_other_held_out_images_than_in_training_are_told(
     folders: Path, evaluate: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def told(**places: Any) -> list[str]:
         caplog.clear()
         evaluate("stage1", metric=CODES, **places)
-        return [each.getMessage() for each in caplog.records if "held-out pictures are not those" in each.getMessage()]
+        return [each.getMessage() for each in caplog.records if "held-out images are not those" in each.getMessage()]
 
     assert told() == []
     (line,) = told(data__root=str(folders / "other"))
     assert "\n" not in line
 
 
-def test_one_picture_is_not_measured(tmp_path: Path, folders: Path, evaluate: Any) -> None:
+def test_one_image_is_not_measured(tmp_path: Path, folders: Path, evaluate: Any) -> None:
     shutil.copytree(folders / "one", tmp_path / "poor")
     for path in sorted((tmp_path / "poor" / "val").rglob("*.png"))[1:]:
         path.unlink()
-    with pytest.raises(UserError, match=r"^data: 1 picture for validation; an evaluation needs at least two$"):
+    with pytest.raises(UserError, match=r"^data: 1 image for validation; an evaluation needs at least two$"):
         evaluate("stage1", metric=CODES, data__root=str(tmp_path / "poor"))
 
 
 def test_no_two_protocols_have_one_hash(folders: Path, evaluate: Any) -> None:
     hashes = set()
-    for name in names("protocol"):
+    for name in component_names("protocol"):
         reference = {"reference": str(folders / "one.npz")} if name == "gfid_adm" else {}
         hashes.add(evaluate(protocol={"name": name, "count": 6, **reference}, metric=CODES)["protocol"]["hash"])
-    assert len(hashes) == len(names("protocol"))
+    assert len(hashes) == len(component_names("protocol"))
 
 
-def test_floors_take_real_pictures_in_place_of_the_generated_ones(folders: Path, evaluate: Any, linear: Linear) -> None:
+def test_floors_take_real_images_in_place_of_the_generated_ones(folders: Path, evaluate: Any, linear: Linear) -> None:
     found = evaluate(protocol={"name": "small", "count": 10}, metric={"fd": {"name": "fd"}, "is": {"name": "is"}})
-    pair = floor_sets(set_of(*linear(pictures(folders, "train"))), 10, seed=0)
+    pair = real_vs_real(feature_set(*linear(make_images(folders, "train"))), 10, seed=0)
     assert pair is not None
     assert found["floors"]["fd_linear"] == pytest.approx(frechet(*pair), rel=1e-3)
-    assert found["protocol"]["labels"] == "pictures"
+    assert found["protocol"]["labels"] == "images"
 
 
 def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None:
@@ -364,7 +364,7 @@ def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None
         ({"name": "gfid_adm", "reference": "nowhere.npz"}, {}, "protocol.reference=nowhere.npz: no such file"),
         ({"name": "rfid_val"}, {"data": {"name": "emoji"}}, "take crop=source"),
         ({"name": "generation", "reference": "originals"}, {}, "samples have none"),
-        ({"name": "small", "count": 1}, {}, "protocol.count=1: a set of pictures needs at least two"),
+        ({"name": "small", "count": 1}, {}, "protocol.count=1: a set of images needs at least two"),
         ({"name": "small", "seed": -1}, {}, "protocol.seed=-1 is negative"),
         ({"name": "reconstruction"}, {"metric": {}}, "metric=[]: nothing to measure; give metric=[psnr,"),
     ],
@@ -391,15 +391,15 @@ def test_the_protocol_of_the_page_can_be_registered(evaluate: Any) -> None:
 
 
 def test_how_many_samples_a_class_has_in_words() -> None:
-    assert spread(torch.arange(8) % 4, 4) == "2"
-    assert spread(torch.tensor([0, 0, 2]), 3) == "0 to 2"
-    assert spread(torch.zeros(5, dtype=torch.int64), 0) == "no classes"
+    assert class_counts(torch.arange(8) % 4, 4) == "2"
+    assert class_counts(torch.tensor([0, 0, 2]), 3) == "0 to 2"
+    assert class_counts(torch.zeros(5, dtype=torch.int64), 0) == "no classes"
 
 
 def evaluated_by_one_of_several(run: str, own: str, statistics: str, *words: str) -> dict[str, Any]:
     """Evaluate in a process among others, without a network; returns what was written."""
     config = compose("pipeline=evaluate", f"run={run}", "logger=[]", "metric=[psnr,usage]", "batch_size=5", *words)
-    Evaluate(complete(config), Path(own), statistics=statistics).run()
+    Evaluate(fill_missing_groups(config), Path(own), statistics=statistics).run()
     found: dict[str, Any] = json.loads((Path(own) / "metrics.json").read_text())
     return {key: found[key] for key in ("protocol", "values", "intervals")}
 
@@ -409,7 +409,7 @@ def evaluated_by_one_of_several(run: str, own: str, statistics: str, *words: str
 def test_several_processes_find_what_one_does(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     places = [str(tmp_path / each) for each in ("own", "statistics")]
     alone = evaluated_by_one_of_several(str(run), *places, *words)
-    first = together(2, evaluated_by_one_of_several, str(run), *places, *words)[0]
+    first = run_processes(2, evaluated_by_one_of_several, str(run), *places, *words)[0]
     assert first["protocol"] == alone["protocol"]
     assert first["values"] == pytest.approx(alone["values"], rel=1e-5)
     assert first["intervals"] == alone["intervals"]
@@ -420,7 +420,7 @@ def test_the_default_metrics_need_no_download(run: Path, tmp_path: Path, monkeyp
     """The real EfficientNet-Lite2: what a tokenizer draws that has hardly trained is far from the originals."""
     monkeypatch.undo()
     config = compose("pipeline=evaluate", f"run={run / 'stage1'}", "logger=[]")
-    Evaluate(complete(config), tmp_path, statistics=str(tmp_path)).run()
+    Evaluate(fill_missing_groups(config), tmp_path, statistics=str(tmp_path)).run()
     found = json.loads((tmp_path / "metrics.json").read_text())
     expected = {"psnr", "ssim", "perceptual", "usage", "rfd_lite2", "kd_lite2", *(f"{key}_lite2" for key in PRDC)}
     assert expected <= found["values"].keys()

@@ -19,9 +19,9 @@ from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.complete import Complete
 from vqf.pipelines.full import Full
 from vqf.pipelines.reconstruct import Reconstruct
-from vqf.pipelines.sample import Sample
+from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage2 import Stage2
-from vqf.registry import build, flat_node
+from vqf.registry import build, flat_component
 
 OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "logger=[images,report]"]
 JUDGED = 16  # samples that the classifier looks at
@@ -31,18 +31,18 @@ JUDGED = 16  # samples that the classifier looks at
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     config = compose(*OPTIONS, f"evaluate.samples={JUDGED}")
-    pipeline: Full = build("pipeline", flat_node("pipeline", config), config=config, run_dir=folder)
+    pipeline: Full = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_accuracy, "MOST", 64)
+        patch.setattr(class_accuracy, "MAX_TRAIN_IMAGES", 64)
         pipeline.run()
     return folder
 
 
 def test_what_lies_on_disk(run: Path) -> None:
     numbers = json.loads((run / "metrics.json").read_text())
-    assert {"psnr", "usage", "perplexity"} <= set(numbers["held-out pictures"])
+    assert {"psnr", "usage", "perplexity"} <= set(numbers["held-out images"])
     assert 0 < numbers["codes"]["nats_per_token"] < 10
-    assert numbers["codes"]["log_vocabulary"] == pytest.approx(2.7726, abs=1e-4)
+    assert numbers["codes"]["uniform_nats"] == pytest.approx(2.7726, abs=1e-4)
     assert "<html" in (run / "report.html").read_text()
     assert not list(run.glob("stage*/report.html"))
     for name in ("reconstructions-latest.png", "samples-latest.png"):
@@ -52,7 +52,7 @@ def test_what_lies_on_disk(run: Path) -> None:
 def test_samples_are_judged_once_at_the_end(run: Path) -> None:
     numbers = json.loads((run / "metrics.json").read_text())["codes"]
     assert numbers["class_accuracy_chance"] == 1 / 8
-    assert all(0 <= numbers[f"class_accuracy{each}"] <= 1 for each in ("", "_real", "_drawn"))
+    assert all(0 <= numbers[f"class_accuracy{each}"] <= 1 for each in ("", "_real", "_decoded"))
     lines = [json.loads(line) for line in (run / "stage2" / "metrics.jsonl").open()]
     (judged,) = [line for line in lines if "validation/class_accuracy" in line]
     assert judged["step"] == 4
@@ -72,14 +72,14 @@ def test_the_page_shows_both_ends_the_codes_samples_by_class_and_completions(run
     assert re.findall(r"<h3>([^<]*)", samples)[:2] == ["Activities", "Animals &amp; Nature"]
     assert samples.count("<img") == 32
     details = json.loads((run / "stage1" / "details.json").read_text())
-    assert sum(details["codes"]["counts"]) == 16 * 4  # held-out pictures of 2 x 2 codes
+    assert sum(details["codes"]["counts"]) == 16 * 4  # held-out images of 2 x 2 codes
     ends = [float(details[end]["captions"][0].split()[0]) for end in ("worst", "best")]
     assert ends[0] < ends[1]
 
 
 def test_what_acts_on_a_run_has_a_page_of_its_own(run: Path, tmp_path: Path) -> None:
     words = [f"run={run}", "logger=[images,report]", "metric=[psnr]"]
-    Sample(compose("pipeline=sample", *words), tmp_path / "s", count=9).run()
+    SamplePipeline(compose("pipeline=sample", *words), tmp_path / "s", count=9).run()
     Complete(compose("pipeline=complete", *words), tmp_path / "c", count=3).run()
     Reconstruct(compose("pipeline=reconstruct", *words), tmp_path / "r", count=5).run()
     pages = {name: (tmp_path / name / "report.html").read_text() for name in "scr"}
@@ -102,7 +102,7 @@ def test_load_gives_a_generator_and_a_tokenizer(run: Path) -> None:
     assert generator.classes[0] == "Activities"
 
 
-def test_a_picture_depends_on_seed_number_and_label_alone(run: Path) -> None:
+def test_an_image_depends_on_seed_number_and_label_alone(run: Path) -> None:
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
     together = generator.sample(5, seed=3)
@@ -123,19 +123,21 @@ def test_a_class_that_does_not_exist(run: Path, label: object, words: str) -> No
         generator.sample(1, label=label)  # type: ignore[arg-type]
 
 
-def test_sample_writes_pictures(run: Path, tmp_path: Path) -> None:
-    Sample(compose("pipeline=sample", f"run={run}", "logger=[images]"), tmp_path, count=3, label="Objects").run()
+def test_sample_writes_images(run: Path, tmp_path: Path) -> None:
+    SamplePipeline(
+        compose("pipeline=sample", f"run={run}", "logger=[images]"), tmp_path, count=3, label="Objects"
+    ).run()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(tmp_path / "samples" / "000000.png").size == (16, 16)
 
 
-def test_reconstruct_takes_held_out_pictures_or_a_folder(run: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_reconstruct_takes_held_out_images_or_a_folder(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(3):
-        Image.new("RGB", (20 + i, 30), (80 * i, 10, 200)).save(pictures / f"{i}.png")
+        Image.new("RGB", (20 + i, 30), (80 * i, 10, 200)).save(images / f"{i}.png")
     config = compose("pipeline=reconstruct", f"run={run}", "logger=[]", "metric=[psnr]")
-    Reconstruct(config, tmp_path / "folder", images=str(pictures)).run()
+    Reconstruct(config, tmp_path / "folder", images=str(images)).run()
     assert len(list((tmp_path / "folder" / "reconstructions").iterdir())) == 3
     assert json.loads((tmp_path / "folder" / "metrics.json").read_text())["reconstruction"]["psnr"] > 0
 
@@ -171,7 +173,7 @@ def test_tokens_of_another_tokenizer_are_refused(run: Path, tmp_path: Path) -> N
 def test_a_tokenizer_cannot_be_sampled(run: Path, tmp_path: Path) -> None:
     stage1 = run / "stage1"
     with pytest.raises(UserError) as caught:
-        Sample(compose("pipeline=sample", f"run={stage1}"), tmp_path).run()
+        SamplePipeline(compose("pipeline=sample", f"run={stage1}"), tmp_path).run()
     assert str(caught.value) == (
         f"run={stage1} holds a stage1 run, but this needs the run of a prior; "
         f"python -m vqf.run pipeline=stage2 run={stage1} trains one on its tokenizer"

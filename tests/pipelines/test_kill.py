@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.packing import pack, png
-from vqf.runs.checkpoint import newest
+from vqf.runs.checkpoint import latest_checkpoint
 
 STEPS, KILLS = 24, 20
 ROOT = Path(__file__).parents[2]
@@ -49,11 +49,11 @@ WORDS = [
     "checkpoint.keep=3",
     "checkpoint.best=psnr",
 ]
-SECOND = ["pipeline=stage2", "checkpoint.best=nats_per_token", "tokens.views=2"]
+SECOND = ["pipeline=stage2", "checkpoint.best=nats_per_token", "tokens.augmentations=2"]
 
 
-def pictures(folder: Path) -> dict[str, str]:
-    """Write the same pictures as files and as tar shards; returns the words that choose each."""
+def images(folder: Path) -> dict[str, str]:
+    """Write the same images as files and as tar shards; returns the words that choose each."""
     for part, count in (("train", 40), ("val", 8)):
         members = []
         for i in range(count):
@@ -85,13 +85,13 @@ def kill(folder: Path, jobs: list[dict[str, object]]) -> dict[str, list[str]]:
 
 def left(run: Path) -> dict[str, object]:
     """What a run leaves, without what no two runs share: times, and the words that said where to write."""
-    found = newest(run)
+    found = latest_checkpoint(run)
     assert found and found.step == STEPS
     files = [*found.path.iterdir(), *(run / "images").iterdir()]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "log": [{key: value for key, value in line.items() if key != "time"} for line in lines],
-        "optimizers": dict(flat(found.optimizers())),
+        "optimizers": dict(flat(found.load_optimizers())),
         **{file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".png")},
         "state": found.state,
     }
@@ -118,7 +118,7 @@ def compare(folder: Path, name: str) -> None:
 
 
 def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    data = ["data=folder", f"data.root={pictures(tmp_path)['folder']}"]
+    data = ["data=folder", f"data.root={images(tmp_path)['folder']}"]
     job = {"name": "run", "command": [*WORDS, *data], "steps": STEPS, "kills": 3, "seed": 1, "whole": False}
     assert len(kill(tmp_path, [job])["run"]) == 3
     compare(tmp_path, "run")
@@ -128,7 +128,7 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["folder", "shards"])
 def test_runs_killed_twenty_times_end_as_if_nothing_had_happened(tmp_path: Path, source: str, workers: int) -> None:
-    data = [f"data={source}", f"data.root={pictures(tmp_path)[source]}", f"workers={workers}"]
+    data = [f"data={source}", f"data.root={images(tmp_path)[source]}", f"workers={workers}"]
     rest = {"steps": STEPS, "kills": KILLS, "whole": source == "folder" and workers == 0}
     first = {"name": "first", "command": [*WORDS, *data], "seed": workers, **rest}
     on = [*WORDS, *data, *SECOND, f"run={tmp_path / 'first-whole'}"]

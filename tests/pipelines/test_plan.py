@@ -14,18 +14,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.composing import compose
-from tests.support.processes import together
-from vqf.config.settings import complete
+from tests.support.processes import run_processes
+from vqf.config.settings import fill_missing_groups
 from vqf.distributed import comm
 from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
 from vqf.pipelines import plan as plans
 from vqf.pipelines.plan import Plan
-from vqf.pipelines.planning.benchmark import measure
-from vqf.pipelines.planning.estimate import EVERY, Estimate, build_job, estimate, estimate_drawing, stage_config
-from vqf.pipelines.planning.fake_tensors import WIDENED, CudaRules
-from vqf.pipelines.planning.memory_tracker import Ledger
-from vqf.training.ema import Average
+from vqf.pipelines.planning.benchmark import benchmark_step
+from vqf.pipelines.planning.estimate import (
+    LOG_STEP_MULTIPLE,
+    Estimate,
+    build_task,
+    estimate,
+    estimate_sampling,
+    stage_config,
+)
+from vqf.pipelines.planning.fake_tensors import AUTOCAST_TO_FLOAT32, CudaAutocastEmulation
+from vqf.pipelines.planning.memory_tracker import MemoryTracker
+from vqf.training.ema import EMA
 
 CPU = torch.device("cpu")
 
@@ -45,20 +52,20 @@ TINY = [
 
 
 def tiny(*overrides: str) -> DictConfig:
-    return complete(compose(*TINY, *overrides))
+    return fill_missing_groups(compose(*TINY, *overrides))
 
 
 def allocated(name: str, config: DictConfig, steps: int = 2) -> list[int]:
     """The most bytes that torch's CPU allocator had handed out at once, in every step of a stage."""
     now = stage_config(config, name, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        job = build_job(name, now, make_engine(now), 10)
-        average = None if now.ema is None else Average(job.stage.model, now.ema)
+        job = build_task(name, now, make_engine(now), 10)
+        average = None if now.ema is None else EMA(job.task.model, now.ema)
         for _ in range(steps):
             with torch.profiler.record_function("a step"):
-                job.stage.step(EVERY, job.batch())
+                job.task.step(LOG_STEP_MULTIPLE, job.make_batch())
             if average:
-                average.update(EVERY)
+                average.update(LOG_STEP_MULTIPLE)
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda each: each.start_ns())
     peaks, live = [], 0
     for event in events:
@@ -102,7 +109,7 @@ def of_processes(name: str, overrides: list[str], kind: str) -> int:
     not see, and counts to the end: the places of DDP's gradients before it orders them anew, say. It never counts less.
     """
     config = tiny(*overrides, f"engine={kind}")
-    config.batch_size //= comm.world()
+    config.batch_size //= comm.world_size()
     config.stage2.batch_size = config.batch_size
     return min(min(allocated(name, config, steps=8)[2:]) for _ in range(5))
 
@@ -119,13 +126,13 @@ def of_processes(name: str, overrides: list[str], kind: str) -> int:
 )
 def test_the_peak_of_each_of_two_processes(name: str, words: str, kind: str) -> None:
     planned = estimate(name, tiny(*words.split()), CPU, world=2, classes=10).peak(kind)
-    for measured in together(2, of_processes, name, words.split(), kind):
+    for measured in run_processes(2, of_processes, name, words.split(), kind):
         assert planned == pytest.approx(measured, rel=0.15)
 
 
 def test_a_measured_peak_is_the_allocators() -> None:
     config = tiny("model/loss=[l1]", "ema=0.9")
-    found = measure("stage1", config, make_engine(config), 10)
+    found = benchmark_step("stage1", config, make_engine(config), 10)
     assert found.peak == pytest.approx(max(allocated("stage1", config)), rel=0.02)
     assert found.seconds > 0
 
@@ -133,25 +140,27 @@ def test_a_measured_peak_is_the_allocators() -> None:
 def test_the_ledger_counts_by_hand() -> None:
     x, weight = torch.ones(5, 7), nn.Parameter(torch.ones(7, 11))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    ledger = Ledger({"all": {}, "half": {"weights": 0.5, "gradients": 0.5, "optimizer": 0.5}, "none": {"weights": 0}})
-    ledger.enter([weight], "weights")
-    with ledger, ledger.attending([weight], optimizer, "gradients", "optimizer"):
+    ledger = MemoryTracker(
+        {"all": {}, "half": {"weights": 0.5, "gradients": 0.5, "optimizer": 0.5}, "none": {"weights": 0}}
+    )
+    ledger.track([weight], "weights")
+    with ledger, ledger.tracking_optimizer([weight], optimizer, "gradients", "optimizer"):
         y = (x @ weight).square()  # the product is kept for the backward pass
         assert ledger.flops == 2 * 5 * 7 * 11
-        assert ledger.live == {"weights": 4 * 77, "activations": 2 * 4 * 55}
+        assert ledger.live_bytes == {"weights": 4 * 77, "activations": 2 * 4 * 55}
         y.sum().backward()
-        assert ledger.live["gradients"] == 4 * 77
+        assert ledger.live_bytes["gradients"] == 4 * 77
         assert ledger.flops == 2 * (2 * 5 * 7 * 11)
         optimizer.step()
-        assert ledger.live["optimizer"] == 4 * 77  # momentum
+        assert ledger.live_bytes["optimizer"] == 4 * 77  # momentum
         optimizer.zero_grad()
-        assert ledger.live["gradients"] == 0
+        assert ledger.live_bytes["gradients"] == 0
         view = y[:2]
-        before = ledger.live["activations"]
+        before = ledger.live_bytes["activations"]
         del y
-        assert ledger.live["activations"] == before  # its storage lives on in the view
+        assert ledger.live_bytes["activations"] == before  # its storage lives on in the view
         del view
-        assert ledger.live["activations"] == before - 4 * 55
+        assert ledger.live_bytes["activations"] == before - 4 * 55
     assert sum(ledger.peaks["all"].values()) > sum(ledger.peaks["half"].values()) > 0
     assert ledger.peaks["half"]["weights"] == ledger.peaks["all"]["weights"] / 2
     assert ledger.peaks["none"]["weights"] == 0
@@ -162,18 +171,18 @@ def test_operations_are_those_of_the_published_formulas() -> None:
     config = tiny("model.prior.dropout=0", "model.prior.layers=4", "model.prior.dim=256", "stage2.batch_size=4")
     found = estimate("stage2", config, CPU, classes=10)
     matrices = 4 * 12 * 256**2 + 256 * 64
-    expected = 4 * found.tokens * (6 * matrices + 12 * 4 * 256 * found.tokens)
+    expected = 4 * found.tokens_per_image * (6 * matrices + 12 * 4 * 256 * found.tokens_per_image)
     assert found.flops == pytest.approx(expected, rel=0.05)
 
 
 def test_parameters_are_those_of_the_model() -> None:
     config = tiny()
-    job = build_job("stage1", config, make_engine(config), 10)
+    job = build_task("stage1", config, make_engine(config), 10)
     found = estimate("stage1", config, CPU, classes=10)
-    of = {name: sum(each.numel() for each in part.parameters()) for name, part in job.stage.model.named_children()}
-    of["discriminator"] = sum(each.numel() for each in job.stage.critic.parameters())
+    of = {name: sum(each.numel() for each in part.parameters()) for name, part in job.task.model.named_children()}
+    of["discriminator"] = sum(each.numel() for each in job.task.gan.parameters())
     assert of.items() <= found.parameters.items()
-    assert found.trained == sum(of.values()) and found.tokens == 16
+    assert found.trainable == sum(of.values()) and found.tokens_per_image == 16
 
 
 def test_processes_share_the_batch_and_fsdp_the_weights() -> None:
@@ -194,13 +203,13 @@ def test_processes_share_the_batch_and_fsdp_the_weights() -> None:
 @pytest.mark.parametrize("prior", ["gpt_tiny", "llama_small"])
 def test_drawing_needs_the_keys_and_values_of_every_token(prior: str) -> None:
     config = tiny(f"model/prior={prior}", "model.prior.layers=3", "model.prior.heads=4", "stage2.batch_size=5")
-    found = estimate_drawing(config, CPU, classes=10)
+    found = estimate_sampling(config, CPU, classes=10)
     assert found is not None
     now = stage_config(config, "stage2", 1)
-    stage = build_job("stage2", now, make_engine(now), 10).stage
-    prefix = stage.generator.conditioner(build_job("stage2", now, make_engine(now), 10).batch())
-    _, cache = stage.model.eval().begin(prefix)
-    held = sum(each.keys.nbytes + each.values.nbytes for each in cache.memories)
+    stage = build_task("stage2", now, make_engine(now), 10).task
+    prefix = stage.generator.conditioner(build_task("stage2", now, make_engine(now), 10).make_batch())
+    _, cache = stage.model.eval().prefill(prefix)
+    held = sum(each.keys.nbytes + each.values.nbytes for each in cache.kv_caches)
     assert found["cache"] == pytest.approx(held, rel=0.02)
 
 
@@ -239,12 +248,12 @@ def test_what_stays_narrow_on_a_gpu_is_what_torch_says(name: str) -> None:
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
-        with torch.autocast("cpu", torch.bfloat16), CudaRules():
+        with torch.autocast("cpu", torch.bfloat16), CudaAutocastEmulation():
             assert function(torch.empty(2, 4, 8, 8, dtype=torch.bfloat16)).dtype == expected
 
 
 def test_the_rules_of_a_gpu_name_functions_that_exist() -> None:
-    assert all(any(hasattr(home, name) for home in (torch, F, Tensor)) for name in WIDENED)
+    assert all(any(hasattr(home, name) for home in (torch, F, Tensor)) for name in AUTOCAST_TO_FLOAT32)
 
 
 def test_a_gpu_need_not_be_there() -> None:
@@ -258,18 +267,18 @@ def test_a_gpu_need_not_be_there() -> None:
 @pytest.mark.slow
 def test_the_papers_model_needs_no_weights_and_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download"))
-    config = complete(compose("model=vqgan", "data=folder", "data.root=/nowhere", "device=cuda"))
+    config = fill_missing_groups(compose("model=vqgan", "data=folder", "data.root=/nowhere", "device=cuda"))
     first = estimate("stage1", config, torch.device("cuda"))
     assert sum(first.parameters[part] for part in first.parameters if part not in ("discriminator", "loss lpips")) == (
         72_141_699
     )
     assert first.parameters["loss lpips"] == 14_714_688 + 1472  # VGG16's convolutions, five heads
-    assert estimate("stage2", config, torch.device("cuda")).tokens == 256
+    assert estimate("stage2", config, torch.device("cuda")).tokens_per_image == 256
 
 
 @pytest.mark.parametrize(
     ("word", "words"),
-    [("auto", ["planned for cpu, which device=auto finds here"]), ("cuda", [plans.BESIDE]), ("cpu", [])],
+    [("auto", ["planned for cpu, which device=auto finds here"]), ("cuda", [plans.GPU_OVERHEAD_NOTE]), ("cpu", [])],
 )
 def test_the_plan_says_what_it_is_of(
     word: str, words: list[str], tmp_path: Path, told: "Told", monkeypatch: pytest.MonkeyPatch
@@ -302,9 +311,9 @@ def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: py
     found = estimate("stage1", config, CPU, classes=10)
     assert written["stage1"]["peak"] == {"single": found.peak("single")}
     assert written["stage1"]["seconds"] == found.flops / 1e9
-    assert written["stage2"]["pictures"] == 16 and written["sample"]["bytes"]["cache"] > 0
-    assert told[0].startswith(f"stage1 on cpu: {found.trained:,} trained parameters, 16 tokens a picture, ")
-    assert told[0].endswith(f" s a step, {plans.duration(written['stage1']['seconds'] * 10)} for 10 steps")
+    assert written["stage2"]["images"] == 16 and written["sample"]["bytes"]["cache"] > 0
+    assert told[0].startswith(f"stage1 on cpu: {found.trainable:,} trained parameters, 16 tokens an image, ")
+    assert told[0].endswith(f" s a step, {plans.format_seconds(written['stage1']['seconds'] * 10)} for 10 steps")
     assert "memory of a process" in capsys.readouterr().out
 
 
@@ -317,12 +326,12 @@ def test_real_steps_stand_beside_the_plan(tmp_path: Path, told: Told) -> None:
 
 
 def pretended(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 0) -> Estimate:
-    """An estimate of 1,200 bytes for a picture of a micro-batch, less in bf16 and with checkpoints; 300 of weights."""
+    """An estimate of 1,200 bytes for an image of a micro-batch, less in bf16 and with checkpoints; 300 of weights."""
     share = (0.5 if config.precision == "bf16" else 1) * (0.75 if config.model.encoder.gradient_checkpointing else 1)
-    pictures = config.batch_size / config.accumulate / world * 1200 * share
-    peaks = {"single": {"activations": pictures, "weights": 300}}
+    images = config.batch_size / config.accumulate / world * 1200 * share
+    peaks = {"single": {"activations": images, "weights": 300}}
     if world > 1:
-        peaks = {"ddp": peaks["single"], "fsdp2": {"activations": pictures, "weights": 300 / world}}
+        peaks = {"ddp": peaks["single"], "fsdp2": {"activations": images, "weights": 300 / world}}
     return Estimate(name, {}, 0, 1, peaks, 0)
 
 
@@ -344,11 +353,12 @@ def test_it_says_with_what_a_run_fits(
     memory: int, words: str, remedies: dict, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans, "estimate", pretended)
-    monkeypatch.setattr(plans, "stages_of", lambda config: ["stage1"])
+    monkeypatch.setattr(plans, "trainable_stages", lambda config: ["stage1"])
     Plan(tiny(*words.split()), tmp_path, memory=(memory + 100) / 2**30).run()
     assert json.loads((tmp_path / "plan.json").read_text())["stage1"]["remedies"] == remedies
     assert (
-        told[2:-1] == [f"  {words} brings it to {plans.size(peak)}" for words, peak in remedies.items()] or not remedies
+        told[2:-1] == [f"  {words} brings it to {plans.format_bytes(peak)}" for words, peak in remedies.items()]
+        or not remedies
     )
     assert told[1].startswith("stage1 fits into 9.863 KiB with 200 bytes to spare") == (memory == 10000)
     assert ("fewer channels" in told[2]) == (memory == 10)
@@ -385,9 +395,9 @@ def test_mistakes_are_lines(tmp_path: Path, told: Told, options: dict[str, Any],
     ("count", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")]
 )
 def test_sizes_are_readable(count: int, words: str) -> None:
-    assert plans.size(count) == words
+    assert plans.format_bytes(count) == words
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.5, "0.5 seconds"), (90, "1.5 minutes"), (864000, "10.0 days")])
 def test_times_are_readable(seconds: float, words: str) -> None:
-    assert plans.duration(seconds) == words
+    assert plans.format_seconds(seconds) == words

@@ -9,7 +9,7 @@ from tests import test_run
 from tests.loggers.made_up import make_run
 from tests.support.composing import compose
 from vqf.errors import UserError
-from vqf.pipelines.report import Report, refresh
+from vqf.pipelines.report import Report, refresh_page
 
 command_line = test_run.run  # a fixture
 
@@ -41,14 +41,14 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     config = compose("pipeline=report", f"run={run}")
     with pytest.raises(UserError, match="is a link to"):
         Report(config, tmp_path).run()
-    refresh(run, config)
+    refresh_page(run, config)
     assert victim.read_text() == "mine"
 
 
 def test_a_page_is_refreshed_only_where_there_is_one(tmp_path: Path) -> None:
     run, config = make_run(tmp_path, "run"), compose()
-    refresh(run / "stage1", config)
+    refresh_page(run / "stage1", config)
     assert not list(run.rglob("report.html"))
     (run / "report.html").write_text("old")
-    refresh(run / "stage1", config)
+    refresh_page(run / "stage1", config)
     assert "<h1>run</h1>" in (run / "report.html").read_text()

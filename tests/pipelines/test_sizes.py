@@ -1,4 +1,4 @@
-"""Pictures that are not square, from files to samples."""
+"""Images that are not square, from files to samples."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vqf.errors import UserError
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.pipelines.reconstruct import Reconstruct
-from vqf.pipelines.sample import Sample
+from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build
@@ -27,16 +27,16 @@ ATTENDS = ["model.encoder.attention=[2]", "model.decoder.attention=[2]"]  # the 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Stage 1 and stage 2 on pictures of many shapes, light on the left."""
+    """Stage 1 and stage 2 on images of many shapes, light on the left."""
     folder = tmp_path_factory.mktemp("sizes")
     rng = np.random.default_rng(0)
     for i in range(24):
         pixels = rng.integers(0, 90, (int(rng.integers(12, 60)), int(rng.integers(12, 60)), 3), np.uint8)
         pixels[:, : pixels.shape[1] // 2] += 160
-        path = folder / "pictures" / ("ant", "bee")[i % 2] / f"{i}.png"
+        path = folder / "images" / ("ant", "bee")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    data = ["data=folder", f"data.root={folder / 'pictures'}", "data.validation_last=4", "data.flip=false"]
+    data = ["data=folder", f"data.root={folder / 'images'}", "data.validation_last=4", "data.flip=false"]
     first, second = folder / "stage1", folder / "stage2"
     Stage1(compose(*WIDE, *data, *ATTENDS), first).run()
     Stage2(compose(*TINY, "pipeline=stage2", f"run={first}", "data=folder", *data[1:]), second).run()
@@ -53,13 +53,13 @@ def test_every_part_knows_height_and_width(runs: tuple[Path, Path]) -> None:
     indices = tokenizer.encode(images)
     assert indices.shape == (2, 2, 3)
     assert tokenizer.decode(indices).shape == images.shape
-    assert torch.equal(tokenizer.tokens(images), indices.flatten(1))
-    assert torch.equal(tokenizer.images(tokenizer.tokens(images)), tokenizer.decode(indices))
+    assert torch.equal(tokenizer.encode_tokens(images), indices.flatten(1))
+    assert torch.equal(tokenizer.decode_tokens(tokenizer.encode_tokens(images)), tokenizer.decode(indices))
     assert generator.sample(3, seed=1).shape == (3, 3, HEIGHT, WIDTH)
 
 
 def test_rows_and_columns_are_not_mixed_up(runs: tuple[Path, Path]) -> None:
-    """The pictures are light on the left: so are their reconstructions, by columns and not by rows."""
+    """The images are light on the left: so are their reconstructions, by columns and not by rows."""
     tokenizer = vqf.load(runs[0])
     images = torch.full((1, 3, HEIGHT, WIDTH), -0.9)
     images[..., : WIDTH // 2] = 0.9
@@ -96,16 +96,16 @@ def test_reconstructions_and_samples_on_disk(runs: tuple[Path, Path], tmp_path: 
     written = list((tmp_path / "r" / "reconstructions").iterdir())
     assert len(written) == 4
     assert {Image.open(path).size for path in written} == {(WIDTH, HEIGHT)}
-    Sample(compose("pipeline=sample", f"run={second}", "logger=[]"), tmp_path / "s", count=3, label="bee").run()
+    SamplePipeline(compose("pipeline=sample", f"run={second}", "logger=[]"), tmp_path / "s", count=3, label="bee").run()
     written = list((tmp_path / "s" / "samples").iterdir())
     assert {Image.open(path).size for path in written} == {(WIDTH, HEIGHT)}
     assert len(written) == 3
 
 
-def test_larger_pictures_by_a_window_of_the_shape_that_was_learned(runs: tuple[Path, Path]) -> None:
+def test_larger_images_by_a_window_of_the_shape_that_was_learned(runs: tuple[Path, Path]) -> None:
     generator = vqf.load(runs[1])
     assert isinstance(generator, Generator)
-    with pytest.raises(UserError, match=r"has learned pictures of 16 x 24 pixels, not 24 x 40"):
+    with pytest.raises(UserError, match=r"has learned images of 16 x 24 pixels, not 24 x 40"):
         generator.sample(1, size=[24, 40])
     generator.sampler = build("sampler", {"name": "sliding_window"})
     assert generator.sample(1, size=[24, 40]).shape == (1, 3, 24, 40)

@@ -17,33 +17,33 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from tests.support.composing import compose
-from tests.support.processes import PATIENCE, together
+from tests.support.processes import PATIENCE, run_processes
 from tests.training.test_trainer import TINY, weights
 from vqf.batch import Batch, Sample
 from vqf.dataloading import encode
-from vqf.dataloading.encode import Coder, check_size, tokenize_part
-from vqf.dataloading.token_shards import Manifest, Tokens
+from vqf.dataloading.encode import TokenEncoder, check_image_size, tokenize_split
+from vqf.dataloading.token_shards import TokenDataset, TokenShardManifest
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError
-from vqf.models.conditioning import Conditions
+from vqf.models.conditioning import ConditionerStack
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.pipelines.tokenize import Tokenize
 from vqf.registry import build
 
-PICTURES, VIEWS = 23, 3
+IMAGES, VIEWS = 23, 3
 
 
 class KilledError(Exception):
     """Stands for a process that ends here."""
 
 
-class Pictures:
-    """Pictures of one number, which says of which view and index they are; each with a label, a map and a place."""
+class Images:
+    """Images of one number, which says of which view and index they are; each with a label, a map and a place."""
 
     fingerprint = "numbers"
 
-    def __init__(self, count: int = PICTURES) -> None:
+    def __init__(self, count: int = IMAGES) -> None:
         self.count = count
 
     def __len__(self) -> int:
@@ -51,17 +51,17 @@ class Pictures:
 
     def item(self, epoch: int, index: int) -> Sample:
         image = torch.full((3, 4, 4), (epoch * 10 + index) / 1000)
-        return Sample(image, label=index % 5, condition=-image, place=torch.tensor([0.0, 0.0, index / 100, 1.0]))
+        return Sample(image, label=index % 5, condition=-image, crop_box=torch.tensor([0.0, 0.0, index / 100, 1.0]))
 
 
 class Numbers(nn.Module):
-    """A tokenizer whose codes are the number of a picture; it counts what it is shown, and can be stopped."""
+    """A tokenizer whose codes are the number of an image; it counts what it is shown, and can be stopped."""
 
     def __init__(self, most: int = 10**9) -> None:
         super().__init__()
         self.seen, self.most = 0, most
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def encode_tokens(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         if self.seen > self.most:
             raise KilledError
@@ -79,45 +79,47 @@ class Map:
     def prepare(self, batch: Batch) -> Batch:
         assert batch.conditions is not None
         codes = (batch.conditions[:, 0, :2, :2] * -1000).round().long()
-        return Batch(labels=batch.labels, places=batch.places, codes={"map": codes})
+        return Batch(labels=batch.labels, crop_boxes=batch.crop_boxes, condition_indices={"map": codes})
 
     def __call__(self, batch: Batch) -> Tensor:
-        return batch.codes["map"].flatten(1)
+        return batch.condition_indices["map"].flatten(1)
 
 
-def coder(tokenizer: Numbers | None = None) -> Coder:
+def coder(tokenizer: Numbers | None = None) -> TokenEncoder:
     engine = Engine(torch.device("cpu"), torch.float32)
-    return Coder(tokenizer or Numbers(), Conditions({"map": Map()}), engine)  # type: ignore[arg-type, dict-item]
+    return TokenEncoder(tokenizer or Numbers(), ConditionerStack({"map": Map()}), engine)  # type: ignore[arg-type, dict-item]
 
 
 def config(batch_size: int = 4, workers: int = 0) -> DictConfig:
     loading = {"batch_size": batch_size, "workers": workers, "worker_timeout": 600.0}
-    return OmegaConf.create({"tokens": {"views": VIEWS}, **loading})
+    return OmegaConf.create({"tokens": {"augmentations": VIEWS}, **loading})
 
 
-def make(folder: Path, tokenizer: Numbers | None = None, *, rows: int | None = 10, workers: int = 0) -> Tokens:
-    return tokenize_part(coder(tokenizer), Pictures(), "train", folder, config(workers=workers), rows)
+def make(folder: Path, tokenizer: Numbers | None = None, *, rows: int | None = 10, workers: int = 0) -> TokenDataset:
+    return tokenize_split(coder(tokenizer), Images(), "train", folder, config(workers=workers), rows)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kept(tokens: Tokens) -> dict[str, Tensor]:
+def kept(tokens: TokenDataset) -> dict[str, Tensor]:
     return {name: torch.cat([shard[name] for shard in tokens.shards]) for name in tokens.shards[0]}
 
 
 @pytest.mark.parametrize("rows", [1, 10, 23, 69, None])
 def test_shards_hold_what_the_tokenizer_says(rows: int | None, tmp_path: Path) -> None:
-    tokenizer, split = Numbers(), Pictures()
+    tokenizer, split = Numbers(), Images()
     found = kept(make(tmp_path, tokenizer, rows=rows))
-    assert tokenizer.seen == PICTURES * VIEWS
-    samples = [split.item(view, index) for view in range(VIEWS) for index in range(PICTURES)]
-    numbers = torch.tensor([view * 10 + index for view in range(VIEWS) for index in range(PICTURES)])
+    assert tokenizer.seen == IMAGES * VIEWS
+    samples = [split.item(view, index) for view in range(VIEWS) for index in range(IMAGES)]
+    numbers = torch.tensor([view * 10 + index for view in range(VIEWS) for index in range(IMAGES)])
     assert torch.equal(found["tokens"], numbers[:, None].expand(-1, 16).int())
-    assert torch.equal(found["codes.map"], numbers[:, None, None].expand(-1, 2, 2).int())
+    assert torch.equal(found["condition_indices.map"], numbers[:, None, None].expand(-1, 2, 2).int())
     assert found["labels"].tolist() == [sample.label for sample in samples]
-    assert torch.equal(found["places"], torch.stack([sample.place for sample in samples if sample.place is not None]))
+    assert torch.equal(
+        found["crop_boxes"], torch.stack([sample.crop_box for sample in samples if sample.crop_box is not None])
+    )
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
         assert each["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     origin = {"tokenizer": "numbers", "data": "numbers", "views": "3", **found["origin"]}
     assert found["origin"] == origin and origin.keys() == {"tokenizer", "data", "views", "conditions"}
-    assert (found["pictures"], found["rows"], found["finished"]) == (PICTURES, 10, True)
+    assert (found["images"], found["rows"], found["finished"]) == (IMAGES, 10, True)
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -148,11 +150,11 @@ def made_by_a_process(folder: str) -> int:
 def test_processes_make_what_one_makes(tmp_path: Path) -> None:
     """Shards 0, 2, 4 and 6 are the first process's, 1, 3 and 5 the other's; both open all of them."""
     make(tmp_path / "one")
-    assert together(2, made_by_a_process, str(tmp_path / "two")) == [39, 30]
+    assert run_processes(2, made_by_a_process, str(tmp_path / "two")) == [39, 30]
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for number in (1, 5):
         (tmp_path / "two" / f"train-{number:05d}.safetensors").unlink()
-    assert together(2, made_by_a_process, str(tmp_path / "two")) == [10, 10]
+    assert run_processes(2, made_by_a_process, str(tmp_path / "two")) == [10, 10]
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -179,7 +181,7 @@ def test_only_what_is_not_whole_is_made_again(name: str, tmp_path: Path) -> None
         tokenizer = Numbers()
         found = make(tmp_path, tokenizer, rows=None)
         assert tokenizer.seen == rows and files(tmp_path) == before
-        assert found.shards[number]["tokens"][0, 0] == number * 10 // PICTURES * 10 + number * 10 % PICTURES
+        assert found.shards[number]["tokens"][0, 0] == number * 10 // IMAGES * 10 + number * 10 % IMAGES
 
 
 def test_what_is_whole_is_not_touched(tmp_path: Path) -> None:
@@ -197,17 +199,17 @@ def test_a_run_that_is_killed_loses_the_shard_in_flight(seen: int, tmp_path: Pat
         make(tmp_path / "cut", Numbers(most=seen))
     assert not json.loads((tmp_path / "cut" / "train.json").read_text())["finished"]
     make(tmp_path / "cut", tokenizer := Numbers())
-    assert tokenizer.seen == PICTURES * VIEWS - seen // 10 * 10
+    assert tokenizer.seen == IMAGES * VIEWS - seen // 10 * 10
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 class Deadly(Numbers):
-    """A tokenizer that kills its process at the 36th picture."""
+    """A tokenizer that kills its process at the 36th image."""
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def encode_tokens(self, images: Tensor) -> Tensor:
         if self.seen + len(images) > 35:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().tokens(images)
+        return super().encode_tokens(images)
 
 
 def make_and_die(folder: str) -> None:
@@ -224,7 +226,7 @@ def test_a_process_that_is_killed_leaves_whole_shards(tmp_path: Path) -> None:
     assert cut.keys() == {"train.json", *(f"train-0000{number}.safetensors" for number in range(3))}
     assert all(cut[name] == whole[name] for name in cut if name != "train.json")
     make(tmp_path / "cut", tokenizer := Numbers())
-    assert tokenizer.seen == PICTURES * VIEWS - 30
+    assert tokenizer.seen == IMAGES * VIEWS - 30
     assert files(tmp_path / "cut") == whole
 
 
@@ -233,33 +235,33 @@ def test_killed_while_a_shard_is_written_or_recorded(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole")
-    kept_method, calls = getattr(Manifest, place), []
+    kept_method, calls = getattr(TokenShardManifest, place), []
 
-    def dies(self: Manifest, *arguments: Any) -> Any:
+    def dies(self: TokenShardManifest, *arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 4:  # and never again
-            (self.folder / ".train-00003.safetensors.partial").write_bytes(b"half")
+            (self.folder / ".train-00003.safetensors.tmp").write_bytes(b"half")
             raise KilledError
         return kept_method(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Manifest, place, dies)
+        patched.setattr(TokenShardManifest, place, dies)
         with pytest.raises(KilledError):
             make(tmp_path / "cut")
     make(tmp_path / "cut", tokenizer := Numbers())
     done = 3 if place == "write" else 2  # the first record is that it begins
-    assert tokenizer.seen == PICTURES * VIEWS - done * 10
-    (tmp_path / "cut" / ".train-00003.safetensors.partial").unlink(missing_ok=True)
+    assert tokenizer.seen == IMAGES * VIEWS - done * 10
+    (tmp_path / "cut" / ".train-00003.safetensors.tmp").unlink(missing_ok=True)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1000 pictures in shards of 20 rows never more than 20 are alive, nor their keys."""
+    """Of 1000 images in shards of 20 rows never more than 20 are alive, nor their keys."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    call = Coder.__call__
+    call = TokenEncoder.__call__
 
-    def watched(self: Coder, batch: Batch) -> dict[str, Tensor]:
+    def watched(self: TokenEncoder, batch: Batch) -> dict[str, Tensor]:
         nonlocal most
         found = call(self, batch)
         alive[:] = [each for each in alive if each() is not None] + [weakref.ref(found["tokens"])]
@@ -267,20 +269,20 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         return found
 
     keys: list[int] = []
-    item = Pictures.item
+    item = Images.item
 
-    def counted(self: Pictures, epoch: int, index: int) -> Sample:
+    def counted(self: Images, epoch: int, index: int) -> Sample:
         keys.append(index)
         return item(self, epoch, index)
 
     class Slow(Numbers):
-        def tokens(self, images: Tensor) -> Tensor:
-            assert len(keys) - self.seen <= 2 * len(images), "pictures are read ahead of what is encoded"
-            return super().tokens(images)
+        def encode_tokens(self, images: Tensor) -> Tensor:
+            assert len(keys) - self.seen <= 2 * len(images), "images are read ahead of what is encoded"
+            return super().encode_tokens(images)
 
-    monkeypatch.setattr(Coder, "__call__", watched)
-    monkeypatch.setattr(Pictures, "item", counted)
-    found = tokenize_part(coder(Slow()), Pictures(1000), "validation", tmp_path, config(5), 20)
+    monkeypatch.setattr(TokenEncoder, "__call__", watched)
+    monkeypatch.setattr(Images, "item", counted)
+    found = tokenize_split(coder(Slow()), Images(1000), "validation", tmp_path, config(5), 20)
     assert len(found.shards) == 50 and len(keys) == 1000
     assert most == 20
 
@@ -289,14 +291,16 @@ def test_conditions_that_make_no_codes_share_tokens() -> None:
     """Labels and places are kept in any case; only what is encoded decides."""
 
     def origin(*names: str) -> str:
-        parts = {name: build("conditioner", {"name": name}, classes=5, grid=(2, 2), tokenizer=None) for name in names}
-        return encode._fingerprint(Conditions(parts))
+        parts = {
+            name: build("conditioner", {"name": name}, num_classes=5, grid=(2, 2), tokenizer=None) for name in names
+        }
+        return encode._fingerprint(ConditionerStack(parts))
 
     assert origin("none") == origin("label") == origin("label", "none")
-    assert origin("none") != encode._fingerprint(Conditions({"map": Map()}))  # type: ignore[dict-item]
+    assert origin("none") != encode._fingerprint(ConditionerStack({"map": Map()}))  # type: ignore[dict-item]
     longer = Map()
     longer.length = 8  # type: ignore[misc]
-    fingerprints = {encode._fingerprint(Conditions({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
+    fingerprints = {encode._fingerprint(ConditionerStack({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
     assert len(fingerprints) == 2
 
 
@@ -308,7 +312,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stage2_trains_on_shards_as_on_its_own(run: Path, tmp_path: Path) -> None:
-    words = [f"run={run}", "tokens.views=2"]
+    words = [f"run={run}", "tokens.augmentations=2"]
     root = f"tokens.root={tmp_path / 'tokens'}"
     Tokenize(compose(*TINY, "pipeline=tokenize", root, *words), tmp_path, rows=96).run()
     assert len(list((tmp_path / "tokens").glob("train-*.safetensors"))) == -(-2800 // 96)
@@ -326,9 +330,9 @@ def test_the_run_decides_size_and_data(run: Path, tmp_path: Path) -> None:
     """Nothing but the run is named, and the folder of this run is the default."""
     Tokenize(compose("pipeline=tokenize", f"run={run}", "batch_size=100"), tmp_path).run()
     found = json.loads((tmp_path / "tokens" / "validation.json").read_text())
-    assert found["pictures"] == 236 and found["finished"]
+    assert found["images"] == 236 and found["finished"]
     with pytest.raises(UserError, match=r"train\.json was made with views 1, this run has 2"):
-        Tokenize(compose("pipeline=tokenize", f"run={run}", "tokens.views=2"), tmp_path).run()
+        Tokenize(compose("pipeline=tokenize", f"run={run}", "tokens.augmentations=2"), tmp_path).run()
 
 
 def test_a_shard_has_rows(tmp_path: Path) -> None:
@@ -338,14 +342,14 @@ def test_a_shard_has_rows(tmp_path: Path) -> None:
 
 def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SimpleNamespace(image_size=(32, 48))
-    monkeypatch.setattr("vqf.dataloading.encode.given", lambda: ["image_size"])
-    check_size(OmegaConf.create({"image_size": [32, 48]}), tokenizer)  # type: ignore[arg-type]
+    monkeypatch.setattr("vqf.dataloading.encode.cli_keys", lambda: ["image_size"])
+    check_image_size(OmegaConf.create({"image_size": [32, 48]}), tokenizer)  # type: ignore[arg-type]
     for size, words in ((48, "48"), ([48, 32], "[48,32]")):
         with pytest.raises(UserError) as caught:
-            check_size(OmegaConf.create({"image_size": size}), tokenizer)  # type: ignore[arg-type]
+            check_image_size(OmegaConf.create({"image_size": size}), tokenizer)  # type: ignore[arg-type]
         assert str(caught.value) == (
             f"image_size={words}: the tokenizer is one of 32 x 48, and stage 2 reads its tokens at that size; "
             "leave image_size out, or train a tokenizer at the other"
         )
-    monkeypatch.setattr("vqf.dataloading.encode.given", list)
-    check_size(OmegaConf.create({"image_size": 256}), tokenizer)  # type: ignore[arg-type]  # the default
+    monkeypatch.setattr("vqf.dataloading.encode.cli_keys", list)
+    check_image_size(OmegaConf.create({"image_size": 256}), tokenizer)  # type: ignore[arg-type]  # the default

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"errors", "seeding"},
     "networks": {"errors", "hashing", "protocols"},
     "config": {"errors", "registry", "batch"},
-    "images": {"errors", "protocols", "registry"},
+    "images": {"atomic", "errors", "protocols", "registry"},
     "optimizers": {"errors", "protocols", "registry"},
     **dict.fromkeys(COMPONENTS, CONTRACT - {"plugins"} | {"networks"}),
     "models": SHARED - {"plugins", "config"},
@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "run": {"config", "distributed", "errors", "plugins", "registry", "runs", "terminal"},
 }
 MOST_FILES = 15  # in one folder
+REPEATED = {"Block", "Attention", "MLP", "LPIPS"}  # class names that several papers share
 
 # Packages that take long to import, or that not every run needs.
 HEAVY = {
@@ -130,6 +131,18 @@ def test_no_folder_is_a_corridor(tree: str) -> None:
     files = (path for path in (PACKAGE.parent / tree).rglob("*.py" if tree == "vqf" else "test_*.py"))
     count = Counter(path.parent for path in files if path.name != "__init__.py")
     assert {str(folder): n for folder, n in count.items() if n > MOST_FILES} == {}
+
+
+def test_no_public_class_name_is_used_twice() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    names = [
+        (node.name, identify(path))
+        for path, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and node.name not in REPEATED
+    ]
+    twice = {name for name, times in Counter(name for name, _ in names).items() if times > 1}
+    assert [(name, path) for name, path in names if name in twice] == []
 
 
 def test_pipelines_know_no_component() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.composing import compose
-from vqf.config.settings import check_config, complete
+from vqf.config.settings import check_config, fill_missing_groups
 from vqf.registry import build
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def commands() -> list[str]:
 def test_the_commands_compose(command: str) -> None:
     words = [word for word in shlex.split(command) if word != "-m"]
     singles = [re.sub(r"=(\[[^]]*\]|[^,\[]+),.*", r"=\1", word) for word in words]  # the first choice of a sweep
-    config = complete(
+    config = fill_missing_groups(
         compose(*(word.replace("outputs/small-emoji/...", ".").replace("run=runs/earth", "run=.") for word in singles))
     )
     check_config(config)

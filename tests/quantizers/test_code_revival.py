@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from vqf.distributed import comm
-from vqf.quantizers.code_revival import DECAY, kmeans
+from vqf.quantizers.code_revival import USAGE_DECAY, kmeans
 from vqf.quantizers.cosine import CosineQuantizer
 from vqf.quantizers.rotation import RotationQuantizer
 from vqf.quantizers.vq import VectorQuantizer
@@ -48,7 +48,7 @@ def test_by_default_nothing_is_kept_and_nothing_moves(kind: Any) -> None:
 
 @kinds
 def test_starts_at_latents_of_the_first_step_and_only_once(kind: Any) -> None:
-    quantizer = make(kind, start="latents")
+    quantizer = make(kind, init="latents")
     z = latents(0)
     quantizer(z)
     quantizer.update()
@@ -64,7 +64,7 @@ def test_starts_at_latents_of_the_first_step_and_only_once(kind: Any) -> None:
 @kinds
 def test_starts_at_means(kind: Any) -> None:
     z = latents(0, batch=20)
-    quantizer = make(kind, start="kmeans")
+    quantizer = make(kind, init="kmeans")
     torch.manual_seed(1)
     quantizer(z)
     quantizer.update()
@@ -89,11 +89,11 @@ def test_a_dead_code_comes_back_and_is_used(kind: Any) -> None:
     for step in range(1, 200):
         before = quantizer.codebook.weight.detach().clone()
         q = quantizer(z)
-        N = DECAY * N + (1 - DECAY) * torch.bincount(q.indices.flatten(), minlength=V)
+        N = USAGE_DECAY * N + (1 - USAGE_DECAY) * torch.bincount(q.indices.flatten(), minlength=V)
         dead = N < 0.5
         N = torch.where(dead, 0.5, N)
         assert int(quantizer.update()["revived"]) == int(dead.sum())
-        torch.testing.assert_close(quantizer.renewal.N, N)
+        torch.testing.assert_close(quantizer.revival.N, N)
         moved = (quantizer.codebook.weight != before).any(1)
         assert torch.equal(moved, dead), step
         if dead[4]:
@@ -106,7 +106,7 @@ def test_a_dead_code_comes_back_and_is_used(kind: Any) -> None:
 
 @kinds
 def test_the_gradient_is_that_without_revival(kind: Any) -> None:
-    plain, living = make(kind), make(kind, revive=0.1, start="latents")
+    plain, living = make(kind), make(kind, revive=0.1, init="latents")
     found = []
     for quantizer in (plain, living):
         z = latents(0).requires_grad_()
@@ -117,7 +117,7 @@ def test_the_gradient_is_that_without_revival(kind: Any) -> None:
 
 @kinds
 def test_a_loaded_codebook_goes_on_where_it_was(kind: Any) -> None:
-    options = {"revive": 8.0, "start": "latents"}
+    options = {"revive": 8.0, "init": "latents"}
     quantizer, other = make(kind, **options), make(kind, **options)
     for step in range(30):
         quantizer(latents(step))
@@ -145,7 +145,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     results = {}
     for kind in KINDS:
         for start in ("latents", "kmeans"):
-            quantizer = make(kind, revive=4.0, start=start)
+            quantizer = make(kind, revive=4.0, init=start)
             revived = 0
             for step in range(50):
                 torch.manual_seed(step + 1000 * comm.rank())  # noise of its own
@@ -162,7 +162,7 @@ def of_two() -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_codebook_of_one_with_the_whole_batch() -> None:
-    first, second = together(2, of_two)
+    first, second = run_processes(2, of_two)
     alone = train(lambda batch: batch)
     assert first.keys() == second.keys() == alone.keys()
     for key, value in first.items():

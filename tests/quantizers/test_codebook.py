@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
 
 
 def brute_force(vectors: Tensor, codebook: Tensor) -> list[int]:
@@ -73,7 +73,7 @@ def test_straight_through_has_the_codes_exactly_and_the_gradient_unchanged() -> 
 
 @given(st.lists(st.integers(0, 6), max_size=30))
 def test_histogram_counts(indices: list[int]) -> None:
-    counts = histogram(torch.tensor(indices, dtype=torch.int64).view(1, -1, 1), 7)
+    counts = index_counts(torch.tensor(indices, dtype=torch.int64).view(1, -1, 1), 7)
     assert counts.tolist() == [indices.count(k) for k in range(7)]
 
 
@@ -86,7 +86,7 @@ def test_histogram_counts(indices: list[int]) -> None:
     ],
 )
 def test_usage(counts: list[int], perplexity: float, share: float) -> None:
-    stats = usage(torch.tensor(counts))
+    stats = usage_stats(torch.tensor(counts))
     assert float(stats["perplexity"]) == pytest.approx(perplexity, rel=1e-5)
     assert float(stats["batch_usage"]) == share
 

@@ -12,11 +12,11 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tests.parity.peers import need
-from tests.support.processes import together
+from tests.support.processes import run_processes
 from vqf.distributed import comm
 from vqf.protocols import Quantized
 from vqf.quantizers import ema
-from vqf.quantizers.code_revival import KMEANS_ROUNDS, kmeans
+from vqf.quantizers.code_revival import KMEANS_ITERATIONS, kmeans
 from vqf.quantizers.codebook import nearest
 from vqf.quantizers.ema import EMAQuantizer
 
@@ -42,7 +42,7 @@ def running(codebook: Tensor, **options: Any) -> EMAQuantizer:
     quantizer = EMAQuantizer(dim=codebook.shape[1], codebook_size=len(codebook), **options).to(codebook.dtype)
     quantizer.codebook.copy_(codebook)
     quantizer.m.copy_(codebook)
-    quantizer.started.fill_(True)
+    quantizer.initialized.fill_(True)
     return quantizer
 
 
@@ -142,7 +142,7 @@ def test_starts_at_latents_of_the_first_batch() -> None:
     torch.manual_seed(0)
     quantizer = EMAQuantizer(dim=D, codebook_size=V).double()
     vectors = flat(latents(0))
-    quantizer._start(vectors)
+    quantizer._init_codebook(vectors)
     where = [(vectors == code).all(1).nonzero().flatten().tolist() for code in quantizer.codebook]
     assert all(where) and len({i for each in where for i in each}) == V
     assert torch.equal(quantizer.m, quantizer.codebook)
@@ -152,7 +152,7 @@ def test_starts_near_latents_where_there_are_fewer_than_codes() -> None:
     torch.manual_seed(0)
     quantizer = EMAQuantizer(dim=D, codebook_size=40).double()
     vectors = flat(latents(0))[:5]
-    quantizer._start(vectors)
+    quantizer._init_codebook(vectors)
     assert torch.cdist(quantizer.codebook, vectors).min(1).values.max() < 0.06 * vectors.std()
     assert torch.pdist(quantizer.codebook).min() > 0
 
@@ -163,7 +163,7 @@ def test_kmeans_equals_scipys() -> None:
     codes = torch.cat([vectors[: V - 1], torch.full((1, D), 100.0).double()])  # nobody chooses the last one
     found = kmeans(vectors, codes)
     with pytest.warns(UserWarning, match="clusters is empty"):
-        expected, _ = kmeans2(vectors.numpy(), codes.numpy(), iter=KMEANS_ROUNDS, minit="matrix")
+        expected, _ = kmeans2(vectors.numpy(), codes.numpy(), iter=KMEANS_ITERATIONS, minit="matrix")
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -171,9 +171,9 @@ def test_kmeans_recovers_separated_clusters(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     centres = 10 * torch.eye(5).double()
     vectors = (centres[:, None] + 0.5 * torch.randn(5, 30, 5).double()).flatten(0, 1)
-    quantizer = EMAQuantizer(dim=5, codebook_size=5, start="kmeans", decay=0.9).double()
-    monkeypatch.setattr(ema, "draw", lambda *_: vectors[[149, 0, 60, 30, 90]])  # one of each cluster
-    quantizer._start(vectors)
+    quantizer = EMAQuantizer(dim=5, codebook_size=5, init="kmeans", decay=0.9).double()
+    monkeypatch.setattr(ema, "sample_latents", lambda *_: vectors[[149, 0, 60, 30, 90]])  # one of each cluster
+    quantizer._init_codebook(vectors)
     means = vectors.view(5, 30, 5).mean(1)
     torch.testing.assert_close(quantizer.codebook, means[[4, 0, 2, 1, 3]], rtol=1e-9, atol=1e-12)
     assert torch.equal(quantizer.m, quantizer.codebook)
@@ -184,8 +184,8 @@ def test_kmeans_begins_nearer_to_the_latents() -> None:
     distances = {}
     for start in ("latents", "kmeans"):
         torch.manual_seed(0)
-        quantizer = EMAQuantizer(dim=D, codebook_size=V, start=start).double()  # type: ignore[arg-type]
-        quantizer._start(vectors)
+        quantizer = EMAQuantizer(dim=D, codebook_size=V, init=start).double()  # type: ignore[arg-type]
+        quantizer._init_codebook(vectors)
         chosen = nearest(vectors, quantizer.codebook)
         distances[start] = float((vectors - quantizer.codebook[chosen]).square().mean())
     assert distances["kmeans"] < 0.8 * distances["latents"]
@@ -244,8 +244,8 @@ def test_starts_once_without_asking_the_device_again() -> None:
     torch.manual_seed(0)
     quantizer = EMAQuantizer(dim=D, codebook_size=V).double()
     step_on(quantizer, latents(0))
-    assert bool(quantizer.started)
-    quantizer.started.fill_(False)  # nobody looks any more
+    assert bool(quantizer.initialized)
+    quantizer.initialized.fill_(False)  # nobody looks any more
     before = quantizer.codebook.clone()
     step_on(quantizer, latents(1))
     assert (quantizer.codebook - before).abs().max() < 0.5 * before.std()
@@ -338,7 +338,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     results = {"kmeans codes": kmeans(flat(part(latents(5))), codes)}
     quantizers = {"update": update}
     for start, count in itertools.product(("latents", "kmeans"), (V, 70)):  # 70 codes are more than latents
-        quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, start=start, revive=1.5)  # type: ignore[arg-type]
+        quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, init=start, revive=1.5)  # type: ignore[arg-type]
     torch.manual_seed(1 + comm.rank())  # noise of its own
     for name, quantizer in quantizers.items():
         revived = 0
@@ -355,7 +355,7 @@ def of_two() -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_codebook_of_one_with_the_whole_batch() -> None:
-    first, second = together(2, of_two)
+    first, second = run_processes(2, of_two)
     alone = train(lambda batch: batch)
     assert first.keys() == second.keys() == alone.keys()
     for key, value in first.items():

@@ -13,13 +13,13 @@ def latents(seed: int = 0) -> torch.Tensor:
     return torch.randn(3, D, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("beta_on", "legacy"), [("codebook", True), ("commitment", False)])
-def test_equals_the_code_of_vqgan(beta_on: str, legacy: bool) -> None:
+@pytest.mark.parametrize(("beta_placement", "legacy"), [("codebook", True), ("commitment", False)])
+def test_equals_the_code_of_vqgan(beta_placement: str, legacy: bool) -> None:
     torch.manual_seed(0)
     theirs = (
         taming("modules.vqvae.quantize").VectorQuantizer2(V, D, BETA, legacy=legacy, sane_index_shape=True).double()
     )
-    ours = VectorQuantizer(dim=D, codebook_size=V, beta=BETA, beta_on=beta_on).double()  # type: ignore[arg-type]
+    ours = VectorQuantizer(dim=D, codebook_size=V, beta=BETA, beta_placement=beta_placement).double()  # type: ignore[arg-type]
     torch.nn.init.normal_(ours.codebook.weight)
     theirs.embedding.weight.data.copy_(ours.codebook.weight.data)
     z1, z2, onward = latents().requires_grad_(), latents().requires_grad_(), latents(1)

@@ -26,11 +26,11 @@ from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.runs import checkpoint as checkpoints
 from vqf.runs import checkpoint_writer
-from vqf.runs.async_checkpointer import Saver
-from vqf.runs.checkpoint import newest
-from vqf.runs.retention import Best, best_by
+from vqf.runs.async_checkpointer import AsyncCheckpointer
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.runs.retention import BestCriterion, parse_best_criterion
 from vqf.runs.snapshot import Snapshot
-from vqf.training.tokenizer_task import TokenizerStage
+from vqf.training.tokenizer_task import TokenizerTask
 
 WORDS = {"keep": 2, "background": True, "on_failure": "stop"}
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -38,19 +38,19 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 def snapshot(step: int, psnr: float | None = None, size: int = 3) -> Snapshot:
     look = None if psnr is None else {"step": step, "values": {"psnr": psnr}}
-    state = {"kind": "stage1", "step": step, "best": psnr, "look": look}
+    state = {"kind": "stage1", "step": step, "best": psnr, "last_validation": look}
     return Snapshot(state, OmegaConf.create({}), {"model": {"a": torch.full((size,), float(step))}}, {})
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[Saver]:
+def saver(tmp_path: Path) -> Iterator[AsyncCheckpointer]:
     made = make(tmp_path)
     yield made
     made.close()
 
 
-def make(run_dir: Path, best: Best | None = None, **words: Any) -> Saver:
-    return Saver(run_dir, OmegaConf.create({**WORDS, **words}), best, before=lambda: None)
+def make(run_dir: Path, best: BestCriterion | None = None, **words: Any) -> AsyncCheckpointer:
+    return AsyncCheckpointer(run_dir, OmegaConf.create({**WORDS, **words}), best, before_write=lambda: None)
 
 
 def saved(run: Path) -> list[int]:
@@ -62,23 +62,25 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.writes = threading.Event(), 0
-        original = checkpoint_writer.save
+        original = checkpoint_writer.write_checkpoint
 
         def save(*arguments: Any, **words: Any) -> Path:
             self.writes += 1
             assert self.open.wait(30)
             return original(*arguments, **words)
 
-        monkeypatch.setattr(checkpoint_writer, "save", save)
+        monkeypatch.setattr(checkpoint_writer, "write_checkpoint", save)
 
 
-def test_a_step_does_not_wait_for_the_disk(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_does_not_wait_for_the_disk(
+    saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate(monkeypatch)
     saver.save(snapshot(1))
     saver.check()
     assert saved(tmp_path) == [] and not gate.open.is_set()
     gate.open.set()
-    saver.settle()
+    saver.wait()
     assert saved(tmp_path) == [1]
 
 
@@ -90,13 +92,13 @@ def test_without_a_background_it_waits(tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_passes_over_what_is_not_the_newest(
-    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate(monkeypatch)
     for step in range(1, 6):
         saver.save(snapshot(step))
     gate.open.set()
-    saver.settle()
+    saver.wait()
     assert saved(tmp_path) == [1, 5] and gate.writes == 2
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"step {step} is not saved" for step in (2, 3, 4)
@@ -106,56 +108,56 @@ def test_a_slow_disk_passes_over_what_is_not_the_newest(
 def test_a_slow_disk_does_not_pass_over_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for it but looks, of which any may be the best."""
     words = ["evaluate.every=2", "checkpoint.every=1", "checkpoint.best=psnr", "checkpoint.keep=1"]
-    original = checkpoint_writer.save
+    original = checkpoint_writer.write_checkpoint
 
     def slow(*arguments: Any, **words: Any) -> Path:
         time.sleep(0.3)
         return original(*arguments, **words)
 
-    monkeypatch.setattr(checkpoint_writer, "save", slow)
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slow)
     Stage1(compose(*TINY, *words), tmp_path).run()
     seen = {line["step"]: line["validation/psnr"] for line in lines(tmp_path) if "validation/psnr" in line}
     assert list(seen) == [2, 4, 6]
     assert saved(tmp_path) == sorted({max(seen, key=lambda step: seen[step]), 6})
 
 
-def test_a_look_is_noted_in_the_checkpoint_before_it(saver: Saver, tmp_path: Path) -> None:
+def test_a_look_is_noted_in_the_checkpoint_before_it(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     saver.save(snapshot(1))
-    saver.amend(snapshot(1, psnr=30.0).state)
+    saver.update_state(snapshot(1, psnr=30.0).state)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     found = checkpoints.open_checkpoint(folder)
-    assert found.state["look"] == {"step": 1, "values": {"psnr": 30.0}}
-    assert torch.equal(found.weights("model")["a"], torch.ones(3))
+    assert found.state["last_validation"] == {"step": 1, "values": {"psnr": 30.0}}
+    assert torch.equal(found.load_weights("model")["a"], torch.ones(3))
 
 
 def test_a_look_whose_checkpoint_found_no_room_is_noted_when_it_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = make(tmp_path, on_failure="go_on")
+    saver = make(tmp_path, on_failure="continue")
     with monkeypatch.context() as patch:
         fill(patch)
         saver.save(snapshot(1))
-        saver.amend(snapshot(1, psnr=30.0).state)
-    saver.finish()
-    found = newest(tmp_path)
-    assert found and found.state["look"] == {"step": 1, "values": {"psnr": 30.0}}
+        saver.update_state(snapshot(1, psnr=30.0).state)
+    saver.flush()
+    found = latest_checkpoint(tmp_path)
+    assert found and found.state["last_validation"] == {"step": 1, "values": {"psnr": 30.0}}
     saver.close()
 
 
 def test_a_look_that_cannot_be_noted_leaves_the_checkpoint_as_it_was(
-    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver.save(snapshot(1))
-    saver.settle()
+    saver.wait()
 
     def full(*_: object) -> None:
         raise FULL
 
-    monkeypatch.setattr(checkpoint_writer, "link", full)
+    monkeypatch.setattr(checkpoint_writer, "link_or_copy", full)
     with pytest.raises(UserError, match=r"step 1 cannot be written .*; step-00000001 is kept"):
-        saver.amend(snapshot(1, psnr=30.0).state)
-    found = newest(tmp_path)
-    assert found and found.state["look"] is None
+        saver.update_state(snapshot(1, psnr=30.0).state)
+    found = latest_checkpoint(tmp_path)
+    assert found and found.state["last_validation"] is None
 
 
 def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,14 +166,14 @@ def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("os.link", refuse)
     (tmp_path / "a").write_bytes(b"content")
-    atomic.link(tmp_path / "a", tmp_path / "b")
+    atomic.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize(("every", "kept"), [(None, [5, 7]), (4, [4, 5, 7])])
 def test_what_a_rollback_goes_back_to_is_kept(tmp_path: Path, every: int | None, kept: list[int]) -> None:
     words = OmegaConf.create({**WORDS, "background": False})
-    saver = Saver(tmp_path, words, None, before=lambda: None, every=every)
+    saver = AsyncCheckpointer(tmp_path, words, None, before_write=lambda: None, every=every)
     for step in (3, 4, 5, 7):
         saver.save(snapshot(step))
     assert saved(tmp_path) == kept
@@ -182,9 +184,9 @@ def test_what_is_saved_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The run goes on while the thread has not begun: neither weights nor moments of a later step get in."""
     gate = Gate(monkeypatch)
     kept: dict[int, Any] = {}
-    step = TokenizerStage.step
+    step = TokenizerTask.step
 
-    def stepped(self: TokenizerStage, number: int, batch: Batch) -> Any:
+    def stepped(self: TokenizerTask, number: int, batch: Batch) -> Any:
         values = step(self, number, batch)
         if number == 1:
             kept["weights"] = {key: each.clone() for key, each in self.model.state_dict().items()}
@@ -194,19 +196,21 @@ def test_what_is_saved_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             gate.open.set()
         return values
 
-    monkeypatch.setattr(TokenizerStage, "step", stepped)
+    monkeypatch.setattr(TokenizerTask, "step", stepped)
     Stage1(compose(*TINY), tmp_path).run()
     found = checkpoints.open_checkpoint(tmp_path / "checkpoints" / "step-00000002")
-    weights, states = found.weights("model"), found.optimizers()["optimizers"]["model"]["state"]
+    weights, states = found.load_weights("model"), found.load_optimizers()["optimizers"]["model"]["state"]
     assert all(torch.equal(weights[key], each) for key, each in kept["weights"].items())
     assert all(torch.equal(states[number]["exp_avg"], each) for number, each in kept["moments"].items())
-    last = newest(tmp_path)
-    assert last and not torch.equal(last.optimizers()["optimizers"]["model"]["state"][0]["exp_avg"], kept["moments"][0])
+    last = latest_checkpoint(tmp_path)
+    assert last and not torch.equal(
+        last.load_optimizers()["optimizers"]["model"]["state"][0]["exp_avg"], kept["moments"][0]
+    )
 
 
 @pytest.mark.parametrize(("higher", "kept"), [(True, [2, 5]), (False, [3, 5])])
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path, higher: bool, kept: list[int]) -> None:
-    saver = make(tmp_path, Best("psnr", higher), keep=1, background=False)
+    saver = make(tmp_path, BestCriterion("psnr", higher), keep=1, background=False)
     for step, psnr in enumerate([20.0, 30.0, 10.0, float("nan"), None], 1):  # type: ignore[arg-type]
         saver.save(snapshot(step, psnr))
     assert saved(tmp_path) == kept
@@ -214,16 +218,16 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, higher: bool, kept: 
 
 
 def test_a_look_of_an_earlier_step_is_not_this_ones() -> None:
-    state = {"step": 4, "look": {"step": 2, "values": {"psnr": 30.0}}}
-    assert Best("psnr", True).score(state) == -float("inf")
-    assert Best("psnr", False).score({**state, "step": 2}) == -30.0
+    state = {"step": 4, "last_validation": {"step": 2, "values": {"psnr": 30.0}}}
+    assert BestCriterion("psnr", True).score(state) == -float("inf")
+    assert BestCriterion("psnr", False).score({**state, "step": 2}) == -30.0
 
 
 def test_only_held_out_numbers_with_a_sense_can_be_best() -> None:
-    assert best_by(None, {}) is None
-    assert best_by("dead", {"usage": True, "dead": False}) == Best("dead", higher=False)
+    assert parse_best_criterion(None, {}) is None
+    assert parse_best_criterion("dead", {"usage": True, "dead": False}) == BestCriterion("dead", higher_is_better=False)
     with pytest.raises(UserError) as caught:
-        best_by("pnsr", {"psnr": True, "usage": True})
+        parse_best_criterion("pnsr", {"psnr": True, "usage": True})
     assert str(caught.value) == (
         "checkpoint.best: unknown held-out number 'pnsr'. Did you mean 'psnr'? Known: psnr, usage."
     )
@@ -236,8 +240,8 @@ def test_each_stage_has_the_best_that_it_can_measure(
     tmp_path: Path, best: str, first: str | None, second: str | None
 ) -> None:
     full = Full(compose("pipeline=full", f"checkpoint.best={best}"), tmp_path)
-    assert full._config(tmp_path / "stage1").checkpoint.best == first
-    assert full._config(tmp_path / "stage2").checkpoint.best == second
+    assert full._stage_config(tmp_path / "stage1").checkpoint.best == first
+    assert full._stage_config(tmp_path / "stage2").checkpoint.best == second
 
 
 @pytest.mark.parametrize("pipeline", [Full, Stage2])
@@ -256,9 +260,11 @@ def test_a_new_best_look_is_saved_at_once_and_kept(tmp_path: Path) -> None:
     assert saved(tmp_path) == sorted({best, 8})
 
 
-def test_a_full_disk_stops_the_run_in_one_line(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_run_in_one_line(
+    saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver.save(snapshot(1))
-    saver.settle()
+    saver.wait()
     fill(monkeypatch)
     saver.save(snapshot(2))
     with pytest.raises(UserError) as caught:
@@ -269,16 +275,16 @@ def test_a_full_disk_stops_the_run_in_one_line(saver: Saver, tmp_path: Path, mon
         "step-00000001 is kept. Make room, and go on with resume=true"
     )
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 1
 
 
-def wait(saver: Saver) -> None:
+def wait(saver: AsyncCheckpointer) -> None:
     """Take steps until the thread is done."""
     for _ in range(1000):
         saver.check()
         time.sleep(0.01)
-        if saver.writing is None:
+        if saver.in_progress is None:
             return
 
 
@@ -292,17 +298,17 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_can_be_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = make(tmp_path, on_failure="go_on")
+    saver = make(tmp_path, on_failure="continue")
     saver.save(snapshot(1))
-    saver.settle()
+    saver.wait()
     with monkeypatch.context() as patch:
         fill(patch)
         saver.save(snapshot(2))
-        saver.settle()
+        saver.wait()
     assert "step 2 cannot be written" in caplog.text and "going on, the next one is tried as usual" in caplog.text
     assert saved(tmp_path) == [1]
     saver.save(snapshot(3))
-    saver.finish()
+    saver.flush()
     assert saved(tmp_path) == [1, 3]
     saver.close()
 
@@ -310,22 +316,22 @@ def test_a_full_disk_can_be_gone_on_with(
 def test_the_last_checkpoint_is_tried_again_and_is_never_lost_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = make(tmp_path, on_failure="go_on")
+    saver = make(tmp_path, on_failure="continue")
     with monkeypatch.context() as patch:
         fill(patch)
         saver.save(snapshot(1))
         with pytest.raises(UserError, match=r"step 1 cannot be written .*; there is no earlier one"):
-            saver.finish()
-    saver.finish()
+            saver.flush()
+    saver.flush()
     assert saved(tmp_path) == [1]
     saver.close()
 
 
-def test_a_bug_in_the_thread_is_no_full_disk(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_the_thread_is_no_full_disk(saver: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "save_file", lambda *_: {}["a bug"])
     saver.save(snapshot(1))
     with pytest.raises(KeyError, match="a bug"):
-        saver.settle()
+        saver.wait()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "manifest.json"])
@@ -334,7 +340,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk_for_every_writer(tmp_path: Path
     path, big = tmp_path / name, torch.zeros(100_000)
     writers = {
         "model.safetensors": lambda: atomic.write_weights({"a": big}, path),
-        "optimizers.pt": lambda: atomic.write_states({"a": big}, path),
+        "optimizers.pt": lambda: atomic.write_torch({"a": big}, path),
         "manifest.json": lambda: path.write_text("0" * 400_000),
     }
     with limited(64_000), pytest.raises(OSError) as caught:
@@ -357,24 +363,24 @@ class limited:  # noqa: N801
         signal.signal(signal.SIGXFSZ, self.handler)
 
 
-@pytest.mark.parametrize("answer", ["stop", "go_on"])
+@pytest.mark.parametrize("answer", ["stop", "continue"])
 def test_a_run_on_a_disk_that_is_full_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: str
 ) -> None:
-    """Steps 3 and 4 find no room, for checkpoints, log and pictures; the log loses no line of it."""
+    """Steps 3 and 4 find no room, for checkpoints, log and images; the log loses no line of it."""
     caplog.set_level(logging.INFO, "vqf")
     Stage1(compose(*TINY), tmp_path / "whole").run()
     limit = limited(500)
-    step = TokenizerStage.step
+    step = TokenizerTask.step
 
-    def stepped(self: TokenizerStage, number: int, batch: Batch) -> Any:
+    def stepped(self: TokenizerTask, number: int, batch: Batch) -> Any:
         if number == 2:
             limit.__enter__()
         if number == 4:
             limit.__exit__()
         return step(self, number, batch)
 
-    monkeypatch.setattr(TokenizerStage, "step", stepped)
+    monkeypatch.setattr(TokenizerTask, "step", stepped)
     words = [f"checkpoint.on_failure={answer}", "checkpoint.background=false", "checkpoint.every=1"]
     cut = tmp_path / "cut"
     try:
@@ -389,7 +395,7 @@ def test_a_run_on_a_disk_that_is_full_in_the_middle(
         limit.__exit__()
     assert saved(cut) == ([1, 2] if answer == "stop" else [1, 2, 5, 6])
     if answer == "stop":
-        monkeypatch.setattr(TokenizerStage, "step", step)
+        monkeypatch.setattr(TokenizerTask, "step", step)
         Stage1(compose(*TINY, *words, "resume=true"), cut).run()
     assert lines(cut) == lines(tmp_path / "whole")
 

@@ -14,13 +14,13 @@ from vqf import atomic
 from vqf.errors import UserError
 from vqf.runs import checkpoint as checkpoints
 from vqf.runs import checkpoint_writer
-from vqf.runs.checkpoint import BrokenCheckpointError, locate, newest, open_checkpoint
+from vqf.runs.checkpoint import BrokenCheckpointError, find_checkpoint, latest_checkpoint, open_checkpoint
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
 
 
 def save(run: Path, step: int, kind: str = "stage1", keep: int = 3) -> Path:
-    return checkpoint_writer.save(
+    return checkpoint_writer.write_checkpoint(
         run,
         state={"kind": kind, "step": step},
         config=OmegaConf.create({"steps": 10}),
@@ -33,11 +33,11 @@ def save(run: Path, step: int, kind: str = "stage1", keep: int = 3) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     found = open_checkpoint(save(tmp_path, 7))
     assert (found.kind, found.step, found.config.steps) == ("stage1", 7, 10)
-    assert found.has("model")
-    assert not found.has("ema")
-    for name, tensor in found.weights("model").items():
+    assert found.has_weights("model")
+    assert not found.has_weights("ema")
+    for name, tensor in found.load_weights("model").items():
         assert torch.equal(tensor, WEIGHTS[name])
-    assert found.optimizers()["optimizers"]["model"]["state"][0]["step"] == 1
+    assert found.load_optimizers()["optimizers"]["model"]["state"][0]["step"] == 1
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         file.unlink()
     with pytest.raises(BrokenCheckpointError):
         open_checkpoint(file.parent)
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
     assert "step-00000002" in caplog.text
@@ -75,11 +75,11 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic, "flush", full)
+    monkeypatch.setattr(atomic, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert newest(tmp_path) is not None
+    assert latest_checkpoint(tmp_path) is not None
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / ".step-00000002.tmp-1234"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 1
-    checkpoint_writer.set_aside(tmp_path, 1)
+    checkpoint_writer.archive_later(tmp_path, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -119,22 +119,22 @@ def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
         save(tmp_path, 3, keep=1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     monkeypatch.undo()
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 3
-    checkpoint_writer.set_aside(tmp_path, 3)
+    checkpoint_writer.archive_later(tmp_path, 3)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
-    found = newest(tmp_path)
-    assert found and torch.equal(found.weights("model")["a"], WEIGHTS["a"])
+    found = latest_checkpoint(tmp_path)
+    assert found and torch.equal(found.load_weights("model")["a"], WEIGHTS["a"])
 
 
 def test_those_after_a_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step)
-    checkpoint_writer.set_aside(tmp_path, 4)
+    checkpoint_writer.archive_later(tmp_path, 4)
     names = [f"{name}0000000{step}" for name, step in (("aside-step-", 6), ("step-", 2), ("step-", 4))]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
     assert "aside-step-00000006" in caplog.text
-    found = newest(tmp_path, every=4)
+    found = latest_checkpoint(tmp_path, every=4)
     assert found and found.step == 4
 
 
@@ -153,7 +153,7 @@ def test_nothing_in_a_checkpoint_runs_code(tmp_path: Path) -> None:
     (file.parent / "manifest.json").write_text(json.dumps(manifest))
     found = open_checkpoint(file.parent)
     with pytest.raises(UserError, match=r"optimizers\.pt is none of vqf's"):
-        found.optimizers()
+        found.load_optimizers()
     assert not (tmp_path / "ran").exists()
     torch.load(file, weights_only=False)  # it would have
     assert (tmp_path / "ran").exists()
@@ -188,9 +188,9 @@ def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [None, "large", [16], [16, 16.5], [16, 0], [True, True]])
-def test_a_state_that_does_not_say_how_large_its_pictures_are(tmp_path: Path, size: Any) -> None:
+def test_a_state_that_does_not_say_how_large_its_images_are(tmp_path: Path, size: Any) -> None:
     found = checkpoints.Checkpoint(tmp_path, {"image_size": size}, OmegaConf.create({}))
-    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not say how large its pictures are"):
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not say how large its images are"):
         _ = found.image_size
 
 
@@ -202,7 +202,7 @@ def test_a_state_with_something_else_in_place_of_a_fact(tmp_path: Path, key: str
 
 
 def find(path: object) -> checkpoints.Checkpoint:
-    return locate(path, lambda each: each.kind == "stage2", "the run of a prior", "train one")  # type: ignore[arg-type]
+    return find_checkpoint(path, lambda each: each.kind == "stage2", "the run of a prior", "train one")  # type: ignore[arg-type]
 
 
 def test_locate_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: Path) -> None:

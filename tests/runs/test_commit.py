@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vqf.runs.provenance import commit
+from vqf.runs.provenance import git_commit
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -35,20 +35,20 @@ def test_the_commit_is_told_and_nothing_of_the_folder_runs(tmp_path: Path, monke
     (tmp_path / "canary").unlink(missing_ok=True)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    assert commit() == {"commit": expected}
+    assert git_commit() == {"commit": expected}
     assert not list(tmp_path.rglob("canary"))
 
 
 def test_without_a_repository_or_git_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit() == {}
+    assert git_commit() == {}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() == {}
+    assert git_commit() == {}
 
 
 @needs_git
 def test_a_repository_without_a_commit_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
-    assert commit() == {}
+    assert git_commit() == {}

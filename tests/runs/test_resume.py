@@ -16,10 +16,10 @@ from vqf.data.emoji import EmojiSplit
 from vqf.errors import UserError
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.runs.checkpoint import newest
-from vqf.training.out_of_memory import explained
-from vqf.training.tokenizer_task import TokenizerStage
-from vqf.training.trainer import Loop
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.training.out_of_memory import explain_oom
+from vqf.training.tokenizer_task import TokenizerTask
+from vqf.training.trainer import Trainer
 
 SHORT = [*TINY, "steps=2", "evaluate.every=50"]
 
@@ -69,14 +69,14 @@ def test_another_config_is_refused_with_every_difference(run: Path, words: list[
     )
 
 
-def test_other_pictures_are_another_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_are_another_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())["data"]
     monkeypatch.setattr(EmojiSplit, "_fingerprint", lambda self: "0123456789")
-    assert f"the training pictures ({facts[:8]} → 01234567)" in refused(run)
+    assert f"the training images ({facts[:8]} → 01234567)" in refused(run)
 
 
 @pytest.mark.parametrize(
-    "words", [["log.every=2", "evaluate.every=1", "checkpoint.keep=1", "metric=[psnr]", "guard.nonfinite=skip"]]
+    "words", [["log.every=2", "evaluate.every=1", "checkpoint.keep=1", "metric=[psnr]", "nonfinite.action=skip"]]
 )
 def test_what_does_not_make_the_run_may_change(run: Path, words: list[str], caplog: pytest.LogCaptureFixture) -> None:
     Stage1(compose(*SHORT, "resume=true", *words), run).run()
@@ -94,9 +94,9 @@ def test_changes_that_are_wanted_take_effect(run: Path, caplog: pytest.LogCaptur
     Stage1(compose(*SHORT, "resume=true", *words), run).run()
     assert "optimizer.lr 0.001 → 0.25, schedule cosine → constant, steps 2 → 4" in caplog.text
     assert [line["lr/model"] for line in lines(run) if "lr/model" in line][2:] == [0.25, 0.25]
-    found = newest(run)
+    found = latest_checkpoint(run)
     assert found
-    entry = found.optimizers()["optimizers"]["model"]
+    entry = found.load_optimizers()["optimizers"]["model"]
     assert entry["param_groups"][0]["lr"] == 0.25 and float(entry["state"][0]["step"]) == 4
 
 
@@ -159,7 +159,7 @@ def test_what_is_refused_leaves_a_run_as_it_was(run: Path) -> None:
 
 
 class EndedError(Exception):
-    """Stands for a process that a scheduler ends while it looks at held-out pictures."""
+    """Stands for a process that a scheduler ends while it looks at held-out images."""
 
 
 @pytest.mark.parametrize(("every", "step"), [(2, 2), (50, 6)])
@@ -176,15 +176,15 @@ def test_a_process_that_ends_in_a_look_loses_nothing(
         raise EndedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(Loop, "_amend") if told else (TokenizerStage, "evaluate"), end)
+        patch.setattr(*(Trainer, "_store_validation") if told else (TokenizerTask, "evaluate"), end)
         with pytest.raises(EndedError):
             Stage1(compose(*words), cut).run()
-    found = newest(cut)
+    found = latest_checkpoint(cut)
     assert found and found.step == step
     Stage1(compose(*words, "resume=true"), cut).run()
     assert lines(cut) == lines(whole)
-    left, right = newest(cut), newest(whole)
-    assert left and right and left.state == right.state and not left.state["due"]
+    left, right = latest_checkpoint(cut), latest_checkpoint(whole)
+    assert left and right and left.state == right.state and not left.state["validation_due"]
 
 
 def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,11 +196,11 @@ def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monke
         raise EndedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenizerStage, "evaluate", end)
+        patch.setattr(TokenizerTask, "evaluate", end)
         with pytest.raises(EndedError):
             Stage1(compose(*words), tmp_path / "cut").run()
     Stage1(compose(*words, f"resume={tmp_path / 'cut'}"), tmp_path / "other").run()
-    found, whole = newest(tmp_path / "other"), newest(tmp_path / "whole")
+    found, whole = latest_checkpoint(tmp_path / "other"), latest_checkpoint(tmp_path / "whole")
     assert found and whole and found.state == whole.state
 
 
@@ -236,23 +236,23 @@ def test_a_damaged_one_does_not_push_out_those_that_count(tmp_path: Path) -> Non
     (tmp_path / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
     whole = lines(tmp_path)
 
-    def stop(self: TokenizerStage, number: int, batch: Any) -> Any:
+    def stop(self: TokenizerTask, number: int, batch: Any) -> Any:
         if number == 5:
             raise KeyboardInterrupt
         return step(self, number, batch)
 
-    step = TokenizerStage.step
+    step = TokenizerTask.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenizerStage, "step", stop)
+        patch.setattr(TokenizerTask, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             Stage1(compose(*TINY, "resume=true", "checkpoint.keep=1", "checkpoint.every=1"), tmp_path).run()
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 5
     Stage1(compose(*TINY, "resume=true"), tmp_path).run()
     assert lines(tmp_path) == whole
 
 
-def test_a_moved_folder_of_pictures_is_the_same_run(tmp_path: Path) -> None:
+def test_a_moved_folder_of_images_is_the_same_run(tmp_path: Path) -> None:
     from tests.data.packing import png
 
     for i in range(20):
@@ -264,7 +264,7 @@ def test_a_moved_folder_of_pictures_is_the_same_run(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     Stage1(compose(*words, f"data.root={tmp_path / 'there'}", "resume=true"), tmp_path / "run").run()
     (tmp_path / "there" / "07.png").write_bytes(png((1, 2, 3), (40, 40)))
-    with pytest.raises(UserError, match="the training pictures"):
+    with pytest.raises(UserError, match="the training images"):
         Stage1(compose(*words, f"data.root={tmp_path / 'there'}", "resume=true"), tmp_path / "run").run()
 
 
@@ -285,7 +285,7 @@ def config(**values: Any) -> DictConfig:
     ],
 )
 def test_out_of_memory_names_the_options_that_lower_it(error: Exception) -> None:
-    with pytest.raises(UserError) as caught, explained("stage1, step 3", "stage1", config()):
+    with pytest.raises(UserError) as caught, explain_oom("stage1, step 3", "stage1", config()):
         raise error
     reason = "CUDA out of memory" if str(error) else "no memory left"
     assert str(caught.value) == (
@@ -297,20 +297,20 @@ def test_out_of_memory_names_the_options_that_lower_it(error: Exception) -> None
 def test_an_allocation_that_this_machine_refuses() -> None:
     with (
         pytest.raises(UserError, match=r"^here: out of memory .*model.prior.gradient_checkpointing=true"),
-        explained("here", "stage2", config()),
+        explain_oom("here", "stage2", config()),
     ):
         torch.empty(2**60)
 
 
 def test_what_cannot_be_lowered_is_not_offered() -> None:
-    with pytest.raises(UserError) as caught, explained("here", "stage2", config(batch_size=1, precision="bf16")):
+    with pytest.raises(UserError) as caught, explain_oom("here", "stage2", config(batch_size=1, precision="bf16")):
         raise MemoryError
     assert "accumulate" not in str(caught.value) and "batch_size" not in str(caught.value)
     assert "bf16" not in str(caught.value)
 
 
 def test_a_bug_is_no_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError, match=r"^a bug$"), explained("here", "stage2", config()):
+    with pytest.raises(RuntimeError, match=r"^a bug$"), explain_oom("here", "stage2", config()):
         raise RuntimeError("a bug")
 
 
@@ -318,7 +318,7 @@ def test_out_of_memory_in_a_step_is_one_line(tmp_path: Path, monkeypatch: pytest
     def step(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    monkeypatch.setattr(TokenizerStage, "step", step)
+    monkeypatch.setattr(TokenizerTask, "step", step)
     logging.disable(logging.NOTSET)
     with pytest.raises(UserError, match=r"^stage1, step 1: out of memory \(CUDA out of memory\)"):
         Stage1(compose(*TINY), tmp_path).run()

@@ -14,14 +14,14 @@ from tests.test_run import Run, run  # noqa: F401  (a fixture)
 from tests.training.test_trainer import TINY
 from vqf.errors import UserError
 from vqf.run import main
-from vqf.runs.checkpoint import newest
-from vqf.runs.lock import held
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.runs.lock import folder_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vqf.runs.lock import held
-with held(Path(sys.argv[1])):
+from vqf.runs.lock import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -39,7 +39,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(UserError) as caught, held(tmp_path):
+    with pytest.raises(UserError) as caught, folder_lock(tmp_path):
         pass
     assert str(caught.value) == (
         f"run_dir={tmp_path}: process {other.pid} on {os.uname().nodename} is running there; wait until it ends, or "
@@ -47,13 +47,13 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: su
     )
     other.kill()
     other.wait()
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
 def test_a_process_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
-    """As one that loads pictures does for a moment."""
-    with held(tmp_path):
+    """As one that loads images does for a moment."""
+    with folder_lock(tmp_path):
         if (child := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)
@@ -96,7 +96,7 @@ def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytes
         line = ends(capsys, f"pipeline={pipeline}", f"run={trained}", f"run_dir={trained}")
         assert f"holds a run of pipeline=stage1, whose record pipeline={pipeline} would overwrite" in line
     assert contents(trained) == before
-    found = newest(trained)
+    found = latest_checkpoint(trained)
     assert found
     (found.path / "model.safetensors").write_bytes(b"damaged")
     before = contents(trained)

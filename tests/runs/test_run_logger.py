@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqf.runs.run_logger import Journal
+from vqf.runs.run_logger import RunLogger
 
 
 class Recorder:
@@ -46,7 +46,7 @@ def test_a_log_cut_anywhere_goes_on_with_whole_lines(
 ) -> None:
     """A process is killed in the middle of a line, and another goes on from step `at`."""
     run = tmp_path_factory.mktemp("run")
-    journal = Journal(run, [])
+    journal = RunLogger(run, [])
     for step in range(1, 7):
         journal.scalars(step, {"loss": step / 7})
     path = run / "metrics.jsonl"
@@ -54,8 +54,8 @@ def test_a_log_cut_anywhere_goes_on_with_whole_lines(
     kept = whole[: len(whole) - cut]
     path.write_bytes(kept)
     found = kept.count(b"\n") + (not kept.endswith(b"\n") and kept.endswith(b"}"))
-    journal = Journal(run, [])
-    journal.rewind(at)
+    journal = RunLogger(run, [])
+    journal.truncate_after(at)
     assert steps(run) == list(range(1, min(at, found) + 1))
     journal.scalars(9, {"loss": 1.0})
     assert steps(run)[-1] == 9 and len(steps(run)) == min(at, found) + 1
@@ -63,18 +63,18 @@ def test_a_log_cut_anywhere_goes_on_with_whole_lines(
 
 @pytest.mark.parametrize(("looked", "left"), [(True, ["loss", "validation/psnr"]), (False, ["loss"])])
 def test_a_look_that_the_checkpoint_does_not_know_is_forgotten(tmp_path: Path, looked: bool, left: list[str]) -> None:
-    journal = Journal(tmp_path, [])
+    journal = RunLogger(tmp_path, [])
     for step in (1, 2):
         journal.scalars(step, {"loss": 1.0})
         journal.scalars(step, {"validation/psnr": 30.0})
-    journal.rewind(2, looked)
+    journal.truncate_after(2, looked)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [key for line in found if line["step"] == 1 for key in list(line)[2:]] == ["loss", "validation/psnr"]
     assert [key for line in found if line["step"] == 2 for key in list(line)[2:]] == left
 
 
 def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path, [])
+    journal = RunLogger(tmp_path, [])
     journal.scalars(1, {"loss": 1.0})
     journal.scalars(2, {"loss": 2.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -84,14 +84,14 @@ def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        journal.rewind(1)
+        journal.truncate_after(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_lines_wait_for_room_and_half_of_one_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal(tmp_path, [])
+    journal = RunLogger(tmp_path, [])
     journal.scalars(1, {"loss": 1.0})
     opened = Path.open
 
@@ -124,7 +124,7 @@ def test_lines_wait_for_room_and_half_of_one_is_taken_back(
 
 def test_a_logger_without_room_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full, good = Recorder(OSError(errno.ENOSPC, "No space left on device")), Recorder()
-    journal = Journal(tmp_path, [full, good])
+    journal = RunLogger(tmp_path, [full, good])
     journal.scalars(1, {"loss": 1.0})
     journal.images(1, "samples", torch.zeros(1, 3, 1, 1))
     journal.close()
@@ -133,14 +133,14 @@ def test_a_logger_without_room_does_not_stop_the_others(tmp_path: Path, caplog: 
 
 
 def test_a_bug_in_a_logger_is_no_full_disk(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, [Recorder(KeyError("a bug"))])
+    journal = RunLogger(tmp_path, [Recorder(KeyError("a bug"))])
     with pytest.raises(KeyError, match="a bug"):
         journal.scalars(1, {"loss": 1.0})
 
 
 def test_details_keep_the_newest_of_every_name(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, [])
-    journal.details({"codes": {"counts": [1]}, "best": {}})
-    journal.details({"codes": {"counts": [2]}})
-    journal.details({})
+    journal = RunLogger(tmp_path, [])
+    journal.write_details({"codes": {"counts": [1]}, "best": {}})
+    journal.write_details({"codes": {"counts": [2]}})
+    journal.write_details({})
     assert json.loads((tmp_path / "details.json").read_text()) == {"codes": {"counts": [2]}, "best": {}}

@@ -46,7 +46,7 @@ def make_run(tmp_path: Path, config: DictConfig) -> MakeRun:
             OmegaConf.update(changed, key.replace("__", "."), value, force_add=True)
         tokenizer = build_tokenizer(config.model, 16)
         facts = {"kind": "stage1", "step": 1, "seed": 0, "image_size": [16, 16], "classes": [], "data": "x"}
-        return checkpoint_writer.save(
+        return checkpoint_writer.write_checkpoint(
             tmp_path / name,
             state=facts | (state or {}),
             config=OmegaConf.create(OmegaConf.to_container(changed, resolve=True)),

@@ -16,7 +16,7 @@ from tests.security.conftest import MakeRun, seal
 from vqf.errors import UserError
 from vqf.models.tokenizer import Tokenizer
 from vqf.runs import checkpoint_writer
-from vqf.runs.checkpoint import MANIFEST, BrokenCheckpointError, newest, open_checkpoint
+from vqf.runs.checkpoint import MANIFEST, BrokenCheckpointError, latest_checkpoint, open_checkpoint
 
 
 def files_of(folder: Path) -> set[Path]:
@@ -37,7 +37,7 @@ def test_optimizers_that_would_run_code(make_run: MakeRun, canary: Canary, paylo
     bad = canary.payloads()[payload]
     torch.save(bad if where == "alone" else {"optimizers": {"model": {"state": {0: bad}}}}, path / "optimizers.pt")
     with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt is none of vqf's"):
-        open_checkpoint(seal(path)).optimizers()
+        open_checkpoint(seal(path)).load_optimizers()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -115,7 +115,7 @@ def test_a_manifest_of_anything(make_run: MakeRun, content: str) -> None:
     (path / MANIFEST).write_text(content)
     with pytest.raises(BrokenCheckpointError):
         open_checkpoint(path)
-    assert newest(path.parents[1]) is None
+    assert latest_checkpoint(path.parents[1]) is None
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_config_looks_nothing_up(make_run: MakeRun, monkeypatch: pytest.Monkey
 
 def test_a_state_looks_nothing_up(make_run: MakeRun) -> None:
     """What it says of the tokenizers of conditions becomes config."""
-    path = make_run(state={"coders": {"run": {"model": {"encoder": {"name": "${oc.env:HOME}"}}}}})
+    path = make_run(state={"condition_tokenizers": {"run": {"model": {"encoder": {"name": "${oc.env:HOME}"}}}}})
     with pytest.raises(UserError, match=r"state.json: holds '\$\{oc.env:HOME\}'"):
         open_checkpoint(path)
 
@@ -191,6 +191,8 @@ def test_pruning_does_not_follow_links(make_run: MakeRun, tmp_path: Path, config
     kept.parent.mkdir()
     kept.write_text("x")
     run = make_run().parents[1]
-    os.symlink(kept.parent, run / checkpoint_writer.FOLDER / "step-00000000")
-    checkpoint_writer.save(run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1)
+    os.symlink(kept.parent, run / checkpoint_writer.CHECKPOINTS_FOLDER / "step-00000000")
+    checkpoint_writer.write_checkpoint(
+        run, state={"kind": "stage1", "step": 2}, config=config, weights={}, optimizers={}, keep=1
+    )
     assert kept.read_text() == "x"

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from tests.security.canary import Canary
 from vqf.config import inherit as inheriting
-from vqf.config.compose import check_command, ordered
+from vqf.config.compose import check_command, flags_first
 from vqf.config.inherit import inherit
-from vqf.config.untrusted import OWN_WORDS, check_links
+from vqf.config.untrusted import CLI_ONLY_KEYS, check_symlinks
 from vqf.errors import UserError
 from vqf.run import main
 from vqf.runs.run_dir import choose_run_dir
@@ -31,7 +31,7 @@ def say(tmp_path: Path) -> Say:
         header = "# @package _global_\n"
         (folder / "experiment" / "theirs.yaml").write_text(header + OmegaConf.to_yaml(OmegaConf.create(content)))
         try:
-            check_command(ordered([flag, str(folder), "experiment=theirs", *arguments]))
+            check_command(flags_first([flag, str(folder), "experiment=theirs", *arguments]))
         except UserError as error:
             return str(error).splitlines()
         return []
@@ -83,7 +83,7 @@ def test_nor_where_a_pipeline_writes(say: Say, place: str) -> None:
 
 
 def test_every_word_is_tried() -> None:
-    assert set(OWN_WORDS) - {*HOSTILE, *OF_PIPELINES} == {"hydra.searchpath"}
+    assert set(CLI_ONLY_KEYS) - {*HOSTILE, *OF_PIPELINES} == {"hydra.searchpath"}
 
 
 def test_hydra_itself_refuses_another_search_path(say: Say) -> None:
@@ -171,11 +171,11 @@ def test_a_run_with_a_link_out_of_it_is_not_written(tmp_path: Path, link: str, h
 
 def test_links_within_a_run_are_its_own(tmp_path: Path) -> None:
     (tmp_path / "run" / "images").mkdir(parents=True)
-    os.symlink("images", tmp_path / "run" / "pictures")
+    os.symlink("images", tmp_path / "run" / "samples")
     os.symlink(tmp_path / "run", tmp_path / "alias")
-    check_links(tmp_path / "run")
-    check_links(tmp_path / "alias")
-    check_links(tmp_path / "not there")
+    check_symlinks(tmp_path / "run")
+    check_symlinks(tmp_path / "alias")
+    check_symlinks(tmp_path / "not there")
 
 
 def test_a_link_is_one_line_of_the_command_and_nothing_is_written_through_it(
@@ -202,9 +202,9 @@ def test_a_run_stays_below_outputs_whatever_its_presets_are_called(
 def test_a_run_of_theirs_does_not_say_where_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
     now = OmegaConf.create({"data": {"name": "emoji"}, "tokens": {"root": None}})
     run = OmegaConf.create({"data": {"name": "shards", "root": "x", "index": "/elsewhere"}, "tokens": {"root": "/y"}})
-    monkeypatch.setattr(inheriting, "given", list)
+    monkeypatch.setattr(inheriting, "cli_keys", list)
     taken = inherit(now, run, ["data"])
     assert taken.data == {"name": "shards", "root": "x", "index": None} and taken.tokens.root is None
     mine = OmegaConf.create({"data": {"name": "shards", "index": "mine"}, "tokens": {"root": None}})
-    monkeypatch.setattr(inheriting, "given", lambda: ["data.index"])
+    monkeypatch.setattr(inheriting, "cli_keys", lambda: ["data.index"])
     assert inherit(mine, run, ["data"]).data == {"name": "shards", "root": "x", "index": "mine"}

@@ -67,7 +67,7 @@ class Browser:
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """Write a picture of the whole page, not of the window alone."""
+        """Write an image of the whole page, not of the window alone."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 

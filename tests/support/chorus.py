@@ -14,7 +14,7 @@ from vqf.terminal import log
 class Chorus:
     """Agree on the folder, then do as told in some of the processes."""
 
-    parallel = True
+    distributed = True
 
     def __init__(self, config: DictConfig, run_dir: Path, *, do: str = "nothing", who: str = "01") -> None:
         self.run_dir, self.do, self.who = run_dir, do, who
@@ -22,7 +22,7 @@ class Chorus:
     def run(self) -> float:
         """Return 0."""
         log.info("singing in %s", self.run_dir.name)
-        assert comm.same(self.run_dir) == self.run_dir
+        assert comm.broadcast_object(self.run_dir) == self.run_dir
         if str(comm.rank()) in self.who:
             if self.do == "warn":
                 log.warning("hoarse")
@@ -30,5 +30,5 @@ class Chorus:
                 raise UserError(f"process {comm.rank()} does not sing")
             if self.do == "break":
                 raise IndexError(f"a bug in process {comm.rank()}")
-        comm.wait()
+        comm.barrier()
         return 0.0

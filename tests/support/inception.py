@@ -24,7 +24,7 @@ def random_inception() -> Any:
 
 def write_inception(path: Path) -> str:
     """Write random weights, in half precision to save room, and return the hash of the file."""
-    from vqf.networks.weights import sha256
+    from vqf.hashing import sha256_of_file
 
     torch.save({key: value.half() for key, value in random_inception().state_dict().items()}, path)
-    return sha256(path)
+    return sha256_of_file(path)

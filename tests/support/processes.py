@@ -18,13 +18,13 @@ from vqf.distributed import comm
 PATIENCE = 900  # seconds
 
 
-def together(
+def run_processes(
     count: int,
     work: Callable[..., Any],
     *arguments: Any,
-    joined: bool = True,
-    mortal: bool = False,
-    parents: bool = False,
+    initialized: bool = True,
+    may_die: bool = False,
+    may_fork: bool = False,
 ) -> list[Any]:
     """Run `work` in so many processes at once and return what each gives.
 
@@ -32,24 +32,26 @@ def together(
         count: Of processes.
         work: A function at the top of a module, which every process imports.
         arguments: Pickled into every process.
-        joined: Whether the processes have found each other; otherwise they have only been told where to.
-        mortal: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
-        parents: Whether a process may start others, as one that loads data by workers does.
+        initialized: Whether the processes have found each other; otherwise they have only been told where to.
+        may_die: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
+        may_fork: Whether a process may start others, as one that loads data by workers does.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.processes", work.__module__])
     port = free_port()
     ends, processes = [], []
     for rank in range(count):
-        told = variables(rank, count, port)
+        told = torchrun_variables(rank, count, port)
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_process, args=(theirs, told, joined, work, arguments), daemon=not parents)
+        process = context.Process(
+            target=_process, args=(theirs, told, initialized, work, arguments), daemon=not may_fork
+        )
         process.start()
         theirs.close()
         ends.append(mine)
         processes.append(process)
     try:
-        return [_received(end, mortal) for end in ends]
+        return [_received(end, may_die) for end in ends]
     finally:
         for process in processes:
             process.join(10)
@@ -63,32 +65,32 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def variables(rank: int, count: int, port: int) -> dict[str, str]:
+def torchrun_variables(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun sets for a process."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
 
 
 def _process(
-    end: Connection, told: dict[str, str], joined: bool, work: Callable[..., Any], arguments: Sequence[Any]
+    end: Connection, told: dict[str, str], initialized: bool, work: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
     os.environ.update(told)
     torch.set_num_threads(1)
     try:
-        with comm.together() if joined else nullcontext():
+        with comm.process_group() if initialized else nullcontext():
             found = (work(*arguments), "")
     except BaseException:
         found = (None, traceback.format_exc())
     end.send_bytes(pickle.dumps(found))  # whole: tensors in shared memory would end with this process
 
 
-def _received(end: Connection, mortal: bool) -> Any:
+def _received(end: Connection, may_die: bool) -> Any:
     assert end.poll(PATIENCE), "a process hangs"
     try:
         value, trouble = pickle.loads(end.recv_bytes())
     except EOFError:
-        value, trouble = "", "" if mortal else "it died"
-    if trouble and mortal:
+        value, trouble = "", "" if may_die else "it died"
+    if trouble and may_die:
         return trouble
     if trouble:
         raise AssertionError(f"in a process:\n{trouble}")

@@ -6,40 +6,40 @@ import pytest
 
 from tests.support.composing import compose
 from vqf.config.settings import check_config
-from vqf.training.alarms import LESSONS, PATIENCE, Watch, alarms
+from vqf.training.alarms import GAN_PATIENCE, PATIENCE, AlarmMonitor, build_alarms
 
 BAD = {
-    "discriminator wins": {"discriminator": 0.0},
-    "discriminator knows nothing": {"logits_real": 0.003, "logits_fake": -0.002, "discriminator": 0.9975},
+    "discriminator wins": {"d_loss": 0.0},
+    "discriminator knows nothing": {"logits_real": 0.003, "logits_fake": -0.002, "d_loss": 0.9975},
     "adaptive weight": {"gan_weight": 1e4},
-    "codes die": {"spread": 0.05, "usage": 0.05},
+    "codes die": {"usage_vs_chance": 0.05, "usage": 0.05},
     "collapse": {"perplexity": 1.2},
 }
 GOOD = {
-    "discriminator": 0.9,
+    "d_loss": 0.9,
     "gan_weight": 1.0,
     "logits_real": 0.3,
     "logits_fake": -0.2,
-    "spread": 0.95,
+    "usage_vs_chance": 0.95,
     "usage": 0.1,
     "perplexity": 300.0,
 }
 
 
-def watch(*words: str) -> Watch:
-    return Watch(alarms(compose("model=vqgan", *words).model))
+def watch(*words: str) -> AlarmMonitor:
+    return AlarmMonitor(build_alarms(compose("model=vqgan", *words).model))
 
 
 def raised(values: dict[str, float], *words: str) -> list[str]:
     watched = watch(*words)
-    return [line for step in range(PATIENCE) for line in watched.look(step, values)]
+    return [line for step in range(PATIENCE) for line in watched.check(step, values)]
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_each_alarm_is_raised_once_and_names_an_option(name: str) -> None:
     watched = watch()
-    patience = LESSONS if name == "discriminator knows nothing" else PATIENCE
-    said = [watched.look(step, BAD[name]) for step in range(patience + 3)]
+    patience = GAN_PATIENCE if name == "discriminator knows nothing" else PATIENCE
+    said = [watched.check(step, BAD[name]) for step in range(patience + 3)]
     assert [len(lines) for lines in said] == [0] * (patience - 1) + [1] + [0] * 3
     assert "model." in said[patience - 1][0] or "optimizer." in said[patience - 1][0]
 
@@ -50,7 +50,7 @@ def test_every_alarm_is_tried() -> None:
 
 def test_good_numbers_are_quiet() -> None:
     watched = watch()
-    assert not any(watched.look(step, GOOD) for step in range(50))
+    assert not any(watched.check(step, GOOD) for step in range(50))
 
 
 def test_a_run_without_a_game_has_no_alarms_of_one() -> None:
@@ -61,9 +61,9 @@ def test_a_run_without_a_game_has_no_alarms_of_one() -> None:
 @pytest.mark.parametrize(
     ("words", "cure"),
     [
-        (["model/quantizer=vq"], "model.quantizer.revive=0.03 model.quantizer.start=kmeans"),
-        (["model/quantizer=ema"], "model.quantizer.revive=0.09 model.quantizer.start=kmeans"),
-        (["model/quantizer=ema", "model.quantizer.start=kmeans"], "model.quantizer.revive=0.09, or"),
+        (["model/quantizer=vq"], "model.quantizer.revive=0.03 model.quantizer.init=kmeans"),
+        (["model/quantizer=ema"], "model.quantizer.revive=0.09 model.quantizer.init=kmeans"),
+        (["model/quantizer=ema", "model.quantizer.init=kmeans"], "model.quantizer.revive=0.09, or"),
         (["model/quantizer=gumbel"], "raise model.quantizer.kl_weight"),
     ],
 )
@@ -78,8 +78,8 @@ def test_the_cure_of_dead_codes_is_one_that_the_quantizer_has(words: list[str], 
 @pytest.mark.parametrize(
     ("words", "weight", "said"),
     [
-        (["model.adversary.clamp=10"], 8.0, "at its limit, model.adversary.clamp=10:"),
-        (["model.adversary.clamp=10"], 7.9, None),
+        (["model.adversary.max_weight=10"], 8.0, "at its limit, model.adversary.max_weight=10:"),
+        (["model.adversary.max_weight=10"], 7.9, None),
         ([], 999.0, None),
         ([], 1001.0, "above 1,000: the discriminator gives almost no gradient. Give it time before it counts"),
         (["model.adversary.adaptive=false", "model.adversary.weight=2000"], 2000.0, None),
@@ -94,10 +94,10 @@ def test_one_good_look_starts_the_count_again() -> None:
     watched = watch()
     for step in range(20):
         values = GOOD if step % (PATIENCE - 1) == 0 else BAD["collapse"]
-        assert not watched.look(step, {"perplexity": values["perplexity"]})
+        assert not watched.check(step, {"perplexity": values["perplexity"]})
 
 
 def test_an_alarm_comes_back_after_it_has_gone() -> None:
     watched = watch()
-    said = [len(watched.look(0, {"perplexity": value})) for value in [1.0] * 6 + [100.0] * PATIENCE + [1.0] * 6]
+    said = [len(watched.check(0, {"perplexity": value})) for value in [1.0] * 6 + [100.0] * PATIENCE + [1.0] * 6]
     assert sum(said) == 2

@@ -15,16 +15,16 @@ from torch import Tensor
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY, lines, weights
 from vqf.batch import Batch
-from vqf.dataloading.order import Order
+from vqf.dataloading.order import ShuffledBatches
 from vqf.errors import UserError
 from vqf.losses.adversarial import Hinge
 from vqf.losses.pixel import L1
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.runs.checkpoint import newest
-from vqf.training.nonfinite import Guard, Lookout
-from vqf.training.prior_task import PriorStage
-from vqf.training.tokenizer_task import TokenizerStage
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.training.nonfinite import NonFiniteDetector, NonFiniteGuard
+from vqf.training.prior_task import PriorTask
+from vqf.training.tokenizer_task import TokenizerTask
 
 nan, inf = float("nan"), float("inf")
 GAN = [*TINY, "model/quantizer=ema", "+model/regularizer=[lecam]"]
@@ -35,48 +35,50 @@ def scalars(**values: float) -> dict[str, Tensor]:
 
 
 def test_the_first_step_and_every_name_are_remembered_without_reading() -> None:
-    lookout = Lookout()
-    lookout.see(3, scalars(loss=1.0, l1=2.0))
-    lookout.see(4, scalars(loss=1.0, l1=2.0, generator=0.0))  # the game begins
-    lookout.see(5, scalars(loss=inf, l1=2.0, generator=-inf))
-    lookout.see(6, scalars(loss=nan, l1=nan, generator=nan))
-    lookout.see(7, scalars(loss=1.0, l1=1.0, generator=1.0))
-    trouble = lookout.read()
+    lookout = NonFiniteDetector()
+    lookout.update(3, scalars(loss=1.0, l1=2.0))
+    lookout.update(4, scalars(loss=1.0, l1=2.0, g_loss=0.0))  # the game begins
+    lookout.update(5, scalars(loss=inf, l1=2.0, g_loss=-inf))
+    lookout.update(6, scalars(loss=nan, l1=nan, g_loss=nan))
+    lookout.update(7, scalars(loss=1.0, l1=1.0, g_loss=1.0))
+    trouble = lookout.poll()
     assert trouble is not None
-    assert (trouble.step, trouble.words) == (5, "'generator' is -inf (loss too)")
+    assert (trouble.step, trouble.message) == (5, "'g_loss' is -inf (loss too)")
 
 
 def test_finite_numbers_are_no_trouble() -> None:
-    lookout = Lookout()
-    lookout.see(0, {"dead": torch.tensor(3), "loss": torch.tensor(1e30), "half": torch.tensor(2.0).bfloat16()})
-    assert lookout.read() is None
+    lookout = NonFiniteDetector()
+    lookout.update(0, {"dead_codes": torch.tensor(3), "loss": torch.tensor(1e30), "half": torch.tensor(2.0).bfloat16()})
+    assert lookout.poll() is None
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_the_limit(policy: str) -> None:
-    guard = Guard("stage1", OmegaConf.create({"nonfinite": policy, "limit": 2}))
+    guard = NonFiniteGuard("stage1", OmegaConf.create({"action": policy, "limit": 2}))
     moved = policy != "skip"
 
     def trouble() -> None:
-        guard.see(8, scalars(loss=nan))
-        guard.read(moved)
+        guard.update(8, scalars(loss=nan))
+        guard.poll(moved)
 
     trouble()
     trouble()
-    guard.saved() if policy == "rollback" else guard.read(moved=True)  # all is well again: it counts from the start
+    guard.checkpoint_saved() if policy == "rollback" else guard.poll(
+        stepped=True
+    )  # all is well again: it counts from the start
     trouble()
     trouble()
-    with pytest.raises(UserError, match=r"^stage1, step 9: 'loss' is nan, 3 times .*, and guard\.limit=2\. Lower"):
+    with pytest.raises(UserError, match=r"^stage1, step 9: 'loss' is nan, 3 times .*, and nonfinite\.limit=2\. Lower"):
         trouble()
 
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Spoil a number at some batches; counted by the order of the data, as a broken picture would be."""
+    """Spoil a number at some batches; counted by the order of the data, as a broken image would be."""
     at: dict[str, int] = {}
-    original = Order.batch
+    original = ShuffledBatches.batch
 
-    def batch(self: Order, step: int) -> Any:
+    def batch(self: ShuffledBatches, step: int) -> Any:
         at["now"] = step
         return original(self, step)
 
@@ -89,11 +91,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(cls, name, spoilt)
 
-    monkeypatch.setattr(Order, "batch", batch)
+    monkeypatch.setattr(ShuffledBatches, "batch", batch)
     return install
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, cls: type = TokenizerStage) -> list[dict[str, bytes]]:
+def record_states(monkeypatch: pytest.MonkeyPatch, cls: type = TokenizerTask) -> list[dict[str, bytes]]:
     """Keep everything that a run changes, before its first step and after each."""
     kept: list[dict[str, bytes]] = []
     step = cls.step  # type: ignore[attr-defined]
@@ -121,8 +123,8 @@ def test_a_skipped_step_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(L1, "forward", {0, 4}, value)  # 0: before the codebook has started, 4: with both players in the game
-    kept = watch(monkeypatch)
-    Stage1(compose(*GAN, "guard.nonfinite=skip"), tmp_path).run()
+    kept = record_states(monkeypatch)
+    Stage1(compose(*GAN, "nonfinite.action=skip"), tmp_path).run()
     same = [[key for key in after if before.get(key) == after[key]] for before, after in pairwise(kept)]
     assert len(same) == 6
     for step, unchanged in enumerate(same):
@@ -137,7 +139,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(
 
 def test_the_average_waits_too(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {5}, nan)  # the last one
-    Stage1(compose(*GAN, "guard.nonfinite=skip", "checkpoint.every=5"), tmp_path).run()
+    Stage1(compose(*GAN, "nonfinite.action=skip", "checkpoint.every=5"), tmp_path).run()
     before, after = (tmp_path / "checkpoints" / f"step-0000000{step}" / "ema.safetensors" for step in (5, 6))
     assert before.read_bytes() == after.read_bytes()
 
@@ -146,8 +148,8 @@ def test_a_discriminator_that_fails_stays_and_the_tokenizer_moves_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     spoil(Hinge, "discriminator_loss", {4}, nan)
-    kept = watch(monkeypatch)
-    Stage1(compose(*GAN, "guard.nonfinite=skip"), tmp_path).run()
+    kept = record_states(monkeypatch)
+    Stage1(compose(*GAN, "nonfinite.action=skip"), tmp_path).run()
     before, after = kept[4:6]
     for key, value in after.items():
         if key.startswith("discriminator"):
@@ -157,19 +159,21 @@ def test_a_discriminator_that_fails_stays_and_the_tokenizer_moves_on(
 
 def test_skipped_steps_in_a_row_stop_the_run_also_over_a_resume(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {1, 2, 3, 4}, nan)
-    words = [*GAN, "guard.nonfinite=skip", "guard.limit=3"]
+    words = [*GAN, "nonfinite.action=skip", "nonfinite.limit=3"]
     for resume in ("false", "true"):  # the second process goes on from step 4: three were skipped before
-        with pytest.raises(UserError, match=r"^stage1, step 5: 'l1' is nan.*, 4 times in a row, and guard\.limit=3"):
+        with pytest.raises(
+            UserError, match=r"^stage1, step 5: 'l1' is nan.*, 4 times in a row, and nonfinite\.limit=3"
+        ):
             Stage1(compose(*words, f"resume={resume}"), tmp_path).run()
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 4
 
 
 def test_stage2_skips_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     Stage1(compose(*TINY), tmp_path / "tokenizer").run()
-    spoil(PriorStage, "_loss", {2}, nan)
-    kept = watch(monkeypatch, PriorStage)
-    config = compose(*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "guard.nonfinite=skip")
+    spoil(PriorTask, "_loss", {2}, nan)
+    kept = record_states(monkeypatch, PriorTask)
+    config = compose(*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "nonfinite.action=skip")
     Stage2(config, tmp_path / "prior").run()
     assert [before == after for before, after in pairwise(kept)] == [
         False,
@@ -183,13 +187,13 @@ def test_stage2_skips_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil
 def order(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batches that steps were taken on."""
     seen: list[int] = []
-    original = Order.batch
+    original = ShuffledBatches.batch
 
-    def batch(self: Order, step: int) -> Any:
+    def batch(self: ShuffledBatches, step: int) -> Any:
         seen.append(step)
         return original(self, step)
 
-    monkeypatch.setattr(Order, "batch", batch)
+    monkeypatch.setattr(ShuffledBatches, "batch", batch)
     return seen
 
 
@@ -197,26 +201,26 @@ def test_going_back_passes_over_the_batches_that_made_the_trouble(
     tmp_path: Path, order: list[int], spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(L1, "forward", {3}, nan)
-    Stage1(compose(*GAN, "guard.nonfinite=rollback"), tmp_path).run()
+    Stage1(compose(*GAN, "nonfinite.action=rollback"), tmp_path).run()
     assert order == [0, 1, 2, 3, 4, 5, 6, 7]
-    found = newest(tmp_path)
-    assert found and (found.step, found.state["passed"]) == (6, 2)
+    found = latest_checkpoint(tmp_path)
+    assert found and (found.step, found.state["skipped_batches"]) == (6, 2)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert "stage1, step 4: 'l1' is nan" in caplog.text and "back at step 2, and on with other pictures" in caplog.text
+    assert "stage1, step 4: 'l1' is nan" in caplog.text and "back at step 2, and on with other images" in caplog.text
 
 
 def test_going_back_to_the_very_start(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {0}, nan)
-    Stage1(compose(*GAN, "guard.nonfinite=rollback"), tmp_path).run()
-    found = newest(tmp_path)
-    assert found and (found.step, found.state["passed"]) == (6, 1)
+    Stage1(compose(*GAN, "nonfinite.action=rollback"), tmp_path).run()
+    found = latest_checkpoint(tmp_path)
+    assert found and (found.step, found.state["skipped_batches"]) == (6, 1)
 
 
 def test_a_run_that_went_back_is_resumed_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     spoil(L1, "forward", {1, 5}, nan)
-    words = [*GAN, "guard.nonfinite=rollback"]
+    words = [*GAN, "nonfinite.action=rollback"]
     Stage1(compose(*words), tmp_path / "whole").run()
     for kill in range(8):
         with monkeypatch.context() as patch:
@@ -231,23 +235,25 @@ def test_a_run_that_went_back_is_resumed_bit_for_bit(
 def end_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End the process after so many steps, wherever they lead."""
     numbers: Iterator[int] = iter(range(100))
-    original = TokenizerStage.step
+    original = TokenizerTask.step
 
-    def step(self: TokenizerStage, number: int, batch: Batch) -> Any:
+    def step(self: TokenizerTask, number: int, batch: Batch) -> Any:
         if next(numbers) >= min(steps, 2):
             raise KeyboardInterrupt
         return original(self, number, batch)
 
-    monkeypatch.setattr(TokenizerStage, "step", step)
+    monkeypatch.setattr(TokenizerTask, "step", step)
 
 
 def test_a_run_that_cannot_be_saved_by_going_back_stops(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", set(range(2, 50)), nan)
-    with pytest.raises(UserError, match=r"^stage1, step 3: .*, 4 times without a new checkpoint, and guard\.limit=3"):
-        Stage1(compose(*GAN, "guard.nonfinite=rollback", "guard.limit=3"), tmp_path).run()
-    found = newest(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^stage1, step 3: .*, 4 times without a new checkpoint, and nonfinite\.limit=3"
+    ):
+        Stage1(compose(*GAN, "nonfinite.action=rollback", "nonfinite.limit=3"), tmp_path).run()
+    found = latest_checkpoint(tmp_path)
     assert found and found.step == 2
-    assert json.loads((found.path / "state.json").read_text())["passed"] == 0
+    assert json.loads((found.path / "state.json").read_text())["skipped_batches"] == 0
 
 
 def test_what_is_not_finite_between_two_lines_of_the_log_is_seen(tmp_path: Path, spoil: Any) -> None:
@@ -260,16 +266,17 @@ def test_a_device_that_is_not_read_every_step_never_saves_what_is_spoilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a GPU: the record is read where something is logged, looked at or saved."""
-    from vqf.training.trainer import Loop
+    from vqf.training.trainer import Trainer
 
     reads: list[int] = []
-    read = Guard.read
-    monkeypatch.setattr(Loop, "_trouble", lambda self, due: self.guard.read(True) if due else None)
-    monkeypatch.setattr(Guard, "read", lambda self, moved: (reads.append(1), read(self, moved))[1])
+    read = NonFiniteGuard.poll
+    every = lambda self, needed: self.nonfinite_guard.poll(True) if needed else None  # noqa: E731
+    monkeypatch.setattr(Trainer, "_poll_nonfinite", every)
+    monkeypatch.setattr(NonFiniteGuard, "poll", lambda self, moved: (reads.append(1), read(self, moved))[1])
     spoil(L1, "forward", {2}, nan)
     caplog.set_level(logging.INFO, "vqf")
-    Stage1(compose(*GAN, "guard.nonfinite=rollback", "log.every=3", "checkpoint.every=2"), tmp_path).run()
-    found = newest(tmp_path)
-    assert found and (found.step, found.state["passed"]) == (6, 1)
+    Stage1(compose(*GAN, "nonfinite.action=rollback", "log.every=3", "checkpoint.every=2"), tmp_path).run()
+    found = latest_checkpoint(tmp_path)
+    assert found and (found.step, found.state["skipped_batches"]) == (6, 1)
     assert len(reads) == 5  # at steps 2, 3, and after going back 3, 4, 6
     assert "stage1, step 3: 'l1' is nan" in caplog.text

@@ -15,12 +15,12 @@ import pytest
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY, lines, weights
 from vqf.batch import Batch
-from vqf.dataloading.loader import sequential
+from vqf.dataloading.loader import sequential_batches
 from vqf.pipelines.full import Full
 from vqf.pipelines.stage1 import Stage1
-from vqf.runs.checkpoint import newest
-from vqf.training.preemption import TERMINATED, Signals
-from vqf.training.tokenizer_task import TokenizerStage
+from vqf.runs.checkpoint import latest_checkpoint
+from vqf.training.preemption import SIGTERM_EXIT_CODE, PreemptionSignals
+from vqf.training.tokenizer_task import TokenizerTask
 
 LONG = [*TINY, "checkpoint.every=50"]
 
@@ -31,15 +31,15 @@ def saved(run: Path) -> list[str]:
 
 def during(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     """Send signals to this process in the middle of a step."""
-    original = TokenizerStage.step
+    original = TokenizerTask.step
 
-    def stepped(self: TokenizerStage, number: int, batch: Batch) -> Any:
+    def stepped(self: TokenizerTask, number: int, batch: Batch) -> Any:
         if number == step:
             for each in numbers:
                 signal.raise_signal(each)
         return original(self, number, batch)
 
-    monkeypatch.setattr(TokenizerStage, "step", stepped)
+    monkeypatch.setattr(TokenizerTask, "step", stepped)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_sigterm_saves_after_the_step_and_ends(
         during(step, patch, signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             Stage1(compose(*LONG), tmp_path).run()
-    assert ended.value.code == TERMINATED == 143
+    assert ended.value.code == SIGTERM_EXIT_CODE == 143
     assert saved(tmp_path) == [f"step-{step + 1:08d}"]
     assert f"ended by SIGTERM, saved at step {step + 1}; resume=true goes on" in caplog.text
     Stage1(compose(*LONG, "resume=true"), tmp_path).run()
@@ -76,13 +76,13 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_sigterm_in_the_last_look_keeps_what_the_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = TokenizerStage.evaluate
+    evaluate = TokenizerTask.evaluate
 
-    def told(self: TokenizerStage, *arguments: Any) -> Any:
+    def told(self: TokenizerTask, *arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return evaluate(self, *arguments)
 
-    monkeypatch.setattr(TokenizerStage, "evaluate", told)
+    monkeypatch.setattr(TokenizerTask, "evaluate", told)
     config = compose(*TINY, "pipeline=full", "stage2.steps=1", "evaluate.every=50")
     with pytest.raises(SystemExit) as ended:  # and stage 2 does not begin
         Full(config, tmp_path).run()
@@ -100,8 +100,8 @@ def test_a_run_in_another_thread_does_without() -> None:
     found: list[bool] = []
 
     def run() -> None:
-        with Signals() as signals:
-            found.append(signals.save())
+        with PreemptionSignals() as signals:
+            found.append(signals.should_save())
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -110,7 +110,7 @@ def test_a_run_in_another_thread_does_without() -> None:
 
 
 class Shaken:
-    """Pictures that take a moment; at the third, somebody signals the process that loads it."""
+    """Images that take a moment; at the third, somebody signals the process that loads it."""
 
     fingerprint = "shaken"
 
@@ -133,7 +133,7 @@ class Shaken:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_that_signals_every_process_leaves_the_loading_ones_alone(number: int) -> None:
-    shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential(Shaken(number), 2, workers=1)]  # type: ignore[index]
+    shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential_batches(Shaken(number), 2, workers=1)]  # type: ignore[index]
     assert shown == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -152,12 +152,12 @@ def thread_at_birth() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_no_thread_of_a_loading_process_is_older_than_its_orders(number: int) -> None:
     for _ in range(3):  # the kernel chooses the thread that a signal is for
-        assert len(list(sequential(Shaken(number), 2, workers=1))) == 3  # type: ignore[arg-type]
+        assert len(list(sequential_batches(Shaken(number), 2, workers=1))) == 3  # type: ignore[arg-type]
 
 
 def test_this_process_goes_on_to_hear_signals() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    loading = sequential(Shaken(0), 2, workers=1)  # type: ignore[arg-type]
+    loading = sequential_batches(Shaken(0), 2, workers=1)  # type: ignore[arg-type]
     next(loading)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     loading.close()  # type: ignore[attr-defined]
@@ -179,6 +179,6 @@ def test_a_job_whose_every_process_is_told_to_end(tmp_path: Path, workers: int) 
         os.killpg(job.pid, signal.SIGTERM)
         _, said = job.communicate(timeout=60)
         ended.append((job.returncode, said))
-        found = newest(tmp_path)
+        found = latest_checkpoint(tmp_path)
         assert found and found.step == lines(tmp_path)[-1]["step"]
     assert ended == [(143, "")] * 2

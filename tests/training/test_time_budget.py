@@ -16,10 +16,10 @@ from vqf.batch import Batch
 from vqf.distributed.engine import make_engine
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.protocols import share_of
-from vqf.runs.checkpoint import newest
+from vqf.protocols import to_steps
+from vqf.runs.checkpoint import latest_checkpoint
 from vqf.training import time_budget
-from vqf.training.time_budget import count_steps, fix_steps
+from vqf.training.time_budget import count_steps, resolve_steps
 
 
 @given(st.floats(0.5, 200), st.floats(0.1, 9), st.floats(1, 4), st.one_of(st.floats(0, 0.99), st.integers(1, 300)))
@@ -27,10 +27,10 @@ def test_steps_fill_the_time_and_no_more(seconds: float, early: float, dearer: f
     late = early * dearer
 
     def spent(steps: int) -> float:
-        begins = share_of(start, steps)
+        begins = to_steps(start, steps)
         return sum(early if step < begins else late for step in range(steps))
 
-    steps = count_steps(seconds, early, late, lambda steps: share_of(start, steps))
+    steps = count_steps(seconds, early, late, lambda steps: to_steps(start, steps))
     assert steps == 1 or spent(steps) <= seconds * (1 + 1e-9)
     assert spent(steps + 1) > seconds * (1 - 1e-9)
 
@@ -42,7 +42,7 @@ class Clock:
         self.now, self.costs, self.start, self.steps = 0.0, (early, late), start, list[int]()
 
     def step(self, step: int, batch: Batch) -> None:
-        self.now += self.costs[step >= self.start] * (10 if len(self.steps) < time_budget.WARM_UP else 1)
+        self.now += self.costs[step >= self.start] * (10 if len(self.steps) < time_budget.WARMUP_STEPS else 1)
         self.steps.append(step)
 
 
@@ -50,15 +50,15 @@ def source(start: int, stop: int) -> Iterator[Batch]:
     return (Batch(labels=torch.tensor([step])) for step in range(start, stop))
 
 
-@pytest.mark.parametrize(("late_from", "expected"), [(None, 1200), (lambda steps: share_of(0.5, steps), 800)])
+@pytest.mark.parametrize(("late_from", "expected"), [(None, 1200), (lambda steps: to_steps(0.5, steps), 800)])
 def test_what_a_step_costs_is_measured_where_it_costs_that(
     late_from: Any, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose("minutes=2", "device=cpu")
     clock = Clock(0.1, 0.2, start=50_000)
-    monkeypatch.setattr(time_budget, "_now", lambda engine: clock.now)
+    monkeypatch.setattr(time_budget, "_clock", lambda engine: clock.now)
     stage: Any = SimpleNamespace(step=clock.step)
-    fixed = fix_steps(config, tmp_path, make_engine(config), lambda: stage, source, late_from)
+    fixed = resolve_steps(config, tmp_path, make_engine(config), lambda: stage, source, late_from)
     assert fixed.steps == expected
     assert config.steps == 100_000  # what was given is left as it was
     assert clock.now < 0.15 * 120  # measuring is a small part of the budget
@@ -71,13 +71,13 @@ def test_without_minutes_nothing_is_measured(tmp_path: Path) -> None:
     def fail() -> Any:
         raise AssertionError
 
-    assert fix_steps(config, tmp_path, make_engine(config), fail, source) is config
+    assert resolve_steps(config, tmp_path, make_engine(config), fail, source) is config
 
 
 def test_the_steps_that_were_found_give_the_same_run(tmp_path: Path) -> None:
     timed, counted = tmp_path / "timed", tmp_path / "counted"
     Stage1(compose(*TINY, "minutes=0.003"), timed).run()
-    checkpoint = newest(timed)
+    checkpoint = latest_checkpoint(timed)
     assert checkpoint is not None and checkpoint.step == checkpoint.config.steps > 1
     Stage1(compose(*TINY, f"steps={checkpoint.step}"), counted).run()
     assert lines(timed) == lines(counted)
@@ -85,14 +85,14 @@ def test_the_steps_that_were_found_give_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_keeps_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_budget, "_measure", lambda *_: 6)
+    monkeypatch.setattr(time_budget, "_measure_steps", lambda *_: 6)
     with monkeypatch.context() as patch:
         interrupt_after(4, patch, "stage1")
         with pytest.raises(KilledError):
             Stage1(compose(*TINY, "minutes=1"), tmp_path).run()
-    monkeypatch.setattr(time_budget, "_measure", lambda *_: 9)  # another machine
+    monkeypatch.setattr(time_budget, "_measure_steps", lambda *_: 9)  # another machine
     Stage1(compose(*TINY, "minutes=1", "resume=true"), tmp_path).run()
-    found = newest(tmp_path)
+    found = latest_checkpoint(tmp_path)
     assert found is not None and found.step == found.config.steps == 6
 
 
@@ -101,7 +101,7 @@ def test_the_second_stage_has_a_budget_too(tmp_path: Path, monkeypatch: pytest.M
     Stage1(compose(*TINY, "steps=1"), tmp_path / "tokenizer").run()
     options = [*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "evaluate.samples=0"]
     Stage2(compose(*options, "minutes=0.003"), tmp_path / "timed").run()
-    found = newest(tmp_path / "timed")
+    found = latest_checkpoint(tmp_path / "timed")
     assert found is not None and found.step == found.config.steps > 1
     Stage2(compose(*options, f"steps={found.step}"), tmp_path / "counted").run()
     assert weights(tmp_path / "timed") == weights(tmp_path / "counted")

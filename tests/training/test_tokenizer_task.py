@@ -14,8 +14,8 @@ from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
 from vqf.pipelines.stage1 import Stage1
 from vqf.registry import build
-from vqf.training.gan import Critic, check_judge
-from vqf.training.tokenizer_task import TokenizerStage, make_stage
+from vqf.training.gan import GANModule, check_discriminator_input
+from vqf.training.tokenizer_task import TokenizerTask, build_tokenizer_task
 
 TINY = [
     "model=small",
@@ -37,10 +37,10 @@ TINY = [
 ]
 
 
-def stage(*overrides: str) -> TokenizerStage:
+def stage(*overrides: str) -> TokenizerTask:
     config = compose(*TINY, *overrides)
     data = build("data", config.data, image_size=16, seed=0)
-    built = make_stage(config, data, make_engine(config))
+    built = build_tokenizer_task(config, data, make_engine(config))
     for module in built.modules.values():
         module.double()
     return built
@@ -50,12 +50,12 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double) * 2 - 1
 
 
-def naive_gradients(built: TokenizerStage, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+def naive_gradients(built: TokenizerTask, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
     """Equations 5 to 7 in one graph, as the reference computes them."""
     out = built.model(x)
     x_hat = out.reconstructions
     reconstruction = (x_hat - x).abs().mean() + 0.5 * (x_hat - x).square().mean()
-    fooling = -built.critic(x_hat).mean()
+    fooling = -built.gan(x_hat).mean()
     last = built.model.last_layer.weight
     (a,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
     (b,) = torch.autograd.grad(fooling, last, retain_graph=True)
@@ -63,11 +63,11 @@ def naive_gradients(built: TokenizerStage, x: torch.Tensor) -> tuple[dict[str, t
     (reconstruction + weight * fooling + out.quantized.loss).backward()
     gradients = {name: p.grad.clone() for name, p in built.model.named_parameters()}
     built.model.zero_grad()
-    built.critic.zero_grad()
+    built.gan.zero_grad()
     return gradients, weight
 
 
-def gradients_of_step(built: TokenizerStage, step: int, x: torch.Tensor, monkeypatch: Any) -> tuple[dict, dict, dict]:
+def gradients_of_step(built: TokenizerTask, step: int, x: torch.Tensor, monkeypatch: Any) -> tuple[dict, dict, dict]:
     seen: dict[str, dict[str, torch.Tensor]] = {}
     for name, optimizer in built.optimizers.items():
         module = built.modules[name]
@@ -92,11 +92,11 @@ def test_the_cut_gives_the_gradients_of_the_whole_expression(monkeypatch: pytest
 def test_the_discriminator_learns_from_its_own_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     built, x = stage(), images()
     fake = built.model(x).reconstructions.detach()
-    real_logits, fake_logits = built.critic(torch.cat([x, fake])).chunk(2)
+    real_logits, fake_logits = built.gan(torch.cat([x, fake])).chunk(2)
     loss = 0.5 * ((1 - real_logits).clamp(min=0).mean() + (1 + fake_logits).clamp(min=0).mean())
-    expected = torch.autograd.grad(loss, list(built.critic.parameters()))
+    expected = torch.autograd.grad(loss, list(built.gan.parameters()))
     _, got, log = gradients_of_step(built, 2, x, monkeypatch)
-    assert float(log["discriminator"]) == pytest.approx(float(loss), rel=1e-9)
+    assert float(log["d_loss"]) == pytest.approx(float(loss), rel=1e-9)
     for gradient, mine in zip(expected, got.values(), strict=True):
         torch.testing.assert_close(mine, gradient, rtol=1e-9, atol=1e-12)
 
@@ -107,7 +107,7 @@ def test_nothing_of_the_discriminator_happens_before_its_start(monkeypatch: pyte
     def never(_: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the discriminator was asked")
 
-    monkeypatch.setattr(built.critic, "forward", never)
+    monkeypatch.setattr(built.gan, "forward", never)
     log = built.step(1, Batch(images=images()))
     assert "gan_weight" not in log
     with pytest.raises(AssertionError, match="was asked"):
@@ -124,7 +124,7 @@ def test_accumulation_of_a_plain_loss_is_the_whole_batch(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "gumbel", "vq"])
-@pytest.mark.parametrize("overrides", [["accumulate=4"], ["model.adversary.second_forward=true"]], ids=str)
+@pytest.mark.parametrize("overrides", [["accumulate=4"], ["model.adversary.refresh_fakes=true"]], ids=str)
 def test_what_a_quantizer_moves_by_itself_it_moves_once_a_step(quantizer: str, overrides: list[str]) -> None:
     """However many micro-batches there are, and forwards for the discriminator."""
     options = {"gumbel": ["model.quantizer.anneal_steps=10"], "vq": ["model.quantizer.revive=0.1"]}
@@ -132,7 +132,7 @@ def test_what_a_quantizer_moves_by_itself_it_moves_once_a_step(quantizer: str, o
     plain, other = stage(*words), stage(*words, *overrides)
     if quantizer == "ema":  # which would start at the first of the micro-batches
         for each in (plain, other):
-            each.model.quantizer.started.fill_(True)
+            each.model.quantizer.initialized.fill_(True)
     for step in (2, 3, 4):
         other.modules["model"].load_state_dict(plain.modules["model"].state_dict())
         for each in (plain, other):
@@ -148,7 +148,7 @@ def test_what_a_quantizer_moves_by_itself_it_moves_once_a_step(quantizer: str, o
 def test_bf16_runs_and_stays_close() -> None:
     config = compose(*TINY, "precision=bf16")
     data = build("data", config.data, image_size=16, seed=0)
-    built = make_stage(config, data, make_engine(config))
+    built = build_tokenizer_task(config, data, make_engine(config))
     log = built.step(5, Batch(images=images().float()))
     assert all(torch.isfinite(value) for value in log.values())
 
@@ -156,39 +156,39 @@ def test_bf16_runs_and_stays_close() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["image_size=16", "batch_size=4", "model.discriminator.layers=5"], "cannot judge 4 pictures of 16 x 16 px"),
+        (["image_size=16", "batch_size=4", "model.discriminator.layers=5"], "cannot judge 4 images of 16 x 16 px"),
         (["image_size=16", "model.discriminator.layers=5"], "choose model.discriminator.layers below 5, or a larger"),
         (["batch_size=1", "model.discriminator.layers=4"], "choose model.discriminator.layers below 4, or a larger"),
-        (["accumulate=4", "model.discriminator.layers=4"], "cannot judge 1 pictures"),
+        (["accumulate=4", "model.discriminator.layers=4"], "cannot judge 1 images"),
     ],
 )
 def test_a_discriminator_that_does_not_fit_is_known_before_the_first_step(overrides: list[str], words: str) -> None:
     config = compose("model=small", "model.adversary.start=10000", "image_size=16", "batch_size=4", *overrides)
     data = build("data", config.data, image_size=config.image_size, seed=0)
     with pytest.raises(UserError) as caught:
-        make_stage(config, data, make_engine(config))
+        build_tokenizer_task(config, data, make_engine(config))
     assert str(caught.value).startswith("model.discriminator: ") and words in str(caught.value)
 
 
 def test_batch_norm_of_a_single_number_is_known_as_well() -> None:
     config, built = compose(*TINY, "batch_size=1"), stage()
-    one = Critic(
+    one = GANModule(
         nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4)),  # type: ignore[arg-type]
-        built.critic.adversary,
+        built.gan.adversary,
         {},
     )
     with pytest.raises(UserError, match=r"its batch norm needs several values; raise batch_size, or set model\.disc"):
-        check_judge(one, config, 3)
-    check_judge(one, compose(*TINY, "batch_size=2"), 3)
+        check_discriminator_input(one, config, 3)
+    check_discriminator_input(one, compose(*TINY, "batch_size=2"), 3)
 
 
-def test_judging_blank_pictures_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judging_blank_images_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     judged, drawn = stage(), torch.rand(1)
-    monkeypatch.setattr("vqf.training.tokenizer_task.check_judge", lambda *_: None)
+    monkeypatch.setattr("vqf.training.tokenizer_task.check_discriminator_input", lambda *_: None)
     plain = stage()
     assert torch.equal(drawn, torch.rand(1))
-    for name, each in plain.critic.state_dict().items():
-        assert torch.equal(each, judged.critic.state_dict()[name]), name
+    for name, each in plain.gan.state_dict().items():
+        assert torch.equal(each, judged.gan.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_the_log_shows_the_penalty_that_was_computed_last() -> None:
     assert all(shown)
     assert shown[0] == shown[1] == shown[3] != shown[4] == shown[7] != shown[8]
     x, built = images().requires_grad_(), stage("+model/regularizer=[r1]", "model.adversary.start=0")
-    (gradient,) = torch.autograd.grad(built.critic(x).sum(), x)
+    (gradient,) = torch.autograd.grad(built.gan(x).sum(), x)
     expected = float(gradient.square().sum((1, 2, 3)).mean() / 2)
     assert shown[0] == pytest.approx(expected, rel=1e-9)
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_trained(overrides: list[str], words: str) -> None:
     config = compose("model=small", "image_size=16", "batch_size=4", *overrides)
     data = build("data", config.data, image_size=16, seed=0)
     with pytest.raises(UserError) as caught:
-        make_stage(config, data, make_engine(config))
+        build_tokenizer_task(config, data, make_engine(config))
     assert str(caught.value) == words
 
 

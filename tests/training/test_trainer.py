@@ -10,7 +10,7 @@ from tests.support.composing import compose
 from vqf.errors import UserError
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.runs.checkpoint import newest
+from vqf.runs.checkpoint import latest_checkpoint
 
 TINY = [
     "model=small",
@@ -47,7 +47,7 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    found = newest(run)
+    found = latest_checkpoint(run)
     assert found
     return {f.name: f.read_bytes() for f in found.path.iterdir() if f.suffix == ".safetensors"}
 
@@ -58,7 +58,7 @@ class KilledError(Exception):
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     module = __import__(f"vqf.pipelines.{stage}", fromlist=["x"])
-    cls = module.TokenizerStage if stage == "stage1" else module.PriorStage
+    cls = module.TokenizerTask if stage == "stage1" else module.PriorTask
     original = cls.step
 
     def step(self: object, number: int, batch: object) -> object:

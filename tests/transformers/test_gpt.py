@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqf.protocols import Autoregressive
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
-from vqf.transformers.layers.kv_cache import Whole
+from vqf.transformers.layers.kv_cache import FullAttention
 from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, N, P, M = 11, 9, 5, 3  # vocabulary and length of tokens and prefix
@@ -90,8 +90,8 @@ def test_unmasked_prefix_positions_see_each_other(unmasked_prefix: bool | int, s
 def test_cached_logits_equal_uncached_at_every_position(unmasked_prefix: bool | int, shared_vocabulary: bool) -> None:
     gpt = tiny(unmasked_prefix=unmasked_prefix, shared_vocabulary=shared_vocabulary)
     tokens, prefix = sequences()
-    logits, cache = gpt.begin(prefix)
-    cached = [logits, *(gpt.advance(tokens[:, n], cache) for n in range(N - 1))]
+    logits, cache = gpt.prefill(prefix)
+    cached = [logits, *(gpt.decode(tokens[:, n], cache) for n in range(N - 1))]
     torch.testing.assert_close(torch.stack(cached, dim=1), gpt(tokens, prefix), rtol=1e-12, atol=1e-12)
 
 
@@ -105,17 +105,17 @@ def test_a_gpt_is_autoregressive_and_refuses_what_it_has_no_position_for() -> No
     gpt = tiny()
     assert isinstance(gpt, Autoregressive)
     tokens, prefix = sequences(length=N + 1)
-    _, cache = gpt.begin(prefix)
+    _, cache = gpt.prefill(prefix)
     for n in range(N - 1):
-        gpt.advance(tokens[:, n], cache)
+        gpt.decode(tokens[:, n], cache)
     with pytest.raises(ValueError, match="full: the prior models 9 tokens"):
-        gpt.advance(tokens[:, N], cache)
+        gpt.decode(tokens[:, N], cache)
     with pytest.raises(ValueError, match="N from 1 to 9"):
         gpt(tokens, prefix)
     with pytest.raises(ValueError, match=r"prefix must be \(4, 3\)"):
         gpt(tokens[:, :N], prefix[:, :2])
     with pytest.raises(ValueError, match=r"prefix must be \(4, 3\)"):
-        gpt.begin(prefix[:, :2])
+        gpt.prefill(prefix[:, :2])
 
 
 def test_the_loss_is_the_mean_nats_per_token() -> None:
@@ -198,7 +198,7 @@ def test_attention_weights_are_dropped_too() -> None:
     attention = tiny(dropout=0.5).blocks[0].attention.train()
     attention.residual_dropout.eval()
     x = torch.randn(1, 4, 16, dtype=torch.float64)
-    assert not torch.equal(attention(x, Whole()), attention(x, Whole()))
+    assert not torch.equal(attention(x, FullAttention()), attention(x, FullAttention()))
 
 
 def test_a_shared_vocabulary_embeds_condition_k_like_code_k() -> None:
@@ -238,12 +238,12 @@ def test_bf16_autocast_trains_and_samples() -> None:
         loss = gpt.loss(tokens, prefix)
         loss.backward()
         gpt.eval()
-        logits, cache = gpt.begin(prefix)
-        cached = torch.stack([logits, *(gpt.advance(tokens[:, n], cache) for n in range(N - 1))], dim=1)
+        logits, cache = gpt.prefill(prefix)
+        cached = torch.stack([logits, *(gpt.decode(tokens[:, n], cache) for n in range(N - 1))], dim=1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
     assert all(each.grad.isfinite().all() for each in gpt.parameters())
-    assert cache.memories[0].keys.dtype == torch.bfloat16
+    assert cache.kv_caches[0].keys.dtype == torch.bfloat16
     torch.testing.assert_close(cached.float(), gpt(tokens, prefix), rtol=0, atol=0.02 * cached.abs().max().item())
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vqf.protocols import Autoregressive
 from vqf.registry import RegistryError, build
-from vqf.transformers.layers.kv_cache import Whole
-from vqf.transformers.llama import Llama, SwiGLU, angles, rotate
+from vqf.transformers.layers.kv_cache import FullAttention
+from vqf.transformers.llama import Llama, SwiGLU, apply_rotary, rotary_angles
 from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, GRID, P, M = 11, (3, 4), 5, 2
@@ -34,7 +34,7 @@ def sequences(batch: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def rotations(grid: tuple[int, int], dim: int) -> Tensor:
-    turned = angles(list(itertools.product(range(grid[0]), range(grid[1]))), dim, 10000.0)
+    turned = rotary_angles(list(itertools.product(range(grid[0]), range(grid[1]))), dim, 10000.0)
     return torch.stack((turned.cos(), turned.sin())).reshape(2, *grid, dim // 2)
 
 
@@ -43,7 +43,7 @@ def test_attention_sees_only_how_far_apart_two_tokens_are() -> None:
     rotation = rotations((6, 7), 16)
 
     def score(i: int, j: int, down: int, right: int) -> float:
-        return float(rotate(q, rotation[:, i + down, j + right]) @ rotate(k, rotation[:, i, j]))
+        return float(apply_rotary(q, rotation[:, i + down, j + right]) @ apply_rotary(k, rotation[:, i, j]))
 
     for down, right in ((0, 0), (1, 0), (0, 1), (2, 3), (3, 1)):
         scores = [score(i, j, down, right) for i in range(6 - down) for j in range(7 - right)]
@@ -56,7 +56,7 @@ def test_attention_sees_only_how_far_apart_two_tokens_are() -> None:
 def test_half_of_a_head_turns_with_the_row_and_half_with_the_column() -> None:
     x = torch.randn(8, generator=torch.Generator().manual_seed(0)).double()
     row, column = 2, 3
-    turned = rotate(x, rotations((4, 5), 8)[:, row, column])
+    turned = apply_rotary(x, rotations((4, 5), 8)[:, row, column])
     frequencies = [1.0, 10000.0 ** (-2 / 4)]
     pairs = torch.view_as_complex(x.reshape(4, 2))
     angle = torch.tensor([place * f for place in (row, column) for f in frequencies], dtype=torch.float64)
@@ -88,9 +88,9 @@ def test_normalised_queries_and_keys_do_not_grow_with_the_stream(qk_norm: bool) 
     attention.proj.weight.data = torch.eye(16).double()
     x = torch.randn(1, N + M, 16, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        before = attention(x, Whole(), tiny().rotation)
+        before = attention(x, FullAttention(), tiny().rotation)
         attention.qkv.weight[:32] *= 50  # queries and keys, not values
-        after = attention(x, Whole(), tiny().rotation)
+        after = attention(x, FullAttention(), tiny().rotation)
     assert torch.allclose(before, after, atol=1e-3) == qk_norm
 
 
@@ -115,11 +115,11 @@ def test_a_token_never_changes_the_logits_up_to_it_and_the_prefix_changes_all() 
 def test_cached_logits_equal_uncached_at_every_position(qk_norm: bool) -> None:
     llama = tiny(qk_norm=qk_norm)
     tokens, prefix = sequences()
-    logits, cache = llama.begin(prefix)
-    cached = [logits, *(llama.advance(tokens[:, n], cache) for n in range(N - 1))]
+    logits, cache = llama.prefill(prefix)
+    cached = [logits, *(llama.decode(tokens[:, n], cache) for n in range(N - 1))]
     torch.testing.assert_close(torch.stack(cached, dim=1), llama(tokens, prefix), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="full: the prior models 12 tokens"):
-        llama.advance(tokens[:, -1], cache)
+        llama.decode(tokens[:, -1], cache)
 
 
 def test_what_it_has_no_position_for_is_refused() -> None:
@@ -173,9 +173,9 @@ def test_it_learns_eight_sequences_by_heart() -> None:
 def test_rotations_keep_their_precision_in_bfloat16() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     rotation = rotations((8, 8), 16).reshape(2, 64, 8)
-    turned = rotate(x, rotation.float())
+    turned = apply_rotary(x, rotation.float())
     assert turned.dtype == torch.bfloat16
-    exact = rotate(x.double(), rotation)
+    exact = apply_rotary(x.double(), rotation)
     assert ((turned.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # rounded once
 
 
@@ -190,7 +190,7 @@ def test_rotations_keep_their_precision_in_bfloat16() -> None:
     ],
 )
 def test_wrong_options_are_named(options: dict, words: str) -> None:
-    wired = {"vocab_size": V, "length": N, "grid": GRID, "prefix_vocab": P, "prefix_places": [None] * M}
+    wired = {"vocab_size": V, "length": N, "grid": GRID, "prefix_vocab": P, "prefix_positions": [None] * M}
     with pytest.raises(RegistryError, match=words) as caught:
         build("prior", {"name": "llama", **options}, **wired)
     assert "\n" not in str(caught.value)
@@ -199,6 +199,6 @@ def test_wrong_options_are_named(options: dict, words: str) -> None:
 def test_the_small_preset() -> None:
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
         small = compose(overrides=["+model/prior=llama_small", "model.prior.heads=4"]).model.prior
-    llama = build("prior", small, vocab_size=1024, length=256, grid=(16, 16), prefix_vocab=1, prefix_places=[None])
+    llama = build("prior", small, vocab_size=1024, length=256, grid=(16, 16), prefix_vocab=1, prefix_positions=[None])
     assert (len(llama.blocks), llama.blocks[0].attention.heads, llama.norm.weight.numel()) == (6, 4, 256)
     assert sum(each.numel() for each in llama.parameters()) == pytest.approx(5e6, rel=0.2)

@@ -13,6 +13,6 @@ def image_size(config: DictConfig) -> Size:
     return pair(OmegaConf.to_container(size) if OmegaConf.is_list(size) else size)  # type: ignore[arg-type]
 
 
-def chosen(config: DictConfig, group: str) -> dict[str, DictConfig]:
+def group_nodes(config: DictConfig, group: str) -> dict[str, DictConfig]:
     """Return the nodes of a group of which several are used at once; none where none is chosen."""
     return {str(name): node for name, node in (config.get(group) or {}).items() if node is not None}

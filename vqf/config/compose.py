@@ -24,12 +24,12 @@ from yaml import YAMLError
 
 from vqf.config import messages
 from vqf.config.settings import check_config
-from vqf.config.untrusted import foreign_words
-from vqf.errors import UserError, unknown
+from vqf.config.untrusted import cli_only_violations
+from vqf.errors import UserError, unknown_message
 
 # What composing raises; the ValueError is Hydra's, for a group set to null.
-FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-UNKNOWN_KEY = (ConfigKeyError, ConfigAttributeError)
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+UNKNOWN_KEY_ERRORS = (ConfigKeyError, ConfigAttributeError)
 
 
 def config_dir() -> Path:
@@ -38,7 +38,7 @@ def config_dir() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
-def ordered(arguments: Sequence[str]) -> list[str]:
+def flags_first(arguments: Sequence[str]) -> list[str]:
     """Put flags before overrides, since argparse refuses `model=vqgan -m seed=1,2`."""
     parsed = get_args_parser().parse_intermixed_args(list(arguments))
     flags = list(arguments)
@@ -62,9 +62,9 @@ def check_command(arguments: Sequence[str]) -> None:
     overrides, mistakes = _parse(flags.overrides, composer)
     sweep = [each for each in overrides if each.is_sweep_override()]
     if sweep and not flags.multirun and not composer.is_sweep(overrides):
-        mistakes += [messages.not_a_sweep(each) for each in sweep]
+        mistakes += [messages.sweep_hint(each) for each in sweep]
     for job in [] if mistakes else _jobs(overrides):
-        mistakes += composer.mistakes(job, runs=not flags.help and not flags.cfg)
+        mistakes += composer.find_errors(job, runs=not flags.help and not flags.cfg)
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
 
@@ -86,7 +86,9 @@ class Composer:
         if flags.config_path and not Path(flags.config_path).is_dir():
             raise UserError(f"--config-path {flags.config_path}: no such folder")
         path = create_config_search_path(str(Path(flags.config_path or config_dir()).absolute()))
-        self.others = bool(flags.config_path or flags.config_dir)  # whether files that are not vqf's may be chosen
+        self.has_foreign_files = bool(
+            flags.config_path or flags.config_dir
+        )  # whether files that are not vqf's may be chosen
         if flags.config_dir:
             extra = Path(flags.config_dir).absolute()
             if not extra.is_dir():
@@ -102,18 +104,18 @@ class Composer:
     def is_sweep(self, overrides: Sequence[Override]) -> bool:
         """Tell whether the config asks for a sweep by itself (`hydra.mode: MULTIRUN`), without `-m`."""
         try:
-            config = self.compose([_line(each) for each in overrides if not each.is_sweep_override()])
-        except FAULTS:
+            config = self.compose([_input_line(each) for each in overrides if not each.is_sweep_override()])
+        except COMPOSE_ERRORS:
             return False
         return config.hydra.mode == RunMode.MULTIRUN
 
-    def mistakes(self, lines: Sequence[str], runs: bool) -> list[str]:
+    def find_errors(self, lines: Sequence[str], runs: bool) -> list[str]:
         """Return a line for each mistake of one job; only one that `runs` must have every value."""
         try:
             config = self.compose(lines)
-        except FAULTS as error:
-            return self._find(lines) or [messages.explain(error)]
-        found = list(self._foreign(config, lines))
+        except COMPOSE_ERRORS as error:
+            return self._argument_errors(lines) or [messages.explain(error)]
+        found = list(self._cli_only_violations(config, lines))
         try:
             if runs:
                 check_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
@@ -121,55 +123,57 @@ class Composer:
             found += str(error).splitlines()
         return found
 
-    def _foreign(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
+    def _cli_only_violations(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
         """Yield a line for every word that a file of others may not set."""
-        if not self.others:
+        if not self.has_foreign_files:
             return
         given = OverridesParser.create().parse_overrides(list(lines))
-        yield from foreign_words(config, _own(), [each.key_or_group.replace("/", ".") for each in given])
+        yield from cli_only_violations(
+            config, _default_configs(), [each.key_or_group.replace("/", ".") for each in given]
+        )
 
-    def choices(self) -> dict[str, str]:
+    def group_choices(self) -> dict[str, str]:
         """Return every name that a group offers, and how to choose it."""
         groups = [each for each in self._groups() if not each.startswith("hydra")]
         return {name: f"{group}={name}" for group in groups for name in self.loader.get_group_options(group)}
 
-    def _find(self, lines: Sequence[str]) -> list[str]:
+    def _argument_errors(self, lines: Sequence[str]) -> list[str]:
         """Try every argument beside the choices that hold, and word those that fail."""
         groups, held, mistakes = list(self._groups()), list[str](), list[str]()
         parsed = OverridesParser.create().parse_overrides(list(lines))
         for each in sorted(parsed, key=lambda each: not _is_choice(each, groups)):
             is_choice = _is_choice(each, groups)
-            fault = self._bad_choice(each, groups, held) if is_choice else self._bad_value(each, groups, held)
+            fault = self._choice_error(each, groups, held) if is_choice else self._value_error(each, groups, held)
             if fault:
-                mistakes.append(f"{_line(each)}: {fault}")
+                mistakes.append(f"{_input_line(each)}: {fault}")
             elif is_choice:
-                held.append(_line(each))
+                held.append(_input_line(each))
         return mistakes
 
-    def _bad_choice(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
+    def _choice_error(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
         group, value = override.key_or_group, override.value()
         if group not in groups:
             return messages.unknown_group(group, groups)
         if value is None and not override.is_delete():
-            return messages.no_null(group)
+            return messages.null_hint(group)
         for name in [] if override.is_delete() else value if isinstance(value, list) else [value]:
             folder, _, file = f"{group}/{name}".rpartition("/")
             options = self.loader.get_group_options(folder, ObjectType.CONFIG, self.name, held)
             if file not in options:
-                return unknown(group.rpartition("/")[2], name, options)
-        error = self._error([*held, _line(override)])
+                return unknown_message(group.rpartition("/")[2], name, options)
+        error = self._compose_error([*held, _input_line(override)])
         return messages.explain(error) if error else None
 
-    def _bad_value(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
-        error = self._error([*held, _line(override)])
-        if error and isinstance(error.__cause__, UNKNOWN_KEY):
+    def _value_error(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
+        error = self._compose_error([*held, _input_line(override)])
+        if error and isinstance(error.__cause__, UNKNOWN_KEY_ERRORS):
             return messages.unknown_key(override, self.compose(held), groups)
         return messages.explain(error) if error else None
 
-    def _error(self, lines: Sequence[str]) -> Exception | None:
+    def _compose_error(self, lines: Sequence[str]) -> Exception | None:
         try:
             self.compose(lines)
-        except FAULTS as error:
+        except COMPOSE_ERRORS as error:
             return error
         return None
 
@@ -180,7 +184,7 @@ class Composer:
             yield from self._groups(group)
 
 
-def _own() -> list[DictConfig]:
+def _default_configs() -> list[DictConfig]:
     """Return what Hydra says by itself, and what vqf's own files make of it."""
     loader = ConfigLoaderImpl(create_config_search_path(None))
     plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
@@ -197,29 +201,29 @@ def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], li
         try:
             overrides += parser.parse_overrides([line])
         except OverrideParseException as error:
-            mistakes.append(messages.unreadable(line, error, composer.choices()))
+            mistakes.append(messages.syntax_hint(line, error, composer.group_choices()))
     return overrides, mistakes
 
 
 def _jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
     """Yield the arguments of as many jobs as it takes to see every choice of a sweep once."""
-    columns = [_choices(each) for each in overrides]
+    columns = [_sweep_choices(each) for each in overrides]
     if not columns:
         yield []
     for row in zip_longest(*columns):
         yield [column[-1] if line is None else line for line, column in zip(row, columns, strict=True)]
 
 
-def _choices(override: Override) -> list[str]:
+def _sweep_choices(override: Override) -> list[str]:
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [f"{override.get_key_element()}={value.start}"]
     if override.is_sweep_override():
         return [f"{override.get_key_element()}={choice}" for choice in override.sweep_string_iterator()]
-    return [_line(override)]
+    return [_input_line(override)]
 
 
-def _line(override: Override) -> str:
+def _input_line(override: Override) -> str:
     assert override.input_line is not None
     return override.input_line
 

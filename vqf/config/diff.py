@@ -7,20 +7,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqf.config.settings import SECTIONS, written
+from vqf.config.settings import SECTIONS, to_cli
 from vqf.registry import KINDS
 
 # What says where, on what and how often a run did something, not what it did; steps have a column of their own.
-IGNORED = {
+IGNORED_KEYS = {
     *("run", "run_dir", "resume", "plugins", "device", "workers", "steps", "minutes", "allow_changes"),
     *("log", "checkpoint", "evaluate", "logger", "pipeline", "metric", "protocol", "hydra"),
 }
-ABSENT = "–"
+MISSING = "–"
 
-GROUPS = {facts.group.replace("/", "."): facts for facts in KINDS.values()}
+COMPONENT_KINDS = {facts.group.replace("/", "."): facts for facts in KINDS.values()}
 
 
-def differing(configs: Sequence[DictConfig | None]) -> dict[str, list[str]]:
+def differing_options(configs: Sequence[DictConfig | None]) -> dict[str, list[str]]:
     """Return the options in which runs differ, each with its value in every run.
 
     Components are told by name. An option of a component counts only where two runs that have this component differ
@@ -33,7 +33,7 @@ def differing(configs: Sequence[DictConfig | None]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for values in flat for key in values):
         if len({values[key] for values in flat if key in values}) > 1:
-            column = found.setdefault(_word(key), [ABSENT] * len(flat))
+            column = found.setdefault(_cli_key(key), [MISSING] * len(flat))
             for i, values in enumerate(flat):
                 column[i] = values.get(key, column[i])
     return found
@@ -45,55 +45,58 @@ def _flatten(config: DictConfig) -> Iterator[tuple[str, str]]:
     A component's options stand behind its name, `model.quantizer.ema.decay`, so that those of one are never compared
     with those of another.
     """
-    content = _plain(config)
+    content = _to_container(config)
     for key, value in content.items():
         if key in SECTIONS:
             yield from _section(key, value, content)
-        elif key not in IGNORED:
-            yield from _places(key, value)
+        elif key not in IGNORED_KEYS:
+            yield from _flatten_key(key, value)
 
 
-def _section(name: str, values: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _section(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what a section says differently from the run around it."""
-    if (whole.get("pipeline") or {}).get("name") == "full":
+    if (config.get("pipeline") or {}).get("name") == "full":
         for key, value in values.items():
-            if key not in IGNORED and value != whole.get(key):
-                yield from _places(key, value, f"{name}.")
+            if key not in IGNORED_KEYS and value != config.get(key):
+                yield from _flatten_key(key, value, f"{name}.")
 
 
-def _places(key: str, value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    facts = GROUPS.get(key)
-    if facts is not None and facts.many:
+def _flatten_key(key: str, value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    facts = COMPONENT_KINDS.get(key)
+    if facts is not None and facts.multiple:
         members = {name: node for name, node in (value or {}).items() if node}
         yield f"{prefix}{key}", f"[{','.join(sorted(members))}]"
         for name, node in members.items():
-            yield from _leaves(f"{prefix}{key}.{name}", node)
+            yield from _flatten_component(f"{prefix}{key}.{name}", node)
     elif facts is not None:
         name = (value or {}).get("name")
-        yield f"{prefix}{key}", _text(name)
-        yield from _leaves(f"{prefix}{key}.{name}", value or {})
+        yield f"{prefix}{key}", _to_text(name)
+        yield from _flatten_component(f"{prefix}{key}.{name}", value or {})
     elif isinstance(value, Mapping):
         for part, each in value.items():
-            yield from _places(f"{key}.{part}", each, prefix)
+            yield from _flatten_key(f"{key}.{part}", each, prefix)
     else:
-        yield f"{prefix}{key}", _text(value)
+        yield f"{prefix}{key}", _to_text(value)
 
 
-def _leaves(place: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _flatten_component(prefix: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if key != "name":
-            yield f"{place}.{key}", _text(value)
+            yield f"{prefix}.{key}", _to_text(value)
 
 
-def _word(key: str) -> str:
+def _cli_key(key: str) -> str:
     """Write a place as the command line does: model/quantizer, model.quantizer.decay, model.loss.l1.weight."""
-    if key in GROUPS:
-        return GROUPS[key].group
-    owner = next((group for group in GROUPS if key.startswith(f"{group}.") and not GROUPS[group].many), None)
+    if key in COMPONENT_KINDS:
+        return COMPONENT_KINDS[key].group
+    owner = next(
+        (group for group in COMPONENT_KINDS if key.startswith(f"{group}.") and not COMPONENT_KINDS[group].multiple),
+        None,
+    )
     return key if owner is None else f"{owner}.{key.removeprefix(f'{owner}.').partition('.')[2]}"
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def _to_container(config: DictConfig) -> dict[str, Any]:
     """Resolve what can be: of a run that never began there is only what was composed for it."""
     try:
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
@@ -101,5 +104,5 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value).replace(" ", "") if isinstance(value, list | dict) else written(value)
+def _to_text(value: Any) -> str:
+    return json.dumps(value).replace(" ", "") if isinstance(value, list | dict) else to_cli(value)

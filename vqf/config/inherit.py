@@ -6,12 +6,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vqf.config.untrusted import OWN_WORDS
+from vqf.config.untrusted import CLI_ONLY_KEYS
 
-WHOLE = {"model", "experiment"}  # choices that decide every place
+WHOLE_CONFIG_GROUPS = {"model", "experiment"}  # choices that decide every place
 
 
-def inherit(config: DictConfig, run: DictConfig, places: Sequence[str]) -> DictConfig:
+def inherit(config: DictConfig, run_config: DictConfig, keys: Sequence[str]) -> DictConfig:
     """Return `config` with some places taken from the config of a run, unless the command line names them.
 
     A group that is chosen (`data=folder`) replaces the run's node; a value that is set (`model.prior.layers=4`)
@@ -19,32 +19,32 @@ def inherit(config: DictConfig, run: DictConfig, places: Sequence[str]) -> DictC
 
     Args:
         config: As composed for this command.
-        run: As composed for the run, from its checkpoint.
-        places: Dotted keys, such as "data" and "model.prior".
+        run_config: As composed for the run, from its checkpoint.
+        keys: Dotted keys, such as "data" and "model.prior".
     """
     result = config.copy()
-    named = given()
-    if WHOLE & set(named):
+    named = cli_keys()
+    if WHOLE_CONFIG_GROUPS & set(named):
         return result
     with open_dict(result):
-        for place in places:
+        for place in keys:
             if place not in named:
-                OmegaConf.update(result, place, OmegaConf.select(run, place), merge=False, force_add=True)
-                _forget_places(result, place)
+                OmegaConf.update(result, place, OmegaConf.select(run_config, place), merge=False, force_add=True)
+                _drop_output_keys(result, place)
         for key in named:
-            if any(key.startswith(f"{place}.") and place not in named for place in places):
+            if any(key.startswith(f"{place}.") and place not in named for place in keys):
                 OmegaConf.update(result, key, OmegaConf.select(config, key), merge=False, force_add=True)
     return result
 
 
-def _forget_places(config: DictConfig, place: str) -> None:
+def _drop_output_keys(config: DictConfig, config_key: str) -> None:
     """Take away where the run had files written, such as data.index: it may be somebody else's."""
-    for word in OWN_WORDS:
-        if word.startswith(f"{place}.") and OmegaConf.select(config, word) is not None:
+    for word in CLI_ONLY_KEYS:
+        if word.startswith(f"{config_key}.") and OmegaConf.select(config, word) is not None:
             OmegaConf.update(config, word, None)
 
 
-def given() -> list[str]:
+def cli_keys() -> list[str]:
     """List the dotted keys that the command line sets; none outside of a Hydra job."""
     if not HydraConfig.initialized():
         return []

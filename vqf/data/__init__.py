@@ -1,4 +1,4 @@
-"""Sources of pictures."""
+"""Sources of images."""
 
 from vqf.data import earth, emoji, folder, pairs, shard_pairs, shards, union
 

@@ -1,4 +1,4 @@
-"""1,636 emoji that ship with vqf: pictures to train on at once, with nothing to download.
+"""1,636 emoji that ship with vqf: images to train on at once, with nothing to download.
 
 Noto Emoji by Google, Apache-2.0 (https://github.com/googlefonts/noto-emoji), 64 x 64 pixels with transparency;
 flags and skin-tone variants are left out. Results on drawings say nothing about photographs.
@@ -16,17 +16,18 @@ from einops import rearrange
 from torch import Tensor
 
 from vqf.batch import Sample, Size, pair
-from vqf.data.images.decode import composite, contain, open_picture, premultiply
-from vqf.errors import UserError, unknown
+from vqf.data.images.decode import composite, contain, open_image, premultiply
+from vqf.errors import UserError, unknown_message
+from vqf.hashing import sha256_of
 from vqf.registry import register
-from vqf.seeding import generator, share
+from vqf.seeding import hash_fraction, seeded_generator
 
 Color = tuple[float, float, float]  # red, green and blue in [0, 1]
 
 ASSETS = Path(__file__).parent / "assets" / "emoji"
-CELL = 64
+CELL_SIZE = 64
 COLUMNS = 41
-VALIDATION_SHARE = 0.15
+VALIDATION_FRACTION = 0.15
 COLORS: dict[str, Color] = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "grey": (0.5, 0.5, 0.5)}
 
 
@@ -34,14 +35,14 @@ COLORS: dict[str, Color] = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), 
 class Emoji:
     """Emoji on a plain background, labelled with their category; `Sample.mask` is their opacity.
 
-    About 15 % of them, picked by a hash of the code point, are for validation; pictures that look exactly
+    About 15 % of them, picked by a hash of the code point, are for validation; images that look exactly
     alike are on the same side.
 
     Args:
-        background: What shows through. "random" draws a colour per picture and epoch in training; validation
+        background: What shows through. "random" draws a colour per image and epoch in training; validation
             is always on white, or on the colour that is named.
-        flip: Mirror every other training picture.
-        shift: Move training pictures by up to so many pixels of the result in both directions.
+        flip: Mirror every other training image.
+        shift: Move training images by up to so many pixels of the result in both directions.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Emoji:
     def split(self, name: str) -> "EmojiSplit":
         """Return "train" or "validation"."""
         if name not in ("train", "validation"):
-            raise UserError(unknown("split", name, ("train", "validation")))
+            raise UserError(unknown_message("split", name, ("train", "validation")))
         wanted = name == "validation"
-        return EmojiSplit(self, [i for i, held_out in enumerate(held_out_pictures()) if held_out == wanted], not wanted)
+        return EmojiSplit(self, [i for i, held_out in enumerate(validation_mask()) if held_out == wanted], not wanted)
 
 
 class EmojiSplit:
@@ -81,68 +82,68 @@ class EmojiSplit:
         return len(self.cells)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a picture as it looks in an epoch; validation pictures look the same in all of them."""
-        picture = contain(premultiply(atlas()[self.cells[index]]), self.data.size)
+        """Return an image as it looks in an epoch; validation images look the same in all of them."""
+        image = contain(premultiply(atlas()[self.cells[index]]), self.data.size)
         color = COLORS.get(self.background, COLORS["white"])
-        if self._random:
-            picture, color = self._vary(picture, color, generator(self.data.seed, epoch, index))
-        return Sample(composite(picture, color), label=self.labels[index], mask=picture[3:])
+        if self._is_random:
+            image, color = self._augment(image, color, seeded_generator(self.data.seed, epoch, index))
+        return Sample(composite(image, color), label=self.labels[index], mask=image[3:])
 
-    def _vary(self, picture: Tensor, color: Color, random: torch.Generator) -> tuple[Tensor, Color]:
+    def _augment(self, image: Tensor, color: Color, random: torch.Generator) -> tuple[Tensor, Color]:
         red, green, blue = torch.rand(3, generator=random).tolist()
         mirrored = torch.rand((), generator=random).item() < 0.5
         down, right = torch.randint(-self.data.shift, self.data.shift + 1, (2,), generator=random).tolist()
         if self.data.flip and mirrored:
-            picture = picture.flip(-1)
-        return _shifted(picture, down, right), (red, green, blue) if self.background == "random" else color
+            image = image.flip(-1)
+        return _shift(image, down, right), (red, green, blue) if self.background == "random" else color
 
     @property
-    def _random(self) -> bool:
+    def _is_random(self) -> bool:
         return self.training and (self.background == "random" or self.data.flip or self.data.shift > 0)
 
     def _fingerprint(self) -> str:
-        facts: list[object] = [[looks()[cell] for cell in self.cells], self.data.size, self.background]
-        if self._random:
+        facts: list[object] = [[pixel_hashes()[cell] for cell in self.cells], self.data.size, self.background]
+        if self._is_random:
             facts += [self.data.seed, self.data.flip, self.data.shift]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        return sha256_of(facts)
 
 
 @lru_cache(maxsize=1)
 def catalogue() -> list[dict[str, str]]:
-    """Return code point, name, category and subcategory of every picture, in the order of the atlas."""
+    """Return code point, name, category and subcategory of every image, in the order of the atlas."""
     return list(csv.DictReader((ASSETS / "emoji-64.csv").read_text(encoding="utf-8").splitlines()))
 
 
 @lru_cache(maxsize=1)
 def atlas() -> Tensor:
-    """Return every picture, uint8 (1636, 4, 64, 64), colour not multiplied by opacity and black where nothing is drawn.
+    """Return every image, uint8 (1636, 4, 64, 64), colour not multiplied by opacity and black where nothing is drawn.
 
     Decoded once per process; worker processes that are forked afterwards share it.
     """
-    sheet = torch.from_numpy(np.array(open_picture(ASSETS / "emoji-64.webp")))
-    cells = rearrange(sheet, "(row y) (column x) c -> (row column) c y x", y=CELL, column=COLUMNS)
+    sheet = torch.from_numpy(np.array(open_image(ASSETS / "emoji-64.webp")))
+    cells = rearrange(sheet, "(row y) (column x) c -> (row column) c y x", y=CELL_SIZE, column=COLUMNS)
     cells = cells[: len(catalogue())]
     return cells * (cells[:, 3:] > 0)
 
 
 @lru_cache(maxsize=1)
-def held_out_pictures() -> list[bool]:
-    """Say of every picture of the atlas whether it is for validation."""
+def validation_mask() -> list[bool]:
+    """Say of every image of the atlas whether it is for validation."""
     groups: dict[str, list[str]] = {}
-    for look, row in zip(looks(), catalogue(), strict=True):
+    for look, row in zip(pixel_hashes(), catalogue(), strict=True):
         groups.setdefault(look, []).append(row["codepoint"])
-    return [share(min(groups[look])) < VALIDATION_SHARE for look in looks()]
+    return [hash_fraction(min(groups[look])) < VALIDATION_FRACTION for look in pixel_hashes()]
 
 
 @lru_cache(maxsize=1)
-def looks() -> list[str]:
-    """Return a hash of every picture's pixels."""
-    return [hashlib.sha256(picture.numpy().tobytes()).hexdigest() for picture in atlas()]
+def pixel_hashes() -> list[str]:
+    """Return a hash of every image's pixels."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in atlas()]
 
 
-def _shifted(picture: Tensor, down: int, right: int) -> Tensor:
-    moved = torch.zeros_like(picture)
-    height, width = picture.shape[1:]
-    source = picture[:, max(-down, 0) : max(height - down, 0), max(-right, 0) : max(width - right, 0)]
+def _shift(image: Tensor, down: int, right: int) -> Tensor:
+    moved = torch.zeros_like(image)
+    height, width = image.shape[1:]
+    source = image[:, max(-down, 0) : max(height - down, 0), max(-right, 0) : max(width - right, 0)]
     moved[:, max(down, 0) : max(height + down, 0), max(right, 0) : max(width + right, 0)] = source
     return moved

@@ -8,7 +8,7 @@ from typing import Any
 
 from vqf.errors import UserError
 
-CLASSES_AT_MOST = 1_000_000
+MAX_CLASSES = 1_000_000
 
 
 def parse_label(text: str, key: str | None, name: str) -> int | str:
@@ -23,21 +23,23 @@ def parse_label(text: str, key: str | None, name: str) -> int | str:
         raise UserError(f"data.label_key={key}: no such field in the .json beside '{name}'") from error
     except ValueError as error:
         raise UserError(f"data.root: the label beside '{name}' cannot be read ({error})") from error
-    label = understood(label) if isinstance(label, str) else label
+    label = parse(label) if isinstance(label, str) else label
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise UserError(f"data.root: the label beside '{name}' is {label!r}, neither a number nor a word")
-    if isinstance(label, int) and not 0 <= label < CLASSES_AT_MOST:
+    if isinstance(label, int) and not 0 <= label < MAX_CLASSES:
         raise UserError(f"data.root: the label beside '{name}' is {label}, not a number from 0 on")
     return label
 
 
 @lru_cache(maxsize=2**16)
-def understood(label: str) -> int | str:
+def parse(label: str) -> int | str:
     """Read a label: a number, if it is one, or a word."""
     return int(label) if re.fullmatch("[0-9]{1,9}", label) else label
 
 
-def numbered(labels: Iterable[int | str], names: Sequence[str] = ()) -> tuple[list[str], dict[int | str | None, int]]:
+def class_numbers(
+    labels: Iterable[int | str], names: Sequence[str] = ()
+) -> tuple[list[str], dict[int | str | None, int]]:
     """Return the names of the classes, and the number of each label; nothing where there are no labels.
 
     Numbers stay what they are, and are named by `names` if there are enough; words are counted in their order.

@@ -5,31 +5,31 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from vqf.distributed import comm
-from vqf.distributed.log_relay import noted, pass_on
+from vqf.distributed.log_relay import capture_logs, flush_relayed
 from vqf.protocols import Split
 
 
 @runtime_checkable
-class Faulty(Protocol):
-    """A split that notes which of its pictures cannot be read."""
+class TracksReadErrors(Protocol):
+    """A split that notes which of its images cannot be read."""
 
-    def faults(self) -> list[Tensor]: ...  # bool, shared with worker processes
+    def read_error_flags(self) -> list[Tensor]: ...  # bool, shared with worker processes
 
-    def check_faults(self) -> None: ...  # raises a UserError if they are too many
+    def check_read_errors(self) -> None: ...  # raises a UserError if they are too many
 
 
-def agree(split: Split) -> None:
+def sync_read_errors(split: Split) -> None:
     """Let every process of a run know what any of them could not read; every process must call.
 
     Raises:
         UserError: In all of them, if it is too much.
     """
-    if comm.world() == 1 or not isinstance(split, Faulty):
+    if comm.world_size() == 1 or not isinstance(split, TracksReadErrors):
         return  # a process by itself has counted what it found
-    own = split.faults()
-    for found in comm.each([each.nonzero().flatten() for each in own]):
+    own = split.read_error_flags()
+    for found in comm.all_gather_object([each.nonzero().flatten() for each in own]):
         for flags, places in zip(own, found, strict=True):
             flags[places] = True
-    pass_on()
-    with noted():  # all would say the same
-        split.check_faults()
+    flush_relayed()
+    with capture_logs():  # all would say the same
+        split.check_read_errors()

@@ -1,4 +1,4 @@
-"""Which picture of a sample stage 1 learns: the image, or the map beside it."""
+"""Which image of a sample stage 1 learns: the image, or the map beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,39 +6,39 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vqf.batch import Sample, Size
-from vqf.errors import UserError, unknown
+from vqf.errors import UserError, unknown_message
 from vqf.images import condition_reader
 from vqf.protocols import Data, Split
 from vqf.registry import build
 
-SUBJECTS = ("image", "condition")
+TRAINING_TARGETS = ("image", "condition")
 
 
-def build_subject(config: DictConfig, size: Size) -> Data:
+def build_target_data(config: DictConfig, size: Size) -> Data:
     """Build the data source of a config, whose samples show what `subject` says.
 
     Raises:
         UserError: If there is no such subject, or the data has no maps.
     """
-    if config.subject not in SUBJECTS:
-        raise UserError(f"subject={config.subject}: {unknown('subject', config.subject, SUBJECTS)}")
+    if config.target not in TRAINING_TARGETS:
+        raise UserError(f"target={config.target}: {unknown_message('subject', config.target, TRAINING_TARGETS)}")
     data = build("data", config.data, image_size=size, seed=config.seed)
-    return data if config.subject == "image" else Maps(data, config.data.name)
+    return data if config.target == "image" else ConditionMapsAsImages(data, config.data.name)
 
 
-def shows_classes(config: DictConfig) -> bool:
+def target_is_class_map(config: DictConfig) -> bool:
     """Tell whether stage 1 learns maps of classes, which have a channel for each."""
-    reader = None if config.subject == "image" else condition_reader(config.data)
-    return reader is not None and reader.classes > 0
+    reader = None if config.target == "image" else condition_reader(config.data)
+    return reader is not None and reader.num_classes > 0
 
 
-def channels_of(data: Data) -> int:
-    """Return the channels of the pictures of a data source, as its first one has them."""
+def data_channels(data: Data) -> int:
+    """Return the channels of the images of a data source, as its first one has them."""
     return data.split("train").item(0, 0).image.shape[0]
 
 
-class Maps:
-    """The maps of a data source, in place of its pictures."""
+class ConditionMapsAsImages:
+    """The maps of a data source, in place of its images."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
@@ -46,21 +46,21 @@ class Maps:
 
     def split(self, name: str) -> Split:
         """Return "train" or "validation"."""
-        return _MapSplit(self.data.split(name), self.name)
+        return _ConditionMapSplit(self.data.split(name), self.name)
 
 
-class _MapSplit:
+class _ConditionMapSplit:
     def __init__(self, split: Split, name: str) -> None:
-        self.pictures, self.name = split, name
+        self.source_split, self.name = split, name
         self.fingerprint = f"{split.fingerprint}-condition"
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.source_split)
 
     def item(self, epoch: int, index: int) -> Sample:
-        sample = self.pictures.item(epoch, index)
+        sample = self.source_split.item(epoch, index)
         if sample.condition is None:
             raise UserError(
-                f"subject=condition: data '{self.name}' has no maps beside its pictures; pairs, shard_pairs, earth do"
+                f"target=condition: data '{self.name}' has no maps beside its images; pairs, shard_pairs, earth do"
             )
-        return Sample(sample.condition, label=sample.label, place=sample.place)
+        return Sample(sample.condition, label=sample.label, crop_box=sample.crop_box)

@@ -24,7 +24,7 @@ class PatchGAN(nn.Module):
         layers: Strided layers (n_layers).
         norm: "batch" as published; of several processes each then normalises its own part of the batch. "sync_batch"
             has the statistics of all of them, as one process with the whole batch would, and the same weights.
-            "group" does not mix the pictures of a batch: the better choice for small batches and for gradient
+            "group" does not mix the images of a batch: the better choice for small batches and for gradient
             accumulation.
     """
 
@@ -48,7 +48,7 @@ class PatchGAN(nn.Module):
             ]
         net.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.main = nn.Sequential(*net)
-        self.apply(_initialise)
+        self.apply(_init_weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """Judge images (B, in_channels, H, W): logits (B, 1, h, w)."""
@@ -61,7 +61,7 @@ def _norm(kind: str, channels: int) -> nn.Module:
     return SyncBatchNorm2d(channels) if kind == "sync_batch" else nn.BatchNorm2d(channels)
 
 
-def _initialise(module: nn.Module) -> None:
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqf.distributed import comm
-from vqf.protocols import Judged
+from vqf.protocols import DiscriminatorOutput
 from vqf.registry import register
 
 
@@ -23,26 +23,28 @@ class LeCam(nn.Module):
     """
 
     averages: Tensor  # α_R, α_F
-    seen: Tensor
+    initialized: Tensor
 
     def __init__(self, *, weight: float = 0.05, decay: float = 0.99) -> None:
         super().__init__()
         self.weight, self.decay = weight, decay
         self.register_buffer("averages", torch.zeros(2))
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("initialized", torch.zeros(()))
 
-    def forward(self, judged: Judged) -> Tensor:
+    def forward(self, output: DiscriminatorOutput) -> Tensor:
         """Return the term, unweighted."""
-        self._follow(torch.stack([judged.real.detach().mean(), judged.fake.detach().mean()]))
+        self._update_averages(torch.stack([output.real_logits.detach().mean(), output.fake_logits.detach().mean()]))
         alpha_r, alpha_f = self.averages
-        return F.relu(judged.real - alpha_f).square().mean() + F.relu(alpha_r - judged.fake).square().mean()
+        return (
+            F.relu(output.real_logits - alpha_f).square().mean() + F.relu(alpha_r - output.fake_logits).square().mean()
+        )
 
     @torch.no_grad()
-    def _follow(self, means: Tensor) -> None:
-        means = comm.mean(means)
-        rate = torch.where(self.seen > 0, 1 - self.decay, 1.0)
+    def _update_averages(self, means: Tensor) -> None:
+        means = comm.all_reduce_mean(means)
+        rate = torch.where(self.initialized > 0, 1 - self.decay, 1.0)
         self.averages.lerp_(means.to(self.averages.dtype), rate.to(self.averages.dtype))
-        self.seen.fill_(1)
+        self.initialized.fill_(1)
 
 
 @register("regularizer", "r1")
@@ -55,26 +57,26 @@ class R1(nn.Module):
             https://arxiv.org/abs/1912.04958).
 
     Attributes:
-        logged: What was computed last, for the log, which falls on other steps: ½ E|∇ D(x)|². A buffer, so that a
+        last_value: What was computed last, for the log, which falls on other steps: ½ E|∇ D(x)|². A buffer, so that a
             resumed run logs the same.
     """
 
-    logged: Tensor
+    last_value: Tensor
 
     def __init__(self, *, weight: float = 10.0, every: int = 16) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"every={every}: a number of steps, at least 1")
         self.weight, self.every = weight, every
-        self.register_buffer("logged", torch.zeros(()))
+        self.register_buffer("last_value", torch.zeros(()))
 
-    def forward(self, judged: Judged) -> Tensor:
+    def forward(self, output: DiscriminatorOutput) -> Tensor:
         """Return the term, unweighted; 0 at the steps between."""
-        if judged.step % self.every:
-            return judged.real.new_zeros(())
-        images = judged.images.detach().requires_grad_()
-        logits = judged.discriminator(images)
+        if output.step % self.every:
+            return output.real_logits.new_zeros(())
+        images = output.images.detach().requires_grad_()
+        logits = output.discriminator(images)
         (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
         term = gradient.square().sum((1, 2, 3)).mean() / 2
-        self.logged.copy_(comm.mean(term.detach()))
+        self.last_value.copy_(comm.all_reduce_mean(term.detach()))
         return self.every * term

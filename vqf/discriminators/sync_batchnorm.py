@@ -1,4 +1,4 @@
-"""Batch norm over the pictures of all processes.
+"""Batch norm over the images of all processes.
 
 Batch Normalization, https://arxiv.org/abs/1502.03167, with the statistics of the whole batch (synchronised, as in
 MegDet, https://arxiv.org/abs/1711.07240).
@@ -17,19 +17,19 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W); every process must have as many pictures."""
-        if not self.training or comm.world() == 1:
+        """Normalise (B, C, H, W); every process must have as many images."""
+        if not self.training or comm.world_size() == 1:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = comm.joint_sum(wide.mean((0, 2, 3))) / comm.world()
+        mean = comm.all_reduce_sum_with_grad(wide.mean((0, 2, 3))) / comm.world_size()
         centred = wide - mean[:, None, None]
-        variance = comm.joint_sum(centred.square().mean((0, 2, 3))) / comm.world()
-        self._follow(mean.detach(), variance.detach(), x.numel() // x.shape[1] * comm.world())
+        variance = comm.all_reduce_sum_with_grad(centred.square().mean((0, 2, 3))) / comm.world_size()
+        self._update_running_stats(mean.detach(), variance.detach(), x.numel() // x.shape[1] * comm.world_size())
         normal = centred * (variance + self.eps).rsqrt()[:, None, None]
         return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor, count: int) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         self.num_batches_tracked += 1

@@ -18,17 +18,17 @@ from vqf.distributed import comm
 # tensors with a method `full_tensor`, DTensors.
 
 
-def shard(module: nn.Module, device: torch.device, compiled: bool) -> None:
+def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> None:
     """Cut a module's parameters in place: every block of its lists by itself, so that few are whole at a time.
 
-    Only `forward` of a module and of its blocks may be called afterwards, unless inside of `whole`.
+    Only `forward` of a module and of its blocks may be called afterwards, unless inside of `unsharded`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    align([module], parameters=True)
+    sync_buffers([module], parameters=True)
     module.to(memory_format=torch.contiguous_format)  # of other orders nothing can be cut
-    mesh = init_device_mesh(device.type, (comm.world(),))
+    mesh = init_device_mesh(device.type, (comm.world_size(),))
     for block in blocks(module):
         if compiled:
             block.compile(dynamic=False)
@@ -48,7 +48,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def unsharded(module: nn.Module) -> Iterator[None]:
     """Hold all parameters in every process. Every process must enter."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -64,15 +64,15 @@ def whole(module: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
-def gather(value: Any) -> Any:
+def full_tensor_on_main(value: Any) -> Any:
     """Return a shard's whole tensor in the first process, an empty one in the others; any other value as it is."""
     if not hasattr(value, "full_tensor"):
         return value
     found = value.full_tensor().detach()
-    return found.cpu() if comm.first() else found.new_empty(0)
+    return found.cpu() if comm.is_main() else found.new_empty(0)
 
 
-def cut(value: Any, like: Any) -> Any:
+def shard_tensor(value: Any, like: Any) -> Any:
     """Return this process's share of a tensor that every process has, if `like` is a shard of that shape."""
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
@@ -81,19 +81,19 @@ def cut(value: Any, like: Any) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def norm_of(norm: Tensor) -> Tensor:
+def full_norm(norm: Tensor) -> Tensor:
     """Return a norm over all shares as a plain number."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 @torch.no_grad()
-def align(modules: Iterable[nn.Module], parameters: bool = False) -> None:
+def sync_buffers(modules: Iterable[nn.Module], parameters: bool = False) -> None:
     """Give every process the first one's buffers, and parameters if asked to."""
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for module in modules:
         for tensor in [*module.buffers(), *(module.parameters() if parameters else ())]:
             kinds[tensor.device, tensor.dtype].append(tensor)
     for tensors in kinds.values():  # one message each
-        joint = comm.from_first(torch.cat([each.reshape(-1) for each in tensors]))
+        joint = comm.broadcast(torch.cat([each.reshape(-1) for each in tensors]))
         for tensor, piece in zip(tensors, joint.split([each.numel() for each in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))

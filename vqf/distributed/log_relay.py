@@ -10,31 +10,31 @@ from vqf.distributed import comm
 
 log = logging.getLogger("vqf")
 
-Records = list[tuple[int, str]]  # level and text of what was to be said
+LogRecords = list[tuple[int, str]]  # level and text of what was to be said
 
 
-def say(records: Records) -> None:
-    """Log in the first process; the others leave it to that one, which does at the next `pass_on`."""
+def relay(records: LogRecords) -> None:
+    """Log in the first process; the others leave it to that one, which does at the next `flush_relayed`."""
     for level, text in records:
-        if comm.first():
+        if comm.is_main():
             log.log(level, text)
         else:
-            comm.leave(f"{level} [process {comm.rank()}] {text}")
+            comm.post_line(f"{level} [process {comm.rank()}] {text}")
 
 
-def pass_on() -> None:
+def flush_relayed() -> None:
     """In the first process, log what the others have left."""
-    if comm.first():
-        for each in comm.left():
+    if comm.is_main():
+        for each in comm.read_lines():
             level, _, text = each.partition(" ")
             log.log(int(level), text)
 
 
 @contextmanager
-def noted() -> Iterator[Records]:
+def capture_logs() -> Iterator[LogRecords]:
     """Collect what is logged, where somebody else has to say it: in a worker, and in all processes but the first."""
-    collector = _Collector()
-    if get_worker_info() is None and comm.first():
+    collector = _LogCollector()
+    if get_worker_info() is None and comm.is_main():
         yield collector.records
         return
     before = log.handlers, log.propagate
@@ -45,7 +45,7 @@ def noted() -> Iterator[Records]:
         log.handlers, log.propagate = before
 
 
-class _Collector(logging.Handler):
+class _LogCollector(logging.Handler):
     """Keeps log records for the parent of a worker, which owns the terminal and the log file.
 
     A lock of theirs that happened to be held when the worker was forked would never be released in it.
@@ -53,7 +53,7 @@ class _Collector(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.records: Records = []
+        self.records: LogRecords = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append((record.levelno, record.getMessage()))

@@ -85,26 +85,32 @@ class Level(nn.Module):
     """The blocks of one resolution: residual blocks, each followed by attention where it is asked for."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float, recompute: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        dropout: float,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.gradient_checkpointing = gradient_checkpointing
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], dropout) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
         self.resample: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resample(self.refined(x))
+        return self.resample(self.forward_blocks(x))
 
-    def refined(self, x: Tensor) -> Tensor:
+    def forward_blocks(self, x: Tensor) -> Tensor:
         """Apply the blocks, at the resolution of x."""
         for i, block in enumerate(self.block):
-            x = run([block, self.attn[i]] if self.attn else [block], x, self.recompute)
+            x = apply_blocks([block, self.attn[i]] if self.attn else [block], x, self.gradient_checkpointing)
         return x
 
 
-def middle(channels: int, dropout: float, attention: bool) -> nn.Sequential:
+def mid_block(channels: int, dropout: float, attention: bool) -> nn.Sequential:
     """The blocks at the lowest resolution, between encoder and codebook and between codebook and decoder."""
     blocks: list[nn.Module] = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
     if attention:
@@ -112,10 +118,10 @@ def middle(channels: int, dropout: float, attention: bool) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-def run(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, gradient_checkpointing: bool) -> Tensor:
     """Apply blocks one after the other; where asked to, the backward pass runs each again instead of keeping it."""
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
     return x
 
 
@@ -133,7 +139,7 @@ class ConvEncoder(nn.Module):
         attention: Resolutions in pixels that attend (attn_resolutions).
         middle_attention: Whether the lowest resolution attends as well.
         dropout: Rate inside the residual blocks.
-        stem: Fold patches of this side into channels first (pixel-unshuffle): 1/stem² of the work.
+        patch_size: Fold patches of this side into channels first (pixel-unshuffle): 1/stem² of the work.
         gradient_checkpointing: Keep only the input of every block for the backward pass, which runs it again: less
             memory, up to a third more work, the same gradients.
     """
@@ -150,23 +156,23 @@ class ConvEncoder(nn.Module):
         attention: Sequence[int] = (16,),
         middle_attention: bool = True,
         dropout: float = 0.0,
-        stem: int = 1,
+        patch_size: int = 1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.recompute = dim, gradient_checkpointing
-        self.stride = stem * 2 ** (len(multipliers) - 1)
+        self.dim, self.gradient_checkpointing = dim, gradient_checkpointing
+        self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
-        self.unshuffle = nn.PixelUnshuffle(stem) if stem > 1 else nn.Identity()
-        self.conv_in = nn.Conv2d(in_channels * stem**2, channels, 3, padding=1)
+        self.unshuffle = nn.PixelUnshuffle(patch_size) if patch_size > 1 else nn.Identity()
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            attends = image_size // (stem * 2**i) in attention
+            attends = image_size // (patch_size * 2**i) in attention
             level = Level(widths[i - 1] if i else channels, width, blocks, attends, dropout, gradient_checkpointing)
             if i + 1 < len(widths):
                 level.resample = Downsample(width)
             self.down.append(level)
-        self.mid = middle(widths[-1], dropout, middle_attention)
+        self.mid = mid_block(widths[-1], dropout, middle_attention)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
@@ -175,7 +181,7 @@ class ConvEncoder(nn.Module):
         h = self.conv_in(self.unshuffle(images))
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(run(self.mid, h, self.recompute))))
+        return self.conv_out(F.silu(self.norm_out(apply_blocks(self.mid, h, self.gradient_checkpointing))))
 
 
 @register("decoder", "conv")
@@ -192,8 +198,8 @@ class ConvDecoder(nn.Module):
         attention: As for the encoder.
         middle_attention: As for the encoder.
         dropout: As for the encoder.
-        stem: Unfold channels into patches of this side at the end (pixel-shuffle); the encoder's value.
-        head: Channels at full resolution after unfolding, where `stem` is above 1. The last convolution
+        patch_size: Unfold channels into patches of this side at the end (pixel-shuffle); the encoder's value.
+        head_channels: Channels at full resolution after unfolding, where `patch_size` is above 1. The last convolution
             works on them, so that it can smooth over the borders of patches.
         gradient_checkpointing: As for the encoder.
     """
@@ -210,49 +216,51 @@ class ConvDecoder(nn.Module):
         attention: Sequence[int] = (16,),
         middle_attention: bool = True,
         dropout: float = 0.0,
-        stem: int = 1,
-        head: int = 16,
+        patch_size: int = 1,
+        head_channels: int = 16,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.recompute = gradient_checkpointing
-        self.stride = stem * 2 ** (len(multipliers) - 1)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], dropout, middle_attention)
+        self.mid = mid_block(widths[-1], dropout, middle_attention)
         # Stored from full resolution down, as in published checkpoints; run the other way.
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            attends = image_size // (stem * 2**i) in attention
+            attends = image_size // (patch_size * 2**i) in attention
             wider = widths[min(i + 1, len(widths) - 1)]
             level = Level(wider, width, blocks + 1, attends, dropout, gradient_checkpointing)
             if i > 0:
                 level.resample = Upsample(width)
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
-        self.unfold = Unfold(widths[0], head, stem) if stem > 1 else nn.Identity()
-        self.last_layer = nn.Conv2d(head if stem > 1 else widths[0], out_channels, 3, padding=1)
+        self.unfold = PixelShuffleUpsample(widths[0], head_channels, patch_size) if patch_size > 1 else nn.Identity()
+        self.last_layer = nn.Conv2d(head_channels if patch_size > 1 else widths[0], out_channels, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
         """Decode latents (B, dim, h, w) up to the input of the last layer."""
-        return self._rise(self._begin(latents), self.up)  # every level as a module: fsdp2 lends it weights then
+        return self._upsample(
+            self._forward_mid(latents), self.up
+        )  # every level as a module: fsdp2 lends it weights then
 
-    def whole(self, latents: Tensor) -> Tensor:
-        """Run what is at the resolution of the codes, attention included, (B, C, h, w): it must see a whole picture."""
-        return self._lowest.refined(self._begin(latents))
+    def global_features(self, latents: Tensor) -> Tensor:
+        """Run what is at the resolution of the codes, attention included, (B, C, h, w): it must see a whole image."""
+        return self._lowest_level.forward_blocks(self._forward_mid(latents))
 
-    def rest(self, cells: Tensor) -> Tensor:
-        """Go on from what `whole` returned, or from a part of it, up to the input of the last layer."""
-        return self._rise(self._lowest.resample(cells), self.up[:-1])
+    def local_features(self, cells: Tensor) -> Tensor:
+        """Go on from what `global_features` returned, or from a part of it, up to the input of the last layer."""
+        return self._upsample(self._lowest_level.resample(cells), self.up[:-1])
 
     @property
-    def _lowest(self) -> Level:
+    def _lowest_level(self) -> Level:
         return self.up[-1]  # type: ignore[return-value]
 
-    def _begin(self, latents: Tensor) -> Tensor:
-        return run(self.mid, self.conv_in(latents), self.recompute)
+    def _forward_mid(self, latents: Tensor) -> Tensor:
+        return apply_blocks(self.mid, self.conv_in(latents), self.gradient_checkpointing)
 
-    def _rise(self, h: Tensor, levels: nn.ModuleList) -> Tensor:
+    def _upsample(self, h: Tensor, levels: nn.ModuleList) -> Tensor:
         for level in reversed(levels):
             h = level(h)
         return self.unfold(F.silu(self.norm_out(h)))
@@ -262,13 +270,13 @@ class ConvDecoder(nn.Module):
         return self.last_layer(self.features(latents))
 
 
-class Unfold(nn.Module):
+class PixelShuffleUpsample(nn.Module):
     """From the folded resolution to the full one: convolve to patches, shuffle them out."""
 
-    def __init__(self, in_channels: int, channels: int, stem: int) -> None:
+    def __init__(self, in_channels: int, channels: int, patch_size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels * stem**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(stem)
+        self.conv = nn.Conv2d(in_channels, channels * patch_size**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.shuffle(self.conv(x)))

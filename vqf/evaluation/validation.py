@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 @dataclass
-class Evaluation:
+class ValidationResult:
     """What a look at held-out data shows."""
 
     scalars: dict[str, float]
     images: dict[str, Tensor] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)  # JSON by name: words of pictures, counts of codes
+    details: dict[str, Any] = field(default_factory=dict)  # JSON by name: words of images, counts of codes
 
-    def join(self, other: "Evaluation") -> "Evaluation":
+    def merge(self, other: "ValidationResult") -> "ValidationResult":
         """Return what both show."""
-        return Evaluation(self.scalars | other.scalars, self.images | other.images, self.details | other.details)
+        return ValidationResult(self.scalars | other.scalars, self.images | other.images, self.details | other.details)

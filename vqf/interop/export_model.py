@@ -11,30 +11,37 @@ from torch import Tensor, nn
 from vqf.errors import UserError
 from vqf.interop import infer_config
 from vqf.interop.infer_config import Node
-from vqf.interop.key_mapping import Rule, Table, flatten
-from vqf.interop.key_tables import DISCRIMINATOR, GPT, LAYOUTS, MASK, WRITTEN, Layout
-from vqf.interop.meta_models import Weights, shapes
+from vqf.interop.key_mapping import KeyMapping, KeyRule, to_linear
+from vqf.interop.key_tables import (
+    CAUSAL_MASK_KEY,
+    DISCRIMINATOR_RULES,
+    EXPORT_QUANTIZER_RULES,
+    GPT_RULES,
+    LAYOUTS,
+    CheckpointLayout,
+)
+from vqf.interop.meta_models import Weights, shapes_of
 from vqf.models.tokenizer import Tokenizer
 
-GROUPS = 32  # of taming-transformers' group norms, whatever the width
+TAMING_NORM_GROUPS = 32  # of taming-transformers' group norms, whatever the width
 # Only training needs them.
-HELD_BACK = (
-    *("quantizer.N", "quantizer.m", "quantizer.started", "quantizer.updates", "quantizer.steps"),
-    *("quantizer.renewal.N", "quantizer.renewal.started"),
+TRAINING_ONLY_KEYS = (
+    *("quantizer.N", "quantizer.m", "quantizer.initialized", "quantizer.updates", "quantizer.steps"),
+    *("quantizer.revival.N", "quantizer.revival.initialized"),
 )
 
 
 @dataclass
-class Written:
+class ExportedModel:
     """Tensors by another project's names, the settings of a model that they fit, and what to say about them."""
 
     tensors: Weights
     settings: dict[str, Any]
-    names: dict[str, str] = field(default_factory=dict)  # from vqf's names to theirs
+    key_mapping: dict[str, str] = field(default_factory=dict)  # from vqf's names to theirs
     notes: list[str] = field(default_factory=list)
 
 
-def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: Layout) -> Written:
+def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: CheckpointLayout) -> ExportedModel:
     """Write a tokenizer by another project's names.
 
     Args:
@@ -45,28 +52,28 @@ def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: Layout) -> Wri
     Raises:
         UserError: If that project has no such tokenizer.
     """
-    if quantizer not in WRITTEN or (quantizer == "gumbel" and layout.name != "taming"):
+    if quantizer not in EXPORT_QUANTIZER_RULES or (quantizer == "gumbel" and layout.name != "taming"):
         raise UserError(f"model.quantizer={quantizer}: {layout.name} has no such quantizer")
     weights = {name: each.detach().cpu() for name, each in tokenizer.state_dict().items()}
     notes = []
     if quantizer == "cosine":
         weights["quantizer.codebook.weight"] = F.normalize(weights["quantizer.codebook.weight"], dim=1)
         notes.append("codes are written at length 1, where the nearest one is the one of the smallest angle")
-    if held := [name for name in HELD_BACK if weights.pop(name, None) is not None]:
+    if held := [name for name in TRAINING_ONLY_KEYS if weights.pop(name, None) is not None]:
         notes.append(f"left out, since only training needs them: {', '.join(held)}")
-    tensors, names = _translate(weights, [*layout.rules, *WRITTEN[quantizer]], layout.name)
+    tensors, names = _translate(weights, [*layout.rules, *EXPORT_QUANTIZER_RULES[quantizer]], layout.name)
     network = _network(weights, min(tokenizer.image_size))
     make = _taming_settings if layout.name == "taming" else _diffusers_settings
-    return Written(tensors, make(tokenizer, quantizer, network), names, notes)
+    return ExportedModel(tensors, make(tokenizer, quantizer, network), names, notes)
 
 
-def write_discriminator(weights: Mapping[str, Tensor]) -> Written:
+def write_discriminator(weights: Mapping[str, Tensor]) -> ExportedModel:
     """Write a PatchGAN with batch norm by taming-transformers' names."""
-    tensors, names = _translate(weights, DISCRIMINATOR, "taming")
-    return Written(tensors, {}, names)
+    tensors, names = _translate(weights, DISCRIMINATOR_RULES, "taming")
+    return ExportedModel(tensors, {}, names)
 
 
-def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> Written:
+def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> ExportedModel:
     """Write a GPT by taming-transformers' names, causal masks included.
 
     Raises:
@@ -75,11 +82,11 @@ def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> Wri
     if node["name"] != "gpt" or not node.get("shared_vocabulary"):
         raise UserError("to=taming: of priors only model/prior=gpt with shared_vocabulary=true has a place there")
     weights = {name: each.detach().cpu() for name, each in prior.state_dict().items()}
-    tensors, names = _translate(weights, GPT, "taming")
-    rows, layers = tensors["pos_emb"].shape[1], infer_config.count(weights, "blocks")
+    tensors, names = _translate(weights, GPT_RULES, "taming")
+    rows, layers = tensors["pos_emb"].shape[1], infer_config.count_blocks(weights, "blocks")
     mask = torch.ones(rows, rows).tril()
     mask[:unmasked, :unmasked] = 1
-    tensors |= {MASK.replace("{i}", str(i)): mask[None, None].clone() for i in range(layers)}
+    tensors |= {CAUSAL_MASK_KEY.replace("{i}", str(i)): mask[None, None].clone() for i in range(layers)}
     rate = node.get("dropout", 0.0)
     settings = {
         "vocab_size": tensors["tok_emb.weight"].shape[0],
@@ -90,25 +97,27 @@ def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> Wri
         "n_unmasked": unmasked,
         **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), rate),
     }
-    return Written(tensors, {"target": "taming.modules.transformer.mingpt.GPT", "params": settings}, names)
+    return ExportedModel(tensors, {"target": "taming.modules.transformer.mingpt.GPT", "params": settings}, names)
 
 
-def _translate(weights: Mapping[str, Tensor], rules: Iterable[Rule], layout: str) -> tuple[Weights, dict[str, str]]:
-    table = Table.writing(list(rules), weights)
+def _translate(weights: Mapping[str, Tensor], rules: Iterable[KeyRule], layout: str) -> tuple[Weights, dict[str, str]]:
+    table = KeyMapping.for_export(list(rules), weights)
     tensors, names = {}, {}
     for name, tensor in weights.items():
-        found = table.theirs(name)
+        found = table.to_source(name)
         if found is None:
-            raise UserError(f"to={layout}: there is no place for '{name}'; only model/encoder=conv, stem=1 has one")
+            raise UserError(
+                f"to={layout}: there is no place for '{name}'; only model/encoder=conv, patch_size=1 has one"
+            )
         names[name], rule = found
-        tensors[names[name]] = flatten(tensor, rule).contiguous()
+        tensors[names[name]] = to_linear(tensor, rule).contiguous()
     return tensors, names
 
 
 def _network(weights: Weights, nominal: int) -> Node:
     """Describe the one network that both halves have to be."""
-    encoder = infer_config.encoder_node(shapes(weights), nominal)
-    decoder = infer_config.decoder_node(shapes(weights), nominal)
+    encoder = infer_config.encoder_node(shapes_of(weights), nominal)
+    decoder = infer_config.decoder_node(shapes_of(weights), nominal)
     for key, value in decoder.items():
         if encoder[key] != value:
             raise UserError(
@@ -118,7 +127,7 @@ def _network(weights: Weights, nominal: int) -> Node:
 
 
 def _taming_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dict[str, Any]:
-    _check_groups(tokenizer, {GROUPS}, "taming")
+    _check_groups(tokenizer, {TAMING_NORM_GROUPS}, "taming")
     ddconfig = {
         "double_z": False,
         "z_channels": network["dim"],
@@ -140,13 +149,13 @@ def _taming_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dic
         "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
     }
     if quantizer == "gumbel":
-        params |= _temperature(tokenizer.quantizer)
+        params |= _gumbel_schedule(tokenizer.quantizer)
     name = "GumbelVQ" if quantizer == "gumbel" else "VQModel"
     module = "taming.models.vqgan" if network["middle_attention"] else "ldm.models.autoencoder"
     return {"target": f"{module}.{name}", "params": params}
 
 
-def _temperature(quantizer: Any) -> dict[str, Any]:
+def _gumbel_schedule(quantizer: Any) -> dict[str, Any]:
     schedule = {
         "verbosity_interval": 0,
         "warm_up_steps": 0,
@@ -185,8 +194,10 @@ def _diffusers_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> 
 def _check_groups(tokenizer: Tokenizer, wanted: set[int] | None, layout: str) -> set[int]:
     found = {each.num_groups for each in tokenizer.modules() if isinstance(each, nn.GroupNorm)}
     if len(found) != 1 or (wanted is not None and found != wanted):
-        raise UserError(f"to={layout}: group norms of {sorted(found)} groups; widths must be multiples of {GROUPS}")
+        raise UserError(
+            f"to={layout}: group norms of {sorted(found)} groups; widths must be multiples of {TAMING_NORM_GROUPS}"
+        )
     return found
 
 
-TARGETS = {name: LAYOUTS[name] for name in ("taming", "diffusers")}
+EXPORT_LAYOUTS = {name: LAYOUTS[name] for name in ("taming", "diffusers")}

@@ -10,29 +10,40 @@ from torch import Tensor
 from vqf.batch import Size
 from vqf.errors import UserError
 from vqf.interop import source_config
-from vqf.interop.checkpoint_file import Contents, open_file
-from vqf.interop.import_report import Report
-from vqf.interop.key_tables import Layout
-from vqf.interop.meta_models import Nodes, Prefix, blank_tokenizer
-from vqf.interop.priors import PREFIX, Asked, classes_of, condition_length, read_prior
-from vqf.interop.tokenizers import ENTRANCE, Part, find_layout, find_prefix, read_discriminator, read_tokenizer
+from vqf.interop.checkpoint_file import CheckpointContents, open_checkpoint_file
+from vqf.interop.import_report import ImportReport
+from vqf.interop.key_tables import CheckpointLayout
+from vqf.interop.meta_models import Nodes, PrefixSpec, meta_tokenizer
+from vqf.interop.priors import TRANSFORMER_PREFIX, ImportOptions, condition_length, num_classes, read_prior
+from vqf.interop.tokenizers import (
+    FIRST_CONV_KEY,
+    ImportedModule,
+    find_layout,
+    find_prefix,
+    read_discriminator,
+    read_tokenizer,
+)
 
-FIRST, CONDITION, PERMUTER = "first_stage_model.", "cond_stage_model.", "permuter.forward_shuffle_idx"
+FIRST_STAGE_PREFIX, CONDITION_STAGE_PREFIX, PERMUTER_KEY = (
+    "first_stage_model.",
+    "cond_stage_model.",
+    "permuter.forward_shuffle_idx",
+)
 
 
 @dataclass
-class Read:
+class ImportedCheckpoint:
     """What a checkpoint holds."""
 
-    tokenizer: Part
-    report: Report
+    tokenizer: ImportedModule
+    report: ImportReport
     image_size: Size
     step: int
-    discriminator: Part | None = None
-    prior: Part | None = None
-    condition: "Read | None" = None  # the tokenizer of a prior's condition
+    discriminator: ImportedModule | None = None
+    prior: ImportedModule | None = None
+    condition: "ImportedCheckpoint | None" = None  # the tokenizer of a prior's condition
     adversary: dict[str, Any] = field(default_factory=dict)
-    decay: float | None = None  # of the averaged weights
+    ema_decay: float | None = None  # of the averaged weights
     classes: Sequence[str] = ()
 
     @property
@@ -43,66 +54,73 @@ class Read:
     @property
     def nodes(self) -> Nodes:
         """The config nodes of every model in it."""
-        return {key: node for part in self._parts for key, node in part.nodes.items()}
+        return {key: node for part in self._modules for key, node in part.nodes.items()}
 
-    def broken(self) -> list[str]:
+    def nonfinite_tensors(self) -> list[str]:
         """Name the tensors that hold numbers which are not finite, by vqf's names."""
         return [
             name
-            for part in self._parts
+            for part in self._modules
             for name, each in part.weights.items()
             if each.is_floating_point() and not each.isfinite().all()
         ]
 
     @property
-    def _parts(self) -> list[Part]:
+    def _modules(self) -> list[ImportedModule]:
         return [each for each in (self.tokenizer, self.discriminator, self.prior) if each]
 
 
-def read(
-    path: Path, *, source: str = "auto", yaml: Path | None = None, size: Size | None = None, asked: Asked | None = None
-) -> Read:
+def import_checkpoint(
+    path: Path,
+    *,
+    source: str = "auto",
+    yaml: Path | None = None,
+    size: Size | None = None,
+    options: ImportOptions | None = None,
+) -> ImportedCheckpoint:
     """Read a checkpoint.
 
     Args:
         path: A file, or the folder of a model of diffusers or transformers.
         source: Whose layout it has; "auto" tells by the names.
         yaml: The settings that describe it; by default a file beside it under a usual name.
-        size: Height and width of the pictures that its tokenizer is for, in pixels.
-        asked: What is not in the file about its prior.
+        size: Height and width of the images that its tokenizer is for, in pixels.
+        options: What is not in the file about its prior.
 
     Raises:
         UserError: In one line, if it cannot be read whole.
     """
-    contents = open_file(path, yaml)
+    contents = open_checkpoint_file(path, yaml)
     layout = find_layout(contents, source)
-    report = Report(path, layout.name)
+    report = ImportReport(path, layout.name)
     if contents.settings_path:
         report.note(f"settings from {contents.settings_path}")
-    staged = f"{PREFIX}tok_emb.weight" in contents.tensors
-    prefix = FIRST if staged else find_prefix(contents)
+    staged = f"{TRANSFORMER_PREFIX}tok_emb.weight" in contents.tensors
+    prefix = FIRST_STAGE_PREFIX if staged else find_prefix(contents)
     frozen = replace(contents, optimizers=[]) if staged else contents
     tokenizer = read_tokenizer(frozen, prefix, layout, size, report)
-    result = Read(tokenizer, report, tokenizer.image_size, contents.step)
+    result = ImportedCheckpoint(tokenizer, report, tokenizer.image_size, contents.step)
     if staged:
-        _read_second_stage(contents, layout, result, asked or Asked())
+        _read_second_stage(contents, layout, result, options or ImportOptions())
     else:
         result.discriminator = read_discriminator(contents, prefix, report)
         result.adversary = source_config.adversary(contents.settings)
-        result.decay = _decay(contents)
-    report.close(contents.tensors)
+        result.ema_decay = _ema_decay(contents)
+    report.finalize(contents.tensors)
     return result
 
 
-def _read_second_stage(contents: Contents, layout: Layout, result: Read, asked: Asked) -> None:
+def _read_second_stage(
+    contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint, asked: ImportOptions
+) -> None:
     _check_order(contents)
-    blank = blank_tokenizer(result.tokenizer.nodes, result.image_size, result.tokenizer.channels)
+    blank = meta_tokenizer(result.tokenizer.nodes, result.image_size, result.tokenizer.channels)
     result.condition = _read_condition(contents, layout, result)
-    result.classes = [str(i) for i in range(classes_of(contents, asked))]
+    result.classes = [str(i) for i in range(num_classes(contents, asked))]
     length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.grid[0] * blank.grid[1])
     node = _conditioner(contents, result) if length == 1 or result.condition else None
     codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"] if result.condition else blank.vocab_size
-    prefix = Prefix(len(result.classes) or 1, 1) if length == 1 else Prefix(codes, length)
+    prefix = PrefixSpec(len(result.classes) or 1, 1) if length == 1 else PrefixSpec(codes, length)
     result.prior = read_prior(contents, blank, prefix, asked, result.report)
     result.prior.nodes["conditioner"] = node
     if node is None:
@@ -112,7 +130,7 @@ def _read_second_stage(contents: Contents, layout: Layout, result: Read, asked: 
         )
 
 
-def _conditioner(contents: Contents, result: Read) -> Nodes:
+def _conditioner(contents: CheckpointContents, result: ImportedCheckpoint) -> Nodes:
     """Return the nodes of the condition; which run holds the tokenizer of a map is not known yet."""
     if result.condition is None:
         name = "label" if result.classes else "none"
@@ -122,38 +140,40 @@ def _conditioner(contents: Contents, result: Read) -> Nodes:
     return {"spatial": {"name": "spatial", "run": None, "downsample": downsample}}
 
 
-def _condition_tokens(contents: Contents, condition: Read | None) -> int | None:
+def _condition_tokens(contents: CheckpointContents, condition: ImportedCheckpoint | None) -> int | None:
     if condition is None:
         return None
     small = source_config.condition_size(contents.settings)
-    stride = blank_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels).stride
+    stride = meta_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels).stride
     height, width = (small, small) if small else condition.image_size
     return (height // stride) * (width // stride)
 
 
-def _read_condition(contents: Contents, layout: Layout, result: Read) -> Read | None:
+def _read_condition(
+    contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint
+) -> ImportedCheckpoint | None:
     """Read the tokenizer of the condition; None, with a note, where it is none or none that vqf can build."""
-    if f"{CONDITION}{ENTRANCE}" not in contents.tensors:
+    if f"{CONDITION_STAGE_PREFIX}{FIRST_CONV_KEY}" not in contents.tensors:
         return None
-    report, frozen = Report(contents.path, layout.name), replace(contents, optimizers=[])
+    report, frozen = ImportReport(contents.path, layout.name), replace(contents, optimizers=[])
     try:
-        part = read_tokenizer(frozen, CONDITION, layout, result.image_size, report)
+        part = read_tokenizer(frozen, CONDITION_STAGE_PREFIX, layout, result.image_size, report)
     except UserError as error:
         reason = str(error).removeprefix(f"{contents.path}: ")
         result.report.note(f"the tokenizer of the condition is left: {reason}")
         return None
     result.report.taken |= report.taken
-    return Read(part, report, result.image_size, contents.step)
+    return ImportedCheckpoint(part, report, result.image_size, contents.step)
 
 
-def _check_order(contents: Contents) -> None:
-    order = contents.tensors.get(PERMUTER)
+def _check_order(contents: CheckpointContents) -> None:
+    order = contents.tensors.get(PERMUTER_KEY)
     if order is not None and order.tolist() != list(range(len(order))):
         raise UserError(f"{contents.path}: its prior reads the codes in an order of its own; vqf's read row by row")
 
 
-def _decay(contents: Contents) -> float | None:
+def _ema_decay(contents: CheckpointContents) -> float | None:
     decay: Tensor | None = contents.tensors.get("model_ema.decay")
-    if not contents.average:
+    if not contents.ema_tensors:
         return None
     return 0.9999 if decay is None else float(decay)

@@ -59,27 +59,27 @@ def prior_node(shapes: Shapes, heads: int) -> Node:
     """Describe a GPT, of which the tensors tell all but the number of heads."""
     return {
         "name": "gpt",
-        "layers": count(shapes, "blocks"),
+        "layers": count_blocks(shapes, "blocks"),
         "heads": heads,
         "dim": _shape(shapes, "token_embedding.weight")[1],
     }
 
 
-def count(names: Iterable[str], prefix: str) -> int:
+def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Count how many numbered parts there are under `prefix`."""
     return len({each[1] for name in names if (each := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 
 def _levels(shapes: Shapes, prefix: str, channels: int, image_size: int) -> Node:
-    levels = range(count(shapes, prefix))
+    levels = range(count_blocks(shapes, prefix))
     widths = [_shape(shapes, f"{prefix}.{i}.block.0.conv1.weight")[0] for i in levels]
     if any(width % channels for width in widths):
         raise UserError(f"widths {widths} of {prefix} are no multiples of the first, {channels}: not supported")
     return {
         "channels": channels,
         "multipliers": [width // channels for width in widths],
-        "blocks": count(shapes, f"{prefix}.0.block"),
-        # vqf places attention by the resolution that a picture of the training size has on a level.
+        "blocks": count_blocks(shapes, f"{prefix}.0.block"),
+        # vqf places attention by the resolution that an image of the training size has on a level.
         "attention": [image_size // 2**i for i in levels if f"{prefix}.{i}.attn.0.norm.weight" in shapes],
     }
 

@@ -7,106 +7,118 @@ project stores its decoder in the order it runs, `{-i}` says so.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vqf.interop.key_mapping import ATTENDING, Rule
+from vqf.interop.key_mapping import MIDDLE_ATTENTION, KeyRule
 
-ENDS = (
-    Rule("{part}.conv_in.{*}", "{part}.conv_in.{*}"),
-    Rule("encoder.conv_out.{*}", "encoder.conv_out.{*}"),
-    Rule("decoder.conv_out.{*}", "decoder.last_layer.{*}"),
-    Rule("quant_conv.{*}", "quant_conv.{*}"),
-    Rule("post_quant_conv.{*}", "post_quant_conv.{*}"),
+CONV_RULES = (
+    KeyRule("{part}.conv_in.{*}", "{part}.conv_in.{*}"),
+    KeyRule("encoder.conv_out.{*}", "encoder.conv_out.{*}"),
+    KeyRule("decoder.conv_out.{*}", "decoder.last_layer.{*}"),
+    KeyRule("quant_conv.{*}", "quant_conv.{*}"),
+    KeyRule("post_quant_conv.{*}", "post_quant_conv.{*}"),
 )
-NORMS = (Rule("{part}.norm_out.{*}", "{part}.norm_out.{*}"),)
+NORM_RULES = (KeyRule("{part}.norm_out.{*}", "{part}.norm_out.{*}"),)
 
 
-def _levels(theirs: str, ours: str, block: str, resample: str) -> tuple[Rule, ...]:
+def _level_rules(theirs: str, ours: str, block: str, resample: str) -> tuple[KeyRule, ...]:
     """Return the rules of one side's levels, whose attention is stored as vqf stores it."""
     return (
-        Rule(f"{theirs}.{block}.{{j}}.nin_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
-        Rule(f"{theirs}.{block}.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
-        Rule(f"{theirs}.attn.{{j}}.{{*}}", f"{ours}.attn.{{j}}.{{*}}"),
-        Rule(f"{theirs}.{resample}.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
+        KeyRule(f"{theirs}.{block}.{{j}}.nin_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
+        KeyRule(f"{theirs}.{block}.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
+        KeyRule(f"{theirs}.attn.{{j}}.{{*}}", f"{ours}.attn.{{j}}.{{*}}"),
+        KeyRule(f"{theirs}.{resample}.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
     )
 
 
-MIDDLE = (
-    Rule("{part}.mid.block_1.{*}", "{part}.mid.0.{*}"),
-    Rule("{part}.mid.block_2.{*}", "{part}.mid.{last}.{*}"),
-    Rule("{part}.mid.attn_1.{*}", ATTENDING + "{*}"),
+MIDDLE_RULES = (
+    KeyRule("{part}.mid.block_1.{*}", "{part}.mid.0.{*}"),
+    KeyRule("{part}.mid.block_2.{*}", "{part}.mid.{last}.{*}"),
+    KeyRule("{part}.mid.attn_1.{*}", MIDDLE_ATTENTION + "{*}"),
 )
-DOWN = _levels("encoder.down.{i}", "encoder.down.{i}", "block", "downsample")
-TAMING = (*ENDS, *NORMS, *MIDDLE, *DOWN, *_levels("decoder.up.{i}", "decoder.up.{i}", "block", "upsample"))
-JANUS = (*ENDS, *NORMS, *MIDDLE, *DOWN, *_levels("decoder.up.{-i}", "decoder.up.{i}", "block", "upsample"))
-LLAMAGEN = (
-    *ENDS,
-    *NORMS,
-    Rule("{part}.mid.{j}.{*}", "{part}.mid.{j}.{*}"),
-    *_levels("encoder.conv_blocks.{i}", "encoder.down.{i}", "res", "downsample"),
-    *_levels("decoder.conv_blocks.{-i}", "decoder.up.{i}", "res", "upsample"),
+DOWN_RULES = _level_rules("encoder.down.{i}", "encoder.down.{i}", "block", "downsample")
+TAMING_RULES = (
+    *CONV_RULES,
+    *NORM_RULES,
+    *MIDDLE_RULES,
+    *DOWN_RULES,
+    *_level_rules("decoder.up.{i}", "decoder.up.{i}", "block", "upsample"),
+)
+JANUS_RULES = (
+    *CONV_RULES,
+    *NORM_RULES,
+    *MIDDLE_RULES,
+    *DOWN_RULES,
+    *_level_rules("decoder.up.{-i}", "decoder.up.{i}", "block", "upsample"),
+)
+LLAMAGEN_RULES = (
+    *CONV_RULES,
+    *NORM_RULES,
+    KeyRule("{part}.mid.{j}.{*}", "{part}.mid.{j}.{*}"),
+    *_level_rules("encoder.conv_blocks.{i}", "encoder.down.{i}", "res", "downsample"),
+    *_level_rules("decoder.conv_blocks.{-i}", "decoder.up.{i}", "res", "upsample"),
 )
 
 
-def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
+def _attention_rules(theirs: str, ours: str) -> tuple[KeyRule, ...]:
     """Return the rules of an attention block of diffusers, today's names first, those of before 0.13 behind."""
     return (
-        Rule(f"{theirs}.group_norm.{{*}}", f"{ours}.norm.{{*}}"),
-        Rule(f"{theirs}.to_{{qkv}}.{{*}}", f"{ours}.{{qkv}}.{{*}}", matrix=True),
-        Rule(f"{theirs}.to_out.0.{{*}}", f"{ours}.proj_out.{{*}}", matrix=True),
-        Rule(f"{theirs}.query.{{*}}", f"{ours}.q.{{*}}", matrix=True),
-        Rule(f"{theirs}.key.{{*}}", f"{ours}.k.{{*}}", matrix=True),
-        Rule(f"{theirs}.value.{{*}}", f"{ours}.v.{{*}}", matrix=True),
-        Rule(f"{theirs}.proj_attn.{{*}}", f"{ours}.proj_out.{{*}}", matrix=True),
+        KeyRule(f"{theirs}.group_norm.{{*}}", f"{ours}.norm.{{*}}"),
+        KeyRule(f"{theirs}.to_{{qkv}}.{{*}}", f"{ours}.{{qkv}}.{{*}}", is_linear=True),
+        KeyRule(f"{theirs}.to_out.0.{{*}}", f"{ours}.proj_out.{{*}}", is_linear=True),
+        KeyRule(f"{theirs}.query.{{*}}", f"{ours}.q.{{*}}", is_linear=True),
+        KeyRule(f"{theirs}.key.{{*}}", f"{ours}.k.{{*}}", is_linear=True),
+        KeyRule(f"{theirs}.value.{{*}}", f"{ours}.v.{{*}}", is_linear=True),
+        KeyRule(f"{theirs}.proj_attn.{{*}}", f"{ours}.proj_out.{{*}}", is_linear=True),
     )
 
 
-def _side(theirs: str, ours: str, resample: str) -> tuple[Rule, ...]:
+def _side_rules(theirs: str, ours: str, resample: str) -> tuple[KeyRule, ...]:
     return (
-        Rule(f"{theirs}.resnets.{{j}}.conv_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
-        Rule(f"{theirs}.resnets.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
-        *_attention(f"{theirs}.attentions.{{j}}", f"{ours}.attn.{{j}}"),
-        Rule(f"{theirs}.{resample}.0.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
+        KeyRule(f"{theirs}.resnets.{{j}}.conv_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
+        KeyRule(f"{theirs}.resnets.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
+        *_attention_rules(f"{theirs}.attentions.{{j}}", f"{ours}.attn.{{j}}"),
+        KeyRule(f"{theirs}.{resample}.0.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
     )
 
 
-DIFFUSERS = (
-    *ENDS,
-    Rule("{part}.conv_norm_out.{*}", "{part}.norm_out.{*}"),
-    Rule("{part}.mid_block.resnets.0.{*}", "{part}.mid.0.{*}"),
-    Rule("{part}.mid_block.resnets.1.{*}", "{part}.mid.{last}.{*}"),
-    *_attention("{part}.mid_block.attentions.0", ATTENDING.rstrip(".")),
-    *_side("encoder.down_blocks.{i}", "encoder.down.{i}", "downsamplers"),
-    *_side("decoder.up_blocks.{-i}", "decoder.up.{i}", "upsamplers"),
+DIFFUSERS_RULES = (
+    *CONV_RULES,
+    KeyRule("{part}.conv_norm_out.{*}", "{part}.norm_out.{*}"),
+    KeyRule("{part}.mid_block.resnets.0.{*}", "{part}.mid.0.{*}"),
+    KeyRule("{part}.mid_block.resnets.1.{*}", "{part}.mid.{last}.{*}"),
+    *_attention_rules("{part}.mid_block.attentions.0", MIDDLE_ATTENTION.rstrip(".")),
+    *_side_rules("encoder.down_blocks.{i}", "encoder.down.{i}", "downsamplers"),
+    *_side_rules("decoder.up_blocks.{-i}", "decoder.up.{i}", "upsamplers"),
 )
 
-EMBEDDING = (Rule("quantize.embedding.weight", "quantizer.codebook.weight"),)
-GUMBEL = (
-    Rule("quantize.proj.{*}", "quantizer.proj.{*}"),
-    Rule("quantize.embed.weight", "quantizer.codebook.weight"),
+EMBEDDING_RULES = (KeyRule("quantize.embedding.weight", "quantizer.codebook.weight"),)
+GUMBEL_RULES = (
+    KeyRule("quantize.proj.{*}", "quantizer.proj.{*}"),
+    KeyRule("quantize.embed.weight", "quantizer.codebook.weight"),
 )
 # How each of vqf's quantizers is written; what it keeps beside its codes (averages, counters) has no place there.
-WRITTEN: Mapping[str, Sequence[Rule]] = {
-    "vq": EMBEDDING,
-    "rotation": EMBEDDING,
-    "cosine": EMBEDDING,
-    "ema": (Rule("quantize.embedding.weight", "quantizer.codebook"),),
-    "gumbel": GUMBEL,
+EXPORT_QUANTIZER_RULES: Mapping[str, Sequence[KeyRule]] = {
+    "vq": EMBEDDING_RULES,
+    "rotation": EMBEDDING_RULES,
+    "cosine": EMBEDDING_RULES,
+    "ema": (KeyRule("quantize.embedding.weight", "quantizer.codebook"),),
+    "gumbel": GUMBEL_RULES,
 }
 
-DISCRIMINATOR = (Rule("loss.discriminator.{*}", "discriminator.{*}"),)
-GPT = (
-    Rule("tok_emb.weight", "token_embedding.weight"),
-    Rule("pos_emb", "position_embedding"),
-    Rule("blocks.{i}.ln1.{*}", "blocks.{i}.norm1.{*}"),
-    Rule("blocks.{i}.ln2.{*}", "blocks.{i}.norm2.{*}"),
-    Rule("blocks.{i}.attn.{*}", "blocks.{i}.attention.{*}"),
-    Rule("blocks.{i}.mlp.{*}", "blocks.{i}.mlp.{*}"),
-    Rule("ln_f.{*}", "norm.{*}"),
-    Rule("head.weight", "head.weight"),
+DISCRIMINATOR_RULES = (KeyRule("loss.discriminator.{*}", "discriminator.{*}"),)
+GPT_RULES = (
+    KeyRule("tok_emb.weight", "token_embedding.weight"),
+    KeyRule("pos_emb", "position_embedding"),
+    KeyRule("blocks.{i}.ln1.{*}", "blocks.{i}.norm1.{*}"),
+    KeyRule("blocks.{i}.ln2.{*}", "blocks.{i}.norm2.{*}"),
+    KeyRule("blocks.{i}.attn.{*}", "blocks.{i}.attention.{*}"),
+    KeyRule("blocks.{i}.mlp.{*}", "blocks.{i}.mlp.{*}"),
+    KeyRule("ln_f.{*}", "norm.{*}"),
+    KeyRule("head.weight", "head.weight"),
 )
-MASK = "blocks.{i}.attn.mask"
+CAUSAL_MASK_KEY = "blocks.{i}.attn.mask"
 
 # What files hold beside the weights of a model, and why it is not taken.
-KNOWN = (
+IGNORED_KEYS = (
     ("loss.perceptual_loss.scaling_layer.{*}", "LPIPS: scaling of its input"),
     ("loss.perceptual_loss.net.{*}", "LPIPS: VGG16"),
     ("loss.perceptual_loss.{*}", "LPIPS: calibrated heads"),
@@ -125,30 +137,30 @@ KNOWN = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """How one project writes a tokenizer.
 
     Args:
         name: What `source=` calls it.
-        sign: A piece of a name that all of its files have and none of the layouts before it in `LAYOUTS`.
+        marker: A piece of a name that all of its files have and none of the layouts before it in `LAYOUTS`.
         rules: Of encoder and decoder.
         quantizers: The quantizers of vqf that its codebook may be, with the rules of each.
     """
 
     name: str
-    sign: str
-    rules: Sequence[Rule]
-    quantizers: Mapping[str, Sequence[Rule]]
+    marker: str
+    rules: Sequence[KeyRule]
+    quantizers: Mapping[str, Sequence[KeyRule]]
 
 
-PLAIN = {"vq": EMBEDDING, "gumbel": GUMBEL}
+TAMING_QUANTIZERS = {"vq": EMBEDDING_RULES, "gumbel": GUMBEL_RULES}
 LAYOUTS = {
     each.name: each
     for each in (
-        Layout("diffusers", "encoder.down_blocks.0.", DIFFUSERS, {"vq": EMBEDDING}),
-        Layout("llamagen", "encoder.conv_blocks.0.", LLAMAGEN, {"cosine": EMBEDDING}),
-        Layout("janus", "decoder.up.0.upsample.", JANUS, {"cosine": EMBEDDING}),
-        Layout("ldm", "model_ema.encoder", TAMING, PLAIN),
-        Layout("taming", "encoder.down.0.", TAMING, PLAIN),
+        CheckpointLayout("diffusers", "encoder.down_blocks.0.", DIFFUSERS_RULES, {"vq": EMBEDDING_RULES}),
+        CheckpointLayout("llamagen", "encoder.conv_blocks.0.", LLAMAGEN_RULES, {"cosine": EMBEDDING_RULES}),
+        CheckpointLayout("janus", "decoder.up.0.upsample.", JANUS_RULES, {"cosine": EMBEDDING_RULES}),
+        CheckpointLayout("ldm", "model_ema.encoder", TAMING_RULES, TAMING_QUANTIZERS),
+        CheckpointLayout("taming", "encoder.down.0.", TAMING_RULES, TAMING_QUANTIZERS),
     )
 }

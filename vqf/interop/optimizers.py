@@ -8,24 +8,24 @@ import torch
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-OPTIONS = ("lr", "betas", "eps", "weight_decay")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass
-class State:
+class OptimizerState:
     """What an optimizer remembers of every parameter, by name, and what it was set to."""
 
     entries: dict[str, dict[str, Tensor]]
     options: dict[str, Any]  # of its first group
 
 
-def by_name(
+def name_state(
     saved: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
     renamed: Mapping[str, str],
     shapes: Mapping[str, Size],
-) -> State:
+) -> OptimizerState:
     """Name the entries of a saved state.
 
     Args:
@@ -50,10 +50,10 @@ def by_name(
         if number in found:
             new = renamed[name]
             entries[new] = _entry(found[number], name, shapes[new])
-    return State(entries, options)
+    return OptimizerState(entries, options)
 
 
-def restore(optimizer: Optimizer, module: nn.Module, state: State) -> None:
+def load_named_state(optimizer: Optimizer, module: nn.Module, state: OptimizerState) -> None:
     """Give an optimizer over the parameters of a module a state by their names."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     whole = optimizer.state_dict()
@@ -64,7 +64,7 @@ def restore(optimizer: Optimizer, module: nn.Module, state: State) -> None:
     optimizer.load_state_dict(whole)
 
 
-def in_order(saved: Mapping[str, Any], order: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+def reorder_state(saved: Mapping[str, Any], order: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Turn a state of vqf's into one in another order.
 
     Args:
@@ -87,7 +87,7 @@ def in_order(saved: Mapping[str, Any], order: Sequence[str], groups: Sequence[Se
 
 def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor]:
     entry = {}
-    for key in MOMENTS:
+    for key in ADAM_MOMENTS:
         if isinstance(tensor := saved.get(key), Tensor):
             tensor = tensor[:, : shape[1]] if tensor.ndim == 3 else tensor  # positions that no token takes
             if tensor.shape != shape:
@@ -98,7 +98,7 @@ def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: group[key] for key in OPTIONS if isinstance(group.get(key), int | float | list | tuple)}
+    found = {key: group[key] for key in HYPERPARAMETERS if isinstance(group.get(key), int | float | list | tuple)}
     return {
         key: [float(each) for each in value] if isinstance(value, list | tuple) else float(value)
         for key, value in found.items()

@@ -21,7 +21,7 @@ from torch import Tensor
 from vqf.errors import UserError
 from vqf.terminal import log
 
-STORAGES = {
+STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
     "HalfStorage": torch.float16,
@@ -36,7 +36,7 @@ STORAGES = {
 DTYPES = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
 # Of the standard library and of numpy, what checkpoints do hold beside weights: settings of OmegaConf with their types,
 # dates, arrays of a callback. They become stand-ins as well; none of these is ever called.
-HARMLESS = {
+OPAQUE_NAMES = {
     "_codecs.encode",
     "argparse.Namespace",
     "collections.Counter",
@@ -57,11 +57,11 @@ HARMLESS = {
     *(f"builtins.{name}" for name in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int")),
     *(f"builtins.{name}" for name in ("list", "object", "range", "set", "slice", "str", "tuple", "type")),
 }
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-CLASS = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
+ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+CLASS_NAME = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
 
 
-def load(path: Path) -> Any:
+def load_untrusted(path: Path) -> Any:
     """Read a file of torch.save: tensors on the CPU, in containers.
 
     Raises:
@@ -77,24 +77,24 @@ def load(path: Path) -> Any:
                 f"{path}: not a file of weights, or one of torch before 1.6 with more than tensors in it; "
                 f"save its state_dict alone with a newer torch ({_first_line(error)})"
             ) from error
-    return _restricted(path)
+    return _load_restricted(path)
 
 
-def _restricted(path: Path) -> Any:
+def _load_restricted(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
-            unpickler = Unpickler(archive)
+            unpickler = RestrictedUnpickler(archive)
             found = unpickler.load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path}: damaged, or not a file of weights ({_first_line(error)})") from error
-    if unpickler.strangers:
-        log.info("%s: not loaded, since no weight needs them: %s", path, ", ".join(sorted(unpickler.strangers)))
+    if unpickler.opaque_types:
+        log.info("%s: not loaded, since no weight needs them: %s", path, ", ".join(sorted(unpickler.opaque_types)))
     return found
 
 
-class StandIn(type):
+class OpaqueType(type):
     """The type of a class that is not loaded: its objects take everything and do nothing."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
@@ -105,10 +105,10 @@ class StandIn(type):
         raise pickle.UnpicklingError(f"a pickle may not change {cls.__qualname__}")
 
 
-class Stranger(metaclass=StandIn):
+class OpaqueObject(metaclass=OpaqueType):
     """An object of a class that is not loaded."""
 
-    def __new__(cls, *args: Any, **options: Any) -> "Stranger":
+    def __new__(cls, *args: Any, **options: Any) -> "OpaqueObject":
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None: ...
@@ -122,7 +122,7 @@ class Stranger(metaclass=StandIn):
     def add(self, value: Any) -> None: ...
 
 
-class Builder:
+class SafeFunction:
     """A function that a pickle may call. Unlike a plain function, it has nothing that a pickle could set."""
 
     __slots__ = ("__function",)
@@ -137,7 +137,7 @@ class Builder:
         raise pickle.UnpicklingError("a pickle may not change the functions that it calls")
 
 
-class Ordered(dict[Any, Any]):
+class PlainDict(dict[Any, Any]):
     """An OrderedDict without what a pickle sets on one: torch's `_metadata`, or a method of the pickle's own."""
 
     def __setstate__(self, state: Any) -> None: ...
@@ -153,29 +153,29 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _filled_later(*_: Any) -> Ordered:
+def _empty_defaultdict(*_: Any) -> PlainDict:
     """Make a defaultdict without its factory; its items come afterwards."""
-    return Ordered()
+    return PlainDict()
 
 
-BUILDERS = {
-    "collections.OrderedDict": Builder(Ordered),
-    "collections.defaultdict": Builder(_filled_later),
-    "torch.Size": Builder(tuple),
-    "torch._utils._rebuild_tensor": Builder(_tensor),
-    "torch._utils._rebuild_tensor_v2": Builder(_tensor),
-    "torch._utils._rebuild_parameter": Builder(_parameter),
+SAFE_FUNCTIONS = {
+    "collections.OrderedDict": SafeFunction(PlainDict),
+    "collections.defaultdict": SafeFunction(_empty_defaultdict),
+    "torch.Size": SafeFunction(tuple),
+    "torch._utils._rebuild_tensor": SafeFunction(_tensor),
+    "torch._utils._rebuild_tensor_v2": SafeFunction(_tensor),
+    "torch._utils._rebuild_parameter": SafeFunction(_parameter),
 }
 
 
-class Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Reads torch's zip format: `data.pkl`, and a record `data/<key>` for every storage."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         self.archive, self.root = archive, pickled.removesuffix("data.pkl")
         self.storages: dict[str, Tensor] = {}
-        self.strangers: dict[str, StandIn] = {}
+        self.opaque_types: dict[str, OpaqueType] = {}
         super().__init__(archive.open(pickled))
 
     def find_class(self, module: str, name: str) -> Any:
@@ -186,15 +186,15 @@ class Unpickler(pickle.Unpickler):
         """
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
-        if full in BUILDERS:
-            return BUILDERS[full]
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
+        if full in SAFE_FUNCTIONS:
+            return SAFE_FUNCTIONS[full]
+        if module in ("torch", "torch.storage") and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         standard = module.partition(".")[0] in sys.stdlib_module_names
-        if full in HARMLESS or ((module == "typing" or not standard) and CLASS.fullmatch(name)):
-            return self.strangers.setdefault(full, StandIn(name, (Stranger,), {}))
+        if full in OPAQUE_NAMES or ((module == "typing" or not standard) and CLASS_NAME.fullmatch(name)):
+            return self.opaque_types.setdefault(full, OpaqueType(name, (OpaqueObject,), {}))
         raise UserError(f"names '{full}', which no file of weights needs and which could run code: refused")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -212,5 +212,5 @@ class Unpickler(pickle.Unpickler):
 
 
 def _first_line(error: Exception) -> str:
-    plain = COLOURS.sub("", str(error))
+    plain = ANSI_COLORS.sub("", str(error))
     return f"{type(error).__name__}: {(plain.splitlines() or [''])[0][:200]}"

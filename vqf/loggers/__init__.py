@@ -1,4 +1,4 @@
-"""Loggers: where the numbers and pictures of a run go."""
+"""Loggers: where the numbers and images of a run go."""
 
 from vqf.loggers import console, images, tensorboard, wandb
 from vqf.loggers.report import page

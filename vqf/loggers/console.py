@@ -7,22 +7,26 @@ from torch import Tensor
 
 from vqf.registry import register
 
-PREFIX = "validation/"
+VALIDATION_PREFIX = "validation/"
 
 
 @register("logger", "console")
-class Console:
+class ConsoleLogger:
     """Says the held-out numbers, a line for each look; those of training stand behind the progress bar."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Print what was measured on held-out data."""
-        held_out = {key.removeprefix(PREFIX): value for key, value in values.items() if key.startswith(PREFIX)}
+        held_out = {
+            key.removeprefix(VALIDATION_PREFIX): value
+            for key, value in values.items()
+            if key.startswith(VALIDATION_PREFIX)
+        }
         if held_out:
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in held_out.items())
             logging.getLogger("vqf").info("step %d, held out:  %s", step, numbers)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Leave pictures to others."""
+        """Leave images to others."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -1,4 +1,4 @@
-"""Pictures side by side in one file, and each of them again out of it."""
+"""Images side by side in one file, and each of them again out of it."""
 
 import json
 from pathlib import Path
@@ -11,39 +11,39 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 COLUMNS = 8
-SMALL = 128  # pixels; smaller pictures are drawn twice as large
-GAP = 4  # white pixels around every picture
-LAYOUT = "vqf-grid"  # the text of a PNG file that says how its pictures lie
+SMALL_SIDE = 128  # pixels; smaller images are drawn twice as large
+GAP = 4  # white pixels around every image
+LAYOUT_KEY = "vqf-grid"  # the text of a PNG file that says how its images lie
 
-# How many pictures in turn belong together, by the name under which they are shown.
-TOGETHER = {"reconstructions": 2, "best": 2, "worst": 2, "conditions": 2, "completions": 3}
-
-
-def together(name: str) -> int:
-    """Return how many pictures belong together; "conditions-map" are shown as "conditions" are."""
-    return TOGETHER.get(name.partition("-")[0], 1)
+# How many images in turn belong together, by the name under which they are shown.
+IMAGES_PER_ITEM = {"reconstructions": 2, "best": 2, "worst": 2, "conditions": 2, "completions": 3}
 
 
-def columns_of(name: str) -> int:
-    """Return how many pictures stand in a row, so that what belongs together is not parted."""
-    return COLUMNS - COLUMNS % together(name)
+def images_per_item(name: str) -> int:
+    """Return how many images belong together; "conditions-map" are shown as "conditions" are."""
+    return IMAGES_PER_ITEM.get(name.partition("-")[0], 1)
 
 
-def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
-    """Lay pictures (B, 3, H, W) in [-1, 1] out row by row, rounded to 8 bits."""
-    pictures = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+def grid_columns(name: str) -> int:
+    """Return how many images stand in a row, so that what belongs together is not parted."""
+    return COLUMNS - COLUMNS % images_per_item(name)
+
+
+def make_grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
+    """Lay images (B, 3, H, W) in [-1, 1] out row by row, rounded to 8 bits."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     scale = _scale(images)
-    pictures = pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    columns = min(columns, len(pictures))
-    missing = -len(pictures) % columns
-    tiles = F.pad(pictures, (0, GAP, 0, GAP, 0, 0, 0, missing), value=255)
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    columns = min(columns, len(pixels))
+    missing = -len(pixels) % columns
+    tiles = F.pad(pixels, (0, GAP, 0, GAP, 0, 0, 0, missing), value=255)
     sheet = rearrange(tiles, "(rows columns) c h w -> (rows h) (columns w) c", columns=columns)
     sheet = F.pad(sheet, (0, 0, GAP, 0, GAP, 0), value=255)
     return Image.fromarray(sheet.numpy())
 
 
 def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
-    """Write a grid as a PNG file that `cut` can take apart."""
+    """Write a grid as a PNG file that `split_grid` can take apart."""
     layout = {
         "count": len(images),
         "columns": min(columns, len(images)),
@@ -52,17 +52,17 @@ def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
         "scale": _scale(images),
     }
     info = PngInfo()
-    info.add_text(LAYOUT, json.dumps(layout))
-    grid(images, columns).save(path, pnginfo=info)
+    info.add_text(LAYOUT_KEY, json.dumps(layout))
+    make_grid(images, columns).save(path, pnginfo=info)
 
 
-def cut(path: Path) -> list[Image.Image]:
-    """Return the pictures of a grid in their own size; the whole file as one where it does not say how they lie."""
+def split_grid(path: Path) -> list[Image.Image]:
+    """Return the images of a grid in their own size; the whole file as one where it does not say how they lie."""
     with Image.open(path, formats=["PNG"]) as sheet:
         sheet.load()
-        if LAYOUT not in sheet.info:
+        if LAYOUT_KEY not in sheet.info:
             return [sheet.convert("RGB")]
-        layout = json.loads(sheet.info[LAYOUT])
+        layout = json.loads(sheet.info[LAYOUT_KEY])
     scale, size = layout["scale"], (layout["width"], layout["height"])
     found = []
     for i in range(layout["count"]):
@@ -74,4 +74,4 @@ def cut(path: Path) -> list[Image.Image]:
 
 
 def _scale(images: Tensor) -> int:
-    return 2 if max(images.shape[2:]) < SMALL else 1
+    return 2 if max(images.shape[2:]) < SMALL_SIDE else 1

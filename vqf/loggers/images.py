@@ -1,4 +1,4 @@
-"""Grids of pictures as PNG files."""
+"""Grids of images as PNG files."""
 
 import shutil
 from collections.abc import Mapping
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vqf.loggers.image_grid import columns_of, save_grid, together
+from vqf.loggers.image_grid import grid_columns, images_per_item, save_grid
 from vqf.registry import register
 
 
 @register("logger", "images")
-class Images:
+class ImageLogger:
     """Writes `images/<name>-<step>.png` into the run's folder, and the newest again as `images/<name>-latest.png`.
 
     Args:
         run_dir: The run's folder.
-        limit: Pictures in a grid at most.
+        limit: Images in a grid at most.
     """
 
     def __init__(self, run_dir: Path, *, limit: int = 64) -> None:
         if limit < 1:
-            raise ValueError(f"limit={limit}: a grid needs at least one picture")
+            raise ValueError(f"limit={limit}: a grid needs at least one image")
         self.folder, self.limit = run_dir / "images", limit
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -32,11 +32,11 @@ class Images:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = name.replace("/", "-")
         path = self.folder / f"{name}-{step:08d}.png"
-        save_grid(images[: self._most(name)], path, columns_of(name))
+        save_grid(images[: self._max_images(name)], path, grid_columns(name))
         shutil.copyfile(path, self.folder / f"{name}-latest.png")
 
     def close(self) -> None:
         """Everything is on disk already."""
 
-    def _most(self, name: str) -> int:
-        return max(self.limit // together(name), 1) * together(name)
+    def _max_images(self, name: str) -> int:
+        return max(self.limit // images_per_item(name), 1) * images_per_item(name)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.loggers.image_grid import grid
+from vqf.loggers.image_grid import make_grid
 from vqf.registry import register
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @register("logger", "tensorboard")
-class TensorBoard:
-    """Writes numbers, pictures and the config into `tensorboard/` of the run's folder.
+class TensorBoardLogger:
+    """Writes numbers, images and the config into `tensorboard/` of the run's folder.
 
     A resumed run goes on in the same curves: what the interrupted process wrote behind the checkpoint is hidden.
 
@@ -41,8 +41,8 @@ class TensorBoard:
             self._open(step).add_scalar(key, value, step)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Write a grid of pictures."""
-        self._open(step).add_image(name, np.asarray(grid(images)), step, dataformats="HWC")
+        """Write a grid of images."""
+        self._open(step).add_image(name, np.asarray(make_grid(images)), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what waits."""

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqf.protocols import share_of
+from vqf.protocols import to_steps
 from vqf.registry import register
 
 
-class Game:
+class AdversarialObjective:
     """What all objectives share: when the discriminator plays, and how much its verdict weighs.
 
     Args:
@@ -23,8 +23,8 @@ class Game:
         warmup: Steps, or a share, in which the discriminator learns before its verdict counts.
         ramp_steps: Steps, or a share, over which its weight then rises from 0.
         delta: δ. 1e-4 in the code of VQGAN, 1e-6 in its text.
-        clamp: Upper limit of λ.
-        second_forward: Show the discriminator what the tokenizer draws after its own update, as the code of
+        max_weight: Upper limit of λ.
+        refresh_fakes: Show the discriminator what the tokenizer draws after its own update, as the code of
             VQGAN does at the price of a second forward; by default both players share one.
     """
 
@@ -38,39 +38,39 @@ class Game:
         warmup: float,
         ramp_steps: float,
         delta: float,
-        clamp: float,
-        second_forward: bool,
+        max_weight: float,
+        refresh_fakes: bool,
     ) -> None:
         for name, value in (("start", start), ("warmup", warmup), ("ramp_steps", ramp_steps)):
             if not value >= 0:
                 raise ValueError(f"{name}={value}: it counts steps, or below 1 is a share of the run; never below 0")
-        for name, value in (("weight", weight), ("clamp", clamp)):
+        for name, value in (("weight", weight), ("max_weight", max_weight)):
             if not value >= 0:
                 raise ValueError(f"{name}={value}: below 0 the decoder would help the discriminator")
         if not delta > 0:
             raise ValueError(f"delta={delta}: it keeps λ finite where the discriminator gives no gradient; above 0")
-        self.factor, self.adaptive, self.delta, self.clamp = weight, adaptive, delta, clamp
-        self.start = share_of(start, steps)
-        self.counts_from = self.start + share_of(warmup, steps)
-        self.ramp_steps = share_of(ramp_steps, steps)
-        self.second_forward = second_forward
+        self.base_weight, self.adaptive, self.delta, self.max_weight = weight, adaptive, delta, max_weight
+        self.start_step = to_steps(start, steps)
+        self.generator_start_step = self.start_step + to_steps(warmup, steps)
+        self.ramp_steps = to_steps(ramp_steps, steps)
+        self.refresh_fakes = refresh_fakes
 
-    def weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
         """Weigh the generator's loss, given both gradients at the last layer (of any one shape)."""
         if not self.adaptive:
-            return torch.full((), self.factor, device=reconstruction.device)
-        ratio = reconstruction.norm() / (adversarial.norm() + self.delta)
-        return self.factor * ratio.clamp(0, self.clamp)
+            return torch.full((), self.base_weight, device=rec_grad.device)
+        ratio = rec_grad.norm() / (gan_grad.norm() + self.delta)
+        return self.base_weight * ratio.clamp(0, self.max_weight)
 
-    def ramp(self, step: int) -> float:
+    def weight_at(self, step: int) -> float:
         """Return the share of the weight that counts at a step; 0 before the verdict counts at all."""
-        if step < self.counts_from:
+        if step < self.generator_start_step:
             return 0.0
-        return min((step - self.counts_from + 1) / (self.ramp_steps + 1), 1.0)
+        return min((step - self.generator_start_step + 1) / (self.ramp_steps + 1), 1.0)
 
 
 @register("adversary", "hinge")
-class Hinge(Game):
+class Hinge(AdversarialObjective):
     """Hinge loss, https://arxiv.org/abs/1705.02894: what the code of VQGAN uses."""
 
     def __init__(
@@ -83,8 +83,8 @@ class Hinge(Game):
         warmup: int | float = 0,
         ramp_steps: int | float = 0,
         delta: float = 1e-4,
-        clamp: float = 1e4,
-        second_forward: bool = False,
+        max_weight: float = 1e4,
+        refresh_fakes: bool = False,
     ) -> None:
         super().__init__(
             steps,
@@ -94,8 +94,8 @@ class Hinge(Game):
             warmup=warmup,
             ramp_steps=ramp_steps,
             delta=delta,
-            clamp=clamp,
-            second_forward=second_forward,
+            max_weight=max_weight,
+            refresh_fakes=refresh_fakes,
         )
 
     def generator_loss(self, fake: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Hinge(Game):
 
 
 @register("adversary", "vanilla")
-class Vanilla(Game):
+class Vanilla(AdversarialObjective):
     """The original objective with logits, https://arxiv.org/abs/1406.2661, in VQGAN's `vanilla` form.
 
     The discriminator maximises log D(x) + log(1 - D(x̂)). The generator raises the logit itself, as in the code
@@ -126,8 +126,8 @@ class Vanilla(Game):
         warmup: int | float = 0,
         ramp_steps: int | float = 0,
         delta: float = 1e-4,
-        clamp: float = 1e4,
-        second_forward: bool = False,
+        max_weight: float = 1e4,
+        refresh_fakes: bool = False,
         saturating: bool = False,
     ) -> None:
         super().__init__(
@@ -138,8 +138,8 @@ class Vanilla(Game):
             warmup=warmup,
             ramp_steps=ramp_steps,
             delta=delta,
-            clamp=clamp,
-            second_forward=second_forward,
+            max_weight=max_weight,
+            refresh_fakes=refresh_fakes,
         )
         self.saturating = saturating
 

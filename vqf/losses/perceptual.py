@@ -8,7 +8,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vqf.networks.perceptual import Lite, PerceptualDistance, lite, lpips_heads, published_unit, unit, vgg16
+from vqf.networks.perceptual import (
+    EfficientNetLite,
+    PerceptualDistance,
+    efficientnet_lite,
+    lpips_heads,
+    unit_normalize,
+    unit_normalize_reference,
+    vgg16_features,
+)
 from vqf.registry import register
 
 
@@ -22,10 +30,12 @@ class FeatureLoss(nn.Module):
 
     channels = (1, 3)  # one is shown to the network as grey
 
-    def __init__(self, *, weight: float = 0.1, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)) -> None:
+    def __init__(
+        self, *, weight: float = 0.1, network: EfficientNetLite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)
+    ) -> None:
         super().__init__()
         self.weight = weight
-        self.distance = PerceptualDistance(lite(network, taps))
+        self.distance = PerceptualDistance(efficientnet_lite(network, taps))
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""
@@ -54,8 +64,8 @@ class LPIPS(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        normalise = published_unit if epsilon == "beside" else unit
-        self.distance = PerceptualDistance(vgg16(weights), lpips_heads(), dropout, normalise)
+        normalise = unit_normalize_reference if epsilon == "beside" else unit_normalize
+        self.distance = PerceptualDistance(vgg16_features(weights), lpips_heads(), dropout, normalise)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""

@@ -13,7 +13,7 @@ class BCE(nn.Module):
     `BCELossWithQuant` of taming-transformers. Maps are 1 in the channel of a pixel's class and 0 elsewhere.
     """
 
-    of_classes = True
+    expects_logits = True
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()

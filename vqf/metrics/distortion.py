@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqf.errors import UserError
-from vqf.metrics.running_mean import Mean, unit_range
+from vqf.metrics.running_mean import RunningMean, to_unit_range
 from vqf.protocols import Reconstruction
 from vqf.registry import register
 
-MAX_PSNR = 100.0  # dB of a picture without any error, which would make every mean infinite
+MAX_PSNR = 100.0  # dB of an image without any error, which would make every mean infinite
 WINDOW, SIGMA = 11, 1.5
 
 
@@ -19,67 +19,67 @@ WINDOW, SIGMA = 11, 1.5
 class PSNR:
     """Peak signal-to-noise ratio in dB, capped at 100.
 
-    `psnr` is the mean over pictures, as papers report it; `psnr_pooled` comes from the mean squared error of all
-    pictures together. Where the pictures have masks, `psnr_masked` is the mean over pictures of the PSNR of what
-    is drawn: pixels count by their mask, and pictures with an empty mask do not.
+    `psnr` is the mean over images, as papers report it; `psnr_pooled` comes from the mean squared error of all
+    images together. Where the images have masks, `psnr_masked` is the mean over images of the PSNR of what
+    is drawn: pixels count by their mask, and images with an empty mask do not.
     """
 
     higher_is_better: ClassVar = {"psnr": True, "psnr_pooled": True, "psnr_masked": True}
 
     def __init__(self, device: torch.device | str) -> None:
-        self.psnr, self.error, self.masked = Mean(device), Mean(device), Mean(device)
+        self.psnr, self.mse, self.masked = RunningMean(device), RunningMean(device), RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
         """Look at a batch."""
-        squares = (unit_range(batch.reconstructions) - unit_range(batch.images)).square()
+        squares = (to_unit_range(batch.reconstructions) - to_unit_range(batch.images)).square()
         errors = squares.mean((1, 2, 3))
-        self.error.add(errors)
-        self.psnr.add(_decibel(errors))
+        self.mse.update(errors)
+        self.psnr.update(_to_db(errors))
         if batch.masks is not None:
             masks = batch.masks.to(squares)
             drawn = masks.sum((1, 2, 3))
             masked = (squares.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / drawn
-            self.masked.add(_decibel(masked[drawn > 0]))
+            self.masked.update(_to_db(masked[drawn > 0]))
 
     def compute(self) -> dict[str, float]:
         """Return `psnr`, `psnr_pooled` and, where there were masks, `psnr_masked`."""
-        pooled = float(_decibel(self.error.total / self.error.count))
-        values = {"psnr": self.psnr.value(), "psnr_pooled": pooled}
-        return values | ({"psnr_masked": self.masked.value()} if self.masked.count else {})
+        pooled = float(_to_db(self.mse.total / self.mse.count))
+        values = {"psnr": self.psnr.compute(), "psnr_pooled": pooled}
+        return values | ({"psnr_masked": self.masked.compute()} if self.masked.count else {})
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return those of the means over pictures."""
+        """Return those of the means over images."""
         masked = {"psnr_masked": self.masked.interval()} if self.masked.count else {}
         return {"psnr": self.psnr.interval()} | masked
 
 
 @register("metric", "ssim")
 class SSIM:
-    """Structural similarity, mean over colours, positions and pictures.
+    """Structural similarity, mean over colours, positions and images.
 
     Image Quality Assessment: From Error Visibility to Structural Similarity,
     https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: a Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01,
-    K2 = 0.03, only where the window lies inside the picture.
+    K2 = 0.03, only where the window lies inside the image.
     """
 
     higher_is_better: ClassVar = {"ssim": True}
 
     def __init__(self, device: torch.device | str) -> None:
-        self.mean = Mean(device)
+        self.mean = RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
         """Look at a batch.
 
         Raises:
-            UserError: If the pictures are smaller than the window.
+            UserError: If the images are smaller than the window.
         """
         if min(batch.images.shape[2:]) < WINDOW:
-            raise UserError(f"metric 'ssim' needs pictures of {WINDOW} x {WINDOW} or more, not {_size(batch.images)}")
-        self.mean.add(ssim(unit_range(batch.reconstructions), unit_range(batch.images)))
+            raise UserError(f"metric 'ssim' needs images of {WINDOW} x {WINDOW} or more, not {_size(batch.images)}")
+        self.mean.update(ssim(to_unit_range(batch.reconstructions), to_unit_range(batch.images)))
 
     def compute(self) -> dict[str, float]:
         """Return `ssim`."""
-        return {"ssim": self.mean.value()}
+        return {"ssim": self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return that of `ssim`."""
@@ -87,8 +87,8 @@ class SSIM:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Compare pictures (B, C, H, W) in [0, 1] -> (B,)."""
-    moments = _window(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2))
+    """Compare images (B, C, H, W) in [0, 1] -> (B,)."""
+    moments = _gaussian_average(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2))
     mu_x, mu_y, xx, yy, xy = moments.unflatten(0, (5, *x.shape[:2]))
     c1, c2 = 0.01**2, 0.03**2
     var_x, var_y, covariance = xx - mu_x**2, yy - mu_y**2, xy - mu_x * mu_y
@@ -96,20 +96,20 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (similarity / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
 
 
-def _window(planes: Tensor) -> Tensor:
+def _gaussian_average(planes: Tensor) -> Tensor:
     """Average planes (N, H, W) under the Gaussian window -> (N, H - 10, W - 10)."""
     height, width = planes.shape[1:]
-    return _band(height, planes) @ planes @ _band(width, planes).T
+    return _window_matrix(height, planes) @ planes @ _window_matrix(width, planes).T
 
 
-def _band(size: int, like: Tensor) -> Tensor:
+def _window_matrix(size: int, like: Tensor) -> Tensor:
     """Return the window at every place of a line, (size - 10, size): a product beats a float64 convolution."""
     offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
     weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), 0)
     return torch.stack([F.pad(weights, (i, size - WINDOW - i)) for i in range(size - WINDOW + 1)])
 
 
-def _decibel(errors: Tensor) -> Tensor:
+def _to_db(errors: Tensor) -> Tensor:
     return (-10 * errors.log10()).clamp(max=MAX_PSNR)
 
 

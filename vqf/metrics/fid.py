@@ -7,29 +7,29 @@ from collections.abc import Mapping
 
 import torch
 
-from vqf.metrics.set_metric import SetComparison
+from vqf.metrics.set_metric import BaseSetMetric
 from vqf.networks.feature_extractors import INCEPTION
-from vqf.protocols import Comparison, FeatureSet
+from vqf.protocols import FeatureSet, SetMetricResult
 from vqf.registry import register
 
 
-class Frechet(SetComparison):
+class FrechetDistance(BaseSetMetric):
     """d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), by torch-fidelity in float64."""
 
-    prefix = "r"
+    reconstruction_prefix = "r"
 
-    def compare(self, real: FeatureSet, generated: FeatureSet) -> Comparison:
+    def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
         """Return `fid`, or `fd_` and the network's name."""
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
         first, second = ({"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in (generated, real))
         value = fid_statistics_to_metric(first, second, False)[KEY_METRIC_FID]
-        return Comparison({self.named("fid", "fd"): value})
+        return SetMetricResult({self.metric_name("fid", "fd"): value})
 
 
 @register("metric", "fid")
-class FID(Frechet):
-    """Frechet Inception distance; `rfid` where the pictures are reconstructions.
+class FID(FrechetDistance):
+    """Frechet Inception distance; `rfid` where the images are reconstructions.
 
     Args:
         weights: A file of the Inception weights as torch-fidelity ports them; None: torch's hub.
@@ -43,7 +43,7 @@ class FID(Frechet):
 
 
 @register("metric", "fd")
-class FD(Frechet):
+class FD(FrechetDistance):
     """The same distance on features of another network, called `fd_` and its name: never comparable with FID.
 
     Args:

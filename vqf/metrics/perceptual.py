@@ -8,30 +8,37 @@ from typing import ClassVar
 
 import torch
 
-from vqf.metrics.running_mean import Mean
-from vqf.networks.feature_extractors import ieee
-from vqf.networks.perceptual import Lite, LPIPSTrunk, PerceptualDistance, lite, lpips_heads, lpips_trunk
+from vqf.metrics.running_mean import RunningMean
+from vqf.networks.feature_extractors import full_float32
+from vqf.networks.perceptual import (
+    EfficientNetLite,
+    LPIPSBackbone,
+    PerceptualDistance,
+    efficientnet_lite,
+    lpips_backbone,
+    lpips_heads,
+)
 from vqf.networks.weights import fingerprint
 from vqf.protocols import Reconstruction
 from vqf.registry import register
 
 
-class Distance:
-    """The mean over pictures of a perceptual distance, under a name."""
+class PerceptualMetric:
+    """The mean over images of a perceptual distance, under a name."""
 
     def __init__(self, name: str, distance: PerceptualDistance, device: torch.device | str) -> None:
-        self.name, self.distance, self.mean = name, distance.to(device), Mean(device)
+        self.name, self.distance, self.mean = name, distance.to(device), RunningMean(device)
         self.digest = fingerprint(distance)
 
     @torch.no_grad()
     def update(self, batch: Reconstruction) -> None:
         """Look at a batch."""
-        with ieee():
-            self.mean.add(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
+        with full_float32():
+            self.mean.update(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
 
     def compute(self) -> dict[str, float]:
         """Return the mean."""
-        return {self.name: self.mean.value()}
+        return {self.name: self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return that of the mean."""
@@ -39,19 +46,19 @@ class Distance:
 
 
 @register("metric", "features")
-class Perceptual(Distance):
+class FeatureDistance(PerceptualMetric):
     """Perceptual distance (EfficientNet-Lite, LPIPS form, uncalibrated): not comparable with published LPIPS."""
 
     higher_is_better: ClassVar = {"perceptual": False}
 
     def __init__(
-        self, device: torch.device | str, *, network: Lite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)
+        self, device: torch.device | str, *, network: EfficientNetLite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)
     ) -> None:
-        super().__init__("perceptual", PerceptualDistance(lite(network, taps)), device)
+        super().__init__("perceptual", PerceptualDistance(efficientnet_lite(network, taps)), device)
 
 
 @register("metric", "lpips")
-class LPIPS(Distance):
+class LPIPS(PerceptualMetric):
     """LPIPS v0.1: `lpips` on VGG16, `lpips_alex` and `lpips_squeeze` on the other trunks that it was published with.
 
     Args:
@@ -61,6 +68,8 @@ class LPIPS(Distance):
 
     higher_is_better: ClassVar = {"lpips": False, "lpips_alex": False, "lpips_squeeze": False}
 
-    def __init__(self, device: torch.device | str, *, network: LPIPSTrunk = "vgg", weights: str | None = None) -> None:
-        distance = PerceptualDistance(lpips_trunk(network, weights), lpips_heads(network))
+    def __init__(
+        self, device: torch.device | str, *, network: LPIPSBackbone = "vgg", weights: str | None = None
+    ) -> None:
+        distance = PerceptualDistance(lpips_backbone(network, weights), lpips_heads(network))
         super().__init__("lpips" if network == "vgg" else f"lpips_{network}", distance, device)

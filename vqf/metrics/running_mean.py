@@ -1,51 +1,51 @@
-"""A mean that does not depend on how the pictures were cut into batches, and how sure it is."""
+"""A mean that does not depend on how the images were cut into batches, and how sure it is."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LEVEL, RESAMPLES = 0.95, 1000
-AT_ONCE = 2**18  # numbers that are drawn together
+CONFIDENCE, RESAMPLES = 0.95, 1000
+MAX_DRAWS_AT_ONCE = 2**18  # numbers that are drawn together
 
 
-class Mean:
+class RunningMean:
     """The mean over everything added, summed in float64 where the values are: reading a number would wait for them."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self.total = torch.zeros((), dtype=precise(device), device=device)
-        self.count = torch.zeros((), dtype=precise(device), device=device)
+        self.total = torch.zeros((), dtype=accumulation_dtype(device), device=device)
+        self.count = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         self.values: list[Tensor] = []
 
-    def add(self, values: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add values (B,)."""
         self.total += values.sum(dtype=self.total.dtype)
         self.count += values.numel()
         self.values.append(values.detach())
 
-    def value(self) -> float:
+    def compute(self) -> float:
         """Return the mean; nan before the first value."""
         return float(self.total / self.count)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the mean; nan before the first value."""
-        return bootstrap(torch.cat(self.values).double().cpu().numpy()) if self.count else (np.nan, np.nan)
+        return bootstrap_interval(torch.cat(self.values).double().cpu().numpy()) if self.count else (np.nan, np.nan)
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of the mean of values (n,): percentiles over resamples, the same at every call."""
     random = np.random.default_rng(0)
-    rows = min(-(-AT_ONCE // len(values)), RESAMPLES)
+    rows = min(-(-MAX_DRAWS_AT_ONCE // len(values)), RESAMPLES)
     draws = (random.integers(len(values), size=(rows, len(values))) for _ in range(0, RESAMPLES, rows))
     means = np.concatenate([values[each].mean(1) for each in draws])[:RESAMPLES]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def precise(device: torch.device | str) -> torch.dtype:
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
     """Return float64, or float32 on the one kind of device that has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def unit_range(images: Tensor) -> Tensor:
+def to_unit_range(images: Tensor) -> Tensor:
     """Bring images from [-1, 1] to [0, 1] in float64; what lies outside is clamped, nothing is rounded to 8 bits."""
-    return (images.to(precise(images.device)).clamp(-1, 1) + 1) / 2
+    return (images.to(accumulation_dtype(images.device)).clamp(-1, 1) + 1) / 2

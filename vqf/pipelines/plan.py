@@ -11,21 +11,30 @@ from omegaconf import DictConfig, open_dict
 from vqf.config.access import image_size
 from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
-from vqf.pipelines.planning.benchmark import Measured, measure
-from vqf.pipelines.planning.estimate import Estimate, estimate, estimate_drawing, stage_config, stages_of
+from vqf.pipelines.planning.benchmark import StepBenchmark, benchmark_step
+from vqf.pipelines.planning.estimate import Estimate, estimate, estimate_sampling, stage_config, trainable_stages
 from vqf.pipelines.planning.memory_tracker import Bytes
-from vqf.pipelines.planning.suggestions import changed, changes, written
+from vqf.pipelines.planning.suggestions import overrides_to_cli, suggestions, with_overrides
 from vqf.registry import register
-from vqf.terminal import log, table
+from vqf.terminal import log, print_table
 
 GIB = 2**30
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 DAY, HOUR, MINUTE = 86400, 3600, 60
-BESIDE = (
+GPU_OVERHEAD_NOTE = (
     "beside this a GPU holds CUDA's own context, some hundred MiB, the workspaces of cuDNN and cuBLAS, and what the "
     "allocator keeps in pieces that fit nothing: leave a tenth of it free"
 )
-ROWS = ("weights", "gradients", "optimizer", "average", "discriminator", "frozen networks", "activations", "borrowed")
+MEMORY_KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "average",
+    "discriminator",
+    "frozen networks",
+    "activations",
+    "borrowed",
+)
 
 
 @register("pipeline", "plan")
@@ -62,105 +71,107 @@ class Plan:
             raise UserError(f"measure=true takes the steps of one process; leave out world={world}")
         self.config, self.run_dir = config, run_dir
         self.world, self.memory, self.flops, self.measure, self.classes = world, memory, flops, measure, classes
-        self.device = _device(config)
+        self.device = _planned_device(config)
 
     def run(self) -> None:
         """Print tables and write `plan.json`."""
         plan: dict[str, Any] = {"device": str(self.device), "precision": self.config.precision, "world": self.world}
         plan["image_size"] = list(image_size(self.config))
-        for name in stages_of(self.config):
-            plan[name] = self._stage(name)
-        if "stage2" in plan and (drawing := estimate_drawing(self.config, self.device, self.classes)):
-            plan["sample"] = {"pictures": self.config.stage2.batch_size, "bytes": drawing}
-            self._tell_drawing(drawing)
-        self._tell_device()
+        for name in trainable_stages(self.config):
+            plan[name] = self._plan_stage(name)
+        if "stage2" in plan and (drawing := estimate_sampling(self.config, self.device, self.classes)):
+            plan["sample"] = {"images": self.config.stage2.batch_size, "bytes": drawing}
+            self._print_sampling(drawing)
+        self._log_device_note()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "plan.json").write_text(json.dumps(plan, indent=1))
         log.info("written: %s", self.run_dir / "plan.json")
 
-    def _stage(self, name: str) -> dict[str, Any]:
+    def _plan_stage(self, name: str) -> dict[str, Any]:
         found = self._estimate(name, self.config)
-        measured = measure(name, self.config, make_engine(self.config), self.classes) if self.measure else None
+        measured = benchmark_step(name, self.config, make_engine(self.config), self.classes) if self.measure else None
         seconds = measured.seconds if measured else found.flops / self.flops if self.flops else None
         config = stage_config(self.config, name, self.world)
-        steps, pictures = config.steps, config.batch_size
-        table(f"{name}: parameters", ("part", "number"), [(k, f"{v:,}") for k, v in found.parameters.items()])
-        _tell_memory(f"{name}: memory of a process, {pictures} pictures a step", found, self.world, measured)
+        steps, images = config.steps, config.batch_size
+        print_table(f"{name}: parameters", ("part", "number"), [(k, f"{v:,}") for k, v in found.parameters.items()])
+        _print_memory(f"{name}: memory of a process, {images} images a step", found, self.world, measured)
         log.info("%s", summary(found, self.device, seconds, steps))
         facts = {"parameters": found.parameters, "bytes": found.peaks, "peak": _peaks(found), "flops": found.flops}
-        facts |= {"tokens": found.tokens, "pictures": pictures, "steps": steps, "seconds": seconds}
+        facts |= {"tokens": found.tokens_per_image, "images": images, "steps": steps, "seconds": seconds}
         if measured:
             facts["measured_peak"] = measured.peak
         if self.memory is not None:
-            facts["remedies"] = self._advise(name, found, self.memory * GIB)
+            facts["remedies"] = self._suggest(name, found, self.memory * GIB)
         return facts
 
     def _estimate(self, name: str, config: DictConfig) -> Estimate:
         return estimate(name, config, self.device, self.world, self.classes)
 
-    def _advise(self, name: str, found: Estimate, memory: float) -> dict[str, int]:
+    def _suggest(self, name: str, estimated: Estimate, memory: float) -> dict[str, int]:
         """Say whether a stage fits, and if not, with which options it does."""
-        needs = found.peak(self._view(self.config))
+        needs = estimated.peak(self._engine_name(self.config))
         if needs <= memory:
-            log.info("%s fits into %s with %s to spare", name, size(memory), size(memory - needs))
+            log.info("%s fits into %s with %s to spare", name, format_bytes(memory), format_bytes(memory - needs))
             return {}
-        log.info("%s does not fit into %s: it needs %s", name, size(memory), size(needs))
-        remedies = dict(self._remedies(name, memory))
+        log.info("%s does not fit into %s: it needs %s", name, format_bytes(memory), format_bytes(needs))
+        remedies = dict(self._fitting_overrides(name, memory))
         for words, peak in remedies.items():
-            log.info("  %s brings it to %s", words, size(peak))
+            log.info("  %s brings it to %s", words, format_bytes(peak))
         if not remedies:
             log.info("  no option alone makes it fit: fewer channels, or a smaller image_size")
         return remedies
 
-    def _remedies(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
+    def _fitting_overrides(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
         """Yield options that make a stage fit, the mildest of each kind, and its peak then."""
-        for family in changes(name, stage_config(self.config, name, self.world), self.world):
+        for family in suggestions(name, stage_config(self.config, name, self.world), self.world):
             for change in family:
-                config = changed(self.config, name, change)
-                peak = self._estimate(name, config).peak(self._view(config))
+                config = with_overrides(self.config, name, change)
+                peak = self._estimate(name, config).peak(self._engine_name(config))
                 if peak <= memory:
-                    yield written(change), peak
+                    yield overrides_to_cli(change), peak
                     break
 
-    def _view(self, config: DictConfig) -> str:
+    def _engine_name(self, config: DictConfig) -> str:
         if self.world == 1:
             return "single"
         return "fsdp2" if config.engine == "fsdp2" else "ddp"
 
-    def _tell_device(self) -> None:
+    def _log_device_note(self) -> None:
         """Say what the numbers are not of."""
         if self.device.type == "cuda":
-            log.info("%s", BESIDE)
+            log.info("%s", GPU_OVERHEAD_NOTE)
         elif str(self.config.device) == "auto":
             log.info(
                 "planned for %s, which device=auto finds here; device=cuda plans for a GPU all the same", self.device
             )
 
-    def _tell_drawing(self, drawing: Bytes) -> None:
-        rows = [(kind, size(count)) for kind, count in drawing.items() if count]
-        title = f"sample: memory, {self.config.stage2.batch_size} pictures at once"
-        table(title, ("", "bytes"), [*rows, ("peak", size(sum(drawing.values())))])
+    def _print_sampling(self, peak: Bytes) -> None:
+        rows = [(kind, format_bytes(count)) for kind, count in peak.items() if count]
+        title = f"sample: memory, {self.config.stage2.batch_size} images at once"
+        print_table(title, ("", "bytes"), [*rows, ("peak", format_bytes(sum(peak.values())))])
 
 
-def summary(found: Estimate, device: torch.device, seconds: float | None, steps: int) -> str:
+def summary(estimated: Estimate, device: torch.device, seconds: float | None, steps: int) -> str:
     """Say it in a line."""
     peaks = ", ".join(
-        f"{size(found.peak(view))} {'' if view == 'single' else f'under {view} '}at the peak" for view in found.peaks
+        f"{format_bytes(estimated.peak(view))} {'' if view == 'single' else f'under {view} '}at the peak"
+        for view in estimated.peaks
     )
-    line = f"{found.stage} on {device}: {found.trained:,} trained parameters, {found.tokens} tokens a picture, {peaks}"
-    line += f", {found.flops / 1e12:.3g} TFLOP a step and process"
+    line = f"{estimated.name} on {device}: {estimated.trainable:,} trained parameters, "
+    line += f"{estimated.tokens_per_image} tokens an image, {peaks}"
+    line += f", {estimated.flops / 1e12:.3g} TFLOP a step and process"
     if seconds is not None:
-        line += f", {seconds:.3g} s a step, {duration(seconds * steps)} for {steps:,} steps"
+        line += f", {seconds:.3g} s a step, {format_seconds(seconds * steps)} for {steps:,} steps"
     return line
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Write a number of bytes."""
     unit, name = next(((unit, name) for unit, name in UNITS if count >= unit), UNITS[-1])
     return f"{count / unit:.4g} {name}"
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Write a time."""
     for unit, name in ((DAY, "days"), (HOUR, "hours"), (MINUTE, "minutes")):
         if seconds >= unit:
@@ -168,21 +179,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def _tell_memory(title: str, found: Estimate, world: int, measured: Measured | None) -> None:
-    header = ["", *(view if world == 1 else f"{view}, {world} processes" for view in found.peaks)]
-    kinds = [kind for kind in ROWS if any(peak.get(kind) for peak in found.peaks.values())]
-    rows = [[kind, *(size(peak.get(kind, 0)) for peak in found.peaks.values())] for kind in kinds]
-    rows.append(["peak", *(size(found.peak(view)) for view in found.peaks)])
-    if measured:
-        rows.append(["peak, measured", size(measured.peak)])
-    table(title, header, rows)
+def _print_memory(title: str, estimated: Estimate, world: int, benchmark: StepBenchmark | None) -> None:
+    header = ["", *(view if world == 1 else f"{view}, {world} processes" for view in estimated.peaks)]
+    kinds = [kind for kind in MEMORY_KINDS if any(peak.get(kind) for peak in estimated.peaks.values())]
+    rows = [[kind, *(format_bytes(peak.get(kind, 0)) for peak in estimated.peaks.values())] for kind in kinds]
+    rows.append(["peak", *(format_bytes(estimated.peak(view)) for view in estimated.peaks)])
+    if benchmark:
+        rows.append(["peak, measured", format_bytes(benchmark.peak)])
+    print_table(title, header, rows)
 
 
-def _peaks(found: Estimate) -> Mapping[str, int]:
-    return {view: found.peak(view) for view in found.peaks}
+def _peaks(estimated: Estimate) -> Mapping[str, int]:
+    return {view: estimated.peak(view) for view in estimated.peaks}
 
 
-def _device(config: DictConfig) -> torch.device:
+def _planned_device(config: DictConfig) -> torch.device:
     """Return the device to plan for; a GPU need not be there."""
     if str(config.device).startswith("cuda"):
         return torch.device("cuda")

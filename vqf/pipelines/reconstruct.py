@@ -1,4 +1,4 @@
-"""Send pictures through a tokenizer and back: images in, images out, with the numbers."""
+"""Send images through a tokenizer and back: images in, images out, with the numbers."""
 
 import json
 from pathlib import Path
@@ -7,26 +7,26 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf import terminal
 from vqf.config.inherit import inherit
-from vqf.dataloading.loader import sequential
-from vqf.dataloading.subject import build_subject
+from vqf.dataloading.loader import sequential_batches
+from vqf.dataloading.subject import build_target_data
 from vqf.distributed.engine import Engine, make_engine
 from vqf.evaluation import reconstruction
-from vqf.evaluation.image_panels import Album
-from vqf.images import save_pictures
+from vqf.evaluation.image_panels import ImagePanels
+from vqf.images import save_images
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Metric, Reconstruction, Split
 from vqf.registry import register
-from vqf.runs.load import find_tokenizer, load_tokenizer
+from vqf.runs.load import find_tokenizer_checkpoint, load_tokenizer
 from vqf.runs.run_logger import start_run
 from vqf.terminal import log
 
 
 @register("pipeline", "reconstruct")
 class Reconstruct:
-    """Reconstruct the held-out pictures of a run, or the pictures of any folder.
+    """Reconstruct the held-out images of a run, or the images of any folder.
 
     Args:
-        images: A folder of pictures, taken whole; by default the validation split of the run's data.
+        images: A folder of images, taken whole; by default the validation split of the run's data.
         count: Take only so many, spread evenly.
     """
 
@@ -37,49 +37,51 @@ class Reconstruct:
 
     def run(self) -> None:
         """Write `reconstructions/*.png`, a grid beside the originals, and `metrics.json`."""
-        checkpoint = find_tokenizer(self.config.run)
-        config = inherit(self.config, checkpoint.config, ["data", "subject", "image_size", "batch_size"])
+        checkpoint = find_tokenizer_checkpoint(self.config.run)
+        config = inherit(self.config, checkpoint.config, ["data", "target", "image_size", "batch_size"])
         if self.images is not None:
             with open_dict(config):
-                config.subject = "image"
-                config.data = OmegaConf.create({"name": "folder", "root": self.images, "validation_share": 1.0})
+                config.target = "image"
+                config.data = OmegaConf.create({"name": "folder", "root": self.images, "validation_fraction": 1.0})
         engine = make_engine(config)
-        tokenizer = engine.place(load_tokenizer(checkpoint))
-        data = build_subject(config, tokenizer.image_size)
+        tokenizer = engine.prepare(load_tokenizer(checkpoint))
+        data = build_target_data(config, tokenizer.image_size)
         split = data.split("validation")
-        album = Album(tokenizer.vocab_size, engine.device)
+        album = ImagePanels(tokenizer.vocab_size, engine.device)
         scalars = self._reconstruct(tokenizer, split, config, engine, album)
         with start_run(config, self.run_dir) as journal:
             journal.scalars(checkpoint.step, {f"validation/{key}": value for key, value in scalars.items()})
             pairs = reconstruction.side_by_side(tokenizer, split, engine)
             for name, images in {"reconstructions": pairs, **album.images()}.items():
                 journal.images(checkpoint.step, name, images)
-            journal.details(album.details())
+            journal.write_details(album.details())
         (self.run_dir / "metrics.json").write_text(json.dumps({"reconstruction": scalars}, indent=1))
-        terminal.table("reconstruction", ("metric", "value"), [(key, f"{value:.4g}") for key, value in scalars.items()])
-        log.info("pictures in %s", self.run_dir / "reconstructions")
+        terminal.print_table(
+            "reconstruction", ("metric", "value"), [(key, f"{value:.4g}") for key, value in scalars.items()]
+        )
+        log.info("images in %s", self.run_dir / "reconstructions")
 
     def _reconstruct(
-        self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine, album: Album
+        self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine, panels: ImagePanels
     ) -> dict[str, float]:
         count = min(self.count or len(split), len(split))
         loading = {"workers": config.workers, "timeout": config.worker_timeout}
-        batches = sequential(split, config.batch_size, count=count, **loading)
+        batches = sequential_batches(split, config.batch_size, count=count, **loading)
         metrics: dict[str, Metric] = reconstruction.build_metrics(config, tokenizer.vocab_size, engine)
-        metrics |= {"saved": _Saver(self.run_dir / "reconstructions"), "album": album}
+        metrics |= {"saved": _ImageWriter(self.run_dir / "reconstructions"), "album": panels}
         return reconstruction.evaluate(tokenizer, batches, count, metrics, engine)
 
 
-class _Saver:
+class _ImageWriter:
     """A metric that keeps what it sees."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.seen = folder, 0
+        self.folder, self.count = folder, 0
 
     def update(self, batch: Reconstruction) -> None:
         count = len(batch.reconstructions)
-        save_pictures(batch.reconstructions, self.folder, (f"{self.seen + i:06d}" for i in range(count)))
-        self.seen += count
+        save_images(batch.reconstructions, self.folder, (f"{self.count + i:06d}" for i in range(count)))
+        self.count += count
 
     def compute(self) -> dict[str, float]:
         return {}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vqf.config.untrusted import check_links
+from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
 from vqf.registry import build, register
-from vqf.runs.checkpoint import run_folder
+from vqf.runs.checkpoint import run_dir_of
 
-PAGE = "report.html"
-TRACES = ("metrics.jsonl", "metrics.json", ".hydra")  # of a run
+REPORT_FILE = "report.html"
+RUN_FILES = ("metrics.jsonl", "metrics.json", ".hydra")  # of a run
 
 
 @register("pipeline", "report")
@@ -28,24 +28,24 @@ class Report:
         """
         if self.config.run is None:
             raise UserError("run: give run=FOLDER, the run that the page is of")
-        folder = run_folder(Path(self.config.run).expanduser())
-        if not any(any(folder.rglob(each)) for each in TRACES):
-            raise UserError(f"run={self.config.run}: no run of vqf; there is no {' and no '.join(TRACES)} in it")
-        check_links(folder)
-        write(folder, self.config)
+        folder = run_dir_of(Path(self.config.run).expanduser())
+        if not any(any(folder.rglob(each)) for each in RUN_FILES):
+            raise UserError(f"run={self.config.run}: no run of vqf; there is no {' and no '.join(RUN_FILES)} in it")
+        check_symlinks(folder)
+        write_page(folder, self.config)
 
 
-def write(folder: Path, config: DictConfig) -> None:
+def write_page(folder: Path, config: DictConfig) -> None:
     """Write the page of a run; one that fails is reported."""
-    build("logger", {"name": "report"}, run_dir=folder, config=config, part="").close()
+    build("logger", {"name": "report"}, run_dir=folder, config=config, subrun="").close()
 
 
-def refresh(folder: Path, config: DictConfig) -> None:
+def refresh_page(folder: Path, config: DictConfig) -> None:
     """Write the page of a run anew if it has one, and that of the run it is a stage of."""
     for each in (folder, folder.parent):
-        if (each / PAGE).is_file():
+        if (each / REPORT_FILE).is_file():
             try:
-                check_links(each)
+                check_symlinks(each)
             except UserError:  # its numbers are not kept there either, and that was said
                 continue
-            write(each, config)
+            write_page(each, config)

@@ -11,65 +11,65 @@ from omegaconf import DictConfig
 
 from vqf.batch import Batch
 from vqf.config.access import image_size
-from vqf.dataloading.loader import batches
-from vqf.dataloading.order import Order
-from vqf.dataloading.subject import build_subject
+from vqf.dataloading.loader import train_batches
+from vqf.dataloading.order import ShuffledBatches
+from vqf.dataloading.subject import build_target_data
 from vqf.distributed import comm
 from vqf.distributed.engine import make_engine
-from vqf.evaluation.validation import Evaluation
+from vqf.evaluation.validation import ValidationResult
 from vqf.registry import register
-from vqf.runs.resume import refuse
-from vqf.runs.run_logger import save_numbers
+from vqf.runs.resume import check_can_start
+from vqf.runs.run_logger import save_metrics
 from vqf.terminal import log
-from vqf.training.gan import check_game, game_begins
-from vqf.training.optimizer_step import describe
-from vqf.training.time_budget import fix_steps
-from vqf.training.tokenizer_task import TokenizerStage, make_stage
+from vqf.training.gan import gan_start, warn_never_active
+from vqf.training.optimizer_step import describe_model
+from vqf.training.time_budget import resolve_steps
+from vqf.training.tokenizer_task import TokenizerTask, build_tokenizer_task
 from vqf.training.trainer import train
 
 
 @register("pipeline", "stage1")
 class Stage1:
-    """Train a tokenizer. Returns the first validation metric that falls as pictures get better, for sweeps."""
+    """Train a tokenizer. Returns the first validation metric that falls as images get better, for sweeps."""
 
-    parallel = True
+    distributed = True
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
 
-    def refuse(self) -> None:
+    def check_can_start(self) -> None:
         """Refuse what would spoil the run in the folder, before anything is written there."""
-        refuse(self.config, self.run_dir, "stage1")
+        check_can_start(self.config, self.run_dir, "stage1")
 
     def run(self) -> float | None:
         """Train, evaluate, save."""
         evaluation = self.train()
-        save_numbers(self.run_dir, {"held-out pictures": evaluation.scalars})
+        save_metrics(self.run_dir, {"held-out images": evaluation.scalars})
         return -evaluation.scalars["psnr"] if "psnr" in evaluation.scalars else None
 
-    def train(self, part: str = "") -> Evaluation:
-        """Train to the end and return the last look at held-out pictures.
+    def train(self, subrun: str = "") -> ValidationResult:
+        """Train to the end and return the last look at held-out images.
 
         Args:
-            part: What this is of a longer run, for loggers.
+            subrun: What this is of a longer run, for loggers.
         """
         config, engine = self.config, make_engine(self.config)
-        data = build_subject(config, image_size(config))
+        data = build_target_data(config, image_size(config))
         split = data.split("train")
-        order = Order(
-            len(split), config.batch_size, config.seed, comm.rank(), comm.world(), accumulate=config.accumulate
+        order = ShuffledBatches(
+            len(split), config.batch_size, config.seed, comm.rank(), comm.world_size(), accumulate=config.accumulate
         )
 
         def source(start: int, stop: int) -> Iterator[Batch]:
             loading = {"workers": config.workers, "timeout": config.worker_timeout}
-            return batches(split, order, start=start, steps=stop, every=config.log.every, **loading)
+            return train_batches(split, order, start=start, steps=stop, sync_every=config.log.every, **loading)
 
-        def trial() -> TokenizerStage:
-            return make_stage(self.config, data, engine)
+        def trial() -> TokenizerTask:
+            return build_tokenizer_task(self.config, data, engine)
 
-        config = fix_steps(config, self.run_dir, engine, trial, source, late_from=game_begins(config))
-        stage = make_stage(config, data, engine)
-        log.info("%s", describe("tokenizer", stage.model))
-        if stage.critic is not None:
-            check_game(stage.critic, config.steps)
-        return train(stage, config, self.run_dir, engine, source, part)
+        config = resolve_steps(config, self.run_dir, engine, trial, source, gan_start=gan_start(config))
+        stage = build_tokenizer_task(config, data, engine)
+        log.info("%s", describe_model("tokenizer", stage.model))
+        if stage.gan is not None:
+            warn_never_active(stage.gan, config.steps)
+        return train(stage, config, self.run_dir, engine, source, subrun)

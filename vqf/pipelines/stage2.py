@@ -14,28 +14,34 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from vqf.batch import Batch
-from vqf.config.access import chosen
+from vqf.config.access import group_nodes
 from vqf.config.inherit import inherit
-from vqf.dataloading.encode import Coder, check_size, token_folder, tokenize_part
-from vqf.dataloading.image_files import PARTS
-from vqf.dataloading.order import Order
-from vqf.dataloading.token_shards import Tokens
+from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
+from vqf.dataloading.image_files import SPLITS
+from vqf.dataloading.order import ShuffledBatches
+from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
-from vqf.evaluation.class_accuracy import Judge
-from vqf.evaluation.reconstruction import NUMBERS_OF_PRIORS
-from vqf.evaluation.validation import Evaluation
+from vqf.evaluation.class_accuracy import ClassAccuracyEvaluator
+from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS
+from vqf.evaluation.validation import ValidationResult
 from vqf.models.generator import Generator
 from vqf.registry import build, register
-from vqf.runs.load import TOKENIZER_PARTS, Coders, build_generator, find_tokenizer, load_tokenizer
-from vqf.runs.resume import refuse
-from vqf.runs.retention import best_by
-from vqf.runs.run_logger import save_numbers
+from vqf.runs.load import (
+    TOKENIZER_COMPONENTS,
+    ConditionTokenizers,
+    build_generator,
+    find_tokenizer_checkpoint,
+    load_tokenizer,
+)
+from vqf.runs.resume import check_can_start
+from vqf.runs.retention import parse_best_criterion
+from vqf.runs.run_logger import save_metrics
 from vqf.terminal import log
-from vqf.training.optimizer_step import check_accumulate, describe
-from vqf.training.prior_task import PriorStage
-from vqf.training.time_budget import fix_steps
+from vqf.training.optimizer_step import check_accumulate, describe_model
+from vqf.training.prior_task import PriorTask
+from vqf.training.time_budget import resolve_steps
 from vqf.training.trainer import train
 
 
@@ -43,87 +49,87 @@ from vqf.training.trainer import train
 class Stage2:
     """Train a prior on the codes of a finished run's tokenizer. Returns nats per token, for sweeps."""
 
-    parallel = True
+    distributed = True
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
 
-    def refuse(self) -> None:
+    def check_can_start(self) -> None:
         """Refuse what would spoil the run in the folder, before anything is written there."""
-        config = self._inherit(find_tokenizer(self.config.run).config)
-        refuse(config, self.run_dir, "stage2")
+        config = self._inherited_config(find_tokenizer_checkpoint(self.config.run).config)
+        check_can_start(config, self.run_dir, "stage2")
 
     def run(self) -> float | None:
         """Train, evaluate, save."""
         scalars = self.train().scalars
-        save_numbers(self.run_dir, {"codes": scalars})
+        save_metrics(self.run_dir, {"codes": scalars})
         return scalars["nats_per_token"]
 
-    def train(self, part: str = "") -> Evaluation:
-        """Train to the end and return the last look at held-out pictures.
+    def train(self, subrun: str = "") -> ValidationResult:
+        """Train to the end and return the last look at held-out images.
 
         Args:
-            part: What this is of a longer run, for loggers.
+            subrun: What this is of a longer run, for loggers.
         """
-        best_by(self.config.checkpoint.best, NUMBERS_OF_PRIORS)  # a slip must not show after hours
-        checkpoint = find_tokenizer(self.config.run)
-        config = self._inherit(checkpoint.config)
+        parse_best_criterion(self.config.checkpoint.best, PRIOR_METRIC_DIRECTIONS)  # a slip must not show after hours
+        checkpoint = find_tokenizer_checkpoint(self.config.run)
+        config = self._inherited_config(checkpoint.config)
         engine = make_engine(config)
-        tokenizer = engine.place(load_tokenizer(checkpoint))
-        check_size(config, tokenizer)
+        tokenizer = engine.prepare(load_tokenizer(checkpoint))
+        check_image_size(config, tokenizer)
         data = build("data", config.data, image_size=tokenizer.image_size, seed=config.seed)
         torch.manual_seed(config.seed)
-        coders = Coders()
+        coders = ConditionTokenizers()
         generator = build_generator(config, tokenizer, data.classes, coders).to(engine.device)
-        coder, folder = Coder(tokenizer, generator.conditioner, engine), token_folder(config, self.run_dir)
-        cached = {part: tokenize_part(coder, data.split(part), part, folder, config) for part in PARTS}
+        coder, folder = TokenEncoder(tokenizer, generator.conditioner, engine), token_folder(config, self.run_dir)
+        cached = {part: tokenize_split(coder, data.split(part), part, folder, config) for part in SPLITS}
         facts = {
             "classes": list(data.classes),
             "image_size": list(tokenizer.image_size),
             "channels": tokenizer.channels,
-            "coders": coders.facts,
+            "condition_tokenizers": coders.specs,
             "tokenizer": tokenizer.fingerprint(),
             "data": data.split("train").fingerprint,
-            "held_out": data.split("validation").fingerprint,
+            "validation_fingerprint": data.split("validation").fingerprint,
         }
-        facts["extent"] = generator.extent = cached["train"].extent()
-        judge = Judge(data, cached, config, engine)
-        return self._train(config, engine, generator, cached, facts, judge, part)
+        facts["crop_extent"] = generator.crop_extent = cached["train"].mean_crop_extent()
+        judge = ClassAccuracyEvaluator(data, cached, config, engine)
+        return self._train(config, engine, generator, cached, facts, judge, subrun)
 
     def _train(
         self,
         config: DictConfig,
         engine: Engine,
         generator: Generator,
-        cached: Mapping[str, Tokens],
-        facts: Mapping[str, Any],
-        judge: Judge,
-        part: str,
-    ) -> Evaluation:
+        tokens: Mapping[str, TokenDataset],
+        metadata: Mapping[str, Any],
+        class_evaluator: ClassAccuracyEvaluator,
+        subrun: str,
+    ) -> ValidationResult:
         assert isinstance(generator.prior, nn.Module)
-        log.info("%s", describe("prior", generator.prior))
-        order = Order(
-            *(len(cached["train"]), config.batch_size, config.seed, comm.rank(), comm.world()),
+        log.info("%s", describe_model("prior", generator.prior))
+        order = ShuffledBatches(
+            *(len(tokens["train"]), config.batch_size, config.seed, comm.rank(), comm.world_size()),
             accumulate=config.accumulate,
         )
 
         def source(start: int, stop: int) -> Iterator[Batch]:
-            return cached["train"].batches(order, start, stop)
+            return tokens["train"].batches(order, start, stop)
 
-        def trial() -> PriorStage:
-            return PriorStage(copy.deepcopy(generator), cached["validation"], facts, config, engine)
+        def trial() -> PriorTask:
+            return PriorTask(copy.deepcopy(generator), tokens["validation"], metadata, config, engine)
 
-        config = fix_steps(config, self.run_dir, engine, trial, source)
-        stage = PriorStage(generator, cached["validation"], facts, config, engine, judge)
-        return train(stage, config, self.run_dir, engine, source, part)
+        config = resolve_steps(config, self.run_dir, engine, trial, source)
+        stage = PriorTask(generator, tokens["validation"], metadata, config, engine, class_evaluator)
+        return train(stage, config, self.run_dir, engine, source, subrun)
 
-    def _inherit(self, run: DictConfig) -> DictConfig:
-        config = inherit(self.config, run, ["data", "image_size", "model.prior", "model.conditioner"])
+    def _inherited_config(self, run_config: DictConfig) -> DictConfig:
+        config = inherit(self.config, run_config, ["data", "image_size", "model.prior", "model.conditioner"])
         with open_dict(config):
-            for part in TOKENIZER_PARTS:  # what the weights were trained as, whatever the command line says
-                config.model[part] = run.model[part]
+            for part in TOKENIZER_COMPONENTS:  # what the weights were trained as, whatever the command line says
+                config.model[part] = run_config.model[part]
         check_accumulate(config)
-        if config.model.prior is None or not chosen(config.model, "conditioner"):
+        if config.model.prior is None or not group_nodes(config.model, "conditioner"):
             raise UserError(
                 "model.prior and model.conditioner: stage 2 needs both, model/prior=gpt model/conditioner=none"
             )

@@ -6,11 +6,11 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from vqf.config.inherit import inherit
-from vqf.dataloading.encode import Coder, check_size, token_folder, tokenize_part
-from vqf.dataloading.image_files import open_parts
+from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
+from vqf.dataloading.image_files import open_splits
 from vqf.distributed.engine import make_engine
 from vqf.registry import register
-from vqf.runs.load import build_conditions, find_tokenizer, load_tokenizer
+from vqf.runs.load import build_conditioner_stack, find_tokenizer_checkpoint, load_tokenizer
 from vqf.terminal import log
 
 
@@ -23,10 +23,10 @@ class Tokenize:
     killed leaves none half-written.
 
     Args:
-        rows: Views of pictures in a shard: 4096 by default, or as many as the folder began with.
+        rows: Views of images in a shard: 4096 by default, or as many as the folder began with.
     """
 
-    parallel = True
+    distributed = True
 
     def __init__(self, config: DictConfig, run_dir: Path, *, rows: int | None = None) -> None:
         if rows is not None and rows < 1:
@@ -35,18 +35,20 @@ class Tokenize:
 
     def run(self) -> None:
         """Write `<part>-00000.safetensors` and so on, and `<part>.json`, for training and validation."""
-        checkpoint = find_tokenizer(self.config.run)
+        checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "model.conditioner"])
         engine = make_engine(config)
-        tokenizer = engine.place(load_tokenizer(checkpoint))
-        check_size(config, tokenizer)
+        tokenizer = engine.prepare(load_tokenizer(checkpoint))
+        check_image_size(config, tokenizer)
         with open_dict(config):
             config.image_size = list(tokenizer.image_size)
-        data, parts = open_parts(config)
+        data, parts = open_splits(config)
         torch.manual_seed(config.seed)  # as stage 2 does: a condition may have weights
-        conditions = build_conditions(config, tokenizer, data.classes).to(engine.device)
+        conditions = build_conditioner_stack(config, tokenizer, data.classes).to(engine.device)
         folder = token_folder(config, self.run_dir)
         for part, split in parts.items():
-            found = tokenize_part(Coder(tokenizer, conditions, engine), split, part, folder, config, self.rows)
-            log.info("%s: %d views of %d pictures in %d shards", part, found.views, len(found), len(found.shards))
+            found = tokenize_split(TokenEncoder(tokenizer, conditions, engine), split, part, folder, config, self.rows)
+            log.info(
+                "%s: %d views of %d images in %d shards", part, found.num_augmentations, len(found), len(found.shards)
+            )
         log.info("%s", folder)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vqf.distributed import comm
-from vqf.quantizers.codebook import histogram, nearest
+from vqf.quantizers.codebook import index_counts, nearest
 
-KMEANS_ROUNDS = 10
-DECAY = 0.99  # of the mean usage
+KMEANS_ITERATIONS = 10
+USAGE_DECAY = 0.99  # of the mean usage
 
-Start = Literal["latents", "kmeans"]
+CodebookInit = Literal["latents", "kmeans"]
 
 
-class Tally:
+class StepStatistics:
     """What the forwards of one optimizer step have seen: sums over its micro-batches, and the latents of the last.
 
     It is empty between two steps, and so no buffer.
@@ -33,19 +33,19 @@ class Tally:
         self.sums: list[Tensor] = []
         self.latents: Tensor | None = None
 
-    def see(self, latents: Tensor, *sums: Tensor) -> None:
+    def update(self, latents: Tensor, *sums: Tensor) -> None:
         """Take in a micro-batch: its latents (N, D), and what is to be summed."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else list(sums)
         self.latents = latents
 
-    def take(self) -> tuple[list[Tensor], Tensor] | None:
+    def pop(self) -> tuple[list[Tensor], Tensor] | None:
         """Return the sums over all processes, and this one's latents, and forget them; None if there was nothing."""
         sums, latents = self.sums, self.latents
         self.clear()
-        return None if latents is None else ([comm.total(each) for each in sums], latents)
+        return None if latents is None else ([comm.all_reduce_sum(each) for each in sums], latents)
 
 
-class Renewal(nn.Module):
+class CodeRevival(nn.Module):
     """Moves codes that are learned by gradient, after an optimizer step.
 
     What Adam remembers of a code that is moved stays: the code had no gradient for long, so that it has faded.
@@ -53,61 +53,61 @@ class Renewal(nn.Module):
     Args:
         codebook_size: Number of codes.
         revive: A code that is chosen less often a step than this, by a moving average, is moved to a random latent.
-        start: Where codes are moved after the first step; None leaves them.
+        init: Where codes are moved after the first step; None leaves them.
         project: What brings the means of k-means to where codes lie.
     """
 
     N: Tensor
-    started: Tensor
+    initialized: Tensor
 
     def __init__(
         self,
         codebook_size: int,
         revive: float,
-        start: Start | None,
+        init: CodebookInit | None,
         project: Callable[[Tensor], Tensor] = lambda codes: codes,
     ) -> None:
         super().__init__()
-        self.revive, self.start, self.project = revive, start, project
-        self.tally = Tally()
+        self.revive, self.init, self.project = revive, init, project
+        self.step_stats = StepStatistics()
         self.register_buffer("N", torch.ones(codebook_size))
-        self.register_buffer("started", torch.tensor(start is None))
-        self.known_started = start is None  # spares the host from asking the device, once it has said yes
-        self.register_load_state_dict_post_hook(ask_again)
+        self.register_buffer("initialized", torch.tensor(init is None))
+        self.initialized_on_host = init is None  # spares the host from asking the device, once it has said yes
+        self.register_load_state_dict_post_hook(reset_after_load)
 
-    def see(self, latents: Tensor, chosen: Tensor) -> None:
+    def observe(self, latents: Tensor, chosen: Tensor) -> None:
         """Take in the latents (N, D) of a forward and which codes (N,) they chose."""
-        self.tally.see(latents, histogram(chosen, len(self.N)).to(self.N.dtype))
+        self.step_stats.update(latents, index_counts(chosen, len(self.N)).to(self.N.dtype))
 
     @torch.no_grad()
     def update(self, codebook: Tensor) -> dict[str, Tensor]:
         """End an optimizer step: move what has to be moved; returns how many codes were revived."""
-        if (seen := self.tally.take()) is None:
+        if (seen := self.step_stats.pop()) is None:
             return {}
         (n,), latents = seen
-        self.N.lerp_(n, 1 - DECAY)
-        dead = (self.N < self.revive) & self.started
-        moved = dead | ~self.started
+        self.N.lerp_(n, 1 - USAGE_DECAY)
+        dead = (self.N < self.revive) & self.initialized
+        moved = dead | ~self.initialized
         # Drawn whether needed or not: to know, the host would have to wait for the device.
-        codes = draw(latents, len(self.N))
-        if not self.known_started:
-            codes = self._begin(latents, codes)
-        comm.write(codebook, torch.where(moved[:, None], codes.to(codebook.dtype), comm.whole(codebook)))
-        self.N.masked_fill_(dead, max(1 - DECAY, self.revive))  # with less it would be dead before anyone saw it
+        codes = sample_latents(latents, len(self.N))
+        if not self.initialized_on_host:
+            codes = self._initial_codes(latents, codes)
+        comm.copy_full_(codebook, torch.where(moved[:, None], codes.to(codebook.dtype), comm.full_tensor(codebook)))
+        self.N.masked_fill_(dead, max(1 - USAGE_DECAY, self.revive))  # with less it would be dead before anyone saw it
         return {"revived": dead.sum()}
 
-    def _begin(self, latents: Tensor, codes: Tensor) -> Tensor:
+    def _initial_codes(self, latents: Tensor, codes: Tensor) -> Tensor:
         """Return where the codes start, unless they have; from now on they have."""
-        if self.start == "kmeans" and not self.started:
+        if self.init == "kmeans" and not self.initialized:
             codes = kmeans(latents, codes, self.project)
-        self.started.fill_(True)
-        self.known_started = True
+        self.initialized.fill_(True)
+        self.initialized_on_host = True
         return codes
 
 
-def renewal(
-    codebook_size: int, revive: float, start: Start | None, project: Callable[[Tensor], Tensor] | None = None
-) -> Renewal | None:
+def make_revival(
+    codebook_size: int, revive: float, init: CodebookInit | None, project: Callable[[Tensor], Tensor] | None = None
+) -> CodeRevival | None:
     """Build what moves codes, if anything is to.
 
     Raises:
@@ -115,42 +115,44 @@ def renewal(
     """
     if revive < 0:
         raise ValueError(f"revive={revive}: how often a step a living code is chosen; 0 never revives")
-    if not revive and start is None:
+    if not revive and init is None:
         return None
-    return Renewal(codebook_size, revive, start, *([project] if project else []))
+    return CodeRevival(codebook_size, revive, init, *([project] if project else []))
 
 
-def ask_again(module: Any, incompatible_keys: Any) -> None:
-    """After loading a state: `started` may be anything, and what a step that was given up has seen does not count."""
-    module.known_started = False
-    module.tally.clear()
+def reset_after_load(module: Any, incompatible_keys: Any) -> None:
+    """After loading a state: `initialized` may be anything, and what a step that was given up has seen does not
+    count."""
+    module.initialized_on_host = False
+    module.step_stats.clear()
 
 
-def draw(latents: Tensor, count: int) -> Tensor:
-    """Draw `count` latents of all processes' (N, D), the same in each, with a little noise where they repeat."""
-    several = comm.world() * len(latents)
+def sample_latents(latents: Tensor, count: int) -> Tensor:
+    """Draw `count_and_sum` latents of all processes' (N, D), the same in each, with a little noise where they
+    repeat."""
+    several = comm.world_size() * len(latents)
     if several >= count:
-        return _at(latents, torch.randperm(several, device=latents.device)[:count])
-    drawn = _at(latents, torch.randint(several, (count,), device=latents.device))
-    return drawn + 0.01 * drawn.std() * comm.from_first(torch.randn_like(drawn))
+        return _gather_rows(latents, torch.randperm(several, device=latents.device)[:count])
+    drawn = _gather_rows(latents, torch.randint(several, (count,), device=latents.device))
+    return drawn + 0.01 * drawn.std() * comm.broadcast(torch.randn_like(drawn))
 
 
 def kmeans(latents: Tensor, codes: Tensor, project: Callable[[Tensor], Tensor] = lambda codes: codes) -> Tensor:
     """Improve codes (V, D) by Lloyd's algorithm on all processes' latents (N, D); one that nobody chooses stays."""
-    for _ in range(KMEANS_ROUNDS):
-        n, total = (comm.total(each) for each in count(latents, nearest(latents, codes), len(codes)))
+    for _ in range(KMEANS_ITERATIONS):
+        n, total = (comm.all_reduce_sum(each) for each in count_and_sum(latents, nearest(latents, codes), len(codes)))
         codes = project(torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], codes))
     return codes
 
 
-def count(latents: Tensor, chosen: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def count_and_sum(latents: Tensor, chosen: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return how often each code was chosen (V,), and the sum of its latents (V, D)."""
     total = latents.new_zeros(size, latents.shape[1]).index_add_(0, chosen, latents)
-    return histogram(chosen, size).to(latents.dtype), total
+    return index_counts(chosen, size).to(latents.dtype), total
 
 
-def _at(latents: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(latents: Tensor, rows: Tensor) -> Tensor:
     """Return rows of the latents of all processes behind each other, those that the first one has drawn."""
-    rows = comm.from_first(rows)
+    rows = comm.broadcast(rows)
     mine = (rows // len(latents) == comm.rank())[:, None]
-    return comm.total(torch.where(mine, latents[rows % len(latents)], 0))
+    return comm.all_reduce_sum(torch.where(mine, latents[rows % len(latents)], 0))

@@ -30,21 +30,21 @@ def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
     return quantized.detach() + (latents - latents.detach())
 
 
-def histogram(indices: Tensor, size: int) -> Tensor:
+def index_counts(indices: Tensor, size: int) -> Tensor:
     """Count how often each of `size` codes occurs in indices of any shape -> (size,) int64."""
     # torch.bincount would make the host wait for a GPU.
     flat = indices.flatten()
     return flat.new_zeros(size).index_add_(0, flat, torch.ones_like(flat))
 
 
-def usage(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
+def usage_stats(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
     """Describe how a batch uses the codebook: perplexity exp(-Σ p log p), and the share of codes it touches.
 
     Args:
         counts: How often each code is chosen.
         training: Whether every process is here with its part of the batch, and all of it is to be described.
     """
-    counts = comm.total(counts) if training else counts
+    counts = comm.all_reduce_sum(counts) if training else counts
     p = counts / counts.sum().clamp(min=1)
     entropy = -(p * (p + 1e-10).log()).sum()
     return {"perplexity": entropy.exp(), "batch_usage": (counts > 0).float().mean()}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vqf.distributed import comm
 from vqf.protocols import Quantized
-from vqf.quantizers.code_revival import Start, renewal
-from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.code_revival import CodebookInit, make_revival
+from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -33,7 +33,7 @@ class CosineQuantizer(nn.Module):
             and a column for every code.
         entropy_temperature: Its softmax is over -|ẑ - ê|² divided by this.
         revive: As for `vq`.
-        start: As for `vq`; the means of k-means are brought back to the sphere.
+        init: As for `vq`; the means of k-means are brought back to the sphere.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class CosineQuantizer(nn.Module):
         entropy: float = 0.0,
         entropy_temperature: float = 0.01,
         revive: float = 0.0,
-        start: Start | None = None,
+        init: CodebookInit | None = None,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, codebook_size=codebook_size)
@@ -57,7 +57,7 @@ class CosineQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1, 1)
         with torch.no_grad():
             self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=1))
-        self.renewal = renewal(codebook_size, revive, start, F.normalize)
+        self.revival = make_revival(codebook_size, revive, init, F.normalize)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, dim, h, w); the result has norm 1 in every cell."""
@@ -65,8 +65,8 @@ class CosineQuantizer(nn.Module):
         z = F.normalize(z, dim=1)
         flat, codes = rearrange(z, "b d h w -> (b h w) d"), F.normalize(self.codebook.weight, dim=1)
         chosen = nearest(flat.detach(), codes.detach())
-        if self.renewal is not None and self.training and torch.is_grad_enabled():
-            self.renewal.see(flat.detach(), chosen)
+        if self.revival is not None and self.training and torch.is_grad_enabled():
+            self.revival.observe(flat.detach(), chosen)
         indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         commitment_loss = F.mse_loss(z, e.detach())
@@ -74,12 +74,15 @@ class CosineQuantizer(nn.Module):
         if self.entropy:
             # -|ẑ - ê|² is 2 ẑ·ê but for a constant
             loss = loss + self.entropy * entropy_loss(2 * flat @ codes.T / self.entropy_temperature, self.training)
-        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
+        stats = {
+            **usage_stats(index_counts(indices, self.vocab_size), self.training),
+            "commitment": commitment_loss.detach(),
+        }
         return Quantized(straight_through(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
         """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
-        return {} if self.renewal is None else self.renewal.update(self.codebook.weight)
+        return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, dim, h, w) of indices (B, h, w), each of norm 1."""
@@ -95,5 +98,5 @@ def entropy_loss(logits: Tensor, training: bool = False) -> Tensor:
     """
     log_p = logits.log_softmax(1)
     p = log_p.exp()
-    mean = comm.joint_mean(p.mean(0)) if training else p.mean(0)
+    mean = comm.all_reduce_mean_with_grad(p.mean(0)) if training else p.mean(0)
     return -(p * log_p).sum(1).mean() + (mean * mean.clamp(min=1e-10).log()).sum()

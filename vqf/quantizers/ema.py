@@ -12,8 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.protocols import Quantized
-from vqf.quantizers.code_revival import Start, Tally, ask_again, count, draw, kmeans
-from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.code_revival import (
+    CodebookInit,
+    StepStatistics,
+    count_and_sum,
+    kmeans,
+    reset_after_load,
+    sample_latents,
+)
+from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -32,7 +39,7 @@ class EMAQuantizer(nn.Module):
         epsilon: ε of the Laplace smoothing.
         revive: A code whose N_k falls below this is moved to a random latent of the batch, with the averages
             of a code that was counted there once, and at least this N_k; 0 never revives.
-        start: Where codes begin, on the first batch of training: at latents of it, or at the means of a few
+        init: Where codes begin, on the first batch of training: at latents of it, or at the means of a few
             rounds of k-means from there.
         debias: Divide both averages by 1 - γ^t, so that nothing of their start is left in them, as Sonnet does.
             Without revival a code that was never chosen then lies at 0.
@@ -41,7 +48,7 @@ class EMAQuantizer(nn.Module):
     N: Tensor
     m: Tensor
     codebook: Tensor
-    started: Tensor
+    initialized: Tensor
     updates: Tensor
 
     def __init__(
@@ -53,7 +60,7 @@ class EMAQuantizer(nn.Module):
         beta: float = 0.25,
         epsilon: float = 1e-5,
         revive: float = 0.03,
-        start: Start = "latents",
+        init: CodebookInit = "latents",
         debias: bool = False,
     ) -> None:
         super().__init__()
@@ -62,31 +69,34 @@ class EMAQuantizer(nn.Module):
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.dim, self.vocab_size = dim, codebook_size
         self.decay, self.beta, self.epsilon, self.revive = decay, beta, epsilon, revive
-        self.start, self.debias = start, debias
+        self.init, self.debias = init, debias
         self.register_buffer("codebook", torch.randn(codebook_size, dim))
         self.register_buffer("N", torch.ones(codebook_size))
         self.register_buffer("m", self.codebook.clone())
-        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(False))
         if debias:
             self.register_buffer("updates", torch.tensor(0))
-        self.tally = Tally()
-        self.known_started = False  # spares the host from asking the device, once it has said yes
-        self.register_load_state_dict_post_hook(ask_again)
+        self.step_stats = StepStatistics()
+        self.initialized_on_host = False  # spares the host from asking the device, once it has said yes
+        self.register_load_state_dict_post_hook(reset_after_load)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, dim, h, w); one that gradients are taken of counts for the next `update`."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
-        if self.training and not self.known_started:
-            self._start(flat)
+        if self.training and not self.initialized_on_host:
+            self._init_codebook(flat)
         chosen = nearest(flat, self.codebook)
         indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         commitment_loss = F.mse_loss(z, e)
-        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
+        stats = {
+            **usage_stats(index_counts(indices, self.vocab_size), self.training),
+            "commitment": commitment_loss.detach(),
+        }
         if self.training and torch.is_grad_enabled():
             flat = flat.to(self.m.dtype)
-            self.tally.see(flat, *count(flat, chosen, self.vocab_size))
+            self.step_stats.update(flat, *count_and_sum(flat, chosen, self.vocab_size))
         return Quantized(straight_through(z, e), indices, self.beta * commitment_loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -96,10 +106,10 @@ class EMAQuantizer(nn.Module):
     @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
         """End an optimizer step: move the averages and the codes; returns how many codes were revived."""
-        if (seen := self.tally.take()) is None:
+        if (seen := self.step_stats.pop()) is None:
             return {}
         (n, total), latents = seen
-        rate = self._rate()
+        rate = self._ema_rate()
         self.N.lerp_(n, rate)
         self.m.lerp_(total, rate)
         dead = self.N < self.revive
@@ -111,17 +121,17 @@ class EMAQuantizer(nn.Module):
         return {"revived": dead.sum()}
 
     @torch.no_grad()
-    def _start(self, flat: Tensor) -> None:
+    def _init_codebook(self, flat: Tensor) -> None:
         """Begin with codes at latents of the first batch: random ones far away would never be chosen."""
-        if not self.started:
+        if not self.initialized:
             flat = flat.to(self.m.dtype)
-            codes = draw(flat, self.vocab_size)
-            self.codebook.copy_(kmeans(flat, codes) if self.start == "kmeans" else codes)
+            codes = sample_latents(flat, self.vocab_size)
+            self.codebook.copy_(kmeans(flat, codes) if self.init == "kmeans" else codes)
             self.m.copy_(self.codebook)
-            self.started.fill_(True)
-        self.known_started = True
+            self.initialized.fill_(True)
+        self.initialized_on_host = True
 
-    def _rate(self) -> Tensor:
+    def _ema_rate(self) -> Tensor:
         """Return how far the averages go this time: 1 - γ, or what makes them a_t / (1 - γ^t) with a_0 = 0."""
         rate = torch.full_like(self.N[0], 1 - self.decay)
         if self.debias:
@@ -130,7 +140,7 @@ class EMAQuantizer(nn.Module):
         return rate
 
     def _revive(self, flat: Tensor, dead: Tensor) -> None:
-        fresh = draw(flat, self.vocab_size)
+        fresh = sample_latents(flat, self.vocab_size)
         average = max(1 - self.decay, self.revive)  # with less it would be dead again before anyone saw it
         # The sums move together with the code: a code revived without them falls back at the next update.
         self.N.masked_fill_(dead, average)

@@ -11,7 +11,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from vqf.protocols import Quantized
-from vqf.quantizers.codebook import check_positive, histogram, usage
+from vqf.quantizers.codebook import check_positive, index_counts, usage_stats
 from vqf.registry import register
 
 
@@ -65,10 +65,10 @@ class GumbelQuantizer(nn.Module):
         temperature = self._temperature(logits)
         noisy = logits + _gumbel(logits) if self.training else logits
         indices = noisy.argmax(1)
-        latents = self._codes((noisy / temperature).softmax(1), indices)
+        latents = self._embed((noisy / temperature).softmax(1), indices)
         kl = self._kl(logits)
-        counts = histogram(indices, self.vocab_size)
-        stats = {**usage(counts, self.training), "kl": kl.detach(), "temperature": temperature}
+        counts = index_counts(indices, self.vocab_size)
+        stats = {**usage_stats(counts, self.training), "kl": kl.detach(), "temperature": temperature}
         return Quantized(latents, indices, self.kl_weight * kl, stats)
 
     def update(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class GumbelQuantizer(nn.Module):
         """Return the codes (B, dim, h, w) of indices (B, h, w)."""
         return self.codebook(indices).movedim(-1, 1)
 
-    def _codes(self, y: Tensor, indices: Tensor) -> Tensor:
+    def _embed(self, y: Tensor, indices: Tensor) -> Tensor:
         """Mix the codes by y (B, V, h, w), or take one of them and, for the gradient, the mixture."""
         if self.training and not self.straight_through:
             return _mix(y, self.codebook.weight)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqf.quantizers.code_revival import Start
+from vqf.quantizers.code_revival import CodebookInit
 from vqf.quantizers.codebook import straight_through
 from vqf.quantizers.vq import VectorQuantizer
 from vqf.registry import register
@@ -29,10 +29,10 @@ class RotationQuantizer(VectorQuantizer):
         dim: As for `vq`.
         codebook_size: As for `vq`.
         beta: As for `vq`.
-        beta_on: As for `vq`.
+        beta_placement: As for `vq`.
         weight: As for `vq`.
         revive: As for `vq`.
-        start: As for `vq`.
+        init: As for `vq`.
     """
 
     def __init__(
@@ -41,22 +41,22 @@ class RotationQuantizer(VectorQuantizer):
         dim: int = 256,
         codebook_size: int = 1024,
         beta: float = 0.25,
-        beta_on: Literal["commitment", "codebook"] = "commitment",
+        beta_placement: Literal["commitment", "codebook"] = "commitment",
         weight: float = 1.0,
         revive: float = 0.0,
-        start: Start | None = None,
+        init: CodebookInit | None = None,
     ) -> None:
         super().__init__(
             dim=dim,
             codebook_size=codebook_size,
             beta=beta,
-            beta_on=beta_on,
+            beta_placement=beta_placement,
             weight=weight,
             revive=revive,
-            start=start,
+            init=init,
         )
 
-    def estimate(self, z: Tensor, e: Tensor) -> Tensor:
+    def estimate_gradient(self, z: Tensor, e: Tensor) -> Tensor:
         """Return the codes `e` (B, dim, h, w), with the gradient for `z` of turning and scaling it onto them."""
         return straight_through(rotate(z, e), e)
 

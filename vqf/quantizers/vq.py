@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.protocols import Quantized
-from vqf.quantizers.code_revival import Start, renewal
-from vqf.quantizers.codebook import check_positive, histogram, nearest, straight_through, usage
+from vqf.quantizers.code_revival import CodebookInit, make_revival
+from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -25,12 +25,12 @@ class VectorQuantizer(nn.Module):
         dim: Channels of a code (embed_dim).
         codebook_size: Number of codes (n_embed).
         beta: The weight on one of the two terms of the loss, 0.25 in both papers.
-        beta_on: Which term: "commitment" is the equation; "codebook" is what the code of VQGAN does
+        beta_placement: Which term: "commitment" is the equation; "codebook" is what the code of VQGAN does
             (`legacy=True`) and every published VQGAN was trained with, a commitment weight of 1 in effect.
         weight: Weight of the two terms together in the total loss (codebook_weight).
         revive: A code that is chosen less often a step than this, by a moving average, is moved to a random latent
             of the batch; 0 never revives.
-        start: Where codes begin, after the first step: at latents of its batch, or at the means of a few rounds of
+        init: Where codes begin, after the first step: at latents of its batch, or at the means of a few rounds of
             k-means from there; by default where they are drawn, as published.
     """
 
@@ -40,41 +40,44 @@ class VectorQuantizer(nn.Module):
         dim: int = 256,
         codebook_size: int = 1024,
         beta: float = 0.25,
-        beta_on: Literal["commitment", "codebook"] = "commitment",
+        beta_placement: Literal["commitment", "codebook"] = "commitment",
         weight: float = 1.0,
         revive: float = 0.0,
-        start: Start | None = None,
+        init: CodebookInit | None = None,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, codebook_size=codebook_size)
         self.dim, self.vocab_size = dim, codebook_size
         self.weight = weight
-        self.codebook_weight = beta if beta_on == "codebook" else 1.0
-        self.commitment_weight = beta if beta_on == "commitment" else 1.0
+        self.codebook_weight = beta if beta_placement == "codebook" else 1.0
+        self.commitment_weight = beta if beta_placement == "commitment" else 1.0
         self.codebook = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
-        self.renewal = renewal(codebook_size, revive, start)
+        self.revival = make_revival(codebook_size, revive, init)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, dim, h, w)."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
         chosen = nearest(flat, self.codebook.weight.detach())
-        if self.renewal is not None and self.training and torch.is_grad_enabled():
-            self.renewal.see(flat, chosen)
+        if self.revival is not None and self.training and torch.is_grad_enabled():
+            self.revival.observe(flat, chosen)
         indices = rearrange(chosen, "(b h w) -> b h w", b=b, h=h)
         e = self.lookup(indices)
         codebook_loss = F.mse_loss(e, z.detach())
         commitment_loss = F.mse_loss(z, e.detach())
         loss = self.weight * (self.codebook_weight * codebook_loss + self.commitment_weight * commitment_loss)
-        stats = {**usage(histogram(indices, self.vocab_size), self.training), "commitment": commitment_loss.detach()}
-        return Quantized(self.estimate(z, e), indices, loss, stats)
+        stats = {
+            **usage_stats(index_counts(indices, self.vocab_size), self.training),
+            "commitment": commitment_loss.detach(),
+        }
+        return Quantized(self.estimate_gradient(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
         """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
-        return {} if self.renewal is None else self.renewal.update(self.codebook.weight)
+        return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
-    def estimate(self, z: Tensor, e: Tensor) -> Tensor:
+    def estimate_gradient(self, z: Tensor, e: Tensor) -> Tensor:
         """Return the codes `e`, with an estimate of their gradient for the latents `z`: the straight-through one."""
         return straight_through(z, e)
 

@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from vqf.errors import UserError
 from vqf.runs import checkpoint as checkpoints
 from vqf.runs import checkpoint_writer
-from vqf.runs.retention import Best
+from vqf.runs.retention import BestCriterion
 from vqf.runs.snapshot import Snapshot
 from vqf.terminal import log
 
-CURE = "Make room, and go on with resume=true"
+HINT = "Make room, and go on with resume=true"
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes one snapshot at a time, in a thread of its own.
 
     A step never waits for the disk. A snapshot that comes while another is being written waits for its turn; if a
@@ -29,7 +29,7 @@ class Saver:
         run_dir: The run's folder.
         config: The words of `checkpoint`.
         best: Which checkpoint is kept beside the newest.
-        before: Called in the thread before each is written.
+        before_write: Called in the thread before each is written.
         every: The newest checkpoint at a multiple of this is kept, too.
     """
 
@@ -37,16 +37,16 @@ class Saver:
         self,
         run_dir: Path,
         config: DictConfig,
-        best: Best | None,
-        before: Callable[[], None],
+        best: BestCriterion | None,
+        before_write: Callable[[], None],
         every: int | None = None,
     ) -> None:
-        self.run_dir, self.config, self.before = run_dir, config, before
+        self.run_dir, self.config, self.before_write = run_dir, config, before_write
         self.retention: dict[str, Any] = {"keep": config.keep, "best": best, "every": every}
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.writing: tuple[Snapshot, Future[Path]] | None = None
-        self.waiting: Snapshot | None = None
-        self.lost: Snapshot | None = None  # the last one that could not be written
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.in_progress: tuple[Snapshot, Future[Path]] | None = None
+        self.queued: Snapshot | None = None
+        self.failed: Snapshot | None = None  # the last one that could not be written
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write a snapshot, or have it wait for its turn.
@@ -55,15 +55,15 @@ class Saver:
             UserError: If an earlier one could not be written and the run is to stop.
         """
         self.check()
-        if self.writing is None:
-            self._begin(snapshot)
+        if self.in_progress is None:
+            self._submit(snapshot)
         else:
-            if self.waiting is not None:
-                step = _step(self.waiting)
+            if self.queued is not None:
+                step = _step_of(self.queued)
                 log.warning("step %d is not saved: the disk is slower than checkpoint.every", step)
-            self.waiting = snapshot
+            self.queued = snapshot
         if not self.config.background:
-            self.settle()
+            self.wait()
 
     def check(self) -> None:
         """Answer what has become of the last snapshot, if it is known, and begin with the next.
@@ -71,70 +71,70 @@ class Saver:
         Raises:
             UserError: If it could not be written and the run is to stop.
         """
-        if self.writing is None or not self.writing[1].done():
+        if self.in_progress is None or not self.in_progress[1].done():
             return
-        (snapshot, future), self.writing = self.writing, None
-        following, self.waiting = self.waiting, None
+        (snapshot, future), self.in_progress = self.in_progress, None
+        following, self.queued = self.queued, None
         if following is not None:
-            self._begin(following)
+            self._submit(following)
         try:
             log.info("saved %s", future.result())
-            self.lost = None
+            self.failed = None
         except OSError as error:
-            self.lost = snapshot
-            self._answer(_step(snapshot), error)
+            self.failed = snapshot
+            self._handle_error(_step_of(snapshot), error)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until everything is written.
 
         Raises:
             UserError: If something could not be, and the run is to stop.
         """
-        while self.writing is not None:
-            self.writing[1].exception()
+        while self.in_progress is not None:
+            self.in_progress[1].exception()
             self.check()
 
-    def amend(self, state: Mapping[str, Any]) -> None:
+    def update_state(self, state: Mapping[str, Any]) -> None:
         """Wait for the checkpoint of a step, and give it another state: what a look has found.
 
         Raises:
             UserError: If something could not be written and the run is to stop.
         """
-        self.settle()
-        if self.lost is not None and _step(self.lost) == state["step"]:
-            self.lost = replace(self.lost, state=state)
+        self.wait()
+        if self.failed is not None and _step_of(self.failed) == state["step"]:
+            self.failed = replace(self.failed, state=state)
             return
         try:
-            checkpoint_writer.amend(self.run_dir, state, **self.retention)
+            checkpoint_writer.update_state(self.run_dir, state, **self.retention)
         except OSError as error:
-            self._answer(state["step"], error)
+            self._handle_error(state["step"], error)
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Wait until the last snapshot is written, which is tried once more if it could not be.
 
         Raises:
             UserError: If it still cannot: the run has nothing to show for its last steps.
         """
-        self.settle()
-        if self.lost is None:
+        self.wait()
+        if self.failed is None:
             return
         try:
-            log.info("saved %s", self._write(self.lost))
+            log.info("saved %s", self._write(self.failed))
         except OSError as error:
-            raise UserError(f"{self._words(_step(self.lost), error)}. {CURE}") from error
-        self.lost = None
+            raise UserError(f"{self._error_message(_step_of(self.failed), error)}. {HINT}") from error
+        self.failed = None
 
     def close(self) -> None:
         """Wait for the thread; what has not begun is not written any more."""
-        self.waiting = None
-        self.thread.shutdown(wait=True)
+        self.queued = None
+        self.executor.shutdown(wait=True)
 
-    def _begin(self, snapshot: Snapshot) -> None:
-        self.writing = snapshot, self.thread.submit(self._write, snapshot)
+    def _submit(self, snapshot: Snapshot) -> None:
+        self.in_progress = snapshot, self.executor.submit(self._write, snapshot)
 
     def _write(self, snapshot: Snapshot) -> Path:
-        self.before()
-        return checkpoint_writer.save(
+        self.before_write()
+        return checkpoint_writer.write_checkpoint(
             self.run_dir,
             state=snapshot.state,
             config=snapshot.config,
@@ -143,19 +143,19 @@ class Saver:
             **self.retention,
         )
 
-    def _answer(self, step: int, error: OSError) -> None:
-        line = self._words(step, error)
+    def _handle_error(self, step: int, error: OSError) -> None:
+        line = self._error_message(step, error)
         if self.config.on_failure == "stop":
-            raise UserError(f"{line}. {CURE}") from error
+            raise UserError(f"{line}. {HINT}") from error
         log.warning("%s; going on, the next one is tried as usual", line)
 
-    def _words(self, step: int, error: OSError) -> str:
-        folder = self.run_dir / checkpoints.FOLDER
+    def _error_message(self, step: int, error: OSError) -> str:
+        folder = self.run_dir / checkpoints.CHECKPOINTS_FOLDER
         kept = max((path.name for path in folder.glob("step-*")), default=None)
         return f"the checkpoint of step {step} cannot be written to {folder}: {error.strerror or error}; " + (
             f"{kept} is kept" if kept else "there is no earlier one"
         )
 
 
-def _step(snapshot: Snapshot) -> int:
+def _step_of(snapshot: Snapshot) -> int:
     return snapshot.state["step"]

@@ -6,7 +6,6 @@ beside its final name, flushed to disk, and renamed; the manifest is what makes 
 safetensors nor torch notices a flipped byte.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -23,16 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from yaml import YAMLError
 
-from vqf.config.untrusted import check_resolved
+from vqf.config.untrusted import check_no_interpolations
 from vqf.errors import UserError
+from vqf.hashing import sha256_of_file
 from vqf.terminal import log
 
-FORMAT = 1
-FOLDER = "checkpoints"
+FORMAT = 2
+CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-PARTS = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")  # that no checkpoint is without
-KINDS = ("stage1", "stage2")
+REQUIRED_FILES = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")  # that no checkpoint is without
+STAGES = ("stage1", "stage2")
 
 
 class BrokenCheckpointError(UserError):
@@ -59,26 +59,26 @@ class Checkpoint:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its pictures.
+        """Height and width of its images.
 
         Raises:
             BrokenCheckpointError: If it does not say so.
         """
         size = self.state.get("image_size")
         if not isinstance(size, list) or len(size) != 2 or any(type(each) is not int or each < 1 for each in size):
-            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how large its pictures are")
+            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how large its images are")
         return size[0], size[1]
 
     @property
     def channels(self) -> int:
-        """Channels of its pictures.
+        """Channels of its images.
 
         Raises:
             BrokenCheckpointError: If it says something else.
         """
         channels = self.state.get("channels", 3)
         if type(channels) is not int or channels < 1:
-            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how many channels its pictures have")
+            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how many channels its images have")
         return channels
 
     @property
@@ -93,11 +93,11 @@ class Checkpoint:
             raise BrokenCheckpointError(f"{self.path}: {STATE} does not name the classes")
         return classes
 
-    def has(self, name: str) -> bool:
+    def has_weights(self, name: str) -> bool:
         """Tell whether weights of this name are inside."""
         return (self.path / f"{name}.safetensors").is_file()
 
-    def weights(self, name: str) -> dict[str, Tensor]:
+    def load_weights(self, name: str) -> dict[str, Tensor]:
         """Read weights, on the CPU.
 
         Raises:
@@ -108,7 +108,7 @@ class Checkpoint:
         except SafetensorError as error:
             raise BrokenCheckpointError(f"{self.path}: {name}.safetensors holds no weights ({error})") from error
 
-    def optimizers(self) -> dict[str, Any]:
+    def load_optimizers(self) -> dict[str, Any]:
         """Read the states of optimizers and schedules, on the CPU.
 
         Raises:
@@ -129,37 +129,40 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise BrokenCheckpointError(f"{path}: format {manifest.get('format')} of a checkpoint; this vqf reads {FORMAT}")
-    listed = _mapping(manifest.get("files"))
+        raise BrokenCheckpointError(
+            f"{path}: a checkpoint of format {manifest.get('format')}, and this vqf reads format {FORMAT}; "
+            "use the version of vqf that wrote it, or train again"
+        )
+    listed = _as_mapping(manifest.get("files"))
     for name, facts in listed.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise BrokenCheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != _mapping(facts).get("size") or _sha256(file) != facts.get("sha256"):
+        if file.stat().st_size != _as_mapping(facts).get("size") or sha256_of_file(file) != facts.get("sha256"):
             raise BrokenCheckpointError(f"{path}: {name} is not what was written (size or hash differ)")
     weights = [file.name for file in sorted(path.glob("*.safetensors"))]
-    for name in (each for each in (*PARTS, *weights) if each not in listed):
+    for name in (each for each in (*REQUIRED_FILES, *weights) if each not in listed):
         raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
     state, config = read_json(path / STATE), _read_config(path / "config.yaml")
-    check_resolved(state.get("coders"), path / STATE)  # which become config, too
-    if state.get("kind") not in KINDS or type(state.get("step")) is not int:
+    check_no_interpolations(state.get("condition_tokenizers"), path / STATE)  # which become config, too
+    if state.get("kind") not in STAGES or type(state.get("step")) is not int:
         raise BrokenCheckpointError(f"{path}: state.json does not say of which stage and step it is")
     return Checkpoint(path, state, config)
 
 
-def names(run_dir: Path) -> list[str]:
+def checkpoint_names(run_dir: Path) -> list[str]:
     """Name the checkpoints of a run in the order of their steps, whole or not."""
-    return [path.name for path in step_folders(run_dir / FOLDER)]
+    return [path.name for path in checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)]
 
 
-def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
+def latest_checkpoint(run_dir: Path, every: int = 1) -> Checkpoint | None:
     """Open the newest whole checkpoint of a run; those passed over are named in the log.
 
     Args:
         run_dir: The run's folder.
         every: Only look at steps that are multiples of this.
     """
-    for path in reversed(step_folders(run_dir / FOLDER)):
+    for path in reversed(checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)):
         if step_of(path) % every:
             continue
         try:
@@ -169,10 +172,10 @@ def newest(run_dir: Path, every: int = 1) -> Checkpoint | None:
     return None
 
 
-def every_checkpoint(run_dir: Path) -> list[Checkpoint]:
+def all_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """Open the whole checkpoints of a run in the order of their steps; those passed over are named in the log."""
     found = []
-    for path in step_folders(run_dir / FOLDER):
+    for path in checkpoint_folders(run_dir / CHECKPOINTS_FOLDER):
         try:
             found.append(open_checkpoint(path))
         except BrokenCheckpointError as error:
@@ -180,40 +183,42 @@ def every_checkpoint(run_dir: Path) -> list[Checkpoint]:
     return found
 
 
-def locate(path: str | Path | None, accepts: Callable[[Checkpoint], bool], wanted: str, cure: str) -> Checkpoint:
+def find_checkpoint(
+    path: str | Path | None, accepts: Callable[[Checkpoint], bool], description: str, hint: str
+) -> Checkpoint:
     """Find the checkpoint that `run=PATH` means: a run's folder, or one of its checkpoints.
 
     Args:
         path: What the user gave.
         accepts: Whether a checkpoint is of the kind that is asked for.
-        wanted: Words for that kind.
-        cure: What to do where there is none.
+        description: Words for that kind.
+        hint: What to do where there is none.
 
     Raises:
         UserError: If there is none, in one line.
     """
     if path is None:
-        raise UserError(f"run: give run=FOLDER, {wanted}; {cure}")
+        raise UserError(f"run: give run=FOLDER, {description}; {hint}")
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"run={path}: no such folder; give {wanted}")
+        raise UserError(f"run={path}: no such folder; give {description}")
     # the folder of pipeline=full holds one run for each stage
     found = [open_checkpoint(root)] if (root / MANIFEST).is_file() else []
-    found += [each for each in map(newest, (root, root / "stage2", root / "stage1")) if each and not found]
+    found += [each for each in map(latest_checkpoint, (root, root / "stage2", root / "stage1")) if each and not found]
     for checkpoint in found:
         if accepts(checkpoint):
             return checkpoint
     if found:
-        raise UserError(f"run={path} holds a {found[0].kind} run, but this needs {wanted}; {cure}")
-    raise UserError(f"run={path}: no whole checkpoint in it; give {wanted}")
+        raise UserError(f"run={path} holds a {found[0].kind} run, but this needs {description}; {hint}")
+    raise UserError(f"run={path}: no whole checkpoint in it; give {description}")
 
 
-def run_folder(checkpoint: Path) -> Path:
+def run_dir_of(checkpoint: Path) -> Path:
     """Return the run's folder that a checkpoint's folder lies in, or the path itself if it is no checkpoint."""
-    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     """Name the folder of a checkpoint."""
     return f"step-{step:08d}"
 
@@ -224,12 +229,12 @@ def step_of(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def facts_of(file: Path) -> dict[str, Any]:
+def file_entry(file: Path) -> dict[str, Any]:
     """Return what a manifest says of a file."""
-    return {"size": file.stat().st_size, "sha256": _sha256(file)}
+    return {"size": file.stat().st_size, "sha256": sha256_of_file(file)}
 
 
-def step_folders(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """List the checkpoints by step; where a writer was killed while it replaced one, the one that was there."""
     if not folder.is_dir():
         return []
@@ -253,9 +258,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _mapping(found: Any) -> dict[str, Any]:
+def _as_mapping(value: Any) -> dict[str, Any]:
     """Return what should be a mapping, and an empty one for anything else."""
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_config(path: Path) -> DictConfig:
@@ -267,10 +272,5 @@ def _read_config(path: Path) -> DictConfig:
         raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({reason})") from error
     if not isinstance(config, DictConfig):
         raise BrokenCheckpointError(f"{path.parent}: {path.name} is no config")
-    check_resolved(OmegaConf.to_container(config, resolve=False), path)
+    check_no_interpolations(OmegaConf.to_container(config, resolve=False), path)
     return config
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,15 +9,25 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vqf.atomic import beside, link, recover, write_states, write_weights
-from vqf.runs.checkpoint import FOLDER, FORMAT, MANIFEST, STATE, facts_of, name_of, read_json, step_folders, step_of
-from vqf.runs.retention import Best, prune
+from vqf.atomic import atomic_folder, link_or_copy, recover_interrupted, write_torch, write_weights
+from vqf.runs.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    FORMAT,
+    MANIFEST,
+    STATE,
+    checkpoint_folders,
+    file_entry,
+    folder_name,
+    read_json,
+    step_of,
+)
+from vqf.runs.retention import BestCriterion, prune_checkpoints
 from vqf.terminal import log
 
-ASIDE = "aside-"  # in front of the name of a checkpoint that the run does not count any more
+ARCHIVE_PREFIX = "aside-"  # in front of the name of a checkpoint that the run does not count any more
 
 
-def save(
+def write_checkpoint(
     run_dir: Path,
     *,
     state: Mapping[str, Any],
@@ -25,7 +35,7 @@ def save(
     weights: Mapping[str, Mapping[str, Tensor]],
     optimizers: Mapping[str, Any],
     keep: int,
-    best: Best | None = None,
+    best: BestCriterion | None = None,
     every: int | None = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]`, then delete others.
@@ -38,11 +48,11 @@ def save(
     Raises:
         OSError: If it cannot be written; earlier checkpoints are untouched then.
     """
-    final = run_dir / FOLDER / name_of(state["step"])
-    with beside(final) as folder_now:
+    final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
+    with atomic_folder(final) as folder_now:
         for name, tensors in weights.items():
             write_weights(tensors, folder_now / f"{name}.safetensors")
-        write_states(optimizers, folder_now / "optimizers.pt")
+        write_torch(optimizers, folder_now / "optimizers.pt")
         (folder_now / STATE).write_text(json.dumps(state, indent=1))
         OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
         _write_manifest(folder_now, state)
@@ -50,49 +60,49 @@ def save(
     return final
 
 
-def amend(
-    run_dir: Path, state: Mapping[str, Any], *, keep: int, best: Best | None = None, every: int | None = None
+def update_state(
+    run_dir: Path, state: Mapping[str, Any], *, keep: int, best: BestCriterion | None = None, every: int | None = None
 ) -> Path:
     """Give the checkpoint of `state["step"]` another state; no other file of it is written again.
 
     Raises:
         OSError: If it cannot be written; the checkpoint is as it was then.
     """
-    final = run_dir / FOLDER / name_of(state["step"])
+    final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
     manifest = read_json(final / MANIFEST)
-    with beside(final) as folder_now:
+    with atomic_folder(final) as folder_now:
         for name in manifest["files"].keys() - {STATE}:
-            link(final / name, folder_now / name)
+            link_or_copy(final / name, folder_now / name)
         (folder_now / STATE).write_text(json.dumps(state, indent=1))
-        manifest["files"][STATE] = facts_of(folder_now / STATE)
+        manifest["files"][STATE] = file_entry(folder_now / STATE)
         (folder_now / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _prune(run_dir, keep, best, every)
     return final
 
 
-def _prune(run_dir: Path, keep: int, best: Best | None, every: int | None) -> None:
-    folders = step_folders(run_dir / FOLDER)
+def _prune(run_dir: Path, keep: int, best: BestCriterion | None, every: int | None) -> None:
+    folders = checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)
     regular = [folder for folder in folders if every and step_of(folder) % every == 0]
-    prune(folders, keep, best, also=regular[-1] if regular else None)
+    prune_checkpoints(folders, keep, best, keep_also=regular[-1] if regular else None)
 
 
-def set_aside(run_dir: Path, step: int) -> None:
+def archive_later(run_dir: Path, step: int) -> None:
     """Make the checkpoint of `step` the newest of a run that goes on from there, and clear what killed writers left.
 
     Later ones are broken, or of a time that is not to be; as they stand they would be taken for the newest, and push
     out those that count. They are renamed, not deleted.
     """
-    folder = run_dir / FOLDER
-    recover(folder, "step-*")
-    for later in step_folders(folder):
+    folder = run_dir / CHECKPOINTS_FOLDER
+    recover_interrupted(folder, "step-*")
+    for later in checkpoint_folders(folder):
         if step_of(later) > step:
-            aside = folder / f"{ASIDE}{later.name}"
+            aside = folder / f"{ARCHIVE_PREFIX}{later.name}"
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
             log.warning("set aside as %s: the run goes on from step %d", aside, step)
 
 
 def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
-    files = {file.name: facts_of(file) for file in sorted(folder.iterdir())}
+    files = {file.name: file_entry(file) for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "kind": state["kind"], "step": state["step"], "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from vqf.errors import UserError
 
-LOCK = ".lock"
-WHO = b"process"  # what it begins with, if somebody holds it
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-TAKEN = {errno.EACCES, errno.EAGAIN}  # what a lock of another process is told by
+LOCK_FILE = ".lock"
+OWNER_PREFIX = b"process"  # what it begins with, if somebody holds it
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LOCKED_ERRNOS = {errno.EACCES, errno.EAGAIN}  # what a lock of another process is told by
 
 
 @contextmanager
-def held(folder: Path, option: str = "run_dir") -> Iterator[None]:
+def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
     """Keep other processes from running in a folder as long as this one does.
 
     A lock of POSIX ends with its process, however that ends, and is not inherited by processes that it has started,
@@ -33,35 +33,35 @@ def held(folder: Path, option: str = "run_dir") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise UserError(unwritable(error, folder, option)) from error
+        raise UserError(unwritable_message(error, folder, option)) from error
     with os.fdopen(number, "r+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in TAKEN:
-                raise UserError(_taken(folder, option)) from error
-        if (said := file.read(len(WHO))) and said != WHO:
-            raise UserError(f"{option}={folder}: its file '{LOCK}' is none of vqf's; give another {option}")
+            if error.errno in LOCKED_ERRNOS:
+                raise UserError(_locked_message(folder, option)) from error
+        if (said := file.read(len(OWNER_PREFIX))) and said != OWNER_PREFIX:
+            raise UserError(f"{option}={folder}: its file '{LOCK_FILE}' is none of vqf's; give another {option}")
         try:
             file.truncate(0)
             file.seek(0)
-            file.write(WHO + f" {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(OWNER_PREFIX + f" {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
-            raise UserError(unwritable(error, folder, option)) from error
+            raise UserError(unwritable_message(error, folder, option)) from error
         yield
         with suppress(OSError):
             file.truncate(0)
 
 
-def unwritable(error: OSError, folder: Path | None = None, option: str = "run_dir") -> str:
+def unwritable_message(error: OSError, folder: Path | None = None, option: str = "run_dir") -> str:
     """Say that a folder that the user named cannot be written."""
     where = f"{option}={folder or error.filename}" if folder or error.filename else option
-    room = "make room there, or " if error.errno in FULL else ""
+    room = "make room there, or " if error.errno in DISK_FULL_ERRNOS else ""
     return f"{where}: cannot be written ({error.strerror or error}); {room}give another {option}"
 
 
-def _taken(folder: Path, option: str) -> str:
-    who = (folder / LOCK).read_text() or "another process"
+def _locked_message(folder: Path, option: str) -> str:
+    who = (folder / LOCK_FILE).read_text() or "another process"
     return f"{option}={folder}: {who} is running there; wait until it ends, or give another {option}"

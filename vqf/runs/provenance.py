@@ -14,25 +14,25 @@ import torch
 from vqf.distributed import comm
 
 
-class Meter:
+class ResourceMeter:
     """Starts when it is made. Processor time is that of this process and of those it has waited for."""
 
     def __init__(self) -> None:
-        self.began, self.used = time.monotonic(), _processor_seconds()
+        self.start_time, self.start_cpu_seconds = time.monotonic(), _cpu_seconds()
 
     @property
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Seconds so far."""
-        return time.monotonic() - self.began
+        return time.monotonic() - self.start_time
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return what was used so far; memory is the most that the process has held since it started."""
         facts: dict[str, Any] = {
-            "wall_seconds": round(self.seconds, 1),
-            "processor_seconds": round(_processor_seconds() - self.used, 1),
-            "processor": processor_name(),
+            "wall_seconds": round(self.elapsed_seconds, 1),
+            "processor_seconds": round(_cpu_seconds() - self.start_cpu_seconds, 1),
+            "processor": cpu_name(),
             "threads": torch.get_num_threads(),
-            "processes": comm.world(),
+            "processes": comm.world_size(),
             "peak_memory_bytes": _peak_memory(),
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -41,7 +41,7 @@ class Meter:
         return facts
 
 
-def processor_name() -> str:
+def cpu_name() -> str:
     """Return what the maker calls the processor, or its architecture."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(errors="replace").splitlines() if facts.is_file() else []
@@ -49,7 +49,7 @@ def processor_name() -> str:
     return next(iter(names), "") or platform.processor() or platform.machine()
 
 
-def _processor_seconds() -> float:
+def _cpu_seconds() -> float:
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -63,8 +63,8 @@ def _peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def commit() -> dict[str, str]:
-    """Return the commit of the working directory as `commit`; nothing where git or a repository is absent.
+def git_commit() -> dict[str, str]:
+    """Return the commit of the working directory as `git_commit`; nothing where git or a repository is absent.
 
     Whether files have changed since is not asked: to answer, git runs the filters that the folder's own config names,
     and the folder may be somebody else's.
@@ -78,12 +78,12 @@ def commit() -> dict[str, str]:
     return {"commit": found.stdout.strip()} if found.returncode == 0 and found.stdout.strip() else {}
 
 
-def command() -> str:
+def command_line() -> str:
     """Return the command line that this process belongs to."""
     return shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]])
 
 
 def _launcher() -> list[str]:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", comm.world()))
-    machines = [f"--nnodes={comm.world() // here}"] if comm.world() > here else []
-    return ["python"] if comm.world() == 1 else ["torchrun", *machines, f"--nproc-per-node={here}"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", comm.world_size()))
+    machines = [f"--nnodes={comm.world_size() // here}"] if comm.world_size() > here else []
+    return ["python"] if comm.world_size() == 1 else ["torchrun", *machines, f"--nproc-per-node={here}"]

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vqf.config.untrusted import check_links
+from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
-from vqf.runs.checkpoint import FOLDER, run_folder
+from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, run_dir_of
 
 OUTPUTS = Path("outputs")
-TIME = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
-CHOICES = Path(".hydra") / "hydra.yaml"
-ALONE = {"compare"}  # pipelines that have no model or data of their own to name a folder by
+TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
+HYDRA_FILE = Path(".hydra") / "hydra.yaml"
+STANDALONE_PIPELINES = {"compare"}  # pipelines that have no model or data of their own to name a folder by
 
 
 def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> str:
@@ -36,29 +36,29 @@ def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, nam
     Raises:
         UserError: If there is a link in it that leads out of it.
     """
-    chosen = _choose(run_dir, run, resume, name, pipeline)
-    check_links(chosen.expanduser())
+    chosen = _resolve_run_dir(run_dir, run, resume, name, pipeline)
+    check_symlinks(chosen.expanduser())
     return str(chosen)
 
 
-def _choose(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> Path:
+def _resolve_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> Path:
     if run_dir is not None:
         return Path(run_dir)
     if isinstance(resume, str):
-        return run_folder(Path(resume).expanduser())
+        return run_dir_of(Path(resume).expanduser())
     name = "/".join(part for part in name.split("/") if part not in ("", ".."))  # what a file of presets is called
-    here = OUTPUTS / (_beside(run) or (pipeline if pipeline in ALONE else name))
-    newest = _newest(here, pipeline) if resume else None
-    return newest or here / datetime.now().strftime(TIME)
+    here = OUTPUTS / (_sibling_name(run) or (pipeline if pipeline in STANDALONE_PIPELINES else name))
+    newest = _latest_run(here, pipeline) if resume else None
+    return newest or here / datetime.now().strftime(TIME_FORMAT)
 
 
-def check_own(folder: Path, pipeline: str) -> None:
+def check_same_pipeline(folder: Path, pipeline: str) -> None:
     """Refuse to let a pipeline write over the record of a run that another one made.
 
     Raises:
         UserError: If another pipeline made the run in the folder.
     """
-    other = next(_pipelines(folder), None)
+    other = next(_recorded_pipelines(folder), None)
     if other not in (None, pipeline):
         raise UserError(
             f"run_dir={folder}: holds a run of pipeline={other}, whose record pipeline={pipeline} would overwrite; "
@@ -66,37 +66,37 @@ def check_own(folder: Path, pipeline: str) -> None:
         )
 
 
-def output_dir() -> Path:
+def hydra_output_dir() -> Path:
     """Return the folder of the Hydra job that runs."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _beside(run: str | None) -> str | None:
+def _sibling_name(run: str | None) -> str | None:
     """Name the folder of runs that `run` lies in, if it is one of ours."""
     if run is None:
         return None
-    folder = run_folder(Path(run).expanduser().resolve())
+    folder = run_dir_of(Path(run).expanduser().resolve())
     return folder.parent.name if folder.parent.parent.name == OUTPUTS.name else None
 
 
-def _newest(folder: Path, pipeline: str) -> Path | None:
+def _latest_run(folder: Path, pipeline: str) -> Path | None:
     runs = sorted(folder.glob("*/"), reverse=True)
-    return next((run for run in runs if next(_pipelines(run), None) == pipeline), None)
+    return next((run for run in runs if next(_recorded_pipelines(run), None) == pipeline), None)
 
 
-def _pipelines(run: Path) -> Iterator[str]:
+def _recorded_pipelines(run: Path) -> Iterator[str]:
     """Yield which pipeline made a run, as Hydra's file says, or as its checkpoints do.
 
     A process that was killed while it began again may have left half a file of Hydra's.
     """
-    yield from _told(run / CHOICES, "hydra.runtime.choices.pipeline")
-    for path in run.rglob(f"{FOLDER}/step-*/config.yaml"):
-        yield from _told(path, "pipeline.name")
+    yield from _recorded_value(run / HYDRA_FILE, "hydra.runtime.choices.pipeline")
+    for path in run.rglob(f"{CHECKPOINTS_FOLDER}/step-*/config.yaml"):
+        yield from _recorded_value(path, "pipeline.name")
 
 
-def _told(path: Path, place: str) -> Iterator[str]:
+def _recorded_value(path: Path, config_key: str) -> Iterator[str]:
     with suppress(OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
-        if (found := OmegaConf.select(OmegaConf.load(path), place)) is not None:
+        if (found := OmegaConf.select(OmegaConf.load(path), config_key)) is not None:
             yield str(found)
 
 

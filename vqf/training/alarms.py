@@ -2,7 +2,7 @@
 
 Users of VQGAN complain of two things first: codes that die, and reconstructions ruined when the discriminator starts
 (CompVis/taming-transformers#44, #93; thuanz123/enhancing-transformers#18). Both show in the numbers before they show
-in the pictures.
+in the images.
 """
 
 from collections import deque
@@ -13,8 +13,8 @@ from typing import Any
 from vqf.terminal import log
 
 PATIENCE = 5  # looks in a row before an alarm; one bad batch is no trend
-LESSONS = 25  # the same, where a discriminator that has just begun is no trend either
-Node = Mapping[str, Any]
+GAN_PATIENCE = 25  # the same, where a discriminator that has just begun is no trend either
+ConfigNode = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,28 @@ class Alarm:
 
     name: str
     keys: tuple[str, ...]  # the numbers that it looks at; a look without them does not count
-    holds: Callable[..., bool]
-    words: str
+    condition: Callable[..., bool]
+    message: str
     patience: int = PATIENCE
 
 
-def alarms(model: Node) -> list[Alarm]:
+def build_alarms(model: ConfigNode) -> list[Alarm]:
     """Return the alarms for a model, whose words name options that it has."""
     found = codebook_alarms(model.get("quantizer") or {})
     adversary = model.get("adversary")
-    return found if adversary is None else found + game_alarms(adversary)
+    return found if adversary is None else found + gan_alarms(adversary)
 
 
-def codebook_alarms(quantizer: Node) -> list[Alarm]:
+def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
     """Return what can go wrong with codes."""
-    cure = revival(quantizer)
+    cure = revival_hint(quantizer)
     return [
         Alarm(
             "codes die",
-            ("spread", "usage"),
-            lambda spread, usage: spread < 0.2,
-            "less than a fifth of the codes are in use that as many latents would use by chance ('dead' counts the "
+            ("usage_vs_chance", "usage"),
+            lambda usage_vs_chance, usage: usage_vs_chance < 0.2,
+            "less than a fifth of the codes are in use that as many latents would use by chance ('dead_codes' "
+            "counts the "
             f"others): {cure}, or fewer codes with model.quantizer.codebook_size",
         ),
         Alarm(
@@ -55,24 +56,24 @@ def codebook_alarms(quantizer: Node) -> list[Alarm]:
     ]
 
 
-def revival(quantizer: Node) -> str:
+def revival_hint(quantizer: ConfigNode) -> str:
     """Say what brings codes back, by the options that a quantizer has."""
     if "revive" in quantizer:
         now = quantizer["revive"] or 0
-        start = " model.quantizer.start=kmeans" if quantizer.get("start") != "kmeans" else ""
+        start = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
         return f"revive them with model.quantizer.revive={max(0.03, 3 * now):g}{start}"
     if "kl_weight" in quantizer:
         return "raise model.quantizer.kl_weight, which pulls towards all codes"
     return "choose model/quantizer=ema, which revives dead codes"
 
 
-def game_alarms(adversary: Node) -> list[Alarm]:
+def gan_alarms(adversary: ConfigNode) -> list[Alarm]:
     """Return what can go wrong between the two players."""
     weak = "Give it time before it counts with model.adversary.warmup"
     found = [
         Alarm(
             "discriminator wins",
-            ("discriminator",),
+            ("d_loss",),
             lambda loss: loss < 0.02,
             "the discriminator tells every reconstruction from its image (its loss is below 0.02), so the generator "
             "learns nothing from it: lower model.adversary.weight, start later with model.adversary.start, "
@@ -84,26 +85,27 @@ def game_alarms(adversary: Node) -> list[Alarm]:
             lambda real, fake: abs(real - fake) < 0.01,
             "the discriminator's logits are the same for images and reconstructions, so its loss stays where chance "
             "has it: raise optimizer.lr or model.discriminator.channels",
-            LESSONS,
+            GAN_PATIENCE,
         ),
     ]
     if not adversary.get("adaptive"):
         return found
-    limit = adversary["weight"] * adversary["clamp"]
+    limit = adversary["weight"] * adversary["max_weight"]
     if 0 < limit <= 1e3:
-        words = f"the adaptive weight of the GAN term is at its limit, model.adversary.clamp={adversary['clamp']:g}"
+        limit_word = f"model.adversary.max_weight={adversary['max_weight']:g}"
+        words = f"the adaptive weight of the GAN term is at its limit, {limit_word}"
         bound, cure = 0.999 * limit, ""
     else:
         words, bound, cure = (
             "the adaptive weight of the GAN term is above 1,000",
             1e3,
-            ", or set model.adversary.clamp=10",
+            ", or set model.adversary.max_weight=10",
         )
     words = f"{words}: the discriminator gives almost no gradient. {weak}{cure}"
     return [*found, Alarm("adaptive weight", ("gan_weight",), lambda weight: weight >= bound, words)]
 
 
-class Watch:
+class AlarmMonitor:
     """Looks at the numbers of a run and raises each alarm once, until its condition has gone again."""
 
     def __init__(self, alarms: list[Alarm]) -> None:
@@ -111,20 +113,20 @@ class Watch:
         self.recent = {alarm.name: deque[bool](maxlen=alarm.patience) for alarm in alarms}
         self.raised: set[str] = set()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know to raise the same alarms."""
         return {"recent": {name: list(each) for name, each in self.recent.items()}, "raised": sorted(self.raised)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave, or from nothing."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, or from nothing."""
         for name, recent in self.recent.items():
             recent.clear()
             recent.extend(state.get("recent", {}).get(name, ()))
         self.raised = set(state.get("raised", ()))
 
-    def look(self, step: int, values: Mapping[str, float]) -> list[str]:
+    def check(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Take in the numbers of one look; logs and returns the alarms that they raise."""
-        said = [f"step {step}: {alarm.words}" for alarm in self.alarms if self._raises(alarm, values)]
+        said = [f"step {step}: {alarm.message}" for alarm in self.alarms if self._raises(alarm, values)]
         for line in said:
             log.warning("%s", line)
         return said
@@ -133,7 +135,7 @@ class Watch:
         if not all(key in values for key in alarm.keys):
             return False
         recent = self.recent[alarm.name]
-        recent.append(alarm.holds(*(values[key] for key in alarm.keys)))
+        recent.append(alarm.condition(*(values[key] for key in alarm.keys)))
         if not any(recent):
             self.raised.discard(alarm.name)
         if alarm.name in self.raised or len(recent) < alarm.patience or not all(recent):

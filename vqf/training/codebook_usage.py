@@ -8,7 +8,7 @@ from vqf.distributed import comm
 WINDOW = 100  # steps
 
 
-class UsageWindow(nn.Module):
+class CodebookUsage(nn.Module):
     """Counts for every code the steps since it was last chosen.
 
     Buffers of one number a code, and one of steps, so that they are kept in checkpoints and a resumed run reports as if
@@ -24,26 +24,26 @@ class UsageWindow(nn.Module):
         self.register_buffer("age", torch.full((vocab_size,), window))
         self.register_buffer("steps", torch.tensor(0))
 
-    def see(self, indices: Tensor) -> None:
+    def update(self, indices: Tensor) -> None:
         """Take in the indices of a micro-batch."""
         self.age[indices.flatten()] = 0
         self.latents += indices.numel()
 
-    def tick(self) -> dict[str, Tensor]:
+    def end_step(self) -> dict[str, Tensor]:
         """End a step.
 
         Returns:
             usage: The share of codes used within the window.
-            dead: How many were not.
-            spread: `usage`, by the share that as many latents would use if they fell on the codes by chance. A codebook
-                that dies is far below 1, however few latents there are.
+            dead_codes: How many were not.
+            usage_vs_chance: `usage`, by the share that as many latents would use if they fell on the codes by chance. A
+                codebook that dies is far below 1, however few latents there are.
         """
-        self.age.copy_(comm.least(self.age))  # chosen in any process
+        self.age.copy_(comm.all_reduce_min(self.age))  # chosen in any process
         fresh = self.age < self.window
         self.age += 1
         self.steps += 1
-        seen, self.latents = self.latents * comm.world(), 0
+        seen, self.latents = self.latents * comm.world_size(), 0
         latents = self.steps.clamp(max=self.window).to(torch.float32) * seen
         chance = -torch.expm1(-latents / len(self.age))  # 1 - (1 - 1/V)^n, but for a rounding
         usage = fresh.to(torch.float32).mean()
-        return {"usage": usage, "dead": (~fresh).sum(), "spread": usage / chance}
+        return {"usage": usage, "dead_codes": (~fresh).sum(), "usage_vs_chance": usage / chance}

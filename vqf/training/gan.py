@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from vqf.config.access import chosen, image_size
+from vqf.config.access import group_nodes, image_size
 from vqf.distributed import comm
 from vqf.errors import UserError
 from vqf.protocols import Adversary, Discriminator, Regularizer
@@ -14,7 +14,7 @@ from vqf.registry import build
 from vqf.terminal import log
 
 
-class Critic(nn.Module):
+class GANModule(nn.Module):
     """The discriminator, what it plays for, and what holds it back."""
 
     def __init__(
@@ -28,12 +28,12 @@ class Critic(nn.Module):
         """Judge images (B, 3, H, W)."""
         return self.discriminator(images)
 
-    def both(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def score_pair(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
         """Judge images and their reconstructions, one after the other."""
-        return self(images), self(fake)
+        return self(images), self(reconstructions)
 
 
-class frozen:  # noqa: N801
+class no_param_grad:  # noqa: N801
     """Let gradients pass through a module without reaching its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,32 +49,32 @@ class frozen:  # noqa: N801
 
 
 @torch.no_grad()
-def check_judge(critic: Critic, config: DictConfig, channels: int) -> None:
-    """Let a discriminator judge blank pictures, since its own turn may come after hours.
+def check_discriminator_input(gan: GANModule, config: DictConfig, channels: int) -> None:
+    """Let a discriminator judge blank images, since its own turn may come after hours.
 
     Raises:
         UserError: If it cannot, with what to change.
     """
-    count = config.batch_size // config.accumulate // comm.world()
-    before = {name: each.clone() for name, each in critic.named_buffers()}
-    weight = next(critic.parameters())
-    pictures = weight.new_zeros(min(count, 2), channels, *image_size(config))
+    count = config.batch_size // config.accumulate // comm.world_size()
+    before = {name: each.clone() for name, each in gan.named_buffers()}
+    weight = next(gan.parameters())
+    images = weight.new_zeros(min(count, 2), channels, *image_size(config))
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         try:
             for mode in (False, True):  # sizes first: batch norm, too, complains of maps that are too small
-                critic.train(mode)
-                critic(pictures)
+                gan.train(mode)
+                gan(images)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise UserError(_no_judge(config, count, error)) from error
-    for name, each in critic.named_buffers():
+            raise UserError(_discriminator_input_error(config, count, error)) from error
+    for name, each in gan.named_buffers():
         each.copy_(before[name])
 
 
-def _no_judge(config: DictConfig, count: int, error: Exception) -> str:
+def _discriminator_input_error(config: DictConfig, count: int, error: Exception) -> str:
     height, width = image_size(config)
-    words = f"model.discriminator: cannot judge {count} pictures of {height} x {width} px at once"
+    words = f"model.discriminator: cannot judge {count} images of {height} x {width} px at once"
     if "more than 1 value per channel" in str(error):
         return f"{words}: its batch norm needs several values; raise batch_size, or set model.discriminator.norm=group"
     layers = config.model.discriminator.get("layers")
@@ -82,30 +82,30 @@ def _no_judge(config: DictConfig, count: int, error: Exception) -> str:
     return f"{words} ({str(error).splitlines()[0]}): choose {fewer}, or a larger image_size"
 
 
-def check_game(critic: Critic, steps: int) -> None:
+def warn_never_active(gan: GANModule, steps: int) -> None:
     """Warn of a discriminator that a run of so many steps never hears."""
-    adversary = critic.adversary
-    if adversary.start >= steps:
-        words = f"the game begins at step {adversary.start + 1}, so the discriminator is never trained"
-    elif adversary.ramp(steps - 1) == 0:
-        words = f"the discriminator learns from step {adversary.start + 1} on, but its verdict never counts"
+    adversary = gan.adversary
+    if adversary.start_step >= steps:
+        words = f"the game begins at step {adversary.start_step + 1}, so the discriminator is never trained"
+    elif adversary.weight_at(steps - 1) == 0:
+        words = f"the discriminator learns from step {adversary.start_step + 1} on, but its verdict never counts"
     else:
         return
     log.warning("steps=%d: %s; lower model.adversary.start and warmup, or give shares below 1", steps, words)
 
 
-def make_critic(config: DictConfig, channels: int = 3) -> Critic | None:
+def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
     """Build the second player that a config chooses, if it does."""
     model = config.model
     if model.get("discriminator") is None:
         return None
     discriminator = build("discriminator", model.discriminator, in_channels=channels)
     adversary = build("adversary", model.adversary, steps=config.steps)
-    regularizers = {name: build("regularizer", node) for name, node in chosen(model, "regularizer").items()}
-    return Critic(discriminator, adversary, regularizers)
+    regularizers = {name: build("regularizer", node) for name, node in group_nodes(model, "regularizer").items()}
+    return GANModule(discriminator, adversary, regularizers)
 
 
-def game_begins(config: DictConfig) -> Callable[[int], int] | None:
+def gan_start(config: DictConfig) -> Callable[[int], int] | None:
     """Return what says, given the steps of a run, at which of them the second player joins; None if none does."""
     adversary = config.model.get("adversary")
-    return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start
+    return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start_step

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqf.batch import Batch
-from vqf.evaluation.validation import Evaluation
-from vqf.training.optimizer_step import Player
+from vqf.evaluation.validation import ValidationResult
+from vqf.training.optimizer_step import OptimizerStep
 
 
-class Stage(Protocol):
+class TrainingTask(Protocol):
     """What is optimised."""
 
     kind: str  # "stage1" or "stage2"
@@ -23,19 +23,23 @@ class Stage(Protocol):
     def modules(self) -> Mapping[str, nn.Module]: ...  # what a checkpoint keeps, `model` under the name "model"
 
     @property
-    def players(self) -> Mapping[str, Player]: ...  # who moves, under the names of the modules that they move
+    def optimizer_steps(
+        self,
+    ) -> Mapping[str, OptimizerStep]: ...  # who moves, under the names of the modules that they move
 
     @property
     def optimizers(self) -> Mapping[str, Optimizer]: ...  # theirs
 
     @property
-    def facts(self) -> Mapping[str, Any]: ...  # kept in the checkpoint's state.json
+    def metadata(self) -> Mapping[str, Any]: ...  # kept in the checkpoint's state.json
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]: ...  # of the held-out numbers by which a checkpoint can be best
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]: ...
 
-    def evaluate(self, model: nn.Module) -> Evaluation: ...
+    def evaluate(self, model: nn.Module) -> ValidationResult: ...
 
-    def conclude(self, model: nn.Module) -> Evaluation: ...  # what is too dear for every look, once at the end
+    def final_validation(
+        self, model: nn.Module
+    ) -> ValidationResult: ...  # what is too dear for every look, once at the end

@@ -16,74 +16,76 @@ from vqf.errors import UserError
 from vqf.registry import build
 from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.snapshot import Snapshot
-from vqf.training.ema import Average
-from vqf.training.task import Stage
+from vqf.training.ema import EMA
+from vqf.training.task import TrainingTask
 
 # A schedule runs from the first step on, an optimizer that waits (the discriminator's) takes its first step later.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
 
 
-class Training:
+class TrainState:
     """Modules and optimizers of a stage, with the schedules and the average that follow them."""
 
-    def __init__(self, stage: Stage, config: DictConfig, engine: Engine) -> None:
-        self.stage, self.config, self.engine = stage, config, engine
-        self.average = None if config.ema is None else Average(stage.model, config.ema)
+    def __init__(self, task: TrainingTask, config: DictConfig, engine: Engine) -> None:
+        self.task, self.config, self.engine = task, config, engine
+        self.ema = None if config.ema is None else EMA(task.model, config.ema)
         self.schedules: dict[str, LRScheduler] = {
             name: build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
-            for name, optimizer in stage.optimizers.items()
+            for name, optimizer in task.optimizers.items()
         }
 
-    def follow(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Let schedules, buffers of other processes and the average follow a step that the stage has taken."""
         for schedule in self.schedules.values():
             schedule.step()
-        self.engine.align(self.stage.modules[name] for name in self.stage.optimizers)
-        if self.average and self.stage.players["model"].moved:
-            self.average.update(step)
+        self.engine.sync_buffers(self.task.modules[name] for name in self.task.optimizers)
+        if self.ema and self.task.optimizer_steps["model"].stepped:
+            self.ema.update(step)
 
-    def rates(self) -> dict[str, float]:
+    def learning_rates(self) -> dict[str, float]:
         """Return the learning rate of every optimizer."""
         return {f"lr/{name}": float(each.get_last_lr()[0]) for name, each in self.schedules.items()}
 
     def snapshot(self, state: Mapping[str, Any]) -> Snapshot | None:
         """Copy everything, with what else `state.json` is to say, in the first process; every process must call it."""
-        weights = {name: self.engine.gather(module.state_dict()) for name, module in self.stage.modules.items()}
-        if self.average:
-            weights["ema"] = self.engine.gather(self.average.state())
-        optimizers = {name: self.engine.gather_optimizer(each) for name, each in self.stage.optimizers.items()}
-        if not comm.first():
+        weights = {name: self.engine.full_state(module.state_dict()) for name, module in self.task.modules.items()}
+        if self.ema:
+            weights["ema"] = self.engine.full_state(self.ema.state_dict())
+        optimizers = {name: self.engine.full_optimizer_state(each) for name, each in self.task.optimizers.items()}
+        if not comm.is_main():
             return None
         schedules = {name: each.state_dict() for name, each in self.schedules.items()}
         states = {"optimizers": optimizers, "schedules": schedules}
-        return Snapshot(state, self.config, _copied(weights), _copied(states))
+        return Snapshot(state, self.config, _copy_to_cpu(weights), _copy_to_cpu(states))
 
-    def restore(self, found: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Become what a checkpoint holds.
 
         Raises:
             UserError: If its weights or optimizers do not fit.
         """
-        for name, module in self.stage.modules.items():
-            with _fitting(found, name):
-                self.engine.load(module, found.weights(name))
-        if self.average:
-            with _fitting(found, "ema"):
-                self.average.load(self.engine.cut(found.weights("ema"), self.average.tensors))
-        states = found.optimizers()
-        anew = any(found.config.get(part) != self.config.get(part) for part in ("optimizer", "schedule"))
-        for name in self.stage.optimizers:
-            with _fitting(found, f"optimizer of {name}"):
-                self._restore(name, states, anew)
+        for name, module in self.task.modules.items():
+            with _explain_mismatch(checkpoint, name):
+                self.engine.load_weights(module, checkpoint.load_weights(name))
+        if self.ema:
+            with _explain_mismatch(checkpoint, "ema"):
+                self.ema.load_state_dict(
+                    self.engine.shard_state(checkpoint.load_weights("ema"), self.ema.shadow_params)
+                )
+        states = checkpoint.load_optimizers()
+        anew = any(checkpoint.config.get(part) != self.config.get(part) for part in ("optimizer", "schedule"))
+        for name in self.task.optimizers:
+            with _explain_mismatch(checkpoint, f"optimizer of {name}"):
+                self._restore_optimizer(name, states, anew)
 
-    def _restore(self, name: str, states: Mapping[str, Any], anew: bool) -> None:
-        """Load an optimizer and its schedule; `anew` keeps the rates and other settings of this config."""
-        optimizer, schedule = self.stage.optimizers[name], self.schedules[name]
+    def _restore_optimizer(self, name: str, states: Mapping[str, Any], keep_config_lr: bool) -> None:
+        """Load an optimizer and its schedule; `keep_config_lr` keeps the rates and other settings of this config."""
+        optimizer, schedule = self.task.optimizers[name], self.schedules[name]
         bases = schedule.base_lrs
         settings = [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups]
-        self.engine.load_optimizer(optimizer, states["optimizers"][name])
+        self.engine.load_optimizer_state(optimizer, states["optimizers"][name])
         schedule.load_state_dict(states["schedules"][name])
-        if anew and isinstance(schedule, LambdaLR):
+        if keep_config_lr and isinstance(schedule, LambdaLR):
             schedule.base_lrs = bases
             rates = [base * rise(schedule.last_epoch) for base, rise in zip(bases, schedule.lr_lambdas, strict=True)]
             schedule._last_lr = rates
@@ -91,17 +93,17 @@ class Training:
                 group.update(own, lr=rate)
 
 
-def _copied(tree: Any) -> Any:
+def _copy_to_cpu(tree: Any) -> Any:
     """Copy the tensors of nested mappings and lists to memory of their own on the CPU."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {key: _copied(each) for key, each in tree.items()}
-    return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
+        return {key: _copy_to_cpu(each) for key, each in tree.items()}
+    return type(tree)(map(_copy_to_cpu, tree)) if isinstance(tree, list | tuple) else tree
 
 
 @contextmanager
-def _fitting(found: Checkpoint, name: str) -> Iterator[None]:
+def _explain_mismatch(checkpoint: Checkpoint, name: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -109,4 +111,4 @@ def _fitting(found: Checkpoint, name: str) -> Iterator[None]:
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         lines = str(error).splitlines() or [repr(error)]
         reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line names the class
-        raise UserError(f"resume: {found.path}: its '{name}' does not fit this config: {reason}") from error
+        raise UserError(f"resume: {checkpoint.path}: its '{name}' does not fit this config: {reason}") from error

@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.registry import register
-from vqf.transformers.layers.causal import Autoregression, nats
-from vqf.transformers.layers.kv_cache import Attend
+from vqf.transformers.layers.causal import CausalTransformer, cross_entropy
+from vqf.transformers.layers.kv_cache import AttentionFn
 
 
 class Attention(nn.Module):
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.residual_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: AttentionFn) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b h t d", h=self.heads)
@@ -48,14 +48,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: AttentionFn) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
         x = x + self.attention(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
 
 
 @register("prior", "gpt")
-class GPT(Autoregression):
+class GPT(CausalTransformer):
     """An autoregressive transformer over [prefix; tokens].
 
     Args:
@@ -91,8 +91,8 @@ class GPT(Autoregression):
         super().__init__()
         if not isinstance(unmasked_prefix, int):
             raise ValueError(f"unmasked_prefix must be true, false or a number of tokens, not {unmasked_prefix}")
-        self.unmasked = prefix_length if unmasked_prefix is True else int(unmasked_prefix)
-        _check_sizes(layers, heads, dim, dropout, pkeep, prefix_length, self.unmasked)
+        self.bidirectional_prefix = prefix_length if unmasked_prefix is True else int(unmasked_prefix)
+        _check_sizes(layers, heads, dim, dropout, pkeep, prefix_length, self.bidirectional_prefix)
         if shared_vocabulary and prefix_vocab > vocab_size:
             raise ValueError(
                 f"shared_vocabulary=true: the prefix has {prefix_vocab} ids and the codebook only {vocab_size}; "
@@ -102,20 +102,20 @@ class GPT(Autoregression):
         self.gradient_checkpointing = gradient_checkpointing
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.prefix_embedding = None if shared_vocabulary else nn.Embedding(prefix_vocab, dim)
-        self.position_embedding = nn.Parameter(torch.zeros(1, self.size, dim))
+        self.position_embedding = nn.Parameter(torch.zeros(1, self.max_positions, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        self.apply(_initialise)
+        self.apply(_init_weights)
 
-    def run(self, x: Tensor, positions: slice | Tensor, attends: Sequence[Attend]) -> Tensor:
+    def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
         """Return what the last block makes of embedded ids (B, T, dim) at some positions."""
-        return self.through(self.dropout(x + self.position_embedding[:, positions]), attends)
+        return self.apply_blocks(self.dropout(x + self.position_embedding[:, positions]), attention_fns)
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
         """Return the mean cross-entropy of the tokens (B, N) in nats, computed in float32 or better."""
-        return nats(self(self._corrupt(tokens), prefix), tokens)
+        return cross_entropy(self(self._corrupt(tokens), prefix), tokens)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:
         if not self.training or self.pkeep == 1:
@@ -125,28 +125,32 @@ class GPT(Autoregression):
 
 
 def _check_sizes(
-    layers: int, heads: int, dim: int, dropout: float, pkeep: float, prefix_length: int, unmasked: int
+    layers: int, heads: int, dim: int, dropout: float, pkeep: float, prefix_length: int, bidirectional_prefix: int
 ) -> None:
     for name, size in (("layers", layers), ("heads", heads), ("dim", dim)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
     if dim % heads:
-        raise ValueError(f"heads={heads} must divide dim={dim}; the nearest dim that fits is {_multiple(dim, heads)}")
+        raise ValueError(
+            f"heads={heads} must divide dim={dim}; the nearest dim that fits is {_nearest_multiple(dim, heads)}"
+        )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if not 0 <= pkeep <= 1:
         raise ValueError(f"pkeep is a probability, not {pkeep}")
     if prefix_length < 1:
         raise ValueError("a prior needs at least one token in front; model/conditioner=none gives a start token")
-    if not 0 <= unmasked <= prefix_length:
-        raise ValueError(f"unmasked_prefix must be from 0 to {prefix_length}, the prefix's length, not {unmasked}")
+    if not 0 <= bidirectional_prefix <= prefix_length:
+        raise ValueError(
+            f"unmasked_prefix must be from 0 to {prefix_length}, the prefix's length, not {bidirectional_prefix}"
+        )
 
 
-def _multiple(dim: int, heads: int) -> int:
+def _nearest_multiple(dim: int, heads: int) -> int:
     return max(round(dim / heads), 1) * heads
 
 
-def _initialise(module: nn.Module) -> None:
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

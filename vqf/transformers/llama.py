@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf.batch import Place, Size
+from vqf.batch import GridPosition, Size
 from vqf.registry import register
-from vqf.transformers.layers.causal import Autoregression
-from vqf.transformers.layers.kv_cache import Attend
+from vqf.transformers.layers.causal import CausalTransformer
+from vqf.transformers.layers.kv_cache import AttentionFn
 
 EPS = 1e-5
 
 
-def angles(places: Sequence[Place | None], head_dim: int, base: float) -> Tensor:
+def rotary_angles(positions: Sequence[GridPosition | None], head_dim: int, base: float) -> Tensor:
     """Return the rotation of tokens at some places (n, head_dim / 2), in radians.
 
     The first half of a row turns with the token's row, the second with its column, each at the frequencies
@@ -31,11 +31,11 @@ def angles(places: Sequence[Place | None], head_dim: int, base: float) -> Tensor
     their queries and keys to 0 instead, so that every token heeds them equally.
     """
     frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
-    turns = torch.tensor([place or (0.0, 0.0) for place in places], dtype=torch.float64)
+    turns = torch.tensor([place or (0.0, 0.0) for place in positions], dtype=torch.float64)
     return (turns[:, :, None] * frequencies).flatten(1)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring pairs of x (..., T, d) by a rotation (2, T, d / 2), cosines and sines."""
     (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation  # float32, whatever the precision around it
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -53,10 +53,10 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(dim // heads, eps=EPS) if qk_norm else nn.Identity()
         self.residual_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: AttentionFn, rotation: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        q, k = rotate(self.query_norm(q), rotation), rotate(self.key_norm(k), rotation)
+        q, k = apply_rotary(self.query_norm(q), rotation), apply_rotary(self.key_norm(k), rotation)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.residual_dropout(self.proj(rearrange(y, "b h t d -> b t (h d)")))
 
@@ -86,17 +86,17 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(dim, eps=EPS)
         self.mlp = SwiGLU(dim, hidden, dropout)
 
-    def forward(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: AttentionFn, rotation: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim)."""
         x = x + self.attention(self.norm1(x), attend, rotation)
         return x + self.mlp(self.norm2(x))
 
 
 @register("prior", "llama")
-class Llama(Autoregression):
+class Llama(CausalTransformer):
     """An autoregressive transformer over [prefix; tokens] that knows rows and columns of the grid.
 
-    A token of the prefix that speaks of a place, as a map's code does, is turned as the picture's code there is.
+    A token of the prefix that speaks of a place, as a map's code does, is turned as the image's code there is.
 
     Args:
         layers: Blocks.
@@ -117,7 +117,7 @@ class Llama(Autoregression):
         length: int,
         grid: Size,
         prefix_vocab: int,
-        prefix_places: Sequence[Place | None],
+        prefix_positions: Sequence[GridPosition | None],
         *,
         layers: int = 12,
         heads: int = 12,
@@ -129,9 +129,9 @@ class Llama(Autoregression):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(layers, heads, dim, multiple_of, base, dropout, len(prefix_places))
+        _check_sizes(layers, heads, dim, multiple_of, base, dropout, len(prefix_positions))
         assert length == grid[0] * grid[1]
-        self.vocab_size, self.length, self.prefix_length = vocab_size, length, len(prefix_places)
+        self.vocab_size, self.length, self.prefix_length = vocab_size, length, len(prefix_positions)
         self.gradient_checkpointing = gradient_checkpointing
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.prefix_embedding = nn.Embedding(prefix_vocab, dim)
@@ -141,14 +141,14 @@ class Llama(Autoregression):
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         cells = itertools.product(map(float, range(grid[0])), map(float, range(grid[1])))
-        turned = angles([*prefix_places, *cells], dim // heads, base)
+        turned = rotary_angles([*prefix_positions, *cells], dim // heads, base)
         self.register_buffer("rotation", torch.stack((turned.cos(), turned.sin())).float(), persistent=False)
-        self.apply(_initialise)
+        self.apply(_init_weights)
         nn.init.zeros_(self.head.weight)
 
-    def run(self, x: Tensor, positions: slice | Tensor, attends: Sequence[Attend]) -> Tensor:
+    def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
         """Return what the last block makes of embedded ids (B, T, dim) at some positions."""
-        return self.through(self.dropout(x), attends, self.rotation[:, positions])
+        return self.apply_blocks(self.dropout(x), attention_fns, self.rotation[:, positions])
 
 
 def _check_sizes(
@@ -168,6 +168,6 @@ def _check_sizes(
         raise ValueError("a prior needs at least one token in front; model/conditioner=none gives a start token")
 
 
-def _initialise(module: nn.Module) -> None:
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

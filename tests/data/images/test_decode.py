@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps
 
 from vqf.data.images import decode
-from vqf.data.images.augment import View
-from vqf.data.images.decode import UnreadableError, contain, open_picture, to_rgb, to_tensor
-from vqf.data.images.resize import box_of, resampled, scaled
+from vqf.data.images.augment import ViewParams
+from vqf.data.images.decode import UnreadableError, contain, open_image, to_rgb, to_tensor
+from vqf.data.images.resize import compute_crop_box, crop_and_resize, resize_box
 
 COLORS = np.array([[[200, 30, 60], [0, 0, 0], [255, 255, 255]], [[10, 120, 240], [90, 90, 90], [255, 0, 0]]], np.uint8)
 BLOCKS = COLORS.repeat(8, 0).repeat(8, 1)  # 16 x 24, six plain squares
@@ -34,8 +34,8 @@ def pixels(tensor):
 
 
 def read(source, size, *given, **options):
-    """What is read of a picture, without where it lies in it."""
-    return decode.read(source, size, *given, **options).picture
+    """What is read of an image, without where it lies in it."""
+    return decode.read_crop(source, size, *given, **options).image
 
 
 def noise(height, width, smooth=8):
@@ -142,16 +142,16 @@ def animated(kind):
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_an_animation_is_refused_or_its_first_frame_is_taken(kind):
     with pytest.raises(UnreadableError, match=r"^animated; data.animated=first takes the first frame$"):
-        open_picture(animated(kind), animated="refuse")
-    first = np.asarray(open_picture(animated(kind)).convert("RGB"), dtype=float)
+        open_image(animated(kind), animated="refuse")
+    first = np.asarray(open_image(animated(kind)).convert("RGB"), dtype=float)
     np.testing.assert_allclose(pixels(read(animated(kind), SIZE)), first, atol=1e-4)
     assert np.abs(first - BLOCKS).mean() < 8 < np.abs(first - [255, 0, 0]).mean()
 
 
 @pytest.mark.parametrize("kind", ["MPO", "TIFF"])
 def test_previews_and_pages_are_no_animation(kind):
-    """Phones put a second picture behind a JPEG, which Pillow then calls MPO."""
-    taken = open_picture(animated(kind), animated="refuse")
+    """Phones put a second image behind a JPEG, which Pillow then calls MPO."""
+    taken = open_image(animated(kind), animated="refuse")
     assert taken.format == ("JPEG" if kind == "MPO" else "TIFF")
     assert np.abs(np.asarray(taken, dtype=float) - BLOCKS).mean() < 8
 
@@ -180,11 +180,11 @@ def test_broken_exif_does_not_matter():
 
 
 def text(side):
-    picture = Image.new("RGB", (side, side), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(image)
     for y in range(0, side, 12):
         pen.text((0, y), "The quick brown fox jumps over 0123456789 lazy dogs. " * (side // 250 + 1), fill="black")
-    return picture
+    return image
 
 
 def photograph(side):
@@ -194,11 +194,11 @@ def photograph(side):
 def off(kind, side, size, **options):
     """How far a JPEG that is decoded small is from one that is not: the root of the mean square, in levels."""
     file = saved(kind(side), "JPEG", quality=95, **options)
-    full = to_rgb(open_picture(file))
+    full = to_rgb(open_image(file))
     file.seek(0)
-    assert open_picture(file, (size, size)).width < full.width
+    assert open_image(file, (size, size)).width < full.width
     file.seek(0)
-    exact = scaled(full, (size, size)).permute(1, 2, 0).numpy().astype(float)
+    exact = crop_and_resize(full, (size, size)).permute(1, 2, 0).numpy().astype(float)
     return np.square(pixels(read(file, (size, size))) - exact).mean() ** 0.5
 
 
@@ -222,47 +222,47 @@ def test_a_jpeg_of_odd_sides_decoded_small_is_not_shifted_whichever_way_it_is_tu
     ramp = np.linspace(0, 255, 393)
     slopes = np.dstack([np.tile(ramp[:385], (393, 1)), np.tile(ramp[:, None], (1, 385)), np.full((393, 385), 99)])
     file = saved(Image.fromarray(slopes.round().astype(np.uint8)), "JPEG", quality=100, subsampling=0, exif=exif)
-    assert max(open_picture(file, (16, 16)).size) == 50
-    for view in (View(), View(0.2, 0.9), View(0.3, 0.6, regions=((0.9, 1.0),))):
+    assert max(open_image(file, (16, 16)).size) == 50
+    for view in (ViewParams(), ViewParams(0.2, 0.9), ViewParams(0.3, 0.6, regions=((0.9, 1.0),))):
         file.seek(0)
-        shown = decode.read(file, (16, 16), view)
+        shown = decode.read_crop(file, (16, 16), view)
         file.seek(0)
-        full = to_rgb(open_picture(file))
+        full = to_rgb(open_image(file))
         shape = full.height, full.width
-        exact = np.asarray(resampled(full, (16, 16), box_of(shape, (16, 16), view)), dtype=float)
-        assert np.abs(pixels(shown.picture).round() - exact).max() <= 1
-        assert (shown.shape, shown.box) == (shape, box_of(shape, (16, 16), view))
+        exact = np.asarray(resize_box(full, (16, 16), compute_crop_box(shape, (16, 16), view)), dtype=float)
+        assert np.abs(pixels(shown.image).round() - exact).max() <= 1
+        assert (shown.shape, shown.box) == (shape, compute_crop_box(shape, (16, 16), view))
 
 
 def test_how_small_a_jpeg_is_decoded_reckons_with_its_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6  # 600 x 150 in the file, 150 x 600 upright
     file = saved(Image.fromarray(skimage.data.coffee()[:150]), "JPEG", exif=exif)
-    assert open_picture(file, (12, 24)).size == (75, 300)  # 3 x 24 would fit into 38, but 3 x 12 not into 37
+    assert open_image(file, (12, 24)).size == (75, 300)  # 3 x 24 would fit into 38, but 3 x 12 not into 37
 
 
 def test_a_part_of_a_large_jpeg_is_decoded_as_large_as_it_is_needed():
     file = saved(Image.fromarray(skimage.data.coffee()), "JPEG", quality=95)
-    quarter = View(across=0.3, down=0.8, regions=((0.25, 1.0),))  # 245 pixels high and wide
-    assert open_picture(file, (32, 32), view=quarter).size == (300, 200)
-    assert open_picture(file, (32, 32)).size == (150, 100)
-    shown = decode.read(file, (32, 32), quarter)
-    exact = resampled(open_picture(file), (32, 32), box_of((400, 600), (32, 32), quarter))
-    assert np.square(pixels(shown.picture) - np.asarray(exact, dtype=float)).mean() < 4
+    quarter = ViewParams(crop_x=0.3, crop_y=0.8, regions=((0.25, 1.0),))  # 245 pixels high and wide
+    assert open_image(file, (32, 32), view=quarter).size == (300, 200)
+    assert open_image(file, (32, 32)).size == (150, 100)
+    shown = decode.read_crop(file, (32, 32), quarter)
+    exact = resize_box(open_image(file), (32, 32), compute_crop_box((400, 600), (32, 32), quarter))
+    assert np.square(pixels(shown.image) - np.asarray(exact, dtype=float)).mean() < 4
 
 
 def test_what_is_shown_says_where_it_lies():
-    shown = decode.read(saved(noise(64, 96), "PNG"), (32, 32), View(across=0.999))
+    shown = decode.read_crop(saved(noise(64, 96), "PNG"), (32, 32), ViewParams(crop_x=0.999))
     assert (shown.shape, shown.box) == ((64, 96), (32, 0, 96, 64))
-    torch.testing.assert_close(shown.place, torch.tensor([0, 1 / 3, 1, 1]))
-    turned = View(mirrored=True)
-    assert torch.equal(turned.turn(shown.place), shown.place[[0, 3, 2, 1]])
-    assert torch.equal(turned.finish(shown.picture), shown.picture.flip(-1))
+    torch.testing.assert_close(shown.crop_box, torch.tensor([0, 1 / 3, 1, 1]))
+    turned = ViewParams(flipped=True)
+    assert torch.equal(turned.flip_box(shown.crop_box), shown.crop_box[[0, 3, 2, 1]])
+    assert torch.equal(turned.apply(shown.image), shown.image.flip(-1))
 
 
 def test_cv2_scales_every_pixel_of_a_large_jpeg():
     file = saved(Image.fromarray(skimage.data.coffee()), "JPEG")
-    assert decode.read(file, (32, 32), resize="cv2").shape == (400, 600)
+    assert decode.read_crop(file, (32, 32), resize="cv2").shape == (400, 600)
 
 
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -283,11 +283,11 @@ CUT_PNG = saved(noise(64, 64), "PNG").getvalue()
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)"),
-        (b"<svg></svg>", "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)"),
+        (b"", "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)"),
+        (b"<svg></svg>", "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-            "not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+            "not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
         ),
         (CUT[: len(CUT) // 2], "image file is truncated"),
         (CUT_PNG[: len(CUT_PNG) // 2], "image file is truncated"),
@@ -310,7 +310,7 @@ def test_paths_that_cannot_be_opened(tmp_path):
 
 
 def blank_png(width, height):
-    """The header of a picture, and nothing behind it."""
+    """The header of an image, and nothing behind it."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
 
@@ -338,7 +338,7 @@ VALID = {kind: saved(noise(32, 40), kind).getvalue() for kind in KINDS} | {
     flips=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6),
     keep=st.floats(0.1, 1),
 )
-def test_any_damage_ends_in_a_picture_or_in_unreadable(kind, flips, keep):
+def test_any_damage_ends_in_an_image_or_in_unreadable(kind, flips, keep):
     content = bytearray(VALID[kind])
     for place, value in flips:
         content[place % len(content)] = value

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqf.data.images import resize as resize_module
-from vqf.data.images.augment import CENTER, View, Views
-from vqf.data.images.resize import Box, box_of, cut, resampled, scaled
+from vqf.data.images.augment import CENTER_CROP, Augmentation, ViewParams
+from vqf.data.images.resize import Box, compute_crop_box, crop_and_resize, crop_offset, resize_box
 
 shares = st.floats(0, 1, exclude_max=True)
 
@@ -29,8 +29,8 @@ def shape(image):
     return image.height, image.width
 
 
-def by_pillow(image, size, view=CENTER):
-    return np.asarray(resampled(image, size, box_of(shape(image), size, view)), dtype=int)
+def by_pillow(image, size, view=CENTER_CROP):
+    return np.asarray(resize_box(image, size, compute_crop_box(shape(image), size, view)), dtype=int)
 
 
 def levels(pixels):
@@ -39,52 +39,52 @@ def levels(pixels):
 
 @given(st.integers(0, 50), shares)
 def test_a_cut_is_one_of_the_places_there_are_and_the_middle_is_the_lower_of_two(room, place):
-    assert 0 <= cut(room, place) <= room
-    assert cut(room + 1e-9, place) == cut(room - 1e-9, place) == cut(room, place)
-    assert cut(room, None) == room // 2
-    assert {cut(room, (i + 0.5) / (room + 1)) for i in range(room + 1)} == set(range(room + 1))
+    assert 0 <= crop_offset(room, place) <= room
+    assert crop_offset(room + 1e-9, place) == crop_offset(room - 1e-9, place) == crop_offset(room, place)
+    assert crop_offset(room, None) == room // 2
+    assert {crop_offset(room, (i + 0.5) / (room + 1)) for i in range(room + 1)} == set(range(room + 1))
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     have=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     want=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    view=st.builds(View, across=shares, down=shares),
+    view=st.builds(ViewParams, crop_x=shares, crop_y=shares),
     resize=st.sampled_from(["antialias", "cv2"]),
 )
 def test_any_shape_becomes_the_size_wanted_and_no_foreign_color(have, want, view, resize):
     plain = Image.new("RGB", have[::-1], (10, 200, 77))
-    for each in (view, View(view.across, view.down, regions=((0.5, 1.3), (0.2, 0.8)))):
-        result = levels(scaled(plain, want, each, resize))
+    for each in (view, ViewParams(view.crop_x, view.crop_y, regions=((0.5, 1.3), (0.2, 0.8)))):
+        result = levels(crop_and_resize(plain, want, each, resize))
         assert result.shape == (*want, 3)
         assert (result == [10, 200, 77]).all()
-        box = box_of(have, want, each, resize)
+        box = compute_crop_box(have, want, each, resize)
         assert 0 <= box.left < box.right <= have[1] and 0 <= box.top < box.bottom <= have[0]
 
 
 @settings(max_examples=50, deadline=None)
 @given(across=shares, wide=st.booleans(), resize=st.sampled_from(["antialias", "cv2"]))
 def test_without_scaling_a_crop_copies_pixels(across, wide, resize):
-    picture = noise(32, 56) if wide else noise(56, 32)
-    view = View(across if wide else 0.9, 0.1 if wide else across)
-    whole, first = np.asarray(picture), int(across * 25)
+    image = noise(32, 56) if wide else noise(56, 32)
+    view = ViewParams(across if wide else 0.9, 0.1 if wide else across)
+    whole, first = np.asarray(image), int(across * 25)
     expected = whole[:, first : first + 32] if wide else whole[first : first + 32]
-    assert (levels(scaled(picture, (32, 32), view, resize)) == expected).all()
-    assert (by_pillow(picture, (32, 32), view) == expected).all()
+    assert (levels(crop_and_resize(image, (32, 32), view, resize)) == expected).all()
+    assert (by_pillow(image, (32, 32), view) == expected).all()
 
 
 def test_covering_is_resize_then_crop():
-    picture = smooth(128, 192)
-    resized = picture.resize((96, 64), Image.Resampling.BICUBIC)
+    image = smooth(128, 192)
+    resized = image.resize((96, 64), Image.Resampling.BICUBIC)
     for across, first in ((0.0, 0), (None, 16), (0.999, 32)):
         expected = np.asarray(resized.crop((first, 0, first + 64, 64)), dtype=int)
-        assert np.abs(by_pillow(picture, (64, 64), View(across)) - expected).max() <= 1
+        assert np.abs(by_pillow(image, (64, 64), ViewParams(across)) - expected).max() <= 1
 
 
-def test_a_very_long_picture_takes_no_more_than_its_part(monkeypatch):
-    monkeypatch.setattr(resize_module, "_cover_whole", None)
-    assert scaled(Image.new("RGB", (1, 60_000)), (256, 256)).shape == (3, 256, 256)
-    assert scaled(Image.new("RGB", (1, 60_000)), (256, 256), CENTER, "cv2").shape == (3, 256, 256)
+def test_a_very_long_image_takes_no_more_than_its_part(monkeypatch):
+    monkeypatch.setattr(resize_module, "_resize_then_crop", None)
+    assert crop_and_resize(Image.new("RGB", (1, 60_000)), (256, 256)).shape == (3, 256, 256)
+    assert crop_and_resize(Image.new("RGB", (1, 60_000)), (256, 256), CENTER_CROP, "cv2").shape == (3, 256, 256)
 
 
 def stripes():
@@ -94,9 +94,9 @@ def stripes():
 
 
 def test_downscaling_is_antialiased_unless_as_cv2_does_it():
-    for view in (CENTER, View(regions=((1.0, 1.0),))):
-        assert np.abs(levels(scaled(stripes(), (16, 16), view))[:, 2:-2] - 127).max() <= 4
-    sampled = levels(scaled(stripes(), (22, 22), CENTER, "cv2"))
+    for view in (CENTER_CROP, ViewParams(regions=((1.0, 1.0),))):
+        assert np.abs(levels(crop_and_resize(stripes(), (16, 16), view))[:, 2:-2] - 127).max() <= 4
+    sampled = levels(crop_and_resize(stripes(), (22, 22), CENTER_CROP, "cv2"))
     assert sampled.std() > 60
 
 
@@ -116,7 +116,9 @@ def test_the_whole_is_scaled_as_pillow_does_it_first_across_then_down(short, mor
     first = min(int(place * (more * numerator + 1)), more * numerator)
     left, top = (0, first) if upright else (first, 0)
     expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=int)
-    quick = levels(resize_module._cover_whole(resize_module._pixels(image), (side, side), View(place, place)))
+    quick = levels(
+        resize_module._resize_then_crop(resize_module._pixels(image), (side, side), ViewParams(place, place))
+    )
     # Each pass rounds its weights in a way of its own; a level lost in the first is 1.25 at most after the second.
     assert np.abs(quick - expected).max() <= 2
 
@@ -125,13 +127,13 @@ def test_the_whole_is_scaled_as_pillow_does_it_first_across_then_down(short, mor
 @given(
     st.tuples(st.integers(4, 90), st.integers(4, 90)),
     st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    st.builds(View, across=shares, down=shares),
+    st.builds(ViewParams, crop_x=shares, crop_y=shares),
 )
 def test_every_way_cuts_at_the_same_place(have, size, view):
     rows, columns = np.mgrid[: have[0], : have[1]]
     slopes = np.stack([rows * 250 / have[0], columns * 250 / have[1], (rows + columns) * 120 / sum(have)], axis=2)
     image = Image.fromarray(slopes.round().astype(np.uint8))
-    quick = levels(resize_module._cover_whole(resize_module._pixels(image), size, view))
+    quick = levels(resize_module._resize_then_crop(resize_module._pixels(image), size, view))
     assert quick.shape == (*size, 3)
     assert np.abs(quick - by_pillow(image, size, view)).max() <= 2
 
@@ -140,10 +142,10 @@ regions = st.lists(st.tuples(st.floats(0.02, 1), st.floats(0.4, 2.5)), min_size=
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.tuples(st.integers(1, 90), st.integers(1, 90)), st.builds(View, shares, shares, regions))
+@given(st.tuples(st.integers(1, 90), st.integers(1, 90)), st.builds(ViewParams, shares, shares, regions))
 def test_a_region_has_the_area_and_the_ratio_that_were_drawn(have, view):
     size = (20, 30)
-    box = box_of(have, size, view)
+    box = compute_crop_box(have, size, view)
     assert box == tuple(map(int, box))
     assert 0 <= box.left < box.right <= have[1] and 0 <= box.top < box.bottom <= have[0]
     width, height = box.right - box.left, box.bottom - box.top
@@ -159,20 +161,20 @@ def test_a_region_has_the_area_and_the_ratio_that_were_drawn(have, view):
 
 def test_a_region_is_stretched_to_the_size():
     image = smooth(80, 120)
-    view = View(0.5, 0.25, regions=((0.2, 1.4),))
-    box = box_of((80, 120), (24, 32), view)
+    view = ViewParams(0.5, 0.25, regions=((0.2, 1.4),))
+    box = compute_crop_box((80, 120), (24, 32), view)
     expected = np.asarray(image.crop(tuple(map(int, box))).resize((32, 24), Image.Resampling.BICUBIC), dtype=int)
-    assert np.abs(levels(scaled(image, (24, 32), view)) - expected).max() <= 2
+    assert np.abs(levels(crop_and_resize(image, (24, 32), view)) - expected).max() <= 2
 
 
 def test_regions_are_spread_as_torchvision_spreads_them():
     from torchvision.transforms import RandomResizedCrop
 
-    views, generator = Views("resized"), torch.Generator().manual_seed(0)
-    ours = [box_of((60, 100), (32, 32), views.draw(generator)) for _ in range(1500)]
+    views, generator = Augmentation("resized"), torch.Generator().manual_seed(0)
+    ours = [compute_crop_box((60, 100), (32, 32), views.sample(generator)) for _ in range(1500)]
     torch.manual_seed(0)
-    picture = torch.zeros(3, 60, 100)
-    theirs = [RandomResizedCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(1500)]
+    image = torch.zeros(3, 60, 100)
+    theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(1500)]
     measured = [(b.top, b.left, b.bottom - b.top, b.right - b.left) for b in ours]
     for our, their in zip(np.array(measured).T, np.array(theirs).T, strict=True):
         grid = np.arange(101)
@@ -190,7 +192,9 @@ def bilinear(image, size):
 @given(st.tuples(*[st.integers(1, 60)] * 4))
 def test_as_cv2_is_bilinear_between_the_centres_of_pixels(sides):
     image, size = noise(*sides[:2]), sides[2:]
-    found = levels(scaled(image, size, View(regions=((1.0, sides[1] * size[0] / (sides[0] * size[1])),)), "cv2"))
+    found = levels(
+        crop_and_resize(image, size, ViewParams(regions=((1.0, sides[1] * size[0] / (sides[0] * size[1])),)), "cv2")
+    )
     assert np.abs(found - bilinear(image, size)).max() < 1
 
 
@@ -199,33 +203,34 @@ def test_as_cv2_scales_to_whole_numbers_then_cuts(have, tall, wide):
     image = noise(*have)
     top, left = (tall - 32) // 2, (wide - 32) // 2
     expected = bilinear(image, (tall, wide))[top : top + 32, left : left + 32]
-    assert np.abs(levels(scaled(image, (32, 32), CENTER, "cv2")) - expected).max() < 1
-    box = box_of(have, (32, 32), CENTER, "cv2")
+    assert np.abs(levels(crop_and_resize(image, (32, 32), CENTER_CROP, "cv2")) - expected).max() < 1
+    box = compute_crop_box(have, (32, 32), CENTER_CROP, "cv2")
     assert box.left == pytest.approx(left * have[1] / wide)
     assert box.right - box.left == pytest.approx(32 * have[1] / wide)
 
 
 def test_places_are_shares_of_the_whole():
-    assert Box(10, 20, 30, 60).place((80, 40)).tolist() == [0.25, 0.25, 0.75, 0.75]
+    assert Box(10, 20, 30, 60).normalized((80, 40)).tolist() == [0.25, 0.25, 0.75, 0.75]
 
 
 SCRIPT = """
 import hashlib, torch
 from tests.data.images.test_resize import noise
-from tests.data.images.test_resize import scaled
-from vqf.data.views import CENTER, View
+from vqf.data.images.augment import CENTER_CROP, ViewParams
+from vqf.data.images.resize import crop_and_resize
 digest = hashlib.sha256()
 for seed, (height, width) in enumerate([(64, 64), (90, 61), (33, 100), (200, 210), (20, 200)]):
     for size in ((32, 32), (48, 30), (80, 80)):
-        for view in (CENTER, View(0.3, 0.8), View(0.5, 0.2, regions=((0.4, 1.2),))):
+        for view in (CENTER_CROP, ViewParams(0.3, 0.8), ViewParams(0.5, 0.2, regions=((0.4, 1.2),))):
             for resize in ("antialias", "cv2"):
-                digest.update(scaled(noise(height, width, seed), size, view, resize).contiguous().numpy().tobytes())
+                pixels = crop_and_resize(noise(height, width, seed), size, view, resize)
+                digest.update(pixels.contiguous().numpy().tobytes())
 print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_processors_with_and_without_vectors_make_the_same_pictures():
+def test_processors_with_and_without_vectors_make_the_same_images():
     """torch chooses its loops by what the processor can do; ATEN_CPU_CAPABILITY says what it may."""
     results = {}
     for capability in ("default", "avx2", "avx512"):

@@ -25,10 +25,10 @@ from tests.support.composing import compose
 from tests.training.test_trainer import TINY
 from vqf.data.shards import Shards
 from vqf.data.tar import remote_io
-from vqf.data.tar.remote_io import is_address, shown
-from vqf.data.tar.replay import Raw, Tape
-from vqf.dataloading.loader import batches, keyed, sequential
-from vqf.dataloading.order import Order
+from vqf.data.tar.remote_io import is_url, redact_url
+from vqf.data.tar.replay import RawSample, ReplayableStream
+from vqf.dataloading.loader import keyed_batches, sequential_batches, train_batches
+from vqf.dataloading.order import ShuffledBatches
 from vqf.errors import UserError
 from vqf.pipelines.shard import Shard
 from vqf.pipelines.stage1 import Stage1
@@ -40,7 +40,7 @@ SHARDS, EACH = 20, 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty shards of six to train on, one of five to validate on; the red of a picture is its number."""
+    """Twenty shards of six to train on, one of five to validate on; the red of an image is its number."""
     root = tmp_path_factory.mktemp("shards")
     for i in range(SHARDS):
         shard(root / f"train-{i:02}.tar", range(EACH * i, EACH * i + EACH), cls=lambda each: f"{each % 4}\n")
@@ -77,7 +77,7 @@ def serve():
 
 
 def streamed(train=None, size=16, seed=0, **options):
-    given = {**PLAIN, "train_pictures": SHARDS * EACH, "classes": 4, **options}
+    given = {**PLAIN, "train_images": SHARDS * EACH, "classes": 4, **options}
     return Shards(size, seed, train=train or "train-{00..19}.tar", **given)
 
 
@@ -105,7 +105,7 @@ def source(request, folder, serve, monkeypatch, tmp_path):
     if request.param == "file":
         return streamed(root=f"file:{folder}")
     if request.param == "pipe":
-        monkeypatch.setenv(remote_io.PIPES, "1")
+        monkeypatch.setenv(remote_io.ALLOW_PIPES_VARIABLE, "1")
         return streamed(f"pipe:cat {folder}/train-{{00..19}}.tar")
     if request.param == "http":
         return streamed(root=serve(folder))
@@ -120,16 +120,16 @@ def test_in_order_a_stream_is_what_the_folder_is(source, folder):
     for i in (*range(0, 120, 13), 119, 3, 3, 4):
         one, other = ours.item(2, i), theirs.item(2, i)
         assert torch.equal(one.image, other.image)
-        assert torch.equal(one.place, other.place)
+        assert torch.equal(one.crop_box, other.crop_box)
         assert one.label == other.label
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_is_read_in_order(serve, folder, workers):
-    split = streamed(root=serve(folder), validation="validation-00.tar", validation_pictures=5).split("validation")
+    split = streamed(root=serve(folder), validation="validation-00.tar", validation_images=5).split("validation")
     for _ in range(2):
-        assert of_batches(sequential(split, 2, workers=workers)) == [200, 201, 202, 203, 204]
-    assert of_batches(sequential(split, 2, count=2, workers=workers)) == [200, 202]
+        assert of_batches(sequential_batches(split, 2, workers=workers)) == [200, 201, 202, 203, 204]
+    assert of_batches(sequential_batches(split, 2, count=2, workers=workers)) == [200, 202]
 
 
 def test_augmentations_in_order_are_those_of_the_folder(serve, folder):
@@ -138,22 +138,24 @@ def test_augmentations_in_order_are_those_of_the_folder(serve, folder):
     theirs = exact(folder, **options).split("train")
     for key in ((0, 0), (0, 5), (3, 5), (1, 7)):
         assert torch.equal(ours.item(*key).image, theirs.item(*key).image)
-        assert torch.equal(ours.item(*key).place, theirs.item(*key).place)
+        assert torch.equal(ours.item(*key).crop_box, theirs.item(*key).crop_box)
     assert not torch.equal(ours.item(0, 7).image, ours.item(1, 7).image)
 
 
 def seen_by(split, ranks, workers, start=0, steps=10):
-    """The pictures of every rank, in batches of 12 over all ranks."""
-    orders = [Order(len(split), 12, 0, rank, ranks) for rank in range(ranks)]
-    return [of_batches(batches(split, each, start=start, steps=start + steps, workers=workers)) for each in orders]
+    """The images of every rank, in batches of 12 over all ranks."""
+    orders = [ShuffledBatches(len(split), 12, 0, rank, ranks) for rank in range(ranks)]
+    return [
+        of_batches(train_batches(split, each, start=start, steps=start + steps, workers=workers)) for each in orders
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (2, 1), (2, 3)])
 def test_every_process_reads_its_shards_once_before_it_reads_one_again(folder, ranks, workers):
-    """Twenty shards over two ranks and three worker processes: every picture is seen as often as every other that the
+    """Twenty shards over two ranks and three worker processes: every image is seen as often as every other that the
     same process reads, or once less."""
     split = streamed(root=f"file:{folder}", buffer=5).split("train")
-    steps = 40  # four times as many pictures as there are
+    steps = 40  # four times as many images as there are
     parts = seen_by(split, ranks, workers, steps=steps)
     assert [len(part) for part in parts] == [12 * steps // ranks] * ranks
     assert not set(parts[0]) & set(parts[-1]) or ranks == 1
@@ -165,13 +167,13 @@ def test_every_process_reads_its_shards_once_before_it_reads_one_again(folder, r
         assert max(of_share) - min(of_share) <= 1
 
 
-def test_one_process_sees_every_picture_once_in_each_reading(folder):
+def test_one_process_sees_every_image_once_in_each_reading(folder):
     stream = streamed(root=f"file:{folder}").split("train").stream(0, 0, 1)
     for _ in range(3):
         assert sorted(reds(itertools.islice(stream, 120))) == list(range(120))
 
 
-def test_pictures_are_shuffled_anew_in_each_reading_and_for_every_seed_and_start(folder):
+def test_images_are_shuffled_anew_in_each_reading_and_for_every_seed_and_start(folder):
     def first(seed=0, start=0, rank=0, **options):
         split = streamed(root=f"file:{folder}", seed=seed, buffer=30, **options).split("train")
         return tuple(reds(itertools.islice(split.stream(start, rank, 2), 60)))
@@ -184,7 +186,7 @@ def test_pictures_are_shuffled_anew_in_each_reading_and_for_every_seed_and_start
     assert len(set(shards)) > 4
 
 
-def test_how_a_picture_is_varied_depends_on_its_name_and_the_reading_alone(tmp_path):
+def test_how_an_image_is_varied_depends_on_its_name_and_the_reading_alone(tmp_path):
     ramp = [(f"{i}.png", png((i, 0, 0), (40, 16))) for i in range(4)]
     for i in range(4):
         pack(tmp_path / f"train-{i}.tar", ramp)
@@ -193,7 +195,7 @@ def test_how_a_picture_is_varied_depends_on_its_name_and_the_reading_alone(tmp_p
 
     def places(rank, world):
         return Counter(
-            tuple(each.place.tolist()) for each in itertools.islice(split.stream(0, rank, world), 16 // world)
+            tuple(each.crop_box.tolist()) for each in itertools.islice(split.stream(0, rank, world), 16 // world)
         )
 
     assert places(0, 1) == places(0, 2) + places(1, 2) == sum((places(i, 4) for i in range(4)), Counter())
@@ -210,9 +212,9 @@ def test_a_run_that_goes_on_begins_another_order(folder, workers):
 
 
 def test_more_readers_than_shards(folder):
-    few = streamed("train-0{0,1}.tar", root=f"file:{folder}", train_pictures=12).split("train")
-    assert set(of_batches(batches(few, Order(12, 4, 0), start=0, steps=6, workers=5))) == set(range(12))
-    message = worded(lambda: next(batches(few, Order(12, 12, 0, 0, 3), start=0, steps=1, workers=0)))
+    few = streamed("train-0{0,1}.tar", root=f"file:{folder}", train_images=12).split("train")
+    assert set(of_batches(train_batches(few, ShuffledBatches(12, 4, 0), start=0, steps=6, workers=5))) == set(range(12))
+    message = worded(lambda: next(train_batches(few, ShuffledBatches(12, 12, 0, 0, 3), start=0, steps=1, workers=0)))
     assert message == "data.train: 2 shards cannot be shared by 3 processes"
 
 
@@ -230,7 +232,7 @@ def test_the_manifest_says_what_there_is(folder, tmp_path, serve):
     before = train.fingerprint
     manifest = json.loads((to / "manifest.json").read_text())
     manifest["shards"][0]["sha256"] = "0" * 64
-    manifest["shards"] += [{"name": "../train-x.tar", "pictures": 9}, "junk", {"name": "train-y.tar"}]
+    manifest["shards"] += [{"name": "../train-x.tar", "images": 9}, "junk", {"name": "train-y.tar"}]
     (to / "manifest.json").write_text(json.dumps(manifest))
     again = Shards(16, 0, root=data.remote.root, crop="center", flip=False).split("train")
     assert (len(again), again.urls) == (120, train.urls)
@@ -243,13 +245,13 @@ def test_without_a_manifest_there_is_a_word_for_what_is_missing(folder, serve, c
         f"data.train=train-*.tar: '{root}' cannot be searched; name the shards as in train-{{0000..0146}}.tar "
         "(data.train=null for none), or put the manifest.json of pipeline=shard there"
     )
-    assert worded(lambda: streamed(root=root, train_pictures=None)) == (
-        "data.train=train-{00..19}.tar: streamed shards do not say how many pictures they hold; give "
-        "data.train_pictures=..., or put the manifest.json of pipeline=shard beside them"
+    assert worded(lambda: streamed(root=root, train_images=None)) == (
+        "data.train=train-{00..19}.tar: streamed shards do not say how many images they hold; give "
+        "data.train_images=..., or put the manifest.json of pipeline=shard beside them"
     )
     with caplog.at_level(logging.INFO, "vqf"):
         assert streamed(root=root, classes=None).split("train").item(0, 0).label is None
-    assert "data.classes: not given, so the streamed pictures have no labels" in caplog.text
+    assert "data.classes: not given, so the streamed images have no labels" in caplog.text
     assert worded(lambda: streamed(root=root).split("validation")) == (
         "data.validation: no validation shards are named or listed"
     )
@@ -269,7 +271,7 @@ def test_a_stream_cannot_be_one_of_several_sources(folder):
         "name": "shards",
         "root": f"file:{folder}",
         "train": "train-00.tar",
-        "train_pictures": 6,
+        "train_images": 6,
         "validation": None,
     }
     data = build("data", {"name": "union", "parts": {"far": node}}, image_size=16, seed=0)
@@ -289,12 +291,12 @@ def test_a_label_that_cannot_be(folder):
     )
 
 
-def test_a_broken_picture_is_replaced_by_the_next_and_named_once(private, caplog):
+def test_a_broken_image_is_replaced_by_the_next_and_named_once(private, caplog):
     members = [(f"{i:02}.png", png((i, 0, 0)) if i not in (2, 3, 5) else b"broken") for i in range(6)]
     pack(private / "train-19.tar", members)
-    split = streamed("train-{18..19}.tar", root=f"file:{private}", classes=0, train_pictures=12, max_bad=0.3).split(
-        "train"
-    )
+    split = streamed(
+        "train-{18..19}.tar", root=f"file:{private}", classes=0, train_images=12, max_unreadable=0.3
+    ).split("train")
     for _ in range(2):
         found = reds(split.item(0, i) for i in range(12))
         assert found == [108, 109, 110, 111, 112, 113, 0, 1, 4, 4, 4, 108]
@@ -302,33 +304,36 @@ def test_a_broken_picture_is_replaced_by_the_next_and_named_once(private, caplog
         f"data.root: cannot read 'train-19.tar/{i:02}.png'" for i in (2, 3, 5)
     ]
     assert Counter(reds(itertools.islice(split.stream(0, 0, 1), 18)))[0] == 2
-    strict = streamed("train-{18..19}.tar", root=f"file:{private}", classes=0, train_pictures=12, max_bad=0.1)
+    strict = streamed("train-{18..19}.tar", root=f"file:{private}", classes=0, train_images=12, max_unreadable=0.1)
     assert worded(lambda: [strict.split("train").item(0, i) for i in range(12)]).startswith(
-        "data.max_bad=0.1: 2 of the 12 train pictures cannot be read; the last is 'train-19.tar/03.png' (not a picture"
+        "data.max_unreadable=0.1: 2 of the 12 train images cannot be read; the last is 'train-19.tar/03.png' "
+        "(not an image"
     )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_is_counted_once_however_often_it_is_read(private, workers, caplog):
+def test_a_broken_image_is_counted_once_however_often_it_is_read(private, workers, caplog):
     members = [(f"{i:02}.png", png((i, 0, 0)) if i != 3 else b"") for i in range(6)]
     pack(private / "train-00.tar", members)
-    split = streamed("train-00.tar", root=f"file:{private}", classes=0, train_pictures=6, max_bad=0.2).split("train")
+    split = streamed("train-00.tar", root=f"file:{private}", classes=0, train_images=6, max_unreadable=0.2).split(
+        "train"
+    )
     for _ in range(3):
-        assert of_batches(sequential(split, 4, workers=workers)) == [0, 1, 2, 4, 4, 5]
-    assert int(split.bad.sum()) == 1
+        assert of_batches(sequential_batches(split, 4, workers=workers)) == [0, 1, 2, 4, 4, 5]
+    assert int(split.unreadable.sum()) == 1
     assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_worker_tells_of_broken_pictures(private, workers, caplog):
+def test_a_worker_tells_of_broken_images(private, workers, caplog):
     members = [(f"{i:02}.png", png((i, 0, 0)) if i != 3 else b"") for i in range(6)]
     pack(private / "train-00.tar", members)
     split = streamed(root=f"file:{private}", classes=0).split("train")
-    assert 3 not in of_batches(batches(split, Order(120, 12, 0), start=0, steps=30, workers=workers))
+    assert 3 not in of_batches(train_batches(split, ShuffledBatches(120, 12, 0), start=0, steps=30, workers=workers))
     assert sum("cannot read 'train-00.tar/03.png'" in each.getMessage() for each in caplog.records) == 1
 
 
-SAMPLE = 4 * 512  # bytes: two headers, a label and a small picture
+SAMPLE = 4 * 512  # bytes: two headers, a label and a small image
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "http"])
@@ -343,10 +348,10 @@ def test_a_shard_that_ends_early_or_is_missing(private, serve, monkeypatch, capl
         path.unlink()
     else:
         path.write_bytes(os.urandom(5000))
-    monkeypatch.setenv(remote_io.PIPES, "1")
+    monkeypatch.setenv(remote_io.ALLOW_PIPES_VARIABLE, "1")
     root = {"file": f"file:{private}", "pipe": f"pipe:cat {private}", "http": serve(private)}[kind]
-    make = lambda **options: streamed(f"{root}/train-{{00..02}}.tar", train_pictures=18, **options).split("train")  # noqa: E731
-    split = make(max_bad=0.4)
+    make = lambda **options: streamed(f"{root}/train-{{00..02}}.tar", train_images=18, **options).split("train")  # noqa: E731
+    split = make(max_unreadable=0.4)
     found = reds(split.item(0, i) for i in range(18))
     assert found[:6] == [0, 1, 2, 3, 4, 5]
     lost = {"cut": 3, "block": 3, "missing": 6, "junk": 6}[damage]
@@ -363,32 +368,37 @@ def test_a_shard_that_ends_early_or_is_missing(private, serve, monkeypatch, capl
     assert reason in record.getMessage()
     trained = Counter(reds(itertools.islice(split.stream(0, 0, 1), 60)))
     assert set(trained) == set(expected)
-    assert worded(lambda: [make(max_bad=0).item(0, i) for i in range(18)]).startswith(
-        "data.max_bad=0: 1 of the 3 train shards cannot be read to their end; the last is "
+    assert worded(lambda: [make(max_unreadable=0).item(0, i) for i in range(18)]).startswith(
+        "data.max_unreadable=0: 1 of the 3 train shards cannot be read to their end; the last is "
     )
 
 
-def test_fewer_pictures_than_were_said(folder):
-    split = streamed(root=f"file:{folder}", train_pictures=130).split("train")
+def test_fewer_images_than_were_said(folder):
+    split = streamed(root=f"file:{folder}", train_images=130).split("train")
     assert worded(lambda: [split.item(0, i) for i in range(130)]) == (
-        "data.train_pictures=130: its 20 shards hold 120 pictures"
+        "data.train_images=130: its 20 shards hold 120 images"
     )
-    few = streamed(root=f"file:{folder}", train_pictures=121).split("train")
+    few = streamed(root=f"file:{folder}", train_images=121).split("train")
     assert red(few.item(0, 120)) == 0
 
 
 def test_nothing_that_can_be_read(private):
     for path in private.glob("train-*"):
         path.unlink()
-    split = streamed(root=f"file:{private}", max_bad=1).split("train")
+    split = streamed(root=f"file:{private}", max_unreadable=1).split("train")
     last = f"file:{private}/train-19.tar"
-    expected = f"data.train: no picture in 20 shards can be read; the last is '{last}'"
+    expected = f"data.train: no image in 20 shards can be read; the last is '{last}'"
     assert worded(lambda: split.item(0, 0)) == expected
     assert worded(lambda: next(split.stream(0, 0, 1))) == expected
     pack(private / "train-19.tar", [("a.png", b"broken")])
     assert worded(lambda: next(split.stream(0, 0, 1))) == expected
     for workers in (0, 1):
-        assert worded(lambda n=workers: next(batches(split, Order(120, 2, 0), start=0, steps=1, workers=n))) == expected
+        assert (
+            worded(
+                lambda n=workers: next(train_batches(split, ShuffledBatches(120, 2, 0), start=0, steps=1, workers=n))
+            )
+            == expected
+        )
 
 
 def test_names_that_lead_elsewhere_are_refused(private):
@@ -403,13 +413,13 @@ def test_names_that_lead_elsewhere_are_refused(private):
 
 
 def test_a_huge_member_is_not_read(private, monkeypatch, caplog):
-    monkeypatch.setattr(remote_io, "LARGEST", 50)
-    split = streamed("train-00.tar", root=f"file:{private}", train_pictures=6, max_bad=1).split("train")
-    assert worded(lambda: split.item(0, 0)).startswith("data.train: no picture in 1 shards can be read")
+    monkeypatch.setattr(remote_io, "MAX_MEMBER_BYTES", 50)
+    split = streamed("train-00.tar", root=f"file:{private}", train_images=6, max_unreadable=1).split("train")
+    assert worded(lambda: split.item(0, 0)).startswith("data.train: no image in 1 shards can be read")
     assert "bytes, more than 50" in caplog.text
 
 
-def test_which_member_is_the_picture(tmp_path):
+def test_which_member_is_the_image(tmp_path):
     members = [
         ("a.left.png", png((1, 0, 0))),
         ("a.right.png", png((2, 0, 0))),
@@ -417,14 +427,14 @@ def test_which_member_is_the_picture(tmp_path):
         ("b.txt", b""),
     ]
     pack(tmp_path / "train-0.tar", members)
-    options = {"root": f"file:{tmp_path}", "train_pictures": 1, "classes": 2, "label_key": "kind"}
+    options = {"root": f"file:{tmp_path}", "train_images": 1, "classes": 2, "label_key": "kind"}
     assert red(streamed("train-0.tar", **options).split("train").item(0, 0)) == 1
     right = streamed("train-0.tar", image="right.png", **options).split("train").item(0, 0)
     assert (red(right), right.label) == (2, 1)
 
 
 def test_a_command_runs_only_if_it_is_allowed(folder, monkeypatch, tmp_path):
-    monkeypatch.delenv(remote_io.PIPES, raising=False)
+    monkeypatch.delenv(remote_io.ALLOW_PIPES_VARIABLE, raising=False)
     command = f"pipe:touch {tmp_path}/ran; cat {folder}/train-00.tar"
     assert worded(lambda: streamed(command)) == (
         f"data.train={command}: pipe: runs a command of the shell; if you trust it, set the variable "
@@ -432,8 +442,8 @@ def test_a_command_runs_only_if_it_is_allowed(folder, monkeypatch, tmp_path):
     )
     assert "VQF_ALLOW_PIPES=1" in worded(lambda: streamed(root=command))
     assert not (tmp_path / "ran").exists()
-    monkeypatch.setenv(remote_io.PIPES, "1")
-    assert red(streamed(command, train_pictures=6).split("train").item(0, 0)) == 0
+    monkeypatch.setenv(remote_io.ALLOW_PIPES_VARIABLE, "1")
+    assert red(streamed(command, train_images=6).split("train").item(0, 0)) == 0
     assert (tmp_path / "ran").exists()
 
 
@@ -441,22 +451,22 @@ def test_addresses_that_nothing_opens():
     assert worded(lambda: streamed("s3://bucket/{0..3}.tar")).startswith(
         "data.train=s3://bucket/0.tar: webdataset opens no s3: (but ais, file, ftps, gs, hf, htgs, http, https, pipe, "
     )
-    split = streamed("http://127.0.0.1:9/a.tar", max_bad=1).split("train")  # nobody listens there
-    assert worded(lambda: split.item(0, 0)).startswith("data.train: no picture in 1 shards can be read")
+    split = streamed("http://127.0.0.1:9/a.tar", max_unreadable=1).split("train")  # nobody listens there
+    assert worded(lambda: split.item(0, 0)).startswith("data.train: no image in 1 shards can be read")
 
 
 def test_no_password_or_token_is_shown(caplog):
     url = "http://user:secret@127.0.0.1:9/a/b.tar?token=hidden"
-    split = streamed(url, max_bad=1).split("train")
+    split = streamed(url, max_unreadable=1).split("train")
     message = worded(lambda: split.item(0, 0))
     assert "http://127.0.0.1:9/a/b.tar" in message and "http://127.0.0.1:9/a/b.tar" in caplog.text
     assert not any(word in message + caplog.text for word in ("secret", "hidden"))
-    assert shown("pipe:cat a b") == "pipe:cat a b"
+    assert redact_url("pipe:cat a b") == "pipe:cat a b"
 
 
 @pytest.mark.parametrize(("name", "expected"), [("C:/a.tar", False), ("a:b.tar", False), ("file:a", True)])
 def test_what_is_an_address(name, expected):
-    assert is_address(name) is expected
+    assert is_url(name) is expected
 
 
 class Stalling(Handler):
@@ -483,14 +493,14 @@ def test_a_server_that_stops_talking_does_not_hold_up_the_end(tmp_path, serve):
     split = streamed("train-00.tar", root=serve(tmp_path, Stalling)).split("train")
     assert red(split.item(0, 0)) == 0
     began = time.monotonic()
-    split.tape = None  # as when the run ends: the command is stopped, not waited for
+    split.replay = None  # as when the run ends: the command is stopped, not waited for
     assert time.monotonic() - began < 10
 
 
 def test_worker_processes_do_not_go_on_with_the_file_of_their_parent(serve, folder):
     split = streamed(root=serve(folder)).split("train")
     assert red(split.item(0, 0)) == 0
-    assert of_batches(keyed(split, [[(0, i)] for i in range(1, 40)], workers=1)) == list(range(1, 40))
+    assert of_batches(keyed_batches(split, [[(0, i)] for i in range(1, 40)], workers=1)) == list(range(1, 40))
     assert reds(split.item(0, i) for i in range(1, 40)) == list(range(1, 40))
     again = pickle.loads(pickle.dumps(split))
     assert reds(again.item(0, i) for i in range(5)) == list(range(5))
@@ -498,11 +508,11 @@ def test_worker_processes_do_not_go_on_with_the_file_of_their_parent(serve, fold
 
 def test_the_fingerprint_follows_what_is_known(folder, serve):
     def fingerprint(part="train", **options):
-        validation = {"validation": "validation-00.tar", "validation_pictures": 5}
+        validation = {"validation": "validation-00.tar", "validation_images": 5}
         return streamed(root=f"file:{folder}", **{**validation, **options}).split(part).fingerprint
 
     different = [fingerprint(), fingerprint("validation"), fingerprint(size=8), fingerprint(crop="random")]
-    different += [fingerprint(train_pictures=119), fingerprint(train="train-{01..19}.tar"), fingerprint(classes=0)]
+    different += [fingerprint(train_images=119), fingerprint(train="train-{01..19}.tar"), fingerprint(classes=0)]
     assert len(set(different)) == len(different)
     assert fingerprint() == fingerprint(seed=3) == fingerprint(buffer=7)
 
@@ -510,8 +520,8 @@ def test_the_fingerprint_follows_what_is_known(folder, serve):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_tokenizer_is_trained_on_a_stream(folder, serve, tmp_path, workers, caplog):
     words = [*(each for each in TINY if not each.startswith("data=")), "data=shards", f"workers={workers}"]
-    words += [f"data.root={serve(folder)}", "data.train='train-{00..19}.tar'", "data.train_pictures=120"]
-    words += ["data.validation=validation-00.tar", "data.validation_pictures=5", "evaluate.count=5"]
+    words += [f"data.root={serve(folder)}", "data.train='train-{00..19}.tar'", "data.train_images=120"]
+    words += ["data.validation=validation-00.tar", "data.validation_images=5", "evaluate.count=5"]
     Stage1(compose(*words, "steps=4"), tmp_path).run()
     with caplog.at_level(logging.INFO, "vqf"):
         Stage1(compose(*words, "resume=true"), tmp_path).run()
@@ -524,10 +534,10 @@ def test_a_tokenizer_is_trained_on_a_stream(folder, serve, tmp_path, workers, ca
 @given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=12))
 def test_a_tape_gives_what_a_list_gives(length, indices):
     begun = []
-    raws = [Raw(str(i), b"", None) for i in range(length)]
-    tape = Tape(lambda: begun.append(1) or iter(raws))
+    raws = [RawSample(str(i), b"", None) for i in range(length)]
+    tape = ReplayableStream(lambda: begun.append(1) or iter(raws))
     for index in indices:
-        found = list(tape.since(index))
+        found = list(tape.iter_from(index))
         if tape.length is None or index < length or found:
             assert found == raws[index % length :] or (index >= length and found == [])
         assert tape.length == length

@@ -8,8 +8,8 @@ from vqf.pipelines.shard import Shard
 from vqf.registry import build
 
 
-def make_pictures(root):
-    """Make twenty training and three validation pictures in two classes; the red of one is its number."""
+def make_images(root):
+    """Make twenty training and three validation images in two classes; the red of one is its number."""
     for i in range(23):
         path = root / ("train" if i < 20 else "val") / ("ant", "bee")[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,77 +8,77 @@ import torch
 from PIL import Image
 
 from tests.data.packing import png, red
-from tests.pipelines.shards.sharding import configured, files, make_pictures, read, written
+from tests.pipelines.shards.sharding import configured, files, make_images, read, written
 from tests.support.composing import compose
-from vqf.errors import EmptyPartError, UserError
+from vqf.errors import EmptySplitError, UserError
 from vqf.registry import Component, _components, build
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return make_pictures(tmp_path / "pictures")
+def image_folder(tmp_path):
+    return make_images(tmp_path / "images")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_originals_come_back_byte_by_byte(pictures, tmp_path, workers):
+def test_originals_come_back_byte_by_byte(image_folder, tmp_path, workers):
     to = tmp_path / "shards"
-    manifest = written(configured(pictures, workers=workers), to, shard_size=6)
+    manifest = written(configured(image_folder, workers=workers), to, shard_size=6)
     assert manifest["finished"]
-    assert manifest["pictures"] == {"train": 20, "validation": 3}
-    assert [each["pictures"] for each in manifest["shards"]] == [6, 6, 6, 2, 3]
+    assert manifest["images"] == {"train": 20, "validation": 3}
+    assert [each["images"] for each in manifest["shards"]] == [6, 6, 6, 2, 3]
     for each in manifest["shards"]:
         content = (to / each["name"]).read_bytes()
         assert (each["bytes"], each["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     data, split = read(to)
     assert data.classes == ["ant", "bee"]
-    names = sorted(path for path in pictures.glob("train/*/*.png"))
+    names = sorted(path for path in image_folder.glob("train/*/*.png"))
     for i in range(20):
         original = names[int(split.names[i].split("/")[1][:8])]
-        assert split.file(i).stored() == original.read_bytes()
+        assert split.file(i).read_bytes() == original.read_bytes()
         assert data.classes[split.item(0, i).label] == original.parent.name
     assert sorted(red(split.item(0, i)) for i in range(20)) == list(range(20))
     assert [red(split.item(0, i)) for i in range(20)] != list(range(20))
 
 
-def test_webdataset_reads_what_is_written(pictures, tmp_path):
+def test_webdataset_reads_what_is_written(image_folder, tmp_path):
     import webdataset
 
     to = tmp_path / "shards"
-    written(configured(pictures), to, shard_size=50)
+    written(configured(image_folder), to, shard_size=50)
     theirs = list(webdataset.WebDataset(str(to / "train-000000.tar"), shardshuffle=False).decode("pil"))
     assert len(theirs) == 20
     for each in theirs:
-        assert (pictures / each["json"]["name"]).is_file()
+        assert (image_folder / each["json"]["name"]).is_file()
         assert each["cls"] == ("ant", "bee").index(each["json"]["name"].split("/")[1])
         assert each["png"].getpixel((0, 0))[0] == int(each["json"]["name"][-6:-4])
 
 
-def test_the_same_command_writes_the_same_bytes(pictures, tmp_path):
+def test_the_same_command_writes_the_same_bytes(image_folder, tmp_path):
     for name, workers in (("a", 0), ("b", 2)):
-        written(configured(pictures, workers=workers), tmp_path / name, format="jpg", shard_size=7)
+        written(configured(image_folder, workers=workers), tmp_path / name, format="jpg", shard_size=7)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    written(configured(pictures, "seed=1"), tmp_path / "c", format="jpg", shard_size=7)
+    written(configured(image_folder, "seed=1"), tmp_path / "c", format="jpg", shard_size=7)
     assert files(tmp_path / "a").keys() == files(tmp_path / "c").keys()
     assert files(tmp_path / "a") != files(tmp_path / "c")
 
 
 @pytest.mark.parametrize(("kind", "name"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
-def test_formats_and_sizes(pictures, tmp_path, kind, name):
-    for path in list(pictures.glob("train/*/*"))[1:]:
+def test_formats_and_sizes(image_folder, tmp_path, kind, name):
+    for path in list(image_folder.glob("train/*/*"))[1:]:
         path.unlink()
-    (path,) = pictures.glob("train/*/*")
+    (path,) = image_folder.glob("train/*/*")
     Image.new("RGBA", (100, 60), (10, 200, 30, 0)).save(path)
     to = tmp_path / "shards"
-    written(configured(pictures), to, format=kind, size=20, shuffle=False)
+    written(configured(image_folder), to, format=kind, size=20, shuffle=False)
     _, split = read(to)
-    image = Image.open(io.BytesIO(split.file(0).stored()))
+    image = Image.open(io.BytesIO(split.file(0).read_bytes()))
     assert (image.format, image.mode, image.size) == (name, "RGB", (33, 20))
-    assert all(abs(each - 255) <= 2 for each in split.file(0).picture().getpixel((5, 5)))  # transparency is white
+    assert all(abs(each - 255) <= 2 for each in split.file(0).load_image().getpixel((5, 5)))  # transparency is white
     _, small = read(to, "validation")
     assert split.names[0].endswith(f".{kind}")
-    assert small.file(0).picture().size == (27, 20)
-    written(configured(pictures), tmp_path / "large", format=kind, size=500)
-    assert read(tmp_path / "large", "validation")[1].file(0).picture().size == (40, 30)
+    assert small.file(0).load_image().size == (27, 20)
+    written(configured(image_folder), tmp_path / "large", format=kind, size=500)
+    assert read(tmp_path / "large", "validation")[1].file(0).load_image().size == (40, 30)
 
 
 def test_a_source_without_files_is_written_as_it_looks(tmp_path):
@@ -87,7 +87,7 @@ def test_a_source_without_files_is_written_as_it_looks(tmp_path):
     with pytest.raises(UserError, match=r"^format=original: data 'emoji' has no files to copy; give format=png$"):
         written(config, to)
     manifest = written(config, to, format="png", shuffle=False)
-    assert manifest["pictures"] == {"train": 1400, "validation": 236}
+    assert manifest["images"] == {"train": 1400, "validation": 236}
     data = build("data", {"name": "shards", "root": str(to), "flip": False}, image_size=16, seed=0)
     emoji = build("data", {"name": "emoji"}, image_size=16, seed=0)
     assert data.classes == emoji.classes
@@ -98,53 +98,54 @@ def test_a_source_without_files_is_written_as_it_looks(tmp_path):
         assert ours.labels.tolist() == list(theirs.labels)
 
 
-def test_the_picture_of_a_phone_is_copied_as_the_jpeg_that_it_is(pictures, tmp_path):
+def test_the_image_of_a_phone_is_copied_as_the_jpeg_that_it_is(image_folder, tmp_path):
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
-    path = pictures / "val" / "ant" / "20.png"
+    path = image_folder / "val" / "ant" / "20.png"
     frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
-    written(configured(pictures), tmp_path / "shards")
+    written(configured(image_folder), tmp_path / "shards")
     _, split = read(tmp_path / "shards", "validation")
     assert split.names[0].endswith("00000000.jpg")
-    assert split.file(0).stored() == path.read_bytes()
-    assert split.file(0).picture().getpixel((5, 5))[0] > 250
+    assert split.file(0).read_bytes() == path.read_bytes()
+    assert split.file(0).load_image().getpixel((5, 5))[0] > 250
 
 
-def test_a_union_is_copied_file_by_file(pictures, tmp_path):
-    """Whole pictures, not what the union shows of them; a broken one is no copy of its neighbour."""
-    (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
+def test_a_union_is_copied_file_by_file(image_folder, tmp_path):
+    """Whole image_folder, not what the union shows of them; a broken one is no copy of its neighbour."""
+    (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
     parts = [
-        f"data.parts.{kind}={{name:folder,root:{pictures}/train/{kind},validation_last:2}}" for kind in ("ant", "bee")
+        f"data.parts.{kind}={{name:folder,root:{image_folder}/train/{kind},validation_last:2}}"
+        for kind in ("ant", "bee")
     ]
     config = compose("data=union", "+data.parts={}", *(f"+{part}" for part in parts), "image_size=16")
     manifest = written(config, tmp_path / "shards", shuffle=False)
     assert manifest["classes"] == ["ant", "bee"]
-    assert [each["pictures"] for each in manifest["shards"]] == [15, 4]
-    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["ant/04.png"]
+    assert [each["images"] for each in manifest["shards"]] == [15, 4]
+    assert [each["name"] for each in manifest["shards"][0]["skipped"]] == ["ant/04.png"]
     _, split = read(tmp_path / "shards")
-    originals = [path for kind in ("ant", "bee") for path in sorted(pictures.glob(f"train/{kind}/*"))[:8]]
+    originals = [path for kind in ("ant", "bee") for path in sorted(image_folder.glob(f"train/{kind}/*"))[:8]]
     originals = [path for path in originals if path.name != "04.png"]
-    assert [split.file(i).stored() for i in range(15)] == [path.read_bytes() for path in originals]
+    assert [split.file(i).read_bytes() for i in range(15)] == [path.read_bytes() for path in originals]
     assert split.labels.tolist() == [0] * 7 + [1] * 8
 
 
-def test_a_union_with_a_source_that_draws_keeps_the_files_of_the_other_whole(pictures, tmp_path):
+def test_a_union_with_a_source_that_draws_keeps_the_files_of_the_other_whole(image_folder, tmp_path):
     """Not crops of them, and a broken one is no copy of its neighbour."""
-    (pictures / "train" / "ant" / "04.png").write_bytes(b"broken")
-    parts = [f"{{name:folder,root:{pictures}/train/ant,validation_last:2}}", "{name:emoji}"]
+    (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
+    parts = [f"{{name:folder,root:{image_folder}/train/ant,validation_last:2}}", "{name:emoji}"]
     words = [f"+data.parts={{ants:{parts[0]},emoji:{parts[1]}}}", "image_size=16"]
     config = compose("data=union", *words)
     with pytest.raises(UserError, match="data 'union' has no files to copy"):
         written(config, tmp_path / "shards")
     manifest = written(config, tmp_path / "shards", format="png", shuffle=False)
-    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["ants/04.png"]
+    assert [each["name"] for each in manifest["shards"][0]["skipped"]] == ["ants/04.png"]
     _, split = read(tmp_path / "shards")
-    assert [split.file(i).picture().size for i in range(8)] == [(40, 30)] * 7 + [(16, 16)]
+    assert [split.file(i).load_image().size for i in range(8)] == [(40, 30)] * 7 + [(16, 16)]
     assert [red(split.item(0, i)) for i in range(7)] == [0, 2, 6, 8, 10, 12, 14]
     assert split.labels.tolist() == [0] * 7 + [1] * 1400
 
 
 def test_names_tell_nothing_of_the_machine_and_none_hides_another(tmp_path):
-    """Two pictures of one name, by their whole paths."""
+    """Two images of one name, by their whole paths."""
     paths = [tmp_path / each / "p.png" for each in ("a", "b", "c", "d")]
     for i, path in enumerate(paths):
         path.parent.mkdir()
@@ -152,36 +153,41 @@ def test_names_tell_nothing_of_the_machine_and_none_hides_another(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "v.png").write_bytes(png())
-    words = [f"data.root={tmp_path / 'in'}", f"data.train={tmp_path / 'list.txt'}", "data.max_bad=0.5", "image_size=16"]
+    words = [
+        f"data.root={tmp_path / 'in'}",
+        f"data.train={tmp_path / 'list.txt'}",
+        "data.max_unreadable=0.5",
+        "image_size=16",
+    ]
     for size in (1, 4):
         manifest = written(compose("data=folder", *words), tmp_path / f"to{size}", shard_size=size, shuffle=False)
-        lost = [each for entry in manifest["shards"] for each in entry["left_out"]]
+        lost = [each for entry in manifest["shards"] for each in entry["skipped"]]
         assert [(each["key"], each["name"]) for each in lost] == [("00000002", "p.png"), ("00000003", "p.png")]
         assert all(str(tmp_path).encode() not in path.read_bytes() for path in tmp_path.glob(f"to{size}/*"))
 
 
-def test_a_huge_shard_holds_all(pictures, tmp_path):
-    manifest = written(configured(pictures), tmp_path / "shards", shard_size=10**20)
-    assert [each["pictures"] for each in manifest["shards"]] == [20, 3]
+def test_a_huge_shard_holds_all(image_folder, tmp_path):
+    manifest = written(configured(image_folder), tmp_path / "shards", shard_size=10**20)
+    assert [each["images"] for each in manifest["shards"]] == [20, 3]
 
 
 class Stored:
-    """A picture of one's own as a file, of no class of vqf's."""
+    """An image of one's own as a file, of no class of vqf's."""
 
     name, label = "own", None
 
     def __init__(self, index):
         self.index = index
 
-    def stored(self):
+    def read_bytes(self):
         if self.index == 3:
             raise FileNotFoundError(2, "No such file or directory", "x")
         return png((self.index, 0, 0))
 
-    def picture(self):
-        return Image.open(io.BytesIO(self.stored()))
+    def load_image(self):
+        return Image.open(io.BytesIO(self.read_bytes()))
 
-    def facts(self, content):
+    def probe(self, content):
         return ("PNG", "RGB", 20, 16)
 
 
@@ -195,7 +201,7 @@ class Own:
 
     def split(self, name):
         if name != "train":
-            raise EmptyPartError("nothing held out")
+            raise EmptySplitError("nothing held out")
         return self
 
     def __len__(self):
@@ -214,17 +220,17 @@ def test_files_of_ones_own(tmp_path, monkeypatch, how):
     for config, count in ((alone, 3), (union, 6)):
         to = tmp_path / str(count)
         manifest = written(config, to, format=how, shuffle=False)
-        assert manifest["pictures"] == {"train": count}
-        assert {each["why"] for each in manifest["shards"][0]["left_out"]} == {"no such file or directory"}
+        assert manifest["images"] == {"train": count}
+        assert {each["reason"] for each in manifest["shards"][0]["skipped"]} == {"no such file or directory"}
         _, split = read(to, validation=None)
         assert [red(split.item(0, i)) for i in range(count)] == [0, 1, 2] * (count // 3)
         assert split.labels is None if count == 3 else split.labels.tolist() == [0] * 3 + [1] * 3
 
 
-def test_shards_of_shards(pictures, tmp_path):
-    written(configured(pictures), tmp_path / "first", shuffle=False)
+def test_shards_of_shards(image_folder, tmp_path):
+    written(configured(image_folder), tmp_path / "first", shuffle=False)
     config = compose("data=shards", f"data.root={tmp_path / 'first'}", "image_size=16")
     written(config, tmp_path / "second", shard_size=3, shuffle=False)
     one, two = (read(tmp_path / each)[1] for each in ("first", "second"))
-    assert [one.file(i).stored() for i in range(20)] == [two.file(i).stored() for i in range(20)]
+    assert [one.file(i).read_bytes() for i in range(20)] == [two.file(i).read_bytes() for i in range(20)]
     assert torch.equal(one.labels, two.labels)

@@ -1,4 +1,4 @@
-"""Pictures with maps into shards: what `data=shard_pairs` reads has to be what the source shows."""
+"""Images with maps into shards: what `data=shard_pairs` reads has to be what the source shows."""
 
 import io
 
@@ -13,7 +13,7 @@ from tests.data.test_pairs import save
 from tests.pipelines.shards import sharding
 from tests.support.composing import compose
 from vqf.batch import Sample
-from vqf.data.images.maps import Reading
+from vqf.data.images.maps import MapDecoder
 from vqf.errors import UserError
 from vqf.registry import _components, build, register
 
@@ -71,7 +71,7 @@ def test_pairs_come_back_as_they_were(root, kind, how, workers):
     """To the bit in either format: PNG loses nothing, and neither scales."""
     config = configured(root, *KINDS[kind], workers=workers)
     manifest = written(config, root / "shards", format=how, shard_size=3)
-    assert manifest["finished"] and manifest["pictures"] == {"train": 8, "validation": 3}
+    assert manifest["finished"] and manifest["images"] == {"train": 8, "validation": 3}
     for part, count in (("train", 8), ("validation", 3)):
         ours, theirs = read(root / "shards", manifest, part), source(config, part)
         assert len(ours) == count
@@ -85,9 +85,9 @@ def test_originals_are_copied_byte_by_byte(root):
     for i, path in enumerate(sorted((root / "images").rglob("*.png"))[:8]):
         found = split.file(i)
         (map_of,) = (root / "conditions" / path.parent.name).glob(f"{path.stem}.*")
-        assert found.stored() == path.read_bytes()
-        assert found.stored_map()[0] == map_of.read_bytes()
-        assert split.maps[i] == f"{i:08}.condition{map_of.suffix}"
+        assert found.read_bytes() == path.read_bytes()
+        assert found.read_map()[0] == map_of.read_bytes()
+        assert split.map_names[i] == f"{i:08}.condition{map_of.suffix}"
 
 
 def test_webdataset_reads_them(root):
@@ -105,14 +105,14 @@ def test_webdataset_reads_them(root):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_are_scaled_with_their_pictures_and_labels_never_mixed(root, kind):
+def test_maps_are_scaled_with_their_images_and_labels_never_mixed(root, kind):
     save(root / "conditions" / "0" / "00.png", np.tile(np.repeat([[0, 4]], 3, axis=1), (80, 20)))
     config = configured(root, *KINDS[kind])
     manifest = written(config, root / "shards", format="jpg", size=20)
     split = read(root / "shards", manifest)
     found = split.file(0)
-    assert found.picture().size == (30, 20)
-    scaled = Image.open(io.BytesIO(found.stored_map()[0]))
+    assert found.load_image().size == (30, 20)
+    scaled = Image.open(io.BytesIO(found.read_map()[0]))
     assert scaled.size == (30, 20)
     values = {*np.unique(np.asarray(scaled)).tolist()}
     assert values == {1, 5} if kind == "labels" else (values == {0, 4}) == (kind == "palette")
@@ -148,7 +148,7 @@ def test_numbers_that_no_byte_holds_are_kept(root, case, how):
 @example((45, 77, 41), -1, 40)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, sides, off, size):
-    """Sides are rounded, and a map may already be as far from its picture's shape as is allowed."""
+    """Sides are rounded, and a map may already be as far from its image's shape as is allowed."""
     width, height, other = sides
     of_map = round(other * width / height) + off
     assume(of_map > 0 and abs(of_map * height - other * width) <= max(*sides, of_map))
@@ -156,7 +156,7 @@ def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, sides, off, s
     save(root / "images" / "a.png", np.zeros((height, width, 3)))
     save(root / "conditions" / "a.png", np.zeros((other, of_map, 3)))
     config = configured(root, "data.validation_last=0")
-    assert written(config, root / "shards", format="png", size=size)["pictures"] == {"train": 1}
+    assert written(config, root / "shards", format="png", size=size)["images"] == {"train": 1}
     assert read(root / "shards", {"maps": {}}).item(0, 0).condition.shape == (3, 16, 16)
 
 
@@ -165,9 +165,9 @@ def test_pairs_that_cannot_be_read_are_left_out_and_named(root, how):
     (root / "conditions" / "0" / "02.tif").write_bytes(b"broken")
     save(root / "conditions" / "0" / "04.bmp", np.zeros((30, 30)))
     (root / "conditions" / "0" / "06.png").unlink()
-    manifest = written(configured(root, "data.max_bad=0.5"), root / "shards", format=how)
-    assert {each["name"]: each["why"] for each in manifest["shards"][0]["left_out"]} == {
-        "0/02.png": "its map '0/02.tif': not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
+    manifest = written(configured(root, "data.max_unreadable=0.5"), root / "shards", format=how)
+    assert {each["name"]: each["reason"] for each in manifest["shards"][0]["skipped"]} == {
+        "0/02.png": "its map '0/02.tif': not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)",
         "0/04.png": "its map '0/04.bmp' has another shape: 30 x 30 and 60 x 40",
         "0/06.png": "no map",
     }
@@ -179,17 +179,17 @@ def test_the_name_of_a_map_is_written_on_one_line(root):
     (root / "images" / "0" / "04.png").rename(root / "images" / "0" / "04\n\x1b.png")
     (root / "conditions" / "0" / "04\n\x1b.png").write_bytes(b"broken")
     with pytest.raises(UserError) as caught:
-        written(configured(root, "data.max_bad=0"), root / "shards")
+        written(configured(root, "data.max_unreadable=0"), root / "shards")
     assert str(caught.value).isprintable()
 
 
-def test_pictures_alone(root, tmp_path):
+def test_images_alone(root, tmp_path):
     config = configured(root)
-    manifest = written(config, tmp_path / "alone", pictures_alone=True)
+    manifest = written(config, tmp_path / "alone", images_only=True)
     assert manifest["maps"] is None
     data = build("data", {"name": "shards", "root": str(tmp_path / "alone")}, image_size=16, seed=0)
     assert data.split("train").item(0, 0).condition is None
-    with pytest.raises(UserError, match="holds shards of other pictures, or with other options"):
+    with pytest.raises(UserError, match="holds shards of other images, or with other options"):
         written(config, tmp_path / "alone")
 
 
@@ -231,17 +231,17 @@ def test_maps_of_several_kinds_are_not_made_one_in_silence(root, tmp_path):
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "shards")
     assert str(caught.value) == (
-        "data.parts: 'a' and 'b' have maps of different kinds, or one of them none; pictures_alone=true writes the "
-        "pictures alone"
+        "data.parts: 'a' and 'b' have maps of different kinds, or one of them none; images_only=true writes the "
+        "images alone"
     )
     assert not (tmp_path / "shards").exists()
-    assert written(config, tmp_path / "shards", pictures_alone=True)["finished"]
+    assert written(config, tmp_path / "shards", images_only=True)["finished"]
 
 
 @pytest.mark.parametrize("mixed", ["abc", "cab", "bca"])
 def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixed):
     save(root / "alone" / "x.png", np.zeros((20, 20, 3)))
-    folder = f"{{name:folder,root:{root / 'alone'},validation_share:0}}"
+    folder = f"{{name:folder,root:{root / 'alone'},validation_fraction:0}}"
     nodes = {"a": folder, "b": f"{{name:pairs,root:{root}}}", "c": folder}
     config = compose(
         "data=union", f"+data.parts={{{','.join(f'{each}:{nodes[each]}' for each in mixed)}}}", "image_size=16"
@@ -249,7 +249,7 @@ def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixe
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "shards")
     assert str(caught.value) == (
-        "data 'union' has maps in some of its sources alone; pictures_alone=true writes the pictures alone"
+        "data 'union' has maps in some of its sources alone; images_only=true writes the images alone"
     )
 
 
@@ -278,7 +278,7 @@ class Zoned(Made):
 
     @staticmethod
     def condition_reader():
-        return Reading("labels", 5, 9)
+        return MapDecoder("labels", 5, 9)
 
     def item(self, epoch, index):
         zones = torch.nn.functional.one_hot(torch.arange(256).view(16, 16) % 5, 5).permute(2, 0, 1).float()
@@ -311,11 +311,9 @@ def test_sources_of_ones_own(tmp_path):
         written(node("made", channels=5), tmp_path / "five", format="png")
     assert str(caught.value) == (
         "data 'made' has maps of 5 channels, and no function condition_reader says what they are (vqf.protocols.Data); "
-        "pictures_alone=true writes the pictures alone"
+        "images_only=true writes the images alone"
     )
-    with pytest.raises(
-        UserError, match=r"^data: none of its 4 train pictures can be read; the last is '3' \(nowhere\)"
-    ):
+    with pytest.raises(UserError, match=r"^data: none of its 4 train images can be read; the last is '3' \(nowhere\)"):
         written(node("made", broken=4), tmp_path / "none", format="png")
     assert written(node("made", broken=1), tmp_path / "one", format="png")["maps"] == {"maps": "grey"}
     both = node("union", parts={"a": {"name": "made", "channels": 1}, "b": {"name": "made", "channels": 3}})

@@ -14,7 +14,7 @@ from tests.pipelines.shards.sharding import files, written
 from tests.support.composing import compose
 from vqf.data.tar import remote_io
 from vqf.errors import UserError
-from vqf.pipelines.shards.writer import Writer
+from vqf.pipelines.shards.writer import ShardWriter
 from vqf.registry import build
 
 SHARDS, EACH = 5, 4
@@ -22,7 +22,7 @@ SHARDS, EACH = 5, 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five shards to train on, one to validate on; the red of a picture is its number, its label that modulo three."""
+    """Five shards to train on, one to validate on; the red of an image is its number, its label that modulo three."""
     for i in range(SHARDS):
         shard(tmp_path / "far" / f"a-{i}.tar", range(EACH * i, EACH * i + EACH), cls=lambda each: f"{each % 3}")
     shard(tmp_path / "far" / "v.tar", range(200, 203), cls=lambda each: "2")
@@ -30,8 +30,8 @@ def folder(tmp_path):
 
 
 def configured(folder, *words, workers=0):
-    given = [f"data.root=file:{folder}", "data.train='a-{0..4}.tar'", "data.train_pictures=20", "data.classes=3"]
-    given += ["data.validation=v.tar", "data.validation_pictures=3", "image_size=16", f"workers={workers}"]
+    given = [f"data.root=file:{folder}", "data.train='a-{0..4}.tar'", "data.train_images=20", "data.classes=3"]
+    given += ["data.validation=v.tar", "data.validation_images=3", "image_size=16", f"workers={workers}"]
     return compose("data=shards", *given, *words)
 
 
@@ -43,37 +43,37 @@ def read(to, part="train", **options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_shard_becomes_one_byte_by_byte(folder, tmp_path, workers, caplog):
     manifest = written(configured(folder, workers=workers), tmp_path / "near", shard_size=3)
-    assert manifest["finished"] and manifest["pictures"] == {"train": 20, "validation": 3}
-    assert [(each["name"], each["pictures"]) for each in manifest["shards"]] == [
+    assert manifest["finished"] and manifest["images"] == {"train": 20, "validation": 3}
+    assert [(each["name"], each["images"]) for each in manifest["shards"]] == [
         *((f"train-{i:06}.tar", 4) for i in range(SHARDS)),
         ("validation-000000.tar", 3),
     ]
     for part, numbers in (("train", range(20)), ("validation", range(200, 203))):
         split = read(tmp_path / "near", part)
         assert [red(split.item(0, i)) for i in range(len(split))] == list(numbers)
-        assert [split.file(i).stored() for i in range(len(split))] == [png((each, 0, 0)) for each in numbers]
+        assert [split.file(i).read_bytes() for i in range(len(split))] == [png((each, 0, 0)) for each in numbers]
         assert split.labels.tolist() == [2] * 3 if part == "validation" else [each % 3 for each in numbers]
     assert not [each for each in caplog.records if each.levelname == "WARNING"]
     written(configured(folder, workers=2 - workers), tmp_path / "again", shard_size=3)
     assert files(tmp_path / "near") == files(tmp_path / "again")
 
 
-def test_whole_pictures_are_scaled_not_what_a_run_would_see_of_them(folder, tmp_path):
+def test_whole_images_are_scaled_not_what_a_run_would_see_of_them(folder, tmp_path):
     for i in range(SHARDS):
         members = [(f"{j}.png", png((EACH * i + j, 0, 0), (100, 60))) for j in range(EACH)]
         pack(folder / f"a-{i}.tar", members)
     config = configured(folder, "data.labels=false")
     written(config, tmp_path / "near", format="webp", size=30)
     split = read(tmp_path / "near")
-    assert [split.file(i).picture().size for i in range(20)] == [(50, 30)] * 20
-    assert Image.open(io.BytesIO(split.file(3).stored())).format == "WEBP"
+    assert [split.file(i).load_image().size for i in range(20)] == [(50, 30)] * 20
+    assert Image.open(io.BytesIO(split.file(3).read_bytes())).format == "WEBP"
 
 
-def test_a_broken_picture_is_left_out_and_no_copy_of_its_neighbour(folder, tmp_path):
+def test_a_broken_image_is_left_out_and_no_copy_of_its_neighbour(folder, tmp_path):
     content = [b"broken" if i == 1 else png((i, 0, 0)) for i in range(EACH)]
     pack(folder / "a-0.tar", [each for i in range(EACH) for each in ((f"{i}.png", content[i]), (f"{i}.cls", b"0"))])
     manifest = written(configured(folder), tmp_path / "near")
-    assert [each["name"] for each in manifest["shards"][0]["left_out"]] == ["a-0.tar/1.png"]
+    assert [each["name"] for each in manifest["shards"][0]["skipped"]] == ["a-0.tar/1.png"]
     split = read(tmp_path / "near")
     assert [red(split.item(0, i)) for i in range(19)] == [0, *range(2, 20)]
 
@@ -89,17 +89,17 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_tried_again(folder, tmp_path,
         path.unlink()
     to, had = tmp_path / "near", 2 if damage == "cut" else 0
     manifest = written(configured(folder), to)
-    assert manifest["shards"][1]["pictures"] == had
+    assert manifest["shards"][1]["images"] == had
     reason = manifest["shards"][1]["broken"]
     assert ("unexpected end of data" if damage == "cut" else "no such file or directory") in reason
     assert f"'train-000001.tar' is what could be read of 'file:{path}' ({reason}); the same command" in caplog.text
     assert str(tmp_path) not in (to / "manifest.json").read_text()
-    assert f"data.train_pictures=20: its shards hold {16 + had}" in caplog.text
+    assert f"data.train_images=20: its shards hold {16 + had}" in caplog.text
     expected = [*range(4), *range(4, 4 + had), *range(8, 20)]
     assert [red(read(to).item(0, i)) for i in range(16 + had)] == expected
     shutil.copy(whole / "a-1.tar", path)
     times = {each.name: each.stat().st_mtime_ns for each in to.glob("*.tar")}
-    assert written(configured(folder), to)["pictures"]["train"] == 20
+    assert written(configured(folder), to)["images"]["train"] == 20
     changed = [each.name for each in to.glob("*.tar") if each.stat().st_mtime_ns != times[each.name]]
     assert changed == ["train-000001.tar"]
 
@@ -114,7 +114,7 @@ def test_what_was_had_of_a_broken_shard_is_kept_when_there_is_less_now(folder, t
     assert written(configured(folder), to) == first
     assert files(to) == before
     path.write_bytes(whole[: 3 * 4 * 512 + 700])
-    assert written(configured(folder), to)["shards"][1]["pictures"] == 3
+    assert written(configured(folder), to)["shards"][1]["images"] == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -124,43 +124,43 @@ def test_a_server_that_comes_back_gives_what_it_could_not(folder, tmp_path, work
     for i in (1, 2, 3):
         (folder / f"a-{i}.tar").unlink()
     pack(folder / "a-4.tar", [each for i in range(16, 20) for each in ((f"{i}.png", b"broken"), (f"{i}.cls", b"0"))])
-    with pytest.raises(UserError, match=r"^data\.max_bad: \d of the "):
+    with pytest.raises(UserError, match=r"^data\.max_unreadable: \d of the "):
         written(configured(folder, workers=workers), tmp_path / "near")
     shutil.copytree(away, folder, dirs_exist_ok=True)
     manifest = written(configured(folder, workers=workers), tmp_path / "near")
-    assert manifest["finished"] and manifest["pictures"]["train"] == 20
+    assert manifest["finished"] and manifest["images"]["train"] == 20
     written(configured(folder), tmp_path / "whole")
     assert files(tmp_path / "near") == files(tmp_path / "whole")
 
 
-def test_pictures_that_are_tolerated_do_not_fetch_their_shard_again(folder, tmp_path, monkeypatch):
+def test_images_that_are_tolerated_do_not_fetch_their_shard_again(folder, tmp_path, monkeypatch):
     pack(
         folder / "a-0.tar", [each for i in range(4) for each in ((f"{i}.png", png() if i else b""), (f"{i}.cls", b"0"))]
     )
     manifest = written(configured(folder), tmp_path / "near")
-    monkeypatch.setattr(remote_io, "samples", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(remote_io, "iter_samples", lambda url: pytest.fail("fetched"))
     assert written(configured(folder), tmp_path / "near") == manifest
 
 
-@pytest.mark.parametrize("max_bad", [0.01, 1])
-def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_path, max_bad):
+@pytest.mark.parametrize("max_unreadable", [0.01, 1])
+def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_path, max_unreadable):
     config = compose(
-        *("data=shards", f"data.root=file:{folder}", "data.train=none.tar", "data.train_pictures=4", "image_size=16"),
-        *("data.validation=null", f"data.max_bad={max_bad}"),
+        *("data=shards", f"data.root=file:{folder}", "data.train=none.tar", "data.train_images=4", "image_size=16"),
+        *("data.validation=null", f"data.max_unreadable={max_unreadable}"),
     )
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "near")
     assert str(caught.value) == (
-        "data.train: none of its pictures can be read; the last shard is "
+        "data.train: none of its images can be read; the last shard is "
         f"'file:{folder}/none.tar' (no such file or directory)"
     )
     assert not json.loads((tmp_path / "near" / "manifest.json").read_text())["finished"]
 
 
-def test_a_command_that_fetches_a_shard_is_no_name_of_a_picture(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv(remote_io.PIPES, "1")
+def test_a_command_that_fetches_a_shard_is_no_name_of_an_image(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(remote_io.ALLOW_PIPES_VARIABLE, "1")
     command = f"data.train='pipe:true PASSWORD && cat {folder}/a-0.tar'"
-    config = compose("data=shards", command, "data.train_pictures=4", "data.validation=null", "image_size=16")
+    config = compose("data=shards", command, "data.train_images=4", "data.validation=null", "image_size=16")
     written(config, tmp_path / "near")
     assert [each["json"] for each in webdataset_of(tmp_path / "near" / "train-000000.tar")] == [
         {"name": f"000{i}.png"} for i in range(4)
@@ -179,9 +179,11 @@ def test_too_many_broken_shards_stop_it(folder, tmp_path):
     for i in (1, 3):
         (folder / f"a-{i}.tar").unlink()
     with pytest.raises(UserError) as caught:
-        written(configured(folder, "data.max_bad=0.3"), tmp_path / "near")
-    assert str(caught.value).startswith("data.max_bad: 2 of the 5 train shards cannot be read, where 1 may be left out")
-    assert written(configured(folder, "data.max_bad=0.4"), tmp_path / "near")["finished"]
+        written(configured(folder, "data.max_unreadable=0.3"), tmp_path / "near")
+    assert str(caught.value).startswith(
+        "data.max_unreadable: 2 of the 5 train shards cannot be read, where 1 may be left out"
+    )
+    assert written(configured(folder, "data.max_unreadable=0.4"), tmp_path / "near")["finished"]
 
 
 def test_it_goes_on_without_fetching_what_is_there(folder, tmp_path, monkeypatch):
@@ -189,8 +191,8 @@ def test_it_goes_on_without_fetching_what_is_there(folder, tmp_path, monkeypatch
     written(configured(folder), to)
     before = files(to)
     (to / "train-000002.tar").unlink()
-    fetched, opened = [], remote_io.samples
-    monkeypatch.setattr(remote_io, "samples", lambda url: fetched.append(url) or opened(url))
+    fetched, opened = [], remote_io.iter_samples
+    monkeypatch.setattr(remote_io, "iter_samples", lambda url: fetched.append(url) or opened(url))
     written(configured(folder), to)
     assert fetched == [f"file:{folder}/a-2.tar"]
     assert files(to) == before
@@ -206,7 +208,7 @@ def test_a_label_that_cannot_be_stops_it(folder, tmp_path):
 def test_pairs_of_a_stream(tmp_path, how):
     packed_pairs(tmp_path)
     words = [f"data.root=file:{tmp_path / 'shards'}", "data.train='train-{0..2}.tar'", "data.validation=null"]
-    config = compose("data=shard_pairs", *words, f"data.train_pictures={COUNT}", "data.classes=2", "image_size=16")
+    config = compose("data=shard_pairs", *words, f"data.train_images={COUNT}", "data.classes=2", "image_size=16")
     manifest = written(config, tmp_path / "near", format=how)
     assert manifest["maps"] == {"maps": "rgb"}
     node = {"name": "shard_pairs", "validation": None}
@@ -220,7 +222,7 @@ def test_pairs_of_a_stream(tmp_path, how):
 
 
 def test_a_writer_that_is_killed_between_shards_leaves_whole_ones(folder, tmp_path, monkeypatch):
-    written_whole = Writer.__call__
+    written_whole = ShardWriter.__call__
 
     def stopping(self, task):
         if task.name == "train-000003.tar":
@@ -228,7 +230,7 @@ def test_a_writer_that_is_killed_between_shards_leaves_whole_ones(folder, tmp_pa
         return written_whole(self, task)
 
     to = tmp_path / "near"
-    monkeypatch.setattr(Writer, "__call__", stopping)
+    monkeypatch.setattr(ShardWriter, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
         written(configured(folder), to)
     assert sorted(each.name for each in to.glob("*.tar")) == [f"train-{i:06}.tar" for i in range(3)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqf.batch import Batch
-from vqf.models.conditioning import Conditions
+from vqf.models.conditioning import ConditionerStack
 from vqf.registry import RegistryError, build
 
 
@@ -29,7 +29,7 @@ def test_no_condition_follows_the_batch_to_its_device() -> None:
 
 
 def test_the_label_is_the_prefix() -> None:
-    label = build("conditioner", {"name": "label"}, classes=7)
+    label = build("conditioner", {"name": "label"}, num_classes=7)
     assert (label.vocab_size, label.length, label.null_class) == (7, 1, None)
     labels = torch.tensor([6, 0, 3])
     for mode in (True, False):
@@ -39,11 +39,11 @@ def test_the_label_is_the_prefix() -> None:
 
 
 def label(drop: float, classes: int = 7) -> Any:
-    return build("conditioner", {"name": "label", "drop": drop}, classes=classes)
+    return build("conditioner", {"name": "label", "dropout": drop}, num_classes=classes)
 
 
 def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
-    told = Conditions({"label": label(0.2)})
+    told = ConditionerStack({"label": label(0.2)})
     assert told.vocab_size == 8
     labels = torch.arange(20_000) % 7
     torch.manual_seed(0)
@@ -58,30 +58,30 @@ def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
 def test_several_conditions_are_dropped_together() -> None:
     """Each as often as it says, and all of them as often as the one that says least: what guidance asks for."""
     drops, count = (0.1, 0.3, 0.0, 0.1), 40_000
-    told = Conditions({str(k): label(drop) for k, drop in enumerate(drops)})
+    told = ConditionerStack({str(k): label(drop) for k, drop in enumerate(drops)})
     batch = Batch(labels=torch.zeros(count, dtype=torch.int64))
     torch.manual_seed(0)
     prefix = told.train()(batch)
-    absent = prefix == told.null(batch)
+    absent = prefix == told.null_prefix(batch)
     absent[:, 2] = prefix[:, 2] != told.eval()(batch)[:, 2]
     for k, drop in enumerate(drops):
         assert absent[:, k].double().mean().item() == pytest.approx(drop, abs=5 * (drop * (1 - drop) / count) ** 0.5)
     assert torch.equal(absent[:, 0], absent[:, 3])
     assert not (absent[:, 0] & ~absent[:, 1]).any()
-    without = (prefix == told.null(batch)).all(1)
+    without = (prefix == told.null_prefix(batch)).all(1)
     assert torch.equal(without, absent[:, 0])
 
 
 def test_only_a_class_that_training_saw_stands_for_no_condition() -> None:
     batch = Batch(labels=torch.tensor([6, 0, 3]))
-    assert build("conditioner", {"name": "label"}, classes=7).null(batch) is None
-    null = build("conditioner", {"name": "label", "drop": 0.1}, classes=7).null(batch)
+    assert build("conditioner", {"name": "label"}, num_classes=7).null_prefix(batch) is None
+    null = build("conditioner", {"name": "label", "dropout": 0.1}, num_classes=7).null_prefix(batch)
     assert null.dtype == torch.int64
     assert null.tolist() == [[7], [7], [7]]
 
 
 def test_the_default_generator_decides_which_labels_are_dropped() -> None:
-    told = Conditions({"label": label(0.5)})
+    told = ConditionerStack({"label": label(0.5)})
     batch = Batch(labels=torch.arange(64) % 7)
     torch.manual_seed(3)
     first = told(batch)
@@ -90,7 +90,7 @@ def test_the_default_generator_decides_which_labels_are_dropped() -> None:
     assert not torch.equal(told(batch), first)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    Conditions({"label": label(0.0)})(batch)
+    ConditionerStack({"label": label(0.0)})(batch)
     assert torch.equal(torch.get_rng_state(), before)  # no number is drawn where nothing can be dropped
 
 
@@ -98,17 +98,17 @@ def test_the_default_generator_decides_which_labels_are_dropped() -> None:
     ("options", "classes", "words"),
     [
         ({}, 0, "the data has no labels; choose model/conditioner=none"),
-        ({"drop": 1.0}, 7, "drop must be in"),
-        ({"drop": -0.1}, 7, "drop must be in"),
+        ({"dropout": 1.0}, 7, "dropout must be in"),
+        ({"dropout": -0.1}, 7, "dropout must be in"),
     ],
 )
 def test_mistakes_take_one_line(options: dict, classes: int, words: str) -> None:
     with pytest.raises(RegistryError, match=words) as caught:
-        build("conditioner", {"name": "label", **options}, classes=classes)
+        build("conditioner", {"name": "label", **options}, num_classes=classes)
     assert "\n" not in str(caught.value)
 
 
 def test_a_batch_without_labels_is_refused() -> None:
-    label = build("conditioner", {"name": "label"}, classes=7)
+    label = build("conditioner", {"name": "label"}, num_classes=7)
     with pytest.raises(ValueError, match="the batch has no labels"):
         label(Batch(images=torch.rand(2, 3, 8, 8)))

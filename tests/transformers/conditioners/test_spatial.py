@@ -1,4 +1,4 @@
-"""Conditions that say something about every place: codes of maps and poorer pictures, and coordinates."""
+"""Conditions that say something about every place: codes of maps and poorer images, and coordinates."""
 
 import itertools
 import math
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vqf.batch import Batch
 from vqf.errors import UserError
-from vqf.models.conditioning import Conditions
+from vqf.models.conditioning import ConditionerStack
 from vqf.registry import RegistryError, build
-from vqf.transformers.conditioners.spatial import edges
+from vqf.transformers.conditioners.spatial import sobel_edges
 
 
-class Coder:
+class FakeCodec:
     """A tokenizer whose code is the red of a cell's first pixel."""
 
     vocab_size, channels = 11, 3
@@ -35,10 +35,10 @@ class Coder:
 
 
 def conditioner(name: str, grid: tuple[int, int] = (4, 6), stride: int = 2, **options: Any) -> Any:
-    opened: dict[str, Coder] = {"maps": Coder(stride)}
+    opened: dict[str, FakeCodec] = {"maps": FakeCodec(stride)}
     node = {"name": name, **({"run": "maps"} if name == "spatial" else {}), **options}
     return build(
-        "conditioner", node, classes=3, grid=grid, tokenizer=Coder(2), open_tokenizer=opened.__getitem__
+        "conditioner", node, num_classes=3, grid=grid, tokenizer=FakeCodec(2), open_tokenizer=opened.__getitem__
     ).eval()
 
 
@@ -54,11 +54,11 @@ def test_the_codes_of_the_map_stand_row_by_row() -> None:
         [round(float(batch.conditions[b, 0, 2 * i, 2 * j]) * 10) for i in range(4) for j in range(6)] for b in range(2)
     ]
     assert spatial(batch).tolist() == expected
-    assert torch.equal(spatial.show(spatial.prepare(batch))[:, 0, ::2, ::2], batch.conditions[:, 0, ::2, ::2])
+    assert torch.equal(spatial.render(spatial.prepare(batch))[:, 0, ::2, ::2], batch.conditions[:, 0, ::2, ::2])
 
 
 @pytest.mark.parametrize(("stride", "downsample", "length"), [(2, 1, 24), (4, 1, 6), (1, 2, 24), (2, 2, 6)])
-def test_maps_may_have_fewer_codes_than_pictures(stride: int, downsample: int, length: int) -> None:
+def test_maps_may_have_fewer_codes_than_images(stride: int, downsample: int, length: int) -> None:
     spatial = conditioner("spatial", stride=stride, downsample=downsample)
     assert spatial.length == length
     found = spatial(Batch(conditions=maps()))
@@ -69,31 +69,31 @@ def test_maps_may_have_fewer_codes_than_pictures(stride: int, downsample: int, l
 
 @pytest.mark.parametrize(("stride", "downsample"), [(2, 1), (4, 1), (1, 1), (2, 2)])
 def test_a_code_of_a_map_stands_in_the_middle_of_what_it_covers(stride: int, downsample: int) -> None:
-    places = conditioner("spatial", stride=stride, downsample=downsample).places
+    places = conditioner("spatial", stride=stride, downsample=downsample).positions
     step = stride * downsample
     for (row, column), (top, left) in zip(
         places, itertools.product(range(0, 8, step), range(0, 12, step)), strict=True
     ):
         middle = (top + (step - 1) / 2, left + (step - 1) / 2)  # of its pixels
-        assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # code k of the picture covers the pixels 2 k and 2 k + 1
+        assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # code k of the image covers the pixels 2 k and 2 k + 1
 
 
 def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> None:
-    label = build("conditioner", {"name": "label"}, classes=3)
-    told = Conditions(
+    label = build("conditioner", {"name": "label"}, num_classes=3)
+    told = ConditionerStack(
         {"coordinates": conditioner("coordinates"), "label": label, "image": conditioner("image", factor=2)}
     )
     grid = [(i, j) for i in range(4) for j in range(6)]
-    assert told.places == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
-    assert len(told.places) == told.length
+    assert told.positions == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
+    assert len(told.positions) == told.length
 
 
 def test_a_window_sees_its_part_of_every_map() -> None:
     """The codes of the whole map, cut: what encoding the window anew would not give with a real encoder."""
-    told = Conditions({"spatial": conditioner("spatial")}).eval()
+    told = ConditionerStack({"spatial": conditioner("spatial")}).eval()
     large = maps(1, 20, 28)
     whole = told.prepare(Batch(conditions=large))
-    codes = whole.codes["spatial"][0]
+    codes = whole.condition_indices["spatial"][0]
     for top in range(10 - 4 + 1):
         for left in range(14 - 6 + 1):
             found = told(whole.window((top, left), (4, 6), (10, 14)))
@@ -103,7 +103,7 @@ def test_a_window_sees_its_part_of_every_map() -> None:
 @pytest.mark.parametrize(("stride", "downsample"), [(4, 1), (8, 1), (2, 2), (1, 1), (2, 1)])
 def test_a_window_sees_maps_of_any_fineness_exactly_where_it_stands(stride: int, downsample: int) -> None:
     """What the map shows from the window's first pixel on, and not from the next code of the map."""
-    told = Conditions({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
+    told = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
     large, step = maps(1, 24, 32), stride * downsample
     whole = told.prepare(Batch(conditions=large), shifted=True)
     for top in range(12 - 4 + 1):
@@ -113,8 +113,8 @@ def test_a_window_sees_maps_of_any_fineness_exactly_where_it_stands(stride: int,
             assert torch.equal(found, (part * 10).round().long().flatten(1))
 
 
-def test_the_windows_of_a_low_resolution_picture_are_its_own() -> None:
-    told = Conditions({"image": conditioner("image", factor=2)}).eval()
+def test_the_windows_of_a_low_resolution_image_are_its_own() -> None:
+    told = ConditionerStack({"image": conditioner("image", factor=2)}).eval()
     large = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
     whole = told.prepare(Batch(images=large), shifted=True)
     for top, left in itertools.product(range(7), range(9)):
@@ -124,18 +124,18 @@ def test_the_windows_of_a_low_resolution_picture_are_its_own() -> None:
 
 
 def test_codes_that_were_prepared_once_are_cut_where_they_are_nearest() -> None:
-    told = Conditions({"spatial": conditioner("spatial", (4, 8), stride=8)}).eval()
+    told = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride=8)}).eval()
     whole = told.prepare(Batch(conditions=maps(1, 32, 64)))
-    codes = whole.codes["spatial"][0]
+    codes = whole.condition_indices["spatial"][0]
     for top, left in itertools.product(range(13), range(25)):
         row, column = math.floor(top / 4 + 0.5), math.floor(left / 4 + 0.5)
         found = told(whole.window((top, left), (4, 8), (16, 32)))
         assert torch.equal(found[0], codes[row : row + 1, column : column + 2].flatten())
 
 
-def test_coordinates_count_rows_and_columns_of_the_whole_picture() -> None:
+def test_coordinates_count_rows_and_columns_of_the_whole_image() -> None:
     places = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.25, 0.75, 0.5]])
-    found = conditioner("coordinates", rows=8, columns=5)(Batch(places=places)).unflatten(1, (4, 6))
+    found = conditioner("coordinates", rows=8, columns=5)(Batch(crop_boxes=places)).unflatten(1, (4, 6))
     for b, (top, left, bottom, right) in enumerate(places.tolist()):
         for i in range(4):
             for j in range(6):
@@ -143,7 +143,7 @@ def test_coordinates_count_rows_and_columns_of_the_whole_picture() -> None:
                 assert found[b, i, j] == int(y * 8) * 5 + int(x * 5)
 
 
-def test_the_windows_of_a_picture_are_told_what_the_picture_is_told() -> None:
+def test_the_windows_of_an_image_are_told_what_the_image_is_told() -> None:
     """Wherever a window stands, the coordinates of a code are those it has in the whole."""
     whole = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(
         1, (10, 14)
@@ -155,21 +155,21 @@ def test_the_windows_of_a_picture_are_told_what_the_picture_is_told() -> None:
             assert torch.equal(window[0], whole[0, top : top + 4, left : left + 6].flatten())
 
 
-def test_without_a_place_a_picture_is_all_there_is() -> None:
+def test_without_a_place_an_image_is_all_there_is() -> None:
     told = conditioner("coordinates")
-    assert torch.equal(told(Batch(labels=torch.zeros(1))), told(Batch(places=torch.tensor([[0.0, 0.0, 1.0, 1.0]]))))
-    beyond = told(Batch(places=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as where a map wraps round
+    assert torch.equal(told(Batch(labels=torch.zeros(1))), told(Batch(crop_boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]]))))
+    beyond = told(Batch(crop_boxes=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as where a map wraps round
     assert beyond.max() == 32 * 32 - 1
 
 
-def test_a_low_resolution_picture_is_the_mean_of_its_cells() -> None:
+def test_a_low_resolution_image_is_the_mean_of_its_cells() -> None:
     image = conditioner("image", factor=2)
     assert image.length == 6
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
     small = images.unflatten(3, (6, 2)).unflatten(2, (4, 2)).mean((3, 5))
-    torch.testing.assert_close(image.look(images), small)
-    assert torch.equal(image(Batch(images=images)), Coder(2).encode(small).flatten(1))
-    assert image.show(image.prepare(Batch(images=images))).shape == images.shape
+    torch.testing.assert_close(image.make_view(images), small)
+    assert torch.equal(image(Batch(images=images)), FakeCodec(2).encode(small).flatten(1))
+    assert image.render(image.prepare(Batch(images=images))).shape == images.shape
 
 
 def test_edges_are_those_of_the_sobel_operator() -> None:
@@ -177,66 +177,68 @@ def test_edges_are_those_of_the_sobel_operator() -> None:
     grey = images.mean(1).numpy()
     across, down = (np.stack([ndimage.sobel(each, axis, mode="nearest") for each in grey]) / 8 for axis in (1, 0))
     expected = np.hypot(across, down).clip(max=1) * 2 - 1
-    found = edges(images)
+    found = sobel_edges(images)
     assert found.shape == images.shape
     for channel in range(3):
         np.testing.assert_allclose(found[:, channel].numpy(), expected, atol=1e-12)
-    assert (edges(torch.full((1, 3, 5, 5), 0.3)) == -1).all()
+    assert (sobel_edges(torch.full((1, 3, 5, 5), 0.3)) == -1).all()
 
 
 @pytest.mark.parametrize("name", ["spatial", "image"])
 def test_what_training_hides_is_hidden_whole_and_named_by_null(name: str) -> None:
-    told = conditioner(name, drop=0.3, **({"factor": 1} if name == "image" else {}))
+    told = conditioner(name, dropout=0.3, **({"factor": 1} if name == "image" else {}))
     batch = Batch(conditions=maps(4000), images=maps(4000))
-    plain, null = told(batch), told.null(batch)
+    plain, null = told(batch), told.null_prefix(batch)
     assert told.vocab_size == 12 and (null == 11).all() and null.shape == plain.shape
     torch.manual_seed(0)
-    hidden = Conditions({name: told}).train()(batch)
+    hidden = ConditionerStack({name: told}).train()(batch)
     without = (hidden == 11).all(1)
     assert float(without.double().mean()) == pytest.approx(0.3, abs=5 * (0.21 / 4000) ** 0.5)
     assert torch.equal(hidden[~without], plain[~without])
-    assert conditioner(name, **({"factor": 1} if name == "image" else {})).null(batch) is None
+    assert conditioner(name, **({"factor": 1} if name == "image" else {})).null_prefix(batch) is None
 
 
 def test_conditions_in_a_list_have_ids_of_their_own() -> None:
-    label = build("conditioner", {"name": "label", "drop": 0.5}, classes=3).eval()
+    label = build("conditioner", {"name": "label", "dropout": 0.5}, num_classes=3).eval()
     parts = {
         "label": label,
         "spatial": conditioner("spatial"),
         "coordinates": conditioner("coordinates", rows=4, columns=4),
     }
-    both = Conditions(parts).eval()
+    both = ConditionerStack(parts).eval()
     assert (both.length, both.vocab_size) == (1 + 24 + 24, 4 + 11 + 16)
     batch = Batch(labels=torch.tensor([2, 0]), conditions=maps())
     expected = [label(batch), parts["spatial"](batch) + 4, parts["coordinates"](batch) + 15]
     assert torch.equal(both(batch), torch.cat(expected, 1))
     assert torch.equal(
-        both.null(batch), torch.cat([label.null(batch), *expected[1:]], 1)
+        both.null_prefix(batch), torch.cat([label.null_prefix(batch), *expected[1:]], 1)
     )  # only the label can be left out
-    assert set(both.show(both.prepare(batch))) == {"spatial"}
-    assert Conditions({"spatial": parts["spatial"]}).null(batch) is None
+    assert set(both.render(both.prepare(batch))) == {"spatial"}
+    assert ConditionerStack({"spatial": parts["spatial"]}).null_prefix(batch) is None
 
 
 def test_a_batch_keeps_what_was_prepared() -> None:
-    told = Conditions({"spatial": conditioner("spatial")}).eval()
+    told = ConditionerStack({"spatial": conditioner("spatial")}).eval()
     batch = replace(told.prepare(Batch(conditions=maps(4))), conditions=None)
     assert len(batch) == 4
     assert torch.equal(torch.cat([told(each) for each in batch.chunk(2)]), told(batch))
-    assert batch.to("meta").codes["spatial"].device.type == "meta"
+    assert batch.to("meta").condition_indices["spatial"].device.type == "meta"
 
 
 def mistakes() -> list[Any]:
     return [
         (
-            lambda: build("conditioner", {"name": "spatial"}, grid=(4, 6), tokenizer=Coder(), open_tokenizer=Coder),
+            lambda: build(
+                "conditioner", {"name": "spatial"}, grid=(4, 6), tokenizer=FakeCodec(), open_tokenizer=FakeCodec
+            ),
             "name its run",
         ),
-        (lambda: conditioner("spatial", drop=1.0), "drop must be in"),
+        (lambda: conditioner("spatial", dropout=1.0), "dropout must be in"),
         (lambda: conditioner("spatial", downsample=3), "does not divide into codes of 6 pixels"),
         (lambda: conditioner("coordinates", columns=0), "rows and columns must be at least 1, not 32 and 0"),
         (lambda: conditioner("image", factor=0), "factor must be at least 1"),
-        (lambda: conditioner("spatial")(Batch(labels=torch.zeros(2))), "no maps beside its pictures"),
-        (lambda: conditioner("image", factor=1)(Batch(labels=torch.zeros(2))), "needs a picture"),
+        (lambda: conditioner("spatial")(Batch(labels=torch.zeros(2))), "no maps beside its images"),
+        (lambda: conditioner("image", factor=1)(Batch(labels=torch.zeros(2))), "needs an image"),
         (lambda: conditioner("spatial")(Batch(conditions=maps(1, 8, 8))), "16 codes, the prior was trained with 24"),
     ]
 

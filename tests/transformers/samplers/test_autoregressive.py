@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqf.errors import UserError
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
-from vqf.transformers.samplers.filtering import draw, min_p, temperature, top_k, top_p, uniforms
+from vqf.transformers.samplers.filtering import min_p, sample_from_logits, sample_noise, temperature, top_k, top_p
 
 rows = st.one_of(
     hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(-8, 8)),
@@ -120,7 +120,7 @@ def test_filters_compose_as_temperature_then_top_k_then_top_p() -> None:
 def test_evenly_spread_numbers_draw_in_proportion(logits: np.ndarray) -> None:
     count = 4096
     spread = (torch.arange(count) + 0.5) / count
-    drawn = draw(torch.from_numpy(logits).expand(count, -1), spread)
+    drawn = sample_from_logits(torch.from_numpy(logits).expand(count, -1), spread)
     frequencies = np.bincount(drawn.numpy(), minlength=len(logits))
     assert np.abs(frequencies - count * softmax(logits)).max() < 1.01
     assert (drawn.diff() >= 0).all()  # the inverse of a distribution function grows
@@ -132,7 +132,7 @@ def test_a_draw_inverts_the_distribution_function(logits: np.ndarray, number: in
     u = number / 2**24
     cumulative = np.cumsum(softmax(logits))
     assume(np.abs(cumulative - u).min() > 1e-6)
-    drawn = draw(torch.from_numpy(logits)[None], torch.tensor([u]))
+    drawn = sample_from_logits(torch.from_numpy(logits)[None], torch.tensor([u]))
     assert drawn.tolist() == [int((cumulative <= u).sum())]
 
 
@@ -143,37 +143,40 @@ def test_what_was_filtered_out_is_never_drawn(u: float, size: int) -> None:
     logits = torch.randn(8, size, generator=generator)
     logits[:, ::2] = -torch.inf
     logits[:, -1:] = -torch.inf
-    drawn = draw(logits, torch.full((8,), u))
+    drawn = sample_from_logits(logits, torch.full((8,), u))
     assert (logits.gather(1, drawn[:, None]) > -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_draws_take_any_precision(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0]], dtype=dtype).expand(1000, 3)
-    drawn = draw(logits, torch.arange(1000) / 1000)
+    drawn = sample_from_logits(logits, torch.arange(1000) / 1000)
     expected = 1000 * softmax(np.array([0.0, 1.0, 0.0]))
     assert np.abs(np.bincount(drawn.numpy(), minlength=3) - expected).max() < 1.5
 
 
 def test_uniforms_are_uniform_and_belong_to_one_sample() -> None:
-    numbers = torch.stack([uniforms(5, index, 64) for index in range(1000)])
+    numbers = torch.stack([sample_noise(5, index, 64) for index in range(1000)])
     assert numbers.dtype == torch.float32
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = torch.histc(numbers, 16, 0, 1)
     assert (counts - 4000).abs().max() < 5 * (4000 * 15 / 16) ** 0.5
     assert len(numbers.unique(dim=0)) == 1000
-    assert torch.equal(uniforms(5, 3, 10), uniforms(5, 3, 64)[:10])
+    assert torch.equal(sample_noise(5, 3, 10), sample_noise(5, 3, 64)[:10])
 
 
 def test_uniforms_stay_the_same_for_years() -> None:
     # Philox 4x64-10 with key (3, 4); its first words are 18178702476816414400, 13750660252389515994, ...
-    assert uniforms(3, 4, 2).tolist() == [(18178702476816414400 >> 40) / 2**24, (13750660252389515994 >> 40) / 2**24]
+    assert sample_noise(3, 4, 2).tolist() == [
+        (18178702476816414400 >> 40) / 2**24,
+        (13750660252389515994 >> 40) / 2**24,
+    ]
 
 
 @pytest.mark.parametrize("other", [(1, 0), (2**32, 1), (0, 1 + 2**32), (-1, 1), (0, 2)])
 def test_no_two_samples_share_their_numbers(other: tuple[int, int]) -> None:
-    assert not torch.equal(uniforms(0, 1, 8), uniforms(*other, 8))
+    assert not torch.equal(sample_noise(0, 1, 8), sample_noise(*other, 8))
 
 
 class Bigrams:

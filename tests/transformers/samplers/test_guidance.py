@@ -11,8 +11,8 @@ from torch import Tensor
 from vqf.errors import UserError
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
-from vqf.transformers.samplers.filtering import draw, uniforms
-from vqf.transformers.samplers.guidance import guide, scale_at, scale_from
+from vqf.transformers.samplers.filtering import sample_from_logits, sample_noise
+from vqf.transformers.samplers.guidance import guide, scale_at, scale_from_notation
 
 scales = st.floats(0, 20)
 
@@ -33,7 +33,7 @@ def test_each_notation_gives_the_same_logits(value: float) -> None:
         "rar": u + (c - u) * value,
     }
     for notation, expected in written.items():
-        torch.testing.assert_close(guide(c, u, scale_from(value, notation)), expected, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
+        torch.testing.assert_close(guide(c, u, scale_from_notation(value, notation)), expected, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
 
 
 def test_scale_one_is_the_condition_and_zero_is_none() -> None:
@@ -61,7 +61,7 @@ def test_schedules_are_their_formulas(scale: float, t: float, power: float) -> N
 
 def test_var_grows_linearly_in_its_own_notation() -> None:
     # VAR's t is cfg times the progress, in (1 + t) c - t u.
-    assert scale_at(0.3, scale_from(1.5, "var"), "linear") == pytest.approx(1 + 1.5 * 0.3)
+    assert scale_at(0.3, scale_from_notation(1.5, "var"), "linear") == pytest.approx(1 + 1.5 * 0.3)
 
 
 def gpt() -> GPT:
@@ -93,8 +93,8 @@ def test_a_guided_sample_is_drawn_from_the_guided_logits(options: dict, cache: b
     for n in range(12):
         schedule, power = options["guidance_schedule"], options.get("guidance_power", 1.0)
         s = scale_at(n / 12, 3.0, schedule, interval=interval, power=power)
-        numbers = torch.stack([uniforms(5, i, 12)[n] for i in range(3)])
-        assert torch.equal(draw(u[:, n] + s * (c[:, n] - u[:, n]), numbers), tokens[:, n])
+        numbers = torch.stack([sample_noise(5, i, 12)[n] for i in range(3)])
+        assert torch.equal(sample_from_logits(u[:, n] + s * (c[:, n] - u[:, n]), numbers), tokens[:, n])
     assert not torch.equal(tokens, build("sampler", {"name": "autoregressive"})(model, prefix, (3, 4), seed=5))
 
 
@@ -109,7 +109,7 @@ def test_without_guidance_nothing_is_asked_twice() -> None:
 
 
 def test_guidance_without_a_null_prefix_says_what_to_train() -> None:
-    with pytest.raises(UserError, match=r"sampler\.guidance=3: .* model\.conditioner\.label\.drop=0\.1") as caught:
+    with pytest.raises(UserError, match=r"sampler\.guidance=3: .* model\.conditioner\.label\.dropout=0\.1") as caught:
         build("sampler", GUIDED)(gpt(), torch.tensor([[0, 1]]), (3, 4), seed=0)
     assert "\n" not in str(caught.value)
 

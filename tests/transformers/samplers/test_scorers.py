@@ -12,14 +12,14 @@ from tests.training.test_trainer import TINY
 from vqf.errors import UserError
 from vqf.models.generator import Generator
 from vqf.models.tokenizer import build_tokenizer
-from vqf.networks.perceptual import LITE_SCALE, LITE_SHIFT, lite_classifier
-from vqf.pipelines.sample import Sample
+from vqf.networks.perceptual import LITE_SCALE, LITE_SHIFT, efficientnet_lite_classifier
+from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
-from vqf.protocols import Drawn
+from vqf.protocols import ScoredSamples
 from vqf.registry import build
 from vqf.runs.load import build_generator
-from vqf.seeding import mix
+from vqf.seeding import hash_seed
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -37,7 +37,7 @@ def generator() -> Generator:
 class Red:
     """Likes red."""
 
-    def __call__(self, drawn: Drawn) -> torch.Tensor:
+    def __call__(self, drawn: ScoredSamples) -> torch.Tensor:
         return drawn.images[:, 0].mean((1, 2))
 
 
@@ -45,7 +45,7 @@ def test_likelihood_is_the_prior_s_own(generator: Generator) -> None:
     labels = torch.tensor([0, 2])
     tokens, prefix = torch.randint(16, (2, 4)), labels[:, None]
     found = build("scorer", {"name": "likelihood"})(
-        Drawn(torch.zeros(2, 3, 16, 16), tokens, generator.prior, prefix, labels, CLASSES)
+        ScoredSamples(torch.zeros(2, 3, 16, 16), tokens, generator.prior, prefix, labels, CLASSES)
     )
     for b in range(2):
         total = 0.0
@@ -58,7 +58,7 @@ def test_likelihood_is_the_prior_s_own(generator: Generator) -> None:
 def test_the_best_of_all_candidates_is_kept(generator: Generator) -> None:
     generator.scorer = Red()
     best = generator.sample(3, seed=5, candidates=4)
-    drawn = [generator.sample(3, seed=mix(5, "candidate", c) if c else 5) for c in range(4)]
+    drawn = [generator.sample(3, seed=hash_seed(5, "candidate", c) if c else 5) for c in range(4)]
     scores = torch.stack([each[:, 0].mean((1, 2)) for each in drawn])
     for b in range(3):
         assert torch.equal(best[b], drawn[int(scores[:, b].argmax())][b])
@@ -74,7 +74,7 @@ def test_a_choice_needs_a_scorer(generator: Generator) -> None:
         generator.sample(1, candidates=2)
 
 
-def test_a_picture_larger_than_the_prior_has_no_likelihood(generator: Generator) -> None:
+def test_an_image_larger_than_the_prior_has_no_likelihood(generator: Generator) -> None:
     sliding = build("sampler", {"name": "sliding_window"})
     wide = Generator(generator.tokenizer, generator.conditioner, generator.prior, sliding, CLASSES)
     wide.scorer = build("scorer", {"name": "likelihood"})
@@ -86,13 +86,13 @@ def test_imagenet_scores_are_log_probabilities_of_the_label() -> None:
     images = torch.rand(2, 3, 260, 260) * 2 - 1
     labels = torch.tensor([3, 977])
     scorer, names = build("scorer", {"name": "imagenet"}), [str(i) for i in range(1000)]
-    found = scorer(Drawn(images, torch.zeros(2, 1), None, None, labels, names))
+    found = scorer(ScoredSamples(images, torch.zeros(2, 1), None, None, labels, names))
     with torch.no_grad():
-        logits = lite_classifier("lite2")(images * LITE_SCALE + LITE_SHIFT).double()
+        logits = efficientnet_lite_classifier("lite2")(images * LITE_SCALE + LITE_SHIFT).double()
     expected = logits.softmax(-1)[torch.arange(2), labels].log()
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="the prior has 3 classes, not ImageNet's 1,000"):
-        scorer(Drawn(images, torch.zeros(2, 1), None, None, labels, CLASSES))
+        scorer(ScoredSamples(images, torch.zeros(2, 1), None, None, labels, CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_chooses_among_candidates(run: Path, tmp_path: Path) -> None:
     config = compose("pipeline=sample", f"run={run}", "scorer=likelihood", "logger=[]")
-    Sample(config, tmp_path / "best", count=2, candidates=3).run()
+    SamplePipeline(config, tmp_path / "best", count=2, candidates=3).run()
     assert len(list((tmp_path / "best" / "samples").iterdir())) == 2
 
 
 def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after the first batch, gone on with: the same pictures, and only the missing ones are drawn."""
+    """Stopped after the first batch, gone on with: the same images, and only the missing ones are drawn."""
     words = ["pipeline=sample", f"run={run}", "logger=[]"]  # in batches of 8, as the run
-    Sample(compose(*words), tmp_path / "whole", count=30).run()
+    SamplePipeline(compose(*words), tmp_path / "whole", count=30).run()
     drawn: list[int] = []
     draw = Generator.sample
 
@@ -124,7 +124,7 @@ def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Generator, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
-        Sample(compose(*words), tmp_path / "cut", count=30).run()
+        SamplePipeline(compose(*words), tmp_path / "cut", count=30).run()
     assert drawn == [0, 8] and len(list((tmp_path / "cut" / "samples").glob("*.png"))) == 16
     drawn.clear()
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatc
         "sample",
         lambda self, count, **options: drawn.append(options["first"]) or draw(self, count, **options),
     )
-    Sample(compose(*words, "resume=true"), tmp_path / "cut", count=30).run()
+    SamplePipeline(compose(*words, "resume=true"), tmp_path / "cut", count=30).run()
     assert drawn == [16, 24]
     for path in (tmp_path / "whole" / "samples").iterdir():
         assert Image.open(path).tobytes() == Image.open(tmp_path / "cut" / "samples" / path.name).tobytes()

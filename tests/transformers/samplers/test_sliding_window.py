@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vqf.errors import UserError
 from vqf.registry import RegistryError, build
 from vqf.transformers.gpt import GPT
-from vqf.transformers.samplers.filtering import draw, uniforms
-from vqf.transformers.samplers.window_logits import crop
-from vqf.transformers.samplers.window_schedule import make_plan, row_by_row, waves, window_start
+from vqf.transformers.samplers.filtering import sample_from_logits, sample_noise
+from vqf.transformers.samplers.window_logits import crop_prefix
+from vqf.transformers.samplers.window_schedule import make_schedule, raster_order, wavefront_order, window_start
 
 V, P, SEED = 13, 7, 3
 WAYS = [
@@ -45,7 +45,7 @@ def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
     sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
     options = {"unmasked": {"name": "gpt", "unmasked_prefix": True}, "llama": {"name": "llama", "multiple_of": 8}}
     node = {"name": name, "layers": 2, "heads": 2, "dim": 16, **options.get(name, {})}
-    model = build("prior", node, **sizes, prefix_length=len(places), prefix_places=places).double().eval()
+    model = build("prior", node, **sizes, prefix_length=len(places), prefix_positions=places).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
@@ -72,7 +72,7 @@ def one_by_one(
     (H, W), (h, w) = grid, (min(window[0], grid[0]), window[1])
     out = []
     for b in range(batch):
-        numbers = uniforms(SEED, b, H * W).reshape(H, W)
+        numbers = sample_noise(SEED, b, H * W).reshape(H, W)
         drawn = torch.randint(V, grid)  # what is not drawn yet may be anything
         for i in range(H):
             local_i = notebook_local(i, h, H) if h % 2 == 0 else i - min(max(i - h // 2, 0), H - h)
@@ -81,7 +81,7 @@ def one_by_one(
                 top, left = i - local_i, j - local_j
                 patch = drawn[top : top + h, left : left + w].reshape(1, -1)
                 logits = prior(patch, condition(b, top, left)).reshape(1, h, w, -1)[:, local_i, local_j]
-                drawn[i, j] = draw(logits.float(), numbers[i, j][None])[0]
+                drawn[i, j] = sample_from_logits(logits.float(), numbers[i, j][None])[0]
         out.append(drawn.flatten())
     return torch.stack(out)
 
@@ -123,8 +123,8 @@ class Slow:
     def __init__(self, model: GPT, fed: bool) -> None:
         self.model = model
         if fed:
-            self.begin = lambda prefix: model.begin(prefix)
-            self.advance = model.advance
+            self.prefill = lambda prefix: model.prefill(prefix)
+            self.decode = model.decode
 
     def __call__(self, tokens: Tensor, prefix: Tensor) -> Tensor:
         return self.model(tokens, prefix)
@@ -187,7 +187,7 @@ def test_guidance_is_the_same_every_way(schedule: str) -> None:
     assert not torch.equal(drawn[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
     whole = build("sampler", {"name": "autoregressive", **options})(gpt(16), prefix, (4, 4), seed=1, null_prefix=null)
     assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), whole)
-    with pytest.raises(UserError, match=r"model\.conditioner\.label\.drop"):
+    with pytest.raises(UserError, match=r"model\.conditioner\.label\.dropout"):
         sampler((4, 4), **options)(gpt(16), prefix, (6, 9), seed=SEED)
 
 
@@ -229,7 +229,7 @@ def test_a_wave_waits_for_all_that_its_windows_show(size: tuple[int, int, int, i
     H, W = h + taller, w + wider
     drawn: set[tuple[int, int]] = set()
     steps = 0
-    for cells in waves((H, W), w):
+    for cells in wavefront_order((H, W), w):
         for i, j in cells:
             top, left = window_start(i, h, H), window_start(j, w, W)
             window = itertools.product(range(top, top + h), range(left, left + w))
@@ -243,7 +243,7 @@ def test_a_wave_waits_for_all_that_its_windows_show(size: tuple[int, int, int, i
 
 @pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((24, 160), 528), ((64, 64), 1072), ((32, 32), 528)])
 def test_steps_of_known_grids(grid: tuple[int, int], steps: int) -> None:
-    assert len(list(waves(grid, 16))) == steps
+    assert len(list(wavefront_order(grid, 16))) == steps
 
 
 def passes(model: GPT, work: Callable[[], object]) -> list[int]:
@@ -291,23 +291,23 @@ def test_the_prior_is_asked_once_for_every_wave(grid: tuple[int, int], steps: in
 @pytest.mark.parametrize("keep", [0, 5, 1000])
 def test_a_plan_keeps_no_more_than_it_may_and_reads_in_order(keep: int, wavefront: bool) -> None:
     grid, window = (11, 14), (4, 4)
-    order = list(waves(grid, 4) if wavefront else row_by_row(grid))
-    plan = make_plan(iter(order), window, grid, 3, keep)
-    assert [[each.cell for each in wave.readings] for wave in plan.waves] == order
+    order = list(wavefront_order(grid, 4) if wavefront else raster_order(grid))
+    plan = make_schedule(iter(order), window, grid, 3, keep)
+    assert [[each.cell for each in wave.reads] for wave in plan.steps] == order
     held: dict[int, tuple[tuple[int, int], int]] = {}  # what stands in each slot: a window, and its first positions
-    for wave in plan.waves:
-        assert len({each.slot for each in wave.readings}) == len(wave.readings)
-        for each in wave.readings:
-            assert 0 <= each.slot < plan.slots
-            assert each.start == 0 or held[each.slot] == (each.window, each.start)
-            held[each.slot] = (each.window, each.start + each.count)
+    for wave in plan.steps:
+        assert len({each.slot for each in wave.reads}) == len(wave.reads)
+        for each in wave.reads:
+            assert 0 <= each.slot < plan.num_slots
+            assert each.start == 0 or held[each.slot] == (each.window_start, each.start)
+            held[each.slot] = (each.window_start, each.start + each.count)
     # At most all windows of the upper and the lower border, and what a wave holds besides.
-    assert plan.slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(each) for each in order)
+    assert plan.num_slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(each) for each in order)
 
 
 def test_crop_reads_a_grid_row_by_row() -> None:
     layout = torch.arange(24).reshape(1, 4, 6)
-    assert crop(layout, (1, 2), (2, 3)).tolist() == [[8, 9, 10, 14, 15, 16]]
+    assert crop_prefix(layout, (1, 2), (2, 3)).tolist() == [[8, 9, 10, 14, 15, 16]]
 
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:

@@ -1,4 +1,4 @@
-"""A picture of a source as the file that it is, for what copies, checks or crops files: none in place of another."""
+"""An image of a source as the file that it is, for what copies, checks or crops files: none in place of another."""
 
 import io
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from typing import IO, NamedTuple, Protocol
 from PIL import Image
 
 from vqf.batch import Size
-from vqf.data.images.decode import Animated, UnreadableError, format_of, open_picture, to_rgb
-from vqf.data.images.maps import Reading
-from vqf.errors import quoted
+from vqf.data.images.decode import Animated, UnreadableError, image_format, open_image, to_rgb
+from vqf.data.images.maps import MapDecoder
+from vqf.errors import quote_name
 
-Open = Callable[[], Path | IO[bytes]]  # raises an UnreadableError where there is nothing, or not what there was
+Opener = Callable[[], Path | IO[bytes]]  # raises an UnreadableError where there is nothing, or not what there was
 
 
-class Limits(Protocol):
+class DecodeLimits(Protocol):
     """What a source refuses to decode."""
 
     animated: Animated
     max_pixels: int
 
 
-class Facts(NamedTuple):
-    """What a file turned out to hold; the size is that of the upright picture."""
+class ImageInfo(NamedTuple):
+    """What a file turned out to hold; the size is that of the upright image."""
 
     format: str
     mode: str
@@ -33,93 +33,93 @@ class Facts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """One picture. All that its methods raise is an UnreadableError."""
+class ImageFile:
+    """One image. All that its methods raise is an UnreadableError."""
 
-    limits: Limits
+    limits: DecodeLimits
     name: str
     label: int | None
-    open: Open
+    open: Opener
 
-    def stored(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """Return the bytes of the file."""
-        return content_of(self.open)
+        return read_content(self.open)
 
-    def picture(self) -> Image.Image:
-        """Return the whole picture, upright and in RGB."""
-        return to_rgb(self._decoded(self.open()))
+    def load_image(self) -> Image.Image:
+        """Return the whole image, upright and in RGB."""
+        return to_rgb(self._decode(self.open()))
 
-    def facts(self, content: bytes) -> Facts:
-        """Decode what `stored` returned, and say what it is."""
-        image = self._decoded(io.BytesIO(content))
+    def probe(self, content: bytes) -> ImageInfo:
+        """Decode what `read_bytes` returned, and say what it is."""
+        image = self._decode(io.BytesIO(content))
         to_rgb(image)
-        return Facts(image.format or "?", image.mode, *image.size)
+        return ImageInfo(image.format or "?", image.mode, *image.size)
 
-    def _decoded(self, source: Path | IO[bytes]) -> Image.Image:
-        return open_picture(source, max_pixels=self.limits.max_pixels, animated=self.limits.animated)
+    def _decode(self, source: Path | IO[bytes]) -> Image.Image:
+        return open_image(source, max_pixels=self.limits.max_pixels, animated=self.limits.animated)
 
 
 @dataclass(frozen=True)
-class PairFile(PictureFile):
-    """A picture and its map."""
+class PairFile(ImageFile):
+    """An image and its map."""
 
-    reading: Reading
+    map_decoder: MapDecoder
     map_name: str
-    open_map: Open
+    open_map: Opener
 
-    def facts(self, content: bytes) -> Facts:
+    def probe(self, content: bytes) -> ImageInfo:
         """See above; the map is looked at, too."""
-        facts = super().facts(content)
-        self.understood((facts.height, facts.width))
+        facts = super().probe(content)
+        self.decode_map((facts.height, facts.width))
         return facts
 
-    def stored_map(self) -> tuple[bytes, str]:
+    def read_map(self) -> tuple[bytes, str]:
         """Return the bytes of the map's file, and its format."""
-        content = content_of(self.open_map)
-        return content, format_of(content)
+        content = read_content(self.open_map)
+        return content, image_format(content)
 
-    def understood(self, shape: Size) -> Image.Image:
-        """Return the map of a picture of so many rows and columns: see `Reading.understood`."""
-        return map_of(shape, self.open_map, self.map_name, self.reading.understood, self.limits.max_pixels)
+    def decode_map(self, shape: Size) -> Image.Image:
+        """Return the map of an image of so many rows and columns: see `MapDecoder.decode`."""
+        return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.decode, self.limits.max_pixels)
 
-    def map(self, shape: Size) -> Image.Image:
-        """Return it in a mode that PNG keeps: see `Reading.plain`."""
-        return map_of(shape, self.open_map, self.map_name, self.reading.plain, self.limits.max_pixels)
+    def load_map(self, shape: Size) -> Image.Image:
+        """Return it in a mode that PNG keeps: see `MapDecoder.to_png`."""
+        return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.to_png, self.limits.max_pixels)
 
 
-def map_of(
-    shape: Size, open: Open, name: str, turn: Callable[[Image.Image], Image.Image], max_pixels: int
+def decode_matching_map(
+    shape: Size, opener: Opener, name: str, convert: Callable[[Image.Image], Image.Image], max_pixels: int
 ) -> Image.Image:
-    """Return the map of a picture of so many rows and columns.
+    """Return the map of an image of so many rows and columns.
 
     Args:
-        shape: Of the picture.
-        open: Opens the map.
+        shape: Of the image.
+        opener: Opens the map.
         name: Of the map; empty where there is none.
-        turn: Makes of what is in the file what it means.
+        convert: Makes of what is in the file what it means.
         max_pixels: The most that is decoded.
 
     Raises:
         UnreadableError: If there is none that could be trained on, or it has another shape.
     """
     try:
-        found = turn(open_picture(open(), max_pixels=max_pixels))
+        found = convert(open_image(opener(), max_pixels=max_pixels))
     except UnreadableError as error:
-        raise UnreadableError(f"its map {quoted(name)}: {error}" if name else str(error)) from error
+        raise UnreadableError(f"its map {quote_name(name)}: {error}" if name else str(error)) from error
     rows, columns = shape
     if abs(found.width * rows - found.height * columns) > max(*found.size, *shape):  # beyond rounding
         shapes = f"{found.width} x {found.height} and {columns} x {rows}"
-        raise UnreadableError(f"its map {quoted(name)} has another shape: {shapes}")
+        raise UnreadableError(f"its map {quote_name(name)} has another shape: {shapes}")
     return found
 
 
-def content_of(open: Open) -> bytes:
+def read_content(opener: Opener) -> bytes:
     """Return the bytes of a file.
 
     Raises:
         UnreadableError: If they cannot be had.
     """
-    source = open()
+    source = opener()
     try:
         return source.read_bytes() if isinstance(source, Path) else source.read()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Many pictures in little memory, all of which worker processes share: a list would be copied into each of them."""
+"""Many images in little memory, all of which worker processes share: a list would be copied into each of them."""
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,14 +10,14 @@ import numpy as np
 
 
 class File(NamedTuple):
-    """A picture: its path below the root, with slashes, its length in bytes, and the label that a table gives it."""
+    """An image: its path below the root, with slashes, its length in bytes, and the label that a table gives it."""
 
     name: str
     size: int  # -1 where there is no such file
     label: int | str | None = None
 
 
-class Names(Sequence[str]):
+class PackedStrings(Sequence[str]):
     """Many strings in two arrays."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -46,11 +46,11 @@ class Names(Sequence[str]):
         return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
-class Files(Sequence[File]):
-    """Many pictures in arrays, see `Names`; labels of tables are few words, and shared."""
+class PackedFiles(Sequence[File]):
+    """Many images in arrays, see `PackedStrings`; labels of tables are few words, and shared."""
 
     def __init__(self, files: Sequence[File]) -> None:
-        self.names = Names(file.name for file in files)
+        self.names = PackedStrings(file.name for file in files)
         self.sizes = np.array([file.size for file in files], dtype=np.int64)
         told = any(file.label is not None for file in files)
         self.labels = [file.label for file in files] if told else None
@@ -72,7 +72,7 @@ class Files(Sequence[File]):
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Make millions of objects, none of which is rubbish yet: looking for some takes more time than making them."""
     enabled = gc.isenabled()
     gc.disable()

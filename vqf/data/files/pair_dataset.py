@@ -1,4 +1,4 @@
-"""Pictures with a map each, wherever both lie: they are cut and mirrored alike, and one that is broken spoils both."""
+"""Images with a map each, wherever both lie: they are cut and mirrored alike, and one that is broken spoils both."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ import torch
 from PIL import Image
 
 from vqf.batch import Sample, Size
-from vqf.data.files.dataset import PictureSplit
+from vqf.data.files.dataset import ImageSplit
 from vqf.data.files.image_file import PairFile
-from vqf.data.images.augment import View
-from vqf.data.images.decode import Shown, UnreadableError
-from vqf.data.images.maps import Reading
-from vqf.data.images.resize import Box, resampled
+from vqf.data.images.augment import ViewParams
+from vqf.data.images.decode import CroppedImage, UnreadableError
+from vqf.data.images.maps import MapDecoder
+from vqf.data.images.resize import Box, resize_box
 
 
-class MappedSplit(PictureSplit, ABC):
+class PairedImageSplit(ImageSplit, ABC):
     """The pairs of a source that are for training, or for validation.
 
-    A class that derives from it sets `reading` and `maps`, the names of the maps, before it calls this one's
-    constructor; the name is empty where a picture has no map.
+    A class that derives from it sets `map_decoder` and `map_names`, the names of the maps, before it calls this one's
+    constructor; the name is empty where an image has no map.
     """
 
-    reading: Reading
-    maps: Sequence[str]
+    map_decoder: MapDecoder
+    map_names: Sequence[str]
 
     @abstractmethod
     def open_map(self, index: int) -> Path | IO[bytes]:
@@ -41,7 +41,10 @@ class MappedSplit(PictureSplit, ABC):
         """Return a pair as the files that it is."""
         file = super().file(index)
         return PairFile(
-            **vars(file), reading=self.reading, map_name=self.maps[index], open_map=partial(self._map, index)
+            **vars(file),
+            map_decoder=self.map_decoder,
+            map_name=self.map_names[index],
+            open_map=partial(self._open_named_map, index),
         )
 
     def item(self, epoch: int, index: int) -> Sample:
@@ -50,31 +53,31 @@ class MappedSplit(PictureSplit, ABC):
         Raises:
             UserError: If too many pairs cannot be read.
         """
-        return apart(super().item(epoch, index), self.reading)
+        return unstack_map(super().item(epoch, index), self.map_decoder)
 
-    def _read(self, index: int, view: View) -> Shown:
-        shown = super()._read(index, view)
-        return on_top(shown, self.file(index).understood(shown.shape), self.data.size, self.reading)
+    def _read_crop(self, index: int, view: ViewParams) -> CroppedImage:
+        shown = super()._read_crop(index, view)
+        return stack_map(shown, self.file(index).decode_map(shown.shape), self.data.size, self.map_decoder)
 
-    def _map(self, index: int) -> Path | IO[bytes]:
-        if not self.maps[index]:
+    def _open_named_map(self, index: int) -> Path | IO[bytes]:
+        if not self.map_names[index]:
             raise UnreadableError("no map")
         return self.open_map(index)
 
 
-def on_top(shown: Shown, whole: Image.Image, size: Size, reading: Reading) -> Shown:
-    """Return picture and map on top of each other, (4, H, W) or (6, H, W), so that both are mirrored alike."""
-    part = resampled(whole, size, _box(whole, shown), reading.filter)
-    return shown._replace(picture=torch.cat([shown.picture, reading.values(part)]))
+def stack_map(shown: CroppedImage, whole: Image.Image, size: Size, reading: MapDecoder) -> CroppedImage:
+    """Return image and map on top of each other, (4, H, W) or (6, H, W), so that both are mirrored alike."""
+    part = resize_box(whole, size, _map_box(whole, shown), reading.resampling)
+    return shown._replace(image=torch.cat([shown.image, reading.to_tensor(part)]))
 
 
-def apart(sample: Sample, reading: Reading) -> Sample:
+def unstack_map(sample: Sample, reading: MapDecoder) -> Sample:
     """Take the two apart again."""
-    return replace(sample, image=sample.image[:3], condition=reading.condition(sample.image[3:]))
+    return replace(sample, image=sample.image[:3], condition=reading.to_condition(sample.image[3:]))
 
 
-def _box(whole: Image.Image, shown: Shown) -> Box:
-    """Return the part of a map that shows what is shown of its picture."""
+def _map_box(whole: Image.Image, shown: CroppedImage) -> Box:
+    """Return the part of a map that shows what is shown of its image."""
     rows, columns = shown.shape
-    box = shown.box.at(whole.height / rows, whole.width / columns)
+    box = shown.box.scale_by(whole.height / rows, whole.width / columns)
     return Box(box.left, box.top, min(box.right, whole.width), min(box.bottom, whole.height))

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqf.data.images.decode import MAX_PIXELS, UnreadableError, open_picture, to_rgb, to_tensor
+from vqf.data.images.decode import MAX_PIXELS, UnreadableError, open_image, to_rgb, to_tensor
 
-Kind = Literal["rgb", "grey", "palette", "labels"]
+MapKind = Literal["rgb", "grey", "palette", "labels"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class MapDecoder:
     """How maps are read.
 
     Args:
@@ -24,7 +24,7 @@ class Reading:
         unlabelled: The number that stands for no class; read as 0, while every other number moves up by one.
     """
 
-    kind: Kind = "rgb"
+    kind: MapKind = "rgb"
     labels: int = 0
     unlabelled: int | None = None
 
@@ -35,17 +35,17 @@ class Reading:
             raise ValueError(f"labels and unlabelled are for maps=labels, not for maps={self.kind}")
 
     @property
-    def classes(self) -> int:
-        """How many classes there are, each with a channel of its own; 0 where a map is a picture."""
+    def num_classes(self) -> int:
+        """How many classes there are, each with a channel of its own; 0 where a map is an image."""
         return self.labels
 
     def __call__(self, path: Path) -> Tensor:
         """Read a map whole, as stage 2 is shown it: (C, H, W), a pixel of the file for a pixel.
 
         Raises:
-            UnreadableError: See `open_picture` and `understood`.
+            UnreadableError: See `open_image` and `decode`.
         """
-        return self.condition(self.values(self.open(path)))
+        return self.to_condition(self.to_tensor(self.open(path)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,52 +57,52 @@ class Reading:
         """Open a map and understand it.
 
         Raises:
-            UnreadableError: See `open_picture` and `understood`.
+            UnreadableError: See `open_image` and `decode`.
         """
-        return self.understood(open_picture(path, max_pixels=max_pixels))
+        return self.decode(open_image(path, max_pixels=max_pixels))
 
     @property
-    def filter(self) -> Image.Resampling:
+    def resampling(self) -> Image.Resampling:
         """What maps are scaled with."""
         return Image.Resampling.BICUBIC if self.kind in ("rgb", "grey") else Image.Resampling.NEAREST
 
-    def understood(self, picture: Image.Image) -> Image.Image:
+    def decode(self, image: Image.Image) -> Image.Image:
         """Turn a map into RGB, into 8 bits of grey, or into 32-bit numbers of classes.
 
         Raises:
             UnreadableError: If it holds no numbers, or one that is no class.
         """
         if self.kind == "labels":
-            return Image.fromarray(self._numbers(picture))
-        return to_rgb(picture).convert("L") if self.kind == "grey" else to_rgb(picture)
+            return Image.fromarray(self._class_indices(image))
+        return to_rgb(image).convert("L") if self.kind == "grey" else to_rgb(image)
 
-    def plain(self, picture: Image.Image) -> Image.Image:
-        """Return what `understood` does in a mode that PNG keeps; read again, classes need no `unlabelled`.
+    def to_png(self, image: Image.Image) -> Image.Image:
+        """Return what `decode` does in a mode that PNG keeps; read again, classes need no `unlabelled`.
 
         Raises:
-            UnreadableError: See `understood`.
+            UnreadableError: See `decode`.
         """
-        found = self.understood(picture)
+        found = self.decode(image)
         if self.kind != "labels":
             return found
         return Image.fromarray(np.asarray(found).astype(np.uint8 if self.labels <= 256 else np.uint16))
 
-    def values(self, picture: Image.Image) -> Tensor:
-        """Turn what `understood` returned into (1, H, W) or (3, H, W): in [-1, 1], or numbers of classes."""
+    def to_tensor(self, image: Image.Image) -> Tensor:
+        """Turn what `decode` returned into (1, H, W) or (3, H, W): in [-1, 1], or numbers of classes."""
         if self.kind == "labels":
-            return torch.from_numpy(np.array(picture, dtype=np.float32))[None]
-        return to_tensor(picture.convert("RGB"))[: 1 if self.kind == "grey" else 3]
+            return torch.from_numpy(np.array(image, dtype=np.float32))[None]
+        return to_tensor(image.convert("RGB"))[: 1 if self.kind == "grey" else 3]
 
-    def condition(self, values: Tensor) -> Tensor:
+    def to_condition(self, values: Tensor) -> Tensor:
         """Turn values into what stage 2 is shown, (C, H, W): the same, or a channel of 0 and 1 for every class."""
         if self.kind != "labels":
             return values
         return torch.zeros(self.labels, *values.shape[1:]).scatter_(0, values.long(), 1.0)
 
-    def _numbers(self, picture: Image.Image) -> np.ndarray:
-        if len(picture.getbands()) > 1 or picture.mode == "F":
-            raise UnreadableError(f"{picture.mode} pixels; a map of labels is grey, or has a palette")
-        numbers = np.asarray(picture).astype(np.int32)
+    def _class_indices(self, image: Image.Image) -> np.ndarray:
+        if len(image.getbands()) > 1 or image.mode == "F":
+            raise UnreadableError(f"{image.mode} pixels; a map of labels is grey, or has a palette")
+        numbers = np.asarray(image).astype(np.int32)
         moved = ""
         if self.unlabelled is not None:
             numbers, moved = np.where(numbers == self.unlabelled, 0, numbers + 1), ", once moved up,"

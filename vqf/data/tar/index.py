@@ -2,7 +2,7 @@
 
 The index stands beside the tar as `name.tar.idx`, written beside its final name and renamed. It knows the tar's
 length and time, and the CRC-32 of every member. A tar that changed is indexed again; one that is cut short keeps
-its index, so that the lost pictures keep their places and are found missing one by one.
+its index, so that the lost images keep their places and are found missing one by one.
 Nothing is ever extracted, and no name of a member becomes a path.
 """
 
@@ -17,26 +17,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from vqf.atomic import atomic_path
 from vqf.data.images.decode import UnreadableError
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
 
-VERSION = 2
-SUFFIX = ".idx"
+VERSION = 3
+INDEX_SUFFIX = ".idx"
 BLOCK = 512
-PIECE = 2**20
-LARGEST = 2**30  # bytes of a member that is read into memory
-OPEN_FILES = 64
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-INLINE = {"cls": 32}  # endings whose text is kept in the index, up to so many bytes: a label per picture
+READ_CHUNK = 2**20
+MAX_MEMBER_BYTES = 2**30  # bytes of a member that is read into memory
+MAX_OPEN_FILES = 64
+COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+INLINED_TEXT = {"cls": 32}  # endings whose text is kept in the index, up to so many bytes: a label per image
 
 
-class Member(NamedTuple):
-    """One file of a tar: `ending` is all that follows the first dot of its name, `key` what precedes it."""
+class TarMember(NamedTuple):
+    """One file of a tar: `extension` is all that follows the first dot of its name, `key` what precedes it."""
 
     key: str
-    ending: str
+    extension: str
     offset: int
     size: int
     crc: int
@@ -44,16 +45,16 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Index:
-    """What a tar of a length and time holds; `whole` is whether it ended as a tar does when it was indexed."""
+class TarIndex:
+    """What a tar of a length and time holds; `intact` is whether it ended as a tar does when it was indexed."""
 
     size: int
     mtime_ns: int
-    whole: bool
-    members: list[Member]
+    intact: bool
+    members: list[TarMember]
 
 
-def index_of(tar: Path, folder: Path | None = None, missing_ok: bool = False) -> Index:
+def load_index(tar: Path, folder: Path | None = None, missing_ok: bool = False) -> TarIndex:
     """Return the index of a tar: the one beside it, or in `folder`, where it is up to date, else a new one.
 
     Where neither can be written the new index is only kept in memory. A tar that is missing, index and all, is an empty
@@ -62,13 +63,13 @@ def index_of(tar: Path, folder: Path | None = None, missing_ok: bool = False) ->
     Raises:
         UserError: If the tar is missing and so is its index, or it is compressed, no tar, or not to be trusted.
     """
-    place = _place(tar, folder)
-    old = _load(place)
+    place = _index_path(tar, folder)
+    old = _read_index(place)
     try:
         state = tar.stat()
     except OSError as error:
         if old is None and missing_ok and isinstance(error, FileNotFoundError):
-            return Index(0, 0, True, [])
+            return TarIndex(0, 0, True, [])
         if old is None:
             raise UserError(f"data.root: no shard '{tar}' ({(error.strerror or '').lower()})") from error
         log.warning(
@@ -78,43 +79,43 @@ def index_of(tar: Path, folder: Path | None = None, missing_ok: bool = False) ->
         return old
     if old is not None and (old.size, old.mtime_ns) == (state.st_size, state.st_mtime_ns):
         return old
-    if old is not None and _is_beginning(tar, state.st_size, old):
+    if old is not None and _is_truncated_copy(tar, state.st_size, old):
         log.warning(f"data.root: the shard '{tar}' ends early, after {state.st_size} of {old.size} bytes")
         return old
     new = build_index(tar)
-    _save(new, place)
+    _write_index(new, place)
     return new
 
 
-def build_index(tar: Path) -> Index:
+def build_index(tar: Path) -> TarIndex:
     """Read a tar from end to end.
 
     Raises:
-        UserError: See `index_of`.
+        UserError: See `load_index`.
     """
     try:
         with tar.open("rb") as file:
             state = os.fstat(file.fileno())
-            _check_plain(tar, file.read(8))
+            _check_uncompressed(tar, file.read(8))
             file.seek(0)
             members, end = _members(tar, file, state.st_size)
-            whole = _ends(file, end)
+            whole = _has_end_marker(file, end)
     except OSError as error:
         raise UserError(
             f"data.root: cannot read the shard '{tar}' ({(error.strerror or str(error)).lower()})"
         ) from error
-    return Index(state.st_size, state.st_mtime_ns, whole, members)
+    return TarIndex(state.st_size, state.st_mtime_ns, whole, members)
 
 
-class Tars:
+class TarReader:
     """Reads members of many tars by position; a process may be forked from one that already reads."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._file_descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"paths": self.paths, "_open": OrderedDict()}  # file numbers mean nothing in another process
+        return {"paths": self.paths, "_file_descriptors": OrderedDict()}  # file numbers mean nothing in another process
 
     def read(self, shard: int, offset: int, size: int, crc: int) -> bytes:
         """Return the bytes of a member of tar `shard`.
@@ -122,8 +123,8 @@ class Tars:
         Raises:
             UnreadableError: If they are not there, or not those that were indexed.
         """
-        if size > LARGEST:
-            raise UnreadableError(f"{size} bytes, more than {LARGEST}")
+        if size > MAX_MEMBER_BYTES:
+            raise UnreadableError(f"{size} bytes, more than {MAX_MEMBER_BYTES}")
         try:
             content = os.pread(self._file(shard), size, offset)
         except OSError as error:
@@ -131,30 +132,30 @@ class Tars:
         if len(content) < size:
             raise UnreadableError(f"{self.paths[shard].name} ends early")
         if zlib.crc32(content) != crc:
-            raise UnreadableError(f"its checksum is not the one in {self.paths[shard].name}{SUFFIX}")
+            raise UnreadableError(f"its checksum is not the one in {self.paths[shard].name}{INDEX_SUFFIX}")
         return content
 
     def _file(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        if shard not in self._file_descriptors:
+            if len(self._file_descriptors) >= MAX_OPEN_FILES:
+                os.close(self._file_descriptors.popitem(last=False)[1])
+            self._file_descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        self._file_descriptors.move_to_end(shard)
+        return self._file_descriptors[shard]
 
     def __del__(self) -> None:
-        for number in self._open.values():
+        for number in self._file_descriptors.values():
             os.close(number)
 
 
-def split_name(name: str) -> tuple[str, str] | None:
+def split_member_name(name: str) -> tuple[str, str] | None:
     """Split a member's name into key and ending at the first dot after the last slash; None where there is no key."""
     folder, slash, file = name.rpartition("/")
     stem, dot, ending = file.partition(".")
     return (f"{folder}{slash}{stem}", ending.lower()) if stem and dot else None
 
 
-def checked(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
+def check_member(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
     """Return key and ending of a member, None where it is no part of a sample.
 
     Raises:
@@ -167,20 +168,20 @@ def checked(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
         raise UserError(f"data.root: the shard '{tar}' has a member {info.name!a}, which no data set should have")
     if info.isreg() and info.issparse():
         raise UserError(f"data.root: the shard '{tar}' has a sparse member '{name}'; pack it again without --sparse")
-    return split_name(name)
+    return split_member_name(name)
 
 
-def _members(tar: Path, file: BinaryIO, size: int) -> tuple[list[Member], int]:
+def _members(tar: Path, file: BinaryIO, size: int) -> tuple[list[TarMember], int]:
     """List the members that can be seen, the last of which may be cut short, and where the tar should end."""
-    members: list[Member] = []
+    members: list[TarMember] = []
     end = 0
     for info in _headers(tar, file):
-        named = checked(tar, info)
+        named = check_member(tar, info)
         end = info.offset_data + -(-info.size // BLOCK) * BLOCK if info.isreg() else info.offset_data
         if not info.isreg() or named is None:
             continue
-        content, crc = _scan(file, info.offset_data, info.size, named[1])
-        members.append(Member(*named, info.offset_data, info.size, crc, content))
+        content, crc = _checksum(file, info.offset_data, info.size, named[1])
+        members.append(TarMember(*named, info.offset_data, info.size, crc, content))
     return members, end
 
 
@@ -200,24 +201,24 @@ def _headers(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise UserError(f"data.root: the shard '{tar}' is not a tar file ({str(error).lower()})") from error
 
 
-def _scan(file: BinaryIO, offset: int, size: int, ending: str) -> tuple[str | None, int]:
+def _checksum(file: BinaryIO, offset: int, size: int, ending: str) -> tuple[str | None, int]:
     """Return the text of a short member, and the checksum of any."""
     crc, left, number = 0, size, file.fileno()
     first = b""
-    while left and (piece := os.pread(number, min(left, PIECE), offset + size - left)):
+    while left and (piece := os.pread(number, min(left, READ_CHUNK), offset + size - left)):
         first = first or piece
         crc, left = zlib.crc32(piece, crc), left - len(piece)
-    text = first.decode("utf-8", "replace").strip() if size <= INLINE.get(ending, -1) else None
+    text = first.decode("utf-8", "replace").strip() if size <= INLINED_TEXT.get(ending, -1) else None
     return text, crc
 
 
-def _ends(file: BinaryIO, end: int) -> bool:
+def _has_end_marker(file: BinaryIO, end: int) -> bool:
     """Say whether a block of zeros, which ends every tar, follows the last member."""
     return os.pread(file.fileno(), BLOCK, end) == bytes(BLOCK)
 
 
-def _check_plain(tar: Path, head: bytes) -> None:
-    kind = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+def _check_uncompressed(tar: Path, head: bytes) -> None:
+    kind = next((name for magic, name in COMPRESSION_MAGIC.items() if head.startswith(magic)), None)
     if kind:
         raise UserError(
             f"data.root: the shard '{tar}' is compressed ({kind}), so its members cannot be read one by one; "
@@ -225,7 +226,7 @@ def _check_plain(tar: Path, head: bytes) -> None:
         )
 
 
-def _is_beginning(tar: Path, size: int, old: Index) -> bool:
+def _is_truncated_copy(tar: Path, size: int, old: TarIndex) -> bool:
     """Say whether a tar is the indexed one cut short: its last whole member is where it was, and is what it was."""
     if size >= old.size:
         return False
@@ -235,32 +236,34 @@ def _is_beginning(tar: Path, size: int, old: Index) -> bool:
     if last is None:
         return True
     try:
-        Tars([tar]).read(0, last.offset, last.size, last.crc)
+        TarReader([tar]).read(0, last.offset, last.size, last.crc)
     except UnreadableError:
         return False
     return True
 
 
-def _place(tar: Path, folder: Path | None) -> Path:
+def _index_path(tar: Path, folder: Path | None) -> Path:
     """Name the file of an index; in a folder for many, by the tar's whole path."""
     if folder is None:
-        return tar.with_name(tar.name + SUFFIX)
+        return tar.with_name(tar.name + INDEX_SUFFIX)
     path = os.fsencode(tar.resolve().parent)
-    return folder / f"{zlib.crc32(path):08x}-{tar.name}{SUFFIX}"
+    return folder / f"{zlib.crc32(path):08x}-{tar.name}{INDEX_SUFFIX}"
 
 
-def _load(place: Path) -> Index | None:
+def _read_index(place: Path) -> TarIndex | None:
     """Read an index; None where there is none, or it is not one of this version."""
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
             return None
-        index, columns = Index(**content), [content["members"][field] for field in Member._fields]
+        index, columns = TarIndex(**content), [content["members"][field] for field in TarMember._fields]
         numbers = [*columns[2:5], [index.size, index.mtime_ns]]
-        sound = all(map(_holds, columns, (str, str, int, int, int, str | None))) and _holds(numbers[3], int)
+        sound = all(map(_is_column_of, columns, (str, str, int, int, int, str | None))) and _is_column_of(
+            numbers[3], int
+        )
         if not sound or any(min(each, default=0) < 0 for each in numbers):
             return None
-        return replace(index, members=list(map(Member._make, zip(*columns, strict=True))))
+        return replace(index, members=list(map(TarMember._make, zip(*columns, strict=True))))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -268,27 +271,19 @@ def _load(place: Path) -> Index | None:
         return None
 
 
-def _holds(column: Any, kind: Any) -> bool:
+def _is_column_of(column: Any, kind: Any) -> bool:
     return isinstance(column, list) and all(
         each is not bool and issubclass(each, kind) for each in {*map(type, column)}
     )
 
 
-def _save(index: Index, place: Path) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    members = zip(*index.members, strict=True) if index.members else ([] for _ in Member._fields)
-    columns = dict(zip(Member._fields, members, strict=True))  # which are read several times as fast as rows
+def _write_index(index: TarIndex, place: Path) -> None:
+    members = zip(*index.members, strict=True) if index.members else ([] for _ in TarMember._fields)
+    columns = dict(zip(TarMember._fields, members, strict=True))  # which are read several times as fast as rows
     content = {"version": VERSION, **vars(index), "members": columns}
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, separators=(",", ":"))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(place)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_path(place) as temporary, temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, separators=(",", ":"))
     except OSError as error:
         reason = (error.strerror or "").lower()
         log.info(f"data.index: cannot write '{place}' ({reason}); the index is made again for every run")

@@ -1,17 +1,17 @@
-"""The `manifest.json` that pipeline=shard leaves beside shards: which there are, how many pictures, which hashes."""
+"""The `manifest.json` that pipeline=shard leaves beside shards: which there are, how many images, which hashes."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a folder; empty where there is none, or it is none of pipeline=shard."""
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -35,6 +35,6 @@ def _is_shard(entry: Any) -> bool:
         isinstance(entry, Mapping)
         and isinstance(name := entry.get("name"), str)
         and PurePosixPath(name).name == name
-        and type(entry.get("pictures")) is int
-        and entry["pictures"] >= 0
+        and type(entry.get("images")) is int
+        and entry["images"] >= 0
     )

@@ -4,12 +4,12 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vqf.data.tar.index import SUFFIX
-from vqf.data.tar.remote_io import check_address, is_address, shown
+from vqf.data.tar.index import INDEX_SUFFIX
+from vqf.data.tar.remote_io import check_url, is_url, redact_url
 from vqf.errors import UserError
 
 
-def expand(pattern: str, option: str) -> list[str]:
+def expand_pattern(pattern: str, option: str) -> list[str]:
     """Write out webdataset's braces, and divide at `::`.
 
     Raises:
@@ -35,17 +35,17 @@ def find_shards(root: Path, pattern: str, option: str, listed: Collection[str] =
     Raises:
         UserError: For a pattern that is none.
     """
-    names = expand(pattern, option)
-    found = [path for name in names for path in (_matching(root, name, listed) if _is_wild(name) else [root / name])]
+    names = expand_pattern(pattern, option)
+    found = [path for name in names for path in (_glob_shards(root, name, listed) if _is_wild(name) else [root / name])]
     return list(dict.fromkeys(found))
 
 
 def is_streamed(root: str | None, pattern: str, option: str) -> bool:
     """Say whether a pattern names shards that are not in a folder."""
-    return any(is_address(name) for name in (root or "", *expand(pattern, option)))
+    return any(is_url(name) for name in (root or "", *expand_pattern(pattern, option)))
 
 
-def find_addresses(root: str | None, pattern: str, option: str, listed: Sequence[str]) -> list[str]:
+def find_urls(root: str | None, pattern: str, option: str, listed: Sequence[str]) -> list[str]:
     """Return the addresses of the shards that a pattern names.
 
     Args:
@@ -58,15 +58,15 @@ def find_addresses(root: str | None, pattern: str, option: str, listed: Sequence
         UserError: For wildcards where nothing is listed, and for addresses that cannot, or must not, be opened.
     """
     found: list[str] = []
-    for name in expand(pattern, option):
-        if is_address(name):
-            check_address(name, option)
+    for name in expand_pattern(pattern, option):
+        if is_url(name):
+            check_url(name, option)
             found.append(name)
         elif root is None:
             raise UserError(f"{option}={pattern}: '{name}' is no address; data.root says what it is below")
         elif _is_wild(name) and not listed:
             raise UserError(
-                f"{option}={pattern}: '{shown(root)}' cannot be searched; name the shards as in "
+                f"{option}={pattern}: '{redact_url(root)}' cannot be searched; name the shards as in "
                 f"train-{{0000..0146}}.tar ({option}=null for none), or put the manifest.json of pipeline=shard there"
             )
         else:
@@ -79,8 +79,8 @@ def _is_wild(name: str) -> bool:
     return bool(set(name) & set("*?"))
 
 
-def _matching(root: Path, wildcard: str, listed: Collection[str]) -> list[Path]:
+def _glob_shards(root: Path, wildcard: str, listed: Collection[str]) -> list[Path]:
     """Find shards; the index of one that is missing stands for it."""
-    indexed = (path.with_name(path.name.removesuffix(SUFFIX)) for path in root.glob(wildcard + SUFFIX))
+    indexed = (path.with_name(path.name.removesuffix(INDEX_SUFFIX)) for path in root.glob(wildcard + INDEX_SUFFIX))
     known = (root / name for name in listed if fnmatchcase(name, wildcard))
     return sorted({*root.glob(wildcard), *indexed, *known})

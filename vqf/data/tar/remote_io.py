@@ -1,7 +1,7 @@
 """Shards that lie elsewhere: their addresses, and reading one from end to end.
 
 webdataset opens the address (https:, gs:, hf:, file:, the output of a command, ...) and groups the members; what is in
-a shard is no more trusted than on a disk. Nothing is extracted, and nothing but pictures is decoded.
+a shard is no more trusted than on a disk. Nothing is extracted, and nothing but images is decoded.
 """
 
 import json
@@ -17,29 +17,29 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from vqf.data.tar.index import BLOCK, LARGEST, checked
+from vqf.data.tar.index import BLOCK, MAX_MEMBER_BYTES, check_member
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
 
-PIPES = "VQF_ALLOW_PIPES"
-ADDRESS = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-MANIFEST_AT_MOST = 2**28  # bytes
-MOMENT = 1.0  # seconds that a command has to end by itself
+ALLOW_PIPES_VARIABLE = "VQF_ALLOW_PIPES"
+URL_PATTERN = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+MAX_MANIFEST_BYTES = 2**28  # bytes
+EXIT_TIMEOUT = 1.0  # seconds that a command has to end by itself
 
-Sample = dict[str, Any]  # `__key__` and, by the endings of the members, their bytes
+TarSample = dict[str, Any]  # `__key__` and, by the endings of the members, their bytes
 
 
 class BrokenShardError(ValueError):
     """A shard that cannot be opened, is none, or ends early."""
 
 
-def is_address(name: str) -> bool:
+def is_url(name: str) -> bool:
     """Tell an address from a path."""
-    return bool(ADDRESS.match(name))
+    return bool(URL_PATTERN.match(name))
 
 
-def check_address(url: str, option: str) -> None:
+def check_url(url: str, option: str) -> None:
     """Refuse what webdataset cannot open, and commands that nobody has allowed.
 
     A checkpoint keeps the config of its run, addresses included: without this, looking at a checkpoint of somebody
@@ -51,19 +51,20 @@ def check_address(url: str, option: str) -> None:
     from webdataset.gopen import gopen_schemes
 
     scheme = url.partition(":")[0].lower()
-    if scheme == "pipe" and os.environ.get(PIPES) != "1":
+    if scheme == "pipe" and os.environ.get(ALLOW_PIPES_VARIABLE) != "1":
         raise UserError(
-            f"{option}={url}: pipe: runs a command of the shell; if you trust it, set the variable {PIPES}=1 first"
+            f"{option}={url}: pipe: runs a command of the shell; if you trust it, set the variable "
+            f"{ALLOW_PIPES_VARIABLE}=1 first"
         )
     if scheme not in (*gopen_schemes, "file") or scheme == "__default__":
         known = ", ".join(sorted({*gopen_schemes, "file"} - {"__default__"}))
         raise UserError(
-            f"{option}={shown(url)}: webdataset opens no {scheme}: (but {known}); "
+            f"{option}={redact_url(url)}: webdataset opens no {scheme}: (but {known}); "
             "pipe: takes what a command writes, as in 'pipe:aws s3 cp s3://bucket/a.tar -'"
         )
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return an address without what may be a password or a token in it."""
     if url.startswith("pipe:") or "://" not in url:
         return url
@@ -76,20 +77,20 @@ def shard_name(url: str) -> str:
     return url if url.startswith("pipe:") else PurePosixPath(urlsplit(url).path).name
 
 
-def read_manifest(root: str) -> dict[str, Any]:
+def read_remote_manifest(root: str) -> dict[str, Any]:
     """Read the manifest that pipeline=shard left beside the shards at an address; empty where there is none."""
     try:
-        with _opened(f"{root.rstrip('/')}/manifest.json") as stream:
-            if not (text := stream.read(MANIFEST_AT_MOST)):
+        with _open_url(f"{root.rstrip('/')}/manifest.json") as stream:
+            if not (text := stream.read(MAX_MANIFEST_BYTES)):
                 raise EOFError("empty")
             content = json.loads(text)
     except ValueError as error:  # a BrokenShardError among them
-        log.info(f"data.root: no manifest.json at '{shown(root)}' ({error})")
+        log.info(f"data.root: no manifest.json at '{redact_url(root)}' ({error})")
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("shards"), list) else {}
 
 
-def samples(url: str) -> Iterator[Sample]:
+def iter_samples(url: str) -> Iterator[TarSample]:
     """Yield what a shard holds, sample by sample.
 
     Raises:
@@ -104,15 +105,15 @@ def samples(url: str) -> Iterator[Sample]:
         raise
     except ValueError as error:
         name = str(error.args[0]).partition(": duplicate")[0].replace("\0", ".")
-        raise UserError(f"data.root: the shard '{shown(url)}' holds '{name}' twice") from error
+        raise UserError(f"data.root: the shard '{redact_url(url)}' holds '{name}' twice") from error
 
 
 def _members(url: str) -> Iterator[dict[str, Any]]:
     """Yield the files of a tar as webdataset groups them; one that does not end as a tar does is broken."""
     ends: list[bool] = []
-    with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_noting_the_end(ends)) as tar:
+    with _open_url(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_end_marker_header(ends)) as tar:
         for info in tar:
-            named = checked(shown(url), info)
+            named = check_member(redact_url(url), info)
             if info.isreg() and named is not None:
                 yield {"fname": "\0".join(named), "data": _content(tar, info), "__url__": url}
             tar.members = []  # type: ignore[attr-defined]  # they would add up
@@ -121,14 +122,14 @@ def _members(url: str) -> Iterator[dict[str, Any]]:
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    if info.size > LARGEST:
-        raise tarfile.ReadError(f"'{info.name}' has {info.size} bytes, more than {LARGEST}")
+    if info.size > MAX_MEMBER_BYTES:
+        raise tarfile.ReadError(f"'{info.name}' has {info.size} bytes, more than {MAX_MEMBER_BYTES}")
     file = tar.extractfile(info)
     assert file is not None, "a regular file"
     return file.read()
 
 
-def _noting_the_end(ends: list[bool]) -> type[tarfile.TarInfo]:
+def _end_marker_header(ends: list[bool]) -> type[tarfile.TarInfo]:
     """Return a kind of header that notes the block of zeros which ends every tar; tarfile itself does without one."""
 
     class Header(tarfile.TarInfo):
@@ -142,7 +143,7 @@ def _noting_the_end(ends: list[bool]) -> type[tarfile.TarInfo]:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def _open_url(url: str) -> Iterator[IO[bytes]]:
     """Open an address; whatever goes wrong while it is read becomes a BrokenShardError."""
     from webdataset.gopen import gopen
 
@@ -154,24 +155,24 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
     try:
         yield stream
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise BrokenShardError(_failure(stream) or _reason(error, url)) from error
+        raise BrokenShardError(_command_failure(stream) or _reason(error, url)) from error
     finally:
         if process == os.getpid():  # a worker process that was forked meanwhile leaves it to its parent
-            _stop(stream)
+            _close(stream)
 
 
-def _failure(stream: IO[bytes]) -> str | None:
+def _command_failure(stream: IO[bytes]) -> str | None:
     """Say why the command that fetches a shard failed, if it did; what it wrote is only a consequence of that."""
     if (process := getattr(stream, "proc", None)) is None:
         return None
     try:
-        status = process.wait(MOMENT)
+        status = process.wait(EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:  # it goes on writing what cannot be read
         return None
     return f"the command that fetches it ended with status {status}" if status else None
 
 
-def _stop(stream: IO[bytes]) -> None:
+def _close(stream: IO[bytes]) -> None:
     if (process := getattr(stream, "proc", None)) is not None:
         process.kill()  # it may wait for a server that says nothing
     with suppress(OSError):

@@ -8,48 +8,48 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A picture as it comes, not yet decoded."""
+class RawSample:
+    """An image as it comes, not yet decoded."""
 
     name: str
     content: bytes
     label: bytes | None
     map_name: str = ""  # empty where it has no map
-    map: bytes = b""
+    map_content: bytes = b""
 
 
-class Tape:
+class ReplayableStream:
     """Something that can be read from its beginning alone, remembered only as far ahead as somebody has looked."""
 
-    def __init__(self, begin: Callable[[], Iterator[Raw]]) -> None:
-        self.begin, self.process = begin, os.getpid()
+    def __init__(self, begin: Callable[[], Iterator[RawSample]]) -> None:
+        self.factory, self.pid = begin, os.getpid()
         self.length: int | None = None  # known once it was read to its end
         self._rewind()
 
-    def since(self, index: int) -> Iterator[Raw]:
+    def iter_from(self, index: int) -> Iterator[RawSample]:
         """Yield what comes from a place on, to the end; places beyond the end begin again."""
         index = index % self.length if self.length else index
-        if index < self.first:
+        if index < self.buffer_start:
             self._rewind()
-        while self.first < index and self._more(1):
-            self.ahead.popleft()
-            self.first += 1
-        if self.first < index:
+        while self.buffer_start < index and self._fill_buffer(1):
+            self.buffer.popleft()
+            self.buffer_start += 1
+        if self.buffer_start < index:
             return
         for i in itertools.count():
-            if not self._more(i + 1):
+            if not self._fill_buffer(i + 1):
                 return
-            yield self.ahead[i]
+            yield self.buffer[i]
 
-    def _more(self, count: int) -> bool:
+    def _fill_buffer(self, count: int) -> bool:
         """Look so many ahead, if there are."""
-        while len(self.ahead) < count:
+        while len(self.buffer) < count:
             try:
-                self.ahead.append(next(self.source))
+                self.buffer.append(next(self.iterator))
             except StopIteration:
-                self.length = self.first + len(self.ahead)
+                self.length = self.buffer_start + len(self.buffer)
                 return False
         return True
 
     def _rewind(self) -> None:
-        self.source, self.ahead, self.first = self.begin(), deque[Raw](), 0
+        self.iterator, self.buffer, self.buffer_start = self.factory(), deque[RawSample](), 0

@@ -8,7 +8,7 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]  # (step, value)
 
-INK = "#010203"  # stands for the page's own text colour
+TEXT_COLOR = "#010203"  # stands for the page's own text colour
 COLORS = {"training": "#4c6ef5", "validation": "#f76707"}
 SMOOTH_FROM, WINDOWS = 60, 40  # points from which on a line of means is drawn, and how many of them
 
@@ -18,7 +18,7 @@ def curve(series: Mapping[str, Points]) -> str:
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
-            _draw(axes, name, points)
+            _plot(axes, name, points)
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
@@ -26,7 +26,7 @@ def curve(series: Mapping[str, Points]) -> str:
     return _figure(draw, repr(series))
 
 
-def ranks(counts: Sequence[int]) -> str:
+def usage_curve(counts: Sequence[int]) -> str:
     """Draw how often every code is used, the codes used most first, as one SVG element."""
 
     def draw(axes: Any) -> None:
@@ -45,7 +45,7 @@ def _figure(draw: Callable[[Any], None], salt: str) -> str:
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT_COLOR
     )
     style |= {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9}
     with rc_context(style):
@@ -53,29 +53,29 @@ def _figure(draw: Callable[[Any], None], salt: str) -> str:
         axes = figure.add_subplot()
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        axes.grid(axis="y", color=TEXT_COLOR, alpha=0.12, linewidth=0.6)
         drawn = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(drawn, format="svg", transparent=True, metadata=empty)
     return _inline(drawn.getvalue())
 
 
-def _draw(axes: Any, name: str, points: Points) -> None:
+def _plot(axes: Any, name: str, points: Points) -> None:
     steps, values = zip(*points, strict=True)
     color = COLORS[name]
     if name == "training" and len(points) >= SMOOTH_FROM:
-        axes.plot(*_thin(points), color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(*_means(points), color=color, linewidth=1.6, label=name)
+        axes.plot(*_subsample(points), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*_window_means(points), color=color, linewidth=1.6, label=name)
     else:
         axes.plot(steps, values, color=color, linewidth=1.6, label=name, marker="o", markersize=3)
 
 
-def _thin(points: Points, most: int = 500) -> tuple[list[float], list[float]]:
-    kept = points[:: math.ceil(len(points) / most)]
+def _subsample(points: Points, max_points: int = 500) -> tuple[list[float], list[float]]:
+    kept = points[:: math.ceil(len(points) / max_points)]
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def _means(points: Points) -> tuple[list[float], list[float]]:
+def _window_means(points: Points) -> tuple[list[float], list[float]]:
     size = math.ceil(len(points) / WINDOWS)
     windows = [points[i : i + size] for i in range(0, len(points), size)]
     means = [[sum(column) / len(window) for column in zip(*window, strict=True)] for window in windows]
@@ -84,7 +84,7 @@ def _means(points: Points) -> tuple[list[float], list[float]]:
 
 def _inline(svg: str) -> str:
     """Keep the element alone: no prologue, no namespaces (HTML knows them), no size, the page's ink and letters."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(TEXT_COLOR, "currentColor")
     for unwanted in (
         r"<metadata>.*?</metadata>",
         r'(?<=<g) id="[^"]*"',  # the same in every figure, and nothing points to them

@@ -1,4 +1,4 @@
-"""What a run left on disk, read again: numbers, pictures, config, command. Anything may be missing or cut short."""
+"""What a run left on disk, read again: numbers, images, config, command. Anything may be missing or cut short."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PREFIXES = ("validation/", "evaluation/")  # of numbers of held-out pictures
+HELD_OUT_PREFIXES = ("validation/", "evaluation/")  # of numbers of held-out images
 STAGES = ("stage1", "stage2")
-STEPPED = re.compile(r"-\d{8}$")  # a picture of one step; the newest is also there as <name>-latest
+STEP_SUFFIX = re.compile(r"-\d{8}$")  # an image of one step; the newest is also there as <name>-latest
 
 
 @dataclass
-class Part:
+class RunPart:
     """A folder with a `metrics.jsonl`: the run itself, or one stage of it."""
 
     folder: Path
@@ -43,43 +43,43 @@ class Part:
         return {name: points for name, points in found.items() if points}
 
 
-def parts(run_dir: Path) -> list[Part]:
+def read_parts(run_dir: Path) -> list[RunPart]:
     """Read the run's own `metrics.jsonl`, and those of its stages."""
-    return [_part(path.parent, run_dir) for path in sorted(run_dir.rglob("metrics.jsonl"))]
+    return [_read_part(path.parent, run_dir) for path in sorted(run_dir.rglob("metrics.jsonl"))]
 
 
-def evaluations(run_dir: Path) -> list[list[dict[str, Any]]]:
+def read_evaluations(run_dir: Path) -> list[list[dict[str, Any]]]:
     """Read what `pipeline=evaluate` measured of a run and its stages: for each protocol, its files by step."""
     found: dict[Path, list[dict[str, Any]]] = {}
     for folder in (run_dir, *(run_dir / stage for stage in STAGES)):
         for path in sorted(folder.glob("evaluations/*/*/metrics.json")):
-            if is_measured(content := read_json(path)):
+            if is_evaluation(content := read_json(path)):
                 found.setdefault(path.parent.parent, []).append(content)
     return list(found.values())
 
 
-def is_measured(content: Mapping[str, Any]) -> bool:
+def is_evaluation(content: Mapping[str, Any]) -> bool:
     """Tell whether a file holds numbers by a protocol."""
     return isinstance(content.get("values"), dict) and isinstance(content.get("protocol"), dict)
 
 
-def over_checkpoints(run_dir: Path) -> list[Part]:
+def checkpoint_curves(run_dir: Path) -> list[RunPart]:
     """Return the curves of numbers that one protocol measured of several checkpoints."""
     found = []
-    for files in evaluations(run_dir):
+    for files in read_evaluations(run_dir):
         curves: dict[str, list[tuple[float, float]]] = {}
         for content in files:
             step = (content.get("checkpoint") or {}).get("step")
             for key, value in content["values"].items():
                 if isinstance(step, int) and isinstance(value, int | float):
                     curves.setdefault(key, []).append((step, value))
-        found.append(Part(run_dir, f"checkpoints by {files[-1]['protocol'].get('name', '')}", {}, curves, 0.0))
+        found.append(RunPart(run_dir, f"checkpoints by {files[-1]['protocol'].get('name', '')}", {}, curves, 0.0))
     return found
 
 
-def pictures(folder: Path) -> dict[str, Path]:
-    """Return the newest picture of every name in the `images/` of a folder."""
-    newest = [path for path in sorted((folder / "images").glob("*.png")) if not STEPPED.search(path.stem)]
+def latest_images(folder: Path) -> dict[str, Path]:
+    """Return the newest image of every name in the `images/` of a folder."""
+    newest = [path for path in sorted((folder / "images").glob("*.png")) if not STEP_SUFFIX.search(path.stem)]
     return {path.stem.removesuffix("-latest"): path for path in newest}
 
 
@@ -115,24 +115,24 @@ def command(run_dir: Path, summary: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "vqf.run", *(str(each) for each in overrides or ())])
 
 
-def _part(folder: Path, run_dir: Path) -> Part:
+def _read_part(folder: Path, run_dir: Path) -> RunPart:
     training: dict[str, list[tuple[float, float]]] = {}
     validation: dict[str, list[tuple[float, float]]] = {}
     times = [0.0]
-    for line in _lines(folder / "metrics.jsonl"):
+    for line in _read_metrics(folder / "metrics.jsonl"):
         step, now = line.pop("step"), line.pop("time", None)
         if isinstance(now, int | float):
             times.append(now)
         for key, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                prefix = next((each for each in PREFIXES if key.startswith(each)), "")
+                prefix = next((each for each in HELD_OUT_PREFIXES if key.startswith(each)), "")
                 kept = validation if prefix else training
                 kept.setdefault(key.removeprefix(prefix), []).append((step, value))
     name = "" if folder == run_dir else str(folder.relative_to(run_dir))
-    return Part(folder, name, training, validation, _elapsed(times))
+    return RunPart(folder, name, training, validation, _elapsed(times))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     for line in read_text(path).splitlines():
         try:
             values = json.loads(line)

@@ -8,99 +8,108 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vqf.config.access import chosen
-from vqf.config.settings import written
+from vqf.config.access import group_nodes
+from vqf.config.settings import to_cli
 from vqf.errors import UserError
-from vqf.evaluation.protocols import digest
-from vqf.evaluation.reconstruction import NUMBERS_OF_PRIORS, senses
-from vqf.evaluation.result import mark
+from vqf.evaluation.protocols import stable_hash
+from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
+from vqf.evaluation.result import manifest_sha256
 from vqf.registry import components
 from vqf.runs.checkpoint import Checkpoint
 
-PREFIX = "validation/"
-NAMES = {"stage1": "training", "stage2": "training-prior"}  # of the protocols of a training's own looks
-SAYS_NOTHING = {"log_vocabulary"}  # a fact of the model, in which no run is better than another
+VALIDATION_PREFIX = "validation/"
+PROTOCOL_NAMES = {"stage1": "training", "stage2": "training-prior"}  # of the protocols of a training's own looks
+NOT_COMPARED = {"uniform_nats"}  # a fact of the model, in which no run is better than another
 
-Found = Iterator[tuple[str, "Number"]]  # metric, number
+MetricValues = Iterator[tuple[str, "MetricValue"]]  # metric, number
 
 
 @dataclass(frozen=True)
-class Number:
+class MetricValue:
     """One measured number, with every line of the protocol that it was measured by."""
 
     value: float
-    lines: Mapping[str, str]
+    protocol: Mapping[str, str]
     step: int  # of the weights
-    evaluated: bool = False  # by pipeline=evaluate, and not in training
+    from_evaluation: bool = False  # by pipeline=evaluate, and not in training
     interval: tuple[float, float] | None = None  # 95 %
-    floor: float | None = None  # the same of real pictures against real ones
+    floor: float | None = None  # the same of real images against real ones
     higher_is_better: bool | None = None  # None where its metric does not say
-    hash: str = ""  # of the protocol, as its file says
+    protocol_hash: str = ""  # of the protocol, as its file says
 
 
-def looked(checkpoint: Checkpoint, lines: Iterable[Mapping[str, Any]]) -> Found:
-    """Yield what a training measured when it last looked at held-out pictures, up to a checkpoint.
+def training_metrics(checkpoint: Checkpoint, records: Iterable[Mapping[str, Any]]) -> MetricValues:
+    """Yield what a training measured when it last looked at held-out images, up to a checkpoint.
 
     Args:
         checkpoint: Of the run.
-        lines: Of its `metrics.jsonl`.
+        records: Of its `metrics.jsonl`.
     """
-    seen = [line for line in lines if line["step"] <= checkpoint.step and any(key.startswith(PREFIX) for key in line)]
+    seen = [
+        line
+        for line in records
+        if line["step"] <= checkpoint.step and any(key.startswith(VALIDATION_PREFIX) for key in line)
+    ]
     last = [line for line in seen if line["step"] == seen[-1]["step"]]
-    values = {key.removeprefix(PREFIX): value for line in last for key, value in line.items() if key.startswith(PREFIX)}
-    protocol, senses = _protocol_of_looks(checkpoint), _senses(checkpoint.config)
+    values = {
+        key.removeprefix(VALIDATION_PREFIX): value
+        for line in last
+        for key, value in line.items()
+        if key.startswith(VALIDATION_PREFIX)
+    }
+    protocol, senses = _training_protocol(checkpoint), _metric_directions(checkpoint.config)
     for key, value in values.items():
-        if is_number(value) and key not in SAYS_NOTHING:
-            lines_of_it = protocol | _about(key, checkpoint)
-            yield key, Number(value, lines_of_it, last[0]["step"], higher_is_better=senses.get(key))
+        if is_number(value) and key not in NOT_COMPARED:
+            lines_of_it = protocol | _metric_lines(key, checkpoint)
+            yield key, MetricValue(value, lines_of_it, last[0]["step"], higher_is_better=senses.get(key))
 
 
-def evaluated(folder: Path, checkpoints: Iterable[Checkpoint], exact: bool) -> Found:
+def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_step: bool) -> MetricValues:
     """Yield what `pipeline=evaluate` measured of a run: of each number by each protocol that of the newest weights.
 
     Args:
         folder: The run's.
         checkpoints: Of the run. What was measured of later weights, or of others at the same step, does not count.
-        exact: Nor does what was measured of earlier ones.
+        same_step: Nor does what was measured of earlier ones.
     """
     by_kind = {each.kind: each for each in checkpoints}
-    newest: dict[tuple[str, str], Number] = {}
+    newest: dict[tuple[str, str], MetricValue] = {}
     for path in sorted(folder.glob("evaluations/*/*/metrics.json")):
         content = read_json(path)
-        origin = _part(content, "checkpoint")
+        origin = _section(content, "checkpoint")
         checkpoint = by_kind.get(str(origin.get("kind")))
-        if _counts(origin, checkpoint, exact):
-            for key, number in _numbers(content, checkpoint):
-                place = key, digest(number.lines)
+        if _matches_checkpoint(origin, checkpoint, same_step):
+            for key, number in _metric_values(content, checkpoint):
+                place = key, stable_hash(number.protocol)
                 if place not in newest or number.step >= newest[place].step:
                     newest[place] = number
     return ((key, number) for (key, _), number in newest.items())
 
 
-def _counts(origin: Mapping[str, Any], checkpoint: Checkpoint | None, exact: bool) -> bool:
-    """Tell whether weights that were measured are a checkpoint, or, unless `exact`, came before it."""
-    step = origin.get("step")
+def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoint | None, same_step: bool) -> bool:
+    """Tell whether weights that were measured are a checkpoint, or, unless `same_step`, came before it."""
+    step = checkpoint_info.get("step")
     if checkpoint is None or step == checkpoint.step:
-        return checkpoint is None or origin.get("sha256") == mark(checkpoint)
-    return not exact and isinstance(step, int) and step < checkpoint.step
+        return checkpoint is None or checkpoint_info.get("sha256") == manifest_sha256(checkpoint)
+    return not same_step and isinstance(step, int) and step < checkpoint.step
 
 
-def _numbers(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> Found:
+def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> MetricValues:
     """Yield the numbers of a file of `pipeline=evaluate`."""
-    protocol = {key: _text(value) for key, value in _part(content, "protocol").items() if key != "hash"}
-    beside = {key: _part(content, key) for key in ("settings", "intervals", "floors", "higher_is_better")}
-    about = str(_part(content, "protocol").get("hash", "")), int(_part(content, "checkpoint").get("step", 0))
-    for key, value in _part(content, "values").items():
-        if is_number(value) and key not in SAYS_NOTHING:
-            own = {f"metric.{name}": _text(each) for name, each in (beside["settings"].get(key) or {}).items()}
+    protocol = {key: _to_text(value) for key, value in _section(content, "protocol").items() if key != "hash"}
+    beside = {key: _section(content, key) for key in ("settings", "intervals", "floors", "higher_is_better")}
+    about = str(_section(content, "protocol").get("hash", "")), int(_section(content, "checkpoint").get("step", 0))
+    for key, value in _section(content, "values").items():
+        if is_number(value) and key not in NOT_COMPARED:
+            own = {f"metric.{name}": _to_text(each) for name, each in (beside["settings"].get(key) or {}).items()}
             yield (
                 key,
-                Number(
+                MetricValue(
                     value,
-                    protocol | own | _about(key, checkpoint),
+                    protocol | own | _metric_lines(key, checkpoint),
                     about[1],
                     True,
-                    _span(beside["intervals"].get(key)),
+                    _interval(beside["intervals"].get(key)),
                     beside["floors"].get(key),
                     beside["higher_is_better"].get(key),
                     about[0],
@@ -108,12 +117,12 @@ def _numbers(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> Found
             )
 
 
-def _senses(config: DictConfig) -> Mapping[str, bool]:
+def _metric_directions(config: DictConfig) -> Mapping[str, bool]:
     """Return of the numbers of a training whether more is better; nothing of a metric that is not registered here."""
     try:
-        return senses(config) | NUMBERS_OF_PRIORS
+        return metric_directions(config) | PRIOR_METRIC_DIRECTIONS
     except UserError:
-        return NUMBERS_OF_PRIORS
+        return PRIOR_METRIC_DIRECTIONS
 
 
 def is_number(value: Any) -> bool:
@@ -130,20 +139,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _protocol_of_looks(checkpoint: Checkpoint) -> dict[str, str]:
+def _training_protocol(checkpoint: Checkpoint) -> dict[str, str]:
     config, state = checkpoint.config, checkpoint.state
     lines = {
-        "name": NAMES.get(checkpoint.kind, checkpoint.kind),
+        "name": PROTOCOL_NAMES.get(checkpoint.kind, checkpoint.kind),
         "data": OmegaConf.select(config, "data.name"),
-        "pictures": (state.get("held_out") or state.get("data") or "unknown")[:12],
-        "subject": config.get("subject", "image"),
+        "images": (state.get("validation_fingerprint") or state.get("data") or "unknown")[:12],
+        "target": config.get("target", "image"),
         "image_size": " x ".join(map(str, state.get("image_size", []))),
         "count": OmegaConf.select(config, "evaluate.count") or "all",
     }
-    return {key: _text(value) for key, value in lines.items()} | _metric_options(config)
+    return {key: _to_text(value) for key, value in lines.items()} | _metric_options(config)
 
 
-def _about(key: str, checkpoint: Checkpoint | None) -> dict[str, str]:
+def _metric_lines(key: str, checkpoint: Checkpoint | None) -> dict[str, str]:
     """Return what else a number depends on: nats per token are those of the codes of one tokenizer."""
     known = checkpoint.state.get("tokenizer") if checkpoint is not None and key == "nats_per_token" else None
     return {"tokenizer": known[:12]} if known else {}
@@ -153,21 +162,21 @@ def _metric_options(config: DictConfig) -> dict[str, str]:
     """Return the options of metrics that are not what they are by default."""
     usual = {each.name: {key: value.default for key, value in each.options.items()} for each in components("metric")}
     lines: dict[str, str] = {}
-    for place, node in chosen(config, "metric").items():
+    for place, node in group_nodes(config, "metric").items():
         content: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
         known = usual.get(content.pop("name"), {})
-        lines |= {f"metric.{place}.{key}": _text(value) for key, value in content.items() if value != known.get(key)}
+        lines |= {f"metric.{place}.{key}": _to_text(value) for key, value in content.items() if value != known.get(key)}
     return lines
 
 
-def _span(interval: Any) -> tuple[float, float] | None:
+def _interval(interval: Any) -> tuple[float, float] | None:
     return (interval[0], interval[1]) if interval and None not in interval else None
 
 
-def _part(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _section(content: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = content.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, list | dict) else written(value)
+def _to_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, list | dict) else to_cli(value)

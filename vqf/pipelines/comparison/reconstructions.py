@@ -1,4 +1,4 @@
-"""The same held-out pictures through the tokenizer of every run."""
+"""The same held-out images through the tokenizer of every run."""
 
 import base64
 import io
@@ -11,95 +11,95 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqf.batch import Batch, Size
-from vqf.dataloading.subject import build_subject
+from vqf.dataloading.subject import build_target_data
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError
 from vqf.evaluation import reconstruction
-from vqf.images import as_colours, to_image
+from vqf.images import to_pil_image, to_rgb
 from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.comparison.runs import Run
 from vqf.protocols import Split
 from vqf.runs.checkpoint import Checkpoint
-from vqf.runs.load import Coders, build_generator, load_tokenizer
+from vqf.runs.load import ConditionTokenizers, build_generator, load_tokenizer
 
-GAP = 2  # white pixels between pictures
+GAP = 2  # white pixels between images
 
 
 @dataclass
 class Panel:
-    """Runs that saw the same held-out pictures: the originals, and what came back of each run."""
+    """Runs that saw the same held-out images: the originals, and what came back of each run."""
 
-    about: str
+    title: str
     originals: Image.Image
-    strips: dict[int, Image.Image] = field(default_factory=dict)  # by the run's place in the list
+    reconstructions: dict[int, Image.Image] = field(default_factory=dict)  # by the run's place in the list
 
 
 @dataclass
-class Album:
-    """Pictures of runs, a panel for all that share their originals; and why others are not in it."""
+class ReconstructionPanels:
+    """Images of runs, a panel for all that share their originals; and why others are not in it."""
 
     panels: list[Panel] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     parameters: list[int | None] = field(default_factory=list)
 
 
-class Originals:
-    """Held-out pictures by data source, opened once for all runs that share it."""
+class HeldOutImages:
+    """Held-out images by data source, opened once for all runs that share it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.known: dict[str, Split] = {}
+        self.splits: dict[str, Split] = {}
 
-    def of(self, checkpoint: Checkpoint, size: Size) -> tuple[str, Batch]:
-        """Return what tells the pictures of a run from others, and so many of them, spread evenly.
+    def batch_for(self, checkpoint: Checkpoint, size: Size) -> tuple[str, Batch]:
+        """Return what tells the images of a run from others, and so many of them, spread evenly.
 
         Raises:
             UserError: If the data is not there, or not what the run was trained with.
         """
-        config = OmegaConf.merge({"subject": "image"}, checkpoint.config)
+        config = OmegaConf.merge({"target": "image"}, checkpoint.config)
         assert isinstance(config, DictConfig)
-        asked = repr([OmegaConf.to_container(config.data), config.get("subject"), config.seed, size])
-        if asked not in self.known:
-            data = build_subject(config, size)
+        asked = repr([OmegaConf.to_container(config.data), config.get("target"), config.seed, size])
+        if asked not in self.splits:
+            data = build_target_data(config, size)
             known, found = checkpoint.state.get("data"), data.split("train").fingerprint
             if known and known != found:
                 raise UserError(f"data '{config.data.name}' is not what it was in training")
-            self.known[asked] = data.split("validation")
-        split = self.known[asked]
+            self.splits[asked] = data.split("validation")
+        split = self.splits[asked]
         count = min(self.count, len(split))
         samples = [split.item(0, i * len(split) // count) for i in range(count)]
-        about = f"{config.data.name}, {len(split)} held-out pictures of {size[0]} x {size[1]}"
+        about = f"{config.data.name}, {len(split)} held-out images of {size[0]} x {size[1]}"
         return f"{about} ({split.fingerprint[:8]})", Batch.collate(samples)
 
 
-def draw(runs: Sequence[Run], count: int, engine: Engine) -> Album:
-    """Reconstruct so many held-out pictures by every run, one run after the other."""
-    album, originals, panels = Album(), Originals(count), dict[str, Panel]()
+def reconstruct_runs(runs: Sequence[Run], count: int, engine: Engine) -> ReconstructionPanels:
+    """Reconstruct so many held-out images by every run, one run after the other."""
+    album, originals, panels = ReconstructionPanels(), HeldOutImages(count), dict[str, Panel]()
     for i, run in enumerate(runs):
         album.parameters.append(None)
         checkpoint = run.tokenizer
         if checkpoint is None:
             continue
         try:
-            tokenizer = engine.place(load_tokenizer(checkpoint))
+            tokenizer = engine.prepare(load_tokenizer(checkpoint))
             album.parameters[i] = count_parameters(run, tokenizer)
-            about, batch = originals.of(checkpoint, tokenizer.image_size)
+            about, batch = originals.batch_for(checkpoint, tokenizer.image_size)
         except (UserError, RuntimeError) as error:  # the latter where the weights are of an older vqf
-            album.absent.append(f"{run.name}: {str(error).splitlines()[0]}")
+            album.skipped.append(f"{run.name}: {str(error).splitlines()[0]}")
             continue
         shown = reconstruction.reconstruct(tokenizer, batch.to(engine.device), engine)
-        panel = panels.setdefault(about, Panel(about, strip(shown.images)))
-        panel.strips[i] = strip(shown.reconstructions)
+        panel = panels.setdefault(about, Panel(about, image_row(shown.images)))
+        panel.reconstructions[i] = image_row(shown.reconstructions)
     album.panels = list(panels.values())
     return album
 
 
-def drawn(run: Run) -> str | None:
+def latest_samples_uri(run: Run) -> str | None:
     """Return the samples that a run drew last, as an address; None where it has none."""
     for folder in (run.folder, run.folder / "stage2"):
         path = folder / "images" / "samples-latest.png"
         if path.is_file():
-            return _uri(path.read_bytes())
+            return _png_data_uri(path.read_bytes())
     return None
 
 
@@ -111,7 +111,7 @@ def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
     count = sum(each.numel() for each in tokenizer.parameters())
     if run.prior is None:
         return count
-    coders = Coders(run.prior.state.get("coders", {}))
+    coders = ConditionTokenizers(run.prior.state.get("condition_tokenizers", {}))
     try:
         with torch.device("meta"):
             prior = build_generator(run.prior.config, tokenizer, run.prior.state["classes"], coders).prior
@@ -121,22 +121,22 @@ def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
     return count + sum(each.numel() for each in prior.parameters())
 
 
-def strip(images: Tensor) -> Image.Image:
-    """Lay pictures (B, C, H, W) out in one row."""
-    pictures = as_colours(images).detach().float().cpu()
-    row = pictures.new_ones(3, pictures.shape[2], len(pictures) * (pictures.shape[3] + GAP) - GAP)
-    for i, picture in enumerate(pictures):
-        left = i * (picture.shape[2] + GAP)
-        row[:, :, left : left + picture.shape[2]] = picture
-    return to_image(row)
+def image_row(images: Tensor) -> Image.Image:
+    """Lay images (B, C, H, W) out in one row."""
+    rgb = to_rgb(images).detach().float().cpu()
+    row = rgb.new_ones(3, rgb.shape[2], len(rgb) * (rgb.shape[3] + GAP) - GAP)
+    for i, image in enumerate(rgb):
+        left = i * (image.shape[2] + GAP)
+        row[:, :, left : left + image.shape[2]] = image
+    return to_pil_image(row)
 
 
-def as_uri(picture: Image.Image) -> str:
-    """Write a picture into an address, for a page that needs no other file."""
+def to_data_uri(image: Image.Image) -> str:
+    """Write an image into an address, for a page that needs no other file."""
     content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
-    return _uri(content.getvalue())
+    image.save(content, "PNG", optimize=True)
+    return _png_data_uri(content.getvalue())
 
 
-def _uri(content: bytes) -> str:
+def _png_data_uri(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"

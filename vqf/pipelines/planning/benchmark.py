@@ -12,42 +12,42 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from vqf.distributed.engine import Engine
-from vqf.pipelines.planning.estimate import EVERY, build_job, stage_config, tensors
-from vqf.training.ema import Average
+from vqf.pipelines.planning.estimate import LOG_STEP_MULTIPLE, build_task, module_tensors, stage_config
+from vqf.training.ema import EMA
 
-STEPS = 3  # that are timed
+TIMED_STEPS = 3  # that are timed
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepBenchmark:
     """What a real step took."""
 
     peak: int  # bytes
     seconds: float
 
 
-def measure(name: str, config: DictConfig, engine: Engine, classes: int) -> Measured:
-    """Take real steps of a stage, on pictures of noise and weights that were never trained.
+def benchmark_step(name: str, config: DictConfig, engine: Engine, classes: int) -> StepBenchmark:
+    """Take real steps of a stage, on images of noise and weights that were never trained.
 
     Raises:
         UserError: If weights of a frozen network cannot be had.
     """
     config = stage_config(config, name, 1)
-    job = build_job(name, config, engine, classes)
-    average = None if config.ema is None else Average(job.stage.model, config.ema)
-    first = (config.steps // EVERY + 1) * EVERY
+    job = build_task(name, config, engine, classes)
+    average = None if config.ema is None else EMA(job.task.model, config.ema)
+    first = (config.steps // LOG_STEP_MULTIPLE + 1) * LOG_STEP_MULTIPLE
 
     def step(number: int) -> None:
-        job.stage.step(number, job.batch())
+        job.task.step(number, job.make_batch())
         if average is not None:
             average.update(number)
 
     step(first + 1)  # allocates the optimizers' state
-    held = sum(each.nbytes for module in job.modules.values() for each in tensors(module))
-    held += sum(each.nbytes for each in average.tensors.values()) if average else 0
-    held += sum(_state_bytes(optimizer) for optimizer in job.stage.optimizers.values())
-    peak = _peak(lambda: step(first), engine.device, held)
-    return Measured(peak, _seconds(lambda i: step(first + 2 + i), engine.device))
+    held = sum(each.nbytes for module in job.modules.values() for each in module_tensors(module))
+    held += sum(each.nbytes for each in average.shadow_params.values()) if average else 0
+    held += sum(_state_bytes(optimizer) for optimizer in job.task.optimizers.values())
+    peak = _peak_bytes(lambda: step(first), engine.device, held)
+    return StepBenchmark(peak, _seconds_per_step(lambda i: step(first + 2 + i), engine.device))
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
@@ -55,7 +55,7 @@ def _state_bytes(optimizer: Optimizer) -> int:
     return sum(each.nbytes for state in states for each in state.values() if isinstance(each, torch.Tensor))
 
 
-def _peak(work: Callable[[], None], device: torch.device, held: int) -> int:
+def _peak_bytes(work: Callable[[], None], device: torch.device, held_bytes: int) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -65,14 +65,14 @@ def _peak(work: Callable[[], None], device: torch.device, held: int) -> int:
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [each for each in recorded.profiler.kineto_results.events() if each.name() == "[memory]"]
     changes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
-    return held + max(accumulate(changes, initial=0))
+    return held_bytes + max(accumulate(changes, initial=0))
 
 
-def _seconds(step: Callable[[int], None], device: torch.device) -> float:
+def _seconds_per_step(step: Callable[[int], None], device: torch.device) -> float:
     """Return the mean time of a step."""
     began = time.monotonic()
-    for i in range(STEPS):
+    for i in range(TIMED_STEPS):
         step(i)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.monotonic() - began) / STEPS
+    return (time.monotonic() - began) / TIMED_STEPS

@@ -17,8 +17,8 @@ from vqf.config.access import image_size
 from vqf.distributed.engine import Engine
 from vqf.models.tokenizer import build_tokenizer
 from vqf.runs.load import build_generator
-from vqf.training.prior_task import PriorStage
-from vqf.training.tokenizer_task import TokenizerStage, make_stage
+from vqf.training.prior_task import PriorTask
+from vqf.training.tokenizer_task import TokenizerTask, build_tokenizer_task
 
 C = TypeVar("C")
 
@@ -26,12 +26,12 @@ CHANNELS = 3
 
 
 @dataclass(frozen=True)
-class Pretender(Engine):
+class FakeEngine(Engine):
     """Places modules on tensors without content. They call themselves CPU tensors whatever is planned for."""
 
     mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
-    def place(self, component: C) -> C:
+    def prepare(self, component: C) -> C:
         """Replace the content of every parameter and buffer by none."""
         known: dict[int, Tensor] = {}
         for module in component.modules() if isinstance(component, nn.Module) else ():
@@ -39,10 +39,10 @@ class Pretender(Engine):
             for tensors in every:
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        tensors[name] = known.setdefault(id(tensor), self._without_content(tensor))
+                        tensors[name] = known.setdefault(id(tensor), self._to_fake(tensor))
         return component
 
-    def _without_content(self, tensor: Tensor) -> Tensor:
+    def _to_fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
         shape = tensor.detach().to("meta")
@@ -52,8 +52,8 @@ class Pretender(Engine):
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-class NoData:
-    """A data source whose pictures nobody looks at."""
+class DummyData:
+    """A data source whose images nobody looks at."""
 
     fingerprint = "none"
 
@@ -61,7 +61,7 @@ class NoData:
         self.size = size
         self.classes: Sequence[str] = [str(i) for i in range(classes)]
 
-    def split(self, name: str) -> "NoData":
+    def split(self, name: str) -> "DummyData":
         """Return the only part there is."""
         return self
 
@@ -69,41 +69,41 @@ class NoData:
         return 1
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a black picture."""
+        """Return a black image."""
         return Sample(torch.zeros(CHANNELS, *self.size), label=0)
 
 
-def tokenizer_stage(config: DictConfig, engine: Engine, classes: int) -> TokenizerStage:
+def tokenizer_task(config: DictConfig, engine: Engine, classes: int) -> TokenizerTask:
     """Build stage 1 without data."""
-    return make_stage(config, NoData(image_size(config), classes), engine)
+    return build_tokenizer_task(config, DummyData(image_size(config), classes), engine)
 
 
-def prior_stage(config: DictConfig, engine: Engine, classes: int) -> PriorStage:
+def prior_task(config: DictConfig, engine: Engine, classes: int) -> PriorTask:
     """Build stage 2 without data, on a tokenizer that was never trained."""
     tokenizer = build_tokenizer(config.model, image_size(config), CHANNELS).eval().requires_grad_(False)
     names = [str(i) for i in range(classes)]
-    generator = engine.place(build_generator(config, engine.place(tokenizer), names))
-    return PriorStage(generator, None, {}, config, engine)  # type: ignore[arg-type]  # it is not evaluated
+    generator = engine.prepare(build_generator(config, engine.prepare(tokenizer), names))
+    return PriorTask(generator, None, {}, config, engine)  # type: ignore[arg-type]  # it is not evaluated
 
 
-def pictures(count: int, size: Size, device: torch.device) -> Batch:
+def image_batch(count: int, size: Size, device: torch.device) -> Batch:
     """Return a batch with every field that a data source may give."""
     noise = torch.rand(count, CHANNELS, *size, device=device) * 2 - 1
     labels = torch.zeros(count, dtype=torch.long, device=device)
-    return Batch(images=noise, labels=labels, conditions=noise, places=torch.zeros(count, 4, device=device))
+    return Batch(images=noise, labels=labels, conditions=noise, crop_boxes=torch.zeros(count, 4, device=device))
 
 
-def codes(stage: PriorStage, count: int, device: torch.device) -> Batch:
-    """Return a batch of tokens, and of what the conditioners make of pictures."""
-    tokenizer = stage.generator.tokenizer
-    told = stage.generator.conditioner.prepare(pictures(count, tokenizer.image_size, device))
+def token_batch(task: PriorTask, count: int, device: torch.device) -> Batch:
+    """Return a batch of tokens, and of what the conditioners make of images."""
+    tokenizer = task.generator.tokenizer
+    told = task.generator.conditioner.prepare(image_batch(count, tokenizer.image_size, device))
     height, width = tokenizer.grid
     tokens = torch.randint(tokenizer.vocab_size, (count, height * width), device=device)
     return replace(told, images=None, conditions=None, tokens=tokens)
 
 
 # https://docs.pytorch.org/docs/stable/amp.html: what CUDA's autocast widens to float32, and the CPU's leaves narrow.
-WIDENED = {
+AUTOCAST_TO_FLOAT32 = {
     *("acos", "asin", "cosh", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dist", "exp", "expm1"),
     *(
         "group_norm",
@@ -123,7 +123,7 @@ WIDENED = {
 }
 
 
-class CudaRules(TorchFunctionMode):
+class CudaAutocastEmulation(TorchFunctionMode):
     """Lets tensors that call themselves the CPU's be kept as a CUDA device would keep them.
 
     Autocast widens more operations there; dropout keeps a mask of bytes, and inside attention none.
@@ -133,8 +133,11 @@ class CudaRules(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        if name in WIDENED and torch.is_autocast_enabled("cpu"):
-            args, kwargs = [_widened(each) for each in args], {key: _widened(each) for key, each in kwargs.items()}
+        if name in AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = (
+                [_to_float32(each) for each in args],
+                {key: _to_float32(each) for key, each in kwargs.items()},
+            )
         if name == "scaled_dot_product_attention":
             kwargs["dropout_p"] = 0.0
         if func is F.dropout:
@@ -142,7 +145,9 @@ class CudaRules(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def as_on(device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer]) -> AbstractContextManager[Any]:
+def emulate_device(
+    device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> AbstractContextManager[Any]:
     """Do what follows as it would be done on a device."""
     if device.type != "cuda":
         return nullcontext()
@@ -150,10 +155,10 @@ def as_on(device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer])
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True  # the default there
-    return CudaRules()
+    return CudaAutocastEmulation()
 
 
-def _widened(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if narrow else value
 

@@ -1,29 +1,28 @@
-"""A folder of drawn pictures, each with the settings that decided it: what is there is never mixed with others."""
+"""A folder of drawn images, each with the settings that decided it: what is there is never mixed with others."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vqf.batch import Batch
-from vqf.config.diff import differing
+from vqf.config.diff import differing_options
 from vqf.errors import UserError
-from vqf.images import read_picture, save_picture
-from vqf.registry import find
+from vqf.hashing import sha256_of_file, sha256_of_tensors
+from vqf.images import read_image, save_image
+from vqf.registry import find_component
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 
-SETTINGS = "vqf"  # the text of a PNG that holds them
+PNG_SETTINGS_KEY = "vqf"  # the text of a PNG that holds them
 
 
-class PictureFolder:
-    """Pictures by name.
+class ResumableImageFolder:
+    """Images by name.
 
     Args:
         folder: Where they lie.
@@ -33,76 +32,72 @@ class PictureFolder:
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.resume = folder, resume
 
-    def has(self, pictures: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Tell whether pictures, given by name with their settings, are all there, and to be kept.
+    def has(self, images: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Tell whether images, given by name with their settings, are all there, and to be kept.
 
         Raises:
             UserError: If one was drawn with other settings: one line that names them.
         """
-        return [self._has(self._path(name), settings) for name, settings in pictures.items()].count(False) == 0
+        return [self._has(self._path(name), settings) for name, settings in images.items()].count(False) == 0
 
     def _has(self, path: Path, settings: Mapping[str, Any]) -> bool:
         if not self.resume or not path.is_file():
             return False
-        then = _said(path)
+        then = _read_settings(path)
         if then is None:
-            raise UserError(f"resume: {path} does not say how it was drawn; {_cure()}")
-        if found := differing([OmegaConf.create(dict(each)) for each in (then, settings)]):
+            raise UserError(f"resume: {path} does not say how it was drawn; {_resume_hint()}")
+        if found := differing_options([OmegaConf.create(dict(each)) for each in (then, settings)]):
             words = ", ".join(f"{key} {before} → {now}" for key, (before, now) in found.items())
-            raise UserError(f"resume: {path} was drawn with other settings: {words}; {_cure()}")
+            raise UserError(f"resume: {path} was drawn with other settings: {words}; {_resume_hint()}")
         return True
 
-    def save(self, name: str, picture: Tensor, settings: Mapping[str, Any]) -> None:
-        """Write a picture (C, H, W) with its settings."""
+    def save(self, name: str, image: Tensor, settings: Mapping[str, Any]) -> None:
+        """Write an image (C, H, W) with its settings."""
         said = PngInfo()
-        said.add_text(SETTINGS, json.dumps(settings))
-        save_picture(picture, self._path(name), said)
+        said.add_text(PNG_SETTINGS_KEY, json.dumps(settings))
+        save_image(image, self._path(name), said)
 
     def read(self, name: str) -> Tensor:
-        """Return a picture (3, H, W) in [-1, 1]."""
-        return read_picture(self._path(name))
+        """Return an image (3, H, W) in [-1, 1]."""
+        return read_image(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.png"
 
 
-def settings_of(checkpoint: Checkpoint, config: DictConfig, **others: Any) -> dict[str, Any]:
-    """Return what decides every picture that a run's prior draws: weights, seed, sampler, scorer, and other options."""
-    weights = hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()[:16]
-    parts = {kind: _slow(kind, config.get(kind)) for kind in ("sampler", "scorer")}
+def sampling_settings(checkpoint: Checkpoint, config: DictConfig, **others: Any) -> dict[str, Any]:
+    """Return what decides every image that a run's prior draws: weights, seed, sampler, scorer, and other options."""
+    weights = sha256_of_file(checkpoint.path / MANIFEST)[:16]
+    parts = {kind: _without_speed_options(kind, config.get(kind)) for kind in ("sampler", "scorer")}
     return {"weights": weights, "seed": config.seed, **parts, **others}
 
 
-def _slow(kind: str, node: DictConfig | None) -> dict[str, Any] | None:
+def _without_speed_options(kind: str, node: DictConfig | None) -> dict[str, Any] | None:
     """Return a node without the options that change no token."""
     if node is None:
         return None
     speed, plain = (
-        getattr(find(kind, node.name).target, "speed_options", ()),
+        getattr(find_component(kind, node.name).target, "speed_options", ()),
         OmegaConf.to_container(node, resolve=True),
     )
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key not in speed}
 
 
-def digest(told: Batch | None, row: int) -> str | None:
-    """Hash what one picture is drawn by."""
-    if told is None:
+def condition_digest(condition: Batch | None, row: int) -> str | None:
+    """Hash what one image is drawn by."""
+    if condition is None:
         return None
-    found = hashlib.sha256()
-    for name, value in sorted(told.part(row, row + 1).named().items()):
-        found.update(f"{name}{tuple(value.shape)}".encode())
-        found.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    return sha256_of_tensors(condition.slice(row, row + 1).tensors())[:16]
 
 
-def _said(path: Path) -> Any:
+def _read_settings(path: Path) -> Any:
     try:
         with Image.open(path, formats=["PNG"]) as file:
-            return json.loads(file.info[SETTINGS])
+            return json.loads(file.info[PNG_SETTINGS_KEY])
     except (OSError, KeyError, ValueError, SyntaxError):
         return None
 
 
-def _cure() -> str:
+def _resume_hint() -> str:
     return "set them back, name another run_dir, or leave resume out to draw all of them anew"

@@ -1,4 +1,4 @@
-"""A finished run of stage 2, opened to draw pictures from it."""
+"""A finished run of stage 2, opened to draw images from it."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from vqf.config.inherit import inherit
 from vqf.distributed.engine import make_engine
 from vqf.models.generator import Generator
 from vqf.runs.checkpoint import Checkpoint
-from vqf.runs.load import find_generator, load_generator
+from vqf.runs.load import find_generator_checkpoint, load_generator
 
 
 @dataclass(frozen=True)
-class Drawing:
+class OpenedRun:
     """What is drawn from: on the device that the config chose."""
 
     checkpoint: Checkpoint
@@ -20,13 +20,13 @@ class Drawing:
     generator: Generator
 
 
-def open_run(config: DictConfig) -> Drawing:
+def open_run(config: DictConfig) -> OpenedRun:
     """Open the run that a config names.
 
     Raises:
         UserError: If there is none, or it holds no prior.
     """
-    checkpoint = find_generator(config.run)
+    checkpoint = find_generator_checkpoint(config.run)
     config = inherit(config, checkpoint.config, ["data", "sampler", "batch_size"])
     generator = load_generator(checkpoint, config.sampler).to(make_engine(config).device)
-    return Drawing(checkpoint, config, generator)
+    return OpenedRun(checkpoint, config, generator)

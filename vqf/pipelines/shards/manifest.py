@@ -1,7 +1,6 @@
 """`manifest.json`: which shards a folder holds, and of what."""
 
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -11,44 +10,46 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vqf.atomic import TEMPORARY_SUFFIX, atomic_write_text
 from vqf.errors import UserError
-from vqf.hashing import sha256
+from vqf.hashing import sha256_of_file
 from vqf.terminal import log, progress
 
-VERSION = 2
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-HASHERS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
-PAUSE = 20  # times as long as it took is the time before it is written again: of many thousand shards it takes a while
+VERSION = 3
+MANIFEST_NAME = "manifest.json"
+HASH_THREADS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
+SAVE_INTERVAL_FACTOR = (
+    20  # times as long as it took is the time before it is written again: of many thousand shards it takes a while
+)
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A picture that is not in its shard."""
+class SkippedSample:
+    """An image that is not in its shard."""
 
     key: str  # what its sample would be called: its number, where the source is no stream
     name: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
-class Written:
+class ShardRecord:
     """What the manifest says of a shard."""
 
     name: str
-    pictures: int
+    images: int
     bytes: int
     sha256: str
-    left_out: list[LeftOut] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
     broken: str = ""  # why the shard that it was copied from could not be read to its end
 
     @property
-    def part(self) -> str:
+    def split_name(self) -> str:
         """The part of the data that it is of."""
         return self.name.rpartition("-")[0]
 
 
-class Manifest:
+class ShardManifest:
     """The manifest of a folder, and which of its shards are finished.
 
     Args:
@@ -61,94 +62,87 @@ class Manifest:
     """
 
     def __init__(self, folder: Path, made_of: dict[str, Any], names: Collection[str]) -> None:
-        self.folder, self.path, self.made_of = folder, folder / MANIFEST, {"version": VERSION, **made_of}
-        self.shards: dict[str, Written] = {}
-        self.doubtful: dict[str, Written] = {}  # from which something is missing that may be there by now
-        self.saved, self.pause = 0.0, 0.0
+        self.folder, self.path, self.provenance = folder, folder / MANIFEST_NAME, {"version": VERSION, **made_of}
+        self.shards: dict[str, ShardRecord] = {}
+        self.requeued: dict[str, ShardRecord] = {}  # from which something is missing that may be there by now
+        self.last_saved, self.save_interval = 0.0, 0.0
         found = self._read() if self.path.exists() else None
         if found is None and (stranger := next((name for name in names if (folder / name).exists()), None)):
             raise UserError(
-                f"to={folder}: holds '{stranger}', and no {MANIFEST} of pipeline=shard beside it; choose another folder"
+                f"to={folder}: holds '{stranger}', and no {MANIFEST_NAME} of pipeline=shard beside it; "
+                "choose another folder"
             )
-        self.found = [each for each in found or () if each.name in names]
+        self.recorded = [each for each in found or () if each.name in names]
         self.names = names
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Begin, as the only process that does: keep what is finished, and throw away what is half-written."""
-        self._keep(self.found)
-        for half in self.folder.glob(f".*{PARTIAL}"):
-            if half.name[1:].removesuffix(PARTIAL).rpartition(".")[0] in {*self.names, MANIFEST}:
+        self._verify(self.recorded)
+        for half in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            if half.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in {*self.names, MANIFEST_NAME}:
                 half.unlink(missing_ok=True)
         if not self.path.exists():
             self.save()
 
-    def doubt(self, name: str) -> None:
+    def requeue(self, name: str) -> None:
         """Put a shard among those that are tried again; until then it is what there is."""
         if name in self.shards:
-            self.doubtful[name] = self.shards.pop(name)
+            self.requeued[name] = self.shards.pop(name)
 
-    def add(self, written: Written) -> None:
+    def add(self, written: ShardRecord) -> None:
         """Record a finished shard."""
-        self.doubtful.pop(written.name, None)
+        self.requeued.pop(written.name, None)
         self.shards[written.name] = written
-        if time.monotonic() > self.saved + self.pause:
+        if time.monotonic() > self.last_saved + self.save_interval:
             self.save()
 
     def save(self, finished: bool = False) -> None:
         """Write what is known; `finished` says that these are all."""
         began = time.monotonic()
-        pictures: Counter[str] = Counter()
-        known = [each for _, each in sorted({**self.shards, **self.doubtful}.items())]
+        images: Counter[str] = Counter()
+        known = [each for _, each in sorted({**self.shards, **self.requeued}.items())]
         for each in known:
-            pictures[each.part] += each.pictures
+            images[each.split_name] += each.images
         shards = [asdict(each) for each in known]
-        content = {**self.made_of, "finished": finished, "pictures": dict(pictures), "shards": shards}
-        temporary = self.path.with_name(f".{MANIFEST}.{os.getpid()}{PARTIAL}")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.saved = time.monotonic()
-        self.pause = PAUSE * (self.saved - began)
+        content = {**self.provenance, "finished": finished, "images": dict(images), "shards": shards}
+        atomic_write_text(self.path, json.dumps(content, indent=1))
+        self.last_saved = time.monotonic()
+        self.save_interval = SAVE_INTERVAL_FACTOR * (self.last_saved - began)
 
-    def _read(self) -> list[Written]:
+    def _read(self) -> list[ShardRecord]:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             version, shards = found["version"], found["shards"]
-            written = [_written(each) for each in shards] if version == VERSION else []
+            written = [_parse_record(each) for each in shards] if version == VERSION else []
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"to={self.folder}: its {MANIFEST} is not one of pipeline=shard; choose another folder"
+                f"to={self.folder}: its {MANIFEST_NAME} is not one of pipeline=shard; choose another folder"
             ) from error
         if version != VERSION:
             raise UserError(f"to={self.folder}: holds shards of another version of vqf; choose another folder")
-        if {key: found.get(key) for key in self.made_of} != self.made_of:
+        if {key: found.get(key) for key in self.provenance} != self.provenance:
             raise UserError(
-                f"to={self.folder}: holds shards of other pictures, or with other options; choose another folder"
+                f"to={self.folder}: holds shards of other images, or with other options; choose another folder"
             )
         return written
 
-    def _keep(self, shards: list[Written]) -> None:
+    def _verify(self, shards: list[ShardRecord]) -> None:
         """Keep the shards that are what they were when they were written."""
         paths = [self.folder / each.name for each in shards]
-        with ThreadPoolExecutor(HASHERS) as pool, progress("verify shards", len(shards)) as bar:
-            for each, path, whole in zip(shards, paths, pool.map(_is_whole, paths, shards), strict=True):
+        with ThreadPoolExecutor(HASH_THREADS) as pool, progress("verify shards", len(shards)) as bar:
+            for each, path, whole in zip(shards, paths, pool.map(_is_intact, paths, shards), strict=True):
                 if whole:
                     self.shards[each.name] = each
                 else:
-                    log.warning("'%s' is not what %s says; it is written again", path, MANIFEST)
+                    log.warning("'%s' is not what %s says; it is written again", path, MANIFEST_NAME)
                 bar.advance()
 
 
-def _is_whole(path: Path, known: Written) -> bool:
-    return path.is_file() and path.stat().st_size == known.bytes and sha256(path) == known.sha256
+def _is_intact(path: Path, known: ShardRecord) -> bool:
+    return path.is_file() and path.stat().st_size == known.bytes and sha256_of_file(path) == known.sha256
 
 
-def _written(said: Mapping[str, Any]) -> Written:
+def _parse_record(said: Mapping[str, Any]) -> ShardRecord:
     """Read an entry, which anybody may have written.
 
     Raises:
@@ -157,18 +151,18 @@ def _written(said: Mapping[str, Any]) -> Written:
     match said:
         case {
             "name": str(name),
-            "pictures": int(pictures),
+            "images": int(images),
             "bytes": int(size),
             "sha256": str(digest),
-            "left_out": list(left_out),
+            "skipped": list(left_out),
             "broken": str(broken),
-        } if re.fullmatch(r"\w+-\d+\.tar", name) and pictures >= 0:
-            return Written(name, pictures, size, digest, [_left_out(each) for each in left_out], broken)
+        } if re.fullmatch(r"\w+-\d+\.tar", name) and images >= 0:
+            return ShardRecord(name, images, size, digest, [_parse_skipped(each) for each in left_out], broken)
     raise ValueError("no entry of a shard")
 
 
-def _left_out(said: Mapping[str, Any]) -> LeftOut:
+def _parse_skipped(said: Mapping[str, Any]) -> SkippedSample:
     match said:
-        case {"key": str(key), "name": str(name), "why": str(why)} if re.fullmatch(r"\d{1,18}(-\d{1,18})?", key):
-            return LeftOut(key, name, why)
-    raise ValueError("no entry of a picture")
+        case {"key": str(key), "name": str(name), "reason": str(why)} if re.fullmatch(r"\d{1,18}(-\d{1,18})?", key):
+            return SkippedSample(key, name, why)
+    raise ValueError("no entry of an image")

@@ -6,77 +6,77 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vqf.dataloading.image_files import PairFile, PictureFile, Streams, sources_of
+from vqf.dataloading.image_files import ImageFileLike, PairFileLike, StreamedShardSplit, flatten_sources
 from vqf.errors import UserError
 from vqf.images import condition_reader
-from vqf.pipelines.shards.rendered_file import DrawnPair, file_of
-from vqf.pipelines.shards.writer import Format, Unreadable, attempt
+from vqf.pipelines.shards.rendered_file import RenderedPairFile, as_image_file
+from vqf.pipelines.shards.writer import ImageFormat, ReadFailure, try_read
 from vqf.protocols import ConditionReader, Split
 
-BY_CHANNELS = {1: "grey", 3: "rgb"}
-ALONE = "pictures_alone=true writes the pictures alone"
+MAP_KIND_BY_CHANNELS = {1: "grey", 3: "rgb"}
+IMAGES_ONLY_HINT = "images_only=true writes the images alone"
 
 
-def options_of_maps(data: DictConfig, parts: Collection[Split], format: Format) -> dict[str, Any] | None:
+def map_options(data: DictConfig, parts: Collection[Split], format: ImageFormat) -> dict[str, Any] | None:
     """Return the options of `data=shard_pairs` that read the maps of a source once they are in shards; None for none.
 
     Args:
         data: The node of the source.
-        parts: Its pictures.
+        parts: Its images.
         format: In which they are written: maps are PNG in all but "original".
 
     Raises:
         UserError: If there are maps of several kinds, or such as no option reads.
     """
-    sources = [each for split in parts for _, each in sources_of(split)]
+    sources = [each for split in parts for _, each in flatten_sources(split)]
     mapped = [each for each in sources if has_maps(each)]
     if not mapped:
         return None
     if len(mapped) < len(sources):
-        raise UserError(f"data '{data.name}' has maps in some of its sources alone; {ALONE}")
+        raise UserError(f"data '{data.name}' has maps in some of its sources alone; {IMAGES_ONLY_HINT}")
     try:
         reader = condition_reader(data)
     except ValueError as error:
-        raise UserError(f"{error}; {ALONE}") from error
-    options = dict(getattr(reader, "options", None) or _by_channels(data.name, reader, mapped))
-    return options if format == "original" or options["maps"] != "labels" else _as_png(options)
+        raise UserError(f"{error}; {IMAGES_ONLY_HINT}") from error
+    options = dict(getattr(reader, "options", None) or _options_by_channels(data.name, reader, mapped))
+    return options if format == "original" or options["maps"] != "labels" else _png_options(options)
 
 
-def _as_png(options: dict[str, Any]) -> dict[str, Any]:
+def _png_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that read labels once what stands for none is class 0, with all others moved up."""
     if options["labels"] > 2**16:
         raise UserError(
-            f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {ALONE}"
+            f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {IMAGES_ONLY_HINT}"
         )
     return {**options, "unlabelled": None}
 
 
-def _by_channels(name: str, reader: ConditionReader | None, mapped: Collection[Split]) -> dict[str, Any]:
-    if reader is not None and reader.classes:
-        return {"maps": "labels", "labels": reader.classes, "unlabelled": None}
-    channels = {_channels(each) for each in mapped}
-    if len(channels) > 1 or not channels <= BY_CHANNELS.keys():
+def _options_by_channels(name: str, reader: ConditionReader | None, mapped: Collection[Split]) -> dict[str, Any]:
+    if reader is not None and reader.num_classes:
+        return {"maps": "labels", "labels": reader.num_classes, "unlabelled": None}
+    channels = {_map_channels(each) for each in mapped}
+    if len(channels) > 1 or not channels <= MAP_KIND_BY_CHANNELS.keys():
         raise UserError(
             f"data '{name}' has maps of {' and '.join(map(str, sorted(channels)))} channels, and no function "
-            f"condition_reader says what they are (vqf.protocols.Data); {ALONE}"
+            f"condition_reader says what they are (vqf.protocols.Data); {IMAGES_ONLY_HINT}"
         )
-    return {"maps": BY_CHANNELS[channels.pop()]}
+    return {"maps": MAP_KIND_BY_CHANNELS[channels.pop()]}
 
 
 def has_maps(split: Split) -> bool:
-    """Say whether the pictures of a source have maps beside them, by the first that can be had."""
-    if isinstance(split, Streams):
-        return getattr(split, "reading", None) is not None
-    return isinstance(_first(split), PairFile)
+    """Say whether the images of a source have maps beside them, by the first that can be had."""
+    if isinstance(split, StreamedShardSplit):
+        return getattr(split, "map_decoder", None) is not None
+    return isinstance(_first_readable(split), PairFileLike)
 
 
-def _first(split: Split) -> PictureFile | None:
-    """Return the first picture that can be had."""
-    files = (attempt(partial(file_of, split, index)) for index in range(len(split)))
-    return next((each for each in files if not isinstance(each, Unreadable)), None)
+def _first_readable(split: Split) -> ImageFileLike | None:
+    """Return the first image that can be had."""
+    files = (try_read(partial(as_image_file, split, index)) for index in range(len(split)))
+    return next((each for each in files if not isinstance(each, ReadFailure)), None)
 
 
-def _channels(split: Split) -> int:
-    file = _first(split)
-    condition = file.sample.condition if isinstance(file, DrawnPair) else split.item(0, 0).condition
+def _map_channels(split: Split) -> int:
+    file = _first_readable(split)
+    condition = file.sample.condition if isinstance(file, RenderedPairFile) else split.item(0, 0).condition
     return 0 if condition is None else len(condition)

@@ -1,4 +1,4 @@
-"""Pictures of a source without files, as if they were some."""
+"""Images of a source without files, as if they were some."""
 
 from dataclasses import dataclass
 
@@ -6,22 +6,22 @@ import numpy as np
 from PIL import Image
 
 from vqf.batch import Sample, Size
-from vqf.dataloading.image_files import Files, PictureFile
-from vqf.images import to_image
+from vqf.dataloading.image_files import ImageFileLike, ImageFileSplit
+from vqf.images import to_pil_image
 from vqf.protocols import Split
 
 
-def file_of(split: Split, index: int, classes: bool = False) -> PictureFile:
-    """Return a picture as the file that it is, or as if it were one; `classes` says what a drawn map's channels are."""
-    if isinstance(split, Files):
+def as_image_file(split: Split, index: int, classes: bool = False) -> ImageFileLike:
+    """Return an image as the file that it is, or as if it were one; `classes` says what a drawn map's channels are."""
+    if isinstance(split, ImageFileSplit):
         return split.file(index)
     sample = split.item(0, index)
-    return DrawnFile(sample) if sample.condition is None else DrawnPair(sample, classes=classes)
+    return RenderedImageFile(sample) if sample.condition is None else RenderedPairFile(sample, classes=classes)
 
 
 @dataclass(frozen=True)
-class DrawnFile:
-    """A picture of a source without files, as it looks in epoch 0: what a `PictureFile` is, but for the file."""
+class RenderedImageFile:
+    """An image of a source without files, as it looks in epoch 0: what a `ImageFileLike` is, but for the file."""
 
     sample: Sample
     name: str = ""
@@ -30,30 +30,30 @@ class DrawnFile:
     def label(self) -> int | None:
         return self.sample.label
 
-    def picture(self) -> Image.Image:
-        return to_image(self.sample.image)
+    def load_image(self) -> Image.Image:
+        return to_pil_image(self.sample.image)
 
-    def stored(self) -> bytes:
+    def read_bytes(self) -> bytes:
         raise AssertionError("format=original is refused where there are no files")
 
-    def facts(self, content: bytes) -> tuple[str, str, int, int]:
+    def probe(self, content: bytes) -> tuple[str, str, int, int]:
         raise AssertionError("format=original is refused where there are no files")
 
 
 @dataclass(frozen=True)
-class DrawnPair(DrawnFile):
+class RenderedPairFile(RenderedImageFile):
     """With its map, of colours or grey, or of classes, which have a channel each."""
 
     classes: bool = False
 
-    def map(self, shape: Size) -> Image.Image:
+    def load_map(self, shape: Size) -> Image.Image:
         condition = self.sample.condition
         assert condition is not None, "every sample of a split has the same fields"
         if self.classes:
             numbers = condition.argmax(0).numpy()
             return Image.fromarray(numbers.astype(np.uint8 if len(condition) <= 256 else np.uint16))
-        image = to_image(condition)
+        image = to_pil_image(condition)
         return image.convert("L") if len(condition) == 1 else image
 
-    def stored_map(self) -> tuple[bytes, str]:
+    def read_map(self) -> tuple[bytes, str]:
         raise AssertionError("format=original is refused where there are no files")

@@ -1,7 +1,7 @@
-"""Conditions that say something about every place of a picture.
+"""Conditions that say something about every place of an image.
 
 Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a map is
-turned into codes by a tokenizer of its own, and those are put in front of the codes of the picture.
+turned into codes by a tokenizer of its own, and those are put in front of the codes of the image.
 """
 
 import itertools
@@ -14,175 +14,179 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf.batch import Batch, Place, Size
+from vqf.batch import Batch, GridPosition, Size
 from vqf.errors import UserError
-from vqf.protocols import Coder
+from vqf.protocols import ImageCodec
 from vqf.registry import register
 
-OpenTokenizer = Callable[[str], Coder]
+OpenTokenizer = Callable[[str], ImageCodec]
 
 
-class _Codes(nn.Module):
-    """What conditioners share that put the codes of some picture in front."""
+class _TokenizedConditioner(nn.Module):
+    """What conditioners share that put the codes of some image in front."""
 
     name: str  # under which a batch keeps the codes
-    field: str  # of the batch, that has the pictures
-    multiple: int  # pixels of a code
+    batch_field: str  # of the batch, that has the images
+    size_multiple: int  # pixels of a code
 
-    def __init__(self, vocab_size: int, grid: Size, stride: int, multiple: int, drop: float) -> None:
+    def __init__(self, vocab_size: int, grid: Size, stride: int, size_multiple: int, dropout: float) -> None:
         super().__init__()
-        if not 0 <= drop < 1:
-            raise ValueError(f"drop must be in [0, 1), not {drop}")
-        self.places, self.stride, self.multiple = _centres(grid, stride, multiple), stride, multiple
-        self.length, self.drop = len(self.places), drop
-        self.null_code = vocab_size if drop else None
-        self.vocab_size = vocab_size + bool(drop)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        self.positions, self.stride, self.size_multiple = (
+            _cell_centers(grid, stride, size_multiple),
+            stride,
+            size_multiple,
+        )
+        self.length, self.dropout = len(self.positions), dropout
+        self.null_index = vocab_size if dropout else None
+        self.vocab_size = vocab_size + bool(dropout)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Return the batch with the codes (B, h, w) of its pictures."""
-        return replace(batch, codes={**batch.codes, self.name: self.encode(batch)})
+        """Return the batch with the codes (B, h, w) of its images."""
+        return replace(batch, condition_indices={**batch.condition_indices, self.name: self.encode(batch)})
 
     def prepare_shifted(self, batch: Batch) -> Batch:
-        """Return the batch with the codes (B, p, p, h, w) of its pictures, p codes of the picture being one of these.
+        """Return the batch with the codes (B, p, p, h, w) of its images, p codes of the image being one of these.
 
-        [:, i, j] are those without the first i rows and j columns of the picture's codes, for windows that start there.
+        [:, i, j] are those without the first i rows and j columns of the image's codes, for windows that start there.
         One without a whole p has nothing between its codes that fits, and is prepared as it stands.
         """
-        pictures, steps = getattr(batch, self.field), self.multiple // self.stride
-        if pictures is None or steps < 2 or self.multiple % self.stride:
+        images, steps = getattr(batch, self.batch_field), self.size_multiple // self.stride
+        if images is None or steps < 2 or self.size_multiple % self.stride:
             return self.prepare(batch)
         every = []
         for i, j in itertools.product(range(steps), repeat=2):
             down, right = i * self.stride, j * self.stride
             # As large as before, so that an encoder works as on the whole; no window reads the codes of what is added.
-            shifted = F.pad(pictures[..., down:, right:], (0, right, 0, down), mode="replicate")
-            every.append(self.encode(replace(batch, **{self.field: shifted})))  # type: ignore[arg-type]
+            shifted = F.pad(images[..., down:, right:], (0, right, 0, down), mode="replicate")
+            every.append(self.encode(replace(batch, **{self.batch_field: shifted})))  # type: ignore[arg-type]
         codes = rearrange(every, "(p q) b h w -> b p q h w", p=steps)
-        return replace(batch, codes={**batch.codes, self.name: codes})
+        return replace(batch, condition_indices={**batch.condition_indices, self.name: codes})
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the codes row by row as (B, M)."""
-        if self.name not in batch.codes:
+        if self.name not in batch.condition_indices:
             batch = self.prepare(batch)
-        codes = rearrange(batch.codes[self.name], "b h w -> b (h w)")
+        codes = rearrange(batch.condition_indices[self.name], "b h w -> b (h w)")
         if codes.shape[1] != self.length:
             raise UserError(f"the condition has {codes.shape[1]} codes, the prior was trained with {self.length}")
         return codes
 
-    def null(self, batch: Batch) -> Tensor | None:
+    def null_prefix(self, batch: Batch) -> Tensor | None:
         """Return the prefix (B, M) of no condition, or None if the prior has never seen one."""
-        if self.null_code is None:
+        if self.null_index is None:
             return None
-        return torch.full((len(batch), self.length), self.null_code, device=batch.any.device)
+        return torch.full((len(batch), self.length), self.null_index, device=batch.any_field.device)
 
     def encode(self, batch: Batch) -> Tensor:
         raise NotImplementedError
 
 
 @register("conditioner", "spatial")
-class Spatial(_Codes):
+class SpatialConditioner(_TokenizedConditioner):
     """The codes of a map of the same place, by the map's own tokenizer.
 
     Args:
-        tokenizer: The run of the map's tokenizer, `pipeline=stage1 subject=condition`; `pipeline=full` trains one where
+        tokenizer: The run of the map's tokenizer, `pipeline=stage1 target=condition`; `pipeline=full` trains one where
             none is named.
         downsample: Shrink the map by this factor before it is encoded: fewer codes in front (`downsample_cond_size` of
             taming-transformers).
-        drop: Share of the maps that training hides, so that guidance works.
+        dropout: Share of the maps that training hides, so that guidance works.
     """
 
     name = "spatial"
-    field = "conditions"
+    batch_field = "conditions"
 
     def __init__(
         self,
         grid: Size,
-        tokenizer: Coder,
+        tokenizer: ImageCodec,
         open_tokenizer: OpenTokenizer,
         *,
         run: str | None = None,
         downsample: int = 1,
-        drop: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         if run is None:
             raise UserError(
                 "model.conditioner.spatial.run: a map has a tokenizer of its own; name its run, or let pipeline=full "
-                "train it. python -m vqf.run pipeline=stage1 subject=condition trains one by itself"
+                "train it. python -m vqf.run pipeline=stage1 target=condition trains one by itself"
             )
         if downsample < 1:
             raise ValueError(f"downsample must be at least 1, not {downsample}")
         coder = open_tokenizer(run)
-        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * downsample, drop)
+        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * downsample, dropout)
         self.tokenizer, self.downsample, self.channels = coder, downsample, coder.channels
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the codes (B, h, w) of the maps (B, C, H, W)."""
         if batch.conditions is None:
             raise UserError(
-                "conditioner 'spatial': the data has no maps beside its pictures; data=pairs and data=earth do"
+                "conditioner 'spatial': the data has no maps beside its images; data=pairs and data=earth do"
             )
-        return self.tokenizer.encode(_smaller(batch.conditions, self.downsample, "nearest"))
+        return self.tokenizer.encode(_downsample(batch.conditions, self.downsample, "nearest"))
 
-    def show(self, batch: Batch) -> Tensor:
+    def render(self, batch: Batch) -> Tensor:
         """Draw the maps (B, C, H, W) as their codes keep them."""
-        return self.tokenizer.decode(batch.codes[self.name])
+        return self.tokenizer.decode(batch.condition_indices[self.name])
 
 
 @register("conditioner", "image")
-class Image(_Codes):
-    """The codes of a poorer picture of the same thing: a smaller one, or its edges.
+class ImageConditioner(_TokenizedConditioner):
+    """The codes of a poorer image of the same thing: a smaller one, or its edges.
 
     Args:
-        view: `low_resolution`, or `edges`, their strength by the Sobel operator.
+        view: `low_resolution`, or `sobel_edges`, their strength by the Sobel operator.
         factor: How many times smaller its sides are.
-        run: The run of the tokenizer that encodes it; the pictures' own by default.
-        drop: Share of the pictures that training hides, so that guidance works.
+        run: The run of the tokenizer that encodes it; the images' own by default.
+        dropout: Share of the images that training hides, so that guidance works.
     """
 
     name = "image"
-    field = "images"
+    batch_field = "images"
 
     def __init__(
         self,
         grid: Size,
-        tokenizer: Coder,
+        tokenizer: ImageCodec,
         open_tokenizer: OpenTokenizer,
         *,
         view: Literal["low_resolution", "edges"] = "low_resolution",
         factor: int = 4,
         run: str | None = None,
-        drop: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         if factor < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
         coder = tokenizer if run is None else open_tokenizer(run)
-        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * factor, drop)
-        # In a list, the pictures' own is no part of this module: its weights are kept elsewhere.
-        self.borrowed, self.tokenizer = [tokenizer], None if run is None else coder
+        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * factor, dropout)
+        # In a list, the images' own is no part of this module: its weights are kept elsewhere.
+        self.shared_tokenizer, self.tokenizer = [tokenizer], None if run is None else coder
         self.view, self.factor, self.channels = view, factor, tokenizer.channels
 
     @property
-    def coder(self) -> Coder:
+    def codec(self) -> ImageCodec:
         """The tokenizer that encodes what is seen."""
-        return self.tokenizer or self.borrowed[0]
+        return self.tokenizer or self.shared_tokenizer[0]
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the codes (B, h, w) of a view of the images (B, C, H, W)."""
         if batch.images is None:
-            raise UserError("conditioner 'image' needs a picture to look at; condition=picture.png gives one")
-        return self.coder.encode(self.look(batch.images))
+            raise UserError("conditioner 'image' needs an image to look at; condition=image.png gives one")
+        return self.codec.encode(self.make_view(batch.images))
 
-    def look(self, images: Tensor) -> Tensor:
+    def make_view(self, images: Tensor) -> Tensor:
         """Return what is told of images (B, C, H, W) in [-1, 1]."""
-        return _smaller(edges(images) if self.view == "edges" else images, self.factor, "area")
+        return _downsample(sobel_edges(images) if self.view == "edges" else images, self.factor, "area")
 
-    def show(self, batch: Batch) -> Tensor:
-        """Draw what is told, as the codes keep it, as large as the pictures."""
-        small = self.coder.decode(batch.codes[self.name])
+    def render(self, batch: Batch) -> Tensor:
+        """Draw what is told, as the codes keep it, as large as the images."""
+        small = self.codec.decode(batch.condition_indices[self.name])
         return F.interpolate(small, scale_factor=float(self.factor), mode="nearest")
 
 
-def edges(images: Tensor) -> Tensor:
+def sobel_edges(images: Tensor) -> Tensor:
     """Return the strength of the edges of images (B, C, H, W) in [-1, 1], in the same range and shape."""
     grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(grey) / 8
@@ -191,7 +195,7 @@ def edges(images: Tensor) -> Tensor:
     return (strength * 2 - 1).expand_as(images)
 
 
-def _centres(grid: Size, stride: int, other: int) -> list[Place]:
+def _cell_centers(grid: Size, stride: int, other: int) -> list[GridPosition]:
     """Return the centres, on a grid of codes of a stride, of the codes of another stride that cover the same pixels."""
     sides = [side * stride for side in grid]
     if any(side % other for side in sides):
@@ -200,7 +204,7 @@ def _centres(grid: Size, stride: int, other: int) -> list[Place]:
     return list(itertools.product(rows, columns))
 
 
-def _smaller(pictures: Tensor, factor: int, mode: str) -> Tensor:
+def _downsample(images: Tensor, factor: int, mode: str) -> Tensor:
     if factor == 1:
-        return pictures
-    return F.interpolate(pictures, size=(pictures.shape[2] // factor, pictures.shape[3] // factor), mode=mode)
+        return images
+    return F.interpolate(images, size=(images.shape[2] // factor, images.shape[3] // factor), mode=mode)

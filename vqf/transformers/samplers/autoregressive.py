@@ -14,13 +14,13 @@ from torch import Tensor
 from vqf.batch import Size
 from vqf.protocols import Autoregressive
 from vqf.registry import register
-from vqf.transformers.samplers.filtering import draw, many_uniforms
+from vqf.transformers.samplers.filtering import batch_noise, sample_from_logits
 from vqf.transformers.samplers.guidance import Schedule
-from vqf.transformers.samplers.logit_sampler import Drawing, check_numbers, start
+from vqf.transformers.samplers.logit_sampler import LogitSampler, check_finite, init_tokens
 
 
 @register("sampler", "autoregressive")
-class AutoregressiveSampler(Drawing):
+class AutoregressiveSampler(LogitSampler):
     """Draws tokens one after the other, row by row.
 
     Args:
@@ -29,7 +29,7 @@ class AutoregressiveSampler(Drawing):
         top_p: Draw among the best codes that together reach this probability; all by default.
         min_p: Draw among the codes at least this many times as likely as the best; all by default.
         guidance: s of classifier-free guidance, u + s (c - u); 1 is none. It needs a prior that was trained with
-            `model.conditioner.label.drop`, or that of another condition, and costs a second pass.
+            `model.conditioner.label.dropout`, or that of another condition, and costs a second pass.
         guidance_schedule: How s moves from the first token to the last; see
             `vqf.transformers.samplers.guidance.scale_at`.
         guidance_interval: Shares of the sample between which `interval` guides.
@@ -84,25 +84,25 @@ class AutoregressiveSampler(Drawing):
         Raises:
             UserError: If guidance has no `null_prefix`.
         """
-        self.require(null_prefix)
+        self.require_null_prefix(null_prefix)
         batch, count = len(prefix), grid[0] * grid[1]
-        tokens = start(known, (batch, count), prior.vocab_size, prefix.device)
-        numbers = many_uniforms(seed, first, batch, count).to(prefix.device)
-        scales = self.scales(count).to(prefix.device)
-        prefixes = torch.cat([prefix, null_prefix]) if self.guided and null_prefix is not None else prefix
-        following = self._logits(prior, prefixes, tokens)
+        tokens = init_tokens(known, (batch, count), prior.vocab_size, prefix.device)
+        numbers = batch_noise(seed, first, batch, count).to(prefix.device)
+        scales = self.guidance_scales(count).to(prefix.device)
+        prefixes = torch.cat([prefix, null_prefix]) if self.uses_guidance and null_prefix is not None else prefix
+        following = self._make_logits_fn(prior, prefixes, tokens)
         for n in range(count):
             logits = following(n)
             if n == 0:
-                check_numbers(logits)
-            drawn = draw(self.filter(self.guide(logits, scales[n])), numbers[:, n])
+                check_finite(logits)
+            drawn = sample_from_logits(self.filter(self.guide(logits, scales[n])), numbers[:, n])
             tokens[:, n] = torch.where(tokens[:, n] < 0, drawn, tokens[:, n])
         return tokens
 
-    def _logits(self, prior: Any, prefixes: Tensor, tokens: Tensor) -> Callable[[int], Tensor]:
+    def _make_logits_fn(self, prior: Any, prefixes: Tensor, tokens: Tensor) -> Callable[[int], Tensor]:
         """Return what gives the logits of token n = 0, 1, ... after each prefix, given `tokens` up to there."""
         copies = len(prefixes) // len(tokens)
         if not (self.cache and isinstance(prior, Autoregressive)):
             return lambda n: prior(tokens.clamp(min=0).repeat(copies, 1), prefixes)[:, n]
-        first, cache = prior.begin(prefixes)
-        return lambda n: prior.advance(tokens[:, n - 1].repeat(copies), cache) if n else first
+        first, cache = prior.prefill(prefixes)
+        return lambda n: prior.decode(tokens[:, n - 1].repeat(copies), cache) if n else first

@@ -46,12 +46,12 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
     """Draw an index from each row of logits (B, V) by inverting its cumulative distribution.
 
     Args:
         logits: Unnormalised; -inf is never drawn.
-        uniforms: (B,) in [0, 1), of which the first 24 bits count.
+        noise: (B,) in [0, 1), of which the first 24 bits count.
 
     Returns:
         (B,) int64.
@@ -59,11 +59,11 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     # In integers: a float cumulative sum, done in parallel, can grow where a probability is 0.
     weights = (logits.softmax(-1, dtype=torch.float32) * 2**WEIGHT_BITS).round().long()
     cumulative = weights.cumsum(-1)
-    threshold = (uniforms * 2**UNIFORM_BITS).long() * cumulative[:, -1] >> UNIFORM_BITS
+    threshold = (noise * 2**UNIFORM_BITS).long() * cumulative[:, -1] >> UNIFORM_BITS
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def uniforms(seed: int, index: int, count: int) -> Tensor:
+def sample_noise(seed: int, index: int, count: int) -> Tensor:
     """Return `count` numbers in [0, 1) that depend on the seed and the index of a sample alone, on the CPU."""
     # Not a torch.Generator: the CPU's looks at 32 bits of its seed, and many samples would soon share one.
     key = np.array([seed % 2**64, index % 2**64], dtype=np.uint64)
@@ -71,6 +71,6 @@ def uniforms(seed: int, index: int, count: int) -> Tensor:
     return torch.from_numpy(raw.astype(np.float32) / np.float32(2**UNIFORM_BITS))
 
 
-def many_uniforms(seed: int, first: int, batch: int, count: int) -> Tensor:
+def batch_noise(seed: int, first: int, batch: int, count: int) -> Tensor:
     """Return the numbers (batch, count) of samples `first`, `first + 1`, ..., on the CPU."""
-    return torch.stack([uniforms(seed, first + i, count) for i in range(batch)])
+    return torch.stack([sample_noise(seed, first + i, count) for i in range(batch)])

@@ -47,7 +47,7 @@ def scale_at(
     return scale
 
 
-def scale_from(value: float, notation: Notation) -> float:
+def scale_from_notation(value: float, notation: Notation) -> float:
     """Return s for a number that another project calls its guidance.
 
     Args:
@@ -60,7 +60,7 @@ def scale_from(value: float, notation: Notation) -> float:
     return value + 1 if notation in ("var", "maskgit") else value
 
 
-def check(scale: float, interval: Sequence[float], power: float) -> None:
+def check_guidance(scale: float, interval: Sequence[float], power: float) -> None:
     """Refuse options that mean nothing.
 
     Raises:

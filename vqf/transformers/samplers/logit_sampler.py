@@ -13,10 +13,10 @@ from torch import Tensor
 from vqf.errors import UserError
 from vqf.transformers.samplers.filtering import min_p, temperature, top_k, top_p
 from vqf.transformers.samplers.guidance import Schedule, guide, scale_at
-from vqf.transformers.samplers.guidance import check as check_guidance
+from vqf.transformers.samplers.guidance import check_guidance as check_guidance
 
 
-class Drawing:
+class LogitSampler:
     """What samplers share: the filters, guidance, and the draw. Their options say what each number means."""
 
     def __init__(
@@ -52,11 +52,11 @@ class Drawing:
         return logits if self.min_p is None else min_p(logits, self.min_p)
 
     @property
-    def guided(self) -> bool:
+    def uses_guidance(self) -> bool:
         """Whether a prior is asked for every token without the condition, too."""
         return self.guidance != 1
 
-    def scales(self, count: int) -> Tensor:
+    def guidance_scales(self, count: int) -> Tensor:
         """Return s for each of `count` tokens of a sample, on the CPU."""
         options = {"interval": self.guidance_interval, "power": self.guidance_power}
         every = [scale_at(n / count, self.guidance, self.guidance_schedule, **options) for n in range(count)]  # type: ignore[arg-type]
@@ -72,21 +72,21 @@ class Drawing:
         Returns:
             (n, V).
         """
-        if not self.guided:
+        if not self.uses_guidance:
             return logits
         conditional, unconditional = logits.float().chunk(2)
         return guide(conditional, unconditional, scale[..., None])
 
-    def require(self, null_prefix: object | None) -> None:
+    def require_null_prefix(self, null_prefix: object | None) -> None:
         """Refuse guidance where nobody knows what no condition is."""
-        if self.guided and null_prefix is None:
+        if self.uses_guidance and null_prefix is None:
             raise UserError(
                 f"sampler.guidance={self.guidance:g}: the prior has not learned to go without its condition; "
-                "train it with the option drop of its condition, as in model.conditioner.label.drop=0.1"
+                "train it with the option drop of its condition, as in model.conditioner.label.dropout=0.1"
             )
 
 
-def start(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device: torch.device) -> Tensor:
+def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device: torch.device) -> Tensor:
     """Return tokens (B, N) to fill: -1, or what is known already.
 
     Raises:
@@ -101,7 +101,7 @@ def start(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device:
     return known.clone()
 
 
-def check_numbers(logits: Tensor) -> None:
+def check_finite(logits: Tensor) -> None:
     """Refuse the logits of a prior that diverged."""
     if logits.isnan().any():
         raise UserError("the prior's logits are not numbers: its training diverged; go back to an earlier checkpoint")

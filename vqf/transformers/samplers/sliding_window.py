@@ -18,17 +18,17 @@ from torch import Tensor
 
 from vqf.batch import Size, pair
 from vqf.errors import UserError
-from vqf.protocols import Piecewise
+from vqf.protocols import RaggedDecoding
 from vqf.registry import register
-from vqf.transformers.samplers.filtering import draw, many_uniforms
+from vqf.transformers.samplers.filtering import batch_noise, sample_from_logits
 from vqf.transformers.samplers.guidance import Schedule
-from vqf.transformers.samplers.logit_sampler import Drawing, check_numbers, start
-from vqf.transformers.samplers.window_logits import Prefix, UnreadPieces, WholeWindows, crop
-from vqf.transformers.samplers.window_schedule import Wave, make_plan, row_by_row, waves
+from vqf.transformers.samplers.logit_sampler import LogitSampler, check_finite, init_tokens
+from vqf.transformers.samplers.window_logits import CachedWindows, RecomputedWindows, WindowPrefix, crop_prefix
+from vqf.transformers.samplers.window_schedule import WavefrontStep, make_schedule, raster_order, wavefront_order
 
 
 @register("sampler", "sliding_window")
-class SlidingWindow(Drawing):
+class SlidingWindowSampler(LogitSampler):
     """Draws a grid larger than the prior's own: each token from the window around it.
 
     The tokens do not depend on `prefix_only`, `cache` and `wavefront`, except where rounding decides between two
@@ -85,13 +85,13 @@ class SlidingWindow(Drawing):
     def __call__(
         self,
         prior: Any,
-        prefix: Prefix,
+        prefix: WindowPrefix,
         grid: Size,
         *,
         seed: int,
         first: int = 0,
         known: Tensor | None = None,
-        null_prefix: Prefix | None = None,
+        null_prefix: WindowPrefix | None = None,
         window: Size | None = None,
     ) -> Tensor:
         """Draw tokens (B, H * W) from a prior in eval mode.
@@ -110,47 +110,60 @@ class SlidingWindow(Drawing):
             UserError: If the grid is narrower than the window, the prior models fewer tokens than a window has, or
                 guidance has no `null_prefix`.
         """
-        self.require(null_prefix)
-        size = self._fit(self.window or window or grid, grid, prior)
-        prefixes = [prefix] if not self.guided or null_prefix is None else [prefix, null_prefix]
-        corner = crop(prefix, (0, 0), size)
-        tokens = start(known, (len(corner), grid[0] * grid[1]), prior.vocab_size, corner.device).unflatten(1, grid)
-        views = self._views(prior, prefixes, tokens, size, corner.shape[1])
-        numbers = many_uniforms(seed, first, *tokens.flatten(1).shape).to(tokens.device).unflatten(1, grid)
-        scales = self.scales(grid[0] * grid[1]).to(tokens.device).unflatten(0, grid)
-        for wave in views.plan.waves:
-            self._draw(views, wave, tokens, numbers, scales)
+        self.require_null_prefix(null_prefix)
+        size = self._fit_window(self.window or window or grid, grid, prior)
+        prefixes = [prefix] if not self.uses_guidance or null_prefix is None else [prefix, null_prefix]
+        corner = crop_prefix(prefix, (0, 0), size)
+        tokens = init_tokens(known, (len(corner), grid[0] * grid[1]), prior.vocab_size, corner.device).unflatten(
+            1, grid
+        )
+        views = self._make_windows(prior, prefixes, tokens, size, corner.shape[1])
+        numbers = batch_noise(seed, first, *tokens.flatten(1).shape).to(tokens.device).unflatten(1, grid)
+        scales = self.guidance_scales(grid[0] * grid[1]).to(tokens.device).unflatten(0, grid)
+        for wave in views.schedule.steps:
+            self._sample_step(views, wave, tokens, numbers, scales)
         return tokens.flatten(1)
 
-    def _views(
-        self, prior: Any, prefixes: list[Prefix], tokens: Tensor, window: Size, prefix_length: int
-    ) -> UnreadPieces | WholeWindows:
+    def _make_windows(
+        self, prior: Any, prefixes: list[WindowPrefix], tokens: Tensor, window: Size, prefix_length: int
+    ) -> CachedWindows | RecomputedWindows:
         """Plan the grid, and choose how the prior is asked."""
         grid = (tokens.shape[1], tokens.shape[2])
-        order = waves(grid, window[1]) if self.wavefront else row_by_row(grid)
-        if not (isinstance(prior, Piecewise) and (self.prefix_only or self.cache)):
-            plan = make_plan(order, window, grid, prefix_length, keep=0)
-            return WholeWindows(prior, prefixes, tokens, window, plan, all_of_it=not (self.prefix_only or self.cache))
+        order = wavefront_order(grid, window[1]) if self.wavefront else raster_order(grid)
+        if not (isinstance(prior, RaggedDecoding) and (self.prefix_only or self.cache)):
+            plan = make_schedule(order, window, grid, prefix_length, max_cached=0)
+            return RecomputedWindows(
+                prior, prefixes, tokens, window, plan, full_window=not (self.prefix_only or self.cache)
+            )
         sequences = len(prefixes) * len(tokens)
         keep = int(self.cache_gb * 1e9 / (prior.sequence_bytes * sequences)) if self.cache else 0
-        return UnreadPieces(prior, prefixes, tokens, window, make_plan(order, window, grid, prefix_length, keep))
+        return CachedWindows(prior, prefixes, tokens, window, make_schedule(order, window, grid, prefix_length, keep))
 
-    def _draw(
-        self, views: UnreadPieces | WholeWindows, wave: Wave, tokens: Tensor, numbers: Tensor, scales: Tensor
+    def _sample_step(
+        self,
+        windows: CachedWindows | RecomputedWindows,
+        step: WavefrontStep,
+        tokens: Tensor,
+        numbers: Tensor,
+        scales: Tensor,
     ) -> None:
         """Draw the tokens (B, H, W) of a wave."""
-        batch, cells = len(tokens), len(wave.readings)
-        logits = views.logits(wave)
-        if wave.first == 0:
-            check_numbers(logits)
-        rows, columns = views.table[:2, wave.span]
+        batch, cells = len(tokens), len(step.reads)
+        logits = windows.logits(step)
+        if step.offset == 0:
+            check_finite(logits)
+        rows, columns = windows.table[:2, step.span]
         guided = self.guide(logits, scales[rows, columns].repeat_interleave(batch))
-        drawn = draw(self.filter(guided), numbers[:, rows, columns].T.flatten()).unflatten(0, (cells, batch)).T
+        drawn = (
+            sample_from_logits(self.filter(guided), numbers[:, rows, columns].T.flatten())
+            .unflatten(0, (cells, batch))
+            .T
+        )
         before = tokens[:, rows, columns]
         tokens[:, rows, columns] = torch.where(before < 0, drawn, before)
 
     @staticmethod
-    def _fit(window: Size, grid: Size, prior: Any) -> Size:
+    def _fit_window(window: Size, grid: Size, prior: Any) -> Size:
         if grid[1] < window[1]:
             raise UserError(
                 f"sampler=sliding_window: a grid of {grid[0]} x {grid[1]} codes is narrower than the window of "

@@ -19,13 +19,13 @@ def window_start(position: int, window: int, length: int) -> int:
     return min(max(position - window // 2, 0), length - window)
 
 
-def place(cell: Size, window: Size, grid: Size) -> tuple[Size, int]:
+def locate_in_window(cell: Size, window: Size, grid: Size) -> tuple[Size, int]:
     """Return the start of a token's window, and how many of the window's tokens come before it."""
     top, left = (window_start(cell[i], window[i], grid[i]) for i in (0, 1))
     return (top, left), (cell[0] - top) * window[1] + cell[1] - left
 
 
-def waves(grid: Size, width: int) -> Iterator[list[Size]]:
+def wavefront_order(grid: Size, width: int) -> Iterator[list[Size]]:
     """Yield the tokens (i, j) of a grid that are drawn together, for windows of a width.
 
     The window of (i, j) ends in row i - 1 at column `width - 1` at least, where j = 0, and it moves by at most one
@@ -36,55 +36,57 @@ def waves(grid: Size, width: int) -> Iterator[list[Size]]:
         yield [(i, step - i * width) for i in rows]
 
 
-def row_by_row(grid: Size) -> Iterator[list[Size]]:
+def raster_order(grid: Size) -> Iterator[list[Size]]:
     """Yield the tokens (i, j) of a grid, row by row."""
     return ([(i, j)] for i in range(grid[0]) for j in range(grid[1]))
 
 
 @dataclass(frozen=True)
-class Reading:
+class WindowRead:
     """What is read to draw a token: positions `start` to `start + count` - 1 of its window's [prefix; tokens]."""
 
     cell: Size
-    window: Size  # its start
+    window_start: Size  # its start
     slot: int  # where the window's keys and values are
     start: int
     count: int
 
 
 @dataclass(frozen=True)
-class Wave:
+class WavefrontStep:
     """Tokens that are drawn together."""
 
-    readings: list[Reading]
-    first: int  # place of the first of them in the plan's table
+    reads: list[WindowRead]
+    offset: int  # place of the first of them in the plan's table
 
     @property
     def span(self) -> slice:
         """Where they are in the plan's table."""
-        return slice(self.first, self.first + len(self.readings))
+        return slice(self.offset, self.offset + len(self.reads))
 
     @property
-    def reach(self) -> int:
+    def context_length(self) -> int:
         """One more than the largest position that is read."""
-        return max(each.start + each.count for each in self.readings)
+        return max(each.start + each.count for each in self.reads)
 
 
 @dataclass
-class Plan:
+class DecodingSchedule:
     """All waves of a grid."""
 
     prefix_length: int
-    waves: list[Wave] = field(default_factory=list)
-    slots: int = 0  # windows that are remembered at once, those of a wave included
+    steps: list[WavefrontStep] = field(default_factory=list)
+    num_slots: int = 0  # windows that are remembered at once, those of a wave included
 
-    def table(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """Return row, column, top, left, slot, start and count of every reading, (7, H * W)."""
-        every = [each for wave in self.waves for each in wave.readings]
-        return torch.tensor([(*each.cell, *each.window, each.slot, each.start, each.count) for each in every]).T
+        every = [each for wave in self.steps for each in wave.reads]
+        return torch.tensor([(*each.cell, *each.window_start, each.slot, each.start, each.count) for each in every]).T
 
 
-def make_plan(order: Iterator[list[Size]], window: Size, grid: Size, prefix_length: int, keep: int) -> Plan:
+def make_schedule(
+    order: Iterator[list[Size]], window: Size, grid: Size, prefix_length: int, max_cached: int
+) -> DecodingSchedule:
     """Plan what is read for the tokens of a grid.
 
     The windows of many tokens stand at the same place: at the left and right border those of neighbours, at the upper
@@ -96,28 +98,28 @@ def make_plan(order: Iterator[list[Size]], window: Size, grid: Size, prefix_leng
         window: Height and width of a window.
         grid: Height and width of the grid.
         prefix_length: Positions before the first token of a window.
-        keep: No more windows than this are kept; any other is read anew for each of its tokens.
+        max_cached: No more windows than this are kept; any other is read anew for each of its tokens.
     """
     cells = list(order)
-    left = Counter(place(cell, window, grid)[0] for group in cells for cell in group)
-    plan, free, kept = Plan(prefix_length), list[int](), dict[Size, tuple[int, int]]()
+    left = Counter(locate_in_window(cell, window, grid)[0] for group in cells for cell in group)
+    plan, free, kept = DecodingSchedule(prefix_length), list[int](), dict[Size, tuple[int, int]]()
     done = 0
     for group in cells:
         readings, released = [], []
         for cell in group:
-            at, before = place(cell, window, grid)
+            at, before = locate_in_window(cell, window, grid)
             end = prefix_length + before
             slot, start = kept.pop(at, (-1, 0))
             if slot < 0:
-                slot = free.pop() if free else plan.slots
-                plan.slots = max(plan.slots, slot + 1)
-            readings.append(Reading(cell, at, slot, start, end - start))
+                slot = free.pop() if free else plan.num_slots
+                plan.num_slots = max(plan.num_slots, slot + 1)
+            readings.append(WindowRead(cell, at, slot, start, end - start))
             left[at] -= 1
-            if left[at] and len(kept) < keep:
+            if left[at] and len(kept) < max_cached:
                 kept[at] = slot, end
             else:
                 released.append(slot)
         free += released
-        plan.waves.append(Wave(readings, done))
+        plan.steps.append(WavefrontStep(readings, done))
         done += len(group)
     return plan

@@ -31,20 +31,20 @@ def test_what_a_folder_holds(image_folder, tmp_path, workers, caplog, capsys):
     config = compose("data=folder", f"data.root={image_folder}", "image_size=16", f"workers={workers}")
     Check(config, tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
-    train, validation = report["parts"]["train"], report["parts"]["validation"]
+    train, validation = report["splits"]["train"], report["splits"]["validation"]
     assert (train["images"], validation["images"]) == (7, 1)
     assert list(train["unreadable"]) == ["train/broken.png"]
     assert train["width"] == {"min": 10, "median": 16, "max": 50}
     assert train["height"] == {"min": 16, "median": 20, "max": 90}
     assert train["shorter_side"] == {"min": 10, "median": 16, "max": 50}
-    assert (train["to_be_enlarged"], validation["to_be_enlarged"]) == (1, 1)
+    assert (train["upscaled"], validation["upscaled"]) == (1, 1)
     assert train["modes"] == {"RGB": 4, "L": 2}
     assert train["formats"] == {"PNG": 4, "JPEG": 2}
     assert report["duplicates"] == [
         ["train: train/0.png", "validation: val/copy.png"],
         ["train: train/grey.jpg", "train: train/misnamed.png"],
     ]
-    assert report["in_both_parts"] == 1
+    assert report["in_both_splits"] == 1
     assert "train: cannot read 'train/broken.png' (not an image of a known format" in caplog.text
     assert "10 / 16 / 50" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_fraction=0")
     Check(config, tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
-    part = report["parts"]["train"]
+    part = report["splits"]["train"]
     assert part["unreadable"] == {
         "bomb.png": "9000 x 9000 pixels, more than max_pixels=67108864",
         "cut.png": "image file is truncated",
@@ -78,7 +78,7 @@ def test_every_kind_of_trouble_is_named(tmp_path):
     }
     assert part["modes"] == {"RGB": 4, "RGBA": 1, "I;16": 1, "P": 1, "CMYK": 1}
     assert part["formats"] == {"PNG": 5, "JPEG": 3}
-    assert (part["height"]["max"], part["width"]["max"], part["to_be_enlarged"]) == (90, 30, 0)
+    assert (part["height"]["max"], part["width"]["max"], part["upscaled"]) == (90, 30, 0)
     assert report["duplicates"] == [["train: copy.png", "train: fine.png"]]
 
 
@@ -91,8 +91,8 @@ def test_classes_and_how_many_images_each_has(tmp_path, capsys):
     words = "data=folder", f"data.root={root}", "image_size=16"
     Check(compose(*words), tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
-    assert report["parts"]["train"]["classes"] == {"ant": 8, "bee": 8, "cow": 8}
-    assert report["parts"]["validation"]["classes"] == {"ant": 3, "bee": 3, "cow": 0}
+    assert report["splits"]["train"]["classes"] == {"ant": 8, "bee": 8, "cow": 8}
+    assert report["splits"]["validation"]["classes"] == {"ant": 3, "bee": 3, "cow": 0}
     assert "ant 3, bee 3, cow 0" in capsys.readouterr().out
     for i in range(20):
         (root / "train" / f"more{i}").mkdir()
@@ -100,7 +100,7 @@ def test_classes_and_how_many_images_each_has(tmp_path, capsys):
     Check(compose(*words), tmp_path / "run").run()
     assert "23, of 1 to 8" in capsys.readouterr().out
     Check(compose(*words, "data.labels=false"), tmp_path / "run").run()
-    assert json.loads((tmp_path / "run" / "check.json").read_text())["parts"]["train"]["classes"] == {}
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["splits"]["train"]["classes"] == {}
 
 
 def test_a_union(image_folder, tmp_path):
@@ -109,33 +109,35 @@ def test_a_union(image_folder, tmp_path):
     )
     Check(compose("data=union", f"+data.parts={parts}", "image_size=16"), tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
-    assert {name: part["images"] for name, part in report["parts"].items()} == {"train": 11, "validation": 4}
-    named = [name for part in report["parts"].values() for name in part["unreadable"]]
+    assert {name: part["images"] for name, part in report["splits"].items()} == {"train": 11, "validation": 4}
+    named = [name for part in report["splits"].values() for name in part["unreadable"]]
     assert sorted(named) == ["a/train/broken.png", "b/broken.png"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_compared_with_their_manifest(image_folder, tmp_path, caplog, workers):
-    to = tmp_path / "shards"
+    out = tmp_path / "shards"
     config = compose("data=folder", f"data.root={image_folder}", "data.validation_last=0", "image_size=16")
-    Shard(config, tmp_path, to=str(to), shard_size=2).run()
-    words = "data=shards", f"data.root={to}", "image_size=16", f"workers={workers}"
+    Shard(config, tmp_path, out=str(out), shard_size=2).run()
+    words = "data=shards", f"data.root={out}", "image_size=16", f"workers={workers}"
     Check(compose(*words), tmp_path / "run").run()
     assert json.loads((tmp_path / "run" / "check.json").read_text())["damaged_shards"] == []
-    with (to / "train-000001.tar").open("r+b") as file:
+    with (out / "train-000001.tar").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"!")
     Check(compose(*words), tmp_path / "run").run()
     assert json.loads((tmp_path / "run" / "check.json").read_text())["damaged_shards"] == ["train-000001.tar"]
-    assert "'train-000001.tar' is not the shard whose sha256 is in manifest.json" in caplog.text
-    for path in to.glob("train-000002.tar*"):
+    assert "shard 'train-000001.tar' is damaged: its sha256 differs from manifest.json" in caplog.text
+    for path in out.glob("train-000002.tar*"):
         path.unlink()
     with pytest.raises(UserError, match=r"^data\.max_unreadable=0\.01: 2 of the 7 train images that manifest\.json in"):
         Check(compose(*words), tmp_path / "run").run()
 
 
 def test_a_source_without_files(tmp_path):
-    with pytest.raises(UserError, match=r"^data 'emoji' keeps no files that could be checked \(a stream neither\)$"):
+    with pytest.raises(
+        UserError, match=r"^data 'emoji' has no image files to check: it generates or streams its images$"
+    ):
         Check(compose("data=emoji", "image_size=16"), tmp_path / "run").run()
 
 
@@ -144,5 +146,5 @@ def test_a_folder_of_broken_images(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"")
     config = compose("data=folder", f"data.root={tmp_path}", "image_size=16", "data.validation_fraction=0")
     Check(config, tmp_path / "run").run()
-    (part,) = json.loads((tmp_path / "run" / "check.json").read_text())["parts"].values()
+    (part,) = json.loads((tmp_path / "run" / "check.json").read_text())["splits"].values()
     assert (len(part["unreadable"]), part["width"], part["modes"]) == (3, {}, {})

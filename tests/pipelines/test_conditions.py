@@ -342,7 +342,7 @@ def test_data_that_does_not_say_how_it_reads_maps_is_not_guessed_at(tmp_path: Pa
 
 def refusals() -> list[tuple[list[str], str]]:
     return [
-        (["data=earth", "target=maps"], "target=maps: unknown subject 'maps'"),
+        (["data=earth", "target=maps"], "target=maps: unknown target 'maps'"),
         (["data=emoji", "target=condition"], "data 'emoji' has no maps beside its images"),
     ]
 

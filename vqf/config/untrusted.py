@@ -10,7 +10,7 @@ from vqf.errors import UserError
 
 # The words that name code, or where a run writes.
 CLI_ONLY_KEYS = (
-    *("plugins", "run_dir", "resume", "tokens.root", "to", "statistics", "data.index"),
+    *("plugins", "run_dir", "resume", "tokens.root", "out", "statistics", "data.index"),
     *("hydra.callbacks", "hydra.hydra_logging", "hydra.job_logging", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.job.chdir", "hydra.job.env_copy", "hydra.job.env_set", "hydra.output_subdir", "hydra.run", "hydra.sweep"),
     "hydra.searchpath",

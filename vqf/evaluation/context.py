@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf.config.access import group_nodes
 from vqf.dataloading.image_files import SPLITS
-from vqf.dataloading.subject import build_target_data
+from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError
 from vqf.evaluation.feature_cache import (

@@ -1,4 +1,4 @@
-"""Look through a data set before training on it: what it holds, what is broken, what is there twice."""
+"""Decode a data set before training on it, and report sizes, formats, unreadable images and duplicates."""
 
 import hashlib
 import json
@@ -22,18 +22,18 @@ from vqf.protocols import Split
 from vqf.registry import register
 from vqf.terminal import log, progress
 
-CHUNK_SIZE = 64  # images that a process is handed
-MAX_TABLE_KINDS = 10  # kinds of anything that the table names; the file names all
-MAX_LISTED = 5  # broken and double images that the terminal names; the file names all
+CHUNK_SIZE = 64  # images per task of a worker process
+MAX_TABLE_KINDS = 10  # classes, modes or formats that the table names; check.json names all
+MAX_LISTED = 5  # unreadable and duplicate images that the terminal names; check.json names all
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image turned out to be; `error` is why nothing is known."""
+    """Hash, format and size of an image; only `error` is set if the image cannot be read."""
 
     split_name: str
     name: str
-    digest: str = ""
+    digest: str = ""  # sha256 of the file
     format: str = ""
     mode: str = ""
     width: int = 0
@@ -43,27 +43,21 @@ class ImageFacts:
 
 @register("pipeline", "check")
 class Check:
-    """Decode every image of `data`, and say how many, of which sizes, modes and formats, which broken or double."""
+    """Decode every image of `data`; report counts, sizes, modes, formats, unreadable images and duplicates."""
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
 
     def run(self) -> None:
-        """Print a table and write `check.json`."""
-        data, parts = open_splits(self.config)
-        files = {part: split for part, split in parts.items() if isinstance(split, ImageFileSplit)}
-        if len(files) < len(parts):
-            raise UserError(f"data '{self.config.data.name}' keeps no files that could be checked (a stream neither)")
-        counts = {part: len(split) for part, split in parts.items()}
-        tasks = [(part, first) for part, count in counts.items() for first in range(0, count, CHUNK_SIZE)]
-        seen = []
-        with progress("check", sum(counts.values())) as bar:
-            for some in process_map(ImageChecker(files, counts), tasks, self.config.workers):
-                seen += some
-                bar.advance(len(some))
-        report = summarize(seen, list(parts), image_size(self.config))
-        for part, split in parts.items():
-            report["parts"][part]["classes"] = _classes(split, data.classes)
+        """Print a table and write `check.json`.
+
+        Raises:
+            UserError: If the data source does not read its images from files.
+        """
+        data, splits = open_splits(self.config)
+        report = summarize(self._inspect_images(splits), list(splits), image_size(self.config))
+        for name, split in splits.items():
+            report["splits"][name]["classes"] = _class_counts(split, data.classes)
         if isinstance(data, HasDigests):
             report["damaged_shards"] = self._damaged_shards(data.digests())
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,19 +65,34 @@ class Check:
         _print_report(report)
         log.info("written: %s", self.run_dir / "check.json")
 
-    def _damaged_shards(self, known: Mapping[Path, str]) -> list[str]:
-        """Return the shards that are not what their manifest says."""
-        with progress("verify shards", len(known)) as bar:
-            found = []
-            for path, digest in process_map(_path_and_sha256, list(known), self.config.workers):
-                found += [path.name] if digest != known[path] else []
+    def _inspect_images(self, splits: Mapping[str, Split]) -> list[ImageFacts]:
+        file_splits = {name: split for name, split in splits.items() if isinstance(split, ImageFileSplit)}
+        if len(file_splits) < len(splits):
+            raise UserError(
+                f"data '{self.config.data.name}' has no image files to check: it generates or streams its images"
+            )
+        counts = {name: len(split) for name, split in splits.items()}
+        tasks = [(name, first) for name, count in counts.items() for first in range(0, count, CHUNK_SIZE)]
+        facts = []
+        with progress("check", sum(counts.values())) as bar:
+            for chunk in process_map(ImageChecker(file_splits, counts), tasks, self.config.workers):
+                facts += chunk
+                bar.advance(len(chunk))
+        return facts
+
+    def _damaged_shards(self, expected: Mapping[Path, str]) -> list[str]:
+        """Return the names of the shards whose sha256 differs from their manifest."""
+        damaged = []
+        with progress("verify shards", len(expected)) as bar:
+            for path, digest in process_map(_path_and_sha256, list(expected), self.config.workers):
+                damaged += [path.name] if digest != expected[path] else []
                 bar.advance()
-        return sorted(found)
+        return sorted(damaged)
 
 
 @runtime_checkable
 class HasDigests(Protocol):
-    """A source that knows the sha256 of its files."""
+    """A data source that knows the sha256 of its files."""
 
     def digests(self) -> Mapping[Path, str]: ...
 
@@ -94,44 +103,52 @@ def _path_and_sha256(path: Path) -> tuple[Path, str]:
 
 @dataclass(frozen=True)
 class ImageChecker:
-    """Looks at images, in any process."""
+    """Inspects chunks of images in a worker process."""
 
     splits: Mapping[str, ImageFileSplit]
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # images per split
 
     def __call__(self, task: tuple[str, int]) -> list[ImageFacts]:
-        """Look at the images of a part from one on."""
-        part, first = task
-        return [self._inspect(part, index) for index in range(first, min(first + CHUNK_SIZE, self.counts[part]))]
+        """Inspect up to `CHUNK_SIZE` images; `task` is the split's name and the first index."""
+        name, first = task
+        return [self._inspect(name, index) for index in range(first, min(first + CHUNK_SIZE, self.counts[name]))]
 
-    def _inspect(self, part: str, index: int) -> ImageFacts:
-        name, file = self.splits[part].names[index], self.splits[part].file(index)
+    def _inspect(self, split_name: str, index: int) -> ImageFacts:
+        split = self.splits[split_name]
+        name, file = split.names[index], split.file(index)
         try:
             content = file.read_bytes()
-            return ImageFacts(part, name, hashlib.sha256(content).hexdigest(), *file.probe(content))
+            return ImageFacts(split_name, name, hashlib.sha256(content).hexdigest(), *file.probe(content))
         except ValueError as error:
-            return ImageFacts(part, name, error=str(error))
+            return ImageFacts(split_name, name, error=str(error))
 
 
-def summarize(seen: Iterable[ImageFacts], parts: Iterable[str], size: Size) -> dict[str, Any]:
-    """Count what was seen: a part each, and what is there twice in either; `size` is the one that is wanted."""
-    ordered = sorted(seen, key=lambda each: (each.split_name, each.name))
-    twins: dict[str, list[ImageFacts]] = {}
-    for each in ordered:
-        if not each.error:
-            twins.setdefault(each.digest, []).append(each)
-    double = [group for group in twins.values() if len(group) > 1]
+def summarize(images: Iterable[ImageFacts], split_names: Iterable[str], size: Size) -> dict[str, Any]:
+    """Summarize each split, and list the images that occur more than once, within a split or across both.
+
+    Args:
+        images: Facts of all images, in any order.
+        split_names: Splits to summarize.
+        size: Height and width of training; smaller images count as upscaled.
+    """
+    ordered = sorted(images, key=lambda facts: (facts.split_name, facts.name))
+    by_digest: dict[str, list[ImageFacts]] = {}
+    for facts in ordered:
+        if not facts.error:
+            by_digest.setdefault(facts.digest, []).append(facts)
+    duplicates = [group for group in by_digest.values() if len(group) > 1]
     return {
-        "parts": {
-            part: _summarize_split([each for each in ordered if each.split_name == part], size) for part in parts
+        "splits": {
+            name: _summarize_split([facts for facts in ordered if facts.split_name == name], size)
+            for name in split_names
         },
-        "duplicates": [[f"{each.split_name}: {each.name}" for each in group] for group in double],
-        "in_both_parts": sum(len({each.split_name for each in group}) > 1 for group in double),
+        "duplicates": [[f"{facts.split_name}: {facts.name}" for facts in group] for group in duplicates],
+        "in_both_splits": sum(len({facts.split_name for facts in group}) > 1 for group in duplicates),
     }
 
 
-def _classes(split: Split, names: Sequence[str]) -> dict[str, int]:
-    """Count the images of every class; nothing where there are none."""
+def _class_counts(split: Split, names: Sequence[str]) -> dict[str, int]:
+    """Count the images of each class; empty for a split without labels."""
     labels = getattr(split, "labels", None)
     if labels is None:
         return {}
@@ -139,17 +156,17 @@ def _classes(split: Split, names: Sequence[str]) -> dict[str, int]:
     return dict(zip(names, counts, strict=True))
 
 
-def _summarize_split(seen: list[ImageFacts], size: Size) -> dict[str, Any]:
-    good = [each for each in seen if not each.error]
+def _summarize_split(images: list[ImageFacts], size: Size) -> dict[str, Any]:
+    readable = [facts for facts in images if not facts.error]
     return {
-        "images": len(seen),
-        "unreadable": {each.name: each.error for each in seen if each.error},
-        "width": _min_median_max(each.width for each in good),
-        "height": _min_median_max(each.height for each in good),
-        "shorter_side": _min_median_max(min(each.width, each.height) for each in good),
-        "to_be_enlarged": sum(each.height < size[0] or each.width < size[1] for each in good),
-        "modes": dict(Counter(each.mode for each in good).most_common()),
-        "formats": dict(Counter(each.format for each in good).most_common()),
+        "images": len(images),
+        "unreadable": {facts.name: facts.error for facts in images if facts.error},
+        "width": _min_median_max(facts.width for facts in readable),
+        "height": _min_median_max(facts.height for facts in readable),
+        "shorter_side": _min_median_max(min(facts.width, facts.height) for facts in readable),
+        "upscaled": sum(facts.height < size[0] or facts.width < size[1] for facts in readable),
+        "modes": dict(Counter(facts.mode for facts in readable).most_common()),
+        "formats": dict(Counter(facts.format for facts in readable).most_common()),
     }
 
 
@@ -159,22 +176,25 @@ def _min_median_max(values: Iterable[int]) -> dict[str, int]:
 
 
 def _print_report(report: Mapping[str, Any]) -> None:
-    parts = report["parts"]
+    splits = report["splits"]
     rows = [
-        (key.replace("_", " "), *(_format_cell(part[key]) for part in parts.values()))
-        for key in next(iter(parts.values()))
+        (key.replace("_", " "), *(_format_cell(summary[key]) for summary in splits.values()))
+        for key in next(iter(splits.values()))
     ]
-    terminal.print_table("check", ("", *parts), rows)
-    for name, part in parts.items():
-        for image, why in list(part["unreadable"].items())[:MAX_LISTED]:
-            log.warning("%s: cannot read %s (%s)", name, quote_name(image), why)
+    terminal.print_table("check", ("", *splits), rows)
+    for split_name, summary in splits.items():
+        for image, reason in list(summary["unreadable"].items())[:MAX_LISTED]:
+            log.warning("%s: cannot read %s (%s)", split_name, quote_name(image), reason)
     for shard in report.get("damaged_shards", ()):
-        log.warning("'%s' is not the shard whose sha256 is in manifest.json", shard)
-    double = report["duplicates"]
-    copies = sum(len(group) for group in double) - len(double)
-    log.info("exact copies: %d, of %d images; in both parts: %d", copies, len(double), report["in_both_parts"])
-    for group in double[:MAX_LISTED]:
-        log.info("the same: %s", ", ".join(group[:MAX_LISTED]))
+        log.warning("shard '%s' is damaged: its sha256 differs from manifest.json", shard)
+    _log_duplicates(report["duplicates"], report["in_both_splits"])
+
+
+def _log_duplicates(groups: Sequence[Sequence[str]], in_both_splits: int) -> None:
+    copies = sum(len(group) for group in groups) - len(groups)
+    log.info("exact copies: %d, of %d images; in both splits: %d", copies, len(groups), in_both_splits)
+    for group in groups[:MAX_LISTED]:
+        log.info("identical: %s", ", ".join(group[:MAX_LISTED]))
 
 
 def _format_cell(value: Any) -> str:
@@ -182,7 +202,7 @@ def _format_cell(value: Any) -> str:
         return str(value)
     if "median" in value:
         return f"{value['min']} / {value['median']} / {value['max']}"
-    counts = [each for each in value.values() if isinstance(each, int)]
+    counts = [count for count in value.values() if isinstance(count, int)]
     if len(counts) > MAX_TABLE_KINDS:
         return f"{len(counts)}, of {min(counts)} to {max(counts)}"
     if len(counts) == len(value):

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, open_dict
 
 from vqf import terminal
 from vqf.config.access import group_nodes
-from vqf.dataloading.subject import target_is_class_map
+from vqf.dataloading.training_target import target_is_class_map
 from vqf.distributed import comm
 from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
 from vqf.evaluation.validation import ValidationResult

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vqf import terminal
 from vqf.config.inherit import inherit
 from vqf.dataloading.loader import sequential_batches
-from vqf.dataloading.subject import build_target_data
+from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine, make_engine
 from vqf.evaluation import reconstruction
 from vqf.evaluation.image_panels import ImagePanels

@@ -34,7 +34,7 @@ class Shard:
     Of shards that are streamed each becomes one, its images in their order.
 
     Args:
-        to: The folder of the shards; `shards/` of the run's folder by default.
+        out: The folder of the shards; `shards/` of the run's folder by default.
         format: Of the images. "original" copies the files of a source that has them, byte by byte; the others
             store the whole image, upright and in RGB, and maps as PNG. A source without files gives what it shows in
             epoch 0.
@@ -50,7 +50,7 @@ class Shard:
         config: DictConfig,
         run_dir: Path,
         *,
-        to: str | None = None,
+        out: str | None = None,
         format: ImageFormat = "original",
         size: int | None = None,
         shard_size: int = 5000,
@@ -64,11 +64,11 @@ class Shard:
             raise ValueError(f"quality={quality} is not in [1, 100]")
         if size is not None and format == "original":
             raise ValueError(f"size={size}: a copied file keeps its size; give format=jpg, png or webp")
-        if to == "":
-            raise ValueError("to is empty; name a folder, or leave it out")
+        if out == "":
+            raise ValueError("out is empty; name a folder, or leave it out")
         self.config, self.format, self.size, self.quality = config, format, size, quality
         self.shard_size, self.shuffle, self.images_only = shard_size, shuffle, images_only
-        self.folder = run_dir / "shards" if to is None else Path(to).expanduser()
+        self.folder = run_dir / "shards" if out is None else Path(out).expanduser()
 
     def run(self) -> None:
         """Write `<part>-000000.tar` and so on, and `manifest.json`."""
@@ -83,10 +83,10 @@ class Shard:
         writer = ShardWriter(self.folder, parts, self.format, self.size, self.quality, maps)
         try:
             ShardManifest(self.folder, made_of, names)  # a folder of somebody else gets no lock
-            with folder_lock(self.folder, "to"):
+            with folder_lock(self.folder, "out"):
                 self._write(ShardManifest(self.folder, made_of, names), tasks, writer)
         except OSError as error:
-            raise UserError(unwritable_message(error, self.folder, "to")) from error
+            raise UserError(unwritable_message(error, self.folder, "out")) from error
 
     def _provenance(self, data: Data, parts: Mapping[str, Split], maps: Mapping[str, Any] | None) -> dict[str, Any]:
         asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}

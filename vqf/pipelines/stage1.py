@@ -13,7 +13,7 @@ from vqf.batch import Batch
 from vqf.config.access import image_size
 from vqf.dataloading.loader import train_batches
 from vqf.dataloading.order import ShuffledBatches
-from vqf.dataloading.subject import build_target_data
+from vqf.dataloading.training_target import build_target_data
 from vqf.distributed import comm
 from vqf.distributed.engine import make_engine
 from vqf.evaluation.validation import ValidationResult

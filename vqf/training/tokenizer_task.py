@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from vqf.batch import Batch
 from vqf.config.access import group_nodes, image_size
 from vqf.dataloading.loader import sequential_batches
-from vqf.dataloading.subject import data_channels, target_is_class_map
+from vqf.dataloading.training_target import data_channels, target_is_class_map
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, upcast
 from vqf.errors import UserError

@@ -221,7 +221,7 @@ def test_more_readers_than_shards(folder):
 def test_the_manifest_says_what_there_is(folder, tmp_path, serve):
     config = compose("data=shards", f"data.root={folder}", "image_size=16")
     to = tmp_path / "written"
-    Shard(config, tmp_path, to=str(to), shard_size=50, shuffle=False).run()
+    Shard(config, tmp_path, out=str(to), shard_size=50, shuffle=False).run()
     data = Shards(16, 0, root=serve(to), crop="center", flip=False)
     train, validation = data.split("train"), data.split("validation")
     assert (len(train), len(validation), data.classes) == (120, 5, ["0", "1", "2", "3"])

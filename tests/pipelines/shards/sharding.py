@@ -21,17 +21,17 @@ def configured(root, *words, workers=0):
     return compose("data=folder", f"data.root={root}", "image_size=16", f"workers={workers}", "data.flip=false", *words)
 
 
-def written(config, to, **options):
+def written(config, out, **options):
     """Write shards, and return their manifest."""
-    Shard(config, to.parent, to=str(to), **options).run()
-    return json.loads((to / "manifest.json").read_text())
+    Shard(config, out.parent, out=str(out), **options).run()
+    return json.loads((out / "manifest.json").read_text())
 
 
-def read(to, part="train", **options):
-    data = build("data", {"name": "shards", "root": str(to), "flip": False, **options}, image_size=16, seed=0)
+def read(out, part="train", **options):
+    data = build("data", {"name": "shards", "root": str(out), "flip": False, **options}, image_size=16, seed=0)
     return data, data.split(part)
 
 
-def files(to):
+def files(out):
     """Return what a folder holds, but for what readers and writers leave there for each other."""
-    return {each.name: each.read_bytes() for each in to.iterdir() if each.suffix != ".idx" and each.name != ".lock"}
+    return {each.name: each.read_bytes() for each in out.iterdir() if each.suffix != ".idx" and each.name != ".lock"}

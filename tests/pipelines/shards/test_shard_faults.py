@@ -118,7 +118,7 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(image_folder, tmp_path, w
 
 
 def test_nothing_of_anybody_else_is_written_over(image_folder, tmp_path):
-    """As shards from elsewhere would be, which have the same names, where `to` is their own folder."""
+    """As shards from elsewhere would be, which have the same names, where `out` is their own folder."""
     written(configured(image_folder), tmp_path / "ours", shard_size=6)
     for path in tmp_path.glob("ours/*"):
         path.rename(path.with_name("train-000000.tar")) if path.name == "train-000001.tar" else path.unlink()
@@ -127,13 +127,13 @@ def test_nothing_of_anybody_else_is_written_over(image_folder, tmp_path):
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "ours", format="jpg", size=8)
     assert str(caught.value) == (
-        f"to={tmp_path / 'ours'}: holds 'train-000000.tar', and no manifest.json of pipeline=shard beside it; choose "
+        f"out={tmp_path / 'ours'}: holds 'train-000000.tar', and no manifest.json of pipeline=shard beside it; choose "
         "another folder"
     )
     assert {path: path.read_bytes() for path in tmp_path.glob("ours/*.tar")} == before
     assert not (tmp_path / "ours" / ".lock").exists()
-    with pytest.raises(ValueError, match=r"^to is empty; name a folder, or leave it out$"):
-        Shard(config, tmp_path, to="")
+    with pytest.raises(ValueError, match=r"^out is empty; name a folder, or leave it out$"):
+        Shard(config, tmp_path, out="")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -154,7 +154,7 @@ def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(ima
 def test_two_cannot_write_into_one_folder(image_folder, tmp_path):
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tmp")))
-    with pytest.raises(UserError, match=r"^to=.*: process \d+ on .* is running there; wait until it ends, or give"):
+    with pytest.raises(UserError, match=r"^out=.*: process \d+ on .* is running there; wait until it ends, or give"):
         written(configured(image_folder), to, shard_size=4)
     with pytest.raises(UserError, match="with other options"):
         written(configured(image_folder), to, format="png")
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_is_not_filled_with_halves(image_folder, tmp_path, 
     with pytest.raises(UserError) as caught:
         written(configured(image_folder), to, shard_size=6)
     assert str(caught.value) == (
-        f"to={to}: cannot be written (No space left on device); make room there, or give another to"
+        f"out={to}: cannot be written (No space left on device); make room there, or give another out"
     )
     assert not [*to.glob("*.tmp"), *to.glob(".*.tmp")]
     monkeypatch.undo()
@@ -252,13 +252,13 @@ def test_a_file_of_somebody_else_is_no_lock(image_folder, tmp_path):
     to, victim = tmp_path / "shards", tmp_path / "victim"
     to.mkdir()
     (to / ".lock").write_text("my precious")
-    with pytest.raises(UserError, match=r"^to=.*: its file '\.lock' is none of vqf's; give another to$"):
+    with pytest.raises(UserError, match=r"^out=.*: its file '\.lock' is none of vqf's; give another out$"):
         written(configured(image_folder), to)
     assert (to / ".lock").read_text() == "my precious"
     (to / ".lock").unlink()
     victim.write_text("important")
     (to / ".lock").symlink_to(victim)
-    with pytest.raises(UserError, match=r"^to=.*: cannot be written \(Too many levels of symbolic links\); give"):
+    with pytest.raises(UserError, match=r"^out=.*: cannot be written \(Too many levels of symbolic links\); give"):
         written(configured(image_folder), to)
     assert victim.read_text() == "important"
 
@@ -327,7 +327,7 @@ def test_a_manifest_that_somebody_wrote_is_one_line(image_folder, tmp_path, entr
     (to / "manifest.json").write_text(json.dumps({**manifest, "shards": [entry]}))
     with pytest.raises(UserError) as caught:
         written(configured(image_folder), to)
-    assert str(caught.value) == (f"to={to}: its manifest.json is not one of pipeline=shard; choose another folder")
+    assert str(caught.value) == (f"out={to}: its manifest.json is not one of pipeline=shard; choose another folder")
 
 
 def test_a_manifest_of_another_kind(image_folder, tmp_path):
@@ -376,7 +376,7 @@ def test_mistakes_are_worded(image_folder, tmp_path):
 
     written(configured(image_folder), tmp_path / "shards")
     assert worded(shard_size=3) == (
-        f"to={tmp_path / 'shards'}: holds shards of other images, or with other options; choose another folder"
+        f"out={tmp_path / 'shards'}: holds shards of other images, or with other options; choose another folder"
     )
     png_of_another = image_folder / "train" / "ant" / "00.png"
     png_of_another.write_bytes(png((1, 2, 3), (50, 50)))
@@ -384,10 +384,10 @@ def test_mistakes_are_worded(image_folder, tmp_path):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "manifest.json").write_text('{"version": 1}')
     assert worded(to="strange") == (
-        f"to={tmp_path / 'strange'}: its manifest.json is not one of pipeline=shard; choose another folder"
+        f"out={tmp_path / 'strange'}: its manifest.json is not one of pipeline=shard; choose another folder"
     )
     (tmp_path / "file").write_text("")
-    assert worded(to="file") == (f"to={tmp_path / 'file'}: cannot be written (File exists); give another to")
+    assert worded(to="file") == (f"out={tmp_path / 'file'}: cannot be written (File exists); give another out")
     both = "both are numbers of at least 1"
     for options, words in (
         ({"size": 0}, f"size=0 and shard_size=5000: {both}"),

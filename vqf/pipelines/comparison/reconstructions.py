@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqf.batch import Batch, Size
-from vqf.dataloading.subject import build_target_data
+from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError
 from vqf.evaluation import reconstruction

@@ -69,7 +69,7 @@ class ShardManifest:
         found = self._read() if self.path.exists() else None
         if found is None and (stranger := next((name for name in names if (folder / name).exists()), None)):
             raise UserError(
-                f"to={folder}: holds '{stranger}', and no {MANIFEST_NAME} of pipeline=shard beside it; "
+                f"out={folder}: holds '{stranger}', and no {MANIFEST_NAME} of pipeline=shard beside it; "
                 "choose another folder"
             )
         self.recorded = [each for each in found or () if each.name in names]
@@ -116,13 +116,13 @@ class ShardManifest:
             written = [_parse_record(each) for each in shards] if version == VERSION else []
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"to={self.folder}: its {MANIFEST_NAME} is not one of pipeline=shard; choose another folder"
+                f"out={self.folder}: its {MANIFEST_NAME} is not one of pipeline=shard; choose another folder"
             ) from error
         if version != VERSION:
-            raise UserError(f"to={self.folder}: holds shards of another version of vqf; choose another folder")
+            raise UserError(f"out={self.folder}: holds shards of another version of vqf; choose another folder")
         if {key: found.get(key) for key in self.provenance} != self.provenance:
             raise UserError(
-                f"to={self.folder}: holds shards of other images, or with other options; choose another folder"
+                f"out={self.folder}: holds shards of other images, or with other options; choose another folder"
             )
         return written
 

@@ -1,4 +1,4 @@
-"""Which image of a sample stage 1 learns: the image, or the map beside it."""
+"""The option `target`: stage 1 learns the images of a data source, or the condition maps beside them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,37 +15,37 @@ TRAINING_TARGETS = ("image", "condition")
 
 
 def build_target_data(config: DictConfig, size: Size) -> Data:
-    """Build the data source of a config, whose samples show what `subject` says.
+    """Build the data source of a config; with `target=condition` its samples are the condition maps.
 
     Raises:
-        UserError: If there is no such subject, or the data has no maps.
+        UserError: If `target` is neither image nor condition.
     """
     if config.target not in TRAINING_TARGETS:
-        raise UserError(f"target={config.target}: {unknown_message('subject', config.target, TRAINING_TARGETS)}")
+        raise UserError(f"target={config.target}: {unknown_message('target', config.target, TRAINING_TARGETS)}")
     data = build("data", config.data, image_size=size, seed=config.seed)
     return data if config.target == "image" else ConditionMapsAsImages(data, config.data.name)
 
 
 def target_is_class_map(config: DictConfig) -> bool:
-    """Tell whether stage 1 learns maps of classes, which have a channel for each."""
+    """Tell whether stage 1 learns class maps, which have one channel per class."""
     reader = None if config.target == "image" else condition_reader(config.data)
     return reader is not None and reader.num_classes > 0
 
 
 def data_channels(data: Data) -> int:
-    """Return the channels of the images of a data source, as its first one has them."""
+    """Return the number of channels of the first training image."""
     return data.split("train").item(0, 0).image.shape[0]
 
 
 class ConditionMapsAsImages:
-    """The maps of a data source, in place of its images."""
+    """A data source that serves the condition maps of another one as its images."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
         self.classes: Sequence[str] = data.classes
 
     def split(self, name: str) -> Split:
-        """Return "train" or "validation"."""
+        """Return the maps of split "train" or "validation"."""
         return _ConditionMapSplit(self.data.split(name), self.name)
 
 

@@ -12,9 +12,11 @@ from vqf import optimizers as optimizers
 from vqf import pipelines as pipelines
 from vqf import quantizers as quantizers
 from vqf import transformers as transformers
+from vqf.models.generator import Generator
+from vqf.models.tokenizer import Tokenizer
 from vqf.registry import build, register
 from vqf.runs.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["build", "load", "register"]
+__all__ = ["Generator", "Tokenizer", "build", "load", "register"]

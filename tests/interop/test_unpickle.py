@@ -344,14 +344,14 @@ def test_a_tensor_that_does_not_fit_its_storage(
 def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="not a weight file"):
         load_untrusted(path)
 
 
 def test_a_truncated_download(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.ckpt", {"a": torch.randn(1000)})
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="not a weight file"):
         load_untrusted(path)
 
 

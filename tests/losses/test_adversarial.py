@@ -1,4 +1,4 @@
-"""The adversarial objectives against their formulas, and the schedule of the game."""
+"""The adversarial objectives against their formulas, and their schedule."""
 
 import math
 
@@ -33,9 +33,9 @@ def test_vanilla_is_binary_cross_entropy() -> None:
 def test_a_perfect_discriminator_loses_nothing() -> None:
     """LlamaGen#84: swapped arguments reward the worst discriminator."""
     real, fake = torch.full((3,), 20.0), torch.full((3,), -20.0)
-    for game in (Hinge(10), Vanilla(10)):
-        assert float(game.discriminator_loss(real, fake)) < 1e-6
-        assert float(game.discriminator_loss(fake, real)) > 10
+    for objective in (Hinge(10), Vanilla(10)):
+        assert float(objective.discriminator_loss(real, fake)) < 1e-6
+        assert float(objective.discriminator_loss(fake, real)) > 10
 
 
 def test_adaptive_weight_is_the_papers_lambda() -> None:
@@ -53,41 +53,43 @@ def test_start_counts_steps_or_is_a_share(start: float, first: int) -> None:
     assert Hinge(100, start=start).start_step == first
 
 
-def test_ramp_rises_once_the_game_has_begun() -> None:
-    game = Vanilla(100, start=10, ramp_steps=4)
-    assert [game.weight_at(step) for step in (9, 10, 12, 14, 99)] == pytest.approx([0, 0.2, 0.6, 1.0, 1.0])
+def test_ramp_rises_once_the_objective_has_begun() -> None:
+    objective = Vanilla(100, start=10, ramp_steps=4)
+    assert [objective.weight_at(step) for step in (9, 10, 12, 14, 99)] == pytest.approx([0, 0.2, 0.6, 1.0, 1.0])
     assert Hinge(100, start=10).weight_at(10) == 1.0
 
 
 def test_a_warm_up_lets_the_discriminator_learn_before_it_counts() -> None:
-    game = Hinge(100, start=10, warmup=5)
-    assert game.start_step == 10
-    assert [game.weight_at(step) for step in (10, 14, 15)] == [0.0, 0.0, 1.0]
+    objective = Hinge(100, start=10, warmup=5)
+    assert objective.start_step == 10
+    assert [objective.weight_at(step) for step in (10, 14, 15)] == [0.0, 0.0, 1.0]
 
 
 def test_a_negative_start_is_refused() -> None:
-    with pytest.raises(ValueError, match="never below 0"):
+    with pytest.raises(ValueError, match=r"start=-1: .* at least 0"):
         Hinge(100, start=-1)
 
 
-def test_the_saturating_generator_minimises_the_papers_log() -> None:
+def test_the_saturating_generator_minimizes_the_papers_log() -> None:
     _, fake = logits()
     expected = sum(math.log(1 - 1 / (1 + math.exp(-x))) for x in fake.flatten().tolist()) / fake.numel()
     assert float(Vanilla(10, saturating=True).generator_loss(fake)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("game", [Hinge, Vanilla])
+@pytest.mark.parametrize("objective", [Hinge, Vanilla])
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_weight": -1.0}, "max_weight=-1.0: below 0 the decoder would help the discriminator"),
-        ({"weight": -0.8}, "weight=-0.8: below 0"),
-        ({"delta": -1.0}, "delta=-1.0: it keeps λ finite"),
-        ({"delta": 0.0}, "above 0"),
+        ({"max_weight": -1.0}, "max_weight=-1.0: must be at least 0; below 0 the decoder would help the discriminator"),
+        ({"weight": -0.8}, "weight=-0.8: must be at least 0"),
+        ({"delta": -1.0}, "delta=-1.0: must be above 0; it keeps λ finite"),
+        ({"delta": 0.0}, "delta=0.0: must be above 0"),
         ({"max_weight": math.nan}, "max_weight=nan"),
-        ({"warmup": -0.5}, "warmup=-0.5: it counts steps"),
+        ({"warmup": -0.5}, "warmup=-0.5: a number of steps"),
     ],
 )
-def test_options_that_turn_the_game_around_are_refused(game: type, options: dict[str, float], words: str) -> None:
+def test_options_that_turn_the_objective_around_are_refused(
+    objective: type, options: dict[str, float], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        game(100, **options)
+        objective(100, **options)

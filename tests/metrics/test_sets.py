@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_one_line() -> None:
         compared("prdc", many, few)
     with pytest.raises(UserError, match="4 images are fewer than splits=10"):
         compared("is", many, few)
-    with pytest.raises(UserError, match="needs a classifier, which linear is not"):
+    with pytest.raises(UserError, match="needs a classifier; linear has no class logits"):
         compared("is", many, feature_set(many.features))
     with pytest.raises(UserError, match="subset_size=1"):
         metric("kid", subset_size=1)

@@ -78,7 +78,7 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path: Path) -> None:
     from vqf.hashing import sha256_of_file
 
     torch.save({"fc.bias": Path("x")}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="not a weight file"):
         InceptionV3(str(tmp_path / "code.pth"), sha256_of_file(tmp_path / "code.pth"))
 
 

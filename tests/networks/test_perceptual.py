@@ -174,12 +174,12 @@ def test_vgg16_refuses_other_files(tmp_path: Path, vgg_weights: dict[str, Tensor
     torch.save({"a": torch.zeros(3)}, tmp_path / "keys.pth")
     torch.save({f"features.{i}": Path("x") for i in range(3)}, tmp_path / "code.pth")
     (tmp_path / "text.safetensors").write_text("no weights")
-    told = {"shape": "features.2.weight", "keys": "not torchvision's VGG16", "code": "not a file of weights"}
+    told = {"shape": "features.2.weight", "keys": "not torchvision's VGG16", "code": "not a weight file"}
     for name, words in told.items():
         with pytest.raises(UserError, match=words) as error:
             vgg16_features(tmp_path / f"{name}.pth")
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="not a weight file"):
         vgg16_features(tmp_path / "text.safetensors")
     with pytest.raises(UserError, match="no such file"):
         vgg16_features(tmp_path / "absent.pth")

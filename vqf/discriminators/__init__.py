@@ -1,4 +1,4 @@
-"""Discriminators: images to logits of being real; and what keeps them from winning too early."""
+"""Discriminators (images to real/fake logits) and their regularizers."""
 
 from vqf.discriminators import patchgan, regularizers
 

@@ -1,7 +1,7 @@
-"""PatchGAN: a convolutional discriminator that judges overlapping patches.
+"""PatchGAN: a convolutional discriminator over overlapping patches.
 
-Image-to-Image Translation with Conditional Adversarial Networks, https://arxiv.org/abs/1611.07004;
-the layers, widths and initialisation are those of pix2pix, as VQGAN uses them.
+Image-to-Image Translation with Conditional Adversarial Networks, https://arxiv.org/abs/1611.07004.
+Layers, widths and initialization are those of pix2pix, as in VQGAN.
 """
 
 from typing import Literal
@@ -14,18 +14,17 @@ from vqf.registry import register
 
 @register("discriminator", "patchgan")
 class PatchGAN(nn.Module):
-    """A logit for every patch, https://arxiv.org/abs/1611.07004.
+    """Convolutional discriminator with one logit per patch, https://arxiv.org/abs/1611.07004.
 
     The receptive field is 70 pixels with 3 layers, 34 with 2.
 
     Args:
         in_channels: Channels of the images.
-        channels: Width of the first layer (ndf); doubles a layer, up to eight times.
-        layers: Strided layers (n_layers).
-        norm: "batch" as published; of several processes each then normalises its own part of the batch. "sync_batch"
-            has the statistics of all of them, as one process with the whole batch would, and the same weights.
-            "group" does not mix the images of a batch: the better choice for small batches and for gradient
-            accumulation.
+        channels: Width of the first layer (ndf); it doubles with every layer, up to eight times.
+        layers: Number of strided layers (n_layers).
+        norm: "batch" as published: each process normalizes by its own part of the batch. "sync_batch" uses the
+            statistics of all processes, as one process with the full batch would, with the same weights. "group"
+            keeps images of a batch independent: better for small batches and for gradient accumulation.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class PatchGAN(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge images (B, in_channels, H, W): logits (B, 1, h, w)."""
+        """Images (B, in_channels, H, W) -> logits (B, 1, h, w)."""
         return self.main(images)
 
 

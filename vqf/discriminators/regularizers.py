@@ -1,4 +1,4 @@
-"""Terms that hold a discriminator back, so that the generator can still learn from it."""
+"""Regularizers of the discriminator, added to its loss."""
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,15 @@ class LeCam(nn.Module):
     """LeCam regularization, https://arxiv.org/abs/2104.03310, equation 5.
 
     E[max(0, D(x) - α_F)²] + E[max(0, α_R - D(x̂))²], with α_R and α_F the moving averages of the logits of real
-    and of reconstructed images. They are buffers, so that a resumed run goes on with them, and the same on all ranks.
-    The averages take the step in before the term is computed; the first batch sets them.
+    and of reconstructed images, over all ranks. They are updated before the term is computed; the first batch
+    initializes them.
 
     Args:
-        weight: 0.3 in the paper's StyleGAN2, 0.05 and 0.001 in later tokenizers.
-        decay: Of the averages.
+        weight: Factor in the discriminator's loss: 0.3 in the paper's StyleGAN2, 0.05 and 0.001 in later tokenizers.
+        decay: Decay of the moving averages, in [0, 1).
     """
 
-    averages: Tensor  # α_R, α_F
+    averages: Tensor  # (2,): α_R, α_F; a buffer, so that a resumed run continues with them
     initialized: Tensor
 
     def __init__(self, *, weight: float = 0.05, decay: float = 0.99) -> None:
@@ -32,7 +32,7 @@ class LeCam(nn.Module):
         self.register_buffer("initialized", torch.zeros(()))
 
     def forward(self, output: DiscriminatorOutput) -> Tensor:
-        """Return the term, unweighted."""
+        """Compute the term (), unweighted."""
         self._update_averages(torch.stack([output.real_logits.detach().mean(), output.fake_logits.detach().mean()]))
         alpha_r, alpha_f = self.averages
         return (
@@ -52,13 +52,13 @@ class R1(nn.Module):
     """R1 gradient penalty, https://arxiv.org/abs/1801.04406, equation 9: γ/2 E|∇ D(x)|² on real images.
 
     Args:
-        weight: γ.
-        every: Compute it only every so many steps, times as strong (lazy regularization,
-            https://arxiv.org/abs/1912.04958).
+        weight: γ, the factor in the discriminator's loss.
+        every: Compute the penalty every this many steps, scaled by that number (lazy regularization,
+            https://arxiv.org/abs/1912.04958); at least 1.
 
     Attributes:
-        last_value: What was computed last, for the log, which falls on other steps: ½ E|∇ D(x)|². A buffer, so that a
-            resumed run logs the same.
+        last_value: ½ E|∇ D(x)|² of the last step that computed it. Steps that log need not be such steps. A buffer,
+            so that a resumed run logs the same.
     """
 
     last_value: Tensor
@@ -66,12 +66,12 @@ class R1(nn.Module):
     def __init__(self, *, weight: float = 10.0, every: int = 16) -> None:
         super().__init__()
         if every < 1:
-            raise ValueError(f"every={every}: a number of steps, at least 1")
+            raise ValueError(f"every={every}: must be at least 1 step")
         self.weight, self.every = weight, every
         self.register_buffer("last_value", torch.zeros(()))
 
     def forward(self, output: DiscriminatorOutput) -> Tensor:
-        """Return the term, unweighted; 0 at the steps between."""
+        """Compute the term (), unweighted; 0 at the steps between."""
         if output.step % self.every:
             return output.real_logits.new_zeros(())
         images = output.images.detach().requires_grad_()

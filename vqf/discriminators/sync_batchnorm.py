@@ -1,7 +1,6 @@
 """Batch norm over the images of all processes.
 
-Batch Normalization, https://arxiv.org/abs/1502.03167, with the statistics of the whole batch (synchronised, as in
-MegDet, https://arxiv.org/abs/1711.07240).
+Batch Normalization, https://arxiv.org/abs/1502.03167, synchronized as in MegDet, https://arxiv.org/abs/1711.07240.
 """
 
 import torch
@@ -11,21 +10,21 @@ from vqf.distributed import comm
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`, weights and buffers included, whose training statistics are those of every process's part.
+    """`nn.BatchNorm2d` (same weights and buffers) with training statistics over the batches of all processes.
 
-    Torch's own needs a GPU and cannot be differentiated twice, as R1 does.
+    `torch.nn.SyncBatchNorm` needs a GPU and has no second derivative, which R1 takes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W); every process must have as many images."""
+        """Normalize (B, C, H, W); all processes must have equally many images."""
         if not self.training or comm.world_size() == 1:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = comm.all_reduce_sum_with_grad(wide.mean((0, 2, 3))) / comm.world_size()
-        centred = wide - mean[:, None, None]
-        variance = comm.all_reduce_sum_with_grad(centred.square().mean((0, 2, 3))) / comm.world_size()
+        centered = wide - mean[:, None, None]
+        variance = comm.all_reduce_sum_with_grad(centered.square().mean((0, 2, 3))) / comm.world_size()
         self._update_running_stats(mean.detach(), variance.detach(), x.numel() // x.shape[1] * comm.world_size())
-        normal = centred * (variance + self.eps).rsqrt()[:, None, None]
+        normal = centered * (variance + self.eps).rsqrt()[:, None, None]
         return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     @torch.no_grad()

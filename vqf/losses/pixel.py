@@ -1,4 +1,4 @@
-"""Distances between pixels, means over all of them."""
+"""Pixel losses: mean absolute and mean squared error."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,25 +8,33 @@ from vqf.registry import register
 
 @register("loss", "l1")
 class L1(nn.Module):
-    """Mean absolute error: what the code of VQGAN uses."""
+    """Mean absolute error, as in the code of VQGAN.
+
+    Args:
+        weight: Factor in the total loss.
+    """
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W)."""
+        """Compare (B, C, H, W) with (B, C, H, W) -> ()."""
         return F.l1_loss(reconstructions, images)
 
 
 @register("loss", "l2")
 class L2(nn.Module):
-    """Mean squared error: what the VQ-VAE and the text of the VQGAN paper use."""
+    """Mean squared error, as in VQ-VAE and in the text of the VQGAN paper.
+
+    Args:
+        weight: Factor in the total loss.
+    """
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W)."""
+        """Compare (B, C, H, W) with (B, C, H, W) -> ()."""
         return F.mse_loss(reconstructions, images)

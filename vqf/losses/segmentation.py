@@ -1,4 +1,4 @@
-"""Losses for maps of classes, whose reconstructions are logits: one channel for every class."""
+"""Losses for class maps, whose reconstructions are logits with one channel per class."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,9 +8,12 @@ from vqf.registry import register
 
 @register("loss", "bce")
 class BCE(nn.Module):
-    """Binary cross-entropy of every class at every pixel, from logits: what VQGAN trains its segmentations with.
+    """Binary cross-entropy of every class at every pixel, from logits, as VQGAN trains segmentation maps.
 
-    `BCELossWithQuant` of taming-transformers. Maps are 1 in the channel of a pixel's class and 0 elsewhere.
+    `BCELossWithQuant` of taming-transformers. Maps are one-hot: 1 in the channel of a pixel's class, 0 elsewhere.
+
+    Args:
+        weight: Factor in the total loss.
     """
 
     expects_logits = True
@@ -20,5 +23,5 @@ class BCE(nn.Module):
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare logits (B, C, H, W) with maps (B, C, H, W) in [0, 1] -> (), the mean."""
+        """Compare logits (B, C, H, W) with maps (B, C, H, W) in [0, 1] -> ()."""
         return F.binary_cross_entropy_with_logits(reconstructions, images)

@@ -1,4 +1,4 @@
-"""Metrics: what held-out reconstructions, their codes, and samples are worth, in numbers."""
+"""Metrics of reconstructions, of codebook usage, and of generated samples."""
 
 from vqf.metrics import codebook, distortion, fid, inception_score, kid, perceptual, prdc
 

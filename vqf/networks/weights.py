@@ -1,4 +1,4 @@
-"""Files of weights: where they are had, that they are what they should be, and reading them without running them."""
+"""Weight files: download, checksum, and safe reading."""
 
 from pathlib import Path
 
@@ -10,26 +10,26 @@ from vqf.hashing import sha256_of_file, sha256_of_tensors
 
 
 def hub_file(url: str, description: str, hint: str) -> Path:
-    """Return a file of torch's hub folder, downloaded if it is not there and its sha256 starts as its name ends.
+    """Return the path of a file in torch's hub folder; download it if absent, and check the sha256 in its name.
 
     Raises:
-        UserError: If it cannot be had: says what it is, where to put it, and the cure.
+        UserError: If it cannot be downloaded; the message ends with `hint`.
     """
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), file.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of the download is wrong
         raise UserError(f"cannot get {description} ({error}): put {url} at {file}, or set {hint}") from error
     return file
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, .safetensors or torch's, without running what it may hold.
+    """Read a weight file, .safetensors or torch's, without executing pickled code.
 
     Raises:
-        UserError: If it holds no weights.
+        UserError: If it is not a weight file.
     """
     try:
         if path.suffix == ".safetensors":
@@ -38,18 +38,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a weight file ({str(error).splitlines()[0]})") from error
 
 
 def verify_checksum(path: Path) -> Path:
-    """Compare a file with the head of its sha256 that its name ends in."""
+    """Check that a file's sha256 begins with the digits at the end of its name; return the path."""
     if not sha256_of_file(path).startswith(path.stem.rpartition("-")[2]):
         raise UserError(
-            f"{path}: damaged, its sha256 does not start as its name says; delete it or reinstall its package"
+            f"{path}: damaged (its sha256 differs from the one in its name); delete it or reinstall its package"
         )
     return path
 
 
 def fingerprint(module: nn.Module, *facts: object) -> str:
-    """Hash the weights of a network, and facts about its use, to 16 digits."""
+    """Hash the weights of a network, and further values that decide its output, to 16 hex digits."""
     return sha256_of_tensors(module.state_dict(), *facts)[:16]

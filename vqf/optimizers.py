@@ -43,14 +43,27 @@ def timm_optimizer(
 
 @register("schedule", "constant")
 def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0) -> LambdaLR:
-    """The learning rate as given, after a linear warm-up of `warmup` steps (below 1: a share of the run)."""
+    """Constant learning rate after a linear warmup.
+
+    Args:
+        optimizer: The optimizer whose learning rate is scheduled.
+        steps: Steps of the run.
+        warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
+    """
     rise = to_steps(warmup, steps)
     return LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
 
 
 @register("schedule", "cosine")
 def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0.02, end: float = 0.0) -> LambdaLR:
-    """Linear warm-up, then half a cosine down to `end` times the learning rate at the last step."""
+    """Linear warmup, then half a cosine down to `end` times the learning rate at the last step.
+
+    Args:
+        optimizer: The optimizer whose learning rate is scheduled.
+        steps: Steps of the run.
+        warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
+        end: Multiplier of the learning rate at the last step.
+    """
     rise = to_steps(warmup, steps)
 
     def multiplier(step: int) -> float:

@@ -1,19 +1,25 @@
-"""The generated page says what is registered."""
+"""The generated page lists every registered component with all its options, and each option has a text."""
 
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 from vqf.registry import KINDS, components
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_of_components_is_up_to_date() -> None:
+def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec and spec.loader
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
+    return generate
+
+
+def test_the_page_of_components_is_up_to_date() -> None:
+    generate = load_generator()
     assert (DOCS / "components.md").read_text() == generate.page(), "run python docs/generate.py"
 
 
@@ -23,9 +29,44 @@ def test_the_page_has_every_component_and_its_options() -> None:
     for kind in KINDS:
         for component in components(kind):
             assert f"\n| `{component.name}` | " in sections[kind]
-            (listed,) = re.findall(
-                rf"^\*\*{component.name}\*\*(.*?)(?=^\*\*|\Z)", sections[kind], re.MULTILINE | re.DOTALL
-            )
-            assert all(f"`{name}`" in listed.split("\n")[0] for name in component.wired)
+            head, options = table(sections[kind], component.name)
+            assert all(f"`{name}`" in head for name in component.wired)
             if component.target.__module__.startswith("vqf."):
-                assert re.findall(r"^\| `(\w+)` ", listed, re.MULTILINE) == list(component.options)
+                assert options == component.options.keys()
+
+
+def table(section: str, name: str) -> tuple[str, set[str]]:
+    """Head and options of a component; those of the component or the shared table that it refers to are included."""
+    (text,) = re.findall(rf"^\*\*{name}\*\*(.*?)(?=^\*\*|\Z)", section, re.MULTILINE | re.DOTALL)
+    head, options = text.split("\n")[0], re.findall(r"^\| `(\w+)` ", text, re.MULTILINE)
+    assert len(options) == len(set(options))
+    if base := re.search(r": the options of `(\w+)`", head):
+        options += table(section, base.group(1))[1]
+    if "the shared options" in head:
+        shared = re.findall(rf"^\*\*shared by [^*]*`{name}`.*?(?=^\*\*)", section, re.MULTILINE | re.DOTALL)
+        options += re.findall(r"^\| `(\w+)` ", shared[0], re.MULTILINE)
+    return head, set(options)
+
+
+def test_options_stand_once_where_a_component_extends_another() -> None:
+    page = (DOCS / "components.md").read_text()
+    for name in (
+        "start",
+        "ramp_steps",
+        "refresh_fakes",
+        "sha256",
+    ):  # hinge and vanilla; fid, and is, kid, prdc together
+        assert len(re.findall(rf"^\| `{name}` ", page, re.MULTILINE)) == (2 if name == "sha256" else 1)
+
+
+def test_every_option_has_a_text() -> None:
+    generate = load_generator()
+    missing = [
+        f"{component}: {option}"
+        for kind in KINDS
+        for component in components(kind)
+        if component.target.__module__.startswith("vqf.")
+        for option in component.options
+        if not generate._arguments(component).get(option)
+    ]
+    assert not missing, "describe these under `Args:`"

@@ -88,8 +88,7 @@ class SpatialConditioner(_TokenizedConditioner):
     """The codes of a map of the same place, by the map's own tokenizer.
 
     Args:
-        tokenizer: The run of the map's tokenizer, `pipeline=stage1 target=condition`; `pipeline=full` trains one where
-            none is named.
+        run: The run of the map's tokenizer, of `pipeline=stage1 target=condition`; if null, `pipeline=full` trains one.
         downsample: Shrink the map by this factor before it is encoded: fewer codes in front (`downsample_cond_size` of
             taming-transformers).
         dropout: Share of the maps that training hides, so that guidance works.
@@ -137,7 +136,7 @@ class ImageConditioner(_TokenizedConditioner):
     """The codes of a poorer image of the same thing: a smaller one, or its edges.
 
     Args:
-        view: `low_resolution`, or `sobel_edges`, their strength by the Sobel operator.
+        view: `low_resolution`, or `edges`, the magnitude of the Sobel gradient.
         factor: How many times smaller its sides are.
         run: The run of the tokenizer that encodes it; the images' own by default.
         dropout: Share of the images that training hides, so that guidance works.

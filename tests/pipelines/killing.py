@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+import tests.support.preloaded  # noqa: F401
 from vqf import run as command_line
 
 MOMENTS = ("start", "start", "start", "step", "step", "step", "step", "save", "save", "save", "save")  # how often each

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import vqf  # noqa: F401  (imported once, in the server that the processes are forked from)
 from vqf.distributed import comm
 
 PATIENCE = 900  # seconds
@@ -37,7 +36,7 @@ def run_processes(
         may_fork: Whether a process may start others, as one that loads data by workers does.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.processes", work.__module__])
+    context.set_forkserver_preload(["tests.support.processes", "tests.support.preloaded", work.__module__])
     port = free_port()
     ends, processes = [], []
     for rank in range(count):

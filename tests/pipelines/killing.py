@@ -53,6 +53,7 @@ class Killer:
         self.random = random.Random(job.seed)
         self.took = 1.0  # seconds, of the last start
         self.sessions: list[int] = []
+        self.read = (0, 0)  # bytes of the log and the step that they come to
 
     def __call__(self) -> None:
         """Run the command once without a break, then another time with all its kills."""
@@ -129,10 +130,12 @@ class Killer:
             os._exit(status)
 
     def steps(self) -> int:
-        """Return the step of the newest line of the log."""
+        """Return the step of the newest line of the log, which is read again when it has another size."""
         path = self.run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return max((_step(line) for line in lines), default=0)
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self.read[0]:
+            self.read = (size, max((_step(line) for line in path.read_text().splitlines()), default=0))
+        return self.read[1]
 
     def saves(self, pid: int, least: int = 0) -> bool:
         """Tell whether a process is writing a checkpoint, of at least a step."""

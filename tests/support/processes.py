@@ -75,6 +75,7 @@ def _process(
 ) -> None:
     os.environ.update(told)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # as in a process of torchrun: loaders fork, and import nothing
     try:
         with comm.process_group() if initialized else nullcontext():
             found = (work(*arguments), "")

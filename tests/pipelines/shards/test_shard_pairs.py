@@ -144,10 +144,16 @@ def test_numbers_that_no_byte_holds_are_kept(root, case, how):
         same(ours.item(0, i), theirs.item(0, i))
 
 
+@pytest.fixture(scope="module")
+def scaled_pair():
+    """The config of every example; composing it takes longer than writing and reading its pair."""
+    return configured("of each example", "data.validation_last=0")
+
+
 @given(st.tuples(*[st.integers(20, 90)] * 3), st.integers(-2, 2), st.integers(5, 60))
 @example((45, 77, 41), -1, 40)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, sides, off, size):
+def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, scaled_pair, sides, off, size):
     """Sides are rounded, and a map may already be as far from its image's shape as is allowed."""
     width, height, other = sides
     of_map = round(other * width / height) + off
@@ -155,8 +161,8 @@ def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, sides, off, s
     root = tmp_path_factory.mktemp("pairs")
     save(root / "images" / "a.png", np.zeros((height, width, 3)))
     save(root / "conditions" / "a.png", np.zeros((other, of_map, 3)))
-    config = configured(root, "data.validation_last=0")
-    assert written(config, root / "shards", format="png", size=size)["images"] == {"train": 1}
+    scaled_pair.data.root = str(root)
+    assert written(scaled_pair, root / "shards", format="png", size=size)["images"] == {"train": 1}
     assert read(root / "shards", {"maps": {}}).item(0, 0).condition.shape == (3, 16, 16)
 
 

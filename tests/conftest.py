@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,27 @@ from vqf import registry
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes side by side share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+# Minutes each. A process of xdist takes a whole file: these begin first, or the last one would be waited for alone.
+LONGEST = (
+    "distributed/test_training.py",
+    "pipelines/test_kill.py",
+    "test_launchers.py",
+    "pipelines/test_plan.py",
+    "pipelines/shards/test_shard_faults.py",
+    "pipelines/test_evaluate.py",
+    "pipelines/test_compare.py",
+    "pipelines/test_conditions.py",
+    "interop/test_export.py",
+    "project/test_style.py",
+    "test_run.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture

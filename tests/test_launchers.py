@@ -76,13 +76,15 @@ def test_a_sweep_with_plugins_trains_and_goes_on(launcher: str, tmp_path: Path) 
 
 
 def test_a_job_that_fails_is_named_and_takes_no_other_with_it(launcher: str, tmp_path: Path) -> None:
+    """A plugin reaches the processes of all three jobs, and the folder is where a sweep goes unless told otherwise."""
     toy = [f"plugins=[{TOY}]", "pipeline=toy", "do=refuse", "count=1,2,3"]
-    done = vqf("-m", *LAUNCHERS[launcher], *toy, "run_dir=sweep", folder=tmp_path)
+    done = vqf("-m", *LAUNCHERS[launcher], *toy, folder=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    job = f"#1 plugins=[{TOY}] pipeline=toy do=refuse count=2 run_dir=sweep"
+    job = f"#1 plugins=[{TOY}] pipeline=toy do=refuse count=2"
     assert done.stderr.splitlines()[-1] == f"{job}: count=2: the toy wants another"
-    assert [(tmp_path / "sweep" / job / "count").read_text() for job in "012"] == ["1", "2", "3"]
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [(sweep / job / "count").read_text() for job in "012"] == ["1", "2", "3"]
 
 
 def test_the_launcher_for_slurm_is_what_it_says() -> None:

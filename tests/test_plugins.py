@@ -204,12 +204,3 @@ def test_the_examples_train(installed: Path, tmp_path: Path) -> None:
     assert config.model.quantizer == {"name": "lattice", "dim": 4, "levels": 7}
     assert config.model.loss == {"charbonnier": {"name": "charbonnier", "weight": 1.0, "epsilon": 1e-3}}
     assert config.schedule == {"name": "linear", "end": 0.5}
-
-
-@pytest.mark.slow
-def test_a_plugin_reaches_the_processes_of_a_sweep(tmp_path: Path) -> None:
-    toy = Path(__file__).parent / "support" / "toy.py"
-    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"plugins=[{toy}]", "pipeline=toy", "count=3,4"]
-    vqf(*sweep, path=ROOT, cwd=tmp_path)
-    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    assert [(folder / job / "count").read_text() for job in ("0", "1")] == ["3", "4"]

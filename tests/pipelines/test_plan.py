@@ -103,7 +103,9 @@ def test_the_peak_is_that_of_real_steps(name: str, words: str) -> None:
 
 
 def of_processes(name: str, overrides: list[str], kind: str) -> int:
-    """The least peak of a step in one of several processes, once they know each other: of two runs to the byte, or of five.
+    """The least peak of a step in one of several processes, once they know each other.
+
+    It is that of two runs, to the byte, or of five.
 
     The threads that send may lag behind, on a machine that does much else. What they then free last the profiler does
     not see, and counts to the end: the places of DDP's gradients before it orders them anew, say. It never counts less.

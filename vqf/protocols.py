@@ -381,6 +381,9 @@ class EvaluationProtocol(Protocol):
     seed: int
 
 
+VALIDATION_PREFIX = "validation/"  # of the log keys of validation metrics
+
+
 class Logger(Protocol):
     """Where numbers and images of a run go. Wired: run_dir, config, subrun.
 

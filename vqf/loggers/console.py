@@ -5,9 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import register
-
-VALIDATION_PREFIX = "validation/"
 
 
 @register("logger", "console")

@@ -14,7 +14,7 @@ from vqf.evaluation import reconstruction
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.images import save_images
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import Metric, Reconstruction, Split
+from vqf.protocols import VALIDATION_PREFIX, Metric, Reconstruction, Split
 from vqf.registry import register
 from vqf.runs.load import find_tokenizer_checkpoint, load_tokenizer
 from vqf.runs.run_logger import start_run
@@ -50,7 +50,7 @@ class Reconstruct:
         album = ImagePanels(tokenizer.vocab_size, engine.device)
         scalars = self._reconstruct(tokenizer, split, config, engine, album)
         with start_run(config, self.run_dir) as journal:
-            journal.scalars(checkpoint.step, {f"validation/{key}": value for key, value in scalars.items()})
+            journal.scalars(checkpoint.step, {f"{VALIDATION_PREFIX}{key}": value for key, value in scalars.items()})
             pairs = reconstruction.side_by_side(tokenizer, split, engine)
             for name, images in {"reconstructions": pairs, **album.images()}.items():
                 journal.images(checkpoint.step, name, images)

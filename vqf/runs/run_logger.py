@@ -18,12 +18,10 @@ from torch import Tensor
 from vqf.atomic import atomic_write_text
 from vqf.config.access import group_nodes
 from vqf.distributed import comm
-from vqf.protocols import Logger
+from vqf.protocols import VALIDATION_PREFIX, Logger
 from vqf.registry import build
 from vqf.runs.provenance import ResourceMeter, command_line, git_commit
 from vqf.terminal import log
-
-VALIDATION_PREFIX = "validation/"  # in front of the names of numbers
 
 
 class RunLogger:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HELD_OUT_PREFIXES = ("validation/", "evaluation/")  # of numbers of held-out images
+from vqf.protocols import VALIDATION_PREFIX
+
+HELD_OUT_PREFIXES = (VALIDATION_PREFIX, "evaluation/")  # of numbers of held-out images
 STAGES = ("stage1", "stage2")
 STEP_SUFFIX = re.compile(r"-\d{8}$")  # an image of one step; the newest is also there as <name>-latest
 

@@ -14,10 +14,10 @@ from vqf.errors import UserError
 from vqf.evaluation.protocols import stable_hash
 from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
 from vqf.evaluation.result import manifest_sha256
+from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import components
 from vqf.runs.checkpoint import Checkpoint
 
-VALIDATION_PREFIX = "validation/"
 PROTOCOL_NAMES = {"stage1": "training", "stage2": "training-prior"}  # of the protocols of a training's own looks
 NOT_COMPARED = {"uniform_nats"}  # a fact of the model, in which no run is better than another
 

@@ -18,6 +18,7 @@ from vqf import terminal
 from vqf.data.tar.contents import load_indices
 from vqf.data.tar.index import INDEX_SUFFIX
 from vqf.distributed import comm
+from vqf.distributed.process_group import process_group
 
 BYTES = 100_000  # of an image: about a JPEG of 512 px
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="of a shard")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    with comm.process_group(), tempfile.TemporaryDirectory() as place:
+    with process_group(), tempfile.TemporaryDirectory() as place:
         folder = Path(comm.broadcast_object(place))
         paths = comm.broadcast_object(make_shards(folder, given.shards, given.images) if comm.is_main() else [])
         found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}

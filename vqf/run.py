@@ -20,6 +20,8 @@ from vqf.config.compose import check_command, compose_job, config_dir, flags_fir
 from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed import comm
 from vqf.distributed.log_relay import flush_relayed
+from vqf.distributed.peer_errors import peer_failure, report_once
+from vqf.distributed.process_group import process_group
 from vqf.errors import UserError
 from vqf.plugins import load_plugins, plugins_from_cli
 from vqf.registry import build, components, flat_component
@@ -52,7 +54,7 @@ def run(config: DictConfig) -> float | None:
     try:
         load_plugins(config.plugins)  # a launcher may have started this job in a fresh process
         check_config(config)
-        with comm.process_group():
+        with process_group():
             pipeline = _build_pipeline(fill_missing_groups(config), comm.broadcast_object(run_dir.hydra_output_dir()))
             sweeps = HydraConfig.get().mode == RunMode.MULTIRUN  # a single run is admitted before Hydra begins
             with _locked_run_dir(pipeline if sweeps else None):
@@ -64,7 +66,7 @@ def run(config: DictConfig) -> float | None:
             raise
         _fail_job(f"no room left on the disk: {error}; make some, and go on with resume=true")
     except RuntimeError:
-        if words := comm.peer_failure():  # what broke is the connection to the process that said so
+        if words := peer_failure():  # what broke is the connection to the process that said so
             _fail_job(words)
         raise
 
@@ -75,7 +77,7 @@ def main() -> None:
     _job_started = False
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its whole traceback
     try:
-        with comm.process_group():
+        with process_group():
             sys.argv[1:] = arguments = _cli_arguments()
             load_plugins(plugins_from_cli(arguments))
             check_command(arguments)
@@ -190,7 +192,7 @@ def _fail_job(message: str) -> NoReturn:
 
 def _exit(status: int, message: str, where: str = "") -> NoReturn:
     """Say why a command ends, in the first process that comes here."""
-    comm.report_once(lambda: print(f"{where}{message}", file=sys.stderr, flush=True), message)
+    report_once(lambda: print(f"{where}{message}", file=sys.stderr, flush=True), message)
     sys.exit(status)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vqf.distributed import comm
+from vqf.distributed.process_group import process_group
 
 PATIENCE = 900  # seconds
 
@@ -77,7 +77,7 @@ def _process(
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # as in a process of torchrun: loaders fork, and import nothing
     try:
-        with comm.process_group() if initialized else nullcontext():
+        with process_group() if initialized else nullcontext():
             found = (work(*arguments), "")
     except BaseException:
         found = (None, traceback.format_exc())

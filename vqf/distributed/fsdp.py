@@ -1,7 +1,10 @@
-"""Weights cut into shares, one for each process: torch's fully_shard, and the way there and back.
+"""FSDP2: sharding a module's parameters over ranks with torch's `fully_shard`, and gathering them again.
 
-PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, https://arxiv.org/abs/2304.11277, in its second form,
-where a parameter is a DTensor.
+PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, https://arxiv.org/abs/2304.11277. In the second
+version of the API a parameter is a DTensor.
+
+torch.distributed.fsdp and .tensor take half a second to import, and only sharded runs need them. So they are imported
+in the functions, and a DTensor is recognized by its method `full_tensor`.
 """
 
 from collections import defaultdict
@@ -14,27 +17,30 @@ from torch import Tensor, nn
 
 from vqf.distributed import comm
 
-# torch.distributed.fsdp and .tensor take half a second to import, and only runs with shards need them. Such a run has
-# tensors with a method `full_tensor`, DTensors.
-
 
 def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Cut a module's parameters in place: every block of its lists by itself, so that few are whole at a time.
+    """Shard a module's parameters in place, each block by itself, so that few are gathered at a time.
 
-    Only `forward` of a module and of its blocks may be called afterwards, unless inside of `unsharded`.
+    Afterwards only `forward` of the module and of its blocks may be called, except inside `unsharded`.
+
+    Args:
+        module: The same on every rank.
+        device: Of the mesh.
+        compiled: Compile each block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     sync_buffers([module], parameters=True)
-    module.to(memory_format=torch.contiguous_format)  # of other orders nothing can be cut
+    module.to(memory_format=torch.contiguous_format)  # fully_shard accepts no other
     mesh = init_device_mesh(device.type, (comm.world_size(),))
     for block in blocks(module):
         if compiled:
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    # The first method that runs makes its module the root for ever, and must not be a block's: this one does nothing.
+    # FSDP2 takes the first module that is called for the root, for good. This must not be a block, which may run alone
+    # first, so a method that does nothing is called on the parent here.
     module.nothing = lambda: None  # type: ignore[assignment]
     register_fsdp_forward_method(module, "nothing")
     module.nothing()  # type: ignore[operator]
@@ -42,38 +48,41 @@ def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> Non
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what the outermost lists of a module hold."""
+    """Yield the entries of the outermost `ModuleList`s of a module."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Hold all parameters in every process. Every process must enter."""
+    """Gather all parameters on every rank. Every rank must enter."""
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [each for each in module.modules() if isinstance(each, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
+    for submodule in sharded:
+        submodule.set_reshard_after_forward(False, recurse=False)  # or the first forward would shard it again
+        submodule.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
+        for submodule in sharded:
+            submodule.reshard()
+            submodule.set_reshard_after_forward(True, recurse=False)
 
 
 def full_tensor_on_main(value: Any) -> Any:
-    """Return a shard's whole tensor in the first process, an empty one in the others; any other value as it is."""
+    """Gather a sharded tensor on rank 0, on the CPU; other ranks get an empty one. Any other value stays as it is."""
     if not hasattr(value, "full_tensor"):
         return value
-    found = value.full_tensor().detach()
-    return found.cpu() if comm.is_main() else found.new_empty(0)
+    full = value.full_tensor().detach()
+    return full.cpu() if comm.is_main() else full.new_empty(0)
 
 
 def shard_tensor(value: Any, like: Any) -> Any:
-    """Return this process's share of a tensor that every process has, if `like` is a shard of that shape."""
+    """Return this rank's shard of a full tensor if `like` is sharded and has its shape; else the value as it is.
+
+    Every rank has the full tensor, so nothing is sent.
+    """
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -81,19 +90,14 @@ def shard_tensor(value: Any, like: Any) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def full_norm(norm: Tensor) -> Tensor:
-    """Return a norm over all shares as a plain number."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 @torch.no_grad()
 def sync_buffers(modules: Iterable[nn.Module], parameters: bool = False) -> None:
-    """Give every process the first one's buffers, and parameters if asked to."""
-    kinds: dict[Any, list[Tensor]] = defaultdict(list)
+    """Broadcast the buffers of rank 0, and the parameters if asked to."""
+    tensors_by_kind: dict[Any, list[Tensor]] = defaultdict(list)
     for module in modules:
         for tensor in [*module.buffers(), *(module.parameters() if parameters else ())]:
-            kinds[tensor.device, tensor.dtype].append(tensor)
-    for tensors in kinds.values():  # one message each
-        joint = comm.broadcast(torch.cat([each.reshape(-1) for each in tensors]))
-        for tensor, piece in zip(tensors, joint.split([each.numel() for each in tensors]), strict=True):
-            tensor.copy_(piece.view_as(tensor))
+            tensors_by_kind[tensor.device, tensor.dtype].append(tensor)
+    for tensors in tensors_by_kind.values():  # one message per kind, not one per tensor
+        flat = comm.broadcast(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))

@@ -1,4 +1,4 @@
-"""What could not be read, in any process of a run: counted together, and named in the first one's log."""
+"""Log lines of other ranks and of data workers, shown by rank 0."""
 
 import logging
 from collections.abc import Iterator
@@ -7,37 +7,39 @@ from contextlib import contextmanager
 from torch.utils.data import get_worker_info
 
 from vqf.distributed import comm
+from vqf.distributed.peer_errors import post_line, read_lines
 
 log = logging.getLogger("vqf")
 
-LogRecords = list[tuple[int, str]]  # level and text of what was to be said
+LogRecords = list[tuple[int, str]]  # level, message
 
 
 def relay(records: LogRecords) -> None:
-    """Log in the first process; the others leave it to that one, which does at the next `flush_relayed`."""
+    """Log records on rank 0; other ranks post them for its next `flush_relayed`."""
     for level, text in records:
         if comm.is_main():
             log.log(level, text)
         else:
-            comm.post_line(f"{level} [process {comm.rank()}] {text}")
+            post_line(f"{level} [process {comm.rank()}] {text}")
 
 
 def flush_relayed() -> None:
-    """In the first process, log what the others have left."""
+    """Log on rank 0 what the other ranks have posted."""
     if comm.is_main():
-        for each in comm.read_lines():
-            level, _, text = each.partition(" ")
+        for line in read_lines():
+            level, _, text = line.partition(" ")
             log.log(int(level), text)
 
 
 @contextmanager
 def capture_logs() -> Iterator[LogRecords]:
-    """Collect what is logged, where somebody else has to say it: in a worker, and in all processes but the first."""
+    """Collect log records where they cannot be shown: in data workers, and on all ranks but 0."""
     collector = _LogCollector()
     if get_worker_info() is None and comm.is_main():
-        yield collector.records
+        yield collector.records  # nothing is collected
         return
     before = log.handlers, log.propagate
+    # All handlers are replaced: in a forked worker one of them may hold a lock that nobody will ever release.
     log.handlers, log.propagate = [collector], False
     try:
         yield collector.records
@@ -46,11 +48,6 @@ def capture_logs() -> Iterator[LogRecords]:
 
 
 class _LogCollector(logging.Handler):
-    """Keeps log records for the parent of a worker, which owns the terminal and the log file.
-
-    A lock of theirs that happened to be held when the worker was forked would never be released in it.
-    """
-
     def __init__(self) -> None:
         super().__init__()
         self.records: LogRecords = []

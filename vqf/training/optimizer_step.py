@@ -1,4 +1,4 @@
-"""What one optimizer moves, and that it only moves by numbers."""
+"""One optimizer step: clip, skip if not finite, step, zero_grad; and what the two tasks share around it."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,19 +9,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqf.distributed import comm
-from vqf.distributed.fsdp import full_norm
 from vqf.errors import UserError
 
 
 class OptimizerStep:
-    """Modules that one optimizer moves.
+    """One optimizer with the modules that it trains.
 
-    With nonfinite.action=skip a player moves as a whole or not at all: a step on numbers that are not finite changes
-    neither weights nor optimizer, and what the forward passes left in buffers (codebook averages, batch norm, windows
-    of use) is put back. To decide it, the host waits for the device once a step; otherwise it does not.
+    With nonfinite.action=skip a step with a non-finite scalar or gradient changes nothing: not the weights, not the
+    optimizer state, and not the buffers that forward passes have updated (codebook averages, batch norm statistics,
+    codebook usage). This makes the host wait for the device once a step; otherwise it does not wait.
 
     Attributes:
-        stepped: Whether the step that has begun last was taken.
+        stepped: Whether the last step was taken, not skipped.
     """
 
     def __init__(self, optimizer: Optimizer, modules: Iterable[nn.Module], config: DictConfig) -> None:
@@ -32,19 +31,21 @@ class OptimizerStep:
         self.saved_buffers: list[dict[str, Tensor]] = []
 
     def start(self) -> None:
-        """Begin a step: remember what forward passes may change."""
+        """Copy the buffers, which forward passes may change, if the step may be skipped."""
         self.stepped = True
         if self.skip_nonfinite:
-            self.saved_buffers = [{name: each.clone() for name, each in part.named_buffers()} for part in self.modules]
+            self.saved_buffers = [
+                {name: buffer.clone() for name, buffer in module.named_buffers()} for module in self.modules
+            ]
 
     def step(self, scalars: Mapping[str, Tensor]) -> Tensor:
-        """Clip the gradients if asked to, take the step, forget them; returns their norm before clipping.
+        """Clip gradients, step, and zero gradients; returns the gradient norm () before clipping.
 
         Args:
-            scalars: Scalars of this step, that must be finite for it to be taken where steps are skipped.
+            scalars: Losses of this step. If one is not finite on any rank, a step that may be skipped is.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = full_norm(nn.utils.clip_grad_norm_(parameters, self.clip))
+        norm = comm.full_tensor(nn.utils.clip_grad_norm_(parameters, self.clip))
         if self.skip_nonfinite:
             self.stepped = not comm.any_rank(not _all_finite([norm, *scalars.values()]))
         if self.stepped:
@@ -55,8 +56,8 @@ class OptimizerStep:
         return norm
 
     def _restore_buffers(self) -> None:
-        for part, buffers in zip(self.modules, self.saved_buffers, strict=True):
-            part.load_state_dict(buffers, strict=False)  # not copy_: a module may have a word to say about it
+        for module, buffers in zip(self.modules, self.saved_buffers, strict=True):
+            module.load_state_dict(buffers, strict=False)  # not copy_: a module may derive other state when it loads
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
@@ -64,23 +65,32 @@ def _all_finite(values: Iterable[Tensor]) -> bool:
 
 
 class ScalarAccumulator:
-    """Sums what is logged over micro-batches, on the device: reading a number would wait for it."""
+    """Sums scalars over micro-batches on the device: reading one would make the host wait."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        """Add values, of which this micro-batch is a share."""
+        """Add scalars of a micro-batch.
+
+        Args:
+            values: By log key.
+            weight: The micro-batch's share of the batch.
+        """
         for key, value in values.items():
             self.values[key] = self.values.get(key, 0) + value.detach() * weight
 
 
 def check_accumulate(config: DictConfig) -> None:
-    """Refuse micro-batches that are not equal."""
+    """Refuse micro-batches of different sizes.
+
+    Raises:
+        UserError: If `accumulate` does not divide `batch_size`.
+    """
     if config.batch_size % config.accumulate:
         raise UserError(f"accumulate={config.accumulate} must divide batch_size={config.batch_size}")
 
 
-def describe_model(what: str, module: nn.Module) -> str:
-    """Say how large a model is."""
-    return f"{what}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters"
+def describe_model(name: str, module: nn.Module) -> str:
+    """Return a line with the parameter count of a model."""
+    return f"{name}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters"

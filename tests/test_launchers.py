@@ -72,7 +72,7 @@ def test_a_sweep_with_plugins_trains_and_goes_on(launcher: str, tmp_path: Path) 
     for job in ("0", "1"):
         run = tmp_path / "sweep" / job
         assert steps_of(run) == ["step-00000002", "step-00000004"]
-        assert "going on from" in (run / "log.txt").read_text()
+        assert "resuming from" in (run / "log.txt").read_text()
 
 
 def test_a_job_that_fails_is_named_and_takes_no_other_with_it(launcher: str, tmp_path: Path) -> None:
@@ -118,4 +118,4 @@ def test_the_script_for_slurm_trains_and_goes_on(tmp_path: Path) -> None:
         done = started(script, tmp_path, **slurm, PATH=path, MASTER_PORT=str(free_port()))
         assert done.returncode == 0, done.stderr
     assert steps_of(tmp_path / "run") == ["step-00000002", "step-00000004"]
-    assert (tmp_path / "run" / "log.txt").read_text().count("going on from") == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count("resuming from") == 1

@@ -79,9 +79,9 @@ def test_what_cannot_compare_them_is_one_line(words: list[str], tmp_path: Path) 
         ),
         (
             ["model/loss=[bce]", "target=condition"],
-            "model.loss.bce: makes logits, which a discriminator tells .* model.discriminator=null",
+            "model.loss.bce: trains the decoder to output logits, which a discriminator .* model.discriminator=null",
         ),
-        (["model/loss=[bce]", *PLAIN], "model.loss.bce: compares maps of classes, not images of 3"),
+        (["model/loss=[bce]", *PLAIN], "model.loss.bce: compares class maps, not images of 3"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             Stage1(compose(*words, *others), tmp_path).run()

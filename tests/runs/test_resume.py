@@ -289,8 +289,8 @@ def test_out_of_memory_names_the_options_that_lower_it(error: Exception) -> None
         raise error
     reason = "CUDA out of memory" if str(error) else "no memory left"
     assert str(caught.value) == (
-        f"stage1, step 3: out of memory ({reason}). Go on with resume=true and accumulate=2, precision=bf16, "
-        "model.encoder.gradient_checkpointing=true; or begin another run with batch_size=6 or image_size=128"
+        f"stage1, step 3: out of memory ({reason}). Continue with resume=true and accumulate=2, precision=bf16, "
+        "model.encoder.gradient_checkpointing=true; or start a new run with batch_size=6 or image_size=128"
     )
 
 

@@ -81,7 +81,7 @@ def test_the_cure_of_dead_codes_is_one_that_the_quantizer_has(words: list[str], 
         (["model.adversary.max_weight=10"], 8.0, "at its limit, model.adversary.max_weight=10:"),
         (["model.adversary.max_weight=10"], 7.9, None),
         ([], 999.0, None),
-        ([], 1001.0, "above 1,000: the discriminator gives almost no gradient. Give it time before it counts"),
+        ([], 1001.0, "above 1,000: the discriminator gives almost no gradient. Train it longer before its loss counts"),
         (["model.adversary.adaptive=false", "model.adversary.weight=2000"], 2000.0, None),
     ],
 )

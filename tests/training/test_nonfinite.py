@@ -206,7 +206,10 @@ def test_going_back_passes_over_the_batches_that_made_the_trouble(
     found = latest_checkpoint(tmp_path)
     assert found and (found.step, found.state["skipped_batches"]) == (6, 2)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert "stage1, step 4: 'l1' is nan" in caplog.text and "back at step 2, and on with other images" in caplog.text
+    assert (
+        "stage1, step 4: 'l1' is nan" in caplog.text
+        and "rolled back to step 2; continuing with other batches" in caplog.text
+    )
 
 
 def test_going_back_to_the_very_start(tmp_path: Path, spoil: Any) -> None:

@@ -61,7 +61,7 @@ def test_sigterm_saves_after_the_step_and_ends(
             Stage1(compose(*LONG), tmp_path).run()
     assert ended.value.code == SIGTERM_EXIT_CODE == 143
     assert saved(tmp_path) == [f"step-{step + 1:08d}"]
-    assert f"ended by SIGTERM, saved at step {step + 1}; resume=true goes on" in caplog.text
+    assert f"stopped by SIGTERM; saved at step {step + 1}, continue with resume=true" in caplog.text
     Stage1(compose(*LONG, "resume=true"), tmp_path).run()
     assert lines(tmp_path) == lines(whole)
     assert weights(tmp_path) == weights(whole)

@@ -156,10 +156,10 @@ def test_bf16_runs_and_stays_close() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["image_size=16", "batch_size=4", "model.discriminator.layers=5"], "cannot judge 4 images of 16 x 16 px"),
+        (["image_size=16", "batch_size=4", "model.discriminator.layers=5"], "cannot process 4 images of 16 x 16 px"),
         (["image_size=16", "model.discriminator.layers=5"], "choose model.discriminator.layers below 5, or a larger"),
         (["batch_size=1", "model.discriminator.layers=4"], "choose model.discriminator.layers below 4, or a larger"),
-        (["accumulate=4", "model.discriminator.layers=4"], "cannot judge 1 images"),
+        (["accumulate=4", "model.discriminator.layers=4"], "cannot process 1 images"),
     ],
 )
 def test_a_discriminator_that_does_not_fit_is_known_before_the_first_step(overrides: list[str], words: str) -> None:
@@ -194,10 +194,10 @@ def test_judging_blank_images_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.adversary.start=50"], "steps=4: the game begins at step 51, so the discriminator is never"),
+        (["model.adversary.start=50"], "steps=4: the discriminator starts at step 51, so it is never trained"),
         (
             ["model.adversary.start=1", "model.adversary.warmup=3"],
-            "steps=4: the discriminator learns from step 2 on, but",
+            "steps=4: the discriminator is trained from step 2, but",
         ),
         (["model.adversary.start=1", "model.adversary.warmup=2"], None),
     ],

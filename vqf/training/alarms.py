@@ -1,7 +1,7 @@
-"""Alarms in words: what goes wrong in the training of tokenizers, and which option to turn.
+"""Alarms: conditions on logged scalars that mean a tokenizer training fails, and which option helps.
 
 Users of VQGAN complain of two things first: codes that die, and reconstructions ruined when the discriminator starts
-(CompVis/taming-transformers#44, #93; thuanz123/enhancing-transformers#18). Both show in the numbers before they show
+(CompVis/taming-transformers#44, #93; thuanz123/enhancing-transformers#18). Both show in the scalars before they show
 in the images.
 """
 
@@ -12,101 +12,100 @@ from typing import Any
 
 from vqf.terminal import log
 
-PATIENCE = 5  # looks in a row before an alarm; one bad batch is no trend
-GAN_PATIENCE = 25  # the same, where a discriminator that has just begun is no trend either
+PATIENCE = 5  # observations in a row before an alarm; one bad batch is no trend
+GAN_PATIENCE = 25  # the same for a discriminator that cannot tell real from fake, which is normal at its start
 ConfigNode = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition on logged numbers, and what to say when it has held for `patience` looks in a row."""
+    """A condition on logged scalars, and the warning once it has held for `patience` observations in a row."""
 
     name: str
-    keys: tuple[str, ...]  # the numbers that it looks at; a look without them does not count
+    keys: tuple[str, ...]  # log keys; their values are the arguments of `condition`. Lines without them do not count
     condition: Callable[..., bool]
     message: str
     patience: int = PATIENCE
 
 
 def build_alarms(model: ConfigNode) -> list[Alarm]:
-    """Return the alarms for a model, whose words name options that it has."""
-    found = codebook_alarms(model.get("quantizer") or {})
+    """Return the alarms for the `model` node of a config. Their messages name only options that it has."""
+    alarms = codebook_alarms(model.get("quantizer") or {})
     adversary = model.get("adversary")
-    return found if adversary is None else found + gan_alarms(adversary)
+    return alarms if adversary is None else alarms + gan_alarms(adversary)
 
 
 def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
-    """Return what can go wrong with codes."""
-    cure = revival_hint(quantizer)
+    """Return the alarms of a codebook."""
+    hint = revival_hint(quantizer)
     return [
         Alarm(
             "codes die",
             ("usage_vs_chance", "usage"),
             lambda usage_vs_chance, usage: usage_vs_chance < 0.2,
-            "less than a fifth of the codes are in use that as many latents would use by chance ('dead_codes' "
-            "counts the "
-            f"others): {cure}, or fewer codes with model.quantizer.codebook_size",
+            "codes die: fewer are used than a fifth of what random assignment would use ('usage_vs_chance' below 0.2; "
+            f"'dead_codes' counts the others): {hint}, or fewer codes with model.quantizer.codebook_size",
         ),
         Alarm(
             "collapse",
             ("perplexity",),
             lambda perplexity: perplexity < 2,
-            f"every latent falls on one or two codes (perplexity below 2): lower optimizer.lr, or {cure}",
+            f"codebook collapse: all latents use one or two codes (perplexity below 2): lower optimizer.lr, or {hint}",
         ),
     ]
 
 
 def revival_hint(quantizer: ConfigNode) -> str:
-    """Say what brings codes back, by the options that a quantizer has."""
+    """Return how to bring dead codes back with the options of a quantizer."""
     if "revive" in quantizer:
-        now = quantizer["revive"] or 0
-        start = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
-        return f"revive them with model.quantizer.revive={max(0.03, 3 * now):g}{start}"
+        rate = quantizer["revive"] or 0
+        init = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
+        return f"revive them with model.quantizer.revive={max(0.03, 3 * rate):g}{init}"
     if "kl_weight" in quantizer:
         return "raise model.quantizer.kl_weight, which pulls towards all codes"
     return "choose model/quantizer=ema, which revives dead codes"
 
 
 def gan_alarms(adversary: ConfigNode) -> list[Alarm]:
-    """Return what can go wrong between the two players."""
-    weak = "Give it time before it counts with model.adversary.warmup"
-    found = [
+    """Return the alarms of GAN training, for the `adversary` node."""
+    alarms = [
         Alarm(
             "discriminator wins",
             ("d_loss",),
             lambda loss: loss < 0.02,
-            "the discriminator tells every reconstruction from its image (its loss is below 0.02), so the generator "
-            "learns nothing from it: lower model.adversary.weight, start later with model.adversary.start, "
-            "or hold it back with +model/regularizer=[lecam]",
+            "the discriminator tells every reconstruction from its image (d_loss below 0.02), so the tokenizer learns "
+            "nothing from it: lower model.adversary.weight, start later with model.adversary.start, or regularize it "
+            "with +model/regularizer=[lecam]",
         ),
         Alarm(
             "discriminator knows nothing",
             ("logits_real", "logits_fake"),
             lambda real, fake: abs(real - fake) < 0.01,
-            "the discriminator's logits are the same for images and reconstructions, so its loss stays where chance "
-            "has it: raise optimizer.lr or model.discriminator.channels",
+            "the discriminator's logits are the same for images and reconstructions, so its loss stays at chance: "
+            "raise optimizer.lr or model.discriminator.channels",
             GAN_PATIENCE,
         ),
     ]
-    if not adversary.get("adaptive"):
-        return found
+    return [*alarms, adaptive_weight_alarm(adversary)] if adversary.get("adaptive") else alarms
+
+
+def adaptive_weight_alarm(adversary: ConfigNode) -> Alarm:
+    """Return the alarm of an adaptive weight λ at its limit, or above 1,000 where the limit is higher."""
     limit = adversary["weight"] * adversary["max_weight"]
     if 0 < limit <= 1e3:
-        limit_word = f"model.adversary.max_weight={adversary['max_weight']:g}"
-        words = f"the adaptive weight of the GAN term is at its limit, {limit_word}"
-        bound, cure = 0.999 * limit, ""
+        problem = f"is at its limit, model.adversary.max_weight={adversary['max_weight']:g}"
+        threshold, hint = 0.999 * limit, ""
     else:
-        words, bound, cure = (
-            "the adaptive weight of the GAN term is above 1,000",
-            1e3,
-            ", or set model.adversary.max_weight=10",
-        )
-    words = f"{words}: the discriminator gives almost no gradient. {weak}{cure}"
-    return [*found, Alarm("adaptive weight", ("gan_weight",), lambda weight: weight >= bound, words)]
+        problem, threshold, hint = "is above 1,000", 1e3, ", or set model.adversary.max_weight=10"
+    message = (
+        f"the adaptive weight of the GAN loss {problem}: the discriminator gives almost no gradient. "
+        f"Train it longer before its loss counts, with model.adversary.warmup{hint}"
+    )
+    return Alarm("adaptive weight", ("gan_weight",), lambda weight: weight >= threshold, message)
 
 
 class AlarmMonitor:
-    """Looks at the numbers of a run and raises each alarm once, until its condition has gone again."""
+    """Checks the alarms on every log line. An alarm is raised once, and again only after its condition has cleared."""
 
     def __init__(self, alarms: list[Alarm]) -> None:
         self.alarms = alarms
@@ -114,22 +113,23 @@ class AlarmMonitor:
         self.raised: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must know to raise the same alarms."""
-        return {"recent": {name: list(each) for name, each in self.recent.items()}, "raised": sorted(self.raised)}
+        """Return the state, as JSON: a resumed run raises the same alarms."""
+        recent = {name: list(observations) for name, observations in self.recent.items()}
+        return {"recent": recent, "raised": sorted(self.raised)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, or from nothing."""
+        """Load a `state_dict`; an empty one resets."""
         for name, recent in self.recent.items():
             recent.clear()
             recent.extend(state.get("recent", {}).get(name, ()))
         self.raised = set(state.get("raised", ()))
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Take in the numbers of one look; logs and returns the alarms that they raise."""
-        said = [f"step {step}: {alarm.message}" for alarm in self.alarms if self._raises(alarm, values)]
-        for line in said:
-            log.warning("%s", line)
-        return said
+        """Observe the scalars of one log line; logs and returns the messages of the alarms that they raise."""
+        messages = [f"step {step}: {alarm.message}" for alarm in self.alarms if self._raises(alarm, values)]
+        for message in messages:
+            log.warning("%s", message)
+        return messages
 
     def _raises(self, alarm: Alarm, values: Mapping[str, float]) -> bool:
         if not all(key in values for key in alarm.keys):

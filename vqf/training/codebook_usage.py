@@ -1,4 +1,4 @@
-"""How much of a codebook training still uses: a batch is too short a look, an evaluation too rare."""
+"""Codebook usage over the last training steps: one batch uses too few codes to tell, and validations are rare."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,17 @@ WINDOW = 100  # steps
 
 
 class CodebookUsage(nn.Module):
-    """Counts for every code the steps since it was last chosen.
+    """Counts, for every code, the steps since it was last used.
 
-    Buffers of one number a code, and one of steps, so that they are kept in checkpoints and a resumed run reports as if
-    it had not stopped.
+    The counts are buffers: checkpoints keep them, so a resumed run reports what an uninterrupted one would.
+
+    Args:
+        vocab_size: Number of codes, V.
+        window: A code is dead if it was not used for so many steps.
     """
 
-    age: Tensor
-    steps: Tensor
+    age: Tensor  # (V,) int64, steps since last use
+    steps: Tensor  # () int64, steps counted so far
 
     def __init__(self, vocab_size: int, window: int = WINDOW) -> None:
         super().__init__()
@@ -25,25 +28,25 @@ class CodebookUsage(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def update(self, indices: Tensor) -> None:
-        """Take in the indices of a micro-batch."""
+        """Count the indices (B, ...) of a micro-batch."""
         self.age[indices.flatten()] = 0
         self.latents += indices.numel()
 
     def end_step(self) -> dict[str, Tensor]:
-        """End a step.
+        """Return the usage statistics after a step, over all ranks.
 
         Returns:
-            usage: The share of codes used within the window.
-            dead_codes: How many were not.
-            usage_vs_chance: `usage`, by the share that as many latents would use if they fell on the codes by chance. A
-                codebook that dies is far below 1, however few latents there are.
+            usage: Share of codes used within the window.
+            dead_codes: Number of codes not used within the window.
+            usage_vs_chance: `usage` divided by the expected usage of uniformly random codes, 1 - (1 - 1/V)^n for n
+                latents in the window. Unlike `usage` it does not depend on n: below 0.2 means collapse.
         """
-        self.age.copy_(comm.all_reduce_min(self.age))  # chosen in any process
-        fresh = self.age < self.window
+        self.age.copy_(comm.all_reduce_min(self.age))  # used on any rank
+        used = self.age < self.window
         self.age += 1
         self.steps += 1
-        seen, self.latents = self.latents * comm.world_size(), 0
-        latents = self.steps.clamp(max=self.window).to(torch.float32) * seen
-        chance = -torch.expm1(-latents / len(self.age))  # 1 - (1 - 1/V)^n, but for a rounding
-        usage = fresh.to(torch.float32).mean()
-        return {"usage": usage, "dead_codes": (~fresh).sum(), "usage_vs_chance": usage / chance}
+        latents_per_step, self.latents = self.latents * comm.world_size(), 0
+        latents = self.steps.clamp(max=self.window).to(torch.float32) * latents_per_step
+        chance = -torch.expm1(-latents / len(self.age))  # 1 - exp(-n/V), close to 1 - (1 - 1/V)^n
+        usage = used.to(torch.float32).mean()
+        return {"usage": usage, "dead_codes": (~used).sum(), "usage_vs_chance": usage / chance}

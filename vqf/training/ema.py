@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's weights."""
+"""Exponential moving average (EMA) of a module's weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Follows a module: θ' ← d θ' + (1 - d) θ, with d rising from 0 so that the start is forgotten soon.
+    """Moving average θ' ← d θ' + (1 - d) θ of the parameters θ of a module.
 
-    Holds tensors, not a second module: where the weights are shards, so are their averages.
+    The decay d rises with the step, d = min(decay, (1 + step) / (10 + step)), so that the random initial weights are
+    forgotten soon.
+
+    Holds tensors, not a copy of the module: of sharded parameters it averages the shards.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -18,38 +21,38 @@ class EMA:
             raise ValueError(f"ema={decay} is the decay of an average: at least 0 and below 1")
         self.decay = decay
         self.module = module
-        parameters = dict(module.named_parameters(remove_duplicate=False))  # of tied weights, every name
-        copies = {id(each): each.detach().clone() for each in parameters.values()}
-        self.shadow_params: dict[str, Tensor] = {name: copies[id(each)] for name, each in parameters.items()}
+        # A tied weight has several names in the state dict, and one average.
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        copies = {id(parameter): parameter.detach().clone() for parameter in parameters.values()}
+        self.shadow_params: dict[str, Tensor] = {name: copies[id(param)] for name, param in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step."""
+        """Update the averages after a step, which is counted from 0."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        now = dict(self.module.named_parameters())
-        torch._foreach_lerp_(
-            [self.shadow_params[name] for name in now], list(now.values()), 1 - decay
-        )  # in a few kernels
+        parameters = dict(self.module.named_parameters())
+        shadows = [self.shadow_params[name] for name in parameters]
+        torch._foreach_lerp_(shadows, list(parameters.values()), 1 - decay)  # a few kernels instead of one per tensor
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Let the module have the averages for its weights; its buffers (a codebook, say) are not averaged."""
-        own = {name: each.detach().clone() for name, each in self.module.named_parameters()}
+        """Put the averages into the module for a while. Buffers, such as an EMA codebook, are not averaged."""
+        trained = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
         self._copy_to_module(self.shadow_params)
         try:
             yield
         finally:
-            self._copy_to_module(own)
+            self._copy_to_module(trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the module with the averages in it."""
+        """Return the module's state dict with averages in place of parameters."""
         return {**self.module.state_dict(), **self.shadow_params}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave.
+        """Load the averages of a `state_dict`.
 
         Raises:
-            KeyError: If it is of another module.
+            KeyError: If one is missing.
         """
         for name, tensor in self.shadow_params.items():
             tensor.copy_(state[name])

@@ -1,6 +1,7 @@
-"""The second player of stage 1: the discriminator, what it plays for, and whether it can play at all."""
+"""The GAN part of stage 1: discriminator, adversary and regularizers, and checks that they can work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from omegaconf import DictConfig
@@ -15,7 +16,7 @@ from vqf.terminal import log
 
 
 class GANModule(nn.Module):
-    """The discriminator, what it plays for, and what holds it back."""
+    """A discriminator, the GAN objective (adversary), and regularizers of the discriminator."""
 
     def __init__(
         self, discriminator: Discriminator, adversary: Adversary, regularizers: Mapping[str, Regularizer]
@@ -25,77 +26,29 @@ class GANModule(nn.Module):
         self.regularizers = nn.ModuleDict(dict(regularizers))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge images (B, 3, H, W)."""
+        """Return the logits of images (B, 3, H, W)."""
         return self.discriminator(images)
 
     def score_pair(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge images and their reconstructions, one after the other."""
+        """Return the logits of images and those of reconstructions, each of a forward of its own."""
         return self(images), self(reconstructions)
 
 
-class no_param_grad:  # noqa: N801
-    """Let gradients pass through a module without reaching its parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *exception: object) -> None:
-        for parameter in self.parameters:
+@contextmanager
+def no_param_grad(module: nn.Module) -> Iterator[None]:
+    """Let gradients flow through a module to its input, but not to its parameters."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
-@torch.no_grad()
-def check_discriminator_input(gan: GANModule, config: DictConfig, channels: int) -> None:
-    """Let a discriminator judge blank images, since its own turn may come after hours.
-
-    Raises:
-        UserError: If it cannot, with what to change.
-    """
-    count = config.batch_size // config.accumulate // comm.world_size()
-    before = {name: each.clone() for name, each in gan.named_buffers()}
-    weight = next(gan.parameters())
-    images = weight.new_zeros(min(count, 2), channels, *image_size(config))
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-        try:
-            for mode in (False, True):  # sizes first: batch norm, too, complains of maps that are too small
-                gan.train(mode)
-                gan(images)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise UserError(_discriminator_input_error(config, count, error)) from error
-    for name, each in gan.named_buffers():
-        each.copy_(before[name])
-
-
-def _discriminator_input_error(config: DictConfig, count: int, error: Exception) -> str:
-    height, width = image_size(config)
-    words = f"model.discriminator: cannot judge {count} images of {height} x {width} px at once"
-    if "more than 1 value per channel" in str(error):
-        return f"{words}: its batch norm needs several values; raise batch_size, or set model.discriminator.norm=group"
-    layers = config.model.discriminator.get("layers")
-    fewer = "another model/discriminator" if layers is None else f"model.discriminator.layers below {layers}"
-    return f"{words} ({str(error).splitlines()[0]}): choose {fewer}, or a larger image_size"
-
-
-def warn_never_active(gan: GANModule, steps: int) -> None:
-    """Warn of a discriminator that a run of so many steps never hears."""
-    adversary = gan.adversary
-    if adversary.start_step >= steps:
-        words = f"the game begins at step {adversary.start_step + 1}, so the discriminator is never trained"
-    elif adversary.weight_at(steps - 1) == 0:
-        words = f"the discriminator learns from step {adversary.start_step + 1} on, but its verdict never counts"
-    else:
-        return
-    log.warning("steps=%d: %s; lower model.adversary.start and warmup, or give shares below 1", steps, words)
-
-
 def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
-    """Build the second player that a config chooses, if it does."""
+    """Build discriminator, adversary and regularizers; returns None if the config has no discriminator."""
     model = config.model
     if model.get("discriminator") is None:
         return None
@@ -106,6 +59,57 @@ def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
 
 
 def gan_start(config: DictConfig) -> Callable[[int], int] | None:
-    """Return what says, given the steps of a run, at which of them the second player joins; None if none does."""
+    """Return a function from the steps of a run to the first step of the discriminator; None without an adversary."""
     adversary = config.model.get("adversary")
     return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start_step
+
+
+@torch.no_grad()
+def check_discriminator_input(gan: GANModule, config: DictConfig, channels: int) -> None:
+    """Run the discriminator on blank images: its first step may come hours after the start of the run.
+
+    Buffers and the RNG state stay as they were.
+
+    Raises:
+        UserError: If it fails, with the option to change.
+    """
+    count = config.batch_size // config.accumulate // comm.world_size()
+    buffers = {name: buffer.clone() for name, buffer in gan.named_buffers()}
+    weight = next(gan.parameters())
+    images = weight.new_zeros(min(count, 2), channels, *image_size(config))
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        try:
+            # Eval mode first: in train mode batch norm fails, too, where the feature map has become too small, and
+            # its message would hide the reason.
+            for mode in (False, True):
+                gan.train(mode)
+                gan(images)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UserError(_discriminator_input_error(config, count, error)) from error
+    for name, buffer in gan.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _discriminator_input_error(config: DictConfig, count: int, error: Exception) -> str:
+    height, width = image_size(config)
+    problem = f"model.discriminator: cannot process {count} images of {height} x {width} px"
+    if "more than 1 value per channel" in str(error):
+        hint = "raise batch_size, or set model.discriminator.norm=group"
+        return f"{problem}: its batch norm needs several values; {hint}"
+    layers = config.model.discriminator.get("layers")
+    smaller = "another model/discriminator" if layers is None else f"model.discriminator.layers below {layers}"
+    return f"{problem} ({str(error).splitlines()[0]}): choose {smaller}, or a larger image_size"
+
+
+def warn_never_active(gan: GANModule, steps: int) -> None:
+    """Warn if the discriminator is not trained, or its loss does not reach the tokenizer, within a run's steps."""
+    adversary = gan.adversary
+    if adversary.start_step >= steps:
+        problem = f"the discriminator starts at step {adversary.start_step + 1}, so it is never trained"
+    elif adversary.weight_at(steps - 1) == 0:
+        problem = f"the discriminator is trained from step {adversary.start_step + 1}, but its loss never counts"
+    else:
+        return
+    log.warning("steps=%d: %s; lower model.adversary.start and warmup, or give shares below 1", steps, problem)

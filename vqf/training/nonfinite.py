@@ -1,4 +1,4 @@
-"""Numbers that are not finite: seen at every step, answered as nonfinite.action says."""
+"""Detection of NaN and infinity in training scalars, and the answer that nonfinite.action chooses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,118 +13,126 @@ from vqf.errors import UserError
 from vqf.terminal import log
 
 NEVER = 2**62  # later than any step
-TOTAL_KEYS = ("loss", "grad_norm", "grad_norm/discriminator")
+TOTAL_KEYS = ("loss", "grad_norm", "grad_norm/discriminator")  # follow from other scalars, so named last
 HINT = "Lower optimizer.lr, set clip=1, or warm up with schedule.warmup=0.05"
 
 
 @dataclass(frozen=True)
 class NonFiniteEvent:
-    """What was not finite, and at which step it was first."""
+    """The first step with a non-finite scalar, and which ones."""
 
     step: int
-    message: str  # "'l1' is nan; so are loss, gradient"
+    message: str  # "'l1' is nan (loss, grad_norm too)"
 
 
 class NonFiniteDetector:
-    """Remembers where numbers were not finite first. It stays on their device: reading them would wait for it."""
+    """Records the first step at which each scalar was not finite.
+
+    The record stays on the device of the scalars, since reading it makes the host wait.
+    """
 
     def __init__(self) -> None:
-        self.first_seen: dict[
-            tuple[str, ...], tuple[Tensor, Tensor]
-        ] = {}  # by the keys: first steps, and what was there
+        # By log keys, which change when the discriminator starts: first steps (n,) int64, and the values there (n,).
+        self.first_seen: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
-    def update(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take in the scalars of a step."""
-        keys = tuple(values)
-        now = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-        steps, found = self.first_seen.get(keys) or (
-            torch.full(now.shape, NEVER, device=now.device),
-            torch.zeros_like(now),
+    def update(self, step: int, scalars: Mapping[str, Tensor]) -> None:
+        """Record the scalars of a step, without a host wait."""
+        keys = tuple(scalars)
+        current = torch.stack([value.detach().float().reshape(()) for value in scalars.values()])
+        steps, values = self.first_seen.get(keys) or (
+            torch.full(current.shape, NEVER, device=current.device),
+            torch.zeros_like(current),
         )
-        new = ~now.isfinite() & (steps == NEVER)
-        self.first_seen[keys] = torch.where(new, step, steps), torch.where(new, now, found)
+        is_first = ~current.isfinite() & (steps == NEVER)
+        self.first_seen[keys] = torch.where(is_first, step, steps), torch.where(is_first, current, values)
 
     def poll(self) -> NonFiniteEvent | None:
-        """Wait for the device, and return what was first. Every process must ask; they agree on the step."""
+        """Read the record: returns the first event over all ranks. Waits for the device; every rank must call this."""
         rows = [
             (step, key, value)
-            for keys, (steps, found) in self.first_seen.items()
-            for key, step, value in zip(keys, steps.tolist(), found.tolist(), strict=True)
+            for keys, (steps, values) in self.first_seen.items()
+            for key, step, value in zip(keys, steps.tolist(), values.tolist(), strict=True)
         ]
-        first = min((step for step, _, _ in rows), default=NEVER)
-        first = int(comm.all_reduce_min(torch.tensor(first)))
+        own_first = min((step for step, _, _ in rows), default=NEVER)
+        first = int(comm.all_reduce_min(torch.tensor(own_first)))
         if first == NEVER:
             return None
-        names = {key: value for step, key, value in rows if step == first}
-        return NonFiniteEvent(first, _describe(names))
+        return NonFiniteEvent(first, _describe({key: value for step, key, value in rows if step == first}))
 
 
 class NonFiniteGuard:
-    """Watches a run for numbers that are not finite.
+    """Acts on non-finite scalars as nonfinite.action says.
 
-    stop: the run ends. skip: weights, optimizer state and buffers are left unchanged (`OptimizerStep`), and the run
-    ends after `limit` such steps in a row. rollback: the run goes back to its newest checkpoint and on with other
-    images, and ends when it had to `limit` times without a new checkpoint in between.
+    * stop: the run ends.
+    * skip: weights, optimizer state and buffers stay as they were before the step (`OptimizerStep`). The run ends after
+      more than `limit` such steps in a row.
+    * rollback: the trainer restores the newest checkpoint and continues with other batches. The run ends after more
+      than `limit` rollbacks without a new checkpoint.
+
+    Args:
+        kind: "stage1" or "stage2", begins the messages.
+        config: The `nonfinite` node.
     """
 
     def __init__(self, kind: str, config: DictConfig) -> None:
         self.kind, self.action, self.limit = kind, config.action, config.limit
         self.detector = NonFiniteDetector()
-        self.consecutive_skips = 0  # steps in a row
+        self.consecutive_skips = 0
         self.rollbacks = 0  # since the newest checkpoint
 
-    def update(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take in the scalars of a step."""
-        self.detector.update(step, values)
+    def update(self, step: int, scalars: Mapping[str, Tensor]) -> None:
+        """Record the scalars of a step."""
+        self.detector.update(step, scalars)
 
     def poll(self, stepped: bool) -> NonFiniteEvent | None:
-        """Answer what was seen since the last time: returns what asks for a rollback, if anything does.
+        """Act on what was recorded since the last call; returns the event if it asks for a rollback.
 
         Args:
-            stepped: Whether every player moved in the last step.
+            stepped: Whether all optimizers have taken the last step.
 
         Raises:
-            UserError: If the run is to stop.
+            UserError: If the run must stop.
         """
-        trouble, self.detector = self.detector.poll(), NonFiniteDetector()
+        event, self.detector = self.detector.poll(), NonFiniteDetector()
         if stepped and self.action == "skip":
             self.consecutive_skips = 0
-        if trouble is None:
+        if event is None:
             return None
-        where = f"{self.kind}, step {trouble.step + 1}: {trouble.message}"
+        problem = f"{self.kind}, step {event.step + 1}: {event.message}"
+        # With action=skip a step that was taken anyway had finite losses: something else that is logged is not finite.
         if self.action == "stop" or (self.action == "skip" and stepped):
-            raise UserError(f"{where}; the newest checkpoint is kept. {HINT}, and go on with resume=true")
+            raise UserError(f"{problem}; the newest checkpoint is kept. {HINT}, and continue with resume=true")
         if self.action == "skip":
             self.consecutive_skips += 1
-            self._check_limit(self.consecutive_skips, where, "step skipped", "in a row")
+            self._check_limit(self.consecutive_skips, problem, "step skipped", "in a row")
             return None
         self.rollbacks += 1
-        self._check_limit(self.rollbacks, where, "going back", "without a new checkpoint")
-        return trouble
+        self._check_limit(self.rollbacks, problem, "rolling back", "without a new checkpoint")
+        return event
 
     def checkpoint_saved(self) -> None:
-        """Say that a new checkpoint is there."""
+        """Reset the count of rollbacks: the run has got past the problem."""
         self.rollbacks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must know."""
+        """Return the state, as JSON."""
         return {"consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Load a `state_dict`; an empty one resets."""
         self.consecutive_skips = state.get("consecutive_skips", 0)
 
-    def _check_limit(self, count: int, where: str, action: str, manner: str) -> None:
+    def _check_limit(self, count: int, problem: str, action: str, manner: str) -> None:
         if count > self.limit:
-            raise UserError(f"{where}, {count} times {manner}, and nonfinite.limit={self.limit}. {HINT}")
+            raise UserError(f"{problem}, {count} times {manner}, and nonfinite.limit={self.limit}. {HINT}")
         if comm.is_main():
-            log.warning("%s; %s, %d of at most %d %s", where, action, count, self.limit, manner)
+            log.warning("%s; %s, %d of at most %d %s", problem, action, count, self.limit, manner)
 
 
-def _describe(names: Mapping[str, float]) -> str:
-    """Name the numbers, the first of them with its value; in other processes there may be none."""
-    if not names:
-        return "a number of another process is not finite"
-    (name, value), *others = sorted(names.items(), key=lambda each: each[0] in TOTAL_KEYS)  # terms first
-    more = f" ({', '.join(key for key, _ in others)} too)" if others else ""
-    return f"'{name}' is {value}{more}"
+def _describe(values: Mapping[str, float]) -> str:
+    """Name the scalars, the first with its value. There may be none: the event can be of another rank."""
+    if not values:
+        return "a scalar of another process is not finite"
+    (name, value), *others = sorted(values.items(), key=lambda item: item[0] in TOTAL_KEYS)  # single losses first
+    also = f" ({', '.join(key for key, _ in others)} too)" if others else ""
+    return f"'{name}' is {value}{also}"

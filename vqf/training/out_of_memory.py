@@ -1,4 +1,4 @@
-"""Out of memory, in words: which options lower it."""
+"""Out of memory as one line that names the options which lower memory use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from vqf.config.access import image_size
 from vqf.distributed import comm
 from vqf.errors import UserError
 
-CHECKPOINTABLE = {"stage1": ("encoder", "decoder"), "stage2": ("prior",)}
+CHECKPOINTABLE = {"stage1": ("encoder", "decoder"), "stage2": ("prior",)}  # have `gradient_checkpointing`
 
 
 @contextmanager
 def explain_oom(where: str, kind: str, config: DictConfig) -> Iterator[None]:
-    """Turn a failed allocation into one line.
+    """Turn a failed allocation on the device or the host into one line.
 
     Args:
-        where: What was going on.
+        where: Begins the line, as "stage1, step 3".
         kind: "stage1" or "stage2".
-        config: Whose values are named.
+        config: The run's; the line says which of its values to change.
 
     Raises:
         UserError: If memory ran out.
@@ -31,30 +31,32 @@ def explain_oom(where: str, kind: str, config: DictConfig) -> Iterator[None]:
         if not _is_oom(error):
             raise
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else "no memory left"
-        cures, others = ", ".join(_resume_hints(kind, config)), " or ".join(_restart_hints(config))
+        same_run = ", ".join(_resume_hints(kind, config)) or "a larger device"
         raise UserError(
-            f"{where}: out of memory ({reason}). Go on with resume=true and {cures or 'a larger device'}; "
-            f"or begin another run with {others}"
+            f"{where}: out of memory ({reason}). Continue with resume=true and {same_run}; "
+            f"or start a new run with {' or '.join(_restart_hints(config))}"
         ) from error
 
 
 def _is_oom(error: Exception) -> bool:
+    # The last is the CPU allocator's message; it raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _resume_hints(kind: str, config: DictConfig) -> Iterator[str]:
-    """Yield what lowers it in the same run."""
-    parts = range(config.accumulate + 1, config.batch_size + 1)
-    if more := next((each for each in parts if config.batch_size % (each * comm.world_size()) == 0), 0):
+    """Yield options that lower memory use and keep the run the same."""
+    candidates = range(config.accumulate + 1, config.batch_size + 1)
+    if more := next((count for count in candidates if config.batch_size % (count * comm.world_size()) == 0), 0):
         yield f"accumulate={more}"
     if config.precision != "bf16":
         yield "precision=bf16"
-    for part in CHECKPOINTABLE[kind]:
-        if OmegaConf.select(config, f"model.{part}.gradient_checkpointing") is False:
-            yield f"model.{part}.gradient_checkpointing=true"
+    for component in CHECKPOINTABLE[kind]:
+        if OmegaConf.select(config, f"model.{component}.gradient_checkpointing") is False:
+            yield f"model.{component}.gradient_checkpointing=true"
 
 
 def _restart_hints(config: DictConfig) -> Iterator[str]:
+    """Yield options that lower memory use and make another run."""
     if config.batch_size > 1:
         yield f"batch_size={config.batch_size // 2}"
     yield f"image_size={max(image_size(config)) // 2}"

@@ -1,4 +1,4 @@
-"""What a scheduler says to a running job: SIGTERM, save and end; SIGUSR1, save and go on."""
+"""Signals of a scheduler to a running job: SIGTERM, save and stop; SIGUSR1, save and continue."""
 
 import signal
 import threading
@@ -7,14 +7,14 @@ from typing import Any, Self
 
 from vqf.distributed import comm
 
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # exit status: a scheduler must not take an unfinished run for a finished one
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # not 0: a scheduler must see that the run is not finished
 
 
 class PreemptionSignals:
-    """While entered, notes the signals that come, for the loop to answer between two steps.
+    """Context in which SIGTERM and SIGUSR1 are recorded, for the trainer to act on between two steps.
 
-    A handler may run in the middle of an optimizer step, where there is nothing to save. Outside of the main thread
-    no signal can be had, and none is noted.
+    A handler may run in the middle of an optimizer step, where no consistent state could be saved. Python delivers
+    signals to the main thread only; in another thread nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class PreemptionSignals:
             signal.signal(*self.previous_handlers.popitem())
 
     def should_stop(self) -> bool:
-        """Tell whether the run is to end, in any process of it. Every process must ask."""
+        """Whether any rank has received SIGTERM. Every rank must ask."""
         return comm.any_rank(signal.SIGTERM in self.received)
 
     def should_save(self) -> bool:
-        """Tell whether a checkpoint is wanted now, in any process, and forget it. Every process must ask."""
-        wanted = bool(self.received)
+        """Whether any rank has received a signal; a SIGUSR1 is answered by this. Every rank must ask."""
+        requested = bool(self.received)
         self.received.discard(signal.SIGUSR1)
-        return comm.any_rank(wanted)
+        return comm.any_rank(requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received.add(number)

@@ -1,6 +1,6 @@
-"""What a stage is to the loop."""
+"""What the trainer is given: a task that says what is optimized, and a source of batches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,36 +10,38 @@ from vqf.batch import Batch
 from vqf.evaluation.validation import ValidationResult
 from vqf.training.optimizer_step import OptimizerStep
 
+# (first, stop) -> the batches with these numbers. Batch numbers count over all epochs.
+BatchSource = Callable[[int, int], Iterator[Batch]]
+
 
 class TrainingTask(Protocol):
-    """What is optimised."""
+    """One of the two stages: its modules, its optimizers, one training step, and its validation."""
 
     kind: str  # "stage1" or "stage2"
 
     @property
-    def model(self) -> nn.Module: ...  # what is averaged and evaluated
+    def model(self) -> nn.Module: ...  # has an EMA and is validated
 
     @property
-    def modules(self) -> Mapping[str, nn.Module]: ...  # what a checkpoint keeps, `model` under the name "model"
+    def modules(self) -> Mapping[str, nn.Module]: ...  # saved in checkpoints; `model` has the name "model"
 
     @property
-    def optimizer_steps(
-        self,
-    ) -> Mapping[str, OptimizerStep]: ...  # who moves, under the names of the modules that they move
+    def optimizer_steps(self) -> Mapping[str, OptimizerStep]: ...  # by the name of the module that is trained
 
     @property
-    def optimizers(self) -> Mapping[str, Optimizer]: ...  # theirs
+    def optimizers(self) -> Mapping[str, Optimizer]: ...  # those of `optimizer_steps`, under the same names
 
     @property
-    def metadata(self) -> Mapping[str, Any]: ...  # kept in the checkpoint's state.json
+    def metadata(self) -> Mapping[str, Any]: ...  # JSON, saved in the checkpoint's state.json
 
     @property
-    def higher_is_better(self) -> Mapping[str, bool]: ...  # of the held-out numbers by which a checkpoint can be best
+    def higher_is_better(self) -> Mapping[str, bool]: ...  # by validation metric: what `checkpoint.best` may name
 
+    # Trains on one batch. Returns scalars to log, on the device: reading one would make the host wait.
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]: ...
 
+    # Runs without gradients, in eval mode, with the EMA weights in `model`, on every rank.
     def evaluate(self, model: nn.Module) -> ValidationResult: ...
 
-    def final_validation(
-        self, model: nn.Module
-    ) -> ValidationResult: ...  # what is too dear for every look, once at the end
+    # What is too expensive for every validation; runs once, with the final weights.
+    def final_validation(self, model: nn.Module) -> ValidationResult: ...

@@ -19,14 +19,12 @@ from vqf.distributed import comm
 from vqf.distributed.engine import Engine
 from vqf.runs.resume import find_resume_checkpoint
 from vqf.terminal import log
-from vqf.training.trainer import TrainingTask
+from vqf.training.task import BatchSource, TrainingTask
 
 MEASURE_FRACTION = 0.04  # of the budget that measuring one kind of step may take
 WARMUP_STEPS = 3  # steps that are not measured: allocators and compilers are slower then
 MIN_STEPS = 5  # steps that are
 TAIL_STEPS = 1000  # steps at the end of a run, where everything that begins later has begun
-
-BatchSource = Callable[[int, int], Iterator[Batch]]
 
 
 def resolve_steps(

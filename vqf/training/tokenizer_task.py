@@ -1,7 +1,13 @@
-"""Stage 1: learn a codebook, and to draw images from it.
+"""Stage 1: train a tokenizer, with or without a discriminator.
 
-VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator and adversary it is a VQ-VAE,
-https://arxiv.org/abs/1711.00937.
+VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7, for an image x and its reconstruction x̂ = G(q(E(x))):
+
+    L_VQ  = L_rec(x, x̂) + L_quantizer                     (4)  codebook and commitment terms
+    L_GAN = log D(x) + log(1 - D(x̂))                      (5)  or hinge, as the adversary defines it
+    min over E, G, Z  max over D  of  L_VQ + λ L_GAN        (6)
+    λ = |∇ L_rec| / (|∇ L_GAN| + δ)                       (7)  gradients in the weight of the decoder's last layer
+
+Without discriminator and adversary it is a VQ-VAE, https://arxiv.org/abs/1711.00937.
 """
 
 from collections.abc import Mapping
@@ -31,14 +37,9 @@ from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator, check_
 
 
 class TokenizerTask:
-    """Two players: the tokenizer that reconstructs, and from some step on the discriminator that judges it.
+    """Trains the tokenizer and, from `adversary.start_step` on, the discriminator, each with its own optimizer.
 
-    Both play on one shared forward of the tokenizer. The losses are taken on a leaf cut at the reconstruction:
-    their gradients there give the adaptive weight, through the last layer alone, and then go back through the
-    tokenizer once. This is the gradient of the whole expression without keeping the graph for a second pass.
-
-    Several processes average the two gradients at the last layer first, so that the weight, too, is that of the
-    whole batch. It is a ratio: of micro-batches, each has its own.
+    A step has one forward of the tokenizer: the discriminator learns from the same reconstructions.
     """
 
     kind = "stage1"
@@ -54,9 +55,8 @@ class TokenizerTask:
     ) -> None:
         self.model, self.losses, self.gan = tokenizer, losses, gan
         self.data, self.config, self.engine = data, config, engine
-        self.parallel_tokenizer = engine.parallelize(
-            tokenizer, compiled=config.compile
-        )  # before the optimizer is built
+        # Before the optimizer is built: fsdp2 replaces the parameters.
+        self.parallel_tokenizer = engine.parallelize(tokenizer, compiled=config.compile)
         self.codebook_usage = engine.prepare(CodebookUsage(tokenizer.vocab_size))
         self.modules: dict[str, nn.Module] = {"model": tokenizer, "usage": self.codebook_usage}
         self.optimizer_steps = {"model": self._build_optimizer_step(tokenizer, self.codebook_usage)}
@@ -75,62 +75,57 @@ class TokenizerTask:
         }
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """Move both players once; returns what to log."""
-        total = ScalarAccumulator()
+        """Train the tokenizer, then the discriminator, on one batch; returns scalars to log."""
+        logs = ScalarAccumulator()
         self.model.train()
-        for player in self.optimizer_steps.values():
-            player.start()
-        pieces = batch.chunk(self.config.accumulate)
-        fakes = []
-        for i, piece in enumerate(pieces, 1):
-            with self.engine.accumulating(self.parallel_tokenizer, more=i < len(pieces)):
-                fakes.append(self._tokenizer_backward(step, piece, total, 1 / len(pieces)))
-        total.add(self.codebook_usage.end_step())
-        total.add({"grad_norm": self.optimizer_steps["model"].step(total.values)})
-        total.add(self._update_quantizer())
+        for optimizer_step in self.optimizer_steps.values():
+            optimizer_step.start()
+        micro_batches = batch.chunk(self.config.accumulate)
+        count = len(micro_batches)
+
+        # The minimum of equation 6: the tokenizer.
+        reconstructions = []
+        for i, micro_batch in enumerate(micro_batches, 1):
+            with self.engine.accumulating(self.parallel_tokenizer, more=i < count):
+                reconstructions.append(self._tokenizer_backward(step, micro_batch, logs, 1 / count))
+        logs.add(self.codebook_usage.end_step())
+        logs.add({"grad_norm": self.optimizer_steps["model"].step(logs.values)})
+        logs.add(self._update_quantizer())
+
+        # The maximum of equation 6: the discriminator. Before its start nothing of it is computed.
         if self.gan is not None and step >= self.gan.adversary.start_step:
-            for i, (piece, fake) in enumerate(zip(pieces, fakes, strict=True), 1):
-                with self.engine.accumulating(self.ddp_discriminator, more=i < len(pieces)):
-                    self._discriminator_backward(step, piece, fake, total, 1 / len(pieces))
-            total.add({"grad_norm/discriminator": self.optimizer_steps["discriminator"].step(total.values)})
-        return total.values
-
-    def evaluate(self, model: nn.Module) -> ValidationResult:
-        """Reconstruct held-out images."""
-        assert isinstance(model, Tokenizer)
-        split, config = self.data.split("validation"), self.config
-        count = min(config.evaluate.count or len(split), len(split))
-        held_out = sequential_batches(
-            split, config.batch_size, count=count, workers=config.workers, timeout=config.worker_timeout
-        )
-        return reconstruction.evaluate_and_preview(model, split, held_out, count, config, self.engine)
-
-    def final_validation(self, model: nn.Module) -> ValidationResult:
-        """Add nothing to the last look."""
-        return ValidationResult({})
+            for i, (micro_batch, x_hat) in enumerate(zip(micro_batches, reconstructions, strict=True), 1):
+                with self.engine.accumulating(self.ddp_discriminator, more=i < count):
+                    self._discriminator_backward(step, micro_batch, x_hat, logs, 1 / count)
+            logs.add({"grad_norm/discriminator": self.optimizer_steps["discriminator"].step(logs.values)})
+        return logs.values
 
     def _tokenizer_backward(self, step: int, batch: Batch, logs: ScalarAccumulator, batch_weight: float) -> Tensor:
+        """Add the gradients of equation 6 to the tokenizer's parameters; returns the reconstructions, detached."""
         images = batch.images
         assert images is not None
         with self.engine.autocast():
             out: TokenizerOutput = self.parallel_tokenizer(images)
-        leaf = upcast(out.reconstructions.detach()).requires_grad_()
-        terms = {name: loss(leaf, images) for name, loss in self.losses.items()}
+
+        # Equation 4, on a detached copy of x̂: its graph ends at x̂ and gives ∂L_rec/∂x̂.
+        x_hat = upcast(out.reconstructions.detach()).requires_grad_()
+        terms = {name: loss(x_hat, images) for name, loss in self.losses.items()}
         rec_loss = torch.stack([self.losses[name].weight * term for name, term in terms.items()]).sum()
-        (gradient,) = torch.autograd.grad(rec_loss, leaf)
+        (gradient,) = torch.autograd.grad(rec_loss, x_hat)
         logs.add({"loss": rec_loss + out.quantized.loss, **terms, "quantizer_loss": out.quantized.loss}, batch_weight)
         logs.add(out.quantized.stats, batch_weight)
         self.codebook_usage.update(out.quantized.indices)
+
+        # + λ ∂L_GAN/∂x̂. `ramp` is 0 while the discriminator learns before its loss counts.
         if self.gan is not None and (ramp := self.gan.adversary.weight_at(step)) > 0:
-            gradient = gradient + ramp * self._adversarial_gradient(self.gan, leaf, out, gradient, logs, batch_weight)
+            gradient = gradient + ramp * self._adversarial_gradient(self.gan, x_hat, out, gradient, logs, batch_weight)
+
+        # The loss L(x̂) = L_rec + λ L_GAN has the gradient (∂L/∂x̂) ∂x̂/∂θ in the tokenizer's weights θ. `gradient` is
+        # ∂L/∂x̂, a constant here, so (x̂ · gradient).sum() has the same gradient in θ. The graph of the tokenizer is
+        # walked once, at the end, and no earlier `autograd.grad` has to retain it.
         surrogate = (upcast(out.reconstructions) * gradient).sum() + out.quantized.loss
         (surrogate * batch_weight).backward()
-        return leaf.detach()
-
-    def _update_quantizer(self) -> dict[str, Tensor]:
-        """Let the quantizer move what no gradient moves, if the step was taken."""
-        update = getattr(self.model.quantizer, "update", None)
-        return update() if update is not None and self.optimizer_steps["model"].stepped else {}
+        return x_hat.detach()
 
     def _adversarial_gradient(
         self,
@@ -141,45 +136,69 @@ class TokenizerTask:
         logs: ScalarAccumulator,
         batch_weight: float,
     ) -> Tensor:
-        """Return the weighted gradient of the generator's loss at the reconstruction."""
+        """Return λ ∂L_GAN/∂x̂, with λ of equation 7, in the shape of x̂."""
         with no_param_grad(gan), self.engine.autocast():
             logits = upcast(gan(x_hat))
-        fooling = gan.adversary.generator_loss(logits)
-        (adversarial,) = torch.autograd.grad(fooling, x_hat)
-        weight = gan.adversary.adaptive_weight(
-            *comm.all_reduce_mean(self._last_layer_grads(out.features, rec_grad, adversarial))
-        )
-        logs.add({"g_loss": fooling, "gan_weight": weight}, batch_weight)
-        return weight * adversarial
+        g_loss = gan.adversary.generator_loss(logits)
+        (gan_grad,) = torch.autograd.grad(g_loss, x_hat)
+        # A rank knows the gradients of its own images only. Their norms, and so λ, would differ between ranks and from
+        # one process with the full batch. The mean of the gradients over ranks is the gradient of the full batch.
+        # Micro-batches are not averaged, each has its own λ: a common one would need all of their graphs in memory.
+        last_layer_grads = comm.all_reduce_mean(self._last_layer_grads(out.features, rec_grad, gan_grad))
+        weight = gan.adversary.adaptive_weight(*last_layer_grads)
+        logs.add({"g_loss": g_loss, "gan_weight": weight}, batch_weight)
+        return weight * gan_grad
 
     def _last_layer_grads(self, features: Tensor, *output_grads: Tensor) -> Tensor:
-        """Return the gradients of the last layer's weight, given those of its output, one behind the other."""
+        """Turn gradients of the last layer's output into gradients of its weight, stacked in front."""
         layer = self.model.last_layer
-        # They do not depend on the weights, of which a process may have only a share.
-        blank = {name: output_grads[0].new_zeros(each.shape) for name, each in layer.named_parameters()}
-        weight = blank["weight"].requires_grad_()
-        output = functional_call(layer, blank, upcast(features.detach()))
-        return torch.stack([torch.autograd.grad(output, weight, each, retain_graph=True)[0] for each in output_grads])
+        # The layer is linear in its weight, so the gradient does not depend on the weight's value. Zeros stand in for
+        # it, because under fsdp2 this rank holds only a shard.
+        zeros = {name: output_grads[0].new_zeros(param.shape) for name, param in layer.named_parameters()}
+        weight = zeros["weight"].requires_grad_()
+        output = functional_call(layer, zeros, upcast(features.detach()))
+        return torch.stack([torch.autograd.grad(output, weight, grad, retain_graph=True)[0] for grad in output_grads])
+
+    def _update_quantizer(self) -> dict[str, Tensor]:
+        """Update state that no gradient trains (EMA codebook, Gumbel temperature), unless the step was skipped."""
+        update = getattr(self.model.quantizer, "update", None)
+        return update() if update is not None and self.optimizer_steps["model"].stepped else {}
 
     def _discriminator_backward(
         self, step: int, batch: Batch, x_hat: Tensor, logs: ScalarAccumulator, batch_weight: float
     ) -> None:
-        critic, images = self.gan, batch.images
-        assert critic is not None and images is not None
-        if critic.adversary.refresh_fakes:
+        """Add the gradients of equation 5 and of the regularizers to the discriminator's parameters."""
+        gan, images = self.gan, batch.images
+        assert gan is not None and images is not None
+        if gan.adversary.refresh_fakes:  # as the published code: reconstruct again with the updated tokenizer
             with torch.no_grad(), self.engine.autocast():
                 x_hat = upcast(self.parallel_tokenizer(images).reconstructions)
         with self.engine.autocast():
-            # One after the other: batch norm must not normalise real and fake by common statistics.
-            real_logits, fake_logits = (upcast(each) for each in self.ddp_discriminator(images, x_hat))
-        loss = critic.adversary.discriminator_loss(real_logits, fake_logits)
-        judged = DiscriminatorOutput(critic, images, real_logits, fake_logits, step)
-        terms = {name: each(judged) for name, each in critic.regularizers.items()}
-        penalty = sum(critic.regularizers[name].weight * term for name, term in terms.items())
+            # Two forwards in one call: batch norm normalizes real and fake separately, and DDP sees one forward.
+            real_logits, fake_logits = map(upcast, self.ddp_discriminator(images, x_hat))
+        loss = gan.adversary.discriminator_loss(real_logits, fake_logits)
+        output = DiscriminatorOutput(gan, images, real_logits, fake_logits, step)
+        terms = {name: regularizer(output) for name, regularizer in gan.regularizers.items()}
+        penalty = sum(gan.regularizers[name].weight * term for name, term in terms.items())
         ((loss + penalty) * batch_weight).backward()
         logits = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
-        shown = {name: getattr(critic.regularizers[name], "last_value", term) for name, term in terms.items()}
-        logs.add({"d_loss": loss, **logits, **shown}, batch_weight)
+        # A lazy regularizer is 0 on most steps; the log shows the value that it had last.
+        penalties = {name: getattr(gan.regularizers[name], "last_value", term) for name, term in terms.items()}
+        logs.add({"d_loss": loss, **logits, **penalties}, batch_weight)
+
+    def evaluate(self, model: nn.Module) -> ValidationResult:
+        """Reconstruct `evaluate.count` validation images, spread evenly, and measure the metrics."""
+        assert isinstance(model, Tokenizer)
+        split, config = self.data.split("validation"), self.config
+        count = min(config.evaluate.count or len(split), len(split))
+        batches = sequential_batches(
+            split, config.batch_size, count=count, workers=config.workers, timeout=config.worker_timeout
+        )
+        return reconstruction.evaluate_and_preview(model, split, batches, count, config, self.engine)
+
+    def final_validation(self, model: nn.Module) -> ValidationResult:
+        """Add nothing to the last validation."""
+        return ValidationResult({})
 
     def _build_optimizer_step(self, module: nn.Module, *others: nn.Module) -> OptimizerStep:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -187,10 +206,11 @@ class TokenizerTask:
 
 
 def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> TokenizerTask:
-    """Build both players, what they play for, and their optimizers.
+    """Build the tokenizer, losses, discriminator and optimizers of a config.
 
     Raises:
-        UserError: If only one of discriminator and adversary is chosen, or there is no loss.
+        UserError: If only one of discriminator and adversary is chosen, there is no loss, or a loss or the
+            discriminator does not fit the images.
     """
     model = config.model
     if (model.get("discriminator") is None) != (model.get("adversary") is None):
@@ -202,31 +222,32 @@ def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> Toke
     torch.manual_seed(config.seed)
     tokenizer = engine.prepare(build_tokenizer(model, image_size(config), channels))
     losses = {name: engine.prepare(build("loss", node)) for name, node in group_nodes(model, "loss").items()}
-    if critic := engine.prepare(build_gan(config, channels)):
-        check_discriminator_input(critic, config, channels)
-    return TokenizerTask(tokenizer, losses, critic, data, config, engine)
+    if gan := engine.prepare(build_gan(config, channels)):
+        check_discriminator_input(gan, config, channels)
+    return TokenizerTask(tokenizer, losses, gan, data, config, engine)
 
 
 def check_losses(config: DictConfig, channels: int) -> None:
-    """Refuse a loss that cannot compare the images of a config, of so many channels.
+    """Refuse a loss that cannot compare images of so many channels.
 
     Raises:
         UserError: One line that names the loss, and what to choose.
     """
-    model, classes = config.model, target_is_class_map(config)
-    what = f"maps of {channels} classes" if classes else f"images of {channels} channels"
-    targets = {name: find_component("loss", node.name).target for name, node in group_nodes(model, "loss").items()}
-    for name, target in targets.items():
-        of_classes, known = getattr(target, "expects_logits", False), getattr(target, "channels", (channels,))
-        if of_classes and not classes:
-            raise UserError(f"model.loss.{name}: compares maps of classes, not {what}; model/loss=[l1] does")
-        if channels not in known or (classes and hasattr(target, "channels")):
+    model, is_class_map = config.model, target_is_class_map(config)
+    target = f"class maps of {channels} classes" if is_class_map else f"images of {channels} channels"
+    loss_classes = {name: find_component("loss", node.name).target for name, node in group_nodes(model, "loss").items()}
+    for name, loss_class in loss_classes.items():
+        expects_logits = getattr(loss_class, "expects_logits", False)
+        supported = getattr(loss_class, "channels", (channels,))
+        if expects_logits and not is_class_map:
+            raise UserError(f"model.loss.{name}: compares class maps, not {target}; choose model/loss=[l1]")
+        if channels not in supported or (is_class_map and hasattr(loss_class, "channels")):
             raise UserError(
-                f"model.loss.{name}: compares images of {' or '.join(map(str, known))} channels, not {what}; for "
-                "maps of classes choose model/loss=[bce] model.discriminator=null model.adversary=null"
+                f"model.loss.{name}: compares images of {' or '.join(map(str, supported))} channels, not {target}; for "
+                "class maps choose model/loss=[bce] model.discriminator=null model.adversary=null"
             )
-        if of_classes and model.get("discriminator") is not None:
+        if expects_logits and model.get("discriminator") is not None:
             raise UserError(
-                f"model.loss.{name}: makes logits, which a discriminator tells from a map at sight; choose "
-                "model.discriminator=null model.adversary=null"
+                f"model.loss.{name}: trains the decoder to output logits, which a discriminator tells from a class map "
+                "at once; choose model.discriminator=null model.adversary=null"
             )

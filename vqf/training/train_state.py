@@ -1,9 +1,10 @@
-"""Everything of a run that a step changes: how it gets into a checkpoint, and back out of one."""
+"""The training state: what a step changes, and how it is copied into a checkpoint and loaded back."""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
@@ -19,12 +20,28 @@ from vqf.runs.snapshot import Snapshot
 from vqf.training.ema import EMA
 from vqf.training.task import TrainingTask
 
-# A schedule runs from the first step on, an optimizer that waits (the discriminator's) takes its first step later.
+# All schedules advance from step 0 on; the discriminator's optimizer takes its first step later.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
 
 
+@dataclass
+class Progress:
+    """How far a run is. The fields are keys of `state.json`."""
+
+    step: int = 0  # steps done
+    skipped_batches: int = 0  # by rollbacks: the next batch has number step + skipped_batches
+    best: float | None = None  # the best score of a validation so far
+    last_validation: dict[str, Any] | None = None  # "step", and "values": scalars by name
+    validation_due: bool = False  # saved, but not yet validated
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Read the fields from `state.json`; missing ones have their defaults."""
+        return cls(**{field.name: state.get(field.name, field.default) for field in fields(cls)})
+
+
 class TrainState:
-    """Modules and optimizers of a stage, with the schedules and the average that follow them."""
+    """The modules and optimizers of a task, its learning rate schedules, and the EMA of its model."""
 
     def __init__(self, task: TrainingTask, config: DictConfig, engine: Engine) -> None:
         self.task, self.config, self.engine = task, config, engine
@@ -35,70 +52,85 @@ class TrainState:
         }
 
     def after_step(self, step: int) -> None:
-        """Let schedules, buffers of other processes and the average follow a step that the stage has taken."""
+        """Advance the schedules, sync buffers over ranks and update the EMA after an optimizer step."""
         for schedule in self.schedules.values():
             schedule.step()
+        # Each rank has updated batch norm statistics and codebook averages from its own images.
         self.engine.sync_buffers(self.task.modules[name] for name in self.task.optimizers)
         if self.ema and self.task.optimizer_steps["model"].stepped:
             self.ema.update(step)
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of every optimizer."""
-        return {f"lr/{name}": float(each.get_last_lr()[0]) for name, each in self.schedules.items()}
+        """Return the learning rate of each optimizer, as "lr/<name>"."""
+        return {f"lr/{name}": float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
 
     def snapshot(self, state: Mapping[str, Any]) -> Snapshot | None:
-        """Copy everything, with what else `state.json` is to say, in the first process; every process must call it."""
+        """Copy everything to the CPU on the main rank; returns None on the others. Every rank must call this.
+
+        Args:
+            state: Content of `state.json`.
+        """
         weights = {name: self.engine.full_state(module.state_dict()) for name, module in self.task.modules.items()}
         if self.ema:
             weights["ema"] = self.engine.full_state(self.ema.state_dict())
-        optimizers = {name: self.engine.full_optimizer_state(each) for name, each in self.task.optimizers.items()}
+        optimizers = {
+            name: self.engine.full_optimizer_state(optimizer) for name, optimizer in self.task.optimizers.items()
+        }
         if not comm.is_main():
             return None
-        schedules = {name: each.state_dict() for name, each in self.schedules.items()}
+        schedules = {name: schedule.state_dict() for name, schedule in self.schedules.items()}
         states = {"optimizers": optimizers, "schedules": schedules}
         return Snapshot(state, self.config, _copy_to_cpu(weights), _copy_to_cpu(states))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become what a checkpoint holds.
+        """Load a checkpoint.
 
         Raises:
-            UserError: If its weights or optimizers do not fit.
+            UserError: If its weights or optimizer states do not fit.
         """
         for name, module in self.task.modules.items():
             with _explain_mismatch(checkpoint, name):
                 self.engine.load_weights(module, checkpoint.load_weights(name))
         if self.ema:
             with _explain_mismatch(checkpoint, "ema"):
-                self.ema.load_state_dict(
-                    self.engine.shard_state(checkpoint.load_weights("ema"), self.ema.shadow_params)
-                )
+                weights = checkpoint.load_weights("ema")
+                self.ema.load_state_dict(self.engine.shard_state(weights, self.ema.shadow_params))
         states = checkpoint.load_optimizers()
-        anew = any(checkpoint.config.get(part) != self.config.get(part) for part in ("optimizer", "schedule"))
+        # With allow_changes=true the config may have another learning rate: then the config's counts.
+        keep_config_lr = any(checkpoint.config.get(key) != self.config.get(key) for key in ("optimizer", "schedule"))
         for name in self.task.optimizers:
             with _explain_mismatch(checkpoint, f"optimizer of {name}"):
-                self._restore_optimizer(name, states, anew)
+                self._restore_optimizer(name, states, keep_config_lr)
 
     def _restore_optimizer(self, name: str, states: Mapping[str, Any], keep_config_lr: bool) -> None:
-        """Load an optimizer and its schedule; `keep_config_lr` keeps the rates and other settings of this config."""
+        """Load the state of an optimizer and its schedule.
+
+        Args:
+            name: Of the module that is trained.
+            states: Of all optimizers and schedules.
+            keep_config_lr: Keep learning rate, weight decay and other options of this run's config.
+        """
         optimizer, schedule = self.task.optimizers[name], self.schedules[name]
-        bases = schedule.base_lrs
-        settings = [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups]
+        base_lrs = schedule.base_lrs
+        options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self.engine.load_optimizer_state(optimizer, states["optimizers"][name])
         schedule.load_state_dict(states["schedules"][name])
         if keep_config_lr and isinstance(schedule, LambdaLR):
-            schedule.base_lrs = bases
-            rates = [base * rise(schedule.last_epoch) for base, rise in zip(bases, schedule.lr_lambdas, strict=True)]
-            schedule._last_lr = rates
-            for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
-                group.update(own, lr=rate)
+            # load_state_dict has overwritten them with the checkpoint's.
+            schedule.base_lrs = base_lrs
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            lrs = [base_lr * factor for base_lr, factor in zip(base_lrs, factors, strict=True)]
+            schedule._last_lr = lrs
+            for group, own_options, lr in zip(optimizer.param_groups, options, lrs, strict=True):
+                group.update(own_options, lr=lr)
 
 
 def _copy_to_cpu(tree: Any) -> Any:
-    """Copy the tensors of nested mappings and lists to memory of their own on the CPU."""
+    """Copy the tensors of nested mappings and lists to the CPU: the next step may start before they are written."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {key: _copy_to_cpu(each) for key, each in tree.items()}
+        return {key: _copy_to_cpu(value) for key, value in tree.items()}
     return type(tree)(map(_copy_to_cpu, tree)) if isinstance(tree, list | tuple) else tree
 
 
@@ -110,5 +142,5 @@ def _explain_mismatch(checkpoint: Checkpoint, name: str) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         lines = str(error).splitlines() or [repr(error)]
-        reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line names the class
+        reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line names only the class
         raise UserError(f"resume: {checkpoint.path}: its '{name}' does not fit this config: {reason}") from error

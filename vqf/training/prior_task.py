@@ -1,7 +1,7 @@
-"""Stage 2: learn the distribution of the codes of a frozen tokenizer.
+"""Stage 2: train a prior on the tokens of a frozen tokenizer.
 
-VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximise the log-likelihood of the codes of an image, row by
-row, given the tokens of a condition in front of them.
+VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximize the log-likelihood of an image's tokens in raster order,
+given the tokens of a condition in front of them.
 """
 
 import math
@@ -28,15 +28,16 @@ from vqf.models.generator import Generator
 from vqf.registry import build
 from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator
 
-PREVIEW_SAMPLES = 32  # samples drawn at every look
-PREVIEW_COMPLETIONS = 9  # held-out images completed at every look
+PREVIEW_SAMPLES = 32  # images sampled at every validation
+PREVIEW_COMPLETIONS = 9  # validation images completed at every validation
 COMPLETIONS_CAPTION = (
-    "Held-out images as their codes draw them: whole, the part that the prior is shown, and its answer."
+    "Validation images decoded from their codes: complete, only the part that the prior is given, and completed by the "
+    "prior."
 )
 
 
 class PriorTask:
-    """One player: the prior, on cached tokens."""
+    """Trains the prior of a generator on cached tokens; tokenizer and conditioner are frozen."""
 
     kind = "stage2"
 
@@ -52,9 +53,8 @@ class PriorTask:
         self.generator, self.validation_tokens, self.config, self.engine = generator, validation_tokens, config, engine
         assert isinstance(generator.prior, nn.Module)
         self.model = generator.prior
-        self.parallel_loss = engine.parallelize(
-            self.model, "loss", compiled=config.compile
-        )  # before the optimizer is built
+        # Before the optimizer is built: fsdp2 replaces the parameters.
+        self.parallel_loss = engine.parallelize(self.model, "loss", compiled=config.compile)
         self.modules: dict[str, nn.Module] = {"model": self.model, "tokenizer": generator.tokenizer}
         if generator.conditioner.state_dict():
             self.modules["conditioner"] = generator.conditioner
@@ -65,90 +65,20 @@ class PriorTask:
         self.metadata, self.class_evaluator = metadata, class_evaluator
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """Move the prior once; returns what to log."""
-        total = ScalarAccumulator()
+        """Train the prior on one batch of tokens; returns scalars to log."""
+        logs = ScalarAccumulator()
         self.generator.train()
         self.generator.tokenizer.eval()
         self.optimizer_steps["model"].start()
-        pieces = batch.chunk(self.config.accumulate)
-        for i, piece in enumerate(pieces, 1):
-            with self.engine.accumulating(self.parallel_loss, more=i < len(pieces)):
-                loss = self._loss(piece)
-                (loss / len(pieces)).backward()
-            total.add({"loss": loss}, 1 / len(pieces))
-        total.add({"grad_norm": self.optimizer_steps["model"].step(total.values)})
-        return total.values
-
-    def evaluate(self, model: nn.Module) -> ValidationResult:
-        """Return nats per token on held-out images, and samples."""
-        generator = self._generator_with(model)
-        loss = self._validation_loss(generator)
-        scalars = {"nats_per_token": loss, "uniform_nats": math.log(generator.tokenizer.vocab_size)}
-        with self.engine.autocast():
-            return ValidationResult(
-                scalars,
-                self._preview_samples(generator) | self._preview_completions(generator),
-                self._captions(generator),
-            )
-
-    def final_validation(self, model: nn.Module) -> ValidationResult:
-        """Return how often samples are of the class that was asked for, where classes are asked for."""
-        verdict = None if self.class_evaluator is None else self.class_evaluator(self._generator_with(model))
-        if verdict is None:
-            return ValidationResult({})
-        seen = {"names": self.generator.classes, "confusion": verdict.confusion.tolist()}
-        return ValidationResult(verdict.scalars(), details={"classes": seen})
-
-    def _generator_with(self, model: nn.Module) -> Generator:
-        parts = self.generator
-        like = (parts.tokenizer, parts.conditioner, model, parts.sampler, parts.classes)
-        return Generator(*like, crop_extent=parts.crop_extent).eval()  # type: ignore[arg-type]
-
-    def _preview_samples(self, generator: Generator) -> dict[str, Tensor]:
-        """Draw images by held-out conditions: each beside what it was told, where that can be seen."""
-        told, shown = self._validation_batch(), generator.conditioner.render
-        count = len(told) if told.condition_indices else PREVIEW_SAMPLES
-        mine = indices_for_rank(count)  # of several processes each draws some
-        which = {"seed": self.config.seed, "first": comm.rank() * len(mine)}
-        if told.condition_indices:
-            drawn = generator.tokenizer.decode_tokens(
-                generator.sample_tokens(told.map(lambda each: each[mine]), **which)
-            )
-        else:
-            drawn = generator.sample(len(mine), **which)
-        samples = comm.gather_rows(drawn.float(), count)
-        if samples is None or not told.condition_indices:
-            return {} if samples is None else {"samples": samples}
-        rows = [to_rgb(each) for each in shown(told).values()] + [samples]
-        return {"samples": samples, "conditions": rearrange(rows, "rows b c h w -> (b rows) c h w")}
-
-    def _preview_completions(self, generator: Generator) -> dict[str, Tensor]:
-        """Complete held-out images from their upper half, where the sampler keeps codes."""
-        if not can_complete(generator):
-            return {}
-        told = self._validation_batch(PREVIEW_COMPLETIONS)
-        mine = indices_for_rank(len(told))
-        some = told.map(lambda each: each[mine])
-        rows = comm.gather_rows(complete_tokens(generator, some, seed=self.config.seed, first=mine[0]), len(told))
-        return {} if rows is None else {"completions": rearrange(rows, "b three c h w -> (b three) c h w")}
-
-    def _captions(self, generator: Generator) -> dict[str, Any]:
-        """Return what is written over and under the images: the classes, where the prior is told them."""
-        told, names = self._validation_batch(), generator.classes
-        if not is_class_conditional(generator, told):
-            return {"completions": {"caption": COMPLETIONS_CAPTION}}
-        held_out = self._validation_batch(PREVIEW_COMPLETIONS).labels
-        samples = told.labels if told.condition_indices else torch.arange(PREVIEW_SAMPLES) % len(names)
-        assert samples is not None and held_out is not None
-        return {
-            "samples": {"labels": [names[each] for each in samples.tolist()]},
-            "completions": {"caption": COMPLETIONS_CAPTION, "captions": [names[each] for each in held_out.tolist()]},
-        }
-
-    def _validation_batch(self, max_count: int = PREVIEW_SAMPLES) -> Batch:
-        count = min(max_count, len(self.validation_tokens))
-        spread = [i * len(self.validation_tokens) // count for i in range(count)]
-        return self.validation_tokens.gather([0] * count, spread).to(self.engine.device)
+        micro_batches = batch.chunk(self.config.accumulate)
+        count = len(micro_batches)
+        for i, micro_batch in enumerate(micro_batches, 1):
+            with self.engine.accumulating(self.parallel_loss, more=i < count):
+                loss = self._loss(micro_batch)
+                (loss / count).backward()
+            logs.add({"loss": loss}, 1 / count)
+        logs.add({"grad_norm": self.optimizer_steps["model"].step(logs.values)})
+        return logs.values
 
     def _loss(self, batch: Batch) -> Tensor:
         assert batch.tokens is not None
@@ -156,7 +86,25 @@ class PriorTask:
         with self.engine.autocast():
             return self.parallel_loss(batch.tokens, prefix)
 
+    def evaluate(self, model: nn.Module) -> ValidationResult:
+        """Measure nats per token on all validation tokens; sample and complete a few images."""
+        generator = self._generator_with(model)
+        loss = self._validation_loss(generator)
+        scalars = {"nats_per_token": loss, "uniform_nats": math.log(generator.tokenizer.vocab_size)}
+        with self.engine.autocast():
+            images = self._preview_samples(generator) | self._preview_completions(generator)
+            return ValidationResult(scalars, images, self._captions(generator))
+
+    def final_validation(self, model: nn.Module) -> ValidationResult:
+        """Measure how often samples are of their class, for a prior that is conditioned on classes."""
+        accuracy = None if self.class_evaluator is None else self.class_evaluator(self._generator_with(model))
+        if accuracy is None:
+            return ValidationResult({})
+        classes = {"names": self.generator.classes, "confusion": accuracy.confusion.tolist()}
+        return ValidationResult(accuracy.scalars(), details={"classes": classes})
+
     def _validation_loss(self, generator: Generator) -> float:
+        """Return the mean loss per token over all validation images and ranks."""
         count, size = len(self.validation_tokens), self.config.batch_size
         total = torch.zeros((), device=self.engine.device)
         for i in range(0, count, size):
@@ -167,18 +115,76 @@ class PriorTask:
             assert batch.tokens is not None
             with self.engine.autocast():
                 loss = generator.prior.loss(batch.tokens, generator.conditioner(batch))
-            total += loss.float() * len(indices)
+            total += loss.float() * len(indices)  # ranks have different counts, so sum here and divide once
         return float(comm.all_reduce_sum(total)) / count
+
+    def _preview_samples(self, generator: Generator) -> dict[str, Tensor]:
+        """Sample images with the conditions of validation images; "conditions" shows each above its sample."""
+        conditions = self._validation_batch()
+        has_conditions = bool(conditions.condition_indices)
+        count = len(conditions) if has_conditions else PREVIEW_SAMPLES
+        indices = indices_for_rank(count)  # each rank samples its own
+        noise = {"seed": self.config.seed, "first": comm.rank() * len(indices)}
+        if has_conditions:
+            tokens = generator.sample_tokens(conditions.map(lambda field: field[indices]), **noise)
+            images = generator.tokenizer.decode_tokens(tokens)
+        else:
+            images = generator.sample(len(indices), **noise)
+        samples = comm.gather_rows(images.float(), count)
+        if samples is None:
+            return {}
+        if not has_conditions:
+            return {"samples": samples}
+        rows = [to_rgb(condition) for condition in generator.conditioner.render(conditions).values()] + [samples]
+        return {"samples": samples, "conditions": rearrange(rows, "rows b c h w -> (b rows) c h w")}
+
+    def _preview_completions(self, generator: Generator) -> dict[str, Tensor]:
+        """Complete validation images from their upper half, if the sampler can keep given tokens."""
+        if not can_complete(generator):
+            return {}
+        batch = self._validation_batch(PREVIEW_COMPLETIONS)
+        indices = indices_for_rank(len(batch))
+        own = batch.map(lambda field: field[indices])
+        triples = complete_tokens(generator, own, seed=self.config.seed, first=indices[0])
+        rows = comm.gather_rows(triples, len(batch))
+        return {} if rows is None else {"completions": rearrange(rows, "b three c h w -> (b three) c h w")}
+
+    def _captions(self, generator: Generator) -> dict[str, Any]:
+        """Return the class names beside the preview images, for a prior that is conditioned on classes."""
+        batch, names = self._validation_batch(), generator.classes
+        if not is_class_conditional(generator, batch):
+            return {"completions": {"caption": COMPLETIONS_CAPTION}}
+        completion_labels = self._validation_batch(PREVIEW_COMPLETIONS).labels
+        # Without other conditions `generator.sample` goes through the classes in turn.
+        sample_labels = batch.labels if batch.condition_indices else torch.arange(PREVIEW_SAMPLES) % len(names)
+        assert sample_labels is not None and completion_labels is not None
+        captions = [names[label] for label in completion_labels.tolist()]
+        return {
+            "samples": {"labels": [names[label] for label in sample_labels.tolist()]},
+            "completions": {"caption": COMPLETIONS_CAPTION, "captions": captions},
+        }
+
+    def _validation_batch(self, max_count: int = PREVIEW_SAMPLES) -> Batch:
+        """Return the tokens and conditions of a few validation images, spread evenly over the split."""
+        count = min(max_count, len(self.validation_tokens))
+        indices = [i * len(self.validation_tokens) // count for i in range(count)]
+        return self.validation_tokens.gather([0] * count, indices).to(self.engine.device)
+
+    def _generator_with(self, model: nn.Module) -> Generator:
+        """Return the generator with another prior: the one with EMA weights."""
+        own = self.generator
+        components = (own.tokenizer, own.conditioner, model, own.sampler, own.classes)
+        return Generator(*components, crop_extent=own.crop_extent).eval()  # type: ignore[arg-type]
 
 
 def param_groups_weight_decay(module: nn.Module) -> list[dict[str, Any]]:
-    """Split parameters into those that weight decay may shrink, weights of linear layers, and all others.
+    """Split trained parameters into two groups: weights of linear layers, and all others without weight decay.
 
-    As minGPT and taming-transformers do: never biases, norms, embeddings and positions.
+    As minGPT and taming-transformers do: biases, norms, embeddings and positions are never decayed.
     """
-    linear = {id(each.weight) for each in module.modules() if isinstance(each, nn.Linear)}
+    linear_weights = {id(submodule.weight) for submodule in module.modules() if isinstance(submodule, nn.Linear)}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    shrinks = [parameter for parameter in trained if id(parameter) in linear]
-    others = [parameter for parameter in trained if id(parameter) not in linear]
-    groups: list[dict[str, Any]] = [{"params": shrinks}, {"params": others, "weight_decay": 0.0}]
+    decayed = [parameter for parameter in trained if id(parameter) in linear_weights]
+    others = [parameter for parameter in trained if id(parameter) not in linear_weights]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""What the engine asks of torch, and the average that follows the weights."""
+"""The settings of torch that the engine makes, and the EMA."""
 
 import os
 from collections.abc import Iterator
@@ -46,8 +46,8 @@ def test_deterministic_reaches_torch() -> None:
 @pytest.mark.parametrize(
     ("word", "words", "old"), [("fp32", "ieee", False), ("tf32", "tf32", True), ("bf16", "tf32", True)]
 )
-def test_float32_is_ieee_s_unless_it_need_not_be(word: str, words: str, old: bool) -> None:
-    """Torch's own default rounds convolutions on a GPU to TF32. `torch.compile` asks for the matmul's precision."""
+def test_float32_is_ieee_only_with_precision_fp32(word: str, words: str, old: bool) -> None:
+    """Torch's own default rounds convolutions on a GPU to TF32. `torch.compile` reads the matmul precision."""
     engine = make_engine(compose("device=cpu", f"precision={word}"))
     assert engine.dtype == (torch.bfloat16 if word == "bf16" else torch.float32)
     assert torch.get_float32_matmul_precision() == ("highest" if word == "fp32" else "high")
@@ -60,7 +60,7 @@ def test_float32_is_ieee_s_unless_it_need_not_be(word: str, words: str, old: boo
     assert torch.compile(nn.Linear(2, 2), backend="aot_eager")(torch.ones(1, 2)).shape == (1, 2)
 
 
-def test_torch_before_2_9_is_told_by_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_before_2_9_has_its_flag_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda word: None)
     old = SimpleNamespace(allow_tf32=True, benchmark=False)
     monkeypatch.setattr(torch.backends, "cudnn", old)
@@ -69,7 +69,7 @@ def test_torch_before_2_9_is_told_by_its_flag(monkeypatch: pytest.MonkeyPatch) -
         assert old.allow_tf32 == allowed
 
 
-def test_the_average_is_that_of_the_formula() -> None:
+def test_the_ema_is_that_of_the_formula() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
     module[1].bias = module[0].bias  # one tensor under two names
     average, expected = EMA(module, 0.9), {name: each.clone() for name, each in module.named_parameters()}

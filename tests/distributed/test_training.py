@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same gradients, numbers, codebooks, held-out looks and checkpoints."""
+"""Several ranks compute what one process does: the same gradients, scalars, codebooks, validations, checkpoints."""
 
 import json
 import os
@@ -68,7 +68,7 @@ IMAGES = 24
 
 @contextmanager
 def double() -> Iterator[None]:
-    """Build in float64, so that what should be equal is to nine digits."""
+    """Build in float64, so that equal results agree to nine digits."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -103,7 +103,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def watched(stage: Any) -> dict[str, Tensor]:
-    """The gradients that the optimizers of a stage are given from now on; nothing moves."""
+    """Record the gradients at each optimizer step of a task instead of stepping."""
     seen: dict[str, Tensor] = {}
     for key, optimizer in stage.optimizers.items():
         module = stage.modules[key]
@@ -118,26 +118,26 @@ def watched(stage: Any) -> dict[str, Tensor]:
 
 
 def numbers(log: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the log will say of all processes."""
+    """The scalars that are logged: means over ranks."""
     means = comm.all_reduce_mean(torch.stack([value.double() for value in log.values()]))
     return {f"log {key}": mean for key, mean in zip(log, means, strict=True)}
 
 
 def stage1_gradients(*overrides: str) -> dict[str, Tensor]:
-    """What a step of stage 1, its second player included, gives for every weight, buffer and number."""
+    """Gradients, buffers and scalars of a step of stage 1, with the discriminator."""
     with nullcontext() if "precision=bf16" in overrides else double():
         config = compose(*TINY, *overrides)
         stage = build_tokenizer_task(config, build("data", config.data, image_size=16, seed=0), make_engine(config))
         seen = watched(stage)
         seed_everything(5)
         log = numbers(stage.step(2, make_images(order(config).batch(0))))
-        stage.engine.sync_buffers(stage.modules.values())  # as the loop does
+        stage.engine.sync_buffers(stage.modules.values())  # as the trainer does
         buffers = {f"buffer {key}": each for part in stage.modules.values() for key, each in part.named_buffers()}
     return {**seen, **log, **buffers}
 
 
 def prior_stage(config: Any) -> PriorTask:
-    """A stage 2 on random tokens of random classes."""
+    """A prior task on random tokens of random classes."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(config.model, 16)
     classes = build("data", config.data, image_size=16, seed=0).classes
@@ -151,7 +151,7 @@ def prior_stage(config: Any) -> PriorTask:
 
 
 def stage2_gradients(*overrides: str) -> dict[str, Tensor]:
-    """What a step of stage 2 gives for every weight, the numbers of it and of held-out tokens, and samples."""
+    """Gradients and scalars of a step of stage 2, and the scalars and images of its validation."""
     with double():
         config = compose(*TINY, "pipeline=stage2", *overrides)
         stage = prior_stage(config)
@@ -159,9 +159,9 @@ def stage2_gradients(*overrides: str) -> dict[str, Tensor]:
         keys = order(config).batch(0)
         log = numbers(stage.step(0, stage.validation_tokens.gather(*map(list, zip(*keys, strict=True)))))
         with torch.no_grad(), stage.engine.unsharded(stage.model):
-            look = stage.evaluate(stage.model.eval())
-    shown = {f"shown {name}": images for name, images in look.images.items()}
-    return {**seen, **log, **shown, **{key: torch.tensor(value) for key, value in look.scalars.items()}}
+            validation = stage.evaluate(stage.model.eval())
+    shown = {f"shown {name}": images for name, images in validation.images.items()}
+    return {**seen, **log, **shown, **{key: torch.tensor(value) for key, value in validation.scalars.items()}}
 
 
 SLOW = pytest.mark.slow
@@ -173,7 +173,7 @@ STAGE1 = [
 
 
 @pytest.mark.parametrize("overrides", STAGE1)
-def test_stage1_has_the_gradients_of_one_process_with_the_whole_batch(overrides: list[str]) -> None:
+def test_stage1_has_the_gradients_of_one_process_with_the_full_batch(overrides: list[str]) -> None:
     alone = stage1_gradients(*overrides)
     assert {"log gan_weight", "log grad_norm", "discriminator.discriminator.main.0.weight"} <= alone.keys()
     for found in run_processes(2, stage1_gradients, *overrides):
@@ -188,7 +188,7 @@ STAGE2 = [
 
 
 @pytest.mark.parametrize("overrides", STAGE2)
-def test_stage2_has_the_gradients_of_one_process_with_the_whole_batch(overrides: list[str]) -> None:
+def test_stage2_has_the_gradients_of_one_process_with_the_full_batch(overrides: list[str]) -> None:
     alone = stage2_gradients(*(each for each in overrides if "engine" not in each))
     first, second = run_processes(2, stage2_gradients, *overrides)
     assert "shown samples" in alone
@@ -212,7 +212,7 @@ def test_compiled_stages_have_the_same_gradients(engine: str) -> None:
 
 @SLOW
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_bf16_is_that_of_one_process_but_for_its_rounding(engine: str) -> None:
+def test_bf16_equals_one_process_up_to_rounding(engine: str) -> None:
     options = ["precision=bf16", "model/quantizer=cosine", *HELD_BACK]
     alone = stage1_gradients(*options)
     found, _ = run_processes(2, stage1_gradients, f"engine={engine}", *options)
@@ -220,8 +220,8 @@ def test_bf16_is_that_of_one_process_but_for_its_rounding(engine: str) -> None:
     close({key: found[key] for key in numbers}, {key: alone[key] for key in numbers}, rtol=0.02)
 
 
-def test_a_published_patchgan_normalises_each_part_by_itself() -> None:
-    """Why `norm=sync_batch` is there: with `batch` the gradients are others, but every process has the same ones."""
+def test_a_published_patchgan_normalizes_the_batch_of_each_rank() -> None:
+    """Why `norm=sync_batch` exists: with `batch` all ranks have the same gradients, but not those of one process."""
     alone = stage1_gradients("model.discriminator.norm=batch")
     first, second = run_processes(2, stage1_gradients, "model.discriminator.norm=batch")
     close(first, second)
@@ -229,8 +229,8 @@ def test_a_published_patchgan_normalises_each_part_by_itself() -> None:
     assert (first[name] - alone[name]).abs().max() > 1e-3 * alone[name].abs().max()
 
 
-def normalised(norm: type[nn.BatchNorm2d]) -> dict[str, Tensor]:
-    """What a batch norm gives, with its gradient, and the gradient of that gradient's square."""
+def normalized(norm: type[nn.BatchNorm2d]) -> dict[str, Tensor]:
+    """The output of a batch norm, its gradient, and the gradient of that gradient's square."""
     torch.manual_seed(0)
     layer = norm(3).double()
     nn.init.normal_(layer.weight)
@@ -252,9 +252,9 @@ def torch_all(tensor: Tensor) -> list[Tensor]:
     ]
 
 
-def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch() -> None:
-    alone = normalised(nn.BatchNorm2d)
-    for found in run_processes(2, normalised, SyncBatchNorm2d):
+def test_synchronized_batch_norm_is_batch_norm_of_the_full_batch() -> None:
+    alone = normalized(nn.BatchNorm2d)
+    for found in run_processes(2, normalized, SyncBatchNorm2d):
         close(found, alone)
     x = torch.randn(4, 3, 2, 2)
     assert torch.equal(SyncBatchNorm2d(3)(x), nn.BatchNorm2d(3)(x)), "one process needs none of it"
@@ -265,7 +265,7 @@ def noise() -> Tensor:
     return torch.rand(5)
 
 
-def test_noise_is_of_the_step_and_the_process() -> None:
+def test_noise_depends_on_step_and_rank() -> None:
     first, second = run_processes(2, noise)
     assert torch.equal(first, noise()), "the first process draws what one alone would"
     assert not torch.equal(first, second)
@@ -276,7 +276,7 @@ LOOP = [*HELD_BACK, "ema=0.9", "clip=0.5", "schedule=cosine", "optimizer=adam", 
 
 
 def trained(folder: str, *overrides: str) -> None:
-    """Run the loop of stage 1 in float64."""
+    """Train stage 1 in float64."""
     with double():
         config = compose(*TINY, *LOOP, *overrides)
         engine = make_engine(config)
@@ -289,7 +289,7 @@ def trained(folder: str, *overrides: str) -> None:
 
 
 def lines(folder: Path) -> dict[str, Tensor]:
-    """Every number that a run has logged."""
+    """Every scalar that a run has logged."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return {
         f"{row['step']} {key}": torch.tensor(float(value))
@@ -318,7 +318,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=SLOW)])
-def test_a_run_of_two_processes_is_that_of_one(engine: str, alone: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process_does(engine: str, alone: Path, tmp_path: Path) -> None:
     parts = ("encoder", "decoder") if engine == "fsdp2" else ()
     again = [f"model.{part}.gradient_checkpointing=true" for part in parts]
     run_processes(2, trained, str(tmp_path), f"engine={engine}", *again)
@@ -330,7 +330,7 @@ def test_a_run_of_two_processes_is_that_of_one(engine: str, alone: Path, tmp_pat
 @SLOW
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_codes_learned_by_gradient_move_to_the_same_latents(engine: str, tmp_path: Path) -> None:
-    """Where each process keeps all weights, and where it keeps a share."""
+    """With all weights on every rank, and with shards."""
     words = ["model/quantizer=vq", "model.quantizer.init=kmeans", "model.quantizer.revive=7", "accumulate=2"]
     trained(str(tmp_path / "alone"), *words)
     run_processes(2, trained, str(tmp_path / "two"), f"engine={engine}", *words)
@@ -343,7 +343,7 @@ def test_codes_learned_by_gradient_move_to_the_same_latents(engine: str, tmp_pat
 
 @SLOW
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_run_goes_on_with_another_number_of_processes(engine: str, alone: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(engine: str, alone: Path, tmp_path: Path) -> None:
     fewer, more = tmp_path / "fewer", tmp_path / "more"
     run_processes(2, trained, str(fewer), f"engine={engine}", "steps=2", "schedule=constant")
     trained(str(fewer), "resume=true", "schedule=constant")
@@ -367,7 +367,7 @@ def interrupted(folder: str, what: int, *overrides: str) -> None:
 
 @SLOW
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_lost_a_process_goes_on_to_the_bit(what: signal.Signals, tmp_path: Path) -> None:
+def test_a_run_that_lost_a_process_resumes_bit_for_bit(what: signal.Signals, tmp_path: Path) -> None:
     long = ["steps=6", "model.discriminator.norm=batch"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_processes(2, trained, str(whole), *long)
@@ -386,15 +386,15 @@ def test_a_run_that_lost_a_process_goes_on_to_the_bit(what: signal.Signals, tmp_
 
 
 def killed(folder: str, who: int, after: float, *overrides: str) -> None:
-    """A run of which a process is killed some seconds after it has begun, wherever it is then."""
+    """A run of which one process is killed some seconds after its start."""
     if comm.rank() == who:
         threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
     trained(folder, *overrides)
 
 
 @SLOW
-def test_a_run_of_two_that_loses_one_again_and_again_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """Either of them, at a random moment: at the start, in a step, while it saves, in a look."""
+def test_a_run_that_loses_processes_again_and_again_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Either of them, at a random moment: at the start, in a step, while it saves or validates."""
     long = ["steps=40", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=3", "checkpoint.best=psnr"]
     whole, cut, random = tmp_path / "whole", tmp_path / "cut", Random(5)
     run_processes(2, trained, str(whole), *long)

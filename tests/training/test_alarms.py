@@ -1,4 +1,4 @@
-"""Alarms: raised when a condition holds, once, and again only after it has gone; and what they tell to turn."""
+"""Alarms: raised once while a condition holds, again after it has cleared; their messages name options that exist."""
 
 from typing import Any
 
@@ -26,40 +26,40 @@ GOOD = {
 }
 
 
-def watch(*words: str) -> AlarmMonitor:
+def make_monitor(*words: str) -> AlarmMonitor:
     return AlarmMonitor(build_alarms(compose("model=vqgan", *words).model))
 
 
 def raised(values: dict[str, float], *words: str) -> list[str]:
-    watched = watch(*words)
-    return [line for step in range(PATIENCE) for line in watched.check(step, values)]
+    monitor = make_monitor(*words)
+    return [line for step in range(PATIENCE) for line in monitor.check(step, values)]
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_each_alarm_is_raised_once_and_names_an_option(name: str) -> None:
-    watched = watch()
+    monitor = make_monitor()
     patience = GAN_PATIENCE if name == "discriminator knows nothing" else PATIENCE
-    said = [watched.check(step, BAD[name]) for step in range(patience + 3)]
-    assert [len(lines) for lines in said] == [0] * (patience - 1) + [1] + [0] * 3
-    assert "model." in said[patience - 1][0] or "optimizer." in said[patience - 1][0]
+    messages = [monitor.check(step, BAD[name]) for step in range(patience + 3)]
+    assert [len(lines) for lines in messages] == [0] * (patience - 1) + [1] + [0] * 3
+    assert "model." in messages[patience - 1][0] or "optimizer." in messages[patience - 1][0]
 
 
-def test_every_alarm_is_tried() -> None:
-    assert {alarm.name for alarm in watch().alarms} == set(BAD)
+def test_every_alarm_is_tested() -> None:
+    assert {alarm.name for alarm in make_monitor().alarms} == set(BAD)
 
 
-def test_good_numbers_are_quiet() -> None:
-    watched = watch()
-    assert not any(watched.check(step, GOOD) for step in range(50))
+def test_good_values_raise_nothing() -> None:
+    monitor = make_monitor()
+    assert not any(monitor.check(step, GOOD) for step in range(50))
 
 
-def test_a_run_without_a_game_has_no_alarms_of_one() -> None:
+def test_a_run_without_a_discriminator_has_no_gan_alarms() -> None:
     values = {key: value for each in BAD.values() for key, value in each.items()}
     assert len(raised(values, "model.discriminator=null", "model.adversary=null")) == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "cure"),
+    ("words", "hint"),
     [
         (["model/quantizer=vq"], "model.quantizer.revive=0.03 model.quantizer.init=kmeans"),
         (["model/quantizer=ema"], "model.quantizer.revive=0.09 model.quantizer.init=kmeans"),
@@ -67,16 +67,16 @@ def test_a_run_without_a_game_has_no_alarms_of_one() -> None:
         (["model/quantizer=gumbel"], "raise model.quantizer.kl_weight"),
     ],
 )
-def test_the_cure_of_dead_codes_is_one_that_the_quantizer_has(words: list[str], cure: str) -> None:
+def test_the_hint_for_dead_codes_names_an_option_of_the_quantizer(words: list[str], hint: str) -> None:
     (line,) = raised(BAD["codes die"], *words)
-    assert cure in line
+    assert hint in line
     assert "model/quantizer=ema" not in line
     options = [word.rstrip(",") for word in line.split() if word.startswith("model.quantizer.") and "=" in word]
     check_config(compose("model=vqgan", *words, *options))  # they exist
 
 
 @pytest.mark.parametrize(
-    ("words", "weight", "said"),
+    ("words", "weight", "message"),
     [
         (["model.adversary.max_weight=10"], 8.0, "at its limit, model.adversary.max_weight=10:"),
         (["model.adversary.max_weight=10"], 7.9, None),
@@ -85,19 +85,19 @@ def test_the_cure_of_dead_codes_is_one_that_the_quantizer_has(words: list[str], 
         (["model.adversary.adaptive=false", "model.adversary.weight=2000"], 2000.0, None),
     ],
 )
-def test_the_adaptive_weight_at_its_limit(words: list[str], weight: float, said: str | None) -> None:
+def test_the_adaptive_weight_at_its_limit(words: list[str], weight: float, message: str | None) -> None:
     lines: list[Any] = raised({"gan_weight": weight}, "model.adversary.weight=0.8", *words)
-    assert [said in line for line in lines] == ([True] if said else [])
+    assert [message in line for line in lines] == ([True] if message else [])
 
 
-def test_one_good_look_starts_the_count_again() -> None:
-    watched = watch()
+def test_one_good_observation_resets_the_count() -> None:
+    monitor = make_monitor()
     for step in range(20):
         values = GOOD if step % (PATIENCE - 1) == 0 else BAD["collapse"]
-        assert not watched.check(step, {"perplexity": values["perplexity"]})
+        assert not monitor.check(step, {"perplexity": values["perplexity"]})
 
 
-def test_an_alarm_comes_back_after_it_has_gone() -> None:
-    watched = watch()
-    said = [len(watched.check(0, {"perplexity": value})) for value in [1.0] * 6 + [100.0] * PATIENCE + [1.0] * 6]
-    assert sum(said) == 2
+def test_an_alarm_is_raised_again_after_its_condition_has_cleared() -> None:
+    monitor = make_monitor()
+    messages = [len(monitor.check(0, {"perplexity": value})) for value in [1.0] * 6 + [100.0] * PATIENCE + [1.0] * 6]
+    assert sum(messages) == 2

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: named, and answered by stopping, skipping or going back."""
+"""Non-finite scalars: named, and answered by stopping, skipping or rolling back."""
 
 import json
 import logging
@@ -34,22 +34,24 @@ def scalars(**values: float) -> dict[str, Tensor]:
     return {key: torch.tensor(value) for key, value in values.items()}
 
 
-def test_the_first_step_and_every_name_are_remembered_without_reading() -> None:
-    lookout = NonFiniteDetector()
-    lookout.update(3, scalars(loss=1.0, l1=2.0))
-    lookout.update(4, scalars(loss=1.0, l1=2.0, g_loss=0.0))  # the game begins
-    lookout.update(5, scalars(loss=inf, l1=2.0, g_loss=-inf))
-    lookout.update(6, scalars(loss=nan, l1=nan, g_loss=nan))
-    lookout.update(7, scalars(loss=1.0, l1=1.0, g_loss=1.0))
-    trouble = lookout.poll()
-    assert trouble is not None
-    assert (trouble.step, trouble.message) == (5, "'g_loss' is -inf (loss too)")
+def test_the_detector_records_the_first_step_and_every_name() -> None:
+    detector = NonFiniteDetector()
+    detector.update(3, scalars(loss=1.0, l1=2.0))
+    detector.update(4, scalars(loss=1.0, l1=2.0, g_loss=0.0))  # the discriminator starts
+    detector.update(5, scalars(loss=inf, l1=2.0, g_loss=-inf))
+    detector.update(6, scalars(loss=nan, l1=nan, g_loss=nan))
+    detector.update(7, scalars(loss=1.0, l1=1.0, g_loss=1.0))
+    event = detector.poll()
+    assert event is not None
+    assert (event.step, event.message) == (5, "'g_loss' is -inf (loss too)")
 
 
-def test_finite_numbers_are_no_trouble() -> None:
-    lookout = NonFiniteDetector()
-    lookout.update(0, {"dead_codes": torch.tensor(3), "loss": torch.tensor(1e30), "half": torch.tensor(2.0).bfloat16()})
-    assert lookout.poll() is None
+def test_finite_scalars_are_no_event() -> None:
+    detector = NonFiniteDetector()
+    detector.update(
+        0, {"dead_codes": torch.tensor(3), "loss": torch.tensor(1e30), "half": torch.tensor(2.0).bfloat16()}
+    )
+    assert detector.poll() is None
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
@@ -57,24 +59,22 @@ def test_the_limit(policy: str) -> None:
     guard = NonFiniteGuard("stage1", OmegaConf.create({"action": policy, "limit": 2}))
     moved = policy != "skip"
 
-    def trouble() -> None:
+    def step() -> None:
         guard.update(8, scalars(loss=nan))
         guard.poll(moved)
 
-    trouble()
-    trouble()
-    guard.checkpoint_saved() if policy == "rollback" else guard.poll(
-        stepped=True
-    )  # all is well again: it counts from the start
-    trouble()
-    trouble()
+    step()
+    step()
+    guard.checkpoint_saved() if policy == "rollback" else guard.poll(stepped=True)  # resets the count
+    step()
+    step()
     with pytest.raises(UserError, match=r"^stage1, step 9: 'loss' is nan, 3 times .*, and nonfinite\.limit=2\. Lower"):
-        trouble()
+        step()
 
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Spoil a number at some batches; counted by the order of the data, as a broken image would be."""
+    """Multiply a result by a value at some batch numbers, as a broken image would do."""
     at: dict[str, int] = {}
     original = ShuffledBatches.batch
 
@@ -85,19 +85,19 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def install(cls: type, name: str, steps: set[int], value: float) -> None:
         method = getattr(cls, name)
 
-        def spoilt(self: object, *arguments: Any) -> Tensor:
+        def patched(self: object, *arguments: Any) -> Tensor:
             found = method(self, *arguments)
             return found * value if at["now"] in steps and torch.is_grad_enabled() else found
 
-        monkeypatch.setattr(cls, name, spoilt)
+        monkeypatch.setattr(cls, name, patched)
 
     monkeypatch.setattr(ShuffledBatches, "batch", batch)
     return install
 
 
 def record_states(monkeypatch: pytest.MonkeyPatch, cls: type = TokenizerTask) -> list[dict[str, bytes]]:
-    """Keep everything that a run changes, before its first step and after each."""
-    kept: list[dict[str, bytes]] = []
+    """Record all state that a run changes, before its first step and after each."""
+    states: list[dict[str, bytes]] = []
     step = cls.step  # type: ignore[attr-defined]
 
     def state(stage: Any) -> dict[str, bytes]:
@@ -108,28 +108,28 @@ def record_states(monkeypatch: pytest.MonkeyPatch, cls: type = TokenizerTask) ->
         return {key: each.numpy().tobytes() for key, each in found.items()}
 
     def stepped(self: Any, number: int, batch: Batch) -> Any:
-        if not kept:
-            kept.append(state(self))
+        if not states:
+            states.append(state(self))
         values = step(self, number, batch)
-        kept.append(state(self))
+        states.append(state(self))
         return values
 
     monkeypatch.setattr(cls, "step", stepped)
-    return kept
+    return states
 
 
 @pytest.mark.parametrize("value", [nan, inf])
-def test_a_skipped_step_leaves_everything_as_it_was(
+def test_a_skipped_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoil(L1, "forward", {0, 4}, value)  # 0: before the codebook has started, 4: with both players in the game
-    kept = record_states(monkeypatch)
+    spoil(L1, "forward", {0, 4}, value)  # 0: before the codebook is initialized, 4: with the discriminator
+    states = record_states(monkeypatch)
     Stage1(compose(*GAN, "nonfinite.action=skip"), tmp_path).run()
-    same = [[key for key in after if before.get(key) == after[key]] for before, after in pairwise(kept)]
+    same = [[key for key in after if before.get(key) == after[key]] for before, after in pairwise(states)]
     assert len(same) == 6
     for step, unchanged in enumerate(same):
         if step in (0, 4):
-            assert set(unchanged) == set(kept[step + 1])
+            assert set(unchanged) == set(states[step + 1])
         else:
             assert "model/quantizer.codebook" not in unchanged and "usage/age" not in unchanged
     said = [record.getMessage() for record in caplog.records if "step skipped" in record.getMessage()]
@@ -137,30 +137,30 @@ def test_a_skipped_step_leaves_everything_as_it_was(
     assert said[0].startswith("stage1, step 1: 'l1' is ") and said[1].startswith("stage1, step 5: ")
 
 
-def test_the_average_waits_too(tmp_path: Path, spoil: Any) -> None:
+def test_a_skipped_step_does_not_update_the_ema(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {5}, nan)  # the last one
     Stage1(compose(*GAN, "nonfinite.action=skip", "checkpoint.every=5"), tmp_path).run()
     before, after = (tmp_path / "checkpoints" / f"step-0000000{step}" / "ema.safetensors" for step in (5, 6))
     assert before.read_bytes() == after.read_bytes()
 
 
-def test_a_discriminator_that_fails_stays_and_the_tokenizer_moves_on(
+def test_the_tokenizer_steps_when_only_the_discriminator_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     spoil(Hinge, "discriminator_loss", {4}, nan)
-    kept = record_states(monkeypatch)
+    states = record_states(monkeypatch)
     Stage1(compose(*GAN, "nonfinite.action=skip"), tmp_path).run()
-    before, after = kept[4:6]
+    before, after = states[4:6]
     for key, value in after.items():
         if key.startswith("discriminator"):
             assert value == before[key], key
     assert after["model/quantizer.codebook"] != before["model/quantizer.codebook"]
 
 
-def test_skipped_steps_in_a_row_stop_the_run_also_over_a_resume(tmp_path: Path, spoil: Any) -> None:
+def test_too_many_skipped_steps_stop_the_run_also_over_a_resume(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {1, 2, 3, 4}, nan)
     words = [*GAN, "nonfinite.action=skip", "nonfinite.limit=3"]
-    for resume in ("false", "true"):  # the second process goes on from step 4: three were skipped before
+    for resume in ("false", "true"):  # the second process resumes at step 4, after three skipped steps
         with pytest.raises(
             UserError, match=r"^stage1, step 5: 'l1' is nan.*, 4 times in a row, and nonfinite\.limit=3"
         ):
@@ -172,10 +172,10 @@ def test_skipped_steps_in_a_row_stop_the_run_also_over_a_resume(tmp_path: Path, 
 def test_stage2_skips_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     Stage1(compose(*TINY), tmp_path / "tokenizer").run()
     spoil(PriorTask, "_loss", {2}, nan)
-    kept = record_states(monkeypatch, PriorTask)
+    states = record_states(monkeypatch, PriorTask)
     config = compose(*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "nonfinite.action=skip")
     Stage2(config, tmp_path / "prior").run()
-    assert [before == after for before, after in pairwise(kept)] == [
+    assert [before == after for before, after in pairwise(states)] == [
         False,
         False,
         True,
@@ -185,7 +185,7 @@ def test_stage2_skips_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batches that steps were taken on."""
+    """The batch numbers that steps were taken on."""
     seen: list[int] = []
     original = ShuffledBatches.batch
 
@@ -197,7 +197,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_going_back_passes_over_the_batches_that_made_the_trouble(
+def test_rollback_skips_the_batches_up_to_the_event(
     tmp_path: Path, order: list[int], spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(L1, "forward", {3}, nan)
@@ -212,16 +212,14 @@ def test_going_back_passes_over_the_batches_that_made_the_trouble(
     )
 
 
-def test_going_back_to_the_very_start(tmp_path: Path, spoil: Any) -> None:
+def test_rollback_to_step_0(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {0}, nan)
     Stage1(compose(*GAN, "nonfinite.action=rollback"), tmp_path).run()
     found = latest_checkpoint(tmp_path)
     assert found and (found.step, found.state["skipped_batches"]) == (6, 1)
 
 
-def test_a_run_that_went_back_is_resumed_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
-) -> None:
+def test_a_run_with_rollbacks_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     spoil(L1, "forward", {1, 5}, nan)
     words = [*GAN, "nonfinite.action=rollback"]
     Stage1(compose(*words), tmp_path / "whole").run()
@@ -236,7 +234,7 @@ def test_a_run_that_went_back_is_resumed_bit_for_bit(
 
 
 def end_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the process after so many steps, wherever they lead."""
+    """End the process after so many calls of step, counting those after a rollback."""
     numbers: Iterator[int] = iter(range(100))
     original = TokenizerTask.step
 
@@ -248,7 +246,7 @@ def end_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenizerTask, "step", step)
 
 
-def test_a_run_that_cannot_be_saved_by_going_back_stops(tmp_path: Path, spoil: Any) -> None:
+def test_too_many_rollbacks_stop_the_run(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", set(range(2, 50)), nan)
     with pytest.raises(
         UserError, match=r"^stage1, step 3: .*, 4 times without a new checkpoint, and nonfinite\.limit=3"
@@ -259,16 +257,16 @@ def test_a_run_that_cannot_be_saved_by_going_back_stops(tmp_path: Path, spoil: A
     assert json.loads((found.path / "state.json").read_text())["skipped_batches"] == 0
 
 
-def test_what_is_not_finite_between_two_lines_of_the_log_is_seen(tmp_path: Path, spoil: Any) -> None:
+def test_non_finite_scalars_between_two_log_lines_are_detected(tmp_path: Path, spoil: Any) -> None:
     spoil(L1, "forward", {2}, nan)
     with pytest.raises(UserError, match=r"^stage1, step 3: 'l1' is nan"):
         Stage1(compose(*GAN, "log.every=50", "checkpoint.every=50"), tmp_path).run()
 
 
-def test_a_device_that_is_not_read_every_step_never_saves_what_is_spoilt(
+def test_a_device_that_is_not_read_every_step_never_saves_non_finite_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on a GPU: the record is read where something is logged, looked at or saved."""
+    """As on a GPU: the record is read where something is logged, validated or saved."""
     from vqf.training.trainer import Trainer
 
     reads: list[int] = []
@@ -281,5 +279,5 @@ def test_a_device_that_is_not_read_every_step_never_saves_what_is_spoilt(
     Stage1(compose(*GAN, "nonfinite.action=rollback", "log.every=3", "checkpoint.every=2"), tmp_path).run()
     found = latest_checkpoint(tmp_path)
     assert found and (found.step, found.state["skipped_batches"]) == (6, 1)
-    assert len(reads) == 5  # at steps 2, 3, and after going back 3, 4, 6
+    assert len(reads) == 5  # at steps 2, 3, and after the rollback 3, 4, 6
     assert "stage1, step 3: 'l1' is nan" in caplog.text

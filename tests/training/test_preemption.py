@@ -1,4 +1,4 @@
-"""What a scheduler says to a running job, answered between two steps."""
+"""Signals of a scheduler to a running job, acted on between two steps."""
 
 import os
 import signal
@@ -44,14 +44,14 @@ def during(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
+    """An uninterrupted run."""
     run = tmp_path_factory.mktemp("whole")
     Stage1(compose(*LONG), run).run()
     return run
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
-def test_sigterm_saves_after_the_step_and_ends(
+def test_sigterm_saves_after_the_step_and_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, step: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "vqf")
@@ -67,7 +67,7 @@ def test_sigterm_saves_after_the_step_and_ends(
     assert weights(tmp_path) == weights(whole)
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+def test_sigusr1_saves_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
     during(2, monkeypatch, signal.SIGUSR1, signal.SIGUSR1)
     Stage1(compose(*LONG), tmp_path).run()
     assert saved(tmp_path) == ["step-00000003", "step-00000006"]
@@ -75,14 +75,14 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert weights(tmp_path) == weights(whole)
 
 
-def test_sigterm_in_the_last_look_keeps_what_the_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_in_the_last_validation_keeps_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = TokenizerTask.evaluate
 
-    def told(self: TokenizerTask, *arguments: Any) -> Any:
+    def signaled(self: TokenizerTask, *arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return evaluate(self, *arguments)
 
-    monkeypatch.setattr(TokenizerTask, "evaluate", told)
+    monkeypatch.setattr(TokenizerTask, "evaluate", signaled)
     config = compose(*TINY, "pipeline=full", "stage2.steps=1", "evaluate.every=50")
     with pytest.raises(SystemExit) as ended:  # and stage 2 does not begin
         Full(config, tmp_path).run()
@@ -90,13 +90,13 @@ def test_sigterm_in_the_last_look_keeps_what_the_run_has_found(tmp_path: Path, m
     assert lines(tmp_path / "stage1")[-1]["step"] == 6 and not (tmp_path / "stage2").exists()
 
 
-def test_handlers_are_put_back(tmp_path: Path) -> None:
+def test_previous_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     Stage1(compose(*TINY, "steps=1"), tmp_path).run()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_a_run_in_another_thread_does_without() -> None:
+def test_in_another_thread_no_signal_is_recorded() -> None:
     found: list[bool] = []
 
     def run() -> None:
@@ -109,10 +109,10 @@ def test_a_run_in_another_thread_does_without() -> None:
     assert found == [False]
 
 
-class Shaken:
-    """Images that take a moment; at the third, somebody signals the process that loads it."""
+class SignalingSplit:
+    """Images that load slowly; at the third, the loading process gets a signal."""
 
-    fingerprint = "shaken"
+    fingerprint = "signaling"
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -132,14 +132,14 @@ class Shaken:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_scheduler_that_signals_every_process_leaves_the_loading_ones_alone(number: int) -> None:
-    shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential_batches(Shaken(number), 2, workers=1)]  # type: ignore[index]
+def test_data_workers_ignore_signals_of_the_scheduler(number: int) -> None:
+    shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential_batches(SignalingSplit(number), 2, workers=1)]  # type: ignore[index]
     assert shown == [[0, 1], [2, 3], [4, 5]]
 
 
 @pytest.fixture
 def thread_at_birth() -> Iterator[None]:
-    """Have every process that is forked begin with a second thread, as one does that inherits an open queue."""
+    """Start a second thread in every forked process, as one does that inherits an open queue."""
     on = [True]
     os.register_at_fork(
         after_in_child=lambda: on and threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
@@ -150,14 +150,14 @@ def thread_at_birth() -> Iterator[None]:
 
 @pytest.mark.usefixtures("thread_at_birth")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_no_thread_of_a_loading_process_is_older_than_its_orders(number: int) -> None:
+def test_every_thread_of_a_data_worker_ignores_signals(number: int) -> None:
     for _ in range(3):  # the kernel chooses the thread that a signal is for
-        assert len(list(sequential_batches(Shaken(number), 2, workers=1))) == 3  # type: ignore[arg-type]
+        assert len(list(sequential_batches(SignalingSplit(number), 2, workers=1))) == 3  # type: ignore[arg-type]
 
 
-def test_this_process_goes_on_to_hear_signals() -> None:
+def test_loading_leaves_the_signal_mask_of_this_process() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    loading = sequential_batches(Shaken(0), 2, workers=1)  # type: ignore[arg-type]
+    loading = sequential_batches(SignalingSplit(0), 2, workers=1)  # type: ignore[arg-type]
     next(loading)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     loading.close()  # type: ignore[attr-defined]
@@ -165,8 +165,8 @@ def test_this_process_goes_on_to_hear_signals() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_job_whose_every_process_is_told_to_end(tmp_path: Path, workers: int) -> None:
-    """As SLURM does at the end of the time: SIGTERM to all processes; the same command goes on."""
+def test_a_job_of_which_every_process_gets_sigterm(tmp_path: Path, workers: int) -> None:
+    """As SLURM does at the end of the time: SIGTERM to all processes; the same command resumes."""
     words = [*LONG, "steps=400", f"workers={workers}", f"run_dir={tmp_path}", "resume=true", "data.flip=true"]
     command = [sys.executable, "-m", "vqf.run", *words]
     ended = []

@@ -1,4 +1,4 @@
-"""A budget of time becomes steps: how many, that nothing else changes, and that a run that goes on keeps them."""
+"""minutes= becomes steps: how many, that nothing else changes, and that a resumed run keeps them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_steps_fill_the_time_and_no_more(seconds: float, early: float, dearer: f
 
 
 class Clock:
-    """Time that passes only while a stage works; the first steps take ten times as long."""
+    """A clock that a step advances by its cost; the first steps cost ten times as much."""
 
     def __init__(self, early: float, late: float, start: int) -> None:
         self.now, self.costs, self.start, self.steps = 0.0, (early, late), start, list[int]()
@@ -50,19 +50,19 @@ def source(start: int, stop: int) -> Iterator[Batch]:
     return (Batch(labels=torch.tensor([step])) for step in range(start, stop))
 
 
-@pytest.mark.parametrize(("late_from", "expected"), [(None, 1200), (lambda steps: to_steps(0.5, steps), 800)])
-def test_what_a_step_costs_is_measured_where_it_costs_that(
-    late_from: Any, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gan_start", "expected"), [(None, 1200), (lambda steps: to_steps(0.5, steps), 800)])
+def test_late_steps_are_measured_after_the_discriminator_starts(
+    gan_start: Any, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose("minutes=2", "device=cpu")
     clock = Clock(0.1, 0.2, start=50_000)
     monkeypatch.setattr(time_budget, "_clock", lambda engine: clock.now)
     stage: Any = SimpleNamespace(step=clock.step)
-    fixed = resolve_steps(config, tmp_path, make_engine(config), lambda: stage, source, late_from)
+    fixed = resolve_steps(config, tmp_path, make_engine(config), lambda: stage, source, gan_start)
     assert fixed.steps == expected
     assert config.steps == 100_000  # what was given is left as it was
     assert clock.now < 0.15 * 120  # measuring is a small part of the budget
-    assert (max(clock.steps) >= 50_000) == (late_from is not None)
+    assert (max(clock.steps) >= 50_000) == (gan_start is not None)
 
 
 def test_without_minutes_nothing_is_measured(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_without_minutes_nothing_is_measured(tmp_path: Path) -> None:
     assert resolve_steps(config, tmp_path, make_engine(config), fail, source) is config
 
 
-def test_the_steps_that_were_found_give_the_same_run(tmp_path: Path) -> None:
+def test_the_measured_steps_give_the_same_run(tmp_path: Path) -> None:
     timed, counted = tmp_path / "timed", tmp_path / "counted"
     Stage1(compose(*TINY, "minutes=0.003"), timed).run()
     checkpoint = latest_checkpoint(timed)
@@ -84,7 +84,7 @@ def test_the_steps_that_were_found_give_the_same_run(tmp_path: Path) -> None:
     assert weights(timed) == weights(counted)
 
 
-def test_a_run_that_goes_on_keeps_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_budget, "_measure_steps", lambda *_: 6)
     with monkeypatch.context() as patch:
         interrupt_after(4, patch, "stage1")
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_keeps_its_steps(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_the_second_stage_has_a_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage2_takes_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stage1(compose(*TINY, "steps=1"), tmp_path / "tokenizer").run()
     options = [*TINY, "pipeline=stage2", f"run={tmp_path / 'tokenizer'}", "evaluate.samples=0"]
     Stage2(compose(*options, "minutes=0.003"), tmp_path / "timed").run()

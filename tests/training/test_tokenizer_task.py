@@ -1,4 +1,4 @@
-"""Stage 1: the weight cut at the reconstruction is the gradient of the whole expression."""
+"""Stage 1: the surrogate loss has the gradient of the full loss."""
 
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def gradients_of_step(built: TokenizerTask, step: int, x: torch.Tensor, monkeypa
     return seen.get("model", {}), seen.get("discriminator", {}), log
 
 
-def test_the_cut_gives_the_gradients_of_the_whole_expression(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_surrogate_has_the_gradients_of_the_full_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     built, x = stage(), images()
     expected, weight = naive_gradients(built, x)
     got, _, log = gradients_of_step(built, 2, x, monkeypatch)
@@ -114,7 +114,7 @@ def test_nothing_of_the_discriminator_happens_before_its_start(monkeypatch: pyte
         built.step(2, Batch(images=images()))
 
 
-def test_accumulation_of_a_plain_loss_is_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulation_of_a_plain_loss_equals_the_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, pieces = stage("accumulate=1"), stage("accumulate=4")
     pieces.model.load_state_dict(whole.model.state_dict())
     expected, _, _ = gradients_of_step(whole, 0, images(), monkeypatch)
@@ -125,7 +125,7 @@ def test_accumulation_of_a_plain_loss_is_the_whole_batch(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("quantizer", ["ema", "gumbel", "vq"])
 @pytest.mark.parametrize("overrides", [["accumulate=4"], ["model.adversary.refresh_fakes=true"]], ids=str)
-def test_what_a_quantizer_moves_by_itself_it_moves_once_a_step(quantizer: str, overrides: list[str]) -> None:
+def test_a_quantizer_updates_its_own_state_once_a_step(quantizer: str, overrides: list[str]) -> None:
     """However many micro-batches there are, and forwards for the discriminator."""
     options = {"gumbel": ["model.quantizer.anneal_steps=10"], "vq": ["model.quantizer.revive=0.1"]}
     words = [f"model/quantizer={quantizer}", *options.get(quantizer, [])]
@@ -162,7 +162,7 @@ def test_bf16_runs_and_stays_close() -> None:
         (["accumulate=4", "model.discriminator.layers=4"], "cannot process 1 images"),
     ],
 )
-def test_a_discriminator_that_does_not_fit_is_known_before_the_first_step(overrides: list[str], words: str) -> None:
+def test_a_discriminator_that_does_not_fit_is_refused_before_the_first_step(overrides: list[str], words: str) -> None:
     config = compose("model=small", "model.adversary.start=10000", "image_size=16", "batch_size=4", *overrides)
     data = build("data", config.data, image_size=config.image_size, seed=0)
     with pytest.raises(UserError) as caught:
@@ -170,7 +170,7 @@ def test_a_discriminator_that_does_not_fit_is_known_before_the_first_step(overri
     assert str(caught.value).startswith("model.discriminator: ") and words in str(caught.value)
 
 
-def test_batch_norm_of_a_single_number_is_known_as_well() -> None:
+def test_batch_norm_of_a_single_value_is_refused_too() -> None:
     config, built = compose(*TINY, "batch_size=1"), stage()
     one = GANModule(
         nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4)),  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_batch_norm_of_a_single_number_is_known_as_well() -> None:
     check_discriminator_input(one, compose(*TINY, "batch_size=2"), 3)
 
 
-def test_judging_blank_images_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_on_blank_images_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     judged, drawn = stage(), torch.rand(1)
     monkeypatch.setattr("vqf.training.tokenizer_task.check_discriminator_input", lambda *_: None)
     plain = stage()
@@ -202,7 +202,7 @@ def test_judging_blank_images_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
         (["model.adversary.start=1", "model.adversary.warmup=2"], None),
     ],
 )
-def test_a_game_that_is_never_played(
+def test_a_discriminator_that_is_never_active_is_a_warning(
     overrides: list[str], words: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     quiet = ["logger=[]", "metric=[]", "evaluate.count=4"]
@@ -211,8 +211,8 @@ def test_a_game_that_is_never_played(
     assert [line[: len(words or "")] for line in said] == ([words] if words else [])
 
 
-def test_the_log_shows_the_penalty_that_was_computed_last() -> None:
-    """It falls on other steps: one line in fifty, a penalty in sixteen."""
+def test_the_log_shows_the_last_penalty() -> None:
+    """Most log lines fall on steps without one: a line every 50 steps, a penalty every 16."""
     built = stage("+model/regularizer=[r1]", "model.regularizer.r1.every=4", "model.adversary.start=0")
     shown = [float(built.step(step, Batch(images=images()))["r1"]) for step in range(10)]
     assert all(shown)
@@ -231,7 +231,7 @@ def test_the_log_shows_the_penalty_that_was_computed_last() -> None:
         (["model/loss=[]"], "model.loss: a tokenizer needs at least one loss, model/loss=[l1]"),
     ],
 )
-def test_what_cannot_be_trained(overrides: list[str], words: str) -> None:
+def test_configs_that_cannot_be_trained(overrides: list[str], words: str) -> None:
     config = compose("model=small", "image_size=16", "batch_size=4", *overrides)
     data = build("data", config.data, image_size=16, seed=0)
     with pytest.raises(UserError) as caught:
@@ -239,7 +239,7 @@ def test_what_cannot_be_trained(overrides: list[str], words: str) -> None:
     assert str(caught.value) == words
 
 
-def test_engine_words() -> None:
+def test_unknown_engine_and_precision() -> None:
     config: DictConfig = compose(*TINY)
     for key, value, words in [
         ("engine", "ddpp", "engine=ddpp: unknown engine 'ddpp'. Did you mean 'ddp'? Known: auto, single, ddp, fsdp2."),

@@ -1,4 +1,4 @@
-"""The loop: what it saves it goes on from, bit for bit."""
+"""The trainer: a resumed run equals an uninterrupted one bit for bit."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_stage2_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_in_words(tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_with_one_line(tmp_path: Path) -> None:
     words = r"^stage1, step \d: 'l1' is (nan|inf|-inf) \(.*loss.*too\); the newest checkpoint is kept\. Lower opt"
     with pytest.raises(UserError, match=words):
         Stage1(compose(*TINY, "optimizer.lr=1e30", "clip=null", "schedule=constant"), tmp_path).run()

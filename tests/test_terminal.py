@@ -20,21 +20,33 @@ def test_names_of_any_bytes_can_be_shown(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.123456, "0.1235"), (22.1, "22.1"), (12345.6, "12,346"), (1024, "1,024"), (float("inf"), "inf"), (-0.5, "-0.5")],
+    [
+        *((0.123456, "0.1235"), (22.1, "22.1"), (12345.6, "12,346"), (1024, "1,024"), (float("inf"), "inf")),
+        *((-0.5, "-0.5"), (9999.7, "10,000"), (0.00012346, "0.0001235")),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
     assert terminal.format_number(value) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+    ("value", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (864000, "240 h 0 min")],
 )
 def test_durations(value: float, text: str) -> None:
     assert terminal.format_seconds(value) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(512, "512 bytes"), (1536, "1.5 KiB"), (23.75 * 2**30, "23.75 GiB"), (5 * 2**50, "5120 TiB")]
+    ("value", "text"),
+    [
+        (0, "0 bytes"),
+        (512, "512 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KiB"),
+        (23.75 * 2**30, "23.75 GiB"),
+        (5 * 2**50, "5120 TiB"),
+    ],
 )
 def test_sizes(value: float, text: str) -> None:
     assert terminal.format_bytes(value) == text

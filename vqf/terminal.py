@@ -113,7 +113,7 @@ def format_number(value: float, digits: int = 4) -> str:
     """Write a number with as many significant digits, whole and large ones without decimals: 0.1235, 22.1, 12,345."""
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.0f}" if value == round(value) or abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
 
 def format_seconds(seconds: float) -> str:

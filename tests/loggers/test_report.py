@@ -21,9 +21,9 @@ from vqf.loggers.report.codebook import usage_heatmap
 from vqf.loggers.report.curves import curve
 from vqf.loggers.report.metric_descriptions import describe_metric
 from vqf.loggers.report.page import write_report
-from vqf.loggers.report.run_files import latest_images, read_parts
-from vqf.loggers.report.summary import format_seconds
-from vqf.loggers.report.tables import format_number
+from vqf.loggers.report.run_parts import latest_images, read_parts
+from vqf.loggers.report.summary import cost_line
+from vqf.loggers.report.tables import format_metric
 from vqf.registry import build
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -109,7 +109,7 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
         "emoji, 64 × 64 pixels",
         "conv encoder, ema quantizer, conv decoder",
         "l1 + features + patchgan hinge",
-        "gpt told label",
+        "gpt conditioned on label",
         "2,200 of 8 images, then 900 of 8 images",
         "16 codes in all, 4 different ones of 6",
         "50.0\u00a0% of the samples",
@@ -137,10 +137,10 @@ def _decoded(uri: str) -> Image.Image:
 
 def test_samples_stand_under_their_classes(run: Path) -> None:
     page = Page(write_report(run))
-    places = [page.text.index(name) for name in ("Samples", CLASSES[0], LONG, "Is a sample of its class?")]
+    places = [page.text.index(name) for name in ("Samples", CLASSES[0], LONG, "Class accuracy of samples")]
     assert places == sorted(places)
     source = (run / "report.html").read_text()
-    samples = source[source.index("<h2>Samples") : source.index("<h2>Is a sample")]
+    samples = source[source.index("<h2>Samples") : source.index("<h2>Class accuracy")]
     assert [group.count("<img") for group in samples.split("<h3>")[1:]] == [3, 3, 3, 3]
     row = source[source.index("3 Donau") :].split("</tr>")[0]
     assert re.findall(r"--share: (\d+)", row) == ["33", "33", "33", "0"]  # of three samples, one in each
@@ -152,7 +152,7 @@ def test_a_sample_of_every_class_is_named_beneath(run: Path) -> None:
     details.write_text(json.dumps({"samples": {"labels": labels}}))
     page = Page(write_report(run))
     assert all(label in page.text for label in labels)
-    assert "Is a sample of its class?" not in page.text
+    assert "Class accuracy of samples" not in page.text
 
 
 def test_a_measurement_shows_its_protocol_intervals_and_floors(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_price_is_told(run: Path) -> None:
     }
     (run / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(run))
-    for words in ("Took 2 h 1 min on Some Processor, 2 threads", "4 CPU hours", "1.50 GiB"):
+    for words in ("Took 2 h 1 min on Some Processor, 2 threads", "4 CPU hours", "1.5 GiB"):
         assert words in page.text, words
     (run / "summary.json").write_text(json.dumps({**summary, "accelerator": "A GPU", "processes": 8}))
     page = Page(write_report(run))
@@ -283,7 +283,7 @@ def test_curves_take_the_ink_of_the_page_and_share_no_names() -> None:
     ("value", "words"), [(21.98765, "21.99"), (4096.0, "4,096"), (0.00012346, "0.0001235"), (12345.6, "12,346")]
 )
 def test_numbers_are_short(value: float, words: str) -> None:
-    assert format_number(value) == words
+    assert format_metric("psnr", value) == words
 
 
 def test_every_number_of_a_metric_has_a_meaning() -> None:
@@ -310,7 +310,7 @@ def test_every_number_of_a_metric_has_a_meaning() -> None:
     ("seconds", "words"), [(0, ""), (5.2, "5 s"), (65, "1 min 5 s"), (7265, "2 h 1 min"), (None, "")]
 )
 def test_durations_are_words(seconds: float | None, words: str) -> None:
-    assert format_seconds(seconds) == words
+    assert cost_line({}, seconds) == words
 
 
 def test_closing_the_logger_writes_the_page(run: Path) -> None:

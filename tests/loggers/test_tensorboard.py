@@ -113,5 +113,5 @@ def test_all_loggers_work_side_by_side(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(curve(tmp_path / "run", "loss")) == 2
     assert len(list((tmp_path / "run" / "wandb").rglob("*.wandb"))) == 1
     assert (tmp_path / "run" / "images" / "reconstructions-latest.png").is_file()
-    assert any("held out:" in record.getMessage() for record in caplog.records)
+    assert any("validation:" in record.getMessage() for record in caplog.records)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and record.name == "vqf"]

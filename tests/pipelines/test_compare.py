@@ -250,12 +250,12 @@ def test_numbers_of_two_protocols_never_share_a_column(sweep: Path, tmp_path: Pa
     assert columns == ["reconstruction/psnr"]
     assert [rows[name]["reconstruction/psnr"] for name in RUNS] == ["20.0", "21.0", ""]
     (apart,) = [line for line in notes(tmp_path) if line.startswith("Not comparable")]
-    assert apart == ("Not comparable: 10: psnr 30, rfid 5 – cannot stand in one column with 0, 1: count: 100 and 236.")
+    assert apart == ("Not comparable: 10: psnr 30, rfid 5 – not in one column with 0, 1: count: 100 and 236.")
     with pytest.raises(UserError) as caught:
         compare(tmp_path, [sweep / "0", sweep / "10"], sort="psnr")
     assert str(caught.value) == (
         "sort=psnr: two protocols measured it (0 by one, 10 by another); no column mixes them; "
-        "they differ in count: 236 and 100; measure them alike with pipeline=evaluate run=..."
+        "they differ in count: 236 and 100; evaluate them by one protocol with pipeline=evaluate run=..."
     )
 
 
@@ -484,7 +484,7 @@ def test_a_checkpoint_stands_for_its_run_at_that_step(sweep: Path, tmp_path: Pat
 def test_runs_of_other_data_have_a_panel_of_their_own(sweep: Path, tmp_path: Path) -> None:
     train(sweep / "grey", "data.background=grey")
     compare(tmp_path, sweep, count=2)
-    abouts = re.findall(r"emoji, 236 held-out images of 16 x 16 \(\w{8}\)", page(tmp_path))
+    abouts = re.findall(r"emoji, 236 validation images of 16 x 16 \(\w{8}\)", page(tmp_path))
     assert len(set(abouts)) == 2 and len(strips(tmp_path)) == 2 + 4
 
 
@@ -498,7 +498,7 @@ def test_data_that_is_gone_costs_the_images_only(sweep: Path, tmp_path: Path) ->
         (images / f"{i}.png").unlink()
     rows = compare(tmp_path / "out", sweep)
     assert "folder" in rows and rows["folder"]["parameters"]
-    assert "No images of folder: data 'folder' is not what it was in training." in notes(tmp_path / "out")
+    assert "No images of folder: data 'folder' has changed since training." in notes(tmp_path / "out")
     shutil.rmtree(images)
     compare(tmp_path / "out", [sweep / "0", folder])
     assert any(line.startswith("No images of folder: ") for line in notes(tmp_path / "out"))

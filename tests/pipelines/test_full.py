@@ -65,10 +65,10 @@ def test_the_page_shows_both_ends_the_codes_samples_by_class_and_completions(run
     page = (run / "report.html").read_text()
     titles = re.findall(r"<h2>([^<]*)", page)
     assert titles == [
-        *("Reconstructions", "The best of them", "The worst of them", "What the codes are used for", "Samples"),
-        *("Is a sample of its class?", "Completions", "Numbers", "Curves", "How it was made"),
+        *("Reconstructions", "Best reconstructions", "Worst reconstructions", "Codebook usage", "Samples"),
+        *("Class accuracy of samples", "Completions", "Metrics", "Curves", "How it was made"),
     ]
-    samples = page[page.index("<h2>Samples") : page.index("<h2>Is a sample")]
+    samples = page[page.index("<h2>Samples") : page.index("<h2>Class accuracy")]
     assert re.findall(r"<h3>([^<]*)", samples)[:2] == ["Activities", "Animals &amp; Nature"]
     assert samples.count("<img") == 32
     details = json.loads((run / "stage1" / "details.json").read_text())
@@ -88,8 +88,8 @@ def test_what_acts_on_a_run_has_a_page_of_its_own(run: Path, tmp_path: Path) -> 
     assert pages["c"].count("<img") == 9
     captions = re.findall(r"<figcaption>([^<]*)", pages["c"])
     assert set(captions) <= {html.escape(each) for each in vqf.load(run).classes}  # type: ignore[union-attr]
-    assert "The worst of them" in pages["r"]
-    assert "What the codes are used for" in pages["r"]
+    assert "Worst reconstructions" in pages["r"]
+    assert "Codebook usage" in pages["r"]
 
 
 def test_load_gives_a_generator_and_a_tokenizer(run: Path) -> None:

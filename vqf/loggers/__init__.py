@@ -1,4 +1,4 @@
-"""Loggers: where the numbers and images of a run go."""
+"""Loggers of scalars and images: console, image grids, report page, TensorBoard, Weights & Biases."""
 
 from vqf.loggers import console, images, tensorboard, wandb
 from vqf.loggers.report import page

@@ -1,4 +1,4 @@
-"""Numbers on the terminal and in the run's log.txt."""
+"""The console logger: validation metrics on the terminal and in the run's log.txt."""
 
 import logging
 from collections.abc import Mapping
@@ -7,25 +7,25 @@ from torch import Tensor
 
 from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import register
+from vqf.terminal import format_number
 
 
 @register("logger", "console")
 class ConsoleLogger:
-    """Says the held-out numbers, a line for each look; those of training stand behind the progress bar."""
+    """Prints the metrics of every validation in one line; those of training are in the progress bar."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Print what was measured on held-out data."""
-        held_out = {
-            key.removeprefix(VALIDATION_PREFIX): value
+        """Print validation metrics."""
+        metrics = "  ".join(
+            f"{key.removeprefix(VALIDATION_PREFIX)} {format_number(value)}"
             for key, value in values.items()
             if key.startswith(VALIDATION_PREFIX)
-        }
-        if held_out:
-            numbers = "  ".join(f"{key} {value:.4g}" for key, value in held_out.items())
-            logging.getLogger("vqf").info("step %d, held out:  %s", step, numbers)
+        )
+        if metrics:
+            logging.getLogger("vqf").info("step %d, validation:  %s", step, metrics)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Leave images to others."""
+        """Ignore images."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""Images side by side in one file, and each of them again out of it."""
+"""Grids of images, and PNG files of grids that can be split into the images again."""
 
 import json
 from pathlib import Path
@@ -11,39 +11,39 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 COLUMNS = 8
-SMALL_SIDE = 128  # pixels; smaller images are drawn twice as large
+SMALL_SIDE = 128  # pixels; smaller images are enlarged twice
 GAP = 4  # white pixels around every image
-LAYOUT_KEY = "vqf-grid"  # the text of a PNG file that says how its images lie
+LAYOUT_KEY = "vqf-grid"  # the text chunk of a PNG file with the layout of the grid
 
-# How many images in turn belong together, by the name under which they are shown.
+# Successive images that belong together, such as original and reconstruction, by the name they are logged under.
 IMAGES_PER_ITEM = {"reconstructions": 2, "best": 2, "worst": 2, "conditions": 2, "completions": 3}
 
 
 def images_per_item(name: str) -> int:
-    """Return how many images belong together; "conditions-map" are shown as "conditions" are."""
+    """Return how many successive images belong together; a suffix, as in "conditions-map", does not matter."""
     return IMAGES_PER_ITEM.get(name.partition("-")[0], 1)
 
 
 def grid_columns(name: str) -> int:
-    """Return how many images stand in a row, so that what belongs together is not parted."""
+    """Return the images in a row: the largest number up to `COLUMNS` that keeps items in one row."""
     return COLUMNS - COLUMNS % images_per_item(name)
 
 
 def make_grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
-    """Lay images (B, 3, H, W) in [-1, 1] out row by row, rounded to 8 bits."""
+    """Lay images (B, 3, H, W) in [-1, 1] out row by row, rounded to 8 bits, with white gaps."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     scale = _scale(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     columns = min(columns, len(pixels))
     missing = -len(pixels) % columns
-    tiles = F.pad(pixels, (0, GAP, 0, GAP, 0, 0, 0, missing), value=255)
-    sheet = rearrange(tiles, "(rows columns) c h w -> (rows h) (columns w) c", columns=columns)
-    sheet = F.pad(sheet, (0, 0, GAP, 0, GAP, 0), value=255)
-    return Image.fromarray(sheet.numpy())
+    tiles = F.pad(pixels, (0, GAP, 0, GAP, 0, 0, 0, missing), value=255)  # right, below; white tiles at the end
+    grid = rearrange(tiles, "(rows columns) c h w -> (rows h) (columns w) c", columns=columns)
+    grid = F.pad(grid, (0, 0, GAP, 0, GAP, 0), value=255)
+    return Image.fromarray(grid.numpy())
 
 
 def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
-    """Write a grid as a PNG file that `split_grid` can take apart."""
+    """Write a grid as a PNG file that `split_grid` can read."""
     layout = {
         "count": len(images),
         "columns": min(columns, len(images)),
@@ -57,20 +57,24 @@ def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
 
 
 def split_grid(path: Path) -> list[Image.Image]:
-    """Return the images of a grid in their own size; the whole file as one where it does not say how they lie."""
-    with Image.open(path, formats=["PNG"]) as sheet:
-        sheet.load()
-        if LAYOUT_KEY not in sheet.info:
-            return [sheet.convert("RGB")]
-        layout = json.loads(sheet.info[LAYOUT_KEY])
+    """Return the images of a grid in their original size; a PNG file without a layout is one image.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: If the file is broken.
+    """
+    with Image.open(path, formats=["PNG"]) as grid:
+        grid.load()
+        if LAYOUT_KEY not in grid.info:
+            return [grid.convert("RGB")]
+        layout = json.loads(grid.info[LAYOUT_KEY])
     scale, size = layout["scale"], (layout["width"], layout["height"])
-    found = []
+    images = []
     for i in range(layout["count"]):
         row, column = divmod(i, layout["columns"])
-        left, top = (GAP + place * (side * scale + GAP) for place, side in zip((column, row), size, strict=True))
-        cell = sheet.crop((left, top, left + size[0] * scale, top + size[1] * scale))
-        found.append(cell.resize(size, Image.Resampling.NEAREST))
-    return found
+        left, top = GAP + column * (size[0] * scale + GAP), GAP + row * (size[1] * scale + GAP)
+        tile = grid.crop((left, top, left + size[0] * scale, top + size[1] * scale))
+        images.append(tile.resize(size, Image.Resampling.NEAREST))
+    return images
 
 
 def _scale(images: Tensor) -> int:

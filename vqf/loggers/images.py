@@ -1,4 +1,4 @@
-"""Grids of images as PNG files."""
+"""The images logger: grids as PNG files."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class ImageLogger:
 
     Args:
         run_dir: The run's folder.
-        limit: Images in a grid at most.
+        limit: Most images in a grid, at least 1.
     """
 
     def __init__(self, run_dir: Path, *, limit: int = 64) -> None:
@@ -25,10 +25,10 @@ class ImageLogger:
         self.folder, self.limit = run_dir / "images", limit
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave numbers to others."""
+        """Ignore scalars."""
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Write a grid."""
+        """Write a grid; slashes in the name become dashes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = name.replace("/", "-")
         path = self.folder / f"{name}-{step:08d}.png"
@@ -36,7 +36,8 @@ class ImageLogger:
         shutil.copyfile(path, self.folder / f"{name}-latest.png")
 
     def close(self) -> None:
-        """Everything is on disk already."""
+        """Do nothing: every grid is on disk already."""
 
     def _max_images(self, name: str) -> int:
+        """Round the limit down to complete items, but to one item at least."""
         return max(self.limit // images_per_item(name), 1) * images_per_item(name)

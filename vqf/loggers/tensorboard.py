@@ -1,4 +1,4 @@
-"""TensorBoard, https://www.tensorflow.org/tensorboard."""
+"""The TensorBoard logger, https://www.tensorflow.org/tensorboard."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @register("logger", "tensorboard")
 class TensorBoardLogger:
-    """Writes numbers, images and the config into `tensorboard/` of the run's folder.
+    """Writes scalars, images and the config into `tensorboard/` of the run's folder.
 
-    A resumed run goes on in the same curves: what the interrupted process wrote behind the checkpoint is hidden.
+    A resumed run continues the same curves; points that the interrupted process wrote after the checkpoint are hidden.
 
     Args:
         run_dir: The run's folder.
-        config: Shown as text, unresolved.
-        flush_seconds: How long numbers may wait before they are on disk.
+        config: Written as text, unresolved.
+        flush_seconds: Longest time that scalars are buffered before they are written.
     """
 
     def __init__(self, run_dir: Path, config: DictConfig, *, flush_seconds: int = 30) -> None:
@@ -36,7 +36,7 @@ class TensorBoardLogger:
         self.writer: SummaryWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers."""
+        """Write scalars."""
         for key, value in values.items():
             self._open(step).add_scalar(key, value, step)
 
@@ -45,18 +45,18 @@ class TensorBoardLogger:
         self._open(step).add_image(name, np.asarray(make_grid(images)), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what waits."""
+        """Flush and close the file."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
 
     def _open(self, step: int) -> "SummaryWriter":
-        """Open the file at the first step that is logged: all that an earlier process wrote from there on is void."""
+        """Open the event file. Only the first step that is logged tells which points of an earlier process to purge."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            purged = step if self.folder.is_dir() else None
-            self.writer = SummaryWriter(str(self.folder), purge_step=purged, flush_secs=self.flush_seconds)
+            purge_step = step if self.folder.is_dir() else None
+            self.writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=self.flush_seconds)
             text = OmegaConf.to_yaml(self.config, resolve=False)
             self.writer.add_text("config", f"```yaml\n{text}```", step)
         return self.writer

@@ -1,4 +1,4 @@
-"""Weights & Biases, https://docs.wandb.ai."""
+"""The Weights & Biases logger, https://docs.wandb.ai."""
 
 import json
 import logging
@@ -15,28 +15,29 @@ from torch import Tensor
 
 from vqf.loggers.image_grid import make_grid
 from vqf.registry import register
+from vqf.run_files import read_json
 
-ID_FILE = "wandb.json"  # in the run's folder: under which id it is known
+ID_FILE = "wandb.json"  # in the run's folder: the id of the run at wandb
 
 
 @register("logger", "wandb")
 class WandbLogger:
     """Sends a run to Weights & Biases, or keeps it in the run's folder for `wandb sync`.
 
-    The parts of pipeline=full are one run, its numbers under `stage1/` and `stage2/`; a run that is resumed goes on
-    under its id. Whatever goes wrong is said once, and the training goes on without it. The key comes from
-    `wandb login` or the environment, never from the config, which is logged unresolved.
+    The stages of pipeline=full share one run, with the prefixes `stage1/` and `stage2/`; a resumed run keeps its id.
+    After an error of wandb, the run continues without it, with one warning. The API key comes from `wandb login` or
+    the environment, never from the config.
 
     Args:
         run_dir: The run's folder.
-        config: Logged as it is.
-        subrun: What the folder is of the run in the folder above.
-        mode: `auto` is online where there is a key, and offline where there is none; WANDB_MODE decides before it.
-        project: Where the run is filed.
-        entity: Whose project it is; by default that of the key.
-        group: Runs of one group are shown together.
-        tags: Words to find the run by.
-        checkpoints: Keep the newest checkpoint as an artifact, too, when the run ends.
+        config: Logged unresolved.
+        subrun: Name of the stage, if `run_dir` is one of a run in the folder above; else empty.
+        mode: `auto` takes WANDB_MODE, or else is online with an API key and offline without.
+        project: Project of the run.
+        entity: User or team that owns the project; by default the key's.
+        group: Name under which wandb groups runs.
+        tags: Tags of the run.
+        checkpoints: Upload the newest checkpoint as an artifact when the run ends.
     """
 
     def __init__(
@@ -57,11 +58,16 @@ class WandbLogger:
         self.run: Any = None
         self.disabled = False
         self.defined_metrics = set[str]()
-        where: dict[str, Any] = {"project": project, "entity": entity, "group": group, "tags": list(tags) or None}
-        self._try(lambda: self._init_run(config, {"mode": _resolve_mode(mode), **where}))
+        init_options: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": list(tags) or None,
+        }
+        self._try(lambda: self._init_run(config, {"mode": _resolve_mode(mode), **init_options}))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers."""
+        """Log scalars."""
         self._try(lambda: self._log(step, values))
 
     def images(self, step: int, name: str, images: Tensor) -> None:
@@ -75,7 +81,7 @@ class WandbLogger:
         self._try(send)
 
     def close(self) -> None:
-        """Keep the codes' table as an artifact, and finish the run, unless this is a part of one."""
+        """Log the table of code counts as an artifact; finish the run, unless other stages follow."""
         self._try(self._finish)
         self.disabled = True
 
@@ -84,41 +90,46 @@ class WandbLogger:
 
         root = self.run_dir.absolute().parent if self.subrun else self.run_dir.absolute()
         root.mkdir(parents=True, exist_ok=True)
-        plain: Any = OmegaConf.to_container(config, resolve=False)
-        memory, active = root / ID_FILE, wandb.run
-        known = _read_run_id(memory)
-        if active is not None and active.id == known:  # the part before this one
-            self.run = active
-            self.run.config.update(plain, allow_val_change=True)
+        container: Any = OmegaConf.to_container(config, resolve=False)
+        known_id = read_json(root / ID_FILE).get("id")
+        if wandb.run is not None and wandb.run.id == known_id:  # opened by the stage before this one
+            self.run = wandb.run
+            self.run.config.update(container, allow_val_change=True)
             return
-        goes_on = known is not None and plain.get("resume", False) is not False
-        name = known if goes_on else uuid.uuid4().hex[:8]
+        resumed = known_id is not None and container.get("resume", False) is not False
+        run_id = known_id if resumed else uuid.uuid4().hex[:8]
         self.run = wandb.init(
             **init_options,
-            id=name,
+            id=run_id,
             resume="allow",
             reinit="finish_previous",
             name="/".join(root.parts[-2:]),
             dir=str(root),
-            config=plain,
+            config=container,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        memory.write_text(
-            json.dumps({"id": name, "project": init_options["project"], "entity": init_options["entity"]})
-        )
+        content = {"id": run_id, "project": init_options["project"], "entity": init_options["entity"]}
+        (root / ID_FILE).write_text(json.dumps(content))
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        # wandb's own counter refuses to go back, as after resuming, and to be written twice.
+        # wandb's own step must increase, and images and scalars come in two calls; so the step is a metric itself.
         axis = f"{self.prefix}step"
-        named = {f"{self.prefix}{key}": value for key, value in values.items()}
+        prefixed = {f"{self.prefix}{key}": value for key, value in values.items()}
         if not self.defined_metrics:
             self.run.define_metric(axis, hidden=True)
-        for key in named.keys() - self.defined_metrics:
+        for key in prefixed.keys() - self.defined_metrics:
             self.run.define_metric(key, step_metric=axis)
-        self.defined_metrics |= named.keys()
-        self.run.log({axis: step, **named})
+        self.defined_metrics |= prefixed.keys()
+        self.run.log({axis: step, **prefixed})
 
     def _finish(self) -> None:
+        self._log_code_counts()
+        if self.checkpoints:
+            self._log_checkpoint()
+        if not self.subrun:
+            self.run.finish()
+
+    def _log_code_counts(self) -> None:
         import wandb
 
         counts = _code_counts(self.run_dir / "details.json")
@@ -128,16 +139,17 @@ class WandbLogger:
             artifact = wandb.Artifact(self._artifact_name("codes"), "codes")
             artifact.add(wandb.Table(columns=["code", "count", "share"], data=rows), "codes")
             self.run.log_artifact(artifact)
-        folders = sorted((self.run_dir / "checkpoints").glob("step-*")) if self.checkpoints else []
-        for folder in folders[-1:]:
-            artifact = wandb.Artifact(
-                self._artifact_name("checkpoint"), "model", metadata={"step": int(folder.name[5:])}
-            )
+
+    def _log_checkpoint(self) -> None:
+        import wandb
+
+        folder = max((self.run_dir / "checkpoints").glob("step-*"), default=None)
+        if folder is not None:
+            step = int(folder.name.removeprefix("step-"))
+            artifact = wandb.Artifact(self._artifact_name("checkpoint"), "model", metadata={"step": step})
             for file in sorted(folder.iterdir()):
                 artifact.add_file(str(file))
             self.run.log_artifact(artifact)
-        if not self.subrun:
-            self.run.finish()
 
     def _artifact_name(self, kind: str) -> str:
         return "-".join(filter(None, [self.run.id, self.subrun, kind]))
@@ -149,7 +161,7 @@ class WandbLogger:
             action()
         except Exception as error:
             self.disabled = True
-            logging.getLogger("vqf").warning("wandb stopped, the run goes on without it: %s", error)
+            logging.getLogger("vqf").warning("wandb failed, the run continues without it: %s", error)
 
 
 def _resolve_mode(mode: str) -> str:
@@ -159,7 +171,7 @@ def _resolve_mode(mode: str) -> str:
 
 
 def _has_key() -> bool:
-    """Tell whether `wandb login` or the environment left a key; asking wandb itself could wait for an answer."""
+    """Tell whether `wandb login` or the environment provides a key; wandb itself could prompt for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -169,16 +181,7 @@ def _has_key() -> bool:
         return False
 
 
-def _read_run_id(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text())["id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _code_counts(path: Path) -> list[int]:
-    """Return how often held-out images chose every code, where that was counted."""
-    try:
-        return json.loads(path.read_text())["codes"]["counts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """Return the counts of codes over the validation images; [] if they were not counted."""
+    codes = read_json(path).get("codes")
+    return codes.get("counts", []) if isinstance(codes, dict) else []

@@ -1,4 +1,4 @@
-"""What the codes of a tokenizer are used for, as images."""
+"""The codebook and the confusion matrix of a run, for its page."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,48 +9,46 @@ from PIL import Image
 
 from vqf.loggers.report.curves import usage_curve
 from vqf.loggers.report.galleries import code_mosaic, to_data_uri
-from vqf.loggers.report.run_files import RunPart
+from vqf.loggers.report.run_parts import RunPart
 
 COLORMAP = "viridis"
-UNUSED_COLOR = (214, 69, 65)  # of codes that nothing uses
+UNUSED_COLOR = (214, 69, 65)
 
 
 @dataclass
 class CodebookSection:
-    """What the page shows of a codebook."""
+    """The codebook as the page shows it."""
 
     caption: str
     curve: str  # SVG
-    heatmap: str  # data: address
-    mosaic: str  # data: address; empty where codes do not lie on images as squares do
+    heatmap: str  # data: URI
+    mosaic: str  # data: URI; "" if codes do not cover square patches
 
 
 def codebook_section(parts: Iterable[RunPart]) -> CodebookSection | None:
-    """Draw the codebook of a run; None where nothing is known of it."""
-    found = code_mosaic(parts)
-    if found is None:
+    """Render the codebook of the first part that counted its codes; None if no part did."""
+    mosaic_and_details = code_mosaic(parts)
+    if mosaic_and_details is None:
         return None
-    mosaic, details = found
+    mosaic, details = mosaic_and_details
     counts = [int(count) for count in details["counts"]]
     if not sum(counts):
         return None
-    return CodebookSection(
-        _caption(counts), usage_curve(sorted(counts, reverse=True)), to_data_uri(usage_heatmap(counts)), mosaic
-    )
+    curve = usage_curve(sorted(counts, reverse=True))
+    return CodebookSection(_caption(counts), curve, to_data_uri(usage_heatmap(counts)), mosaic)
 
 
 def usage_heatmap(counts: Sequence[int]) -> Image.Image:
-    """Return one pixel for every code, row by row in a square: the brighter, the more often used; red is never."""
+    """Render a pixel for each code, row by row in a square, brighter with log(1 + count); unused codes are red."""
     from matplotlib import colormaps
 
     side = math.ceil(math.sqrt(len(counts)))
-    most = math.log1p(max(counts))
+    highest = math.log1p(max(counts))
+    colors = {count: colormaps[COLORMAP](math.log1p(count) / highest, bytes=True) for count in set(counts)}
     image = Image.new("RGBA", (side, -(-len(counts) // side)), (0, 0, 0, 0))
-    colors = {count: colormaps[COLORMAP](math.log1p(count) / most, bytes=True) for count in set(counts)}
     for i, count in enumerate(counts):
-        image.putpixel(
-            (i % side, i // side), tuple(int(part) for part in colors[count]) if count else (*UNUSED_COLOR, 255)
-        )
+        color = tuple(int(channel) for channel in colors[count]) if count else (*UNUSED_COLOR, 255)
+        image.putpixel((i % side, i // side), color)
     return image
 
 
@@ -58,15 +56,15 @@ def _caption(counts: Sequence[int]) -> str:
     total, used = sum(counts), sum(count > 0 for count in counts)
     entropy = -sum(count / total * math.log(count / total) for count in counts if count)
     return (
-        f"Held-out images are {total:,} codes in all, {used:,} different ones of {len(counts):,}. They are used "
-        f"unevenly: {math.exp(entropy):,.0f} codes that were all used equally often would carry as much."
+        f"The validation images are {total:,} codes in all, {used:,} different ones of {len(counts):,}. The perplexity "
+        f"of their distribution is {math.exp(entropy):,.0f}: as many codes, used equally often, would have its entropy."
     )
 
 
 def confusion_rows(details: Mapping[str, Any], max_classes: int = 16) -> list[tuple[str, list[int], int]]:
-    """Return a row for every class: its name, how many of its samples are seen as each class, and how many there are.
+    """Return the confusion matrix of samples as rows (class, samples by predicted class, samples in all).
 
-    Empty where there is no such table, or it has more than `max_classes` classes.
+    Empty if there is none, or if it has more than `max_classes` classes.
     """
     classes = details.get("classes")
     if not isinstance(classes, Mapping) or not 0 < len(classes.get("names", ())) <= max_classes:

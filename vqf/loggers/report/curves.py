@@ -1,4 +1,4 @@
-"""Curves as inline SVG that takes its colours and letters from the page around it."""
+"""Curves as inline SVG, in the text color and font of the page around them."""
 
 import io
 import math
@@ -8,13 +8,13 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]  # (step, value)
 
-TEXT_COLOR = "#010203"  # stands for the page's own text colour
+TEXT_COLOR = "#010203"  # placeholder, replaced by currentColor
 COLORS = {"training": "#4c6ef5", "validation": "#f76707"}
-SMOOTH_FROM, WINDOWS = 60, 40  # points from which on a line of means is drawn, and how many of them
+SMOOTH_FROM, BINS = 60, 40  # from so many points on, training curves are drawn as means of so many bins
 
 
 def curve(series: Mapping[str, Points]) -> str:
-    """Draw series named "training" and "validation" over steps as one SVG element."""
+    """Plot the series "training" and "validation" over steps; returns an SVG element."""
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
@@ -27,14 +27,14 @@ def curve(series: Mapping[str, Points]) -> str:
 
 
 def usage_curve(counts: Sequence[int]) -> str:
-    """Draw how often every code is used, the codes used most first, as one SVG element."""
+    """Plot the counts of codes, given in descending order, against uniform usage; returns an SVG element."""
 
     def draw(axes: Any) -> None:
         axes.fill_between(range(len(counts)), counts, step="post", color=COLORS["training"], alpha=0.35, linewidth=0)
         axes.axhline(
-            sum(counts) / len(counts), color=COLORS["validation"], linewidth=1.2, linestyle="--", label="even use"
+            sum(counts) / len(counts), color=COLORS["validation"], linewidth=1.2, linestyle="--", label="uniform"
         )
-        axes.set(xlim=(0, len(counts)), ylim=(0, None), xlabel="codes, those used most first", ylabel="uses")
+        axes.set(xlim=(0, len(counts)), ylim=(0, None), xlabel="codes, by descending count", ylabel="count")
         axes.legend(frameon=False, fontsize=8)
 
     return _figure(draw, repr(counts))
@@ -54,10 +54,10 @@ def _figure(draw: Callable[[Any], None], salt: str) -> str:
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=TEXT_COLOR, alpha=0.12, linewidth=0.6)
-        drawn = io.StringIO()
+        svg = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(drawn, format="svg", transparent=True, metadata=empty)
-    return _inline(drawn.getvalue())
+        figure.savefig(svg, format="svg", transparent=True, metadata=empty)
+    return _inline(svg.getvalue())
 
 
 def _plot(axes: Any, name: str, points: Points) -> None:
@@ -65,29 +65,29 @@ def _plot(axes: Any, name: str, points: Points) -> None:
     color = COLORS[name]
     if name == "training" and len(points) >= SMOOTH_FROM:
         axes.plot(*_subsample(points), color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(*_window_means(points), color=color, linewidth=1.6, label=name)
+        axes.plot(*_bin_means(points), color=color, linewidth=1.6, label=name)
     else:
         axes.plot(steps, values, color=color, linewidth=1.6, label=name, marker="o", markersize=3)
 
 
 def _subsample(points: Points, max_points: int = 500) -> tuple[list[float], list[float]]:
-    kept = points[:: math.ceil(len(points) / max_points)]
-    return [step for step, _ in kept], [value for _, value in kept]
+    subset = points[:: math.ceil(len(points) / max_points)]
+    return [step for step, _ in subset], [value for _, value in subset]
 
 
-def _window_means(points: Points) -> tuple[list[float], list[float]]:
-    size = math.ceil(len(points) / WINDOWS)
-    windows = [points[i : i + size] for i in range(0, len(points), size)]
-    means = [[sum(column) / len(window) for column in zip(*window, strict=True)] for window in windows]
+def _bin_means(points: Points) -> tuple[list[float], list[float]]:
+    size = math.ceil(len(points) / BINS)
+    bins = [points[i : i + size] for i in range(0, len(points), size)]
+    means = [[sum(column) / len(bin_) for column in zip(*bin_, strict=True)] for bin_ in bins]
     return [step for step, _ in means], [value for _, value in means]
 
 
 def _inline(svg: str) -> str:
-    """Keep the element alone: no prologue, no namespaces (HTML knows them), no size, the page's ink and letters."""
+    """Strip what matplotlib writes around the element and what the page decides: namespaces, size, color, font."""
     svg = svg[svg.index("<svg") :].replace(TEXT_COLOR, "currentColor")
     for unwanted in (
         r"<metadata>.*?</metadata>",
-        r'(?<=<g) id="[^"]*"',  # the same in every figure, and nothing points to them
+        r'(?<=<g) id="[^"]*"',  # equal in every figure, so not unique on the page; nothing refers to them
         r" font-family: [^;]*;",
     ):
         svg = re.sub(unwanted, "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The images of a run as a page shows them: each by itself, with what belongs together side by side."""
+"""The images of a run as its page shows them: grids split into single images, related images side by side."""
 
 import base64
 import hashlib
@@ -11,40 +11,41 @@ from typing import Any
 from PIL import Image
 
 from vqf.loggers.image_grid import SMALL_SIDE, images_per_item, split_grid
-from vqf.loggers.report.run_files import RunPart, latest_images, read_json
+from vqf.loggers.report.run_parts import RunPart, latest_images
+from vqf.run_files import read_json
 
-WEBP_QUALITY = 90  # of WebP, for images that are not small
+WEBP_QUALITY = 90  # of images from SMALL_SIDE on; smaller ones are lossless
 
 TITLES = {
     "reconstructions": "Reconstructions",
-    "best": "The best of them",
-    "worst": "The worst of them",
+    "best": "Best reconstructions",
+    "worst": "Worst reconstructions",
     "samples": "Samples",
-    "conditions": "Drawn by a condition",
+    "conditions": "Conditional samples",
     "completions": "Completions",
 }
 CAPTIONS = {
-    "reconstructions": "Held-out images, which training never saw: each beside what came back through its codes.",
-    "best": "The smallest errors of all held-out images, the original on the left.",
-    "worst": "The largest errors of all held-out images, the original on the left: what the codes cannot say.",
+    "reconstructions": "Validation images, not used in training, each beside its reconstruction.",
+    "best": "The smallest errors of all validation images, the original on the left.",
+    "worst": "The largest errors of all validation images, the original on the left.",
     "samples": "New images, drawn by the prior code by code.",
-    "conditions": "What the prior was told, and what it drew.",
-    "completions": "Held-out images: whole, the part that the prior is shown, and what it makes of it.",
+    "conditions": "The condition that the prior was given, and the sample.",
+    "completions": "Validation images: the original, the part that the prior is given, and the completion.",
 }
-SHOWN_ELSEWHERE = {"codes"}  # shown with the codebook
+SHOWN_ELSEWHERE = {"codes"}  # in the section about the codebook
 
 
 @dataclass
 class GalleryItem:
-    """Images that belong together, and what is written under them."""
+    """Images that belong together, and the caption under them."""
 
-    images: list[str]  # data: addresses
+    images: list[str]  # data: URIs
     caption: str = ""
 
 
 @dataclass
 class Group:
-    """Units of one class; without a title where there are no classes."""
+    """The items of one class; without a title if the gallery has no classes."""
 
     items: list[GalleryItem]
     title: str = ""
@@ -52,12 +53,12 @@ class Group:
 
 @dataclass
 class Gallery:
-    """One kind of image."""
+    """All images of one kind."""
 
     name: str
     title: str
     caption: str
-    subrun: str  # the stage that they are of; empty where that is clear
+    subrun: str  # heading of the stage, where two galleries have the same title; else ""
     groups: list[Group]
     images_per_item: int = 1
 
@@ -68,46 +69,53 @@ class Gallery:
 
     @property
     def count(self) -> int:
-        """How many units there are."""
+        """The number of items."""
         return sum(len(group.items) for group in self.groups)
 
 
 def read_galleries(run_dir: Path, parts: Iterable[RunPart]) -> list[Gallery]:
-    """Return the newest images of a run and of its stages, each once, in the order of their titles here."""
-    found = [
-        (name, part, read_gallery(name, part.heading, path, read_json(part.folder / "details.json")))
+    """Read the newest images of a run and its stages, without duplicates, in the order of `TITLES`."""
+    galleries = [
+        gallery
         for name, part, path in _latest_images(run_dir, parts)
         if name not in SHOWN_ELSEWHERE
+        and (gallery := read_gallery(name, part.heading, path, read_json(part.folder / "details.json"))) is not None
     ]
-    shown = [each for _, _, each in found if each is not None]
-    titles = [each.title for each in shown]
-    for each in shown:
-        each.subrun = each.subrun if titles.count(each.title) > 1 else ""
-    order = [*TITLES, *(each.name for each in shown)]
-    return sorted(shown, key=lambda each: order.index(each.name))
+    titles = [gallery.title for gallery in galleries]
+    for gallery in galleries:
+        gallery.subrun = gallery.subrun if titles.count(gallery.title) > 1 else ""
+    order = [*TITLES, *(gallery.name for gallery in galleries)]
+    return sorted(galleries, key=lambda gallery: order.index(gallery.name))
 
 
 def read_gallery(name: str, heading: str, path: Path, details: Mapping[str, Any]) -> Gallery | None:
-    """Take the images of a file apart; None where it is broken."""
+    """Split a grid into a gallery; None if the file is broken.
+
+    Args:
+        name: Of the images, such as "samples" or "conditions-map".
+        heading: Of the stage.
+        path: A PNG file, usually by `save_grid`.
+        details: Captions and labels by name, from `details.json`.
+    """
     try:
         tiles = [to_data_uri(tile) for tile in split_grid(path)]
-    except (OSError, ValueError, LookupError, TypeError):  # cut short by a process that was killed
+    except (OSError, ValueError, LookupError, TypeError):  # truncated: its writer was killed
         return None
-    several = images_per_item(name) if len(tiles) % images_per_item(name) == 0 else 1
-    said = details.get(name, {})
-    captions = said.get("captions", [])
-    units = [
-        GalleryItem(tiles[i : i + several], captions[i // several] if i // several < len(captions) else "")
-        for i in range(0, len(tiles), several)
+    size = images_per_item(name) if len(tiles) % images_per_item(name) == 0 else 1
+    info = details.get(name, {})
+    captions = info.get("captions", [])
+    items = [
+        GalleryItem(tiles[i : i + size], captions[i // size] if i // size < len(captions) else "")
+        for i in range(0, len(tiles), size)
     ]
     kind, _, rest = name.partition("-")
     title = " · ".join(filter(None, [TITLES.get(kind, kind.replace("_", " ").capitalize()), rest]))
-    caption = said.get("caption") or CAPTIONS.get(kind, "")
-    return Gallery(kind, title, caption, heading, _group_by_class(units, said.get("labels", [])), several)
+    caption = info.get("caption") or CAPTIONS.get(kind, "")
+    return Gallery(kind, title, caption, heading, _group_by_class(items, info.get("labels", [])), size)
 
 
 def to_data_uri(image: Image.Image) -> str:
-    """Return an image as a data: address, without loss where it is small."""
+    """Encode an image as a data: URI; small images without loss."""
     file = io.BytesIO()
     small = max(image.size) < SMALL_SIDE
     image.save(file, format="WEBP", lossless=small, quality=100 if small else WEBP_QUALITY, method=4)
@@ -115,7 +123,7 @@ def to_data_uri(image: Image.Image) -> str:
 
 
 def code_mosaic(parts: Iterable[RunPart]) -> tuple[str, Mapping[str, Any]] | None:
-    """Return the mosaic of the first stage that has one, and what is known of its codes."""
+    """Return mosaic (a data: URI, or "") and details of the codes, of the first part that counted them."""
     for part in parts:
         details = read_json(part.folder / "details.json").get("codes")
         if isinstance(details, dict) and details.get("counts"):
@@ -132,24 +140,24 @@ def _mosaic(path: Path) -> str:
 
 
 def _latest_images(run_dir: Path, parts: Iterable[RunPart]) -> Iterator[tuple[str, RunPart, Path]]:
-    """Yield the newest image of every name, stages first: what they say of it is beside it."""
+    """Yield name, part and newest file; stages come first, because their captions lie beside the file."""
     seen: set[str] = set()
     own = RunPart(run_dir, "", {}, {}, 0.0)
     for part in (*(part for part in parts if part.name), own):
         for name, path in latest_images(part.folder).items():
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            if content not in seen:
+            if content not in seen:  # pipeline=full logs the images of its stages again
                 seen.add(content)
                 yield name, part, path
 
 
 def _group_by_class(items: Sequence[GalleryItem], labels: Sequence[str]) -> list[Group]:
-    """Put units of one class together, in the order in which classes come first."""
+    """Group items by class, in the order of first appearance; if each has its own class, make it the caption."""
     if len(labels) < len(items):
         return [Group(list(items))]
-    if len(set(labels)) == len(items):  # one of each: the class is written under it
-        return [Group([GalleryItem(unit.images, label) for unit, label in zip(items, labels, strict=False)])]
+    if len(set(labels)) == len(items):
+        return [Group([GalleryItem(item.images, label) for item, label in zip(items, labels, strict=False)])]
     groups: dict[str, Group] = {}
-    for unit, label in zip(items, labels, strict=False):
-        groups.setdefault(label, Group([], label)).items.append(unit)
+    for item, label in zip(items, labels, strict=False):
+        groups.setdefault(label, Group([], label)).items.append(item)
     return list(groups.values())

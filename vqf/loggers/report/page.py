@@ -1,4 +1,4 @@
-"""The report of a run: one page that holds everything and needs nothing, for a browser, a printer or a mail."""
+"""`report.html`, the report of a run: one self-contained page for a browser, a printer or a mail."""
 
 import importlib.metadata
 import importlib.resources
@@ -15,22 +15,23 @@ from vqf.atomic import atomic_write_text
 from vqf.loggers.report.codebook import codebook_section, confusion_rows
 from vqf.loggers.report.curves import curve
 from vqf.loggers.report.galleries import read_galleries
-from vqf.loggers.report.run_files import RunPart, checkpoint_curves, command, read_json, read_parts, read_text
+from vqf.loggers.report.run_parts import RunPart, checkpoint_curves, command, read_parts
 from vqf.loggers.report.summary import cost_line, description, facts, load_config, title
 from vqf.loggers.report.tables import class_accuracy_sentence, highlights, read_tables
 from vqf.registry import register
+from vqf.run_files import read_json, read_text
 
 PACKAGES = ("vqf", "torch", "hydra-core", "timm")
-MAX_CURVES = 6  # of a stage that are shown at once; the others unfold
-FIRST_PAGE_SECONDS = 60.0  # seconds before a run that goes on has a page
-WRITE_INTERVAL_FACTOR = 50  # times as long as a page took to write, before the next one
+MAX_CURVES = 6  # of a stage; the others are folded away
+FIRST_PAGE_SECONDS = 60.0  # before the first page of a run in progress
+WRITE_INTERVAL_FACTOR = 50  # the pause after a page, in multiples of the time to write it
 
 
 @register("logger", "report")
 class ReportLogger:
-    """Writes `report.html` into the run's folder when the run ends, and after looks at held-out data meanwhile.
+    """Writes `report.html` into the run's folder when the run ends, and after validations while it is in progress.
 
-    Meanwhile only so often that it takes no more than a fiftieth of the time.
+    Writing pages takes at most a fiftieth of the training time.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -38,7 +39,10 @@ class ReportLogger:
         self.has_new_images, self.next_write = False, time.monotonic() + FIRST_PAGE_SECONDS
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Read from disk; what was measured at a look is there when the numbers after it come."""
+        """Write a page if images were logged since the last one, and enough time has passed.
+
+        The page reads its content from disk: at this call, the validation that logged the images is written.
+        """
         began = time.monotonic()
         if self.has_new_images and began >= self.next_write:
             self.has_new_images = False
@@ -46,11 +50,11 @@ class ReportLogger:
             self.next_write = time.monotonic() + WRITE_INTERVAL_FACTOR * (time.monotonic() - began)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Read from disk."""
+        """Note that the next page will differ; it reads the images from disk."""
         self.has_new_images = True
 
     def close(self) -> None:
-        """Write the page. A page that fails is reported, and takes no finished run down with it."""
+        """Write the page; an error is logged and does not end the run."""
         self._write(logging.INFO)
 
     def _write(self, level: int) -> None:
@@ -62,7 +66,7 @@ class ReportLogger:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` from whatever a run has on disk: numbers, images, config, command."""
+    """Write `report.html` from the files of a run; files that are missing leave out their section."""
     from jinja2 import Environment, StrictUndefined
 
     source = (importlib.resources.files("vqf.loggers.report") / "page.html.j2").read_text(encoding="utf-8")
@@ -74,27 +78,27 @@ def write_report(run_dir: Path) -> Path:
 
 
 def page_context(run_dir: Path) -> dict[str, Any]:
-    """Gather what the page shows."""
-    found, summary = read_parts(run_dir), read_json(run_dir / "summary.json")
-    # A run in several processes, one after the other, knows the time of the last; its records know that of all.
-    seconds = max(summary.get("wall_seconds") or 0, sum(part.seconds for part in found))
-    config, (heading, place) = load_config(run_dir), title(run_dir)
-    shown = read_tables(run_dir, found)
-    curves = [(part.heading, *_draw_curves(part)) for part in (*found, *checkpoint_curves(run_dir))]
-    details = {key: value for part in found for key, value in read_json(part.folder / "details.json").items()}
+    """Gather the values that the template uses."""
+    parts, summary = read_parts(run_dir), read_json(run_dir / "summary.json")
+    # After a resume, the summary counts the last process only; metrics.jsonl has the times of all.
+    seconds = max(summary.get("wall_seconds") or 0, sum(part.seconds for part in parts))
+    config, (heading, subtitle) = load_config(run_dir), title(run_dir)
+    tables = read_tables(run_dir, parts)
+    curves = [(part.heading, *_draw_curves(part)) for part in (*parts, *checkpoint_curves(run_dir))]
+    details = {key: value for part in parts for key, value in read_json(part.folder / "details.json").items()}
     return {
         "title": heading,
-        "parent": place,
+        "subtitle": subtitle,
         "description": description(config),
         "cost": cost_line(summary, seconds),
         "finished": bool(summary),
-        "highlights": highlights(shown),
-        "galleries": read_galleries(run_dir, found),
-        "codebook": codebook_section([*found, RunPart(run_dir, "", {}, {}, 0.0)]),
+        "highlights": highlights(tables),
+        "galleries": read_galleries(run_dir, parts),
+        "codebook": codebook_section([*parts, RunPart(run_dir, "", {}, {}, 0.0)]),
         "confusion": confusion_rows(details),
-        "class_accuracy": class_accuracy_sentence(shown),
-        "tables": shown,
-        "curves": [(heading, drawn, others) for heading, drawn, others in curves if drawn],
+        "class_accuracy": class_accuracy_sentence(tables),
+        "tables": tables,
+        "curves": [(heading, first, others) for heading, first, others in curves if first],
         "facts": facts(config, summary, seconds),
         "command": command(run_dir, summary),
         "config": read_text(run_dir / ".hydra" / "config.yaml"),
@@ -103,25 +107,25 @@ def page_context(run_dir: Path) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of what a run rests on."""
-    found = {"python": platform.python_version()}
+    """Return the installed versions of Python and the main packages."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _draw_curves(part: RunPart) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Draw every key that was measured more than once: those that matter most, and the others."""
+    """Plot every key with more than one point; returns (key, SVG) of the first `MAX_CURVES`, and of the others."""
     series = {key: part.series(key) for key in part.keys}
-    every = [key for key, each in series.items() if max(map(len, each.values())) > 1]
-    shown = [key for key in every if not _is_variant(key, every)][:MAX_CURVES]
-    drawn = {key: curve(series[key]) for key in every}
-    return [(key, drawn[key]) for key in shown], [(key, drawn[key]) for key in every if key not in shown]
+    keys = [key for key, curves in series.items() if max(map(len, curves.values())) > 1]
+    first = [key for key in keys if not _is_variant(key, keys)][:MAX_CURVES]
+    svgs = {key: curve(series[key]) for key in keys}
+    return [(key, svgs[key]) for key in first], [(key, svgs[key]) for key in keys if key not in first]
 
 
 def _is_variant(key: str, keys: Iterable[str]) -> bool:
-    """Tell whether a key is another view of one that is there, as psnr_pooled is of psnr."""
-    return key.startswith("lr/") or any(key.startswith(f"{each}_") for each in keys)
+    """Tell whether a key is a learning rate, or a variant of another key, as psnr_pooled is of psnr."""
+    return key.startswith("lr/") or any(key.startswith(f"{other}_") for other in keys)

@@ -1,35 +1,31 @@
-"""What a run was, in a few words: what it learned from, how long, on what, and at what price."""
+"""Facts about a run for its page: data, model, training length, time, cost."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vqf.loggers.report.run_files import newest_checkpoint
+from vqf.loggers.report.run_parts import newest_checkpoint
+from vqf.run_files import is_finite
+from vqf.terminal import format_bytes, format_seconds
 
-Facts = list[tuple[str, str]]
+Facts = list[tuple[str, str]]  # (name, text)
 
 PIPELINE_DESCRIPTIONS = {
     "stage1": "A tokenizer: images into discrete codes, and back.",
-    "stage2": "A prior: what comes next in the codes of an image.",
-    "full": "A tokenizer turns images into discrete codes and back; a prior learns to draw such codes.",
+    "stage2": "A prior: predicts the next code of an image.",
+    "full": "A tokenizer turns images into discrete codes and back; a prior generates such codes.",
     "sample": "New images, drawn by a trained prior.",
-    "reconstruct": "Images, through the codes of a trained tokenizer and back.",
-    "complete": "Held-out images, completed by a trained prior.",
-    "evaluate": "A trained model, measured by a protocol.",
+    "reconstruct": "Images, encoded and decoded by a trained tokenizer.",
+    "complete": "Validation images, completed by a trained prior.",
+    "evaluate": "A trained model, evaluated by a protocol.",
 }
-PIPELINES_ON_RUNS = (
-    "sample",
-    "reconstruct",
-    "complete",
-    "evaluate",
-)  # on another run, whose model is not in the config
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_")  # how folders begin that are named by the time
+PIPELINES_ON_RUNS = ("sample", "reconstruct", "complete", "evaluate")  # their own config does not describe the model
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_")  # a run folder named by the time starts so
 
 
 def load_config(run_dir: Path) -> Mapping[str, Any]:
-    """Return the config that a run was made with, unresolved; {} where there is none."""
+    """Load the config of a run, unresolved, from Hydra's file or the newest checkpoint; {} if there is none."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -45,26 +41,32 @@ def load_config(run_dir: Path) -> Mapping[str, Any]:
 
 
 def title(run_dir: Path) -> tuple[str, str]:
-    """Return what the page is called, and the rest of the folder's name."""
+    """Return title and subtitle of the page: the folder's name and its parent's, or the reverse for a timestamp."""
     folder = run_dir.absolute()
     return (folder.parent.name, folder.name) if TIMESTAMP.match(folder.name) else (folder.name, folder.parent.name)
 
 
 def description(config: Mapping[str, Any]) -> str:
-    """Say in a sentence what a run is."""
+    """Describe the pipeline of a run in a sentence; "" if it is unknown."""
     return PIPELINE_DESCRIPTIONS.get(_name(config.get("pipeline")), "")
 
 
 def cost_line(summary: Mapping[str, Any], seconds: Any) -> str:
-    """Say how long a run took, and where."""
-    took, machine = format_seconds(seconds), _machine(summary)
-    return " on ".join(filter(None, [took, machine])) if took else ""
+    """Describe duration and machine, as in "2 h 5 min on 8 × NVIDIA H200"; "" if the duration is unknown."""
+    duration, machine = _duration(seconds), _machine(summary)
+    return " on ".join(filter(None, [duration, machine])) if duration else ""
 
 
 def facts(config: Mapping[str, Any], summary: Mapping[str, Any], seconds: Any) -> Facts:
-    """Return what is known of a run, with its names."""
+    """List the facts that are known.
+
+    Args:
+        config: Of the run, unresolved.
+        summary: Its `summary.json`.
+        seconds: Wall time of all its processes together.
+    """
     known = [*_model_facts(config), *_cost_facts(summary, seconds)]
-    return [(name, words) for name, words in known if words]
+    return [(name, text) for name, text in known if text]
 
 
 def _model_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -75,13 +77,13 @@ def _model_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     model = config.get("model") or {}
     size = config.get("image_size")
-    sides = " × ".join(str(each) for each in (size if isinstance(size, list) else [size, size]))
+    sides = " × ".join(str(side) for side in (size if isinstance(size, list) else [size, size]))
     yield "Images", f"{_name(config.get('data'))}, {sides} pixels"
-    parts = [f"{_name(model.get(part))} {part}" for part in ("encoder", "quantizer", "decoder") if model.get(part)]
-    yield "Tokenizer", ", ".join(parts)
+    kinds = [kind for kind in ("encoder", "quantizer", "decoder") if model.get(kind)]
+    yield "Tokenizer", ", ".join(f"{_name(model[kind])} {kind}" for kind in kinds)
     if pipeline != "stage2":
-        players = [_name(model.get(part)) for part in ("discriminator", "adversary") if model.get(part)]
-        yield "Learns by", " + ".join([*_names(model.get("loss")), *([" ".join(players)] if players else [])])
+        gan = " ".join(_name(model[kind]) for kind in ("discriminator", "adversary") if model.get(kind))
+        yield "Losses", " + ".join([*_names(model.get("loss")), *([gan] if gan else [])])
     if pipeline != "stage1":
         yield "Prior", " ".join(filter(None, [_name(model.get("prior")), _conditioned_on(model.get("conditioner"))]))
     yield "Steps", _steps(config, pipeline)
@@ -89,28 +91,23 @@ def _model_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _cost_facts(summary: Mapping[str, Any], seconds: Any) -> Iterator[tuple[str, str]]:
-    yield "Took", format_seconds(seconds)
-    yield "On", _machine(summary)
-    devices = summary.get("processes", 1) if summary.get("accelerator") else 0
-    price = [_format_hours(summary.get("processor_seconds"), "CPU")]
-    if devices and isinstance(seconds, int | float):
-        price.insert(0, _format_hours(seconds * devices, "GPU"))
-    yield "Cost", ", ".join(filter(None, price))
+    yield "Time", _duration(seconds)
+    yield "Machine", _machine(summary)
+    gpus = summary.get("processes", 1) if summary.get("accelerator") else 0
+    cost = [_device_hours(summary.get("processor_seconds"), "CPU")]
+    if gpus and isinstance(seconds, int | float):
+        cost.insert(0, _device_hours(seconds * gpus, "GPU"))
+    yield "Cost", ", ".join(filter(None, cost))
     memory = [
-        _format_memory(summary.get("peak_accelerator_bytes"), " on the GPU"),
-        _format_memory(summary.get("peak_memory_bytes")),
+        _memory(summary.get("peak_accelerator_bytes"), " on the GPU"),
+        _memory(summary.get("peak_memory_bytes")),
     ]
     yield "Peak memory", ", ".join(filter(None, memory))
     yield "Commit", str(summary.get("commit", ""))
 
 
-def format_seconds(seconds: Any) -> str:
-    """Word a time; empty where there is none."""
-    if not _is_number(seconds) or seconds <= 0:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _duration(seconds: Any) -> str:
+    return format_seconds(seconds) if is_finite(seconds) and seconds > 0 else ""
 
 
 def _machine(summary: Mapping[str, Any]) -> str:
@@ -123,45 +120,42 @@ def _machine(summary: Mapping[str, Any]) -> str:
     return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _format_hours(seconds: Any, device: str) -> str:
-    if not _is_number(seconds) or seconds <= 0:
+def _device_hours(seconds: Any, device: str) -> str:
+    if not is_finite(seconds) or seconds <= 0:
         return ""
     return f"{seconds / 3600:.3g} {device} hours" if seconds >= 3600 else f"{seconds / 60:.3g} {device} minutes"
 
 
-def _format_memory(size: Any, suffix: str = "") -> str:
-    return f"{size / 2**30:.2f} GiB{suffix}" if _is_number(size) and size > 0 else ""
+def _memory(size: Any, suffix: str = "") -> str:
+    return f"{format_bytes(size)}{suffix}" if is_finite(size) and size > 0 else ""
 
 
 def _steps(config: Mapping[str, Any], pipeline: str) -> str:
     first = _format_steps(config.get("steps"), config.get("batch_size"))
     if pipeline != "full":
         return first
-    second = config.get("stage2") or {}
-    steps, batch = (second.get(key) for key in ("steps", "batch_size"))
-    same = {"${steps}": config.get("steps"), "${batch_size}": config.get("batch_size")}
-    return f"{first}, then {_format_steps(same.get(str(steps), steps), same.get(str(batch), batch))}"
+    stage2 = config.get("stage2") or {}
+    steps, batch_size = stage2.get("steps"), stage2.get("batch_size")
+    inherited = {"${steps}": config.get("steps"), "${batch_size}": config.get("batch_size")}  # the config is unresolved
+    second = _format_steps(inherited.get(str(steps), steps), inherited.get(str(batch_size), batch_size))
+    return f"{first}, then {second}"
 
 
-def _format_steps(steps: Any, batch: Any) -> str:
-    return f"{steps:,} of {batch} images" if isinstance(steps, int) else ""
+def _format_steps(steps: Any, batch_size: Any) -> str:
+    return f"{steps:,} of {batch_size} images" if isinstance(steps, int) else ""
 
 
 def _conditioned_on(conditioner: Any) -> str:
     names = [name for name in _names(conditioner) if name != "none"]
-    return f"told {' and '.join(names)}" if names else ""
+    return f"conditioned on {' and '.join(names)}" if names else ""
 
 
 def _names(node: Any) -> list[str]:
-    """Return the names of a group of which several are used at once, or of one that is used alone."""
+    """Return the names in a group that holds several components, or the name of its only one."""
     if not isinstance(node, Mapping):
         return []
-    return [_name(node)] if "name" in node else [str(name) for name, each in node.items() if each is not None]
+    return [_name(node)] if "name" in node else [str(name) for name, child in node.items() if child is not None]
 
 
 def _name(node: Any) -> str:
     return str(node.get("name", "")) if isinstance(node, Mapping) else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,37 +1,38 @@
-"""The numbers of a run as tables: what training measured last, and what evaluations did, each with its protocol."""
+"""Tables of metrics: the last validation of a training, and each evaluation with its protocol."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vqf.loggers.report.metric_descriptions import HIGHLIGHTS, PERCENT_METRICS, describe_metric
-from vqf.loggers.report.run_files import RunPart, is_evaluation, read_evaluations, read_json
+from vqf.loggers.report.run_parts import RunPart, is_evaluation, read_evaluations
+from vqf.run_files import is_finite, is_number, read_json
+from vqf.terminal import format_number
 
 
 @dataclass
 class MetricRow:
-    """A number of a table."""
+    """One metric of a table."""
 
     name: str
     raw_value: Any
-    note: str = ""  # its interval, and the same of real images
+    note: str = ""  # confidence interval, and the value of real images against real images
 
     @property
     def text(self) -> str:
-        """The number as it is written."""
+        """The value in words."""
         return format_metric(self.name, self.raw_value)
 
     @property
     def description(self) -> str:
-        """What it says."""
+        """The meaning of the metric; see `describe_metric`."""
         return describe_metric(self.name)
 
 
 @dataclass
 class MetricTable:
-    """Numbers that were measured together, and the lines of their protocol if they have one."""
+    """Metrics that were measured together, and the lines of their protocol, if any."""
 
     title: str
     rows: list[MetricRow]
@@ -39,61 +40,50 @@ class MetricTable:
 
 
 def read_tables(run_dir: Path, run_parts: Iterable[RunPart]) -> list[MetricTable]:
-    """Return the tables of a run: its own first, then those of evaluations, of each protocol the newest weights."""
+    """Return the run's own tables, then one for each protocol that evaluated it: of the newest checkpoint."""
     content = read_json(run_dir / "metrics.json")
     own = [_evaluation_table(content)] if is_evaluation(content) else list(_training_tables(content, run_parts))
     return [*own, *(_evaluation_table(files[-1]) for files in read_evaluations(run_dir))]
 
 
-def format_number(value: Any) -> str:
-    """Word a number with four digits that matter."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
-
-
 def format_metric(key: str, value: Any) -> str:
-    """Word a number as its name asks for."""
-    return f"{100 * value:.1f}\u00a0%" if key in PERCENT_METRICS and _is_finite(value) else format_number(value)
+    """Write the value of a metric: some in percent, numbers with four significant digits, the rest as it is."""
+    if key in PERCENT_METRICS and is_finite(value):
+        return f"{100 * value:.1f}\u00a0%"
+    return _to_text(value)
 
 
 def highlights(tables: Iterable[MetricTable]) -> list[tuple[str, str]]:
-    """Return the numbers that are said first, and what each counts; of two tables the first has it."""
+    """Return the large figures on top of the page as (value, meaning); an earlier table has precedence."""
     values: dict[str, Any] = {}
     for table in tables:
         values = {row.name: row.raw_value for row in table.rows} | values
     return [
-        (form.format(values[key]) or format_metric(key, values[key]), words)
-        for key, (form, words) in HIGHLIGHTS.items()
-        if _is_finite(values.get(key))
+        (template.format(values[key]) or format_metric(key, values[key]), meaning)
+        for key, (template, meaning) in HIGHLIGHTS.items()
+        if is_finite(values.get(key))
     ]
 
 
 def class_accuracy_sentence(tables: Iterable[MetricTable]) -> str:
-    """Say what the classifier sees, for comparison."""
+    """Compare the class accuracy of samples with that of validation images and of chance; "" if it is not known."""
     values = {row.name: row.text for table in tables for row in table.rows}
-    names = [f"class_accuracy{each}" for each in ("", "_real", "_decoded", "_chance")]
+    names = [f"class_accuracy{suffix}" for suffix in ("", "_real", "_decoded", "_chance")]
     if not all(name in values for name in names):
         return ""
-    samples, real, drawn, chance = (values[name] for name in names)
+    samples, real, decoded, chance = (values[name] for name in names)
     return (
-        f"{samples} of the samples are seen as the class that was asked for. Of held-out images {real} are seen as "
-        f"theirs, {drawn} once they have gone through the codes; guessing would hit {chance}."
+        f"{samples} of the samples are classified as the class that was asked for. Of the validation images, {real} "
+        f"are classified correctly, and {decoded} after encoding and decoding; chance is {chance}."
     )
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _training_tables(content: Mapping[str, Any], run_parts: Iterable[RunPart]) -> Iterator[MetricTable]:
-    """Yield the final tables of a training, or those of its last look at held-out data."""
+    """Yield the tables that a training wrote at its end, or else the last validation of each part."""
     final = {title: row for title, row in content.items() if isinstance(row, dict)}
     last = {
         f"{part.heading}, step {format_number(points[-1][0])}": {
-            key: each[-1][1] for key, each in part.validation.items()
+            key: curve[-1][1] for key, curve in part.validation.items()
         }
         for part in run_parts
         if (points := next(iter(part.validation.values()), None))
@@ -103,21 +93,25 @@ def _training_tables(content: Mapping[str, Any], run_parts: Iterable[RunPart]) -
 
 
 def _evaluation_table(content: Mapping[str, Any]) -> MetricTable:
-    """Return the table of a protocol, each number with its interval and its floor."""
+    """Return the table of one evaluation, each metric with its interval and its floor."""
     rows = []
     for key, value in content["values"].items():
-        beside = []
-        if isinstance(span := content.get("intervals", {}).get(key), list) and len(span) == 2:
-            beside.append(f"95 %: {format_number(span[0])} to {format_number(span[1])}")
+        notes = []
+        if isinstance(interval := content.get("intervals", {}).get(key), list) and len(interval) == 2:
+            notes.append(f"95 %: {_to_text(interval[0])} to {_to_text(interval[1])}")
         if (floor := content.get("floors", {}).get(key)) is not None:
-            beside.append(f"real against real: {format_number(floor)}")
-        rows.append(MetricRow(key, value, "; ".join(beside)))
+            notes.append(f"real against real: {_to_text(floor)}")
+        rows.append(MetricRow(key, value, "; ".join(notes)))
     lines = [(str(key), "none" if value is None else str(value)) for key, value in content["protocol"].items()]
     return MetricTable(_evaluation_title(content), rows, lines)
 
 
 def _evaluation_title(content: Mapping[str, Any]) -> str:
     protocol, step = content["protocol"], (content.get("checkpoint") or {}).get("step")
-    named = f"Measured by the protocol {protocol.get('name', '')}"
-    counted = f", {format_number(protocol['count'])} images" if "count" in protocol else ""
-    return named + counted + (f", step {format_number(step)}" if step is not None else "")
+    name = f"Measured by the protocol {protocol.get('name', '')}"
+    count = f", {_to_text(protocol['count'])} images" if "count" in protocol else ""
+    return name + count + (f", step {_to_text(step)}" if step is not None else "")
+
+
+def _to_text(value: Any) -> str:
+    return format_number(value) if is_number(value) else str(value)

@@ -1,4 +1,4 @@
-"""Numbers of a run with the protocol that each was measured by: those of its training, and those of evaluations."""
+"""Metrics of a run, each with the protocol that it was measured by: of its training, and of evaluations."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,78 +16,80 @@ from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_direct
 from vqf.evaluation.result import manifest_sha256
 from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import components
+from vqf.run_files import evaluation_files, is_number, read_json
 from vqf.runs.checkpoint import Checkpoint
 
-PROTOCOL_NAMES = {"stage1": "training", "stage2": "training-prior"}  # of the protocols of a training's own looks
-NOT_COMPARED = {"uniform_nats"}  # a fact of the model, in which no run is better than another
+PROTOCOL_NAMES = {"stage1": "training", "stage2": "training-prior"}  # of validations during training
+NOT_COMPARED = {"uniform_nats"}  # depends on the model alone, so no run is better than another
 
-MetricValues = Iterator[tuple[str, "MetricValue"]]  # metric, number
+MetricValues = Iterator[tuple[str, "MetricValue"]]  # by metric
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """One measured number, with every line of the protocol that it was measured by."""
+    """One measured value, with all lines of its protocol."""
 
     value: float
     protocol: Mapping[str, str]
     step: int  # of the weights
-    from_evaluation: bool = False  # by pipeline=evaluate, and not in training
-    interval: tuple[float, float] | None = None  # 95 %
-    floor: float | None = None  # the same of real images against real ones
-    higher_is_better: bool | None = None  # None where its metric does not say
-    protocol_hash: str = ""  # of the protocol, as its file says
+    from_evaluation: bool = False  # by pipeline=evaluate; else by training
+    interval: tuple[float, float] | None = None  # 95 % confidence interval
+    floor: float | None = None  # the same metric of real images against real images
+    higher_is_better: bool | None = None  # None if the metric does not say
+    protocol_hash: str = ""  # as in the file of the evaluation
 
 
 def training_metrics(checkpoint: Checkpoint, records: Iterable[Mapping[str, Any]]) -> MetricValues:
-    """Yield what a training measured when it last looked at held-out images, up to a checkpoint.
+    """Yield the metrics of the last validation of a training, up to a checkpoint.
 
     Args:
         checkpoint: Of the run.
-        records: Of its `metrics.jsonl`.
+        records: Lines of its `metrics.jsonl`.
     """
-    seen = [
-        line
-        for line in records
-        if line["step"] <= checkpoint.step and any(key.startswith(VALIDATION_PREFIX) for key in line)
+    validations = [
+        record
+        for record in records
+        if record["step"] <= checkpoint.step and any(key.startswith(VALIDATION_PREFIX) for key in record)
     ]
-    last = [line for line in seen if line["step"] == seen[-1]["step"]]
+    last = [record for record in validations if record["step"] == validations[-1]["step"]]
     values = {
         key.removeprefix(VALIDATION_PREFIX): value
-        for line in last
-        for key, value in line.items()
+        for record in last
+        for key, value in record.items()
         if key.startswith(VALIDATION_PREFIX)
     }
-    protocol, senses = _training_protocol(checkpoint), _metric_directions(checkpoint.config)
+    protocol, directions = _training_protocol(checkpoint), _metric_directions(checkpoint.config)
     for key, value in values.items():
         if is_number(value) and key not in NOT_COMPARED:
-            lines_of_it = protocol | _metric_lines(key, checkpoint)
-            yield key, MetricValue(value, lines_of_it, last[0]["step"], higher_is_better=senses.get(key))
+            lines = protocol | _metric_lines(key, checkpoint)
+            yield key, MetricValue(value, lines, last[0]["step"], higher_is_better=directions.get(key))
 
 
 def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_step: bool) -> MetricValues:
-    """Yield what `pipeline=evaluate` measured of a run: of each number by each protocol that of the newest weights.
+    """Yield the metrics by `pipeline=evaluate`: for each metric and protocol, the value of the newest weights.
 
     Args:
         folder: The run's.
-        checkpoints: Of the run. What was measured of later weights, or of others at the same step, does not count.
-        same_step: Nor does what was measured of earlier ones.
+        checkpoints: Of the run, one for each stage. Values of later weights, or of other weights at the same step, are
+            left out.
+        same_step: Leave out values of earlier weights, too.
     """
-    by_kind = {each.kind: each for each in checkpoints}
+    by_kind = {checkpoint.kind: checkpoint for checkpoint in checkpoints}
     newest: dict[tuple[str, str], MetricValue] = {}
-    for path in sorted(folder.glob("evaluations/*/*/metrics.json")):
+    for path in evaluation_files(folder):
         content = read_json(path)
-        origin = _section(content, "checkpoint")
-        checkpoint = by_kind.get(str(origin.get("kind")))
-        if _matches_checkpoint(origin, checkpoint, same_step):
-            for key, number in _metric_values(content, checkpoint):
-                place = key, stable_hash(number.protocol)
-                if place not in newest or number.step >= newest[place].step:
-                    newest[place] = number
-    return ((key, number) for (key, _), number in newest.items())
+        info = _section(content, "checkpoint")
+        checkpoint = by_kind.get(str(info.get("kind")))
+        if _matches_checkpoint(info, checkpoint, same_step):
+            for key, metric in _metric_values(content, checkpoint):
+                column = key, stable_hash(metric.protocol)
+                if column not in newest or metric.step >= newest[column].step:
+                    newest[column] = metric
+    return ((key, metric) for (key, _), metric in newest.items())
 
 
 def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoint | None, same_step: bool) -> bool:
-    """Tell whether weights that were measured are a checkpoint, or, unless `same_step`, came before it."""
+    """Tell whether the evaluated weights are those of a checkpoint, or, unless `same_step`, earlier ones."""
     step = checkpoint_info.get("step")
     if checkpoint is None or step == checkpoint.step:
         return checkpoint is None or checkpoint_info.get("sha256") == manifest_sha256(checkpoint)
@@ -95,48 +97,34 @@ def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoi
 
 
 def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> MetricValues:
-    """Yield the numbers of a file of `pipeline=evaluate`."""
-    protocol = {key: _to_text(value) for key, value in _section(content, "protocol").items() if key != "hash"}
-    beside = {key: _section(content, key) for key in ("settings", "intervals", "floors", "higher_is_better")}
-    about = str(_section(content, "protocol").get("hash", "")), int(_section(content, "checkpoint").get("step", 0))
+    """Yield the metrics in a file by `pipeline=evaluate`."""
+    lines = {key: _to_text(value) for key, value in _section(content, "protocol").items() if key != "hash"}
+    intervals, floors = _section(content, "intervals"), _section(content, "floors")
+    settings, directions = _section(content, "settings"), _section(content, "higher_is_better")
     for key, value in _section(content, "values").items():
         if is_number(value) and key not in NOT_COMPARED:
-            own = {f"metric.{name}": _to_text(each) for name, each in (beside["settings"].get(key) or {}).items()}
+            options = {f"metric.{name}": _to_text(option) for name, option in (settings.get(key) or {}).items()}
             yield (
                 key,
                 MetricValue(
                     value,
-                    protocol | own | _metric_lines(key, checkpoint),
-                    about[1],
-                    True,
-                    _interval(beside["intervals"].get(key)),
-                    beside["floors"].get(key),
-                    beside["higher_is_better"].get(key),
-                    about[0],
+                    lines | options | _metric_lines(key, checkpoint),
+                    step=int(_section(content, "checkpoint").get("step", 0)),
+                    from_evaluation=True,
+                    interval=_interval(intervals.get(key)),
+                    floor=floors.get(key),
+                    higher_is_better=directions.get(key),
+                    protocol_hash=str(_section(content, "protocol").get("hash", "")),
                 ),
             )
 
 
 def _metric_directions(config: DictConfig) -> Mapping[str, bool]:
-    """Return of the numbers of a training whether more is better; nothing of a metric that is not registered here."""
+    """Return whether higher is better, by metric; a metric of a plugin that is not loaded says nothing."""
     try:
         return metric_directions(config) | PRIOR_METRIC_DIRECTIONS
     except UserError:
         return PRIOR_METRIC_DIRECTIONS
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether a value of a JSON file is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} where there is none, or no whole one."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _training_protocol(checkpoint: Checkpoint) -> dict[str, str]:
@@ -153,19 +141,24 @@ def _training_protocol(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _metric_lines(key: str, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """Return what else a number depends on: nats per token are those of the codes of one tokenizer."""
-    known = checkpoint.state.get("tokenizer") if checkpoint is not None and key == "nats_per_token" else None
-    return {"tokenizer": known[:12]} if known else {}
+    """Return further lines of one metric: nats per token depend on the tokenizer that defines the tokens."""
+    tokenizer = checkpoint.state.get("tokenizer") if checkpoint is not None and key == "nats_per_token" else None
+    return {"tokenizer": tokenizer[:12]} if tokenizer else {}
 
 
 def _metric_options(config: DictConfig) -> dict[str, str]:
-    """Return the options of metrics that are not what they are by default."""
-    usual = {each.name: {key: value.default for key, value in each.options.items()} for each in components("metric")}
+    """Return the options of metrics that differ from their defaults, as lines of a protocol."""
+    defaults = {
+        component.name: {key: option.default for key, option in component.options.items()}
+        for component in components("metric")
+    }
     lines: dict[str, str] = {}
-    for place, node in group_nodes(config, "metric").items():
-        content: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
-        known = usual.get(content.pop("name"), {})
-        lines |= {f"metric.{place}.{key}": _to_text(value) for key, value in content.items() if value != known.get(key)}
+    for name, node in group_nodes(config, "metric").items():
+        options: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
+        default = defaults.get(options.pop("name"), {})
+        lines |= {
+            f"metric.{name}.{key}": _to_text(value) for key, value in options.items() if value != default.get(key)
+        }
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The same held-out images through the tokenizer of every run."""
+"""Reconstructions of the same validation images by the tokenizer of every run."""
 
 import base64
 import io
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
@@ -27,75 +29,84 @@ GAP = 2  # white pixels between images
 
 @dataclass
 class Panel:
-    """Runs that saw the same held-out images: the originals, and what came back of each run."""
+    """Validation images, and their reconstructions by all runs with the same data."""
 
     title: str
     originals: Image.Image
-    reconstructions: dict[int, Image.Image] = field(default_factory=dict)  # by the run's place in the list
+    reconstructions: dict[int, Image.Image] = field(default_factory=dict)  # by the index of the run
 
 
 @dataclass
 class ReconstructionPanels:
-    """Images of runs, a panel for all that share their originals; and why others are not in it."""
+    """Reconstructions by all runs.
+
+    Attributes:
+        panels: One for each set of validation images.
+        skipped: For each run without reconstructions, its name and the reason.
+        parameters: Parameter count of each run; None if it is unknown.
+    """
 
     panels: list[Panel] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     parameters: list[int | None] = field(default_factory=list)
 
 
-class HeldOutImages:
-    """Held-out images by data source, opened once for all runs that share it."""
+class ValidationImages:
+    """Validation images by data source; runs with the same one share them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.splits: dict[str, Split] = {}
 
     def batch_for(self, checkpoint: Checkpoint, size: Size) -> tuple[str, Batch]:
-        """Return what tells the images of a run from others, and so many of them, spread evenly.
+        """Return a description that is unique to the images, and `count` of them, spread evenly over the split.
 
         Raises:
-            UserError: If the data is not there, or not what the run was trained with.
+            UserError: If the data is missing, or changed since training.
         """
         config = OmegaConf.merge({"target": "image"}, checkpoint.config)
         assert isinstance(config, DictConfig)
-        asked = repr([OmegaConf.to_container(config.data), config.get("target"), config.seed, size])
-        if asked not in self.splits:
+        source = repr([OmegaConf.to_container(config.data), config.get("target"), config.seed, size])
+        if source not in self.splits:
             data = build_target_data(config, size)
-            known, found = checkpoint.state.get("data"), data.split("train").fingerprint
-            if known and known != found:
-                raise UserError(f"data '{config.data.name}' is not what it was in training")
-            self.splits[asked] = data.split("validation")
-        split = self.splits[asked]
+            trained_on = checkpoint.state.get("data")
+            if trained_on and trained_on != data.split("train").fingerprint:
+                raise UserError(f"data '{config.data.name}' has changed since training")
+            self.splits[source] = data.split("validation")
+        split = self.splits[source]
         count = min(self.count, len(split))
         samples = [split.item(0, i * len(split) // count) for i in range(count)]
-        about = f"{config.data.name}, {len(split)} held-out images of {size[0]} x {size[1]}"
-        return f"{about} ({split.fingerprint[:8]})", Batch.collate(samples)
+        description = f"{config.data.name}, {len(split)} validation images of {size[0]} x {size[1]}"
+        return f"{description} ({split.fingerprint[:8]})", Batch.collate(samples)
 
 
 def reconstruct_runs(runs: Sequence[Run], count: int, engine: Engine) -> ReconstructionPanels:
-    """Reconstruct so many held-out images by every run, one run after the other."""
-    album, originals, panels = ReconstructionPanels(), HeldOutImages(count), dict[str, Panel]()
+    """Reconstruct `count` validation images by every run; one model is in memory at a time."""
+    result, validation_images, panels = ReconstructionPanels(), ValidationImages(count), dict[str, Panel]()
     for i, run in enumerate(runs):
-        album.parameters.append(None)
+        result.parameters.append(None)
         checkpoint = run.tokenizer
         if checkpoint is None:
             continue
         try:
             tokenizer = engine.prepare(load_tokenizer(checkpoint))
-            album.parameters[i] = count_parameters(run, tokenizer)
-            about, batch = originals.batch_for(checkpoint, tokenizer.image_size)
-        except (UserError, RuntimeError) as error:  # the latter where the weights are of an older vqf
-            album.skipped.append(f"{run.name}: {str(error).splitlines()[0]}")
+            result.parameters[i] = count_parameters(run, tokenizer)
+            title, batch = validation_images.batch_for(checkpoint, tokenizer.image_size)
+        except (
+            UserError,
+            RuntimeError,
+        ) as error:  # a RuntimeError by load_state_dict: weights of another version of vqf
+            result.skipped.append(f"{run.name}: {str(error).splitlines()[0]}")
             continue
-        shown = reconstruction.reconstruct(tokenizer, batch.to(engine.device), engine)
-        panel = panels.setdefault(about, Panel(about, image_row(shown.images)))
-        panel.reconstructions[i] = image_row(shown.reconstructions)
-    album.panels = list(panels.values())
-    return album
+        pair = reconstruction.reconstruct(tokenizer, batch.to(engine.device), engine)
+        panel = panels.setdefault(title, Panel(title, image_row(pair.images)))
+        panel.reconstructions[i] = image_row(pair.reconstructions)
+    result.panels = list(panels.values())
+    return result
 
 
 def latest_samples_uri(run: Run) -> str | None:
-    """Return the samples that a run drew last, as an address; None where it has none."""
+    """Return the newest grid of samples of a run as a data: URI; None if there is none."""
     for folder in (run.folder, run.folder / "stage2"):
         path = folder / "images" / "samples-latest.png"
         if path.is_file():
@@ -104,35 +115,31 @@ def latest_samples_uri(run: Run) -> str | None:
 
 
 def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
-    """Count the parameters of a run's tokenizer, and of its prior where it has one, which is not read for it.
+    """Count the parameters of a run's tokenizer and prior; None if the prior cannot be built on the meta device.
 
-    None where the prior cannot be built without content.
+    The weights of the prior are not loaded.
     """
-    count = sum(each.numel() for each in tokenizer.parameters())
+    count = sum(param.numel() for param in tokenizer.parameters())
     if run.prior is None:
         return count
-    coders = ConditionTokenizers(run.prior.state.get("condition_tokenizers", {}))
+    condition_tokenizers = ConditionTokenizers(run.prior.state.get("condition_tokenizers", {}))
     try:
         with torch.device("meta"):
-            prior = build_generator(run.prior.config, tokenizer, run.prior.state["classes"], coders).prior
+            prior = build_generator(run.prior.config, tokenizer, run.prior.state["classes"], condition_tokenizers).prior
     except RuntimeError:
         return None
     assert isinstance(prior, nn.Module)
-    return count + sum(each.numel() for each in prior.parameters())
+    return count + sum(param.numel() for param in prior.parameters())
 
 
 def image_row(images: Tensor) -> Image.Image:
-    """Lay images (B, C, H, W) out in one row."""
-    rgb = to_rgb(images).detach().float().cpu()
-    row = rgb.new_ones(3, rgb.shape[2], len(rgb) * (rgb.shape[3] + GAP) - GAP)
-    for i, image in enumerate(rgb):
-        left = i * (image.shape[2] + GAP)
-        row[:, :, left : left + image.shape[2]] = image
-    return to_pil_image(row)
+    """Lay images (B, C, H, W) in [-1, 1] out in one row, with white gaps."""
+    padded = F.pad(to_rgb(images).detach().float().cpu(), (0, GAP), value=1.0)
+    return to_pil_image(rearrange(padded, "b c h w -> c h (b w)")[..., :-GAP])
 
 
 def to_data_uri(image: Image.Image) -> str:
-    """Write an image into an address, for a page that needs no other file."""
+    """Encode an image as a PNG data: URI."""
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     return _png_data_uri(content.getvalue())

@@ -1,8 +1,7 @@
-"""A comparison of runs as files: Markdown, CSV, and one page that needs nothing else."""
+"""A comparison of runs as files: Markdown, CSV, and one self-contained HTML page."""
 
 import csv
 import importlib.resources
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ from vqf.pipelines.comparison.metrics import MetricValue
 from vqf.pipelines.comparison.ranking import Column, Ranking
 from vqf.pipelines.comparison.reconstructions import ReconstructionPanels, latest_samples_uri, to_data_uri
 from vqf.pipelines.comparison.runs import Run
+from vqf.terminal import format_number, format_seconds
 
-FILE_STEM = "comparison"  # of the files
-MAX_SHORT_METRICS = 3  # metrics where there is no room for all
+FILE_STEM = "comparison"  # comparison.md, .csv, .html
+MAX_SHORT_METRICS = 3  # on the terminal and in captions
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says, and whether it is a number, and the best of its column."""
+    """A cell of the table: its text, whether it is a number, whether it is the best of its column."""
 
     text: str
     is_number: bool = False
@@ -30,11 +30,13 @@ class Cell:
 
 @dataclass
 class ComparisonReport:
-    """Everything that is shown.
+    """Renders a ranking.
 
     Attributes:
-        skipped_runs: Runs of which there is nothing to compare; each says why.
-        commands: What made the runs, and this.
+        ranking: The table.
+        reconstructions: Images by the runs.
+        skipped_runs: Runs without checkpoint and metrics; `status` says why.
+        commands: The command of this comparison; after a sweep, the sweep's before it.
     """
 
     ranking: Ranking
@@ -43,37 +45,37 @@ class ComparisonReport:
     commands: Sequence[str]
 
     def header(self) -> list[str]:
-        """Name the columns."""
+        """Return the headings of the table."""
         ranking = self.ranking
         names = ["", "run", *ranking.options, *_COST_HEADER, *map(ranking.heading, ranking.columns), *_SIZE_HEADER]
         return [*names, "state"] if self._unfinished() else names
 
     def rows(self) -> list[list[Cell]]:
-        """Return the cells, the best run first."""
-        return [self._row(place, i) for place, i in enumerate(self.ranking.order, 1)]
+        """Return the cells, best run first."""
+        return [self._row(rank, i) for rank, i in enumerate(self.ranking.order, 1)]
 
     def notes(self) -> list[str]:
-        """Say what has to be known to read the table."""
+        """Return notes to the table: order, protocols, floors, and what is not comparable or left out."""
         ranking = self.ranking
-        said = [f"Sorted by {ranking.sort_description}."]
+        notes = [f"Sorted by {ranking.sort_description}."]
         for label, lines in ranking.protocols.items():
             metrics = ", ".join(column.metric for column in ranking.columns if column.label == label)
             protocol = ", ".join(f"{key} {value}" for key, value in lines.items() if key != "name")
-            said.append(f"{label} ({metrics}): {protocol}.")
+            notes.append(f"{label} ({metrics}): {protocol}.")
         floors = {
-            f"{ranking.heading(column)} {number.floor:.4g}"
+            f"{ranking.heading(column)} {format_number(value.floor)}"
             for column in ranking.columns
-            for number in column.values.values()
-            if number.floor is not None
+            for value in column.values.values()
+            if value.floor is not None
         }
-        said += [f"Real images against real ones: {', '.join(sorted(floors))}."] * bool(floors)
-        said += [f"{line}." for line in ranking.protocol_differences()]
-        said += [f"Not comparable: {line}." for line in ranking.not_comparable]
-        said += [f"No images of {line}." for line in self.reconstructions.skipped]
-        return said + [f"Left out: {run.name}, {run.status}." for run in self.skipped_runs]
+        notes += [f"Real images against real ones: {', '.join(sorted(floors))}."] * bool(floors)
+        notes += [f"{line}." for line in ranking.protocol_differences()]
+        notes += [f"Not comparable: {line}." for line in ranking.not_comparable]
+        notes += [f"No images of {line}." for line in self.reconstructions.skipped]
+        return notes + [f"Left out: {run.name}, {run.status}." for run in self.skipped_runs]
 
     def write(self, folder: Path) -> Path:
-        """Write `comparison.md`, `.csv` and `.html` into a folder; returns the page."""
+        """Write `comparison.md`, `.csv` and `.html` into a folder; returns the path of the page."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{FILE_STEM}.md").write_text(self.markdown(), encoding="utf-8")
         with (folder / f"{FILE_STEM}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -83,7 +85,7 @@ class ComparisonReport:
         return page
 
     def markdown(self) -> str:
-        """Return table and notes as Markdown, the best of every column bold."""
+        """Return table, notes and commands as Markdown, with the best value of every column in bold."""
         rows = self.rows()
         numeric = [bool(rows) and rows[0][j].is_number for j in range(len(self.header()))]
         lines = [
@@ -91,22 +93,22 @@ class ComparisonReport:
             ["---:" if right else "---" for right in numeric],
             *([f"**{cell.text}**" if cell.is_best else cell.text for cell in row] for row in rows),
         ]
-        table = [f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |" for line in lines]
+        table = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines]
         notes, commands = [f"* {line}" for line in self.notes()], [f"    {line}" for line in self.commands]
         return "\n".join([*table, "", *notes, "", *commands, ""])
 
     def csv_rows(self) -> list[list[Any]]:
-        """Return the table with whole numbers, every metric under the name of its protocol."""
+        """Return the table with all digits; columns have unique names, intervals, and steps where they differ."""
         ranking = self.ranking
-        spans = [column for column in ranking.columns if any(each.interval for each in column.values.values())]
+        with_interval = [column for column in ranking.columns if any(v.interval for v in column.values.values())]
         header = ["run", "folder", "state", "step", "steps", "seconds", "processor_seconds", "parameters"]
-        header += [*ranking.options, *(each.name for each in ranking.columns)]
-        header += [f"{each.name} {end}" for each in spans for end in ("low", "high")]
-        header += [f"{each.name} step" for each in self._columns_at_older_steps()]
-        return [header, *(self._csv_row(i, spans) for i in ranking.order)]
+        header += [*ranking.options, *(column.name for column in ranking.columns)]
+        header += [f"{column.name} {end}" for column in with_interval for end in ("low", "high")]
+        header += [f"{column.name} step" for column in self._columns_at_older_steps()]
+        return [header, *(self._csv_row(i, with_interval) for i in ranking.order)]
 
     def html(self) -> str:
-        """Return the page."""
+        """Return the page as HTML."""
         from jinja2 import Environment, StrictUndefined
 
         source = (importlib.resources.files("vqf.pipelines.comparison") / "report.html.j2").read_text(encoding="utf-8")
@@ -121,10 +123,10 @@ class ComparisonReport:
         )
 
     def print_table(self) -> None:
-        """Print the table, with as much as fits."""
+        """Print the table with the most important columns, and the notes."""
         header, rows, columns = self.header(), self.rows(), self.ranking.columns
         first = 2 + len(self.ranking.options)
-        metrics = [first + len(_COST_HEADER) + columns.index(each) for each in self._short_columns()]
+        metrics = [first + len(_COST_HEADER) + columns.index(column) for column in self._short_columns()]
         shown = [*range(first), *metrics, *(j for j, name in enumerate(header) if name in ("time", "state"))]
         names = [header[j].rpartition("/")[2] for j in shown]
         terminal.print_table("comparison", names, [[row[j].text for j in shown] for row in rows])
@@ -135,38 +137,41 @@ class ComparisonReport:
         ranking, run = self.ranking, self.ranking.runs[i]
         cells = [Cell(str(rank), True), Cell(run.name)]
         cells += [Cell(values[i]) for values in ranking.options.values()]
-        cells += [Cell(each, True) for each in _cost_cells(run)]
+        cells += [Cell(text, True) for text in _cost_cells(run)]
         cells += [_metric_cell(column, column.values.get(i), run) for column in ranking.columns]
-        cells += [Cell(each, True) for each in _size_cells(run, ranking.parameters[i])]
+        cells += [Cell(text, True) for text in _size_cells(run, ranking.parameters[i])]
         return [*cells, Cell(run.status or "finished")] if self._unfinished() else cells
 
     def _csv_row(self, i: int, interval_columns: Sequence[Column]) -> list[Any]:
         ranking, run = self.ranking, self.ranking.runs[i]
         facts = [run.name, run.folder, run.status or "finished", run.step, run.steps, round(run.seconds, 1)]
         facts += [run.processor_seconds, ranking.parameters[i], *(values[i] for values in ranking.options.values())]
-        numbers = [column.values.get(i) for column in ranking.columns]
-        ends = [(each.values[i].interval or ("", "")) if i in each.values else ("", "") for each in interval_columns]
-        steps = [each.values[i].step if i in each.values else "" for each in self._columns_at_older_steps()]
-        return [*facts, *(each and each.value for each in numbers), *(end for pair in ends for end in pair), *steps]
+        metrics = [column.values.get(i) for column in ranking.columns]
+        intervals = [
+            column.values[i].interval or ("", "") if i in column.values else ("", "") for column in interval_columns
+        ]
+        steps = [column.values[i].step if i in column.values else "" for column in self._columns_at_older_steps()]
+        values = [metric and metric.value for metric in metrics]
+        return [*facts, *values, *(end for interval in intervals for end in interval), *steps]
 
     def _columns_at_older_steps(self) -> list[Column]:
-        """Return the columns with a number that is of other weights than its run's newest."""
+        """Return the columns with a value of older weights than the newest of its run."""
         runs = self.ranking.runs
         return [
             column
             for column in self.ranking.columns
-            if any(not _is_newest(number, runs[i]) for i, number in column.values.items())
+            if any(not _is_newest(metric, runs[i]) for i, metric in column.values.items())
         ]
 
     def _unfinished(self) -> bool:
         return any(run.status for run in self.ranking.runs)
 
     def _short_columns(self) -> list[Column]:
-        """Return some metrics: what the table is sorted by, then others, of each family the first."""
-        columns = sorted(self.ranking.columns, key=lambda each: each is not self.ranking.sort_column)
-        return list({each.metric.partition("_")[0]: each for each in reversed(columns)}.values())[::-1][
-            :MAX_SHORT_METRICS
-        ]
+        """Return up to `MAX_SHORT_METRICS` columns: the sort column, then the first of each family (psnr, psnr_*)."""
+        families: dict[str, Column] = {}
+        for column in sorted(self.ranking.columns, key=lambda column: column is not self.ranking.sort_column):
+            families.setdefault(column.metric.partition("_")[0], column)
+        return list(families.values())[:MAX_SHORT_METRICS]
 
     def _panels(self) -> list[dict[str, Any]]:
         return [
@@ -187,58 +192,46 @@ class ComparisonReport:
         ]
 
     def _samples(self) -> list[dict[str, str]]:
-        found = {i: latest_samples_uri(self.ranking.runs[i]) for i in self.ranking.order}
+        uris = {i: latest_samples_uri(self.ranking.runs[i]) for i in self.ranking.order}
         return [
-            {"name": self._run_title(i), "caption": self._run_caption(i), "uri": uri} for i, uri in found.items() if uri
+            {"name": self._run_title(i), "caption": self._run_caption(i), "uri": uri} for i, uri in uris.items() if uri
         ]
 
     def _run_title(self, i: int) -> str:
-        """Name a run by what it was made with, or by its folder where that is all that differs."""
+        """Name a run by its values of the options that differ, or by its folder if none does."""
         values = [values[i] for values in self.ranking.options.values() if values[i] != MISSING]
         return " · ".join(values) or self.ranking.runs[i].name
 
     def _run_caption(self, i: int) -> str:
         columns = [column for column in self._short_columns() if i in column.values]
-        numbers = [f"{self.ranking.heading(each)} {_format_number(each.values[i].value)}" for each in columns]
-        return f"{self.ranking.runs[i].name}: {', '.join(numbers)}"
+        metrics = [f"{self.ranking.heading(column)} {format_number(column.values[i].value)}" for column in columns]
+        return f"{self.ranking.runs[i].name}: {', '.join(metrics)}"
 
 
-# In front of the numbers, where a narrow screen shows them, and behind.
+# The cost is left of the metrics, where a narrow screen shows it; the size right of them.
 _COST_HEADER, _SIZE_HEADER = ("steps", "time"), ("processor time", "parameters")
 
 
 def _cost_cells(run: Run) -> list[str]:
     steps = f"{run.step:,}" if run.step >= run.steps else f"{run.step:,} of {run.steps:,}"
-    return [steps, _format_seconds(run.seconds)]
+    return [steps, format_seconds(run.seconds)]
 
 
 def _size_cells(run: Run, parameters: int | None) -> list[str]:
-    processor = "–" if run.processor_seconds is None else _format_seconds(run.processor_seconds)
+    processor = "–" if run.processor_seconds is None else format_seconds(run.processor_seconds)
     return [processor, "–" if parameters is None else f"{parameters:,}"]
 
 
 def _metric_cell(column: Column, metric: MetricValue | None, run: Run) -> Cell:
     if metric is None:
         return Cell("–", True)
-    text = _format_number(metric.value)
+    text = format_number(metric.value)
     if metric.interval is not None:
-        text += f" ({_format_number(metric.interval[0])} to {_format_number(metric.interval[1])})"
+        text += f" ({format_number(metric.interval[0])} to {format_number(metric.interval[1])})"
     if not _is_newest(metric, run):
         text += f" at step {metric.step:,}"
     return Cell(text, True, len(column.values) > 1 and metric.value == column.best)
 
 
 def _is_newest(metric: MetricValue, run: Run) -> bool:
-    return metric.step in {each.step for each in run.checkpoints}
-
-
-def _format_number(value: float) -> str:
-    """Word a number with four digits that matter, as many in every row."""
-    whole = value == round(value) if math.isfinite(value) else False
-    return f"{value:,.0f}" if whole or abs(value) >= 9999.5 else f"{value:#.4g}"
-
-
-def _format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return metric.step in {checkpoint.step for checkpoint in run.checkpoints}

@@ -1,24 +1,16 @@
-"""What runs left on disk, read for a comparison. Anything may be missing or cut short, and no run is lost for it."""
+"""Runs on disk, read for a comparison. A run with missing or truncated files is read as far as possible."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
-from vqf.pipelines.comparison.metrics import (
-    MetricValue,
-    MetricValues,
-    evaluation_metrics,
-    is_number,
-    read_json,
-    training_metrics,
-)
+from vqf.pipelines.comparison.metrics import MetricValue, MetricValues, evaluation_metrics, training_metrics
+from vqf.run_files import elapsed_seconds, log_times, read_json, read_metrics, read_text
 from vqf.runs.checkpoint import (
     CHECKPOINTS_FOLDER,
     MANIFEST,
@@ -30,21 +22,24 @@ from vqf.runs.checkpoint import (
 )
 
 STAGES = ("stage1", "stage2")
-TRAINING_PIPELINES = (*STAGES, "full")  # pipelines whose folders are runs to compare
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ (\w+) (.*)")  # a line of log.txt: level, message
+TRAINING_PIPELINES = (*STAGES, "full")  # their run folders can be compared
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ (\w+) (.*)")  # of log.txt: time, level, message
 
 
 @dataclass
 class Run:
-    """What is known of a run.
+    """A run, or what is left of it.
 
     Attributes:
-        folder: Where it lies.
-        path: What was named: the folder, or one of its checkpoints.
-        status: Why it is not, or not all, that it was to be; empty for one that is finished.
-        steps: That it was to take; `step` of them are done.
-        processor_seconds: None where they are not known.
-        metrics: By metric, one for each protocol.
+        folder: The run's folder.
+        path: As given: the folder, or one of its checkpoints.
+        status: Why the run is incomplete; "" for a finished one.
+        step: Optimizer steps taken, over both stages.
+        steps: Optimizer steps planned, over both stages.
+        seconds: Wall time.
+        processor_seconds: CPU time; None if it is unknown.
+        checkpoints: One for each stage, the tokenizer's first.
+        metrics: Values by metric, one for each protocol.
     """
 
     folder: Path
@@ -61,35 +56,35 @@ class Run:
 
     @property
     def tokenizer(self) -> Checkpoint | None:
-        """The checkpoint that holds its tokenizer."""
+        """The checkpoint to load the tokenizer from."""
         return next(iter(self.checkpoints), None)
 
     @property
     def prior(self) -> Checkpoint | None:
-        """The checkpoint of its second stage."""
-        return next((each for each in self.checkpoints if each.kind == "stage2"), None)
+        """The checkpoint of stage 2."""
+        return next((checkpoint for checkpoint in self.checkpoints if checkpoint.kind == "stage2"), None)
 
     def add_metrics(self, values: MetricValues) -> None:
-        """Add numbers."""
-        for key, number in values:
-            self.metrics.setdefault(key, []).append(number)
+        """Append values to `metrics`."""
+        for key, metric in values:
+            self.metrics.setdefault(key, []).append(metric)
 
 
 def find_runs(folders: str | Iterable[str]) -> list[Path]:
-    """Return the runs that `runs=` means: those it lists, and for a folder that is no run, those in it.
+    """Expand `runs=` into run folders and checkpoints: a folder that is no run stands for the runs in it.
 
     Raises:
-        UserError: If a folder is not there, or holds no run.
+        UserError: If a folder does not exist, or holds no run.
     """
-    paths = [folders] if isinstance(folders, str) else [str(each) for each in folders]
-    found = [run for path in paths for run in _expand(path)]
-    if not found:
+    specs = [folders] if isinstance(folders, str) else [str(folder) for folder in folders]
+    paths = [path for spec in specs for path in _expand(spec)]
+    if not paths:
         raise UserError("runs=[]: give runs=[FOLDER,FOLDER], or the folder of a sweep")
-    return list({each.resolve(): each for each in found}.values())
+    return list({path.resolve(): path for path in paths}.values())
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read runs, each under the shortest end of its path that tells it from the others."""
+    """Read runs; the name of each is the shortest end of its path that is unique."""
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, _unique_names([run.path for run in runs]), strict=True):
         run.name = name
@@ -97,25 +92,31 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run: its newest checkpoint, or the one that is given."""
-    at = path if (path / MANIFEST).is_file() else None
+    """Read a run with its newest checkpoint, or with the one that `path` is."""
+    checkpoint_dir = path if (path / MANIFEST).is_file() else None
     run = Run(run_dir_of(path), path, config=_composed_config(run_dir_of(path)))
-    parts = [each for each in (run.folder / stage for stage in STAGES) if each.is_dir()] or [run.folder]
-    processor = []
-    for part in parts:
-        lines, checkpoint = list(_read_metrics(part / "metrics.jsonl")), _open_checkpoint(run, part, at)
-        run.seconds += _elapsed([line["time"] for line in lines if is_number(line.get("time"))])
-        processor.append(_processor_seconds(part, lines))
-        if checkpoint is not None:
-            run.checkpoints.append(checkpoint)
-            run.step, run.steps = run.step + checkpoint.step, run.steps + _planned_steps(checkpoint)
-            run.add_metrics(training_metrics(checkpoint, lines))
-    run.processor_seconds = None if None in processor else sum(each or 0 for each in processor)
-    for folder in dict.fromkeys([run.folder, *parts]):
-        run.add_metrics(evaluation_metrics(folder, run.checkpoints, same_step=at is not None))
+    subrun_dirs = [folder for folder in (run.folder / stage for stage in STAGES) if folder.is_dir()] or [run.folder]
+    processor_seconds = [_read_stage(run, folder, checkpoint_dir) for folder in subrun_dirs]
+    run.processor_seconds = None if None in processor_seconds else sum(each or 0 for each in processor_seconds)
+    for folder in dict.fromkeys([run.folder, *subrun_dirs]):
+        run.add_metrics(evaluation_metrics(folder, run.checkpoints, same_step=checkpoint_dir is not None))
     run.config = run.checkpoints[0].config if run.checkpoints else run.config
-    run.status = run.status or _status(run, parts)
+    run.status = run.status or _status(run, subrun_dirs)
     return run
+
+
+def _read_stage(run: Run, folder: Path, checkpoint_dir: Path | None) -> float | None:
+    """Add time, checkpoint, steps and training metrics of one stage to its run; returns its CPU time."""
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    times = log_times(lines)
+    run.seconds += elapsed_seconds(times)
+    checkpoint = _open_checkpoint(run, folder, checkpoint_dir)
+    if checkpoint is not None:
+        run.checkpoints.append(checkpoint)
+        run.step, run.steps = run.step + checkpoint.step, run.steps + _planned_steps(checkpoint)
+        run.add_metrics(training_metrics(checkpoint, lines))
+    resumed = any(after < now for now, after in pairwise(times))  # then the summary counts the last process only
+    return None if resumed else read_json(folder / "summary.json").get("processor_seconds")
 
 
 def _expand(spec: str) -> Iterator[Path]:
@@ -125,31 +126,31 @@ def _expand(spec: str) -> Iterator[Path]:
     if (path / MANIFEST).is_file() or _is_run(path):
         yield path
         return
-    found = sorted((each for each in path.iterdir() if each.is_dir() and _is_run(each)), key=_natural_key)
-    if not found:
-        raise UserError(f"runs={spec}: neither a run nor a folder of runs, which are what training writes")
-    yield from found
+    runs = sorted((folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder)), key=_natural_key)
+    if not runs:
+        raise UserError(f"runs={spec}: neither a run nor a folder of runs of pipeline=stage1, stage2 or full")
+    yield from runs
 
 
 def _is_run(folder: Path) -> bool:
-    if any((folder / each / CHECKPOINTS_FOLDER).is_dir() for each in (".", *STAGES)):
+    if any((folder / subrun / CHECKPOINTS_FOLDER).is_dir() for subrun in (".", *STAGES)):
         return True
     config = _composed_config(folder)
     return config is not None and OmegaConf.select(config, "pipeline.name") in TRAINING_PIPELINES
 
 
 def _natural_key(folder: Path) -> tuple[int, str]:
-    """Sort job 10 of a sweep behind job 9."""
+    """Sort job 10 of a sweep after job 9."""
     return (int(folder.name), "") if folder.name.isdigit() else (0, folder.name)
 
 
 def _unique_names(paths: list[Path]) -> list[str]:
-    parts = [place.resolve().parts for place in paths]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
+    all_parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, all_parts), default=0) + 1):
+        names = ["/".join(parts[-count:]) for parts in all_parts]
         if len(set(names)) == len(names):
             return names
-    raise AssertionError("places differ")
+    raise AssertionError("paths differ: find_runs removes duplicates")
 
 
 def _open_checkpoint(run: Run, subrun_dir: Path, checkpoint_dir: Path | None) -> Checkpoint | None:
@@ -161,57 +162,34 @@ def _open_checkpoint(run: Run, subrun_dir: Path, checkpoint_dir: Path | None) ->
 
 
 def _planned_steps(checkpoint: Checkpoint) -> int:
-    """Return the steps that a run was to take; one that came from another project takes none."""
+    """Return the steps that a run was to take; an imported checkpoint was not trained here and plans no more."""
     planned = checkpoint.config.get("steps") if checkpoint.state.get("data") else None
     return max(planned, checkpoint.step) if isinstance(planned, int) else checkpoint.step
 
 
 def _status(run: Run, subrun_dirs: list[Path]) -> str:
-    """Say why a run is not finished, in the words of its log where that has some."""
-    both = any((run.folder / stage).is_dir() for stage in STAGES)
-    lacks = len(run.checkpoints) < (len(STAGES) if both else 1)
-    if run.step >= run.steps and not lacks:
+    """Explain why a run is incomplete: by the error in its log, or else by its steps; "" if it is finished."""
+    has_stages = any((run.folder / stage).is_dir() for stage in STAGES)
+    incomplete = len(run.checkpoints) < (len(STAGES) if has_stages else 1)
+    if run.step >= run.steps and not incomplete:
         return ""
-    mistakes = [_logged_error(folder / "log.txt") for folder in dict.fromkeys([run.folder, *subrun_dirs])]
-    if known := next(filter(None, mistakes), ""):
-        return f"failed: {known}"
+    errors = [_logged_error(folder / "log.txt") for folder in dict.fromkeys([run.folder, *subrun_dirs])]
+    if error := next(filter(None, errors), ""):
+        return f"failed: {error}"
     if not run.checkpoints:
         return "no checkpoint yet"
-    return f"{run.step:,} of {run.steps:,} steps" if run.step < run.steps else "the second stage has no checkpoint yet"
+    return f"{run.step:,} of {run.steps:,} steps" if run.step < run.steps else "stage 2 has no checkpoint yet"
 
 
 def _logged_error(path: Path) -> str:
-    """Return the mistake that ended a run, if it is the last thing that its log says."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    said = [found for line in text.splitlines() if (found := LOG_LINE.match(line))]
-    return said[-1][2] if said and said[-1][1] == "ERROR" else ""
-
-
-def _processor_seconds(subrun_dir: Path, lines: list[dict[str, Any]]) -> float | None:
-    """Return the processor time of a run that was never interrupted: the summary knows the last process only."""
-    times = [line["time"] for line in lines if is_number(line.get("time"))]
-    interrupted = any(after < now for now, after in pairwise(times))
-    return None if interrupted else read_json(subrun_dir / "summary.json").get("processor_seconds")
-
-
-def _elapsed(times: list[float]) -> float:
-    """Add up the clocks of every process: each starts from zero."""
-    return sum(now for now, after in pairwise([*times, -1.0]) if after < now)
-
-
-def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:  # half-written by a process that was killed
-            continue
-        if isinstance(values, dict) and is_number(values.get("step")):
-            yield values
+    """Return the error that ended a run: the last message of its log, if that is an error."""
+    messages = [match for line in read_text(path).splitlines() if (match := LOG_LINE.match(line))]
+    return messages[-1][2] if messages and messages[-1][1] == "ERROR" else ""
 
 
 def _composed_config(folder: Path) -> DictConfig | None:
     try:
         config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    except Exception:  # missing, cut short, or no YAML
+    except Exception:  # missing, truncated, or not YAML
         return None
     return config if isinstance(config, DictConfig) else None

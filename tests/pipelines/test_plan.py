@@ -32,6 +32,7 @@ from vqf.pipelines.planning.estimate import (
 )
 from vqf.pipelines.planning.fake_tensors import AUTOCAST_TO_FLOAT32, CudaAutocastEmulation
 from vqf.pipelines.planning.memory_tracker import MemoryTracker
+from vqf.terminal import format_bytes, format_seconds
 from vqf.training.ema import EMA
 
 CPU = torch.device("cpu")
@@ -202,7 +203,7 @@ def test_processes_share_the_batch_and_fsdp_the_weights() -> None:
     assert quarter.parameters["encoder"] == several.parameters["encoder"]
     ddp, sharded = several.peaks["ddp"], several.peaks["fsdp2"]
     assert ddp["weights"] == alone.peaks["single"]["weights"]
-    for kind in ("weights", "average"):
+    for kind in ("weights", "ema"):
         assert sharded[kind] == pytest.approx(ddp[kind] / 4)
     with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
         estimate("stage1", config, CPU, world=3)
@@ -321,7 +322,7 @@ def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: py
     assert written["stage1"]["seconds"] == found.flops / 1e9
     assert written["stage2"]["images"] == 16 and written["sample"]["bytes"]["cache"] > 0
     assert told[0].startswith(f"stage1 on cpu: {found.trainable:,} trained parameters, 16 tokens an image, ")
-    assert told[0].endswith(f" s a step, {plans.format_seconds(written['stage1']['seconds'] * 10)} for 10 steps")
+    assert told[0].endswith(f" s a step, {format_seconds(written['stage1']['seconds'] * 10)} for 10 steps")
     assert "memory of a process" in capsys.readouterr().out
 
 
@@ -344,7 +345,7 @@ def pretended(name: str, config: DictConfig, device: torch.device, world: int = 
 
 
 @pytest.mark.parametrize(
-    ("memory", "words", "remedies"),
+    ("memory", "words", "suggestions"),
     [
         (10000, "", {}),
         (8000, "", {"accumulate=2": 5100, "precision=bf16": 5100, AGAIN: 7500, f"precision=bf16 {AGAIN}": 3900}),
@@ -358,15 +359,15 @@ def pretended(name: str, config: DictConfig, device: torch.device, world: int = 
     ],
 )
 def test_it_says_with_what_a_run_fits(
-    memory: int, words: str, remedies: dict, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+    memory: int, words: str, suggestions: dict, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans, "estimate", pretended)
     monkeypatch.setattr(plans, "trainable_stages", lambda config: ["stage1"])
     Plan(tiny(*words.split()), tmp_path, memory=(memory + 100) / 2**30).run()
-    assert json.loads((tmp_path / "plan.json").read_text())["stage1"]["remedies"] == remedies
+    assert json.loads((tmp_path / "plan.json").read_text())["stage1"]["suggestions"] == suggestions
     assert (
-        told[2:-1] == [f"  {words} brings it to {plans.format_bytes(peak)}" for words, peak in remedies.items()]
-        or not remedies
+        told[2:-1] == [f"  {words} brings it to {format_bytes(peak)}" for words, peak in suggestions.items()]
+        or not suggestions
     )
     assert told[1].startswith("stage1 fits into 9.863 KiB with 200 bytes to spare") == (memory == 10000)
     assert ("fewer channels" in told[2]) == (memory == 10)
@@ -375,12 +376,12 @@ def test_it_says_with_what_a_run_fits(
 def test_sharding_is_a_way_to_fit(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "estimate", pretended)
     Plan(tiny("batch_size=2"), tmp_path, world=2, memory=1400 / 2**30).run()
-    remedies = json.loads((tmp_path / "plan.json").read_text())["stage1"]["remedies"]
-    assert remedies == {"precision=bf16": 900, AGAIN: 1200, "engine=fsdp2": 1350, f"precision=bf16 {AGAIN}": 750}
+    suggestions = json.loads((tmp_path / "plan.json").read_text())["stage1"]["suggestions"]
+    assert suggestions == {"precision=bf16": 900, AGAIN: 1200, "engine=fsdp2": 1350, f"precision=bf16 {AGAIN}": 750}
 
 
 @pytest.mark.slow
-def test_the_remedies_hold() -> None:
+def test_the_suggestions_hold() -> None:
     peaks = [estimate("stage1", tiny("model/loss=[l1]", f"accumulate={n}"), CPU).peak("single") for n in (1, 2, 4)]
     assert peaks[0] > peaks[1] > peaks[2]
 
@@ -397,15 +398,3 @@ def test_the_remedies_hold() -> None:
 def test_mistakes_are_lines(tmp_path: Path, told: Told, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Plan(tiny("model.prior=null"), tmp_path, **options).run()
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")]
-)
-def test_sizes_are_readable(count: int, words: str) -> None:
-    assert plans.format_bytes(count) == words
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.5, "0.5 seconds"), (90, "1.5 minutes"), (864000, "10.0 days")])
-def test_times_are_readable(seconds: float, words: str) -> None:
-    assert plans.format_seconds(seconds) == words

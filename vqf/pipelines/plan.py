@@ -16,11 +16,9 @@ from vqf.pipelines.planning.estimate import Estimate, estimate, estimate_samplin
 from vqf.pipelines.planning.memory_tracker import Bytes
 from vqf.pipelines.planning.suggestions import overrides_to_cli, suggestions, with_overrides
 from vqf.registry import register
-from vqf.terminal import log, print_table
+from vqf.terminal import format_bytes, format_seconds, log, print_table
 
 GIB = 2**30
-UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
-DAY, HOUR, MINUTE = 86400, 3600, 60
 GPU_OVERHEAD_NOTE = (
     "beside this a GPU holds CUDA's own context, some hundred MiB, the workspaces of cuDNN and cuBLAS, and what the "
     "allocator keeps in pieces that fit nothing: leave a tenth of it free"
@@ -29,11 +27,11 @@ MEMORY_KINDS = (
     "weights",
     "gradients",
     "optimizer",
-    "average",
+    "ema",
     "discriminator",
     "frozen networks",
     "activations",
-    "borrowed",
+    "communication",
 )
 
 
@@ -101,7 +99,7 @@ class Plan:
         if measured:
             facts["measured_peak"] = measured.peak
         if self.memory is not None:
-            facts["remedies"] = self._suggest(name, found, self.memory * GIB)
+            facts["suggestions"] = self._suggest(name, found, self.memory * GIB)
         return facts
 
     def _estimate(self, name: str, config: DictConfig) -> Estimate:
@@ -114,12 +112,12 @@ class Plan:
             log.info("%s fits into %s with %s to spare", name, format_bytes(memory), format_bytes(memory - needs))
             return {}
         log.info("%s does not fit into %s: it needs %s", name, format_bytes(memory), format_bytes(needs))
-        remedies = dict(self._fitting_overrides(name, memory))
-        for words, peak in remedies.items():
-            log.info("  %s brings it to %s", words, format_bytes(peak))
-        if not remedies:
+        fitting = dict(self._fitting_overrides(name, memory))
+        for overrides, peak in fitting.items():
+            log.info("  %s brings it to %s", overrides, format_bytes(peak))
+        if not fitting:
             log.info("  no option alone makes it fit: fewer channels, or a smaller image_size")
-        return remedies
+        return fitting
 
     def _fitting_overrides(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
         """Yield options that make a stage fit, the mildest of each kind, and its peak then."""
@@ -163,20 +161,6 @@ def summary(estimated: Estimate, device: torch.device, seconds: float | None, st
     if seconds is not None:
         line += f", {seconds:.3g} s a step, {format_seconds(seconds * steps)} for {steps:,} steps"
     return line
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes."""
-    unit, name = next(((unit, name) for unit, name in UNITS if count >= unit), UNITS[-1])
-    return f"{count / unit:.4g} {name}"
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a time."""
-    for unit, name in ((DAY, "days"), (HOUR, "hours"), (MINUTE, "minutes")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 def _print_memory(title: str, estimated: Estimate, world: int, benchmark: StepBenchmark | None) -> None:

@@ -1,4 +1,4 @@
-"""What one step of each stage needs, found by doing it on tensors without content."""
+"""Estimates memory, FLOPs and parameters of a training step by running it on fake tensors."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,20 +30,21 @@ from vqf.pipelines.planning.memory_tracker import Bytes, MemoryTracker
 from vqf.protocols import Autoregressive
 from vqf.training.ema import EMA
 
-SHARDED_KINDS = ("weights", "gradients", "optimizer", "average")
-LOG_STEP_MULTIPLE = 10080  # a step that any `every` divides: what is done now and then is done there
+SHARDED_KINDS = ("weights", "gradients", "optimizer", "ema")
+LOG_STEP_MULTIPLE = 10080  # 2^5 * 3^2 * 5 * 7: divisible by any usual `every`, so a step with all periodic work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage needs.
+    """The cost of a stage.
 
     Attributes:
-        parameters: Numbers of parameters, by part.
-        trainable: How many of them learn.
-        tokens_per_image: Of one image.
-        peaks: By engine, the bytes of one process at the worst moment of a step, by what holds them.
-        flops: Operations of one process in one step.
+        name: "stage1" or "stage2".
+        parameters: Parameter counts by module.
+        trainable: Count of trainable parameters.
+        tokens_per_image: Length of the token sequence.
+        peaks: For each engine, the bytes of one process by kind, at the peak of a step.
+        flops: Floating-point operations of one process in one step.
     """
 
     name: str
@@ -54,41 +55,45 @@ class Estimate:
     flops: int
 
     def peak(self, engine: str) -> int:
-        """Return the bytes of one process at its worst moment."""
+        """Return the peak bytes of one process."""
         return round(sum(self.peaks[engine].values()))
 
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A stage and what it is fed."""
+    """A training task, and a function that makes its batches."""
 
     task: Any
     make_batch: Callable[[], Batch]
-    frozen: Mapping[str, nn.Module]  # what the stage holds beside its modules
+    frozen: Mapping[str, nn.Module]  # networks that the task keeps beside its modules
     tokenizer: Tokenizer
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return everything that keeps tensors."""
+        """All modules, trained and frozen."""
         return {**self.task.modules, **self.frozen}
 
 
 def build_task(name: str, config: DictConfig, engine: Engine, classes: int) -> PlannedTask:
     """Build "stage1" or "stage2" of a config, without data."""
     if name == "stage1":
-        first = tokenizer_task(config, engine, classes)
-        frozen = {f"loss {key}": loss for key, loss in first.losses.items() if isinstance(loss, nn.Module)}
+        stage1 = tokenizer_task(config, engine, classes)
+        frozen = {f"loss {key}": loss for key, loss in stage1.losses.items() if isinstance(loss, nn.Module)}
         return PlannedTask(
-            first, lambda: image_batch(config.batch_size, image_size(config), engine.device), frozen, first.model
+            stage1, lambda: image_batch(config.batch_size, image_size(config), engine.device), frozen, stage1.model
         )
-    second = prior_task(config, engine, classes)
+    stage2 = prior_task(config, engine, classes)
     return PlannedTask(
-        second, lambda: token_batch(second, config.batch_size, engine.device), {}, second.generator.tokenizer
+        stage2, lambda: token_batch(stage2, config.batch_size, engine.device), {}, stage2.generator.tokenizer
     )
 
 
 def stage_config(config: DictConfig, name: str, world: int) -> DictConfig:
-    """Return the config of one process of a stage, as pipeline=full would give it."""
+    """Return the config of one process of a stage, as in pipeline=full, with the batch size of one process.
+
+    Raises:
+        UserError: If the batch cannot be divided among processes and micro-batches.
+    """
     config = config.copy()
     with open_dict(config):
         if name == "stage2":
@@ -106,19 +111,19 @@ def stage_config(config: DictConfig, name: str, world: int) -> DictConfig:
 
 def trainable_stages(config: DictConfig) -> list[str]:
     """List the stages that a config can train."""
-    second = config.model.get("prior") is not None and group_nodes(config.model, "conditioner")
-    return ["stage1", "stage2"] if second else ["stage1"]
+    has_prior = config.model.get("prior") is not None and group_nodes(config.model, "conditioner")
+    return ["stage1", "stage2"] if has_prior else ["stage1"]
 
 
 def estimate(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 1000) -> Estimate:
-    """Take two steps of a stage on tensors without content, and count.
+    """Run two steps of a stage on fake tensors, and count.
 
     Args:
         name: "stage1" or "stage2".
-        config: Of the whole run.
-        device: On which it would run; it need not be there.
-        world: Processes.
-        classes: Labels that a conditioner knows.
+        config: Of the run.
+        device: To plan for; it need not exist.
+        world: Number of processes.
+        classes: Number of classes of a label conditioner.
     """
     config = stage_config(config, name, world)
     views: dict[str, Bytes] = {"single": {}}
@@ -127,37 +132,38 @@ def estimate(name: str, config: DictConfig, device: torch.device, world: int = 1
     mode = FakeTensorMode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        job, ledger = _build_fake_task(name, config, mode, classes), MemoryTracker(views)
-        with mode, emulate_device(device, job.task.optimizers), ledger:
-            average = _track_modules(ledger, job, config)  # noqa: F841  (it is there, like the rest)
-            flops = _run_steps(ledger, job, config)
-    every = [each for module in job.task.modules.values() for each in module.parameters()]
-    trained = sum(each.numel() for each in every if each.requires_grad)
-    height, width = job.tokenizer.grid
-    peaks = {view: {**peak, **_communication_bytes(view, job)} for view, peak in ledger.peaks.items()}
-    return Estimate(name, _count_parameters(job), trained, height * width, peaks, flops)
+        planned, tracker = _build_fake_task(name, config, mode, classes), MemoryTracker(views)
+        with mode, emulate_device(device, planned.task.optimizers), tracker:
+            ema = _track_modules(tracker, planned, config)  # noqa: F841  (keeps its tensors alive)
+            flops = _run_steps(tracker, planned, config)
+    params = [param for module in planned.task.modules.values() for param in module.parameters()]
+    trainable = sum(param.numel() for param in params if param.requires_grad)
+    height, width = planned.tokenizer.grid
+    peaks = {view: {**peak, **_communication_bytes(view, planned)} for view, peak in tracker.peaks.items()}
+    return Estimate(name, _count_parameters(planned), trainable, height * width, peaks, flops)
 
 
 def estimate_sampling(config: DictConfig, device: torch.device, classes: int = 1000) -> Bytes | None:
-    """Return the bytes of drawing `batch_size` images at once, by what holds them; None for priors without a cache.
+    """Return the peak bytes of sampling `batch_size` images at once, by kind; None for priors without a KV cache.
 
-    Weights and cache are what pipeline=sample keeps; it computes in float32.
+    As in pipeline=sample: in float32, with the weights of tokenizer and prior.
     """
     mode = FakeTensorMode()
     config = stage_config(config, "stage2", 1)
-    job, ledger = _build_fake_task("stage2", config, mode, classes), MemoryTracker({"single": {}})
-    prior, conditioner = job.task.generator.prior.eval(), job.task.generator.conditioner
+    planned, tracker = _build_fake_task("stage2", config, mode, classes), MemoryTracker({"single": {}})
+    prior, conditioner = planned.task.generator.prior.eval(), planned.task.generator.conditioner
     if not isinstance(prior, Autoregressive):
         return None
-    with mode, emulate_device(device, {}), ledger, torch.no_grad():
-        ledger.track(module_tensors(job.task.generator), "weights")
-        prefix = conditioner(job.make_batch())
-        before = ledger.live_bytes["activations"]
+    with mode, emulate_device(device, {}), tracker, torch.no_grad():
+        tracker.track(module_tensors(planned.task.generator), "weights")
+        prefix = conditioner(planned.make_batch())
+        before = tracker.live_bytes["activations"]
         logits, cache = prior.prefill(prefix)
         del logits
-        held = ledger.live_bytes["activations"] - before
+        cache_bytes = tracker.live_bytes["activations"] - before
         prior.decode(torch.zeros(len(prefix), dtype=torch.long), cache)
-    return {**ledger.peaks["single"], "activations": ledger.peaks["single"]["activations"] - held, "cache": held}
+    peak = tracker.peaks["single"]
+    return {**peak, "activations": peak["activations"] - cache_bytes, "cache": cache_bytes}
 
 
 def _build_fake_task(name: str, config: DictConfig, mode: FakeTensorMode, classes: int) -> PlannedTask:
@@ -167,35 +173,34 @@ def _build_fake_task(name: str, config: DictConfig, mode: FakeTensorMode, classe
 
 
 def _communication_bytes(engine: str, task: PlannedTask) -> Bytes:
-    """Return what a process holds all the time to work with others, by kind.
+    """Return the bytes that a process holds for communication, by kind.
 
-    DistributedDataParallel sends gradients from where they lie, and keeps that place between steps. fully_shard has
-    what is in no block whole, with its gradients, and beside it a block, its gradients, what they are sent from, and
-    the next block.
+    DistributedDataParallel keeps gradients in its buckets, also between steps. `fully_shard` holds unsharded parameters
+    and gradients outside of blocks; and of the largest block four times its size: parameters, gradients, the buffer
+    that reduces them, and the prefetched next block.
     """
     if engine == "single":
         return {}
     model = task.task.model
     if engine == "ddp":
         return {"gradients": _trainable_bytes(model)}
-    parts = sorted((_trainable_bytes(each) for each in blocks(model)), reverse=True)
-    rest = _trainable_bytes(model) - sum(parts)
-    return {"borrowed": 2 * rest + max(4 * sum(parts[:1]), rest)}
+    block_bytes = [_trainable_bytes(block) for block in blocks(model)]
+    rest = _trainable_bytes(model) - sum(block_bytes)
+    return {"communication": 2 * rest + max(4 * max(block_bytes, default=0), rest)}
 
 
 def _trainable_bytes(module: nn.Module) -> int:
-    return sum(each.nbytes for each in module.parameters() if each.requires_grad)
+    return sum(param.nbytes for param in module.parameters() if param.requires_grad)
 
 
 def _run_steps(tracker: MemoryTracker, planned: PlannedTask, config: DictConfig) -> int:
-    """Take a usual step, which leaves the optimizers' state behind, then the worst; return what the first computed."""
+    """Run a usual step, which allocates optimizer state, and one with all periodic work; returns the first's FLOPs."""
     worst = (config.steps // LOG_STEP_MULTIPLE + 1) * LOG_STEP_MULTIPLE
-    with ExitStack() as attended:
+    with ExitStack() as stack:
         for name, optimizer in planned.task.optimizers.items():
             kinds = ("gradients", "optimizer") if name == "model" else (name, name)
-            attended.enter_context(
-                tracker.tracking_optimizer(planned.task.modules[name].parameters(), optimizer, *kinds)
-            )
+            params = planned.task.modules[name].parameters()
+            stack.enter_context(tracker.tracking_optimizer(params, optimizer, *kinds))
         planned.task.step(worst + 1, planned.make_batch())
         flops = tracker.flops
         planned.task.step(worst, planned.make_batch())
@@ -207,18 +212,19 @@ def _track_modules(tracker: MemoryTracker, planned: PlannedTask, config: DictCon
         kind = {"model": "weights", "discriminator": "discriminator"}.get(name, "frozen networks")
         tracker.track(module_tensors(module), kind)
     if config.ema is not None:
-        average = EMA(planned.task.model, config.ema)
-        tracker.track(average.shadow_params.values(), "average")
-        return average
+        ema = EMA(planned.task.model, config.ema)
+        tracker.track(ema.shadow_params.values(), "ema")
+        return ema
     return None
 
 
 def module_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yield everything that a module keeps."""
+    """Yield parameters and buffers of a module."""
     return chain(module.parameters(), module.buffers())
 
 
 def _count_parameters(planned: PlannedTask) -> dict[str, int]:
-    parts = {**dict(planned.task.model.named_children()), **{k: v for k, v in planned.modules.items() if k != "model"}}
-    counts = {name: sum(each.numel() for each in part.parameters()) for name, part in parts.items()}
+    others = {name: module for name, module in planned.modules.items() if name != "model"}
+    modules = {**dict(planned.task.model.named_children()), **others}
+    counts = {name: sum(param.numel() for param in module.parameters()) for name, module in modules.items()}
     return {name: count for name, count in counts.items() if count}

@@ -1,9 +1,9 @@
-"""The stages that are trained, on tensors that have a shape and no content: what a plan is made from."""
+"""Training tasks on fake tensors (shape, dtype, no data), and emulation of CUDA's memory use on them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,33 +27,32 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class FakeEngine(Engine):
-    """Places modules on tensors without content. They call themselves CPU tensors whatever is planned for."""
+    """An engine that turns modules into fake ones. Their device is the CPU, whatever device is planned for."""
 
     mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
     def prepare(self, component: C) -> C:
-        """Replace the content of every parameter and buffer by none."""
-        known: dict[int, Tensor] = {}
+        """Replace parameters and buffers by fake tensors; shared ones stay shared."""
+        fakes: dict[int, Tensor] = {}
         for module in component.modules() if isinstance(component, nn.Module) else ():
-            every: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in every:
+            for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        tensors[name] = known.setdefault(id(tensor), self._to_fake(tensor))
+                        tensors[name] = fakes.setdefault(id(tensor), self._to_fake(tensor))
         return component
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
-        shape = tensor.detach().to("meta")
-        if shape.ndim == 4:
-            shape = shape.contiguous(memory_format=torch.channels_last)
-        fake = FakeTensor(self.mode, shape, self.device)
+        meta = tensor.detach().to("meta")
+        if meta.ndim == 4:  # as the real engine lays convolutions out
+            meta = meta.contiguous(memory_format=torch.channels_last)
+        fake = FakeTensor(self.mode, meta, self.device)
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 class DummyData:
-    """A data source whose images nobody looks at."""
+    """A data source of one black image, for tasks that ask for classes and splits."""
 
     fingerprint = "none"
 
@@ -62,7 +61,7 @@ class DummyData:
         self.classes: Sequence[str] = [str(i) for i in range(classes)]
 
     def split(self, name: str) -> "DummyData":
-        """Return the only part there is."""
+        """Return itself for any split."""
         return self
 
     def __len__(self) -> int:
@@ -74,59 +73,48 @@ class DummyData:
 
 
 def tokenizer_task(config: DictConfig, engine: Engine, classes: int) -> TokenizerTask:
-    """Build stage 1 without data."""
+    """Build the task of stage 1 without data."""
     return build_tokenizer_task(config, DummyData(image_size(config), classes), engine)
 
 
 def prior_task(config: DictConfig, engine: Engine, classes: int) -> PriorTask:
-    """Build stage 2 without data, on a tokenizer that was never trained."""
+    """Build the task of stage 2 without data, on an untrained tokenizer."""
     tokenizer = build_tokenizer(config.model, image_size(config), CHANNELS).eval().requires_grad_(False)
     names = [str(i) for i in range(classes)]
     generator = engine.prepare(build_generator(config, engine.prepare(tokenizer), names))
-    return PriorTask(generator, None, {}, config, engine)  # type: ignore[arg-type]  # it is not evaluated
+    return PriorTask(generator, None, {}, config, engine)  # type: ignore[arg-type]  # no data: it is never evaluated
 
 
 def image_batch(count: int, size: Size, device: torch.device) -> Batch:
-    """Return a batch with every field that a data source may give."""
+    """Return a batch of noise with all fields that a data source may set."""
     noise = torch.rand(count, CHANNELS, *size, device=device) * 2 - 1
     labels = torch.zeros(count, dtype=torch.long, device=device)
     return Batch(images=noise, labels=labels, conditions=noise, crop_boxes=torch.zeros(count, 4, device=device))
 
 
 def token_batch(task: PriorTask, count: int, device: torch.device) -> Batch:
-    """Return a batch of tokens, and of what the conditioners make of images."""
+    """Return a batch of random tokens, with conditions prepared by the conditioners."""
     tokenizer = task.generator.tokenizer
-    told = task.generator.conditioner.prepare(image_batch(count, tokenizer.image_size, device))
+    conditions = task.generator.conditioner.prepare(image_batch(count, tokenizer.image_size, device))
     height, width = tokenizer.grid
     tokens = torch.randint(tokenizer.vocab_size, (count, height * width), device=device)
-    return replace(told, images=None, conditions=None, tokens=tokens)
+    return replace(conditions, images=None, conditions=None, tokens=tokens)
 
 
-# https://docs.pytorch.org/docs/stable/amp.html: what CUDA's autocast widens to float32, and the CPU's leaves narrow.
+# Operations that autocast computes in float32 on CUDA, but in bfloat16 on the CPU
+# (https://docs.pytorch.org/docs/stable/amp.html).
 AUTOCAST_TO_FLOAT32 = {
     *("acos", "asin", "cosh", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dist", "exp", "expm1"),
-    *(
-        "group_norm",
-        "interpolate",
-        "kl_div",
-        "l1_loss",
-        "layer_norm",
-        "log",
-        "log10",
-        "log1p",
-        "log2",
-        "log_softmax",
-        "mse_loss",
-    ),
-    *("nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss", "softmax", "softplus"),
-    *("square", "sum", "tan"),
+    *("group_norm", "interpolate", "kl_div", "l1_loss", "layer_norm", "log", "log10", "log1p", "log2", "log_softmax"),
+    *("mse_loss", "nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss", "softmax"),
+    *("softplus", "square", "sum", "tan"),
 }
 
 
 class CudaAutocastEmulation(TorchFunctionMode):
-    """Lets tensors that call themselves the CPU's be kept as a CUDA device would keep them.
+    """Makes operations on fake CPU tensors save what they would save on CUDA.
 
-    Autocast widens more operations there; dropout keeps a mask of bytes, and inside attention none.
+    There, autocast computes more operations in float32, dropout saves a mask of bytes, and attention saves none.
     """
 
     def __torch_function__(
@@ -134,10 +122,8 @@ class CudaAutocastEmulation(TorchFunctionMode):
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if name in AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = (
-                [_to_float32(each) for each in args],
-                {key: _to_float32(each) for key, each in kwargs.items()},
-            )
+            args = [_to_float32(value) for value in args]
+            kwargs = {key: _to_float32(value) for key, value in kwargs.items()}
         if name == "scaled_dot_product_attention":
             kwargs["dropout_p"] = 0.0
         if func is F.dropout:
@@ -148,19 +134,19 @@ class CudaAutocastEmulation(TorchFunctionMode):
 def emulate_device(
     device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> AbstractContextManager[Any]:
-    """Do what follows as it would be done on a device."""
+    """Return a context in which fake tensors use memory as on a device; sets `foreach` of optimizers as there."""
     if device.type != "cuda":
         return nullcontext()
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True  # the default there
+                group["foreach"] = True  # the default on CUDA
     return CudaAutocastEmulation()
 
 
 def _to_float32(value: Any) -> Any:
-    narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if narrow else value
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -1,4 +1,8 @@
-"""Counts the bytes that live and the arithmetic that is done while code runs on tensors."""
+"""Counts the bytes of live tensors, and floating-point operations, while code runs.
+
+Not `torch.distributed._tools.mem_tracker.MemTracker`: that is private and has one peak of everything, while a plan needs
+one for each engine (with sharded kinds counted in part), the discriminator and the EMA as kinds of their own, and FLOPs.
+"""
 
 import weakref
 from collections import Counter
@@ -12,26 +16,26 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Bytes = Mapping[str, float]  # by what holds them: weights, gradients, ...
+Bytes = Mapping[str, float]  # by kind: weights, gradients, ...
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While it is entered, every storage that an operation makes is entered under what it holds, until it is freed.
+    """A context that counts every storage that operations allocate, by kind, until it is freed.
 
-    What a kernel allocates and frees inside of itself is not seen.
+    Storage that a kernel allocates and frees internally is not counted.
 
     Args:
-        kind_fractions: By the name of a view, the part of each kind that counts in it, 1 where none is given. The peak
-            of a view is the moment at which it holds most.
+        kind_fractions: For each view (an engine), the fraction of each kind that one process holds; 1 by default.
 
     Attributes:
-        live_bytes: Bytes now, by kind.
-        peaks: Bytes at the peak of every view, by kind.
-        flops: Multiplications and additions of matrix products, convolutions and attention.
+        live_bytes: Bytes now, by kind, unscaled.
+        peaks: For each view, its bytes by kind at the moment when their sum is highest.
+        flops: Floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
+        kind: Kind of new storages.
     """
 
     def __init__(self, kind_fractions: Mapping[str, Bytes]) -> None:
-        from torch.utils.flop_counter import flop_registry  # which loads much, and only a plan needs
+        from torch.utils.flop_counter import flop_registry  # slow to import
 
         super().__init__()
         self.kind_fractions, self._flop_counters = kind_fractions, flop_registry
@@ -42,7 +46,7 @@ class MemoryTracker(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int, weakref.ref[Any]]] = {}
 
     def track(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Enter tensors that are there already under what they hold."""
+        """Count existing tensors as a kind, or move counted ones to it."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._remove_storage(id(storage))
@@ -52,20 +56,22 @@ class MemoryTracker(TorchDispatchMode):
     def tracking_optimizer(
         self, parameters: Iterable[Tensor], optimizer: Optimizer, gradients: str, states: str
     ) -> Iterator[None]:
-        """Tell gradients of parameters, and what their optimizer makes for itself, from the rest.
+        """Count gradients of parameters, and the state of their optimizer, as kinds of their own.
 
         Args:
             parameters: Leaves.
-            optimizer: That steps them.
-            gradients: The kind of their gradients.
-            states: The kind of what the optimizer makes.
+            optimizer: Theirs.
+            gradients: Kind of the gradients.
+            states: Kind of the optimizer's state.
         """
 
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self.track([parameter.grad], gradients)
+        def track_gradient(param: Tensor) -> None:
+            assert param.grad is not None
+            self.track([param.grad], gradients)
 
-        hooks = [each.register_post_accumulate_grad_hook(take) for each in parameters if each.requires_grad]
+        hooks = [
+            param.register_post_accumulate_grad_hook(track_gradient) for param in parameters if param.requires_grad
+        ]
         hooks.append(optimizer.register_step_pre_hook(lambda *_: self._set_kind(states)))
         hooks.append(optimizer.register_step_post_hook(lambda *_: self._set_kind("activations")))
         try:
@@ -80,20 +86,20 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return _scalar(args[0], func)
         out = func(*args, **(kwargs or {}))
-        count: Callable[..., int] | None = self._flop_counters.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        for each in tree_leaves(out):
-            if isinstance(each, Tensor) and id(each.untyped_storage()) not in self._storages:
-                self._add_storage(each.untyped_storage(), self.kind)
+        count_flops: Callable[..., int] | None = self._flop_counters.get(func._overloadpacket)
+        if count_flops is not None:
+            self.flops += count_flops(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._storages:  # a view has a known one
+                self._add_storage(leaf.untyped_storage(), self.kind)
         return out
 
     def _add_storage(self, storage: Any, kind: str) -> None:
         key, size = id(storage), storage.nbytes()
         self._storages[key] = kind, size, weakref.ref(storage, lambda _: self._remove_storage(key))
         self.live_bytes[kind] += size
-        for view, share in self.kind_fractions.items():
-            now = {each: count * share.get(each, 1) for each, count in self.live_bytes.items()}
+        for view, fractions in self.kind_fractions.items():
+            now = {kind: count * fractions.get(kind, 1) for kind, count in self.live_bytes.items()}
             if sum(now.values()) > sum(self.peaks[view].values()):
                 self.peaks[view] = now
 
@@ -107,7 +113,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _scalar(tensor: Tensor, func: Any) -> Any:
-    """Return the number in a tensor; 1 where it has no content."""
+    """Return the number in a tensor; 1 for a fake tensor, so that code which reads a loss goes on."""
     if type(tensor) is Tensor and not tensor.is_meta:
         return func(tensor)
     return 1.0 if tensor.is_floating_point() else 1

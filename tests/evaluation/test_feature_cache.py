@@ -217,7 +217,7 @@ def test_a_reference_batch_gives_moments_images_or_both(tmp_path: Path) -> None:
         ({"arr_0": np.zeros((3, 16, 16, 3))}, "arr_0 must be uint8"),
         ({"mu": np.zeros(6), "sigma": np.zeros((5, 5))}, "do not fit each other"),
         ({"mu": np.zeros(4), "sigma": np.zeros((4, 4)), "arr_0": np.zeros((3, 8, 8, 3), np.uint8)}, "or the network"),
-        ({"mu": np.array([Path("x")], dtype=object), "sigma": np.zeros((1, 1))}, "not an .npz file that can be read"),
+        ({"mu": np.array([Path("x")], dtype=object), "sigma": np.zeros((1, 1))}, "not a readable .npz file"),
     ],
 )
 def test_a_reference_batch_that_cannot_be_used_is_one_line(

@@ -178,9 +178,9 @@ def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
     better = {"rfd_linear": False, "kd_linear": False, **{f"{key}_linear": True for key in PRDC}}
     assert found["higher_is_better"] == better
     (made,) = found["commands"]
-    assert made.keys() - {"commit"} == {"numbers", "command", "versions", "device", "seconds"}
+    assert made.keys() - {"commit"} == {"metrics", "command", "versions", "device", "seconds"}
     assert {"vqf", "torch", "torch-fidelity", "python"} <= made["versions"].keys() and made["device"] == "cpu"
-    assert set(made["numbers"]) == of_sets
+    assert set(made["metrics"]) == of_sets
 
 
 def kept(run: Path, found: dict[str, Any]) -> Path:
@@ -198,12 +198,12 @@ def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Pat
     both = json.loads(path.read_text())
     assert both == own and {"psnr", "usage"} <= both["values"].keys()
     assert both["values"].items() >= first["values"].items()
-    assert [sorted(each["numbers"]) for each in both["commands"]] == [
+    assert [sorted(each["metrics"]) for each in both["commands"]] == [
         ["psnr", "psnr_pooled"],
         ["dead_codes", "perplexity", "usage"],
     ]
     again = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
-    assert [sorted(each["numbers"]) for each in again["commands"]] == [
+    assert [sorted(each["metrics"]) for each in again["commands"]] == [
         ["dead_codes", "perplexity", "usage"],
         ["psnr", "psnr_pooled"],
     ], "of a number that was measured again, the command that gave the first is forgotten"
@@ -322,7 +322,7 @@ def test_other_held_out_images_than_in_training_are_told(
     def told(**places: Any) -> list[str]:
         caplog.clear()
         evaluate("stage1", metric=CODES, **places)
-        return [each.getMessage() for each in caplog.records if "held-out images are not those" in each.getMessage()]
+        return [each.getMessage() for each in caplog.records if "validation images are not those" in each.getMessage()]
 
     assert told() == []
     (line,) = told(data__root=str(folders / "other"))

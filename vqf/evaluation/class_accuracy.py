@@ -1,9 +1,9 @@
-"""How often a sample is of the class that it was asked for, by a small classifier on frozen features.
+"""Class accuracy of samples: how often a small classifier on frozen features predicts the class that was asked for.
 
-The classifier is a ridge regression on EfficientNet-Lite0 features, in closed form: no step size, no random start, the
-same numbers every time. It learns every training image twice, as it is and as the tokenizer draws it, so that blur
-alone does not look like another class. The idea is that of Classification Accuracy Score, https://arxiv.org/abs/1905.10887,
-turned round: there a network learns from samples and is tested on images.
+The classifier is a ridge regression on EfficientNet-Lite0 features in closed form, so it is deterministic. It is fitted
+to every training image and its reconstruction; otherwise the blur of a tokenizer would shift predictions.
+Related to the Classification Accuracy Score (https://arxiv.org/abs/1905.10887), which trains on samples and tests on
+images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,29 +25,24 @@ from vqf.models.generator import Generator
 from vqf.networks.perceptual import efficientnet_lite
 from vqf.protocols import Data
 
-TAPS = (3, 5, 7, 8)  # the last layers of four widths: 40 + 112 + 320 + 1280 numbers an image
-MAX_IMAGE_SIDE = 128  # pixels that the network looks at; larger images are shrunk, and cost no more
-MAX_TRAIN_IMAGES = 4096  # training images that the classifier learns from, and half as many that test it
-RIDGE_PENALTY = (
-    1.0  # on standardised features; a third and three times as much change the result by less than its error
-)
+TAPS = (3, 5, 7, 8)  # the last layers of four widths: 40 + 112 + 320 + 1280 features
+MAX_IMAGE_SIDE = 128  # pixels; larger images are scaled down
+MAX_TRAIN_IMAGES = 4096  # half as many validation images
+RIDGE_PENALTY = 1.0  # on standardized features; a factor of 3 either way changes results by less than their error
 
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """What the classifier says.
-
-    Shares are means over classes, so that chance is one over their number whatever the classes' sizes.
-    """
+    """Accuracies of one classifier, each the mean over classes, so that chance is 1 / classes for any class sizes."""
 
     samples: float
-    real: float  # held-out images
-    decoded: float  # held-out images as the tokenizer draws them: the most that samples can be expected to reach
+    real: float  # validation images
+    decoded: float  # reconstructions of validation images: an upper bound for samples
     chance: float
-    confusion: Tensor  # (classes, classes) counts of samples: rows are asked for, columns are what it sees
+    confusion: Tensor  # (classes, classes) counts of samples: row: class asked for, column: prediction
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers by name."""
+        """Return the accuracies by metric name."""
         return {
             "class_accuracy": self.samples,
             "class_accuracy_real": self.real,
@@ -57,7 +52,7 @@ class ClassAccuracy:
 
 
 class RidgeClassifier:
-    """Ridge regression from features (N, D) to classes, every class with the same weight."""
+    """Ridge regression from features (N, D) to labels (N,), with equal total weight for every class."""
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         features = features.double()
@@ -66,13 +61,13 @@ class RidgeClassifier:
         counts = torch.bincount(labels, minlength=classes).clamp(min=1).double()
         weights = (len(labels) / classes / counts)[labels][:, None]
         penalty = torch.full((inputs.shape[1],), RIDGE_PENALTY * len(labels), dtype=torch.double, device=inputs.device)
-        penalty[-1] = 0  # of the constant
+        penalty[-1] = 0  # the bias
         targets = F.one_hot(labels, classes).double() * 2 - 1
         normal = inputs.T @ (weights * inputs) + penalty.diag()
         self.weights = torch.linalg.solve(normal, inputs.T @ (weights * targets))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the class of each (N,)."""
+        """Predict classes (N,)."""
         return (self._inputs(features.double()) @ self.weights).argmax(1)
 
     def _inputs(self, features: Tensor) -> Tensor:
@@ -80,36 +75,36 @@ class RidgeClassifier:
 
 
 @dataclass(frozen=True)
-class LabelledFeatures:
-    """Images as the classifier sees them."""
+class LabeledFeatures:
+    """Features of images, with their labels."""
 
     features: Tensor  # (N, D)
     labels: Tensor  # (N,)
 
-    def concat(self, other: "LabelledFeatures") -> "LabelledFeatures":
-        """Return both, one behind the other."""
-        return LabelledFeatures(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
+    def concat(self, other: "LabeledFeatures") -> "LabeledFeatures":
+        """Concatenate two sets."""
+        return LabeledFeatures(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
 
     def accuracy(self, classifier: RidgeClassifier) -> float:
-        """Return the share that is seen as what it is, the mean over the classes that occur."""
-        right = (classifier(self.features) == self.labels).double()
-        return float(torch.stack([right[self.labels == each].mean() for each in self.labels.unique()]).mean())
+        """Return the share that is classified correctly, averaged over the classes that have images."""
+        correct = (classifier(self.features) == self.labels).double()
+        return float(torch.stack([correct[self.labels == label].mean() for label in self.labels.unique()]).mean())
 
 
 @dataclass(frozen=True)
 class OriginalsAndDecoded:
-    """The same images as they are, and as the tokenizer draws them."""
+    """Features of images and of their reconstructions."""
 
-    originals: LabelledFeatures
-    decoded: LabelledFeatures
+    originals: LabeledFeatures
+    decoded: LabeledFeatures
 
 
 def score(
-    train: OriginalsAndDecoded, validation: OriginalsAndDecoded, samples: LabelledFeatures, classes: int
+    train: OriginalsAndDecoded, validation: OriginalsAndDecoded, samples: LabeledFeatures, classes: int
 ) -> ClassAccuracy:
-    """Let a classifier learn from training images, and say what it sees in the others."""
-    learned = train.originals.concat(train.decoded)
-    classifier = RidgeClassifier(learned.features, learned.labels, classes)
+    """Fit a classifier to training images, and apply it to validation images and samples."""
+    fitted = train.originals.concat(train.decoded)
+    classifier = RidgeClassifier(fitted.features, fitted.labels, classes)
     cells = samples.labels * classes + classifier(samples.features)
     return ClassAccuracy(
         samples.accuracy(classifier),
@@ -121,13 +116,15 @@ def score(
 
 
 class ClassAccuracyEvaluator:
-    """Draws samples of every class and says how many of them look like it.
+    """Samples every class, and measures how many samples are classified as it.
+
+    Every process extracts the features of its share of images and samples; the main process gathers and scores them.
 
     Args:
-        data: Whose images the classifier learns from and is tested on.
-        token_datasets: Their tokens, by the part of the data.
-        config: Says how many samples (`evaluate.samples`), and the seed.
-        engine: Where it happens. Several processes do a part each.
+        data: Source of training and validation images.
+        token_datasets: Tokens of these images by split name.
+        config: With `evaluate.samples`, the number of samples, and `seed`.
+        engine: Device and precision.
     """
 
     def __init__(
@@ -136,66 +133,65 @@ class ClassAccuracyEvaluator:
         self.data, self.token_datasets, self.config, self.engine = data, token_datasets, config, engine
 
     def __call__(self, generator: Generator) -> ClassAccuracy | None:
-        """Judge a generator; None where nothing is asked for, or its samples are not drawn by labels."""
-        told = self.token_datasets["validation"].gather([0], [0]).to(self.engine.device)
-        wanted = self.config.evaluate.samples and generator.tokenizer.channels == 3
-        if not wanted or not is_class_conditional(generator, told):
+        """Score a generator; None for `evaluate.samples=0`, images that are not RGB, or priors without classes."""
+        batch = self.token_datasets["validation"].gather([0], [0]).to(self.engine.device)
+        possible = self.config.evaluate.samples and generator.tokenizer.channels == 3
+        if not possible or not is_class_conditional(generator, batch):
             return None
-        describe, classes = FeatureExtractor(self.engine), len(generator.classes)
-        train = self._extract_split(generator, "train", MAX_TRAIN_IMAGES, describe)
-        held_out = self._extract_split(generator, "validation", MAX_TRAIN_IMAGES // 2, describe)
-        samples = self._extract_samples(generator, describe)
-        if train is None or held_out is None or samples is None:
+        extractor, classes = FeatureExtractor(self.engine), len(generator.classes)
+        train = self._extract_split(generator, "train", MAX_TRAIN_IMAGES, extractor)
+        validation = self._extract_split(generator, "validation", MAX_TRAIN_IMAGES // 2, extractor)
+        samples = self._extract_samples(generator, extractor)
+        if train is None or validation is None or samples is None:  # not the main process
             return comm.broadcast_object(None)
-        return comm.broadcast_object(score(train, held_out, samples, classes))
+        return comm.broadcast_object(score(train, validation, samples, classes))
 
     def _extract_split(
         self, generator: Generator, split_name: str, max_images: int, extractor: "FeatureExtractor"
     ) -> OriginalsAndDecoded | None:
-        """Describe images of a part of the data in the first process, spread evenly over it; None in the others."""
+        """Return features of images spread evenly over a split; None in all processes but the main one."""
         split, tokens, config = self.data.split(split_name), self.token_datasets[split_name], self.config
         count = min(max_images, len(split))
-        lots = batches_for_rank([i * len(split) // count for i in range(count)], config.batch_size)
-        keys = [[(0, index) for index in lot] for lot in lots]
+        index_batches = batches_for_rank([i * len(split) // count for i in range(count)], config.batch_size)
+        keys = [[(0, index) for index in indices] for indices in index_batches]
         images = keyed_batches(split, keys, workers=config.workers, timeout=config.worker_timeout)
         table = GatheredColumns()
         with terminal.progress(f"classes, {split_name}", count) as bar:
-            for lot, batch in zip(lots, images, strict=True):
-                codes = tokens.gather([0] * len(lot), lot).tokens
+            for indices, batch in zip(index_batches, images, strict=True):
+                codes = tokens.gather([0] * len(indices), indices).tokens
                 assert codes is not None and batch.images is not None and batch.labels is not None
-                now = min(len(lot) * comm.world_size(), bar.remaining)
+                total = min(len(indices) * comm.world_size(), bar.remaining)
                 labels = batch.labels.to(self.engine.device)
-                table.add(now, extractor(batch.images), extractor(self._decode(generator, codes)), labels)
-                bar.advance(now)
-        found = table.columns()
-        return (
-            None
-            if found is None
-            else OriginalsAndDecoded(LabelledFeatures(found[0], found[2]), LabelledFeatures(found[1], found[2]))
-        )
+                table.add(total, extractor(batch.images), extractor(self._decode(generator, codes)), labels)
+                bar.advance(total)
+        columns = table.columns()
+        if columns is None:
+            return None
+        originals, decoded, labels = columns
+        return OriginalsAndDecoded(LabeledFeatures(originals, labels), LabeledFeatures(decoded, labels))
 
-    def _extract_samples(self, generator: Generator, extractor: "FeatureExtractor") -> LabelledFeatures | None:
-        """Draw samples, as many of every class as of any other, and describe them in the first process."""
-        told, table = self._sample_conditions(len(generator.classes)), GatheredColumns()
-        with terminal.progress("classes, samples", len(told)) as bar:
-            for lot in batches_for_rank(range(len(told)), self.config.batch_size):
-                some = _select(told, lot).to(self.engine.device)
+    def _extract_samples(self, generator: Generator, extractor: "FeatureExtractor") -> LabeledFeatures | None:
+        """Return features of samples; None in all processes but the main one."""
+        conditions, table = self._sample_conditions(len(generator.classes)), GatheredColumns()
+        with terminal.progress("classes, samples", len(conditions)) as bar:
+            for indices in batches_for_rank(range(len(conditions)), self.config.batch_size):
+                batch = _select(conditions, indices).to(self.engine.device)
                 with self.engine.autocast():
-                    tokens = generator.sample_tokens(some, seed=self.config.seed, first=lot[0])
-                assert some.labels is not None
-                now = min(len(lot) * comm.world_size(), bar.remaining)
-                table.add(now, extractor(self._decode(generator, tokens)), some.labels)
-                bar.advance(now)
-        found = table.columns()
-        return None if found is None else LabelledFeatures(*found)
+                    tokens = generator.sample_tokens(batch, seed=self.config.seed, first=indices[0])
+                assert batch.labels is not None
+                total = min(len(indices) * comm.world_size(), bar.remaining)
+                table.add(total, extractor(self._decode(generator, tokens)), batch.labels)
+                bar.advance(total)
+        columns = table.columns()
+        return None if columns is None else LabeledFeatures(*columns)
 
     def _sample_conditions(self, classes: int) -> Batch:
-        """Return what the samples are told: every class equally often, or held-out conditions with their classes."""
-        held_out, wanted = self.token_datasets["validation"], self.config.evaluate.samples
-        if held_out.condition_names:
-            count = min(wanted, len(held_out))
-            return held_out.gather([0] * count, [i * len(held_out) // count for i in range(count)])
-        return Batch(labels=balanced_labels(wanted, classes))
+        """Return the conditions of the samples: balanced labels, or those of validation images if they have maps."""
+        validation, count = self.token_datasets["validation"], self.config.evaluate.samples
+        if validation.condition_names:
+            count = min(count, len(validation))
+            return validation.gather([0] * count, [i * len(validation) // count for i in range(count)])
+        return Batch(labels=balanced_labels(count, classes))
 
     def _decode(self, generator: Generator, tokens: Tensor) -> Tensor:
         with torch.no_grad(), self.engine.autocast():
@@ -203,14 +199,14 @@ class ClassAccuracyEvaluator:
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
-    """Return about `count` labels: all classes in turn, as often as goes, or else some of them, spread evenly."""
+    """Return `count` labels, rounded down to a multiple of `classes`; fewer than `classes` are spread evenly."""
     if count < classes:
         return torch.arange(count) * classes // count
     return torch.arange(count // classes * classes) % classes
 
 
 def is_class_conditional(generator: Generator, batch: Batch) -> bool:
-    """Say whether another class would put other tokens in front of the codes of a batch."""
+    """Tell whether the prefix of a batch depends on its labels."""
     if batch.labels is None or len(generator.classes) < 2:
         return False
     other = replace(batch, labels=(batch.labels + 1) % len(generator.classes))
@@ -222,32 +218,32 @@ def _select(batch: Batch, indices: Sequence[int]) -> Batch:
 
 
 class GatheredColumns:
-    """Rows that all processes make, in the first of them, on the CPU."""
+    """Columns of a table, gathered from all processes to the CPU of the main one."""
 
     def __init__(self) -> None:
         self.chunks: list[list[Tensor]] = []
 
     def add(self, count: int, *columns: Tensor) -> None:
-        """Add `count` rows, of which every process has a part."""
-        whole = [comm.gather_rows(each, count) for each in columns]
-        self.chunks.append([each.cpu() for each in whole if each is not None])
+        """Add `count` rows in all; every process passes its share of them."""
+        gathered = [comm.gather_rows(column, count) for column in columns]
+        self.chunks.append([column.cpu() for column in gathered if column is not None])
 
     def columns(self) -> list[Tensor] | None:
-        """Return the columns; None in every process but the first."""
-        return [torch.cat(each) for each in zip(*self.chunks, strict=True)] if comm.is_main() else None
+        """Return the columns; None in all processes but the main one."""
+        return [torch.cat(chunks) for chunks in zip(*self.chunks, strict=True)] if comm.is_main() else None
 
 
 class FeatureExtractor:
-    """Images (B, 3, H, W) to features (B, D): the means of a few layers over the image."""
+    """Maps images (B, 3, H, W) to features (B, 1752): spatial means of a few EfficientNet-Lite0 layers."""
 
     def __init__(self, engine: Engine) -> None:
         self.network, self.device = efficientnet_lite("lite0", TAPS).to(engine.device), engine.device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Describe images; what lies outside [-1, 1] is clamped."""
+        """Extract features; values outside [-1, 1] are clamped."""
         images = images.to(self.device).float()
-        if (larger := max(images.shape[2:])) > MAX_IMAGE_SIDE:
-            size = [max(round(side * MAX_IMAGE_SIDE / larger), 1) for side in images.shape[2:]]
+        if (longer := max(images.shape[2:])) > MAX_IMAGE_SIDE:
+            size = [max(round(side * MAX_IMAGE_SIDE / longer), 1) for side in images.shape[2:]]
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return torch.cat([each.mean((2, 3)) for each in self.network(images.clamp(-1, 1))], dim=1)
+        return torch.cat([features.mean((2, 3)) for features in self.network(images.clamp(-1, 1))], dim=1)

@@ -1,4 +1,4 @@
-"""What every evaluation needs, whatever it measures: the images of a protocol, the metrics, and the reference."""
+"""The context of an evaluation: images of the protocol, metrics, reference set, lines of the result."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -30,17 +30,17 @@ from vqf.terminal import log
 
 
 class EvaluationContext:
-    """Holds what a model is measured with.
+    """Images, metrics and reference of one evaluation.
 
     Args:
-        config: Names data and metrics.
+        config: With data and metrics.
         protocol: What is measured on which images.
-        tokenizer: Of the model; its size is the size of all images.
-        engine: Where networks run.
-        feature_cache: Where it is kept what networks saw in real images.
+        tokenizer: Of the model; its image size is that of the evaluation.
+        engine: Device and precision.
+        feature_cache: Cache of the features of real images.
 
     Raises:
-        UserError: If a metric, the data or the reference cannot be had.
+        UserError: If the data or a metric cannot be built.
     """
 
     def __init__(
@@ -54,43 +54,47 @@ class EvaluationContext:
         self.config, self.protocol, self.tokenizer, self.engine = config.copy(), protocol, tokenizer, engine
         self.feature_cache = feature_cache
         with open_dict(self.config):
-            self.config.seed = protocol.seed  # a data source may vary its images by it
+            self.config.seed = protocol.seed  # augmentations of the data source depend on it
         metrics = build_metrics(config, tokenizer.vocab_size, engine)
         self.set_metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
         self.batch_metrics: dict[str, Metric] = {
-            name: each for name, each in metrics.items() if name not in self.set_metrics
+            name: metric for name, metric in metrics.items() if name not in self.set_metrics
         }
         self.feature_networks = {metric.network.digest: metric.network for metric in self.set_metrics.values()}
         self.data = build_target_data(self.config, tokenizer.image_size)
 
     def images(self, split_name: str, count: int | None = None) -> EvaluationImages:
-        """Return the images of a part of the data."""
+        """Return images of a split, cropped as the protocol says; all of them by default.
+
+        Raises:
+            UserError: If there are fewer than two.
+        """
         protocol, config, size = self.protocol, self.config, self.tokenizer.image_size
         split = crop_split(self.data.split(split_name), size, protocol.crop, protocol.resize)
         count = min(count or len(split), len(split))
         if count < 2:
             raise UserError(f"data: {count} image for {split_name}; an evaluation needs at least two")
-        seen = stable_hash(
+        source_hash = stable_hash(
             {"images": split.fingerprint, "size": size, **preprocessing_lines(protocol.crop, protocol.resize)}
         )
         loading = (config.batch_size, config.workers, self.engine.device, config.worker_timeout)
-        return EvaluationImages(split, seen, count, protocol.rounding, *loading)
+        return EvaluationImages(split, source_hash, count, protocol.rounding, *loading)
 
     def warn_if_validation_changed(self, checkpoint: Checkpoint) -> None:
-        """Warn if the held-out images are not those of the training: the model may have learned them."""
-        known, part = checkpoint.state.get("validation_fingerprint"), "validation"
-        if known and self.protocol.part == part and known != (found := self.data.split(part).fingerprint):
-            words = (
-                "the held-out images are not those of the training (%s then, %s now): the numbers cannot be compared "
-                "with the training's, and the model may have learned some of the images"
+        """Warn if the validation images differ from those during training: the model may have been trained on them."""
+        trained, part = checkpoint.state.get("validation_fingerprint"), "validation"
+        if trained and self.protocol.part == part and trained != (current := self.data.split(part).fingerprint):
+            message = (
+                "the validation images are not those of the training (%s then, %s now): metrics are not comparable "
+                "with the training's, and the model may have been trained on some of the images"
             )
-            log.warning(words, known[:8], found[:8])
+            log.warning(message, trained[:8], current[:8])
 
     def reference(self) -> ReferenceSet | None:
-        """Look at the reference, or read what was seen in it before; None where it is the originals.
+        """Return the features of the reference, from the cache if possible; None if the reference is the originals.
 
         Raises:
-            UserError: If there is no such part of the data, and no such file.
+            UserError: If it names no split, and no file.
         """
         name = self.protocol.reference
         if name == ORIGINALS:
@@ -103,15 +107,15 @@ class EvaluationContext:
         return self.feature_cache.from_npz(path, self.feature_networks, self.config.batch_size, self.engine.device)
 
     def result_lines(self, images_hash: str, count: int, reference: ReferenceSet) -> dict[str, Any]:
-        """Return the lines of the protocol that every task has.
+        """Return the lines of the protocol for the result file.
 
         Args:
-            images_hash: The hash of what is reconstructed, or held out.
-            count: What is reconstructed or generated.
-            reference: With what it is compared.
+            images_hash: Of the images that are reconstructed, or of the validation images.
+            count: Number of reconstructions or samples.
+            reference: The set that they are compared with.
         """
         protocol = self.protocol
-        found = {
+        measured = {
             "images": images_hash,
             "count": count,
             "image_size": " x ".join(map(str, self.tokenizer.image_size)),
@@ -119,38 +123,40 @@ class EvaluationContext:
             "reference_images": reference.digest,
             "reference_count": reference.count,
         }
-        return {**self.protocol_lines(), **found}
+        return {**self.protocol_lines(), **measured}
 
     def protocol_lines(self) -> dict[str, Any]:
-        """Return the lines of the protocol that are known before an image is."""
+        """Return the lines of the protocol that the config determines."""
         protocol, config = self.protocol, self.config
-        of = {"name": config.protocol.name, "task": protocol.task, "data": config.data.name}
-        of |= {"target": config.target, "precision": config.precision}
-        own = {each.name: getattr(protocol, each.name) for each in fields(protocol)}  # type: ignore[arg-type]
-        if own["reference"] not in (ORIGINALS, *SPLITS):
-            own["reference"] = Path(protocol.reference).name  # a path says where, the hash says what
-        return {**of, **own}
+        lines = {"name": config.protocol.name, "task": protocol.task, "data": config.data.name}
+        lines |= {"target": config.target, "precision": config.precision}
+        lines |= {field.name: getattr(protocol, field.name) for field in fields(protocol)}  # type: ignore[arg-type]
+        if lines["reference"] not in (ORIGINALS, *SPLITS):
+            lines["reference"] = Path(protocol.reference).name  # results must not depend on where the file lies
+        return lines
 
     def add_set_metrics(
         self, result: EvaluationResult, reference: ReferenceSet, generated: FeatureSets, count: int
     ) -> None:
-        """Add what every set metric says of generated images, and of real ones in their place."""
-        pairs = {key: real_vs_real(each, count, self.protocol.seed) for key, each in reference.feature_sets.items()}
+        """Add the set metrics of generated images, and their floors: the metrics of real images against real images."""
+        pairs = {
+            key: real_vs_real(features, count, self.protocol.seed) for key, features in reference.feature_sets.items()
+        }
         for name, metric in self.set_metrics.items():
             key = metric.network.digest
-            said = metric.compare(reference.feature_sets[key], generated[key])
+            compared = metric.compare(reference.feature_sets[key], generated[key])
             prefix = metric.reconstruction_prefix if self.protocol.task == "reconstruction" else ""
-            result.add(metric, said, self.metric_settings(name, metric), prefix)
-            result.floors |= {f"{prefix}{each}": value for each, value in _real_vs_real(metric, pairs[key]).items()}
+            result.add(metric, compared, self.metric_settings(name, metric), prefix)
+            result.floors |= {f"{prefix}{name}": value for name, value in _real_vs_real(metric, pairs[key]).items()}
 
     def add_metrics(self, result: EvaluationResult, metrics: Mapping[str, Metric]) -> None:
-        """Add what the metrics say that looked at every batch."""
+        """Add metrics that were updated batch by batch."""
         for name, metric in metrics.items():
             intervals = metric.intervals() if hasattr(metric, "intervals") else {}
             result.add(metric, SetMetricResult(metric.compute(), intervals), self.metric_settings(name, metric))
 
     def metric_settings(self, name: str, metric: Any) -> dict[str, Any]:
-        """Return the options of a metric; in place of where its weights lie, their hash."""
+        """Return the options of a metric, with a hash of its weights in place of their path."""
         node = OmegaConf.to_container(group_nodes(self.config, "metric")[name], resolve=True)
         assert isinstance(node, dict)
         options = {str(key): value for key, value in node.items() if key not in ("weights", "sha256")}
@@ -160,6 +166,6 @@ class EvaluationContext:
 def _real_vs_real(metric: SetMetric, pair: tuple[FeatureSet, FeatureSet] | None) -> dict[str, float]:
     try:
         return {} if pair is None else metric.compare(*pair).values
-    except UserError as error:  # half of a set may be too few where the whole is enough
-        log.info("no real images against real ones: %s", error)
+    except UserError as error:  # half of a set may be too small where the full set is not
+        log.info("no floor (real images against real images): %s", error)
         return {}

@@ -1,4 +1,4 @@
-"""Samples of a prior as a protocol asks for them, kept while they are drawn; and the likelihood of held-out ones."""
+"""Samples of a prior by a protocol, cached until the evaluation is done; likelihood of validation images."""
 
 import json
 import shutil
@@ -30,42 +30,42 @@ from vqf.terminal import log
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What this process's part of a batch of samples is told."""
+    """This rank's share of the conditions of one batch of samples."""
 
-    first_index: int  # the number of its first sample
-    count: int  # samples of the whole batch
+    first_index: int  # of the first sample of the share, over all samples
+    count: int  # samples of the batch over all ranks
     batch: Batch
 
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """A whole batch of samples, in the first process."""
+    """A batch of samples of all ranks, in the main process."""
 
     indices: Tensor  # (B, h, w)
     images: Tensor  # (B, 3, H, W)
-    labels: Tensor  # (B,), empty where there are none
+    labels: Tensor  # (B,); empty without labels
 
 
 class SampleCache:
-    """A folder that keeps the codes of a long evaluation until it is done, so that a killed one goes on.
+    """Indices of generated batches on disk, so that an interrupted evaluation resumes; cleared at its end.
 
     Args:
-        folder: Of all shelves.
-        facts: Whatever the codes depend on; other facts are another shelf.
+        folder: Parent of the caches of all evaluations.
+        facts: Everything that the samples depend on; their hash names the cache.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.folder = folder / stable_hash(json.loads(json.dumps(facts, default=str)))
 
     def get(self, batch_index: int) -> Tensor | None:
-        """Return the codes of a batch, if they are there."""
+        """Return the indices of a batch; None if they are not cached."""
         try:
             return load_file(self._path(batch_index))["indices"].long()
         except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, batch_index: int, indices: Tensor) -> None:
-        """Keep the codes of a batch; where there is no room, they will be drawn again."""
+        """Store the indices of a batch; if the disk is full, an interrupted evaluation samples them again."""
         try:
             with atomic_path(self._path(batch_index)) as temporary:
                 write_weights({"indices": indices.int().cpu()}, temporary)
@@ -73,7 +73,7 @@ class SampleCache:
             log.debug("%s: %s", self.folder, error)
 
     def clear(self) -> None:
-        """Forget them all."""
+        """Delete the cache."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, batch_index: int) -> Path:
@@ -88,42 +88,52 @@ def generate(
     engine: Engine,
     cache: SampleCache,
 ) -> Iterator[GeneratedBatch]:
-    """Draw so many samples, batch by batch; of several processes each draws a part, and the first gets all of them."""
-    for number, told in enumerate(sample_requests(protocol, generator, validation_images, count)):
-        known = cache.get(number) if comm.is_main() else None
-        if comm.broadcast_object(known is not None):
-            indices = known
+    """Draw `count` samples, batch by batch; every rank draws its share, and the main one yields them all.
+
+    Args:
+        protocol: A `GenerationProtocol`.
+        generator: Draws the samples.
+        validation_images: Source of conditions, for `labels="images"`.
+        count: Samples in all.
+        engine: Device and precision.
+        cache: Of this evaluation.
+    """
+    for i, request in enumerate(sample_requests(protocol, generator, validation_images, count)):
+        cached = cache.get(i) if comm.is_main() else None
+        if comm.broadcast_object(cached is not None):
+            indices = cached
         else:
-            indices = comm.gather_rows(_sample_indices(generator, told, protocol.seed, engine), told.count)
+            indices = comm.gather_rows(_sample_indices(generator, request, protocol.seed, engine), request.count)
             if indices is not None:
-                cache.put(number, indices)
-        labels = told.batch.labels
-        whole = None if labels is None else comm.gather_rows(labels.to(engine.device), told.count)
+                cache.put(i, indices)
+        labels = request.batch.labels
+        if labels is not None:
+            labels = comm.gather_rows(labels.to(engine.device), request.count)
         if indices is not None:
             images = _decode(generator, indices.to(engine.device), engine)
-            yield GeneratedBatch(indices, images, torch.zeros(0) if whole is None else whole.cpu())
+            yield GeneratedBatch(indices, images, torch.zeros(0) if labels is None else labels.cpu())
 
 
 def sample_requests(
     protocol: Any, generator: Generator, validation_images: EvaluationImages, count: int
 ) -> Iterator[SampleRequest]:
-    """Yield what samples are told, in batches, of each this process's part."""
-    numbers = batches_for_rank(range(count), validation_images.batch_size)
+    """Yield this rank's share of the conditions of every batch."""
+    index_batches = batches_for_rank(range(count), validation_images.batch_size)
     if protocol.labels == "images":
-        most = len(validation_images.split)  # of fewer samples than images, spread evenly
-        keys = [(0, i * most // count if count < most else i % most) for i in range(count)]
-        parts = [[keys[i] for i in part] for part in numbers]
+        size = len(validation_images.split)
+        keys = [(0, i * size // count if count < size else i % size) for i in range(count)]  # fewer are spread evenly
+        key_batches = [[keys[i] for i in indices] for indices in index_batches]
         batches = keyed_batches(
-            validation_images.split, parts, workers=validation_images.workers, timeout=validation_images.timeout
+            validation_images.split, key_batches, workers=validation_images.workers, timeout=validation_images.timeout
         )
     else:
         labels = _request_labels(protocol, max(len(generator.classes), 1), count)
-        batches = iter(Batch(labels=labels[part]) for part in numbers)
+        batches = iter(Batch(labels=labels[indices]) for indices in index_batches)
     with terminal.progress("sample", count) as bar:
-        for part, batch in zip(numbers, batches, strict=True):
-            now = min(len(part) * comm.world_size(), bar.remaining)
-            yield SampleRequest(part[0], now, batch)
-            bar.advance(now)
+        for indices, batch in zip(index_batches, batches, strict=True):
+            total = min(len(indices) * comm.world_size(), bar.remaining)
+            yield SampleRequest(indices[0], total, batch)
+            bar.advance(total)
 
 
 def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
@@ -134,7 +144,7 @@ def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def _sample_indices(generator: Generator, request: SampleRequest, seed: int, engine: Engine) -> Tensor:
-    """Draw codes (B, h, w)."""
+    """Draw indices (B, h, w)."""
     height, width = generator.tokenizer.grid
     with engine.autocast():
         tokens = generator.sample_tokens(request.batch, seed=seed, first=request.first_index)
@@ -143,33 +153,34 @@ def _sample_indices(generator: Generator, request: SampleRequest, seed: int, eng
 
 @torch.no_grad()
 def _decode(generator: Generator, indices: Tensor, engine: Engine) -> Tensor:
-    """Turn codes into images (B, 3, H, W)."""
+    """Decode indices into images (B, 3, H, W)."""
     with engine.autocast():
         return generator.tokenizer.decode(indices).float()
 
 
 @torch.no_grad()
 def nats_per_token(generator: Generator, validation_images: EvaluationImages, engine: Engine) -> tuple[str, float]:
-    """Return the hash of images, and the nats per token of their codes given what the prior is told of them."""
+    """Return the pixel hash of images, and the mean negative log-likelihood of their tokens given their conditions."""
     pixels, total = PixelHash(validation_images.rounding), torch.zeros((), device=engine.device)
-    seed_everything(0, "likelihood")  # a prior may draw what it is asked
+    seed_everything(0, "likelihood")  # the loss of a prior may be stochastic
     for batch, count in validation_images.local_batches("likelihood"):
         assert batch.images is not None
-        whole = comm.gather_rows(batch.images, count)
-        if whole is not None:
-            pixels.update(whole)
-        own = min(max(count - comm.rank() * len(batch), 0), len(batch))  # the rest fills up the last batch
-        if own:
-            mine = batch.slice(0, own)
-            assert mine.images is not None
+        gathered = comm.gather_rows(batch.images, count)
+        if gathered is not None:
+            pixels.update(gathered)
+        valid = min(max(count - comm.rank() * len(batch), 0), len(batch))  # the last batch is padded
+        if valid:
+            share = batch.slice(0, valid)
+            assert share.images is not None
             with engine.autocast():
-                tokens, told = generator.tokenizer.encode_tokens(mine.images), generator.conditioner.prepare(mine)
-                total += generator.prior.loss(tokens, generator.conditioner(told)).float() * own
+                tokens = generator.tokenizer.encode_tokens(share.images)
+                prefix = generator.conditioner(generator.conditioner.prepare(share))
+                total += generator.prior.loss(tokens, prefix).float() * valid
     return pixels.hexdigest(), float(comm.all_reduce_sum(total)) / validation_images.count
 
 
 def class_counts(labels: Tensor, classes: int) -> str:
-    """Word how many samples a class has."""
+    """Return the samples of a class in words: "100", "97 to 103", "no classes"."""
     if not len(labels) or not classes:
         return "no classes"
     counts = torch.bincount(labels, minlength=classes)
@@ -178,8 +189,8 @@ def class_counts(labels: Tensor, classes: int) -> str:
 
 
 def sampler_lines(node: DictConfig, sampler: object) -> dict[str, Any]:
-    """Return a sampler's name and options, but those of its speed, as lines of a protocol: sampler, sampler.top_k."""
+    """Return name and options of a sampler as protocol lines (sampler, sampler.top_k), without `speed_options`."""
     options = OmegaConf.to_container(node, resolve=True)
     assert isinstance(options, dict)
-    kept = {str(key): each for key, each in options.items() if key not in getattr(sampler, "speed_options", ())}
-    return {"sampler" if key == "name" else f"sampler.{key}": each for key, each in kept.items()}
+    kept = {str(key): value for key, value in options.items() if key not in getattr(sampler, "speed_options", ())}
+    return {"sampler" if key == "name" else f"sampler.{key}": value for key, value in kept.items()}

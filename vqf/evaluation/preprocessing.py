@@ -1,4 +1,4 @@
-"""Images as a protocol wants them: brought to their size in a way that is written down, and rounded to 8 bits."""
+"""Preprocessing by a protocol: cropping to the image size, and rounding to 8 bits."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,22 +18,22 @@ FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 
 def crop_split(split: Split, size: Size, crop: str, resize: str) -> Split:
-    """Return a split whose images come to their size as a protocol says, without any variation.
+    """Return a split whose images are cropped as a protocol says, without augmentation.
 
     Raises:
-        UserError: If its images are no files that could be had whole.
+        UserError: If the split does not read files.
     """
     if crop == "source":
         return split
     if not isinstance(split, ImageFileSplit):
-        raise UserError(f"protocol.crop={crop}: this data keeps no files that could be cropped; take crop=source")
+        raise UserError(f"protocol.crop={crop}: this data source has no image files to crop; use protocol.crop=source")
     return CroppedSplit(
         split, size, adm_center_crop if crop == "adm" else lambda image, size: center_crop(image, size, resize)
     )
 
 
 class CroppedSplit:
-    """The whole images of a split, each cropped by a function."""
+    """The image files of a split, each cropped by a function of (image, size)."""
 
     def __init__(self, files: ImageFileSplit, size: Size, crop: Callable[[Image.Image, Size], Image.Image]) -> None:
         self.files, self.size, self.crop = files, size, crop
@@ -47,7 +47,7 @@ class CroppedSplit:
         """Return an image; the same in every epoch.
 
         Raises:
-            UserError: If it cannot be read: an evaluation replaces nothing.
+            UserError: If it cannot be read: an evaluation must not replace images.
         """
         try:
             pixels = np.array(self.crop(self.files.file(index).load_image(), self.size), dtype=np.uint8)
@@ -60,46 +60,46 @@ class CroppedSplit:
 
 
 def center_crop(image: Image.Image, size: Size, resize: str) -> Image.Image:
-    """Scale an RGB image until it just covers `size`, then cut off both ends of the longer side.
+    """Resize an RGB image so that it just covers `size`, then crop the center.
 
-    To the pixel what Resize and CenterCrop of torchvision do, whose larger side is cut to a whole number.
+    Equal to torchvision's Resize and CenterCrop in every pixel; these round the longer side down.
     """
     height, width = size
-    # Products before quotients, or a whole number might come out as a little less.
-    whole = max(height * image.width // image.height, width), max(width * image.height // image.width, height)
-    scaled = _resize_linear(image, whole) if resize == "linear" else image.resize(whole, FILTERS[resize])
-    left, top = round((whole[0] - width) / 2), round((whole[1] - height) / 2)
+    # In integers: in floats, a side that is exact could round down to one less.
+    resized = max(height * image.width // image.height, width), max(width * image.height // image.width, height)
+    scaled = _resize_linear(image, resized) if resize == "linear" else image.resize(resized, FILTERS[resize])
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
     return scaled.crop((left, top, left + width, top + height))
 
 
 def adm_center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """Halve an RGB image with a box filter as often as it stays twice as large; then scale with a cubic, and cut.
+    """Halve an RGB image with a box filter while it is at least twice `size`; then resize bicubically, and crop.
 
-    To the pixel what center_crop_arr of guided-diffusion does, whose larger side is rounded.
+    Equal to center_crop_arr of guided-diffusion in every pixel; it rounds the longer side to the nearest.
     """
     height, width = size
     while min(image.width / width, image.height / height) >= 2:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    whole = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    return image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    resized = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    return image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
 
 
 def _resize_linear(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Interpolate between the four nearest pixels, however many lie under one of the result, as cv2 does."""
+    """Interpolate bilinearly without antialiasing, as cv2 does."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     scaled = F.interpolate(pixels, size=(size[1], size[0]), mode="bilinear", align_corners=False)
     return Image.fromarray(scaled[0].round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def round_to_8bit(images: Tensor, rounding: str) -> Tensor:
-    """Return images in [-1, 1] as their 8-bit pixels show them, in [-1, 1] again; with "none", only clamped."""
+    """Quantize images to 8 bits, in [-1, 1] before and after; with "none", only clamp."""
     images = images.float().clamp(-1, 1)
     return images if rounding == "none" else to_uint8(images, rounding).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
-    """Turn images in [-1, 1] into uint8, to the nearest or cut to the next below."""
+    """Convert images in [-1, 1] to uint8, rounding to the nearest or down ("truncate")."""
     levels: Any = (images + 1) * 127.5
     return (levels if rounding == "truncate" else levels.round()).to(torch.uint8)

@@ -1,7 +1,6 @@
-"""Protocols: what is measured on which images. Every line of one goes into the result, and into its hash.
+"""Evaluation protocols: what is measured on which images. Every line is in the result file, and in its hash.
 
-Two numbers under one name differ by far more than two models when the crop, the rounding or the reference differ; the
-presets here are the ones that papers use.
+Crop, rounding and reference change an FID by more than two models differ; the presets are those of papers.
 """
 
 import hashlib
@@ -24,20 +23,20 @@ ORIGINALS = "originals"
 @register("protocol", "reconstruction")
 @dataclass(frozen=True)
 class ReconstructionProtocol:
-    """All held-out images against their reconstructions, cropped as the data source does.
+    """All validation images against their reconstructions, cropped by the data source.
 
     Args:
-        part: Of the data: what is reconstructed.
-        count: So many images, spread evenly; all by default.
-        crop: `source` takes images as the data source gives them; `center` scales the shorter side to the image size
-            and cuts off both ends of the longer one; `adm` halves the image with a box filter as often as it can,
-            then does the same, as guided-diffusion's center_crop_arr.
+        part: Split to reconstruct: `validation` or `train`.
+        count: Number of images, at least 2, spread evenly over the split; all by default.
+        crop: `source` keeps the crop of the data source; `center` resizes the shorter side to the image size and crops
+            the center; `adm` first halves the image with a box filter while it is at least twice as large, as
+            guided-diffusion's center_crop_arr.
         resize: The filter of `crop=center`: one of Pillow's, with antialiasing, or `linear`, without.
         rounding: How reconstructions become 8-bit pixels: `nearest`, `truncate` as guided-diffusion and
-            taming-transformers save theirs, or `none`. Real images are rounded to the nearest, or not at all.
-        reference: What reconstructions are compared with as a set: the `originals`, a part of the data, or an .npz
-            file with `mu` and `sigma`, images as `arr_0`, or both.
-        seed: Of whatever is drawn: what a data source varies, and the halves of the floor.
+            taming-transformers, or `none`. Real images are rounded to the nearest, or with `none` not at all.
+        reference: The set that reconstructions are compared with: the `originals`, a split (`validation`, `train`), or
+            an .npz file with `mu` and `sigma`, images as `arr_0`, or both.
+        seed: Seed of augmentations of the data source and of the halves of the floor; at least 0.
     """
 
     part: SplitName = "validation"
@@ -57,7 +56,7 @@ class ReconstructionProtocol:
 @register("protocol", "rfid_val")
 @dataclass(frozen=True)
 class RFIDValProtocol(ReconstructionProtocol):
-    """rFID as tokenizer papers report it: all validation images, each at one crop against its reconstruction.
+    """rFID as tokenizer papers report it: all validation images, center-cropped, against their reconstructions.
 
     1d-tokenizer crops as here, LlamaGen with `protocol.crop=adm`; originals of another crop cost whole points
     (https://github.com/showlab/D-AR/issues/3).
@@ -83,19 +82,19 @@ class RFIDTrainProtocol(ReconstructionProtocol):
 @register("protocol", "generation")
 @dataclass(frozen=True)
 class GenerationProtocol:
-    """Samples of a prior against the training images, as many as there are of those, at most 50,000.
+    """Samples of a prior against the training images.
 
     Args:
-        part: The held-out part of the data: nats per token are of its images.
-        count: Samples.
+        part: Split for nats per token, `validation` or `train`.
+        count: Number of samples, at least 2; by default as many as the reference has images, at most 50,000.
         crop: Of real images: `source`, `center` or `adm`; see the protocol `reconstruction`.
         resize: The filter of `crop=center`; see the protocol `reconstruction`.
         rounding: How samples become 8-bit pixels: `nearest`, `truncate` or `none`.
-        reference: What samples are compared with: a part of the data, or an .npz file with `mu` and `sigma`, images
-            as `arr_0`, or both. With `crop=source`, training images are as the data source varies them in epoch 0.
-        labels: What samples are told: `balanced`, classes take turns; `uniform`, a class drawn for each; `images`,
-            whatever the images of `part` come with: labels, maps, ...
-        seed: Of the samples, the classes, whatever a data source varies, and the halves of the floor.
+        reference: The set that samples are compared with: a split (`validation`, `train`), or an .npz file with `mu`
+            and `sigma`, images as `arr_0`, or both. With `crop=source`, training images are augmented as in epoch 0.
+        labels: Conditions of the samples: `balanced`, all classes in turn; `uniform`, a random class for each;
+            `images`, the conditions of images of `part`: labels, maps, ...
+        seed: Seed of samples, classes, augmentations of the data source and the halves of the floor; at least 0.
     """
 
     part: SplitName = "validation"
@@ -112,13 +111,13 @@ class GenerationProtocol:
     def __post_init__(self) -> None:
         _check(self)
         if self.reference == ORIGINALS:
-            raise UserError("protocol.reference=originals: samples have none; give a part of the data, or an .npz file")
+            raise UserError("protocol.reference=originals: samples have none; give train, validation or an .npz file")
 
 
 @register("protocol", "small")
 @dataclass(frozen=True)
 class SmallGenerationProtocol(GenerationProtocol):
-    """256 samples, told what held-out images are, against the training images: for small data and one CPU."""
+    """256 samples, conditioned as validation images are, against the training images: for small data and one CPU."""
 
     count: int | None = 256
     labels: Literal["balanced", "uniform", "images"] = "images"
@@ -127,7 +126,7 @@ class SmallGenerationProtocol(GenerationProtocol):
 @register("protocol", "gfid_train")
 @dataclass(frozen=True)
 class GFIDTrainProtocol(GenerationProtocol):
-    """50,000 samples, as many of each class, against all training images at one crop.
+    """50,000 samples with balanced classes against all training images, center-cropped.
 
     The FID of taming-transformers (https://github.com/CompVis/taming-transformers/issues/155).
     """
@@ -139,11 +138,11 @@ class GFIDTrainProtocol(GenerationProtocol):
 @register("protocol", "gfid_adm")
 @dataclass(frozen=True)
 class GFIDADMProtocol(GenerationProtocol):
-    """50,000 samples of uniformly drawn classes against a reference batch of ADM's evaluation, pixels cut as it does.
+    """50,000 samples of uniformly drawn classes against a reference batch of ADM, with pixels truncated as there.
 
     Diffusion Models Beat GANs on Image Synthesis, https://arxiv.org/abs/2105.05233. Its batches, such as
     VIRTUAL_imagenet256_labeled.npz (https://github.com/openai/guided-diffusion/tree/main/evaluations), hold moments of
-    the whole training set, and 10,000 images for precision and recall. sFID is not offered.
+    the full training set, and 10,000 images for precision and recall. sFID is not offered.
 
     Args:
         reference: The .npz file.
@@ -157,13 +156,13 @@ class GFIDADMProtocol(GenerationProtocol):
 
 
 def stable_hash(facts: Mapping[str, Any]) -> str:
-    """Hash every line of a protocol, in any order, to 16 digits."""
+    """Hash the lines of a protocol, in any order, but for a line `hash`; returns 16 hexadecimal digits."""
     lines = json.dumps({key: value for key, value in facts.items() if key != "hash"}, sort_keys=True)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def preprocessing_lines(crop: str, resize: str) -> dict[str, str]:
-    """Word how images come to their size; only what has an effect."""
+    """Return the lines for crop and resize filter; options without effect make no difference."""
     return {"crop": crop, "resize": {"source": "by the data source", "adm": "box, bicubic"}.get(crop, resize)}
 
 

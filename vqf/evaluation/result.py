@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers, and every fact that they depend on, in one file."""
+"""The result of an evaluation, and its file: metrics with everything that they depend on."""
 
 import json
 import math
@@ -18,9 +18,10 @@ from vqf.errors import UserError
 from vqf.evaluation.protocols import stable_hash
 from vqf.hashing import sha256_of_file
 from vqf.protocols import SetMetricResult
+from vqf.run_files import read_json
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 from vqf.runs.provenance import command_line, git_commit
-from vqf.terminal import log
+from vqf.terminal import format_number, log
 
 EVALUATIONS_FOLDER = "evaluations"
 METRICS_FILE = "metrics.json"
@@ -30,41 +31,48 @@ PER_METRIC_FIELDS = ("values", "intervals", "floors", "settings", "higher_is_bet
 
 @dataclass
 class EvaluationResult:
-    """Numbers by one protocol."""
+    """Metrics of one checkpoint by one protocol."""
 
-    protocol: dict[str, Any] = field(default_factory=dict)  # its lines, then its hash
+    protocol: dict[str, Any] = field(default_factory=dict)  # lines, and their hash
     values: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
-    floors: dict[str, float] = field(default_factory=dict)  # the same metric of real images against real ones
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the metric that gave each number
-    higher_is_better: dict[str, bool] = field(default_factory=dict)  # where the metric says so
-    images: dict[str, Tensor] = field(default_factory=dict)  # images to show, (B, C, H, W)
-    details: dict[str, Any] = field(default_factory=dict)  # what is said of them
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 % confidence intervals
+    floors: dict[str, float] = field(default_factory=dict)  # the metric of real images against real images
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the metric that computed each value
+    higher_is_better: dict[str, bool] = field(default_factory=dict)  # of metrics that declare it
+    images: dict[str, Tensor] = field(default_factory=dict)  # for the report, (B, C, H, W)
+    details: dict[str, Any] = field(default_factory=dict)  # JSON by name of images
 
     def add(self, metric: object, result: SetMetricResult, settings: dict[str, Any], prefix: str = "") -> None:
-        """Add what a metric says; its numbers are called so with a prefix."""
-        senses: Mapping[str, bool] = getattr(metric, "higher_is_better", {})
-        usual = getattr(metric, "reconstruction_prefix", "")  # of the names that it has as a metric of a tokenizer
+        """Add the values of a metric.
+
+        Args:
+            metric: May declare `higher_is_better` by key.
+            result: Its values.
+            settings: Its options.
+            prefix: In front of keys: "r" for reconstructions, as in rfid.
+        """
+        directions: Mapping[str, bool] = getattr(metric, "higher_is_better", {})
+        declared_prefix = getattr(metric, "reconstruction_prefix", "")  # keys are declared for reconstructions
         self.values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         self.intervals |= {f"{prefix}{key}": value for key, value in result.intervals.items()}
         self.settings |= {f"{prefix}{key}": settings | result.settings for key in result.values}
         for key in result.values:
-            if (sense := senses.get(key, senses.get(f"{usual}{key}"))) is not None:
-                self.higher_is_better[f"{prefix}{key}"] = sense
+            if (higher := directions.get(key, directions.get(f"{declared_prefix}{key}"))) is not None:
+                self.higher_is_better[f"{prefix}{key}"] = higher
 
     def set_protocol(self, lines: dict[str, Any]) -> None:
-        """Set the lines of the protocol, and their hash."""
+        """Set the lines of the protocol, and add their hash."""
         self.protocol = lines | {"hash": stable_hash(lines)}
 
     @property
     def folder_name(self) -> str:
-        """The name of the folder of this protocol."""
+        """Folder of results by this protocol: its name and hash."""
         return f"{self.protocol['name']}-{self.protocol['hash'][:8]}"
 
     def print_table(self) -> None:
-        """Print a table."""
+        """Print values, intervals and floors."""
         rows = [
-            (key, f"{value:.4g}", _format_interval(self.intervals.get(key)), _format_number(self.floors.get(key)))
+            (key, format_number(value), _format_interval(self.intervals.get(key)), _format_floor(self.floors.get(key)))
             for key, value in self.values.items()
         ]
         title = f"{self.protocol['name']}, {self.protocol['count']} images"
@@ -72,18 +80,18 @@ class EvaluationResult:
 
 
 def checkpoint_info(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Say which checkpoint was measured."""
-    facts = {"kind": checkpoint.kind, "step": checkpoint.step, "path": str(checkpoint.path)}
-    return {**facts, "sha256": manifest_sha256(checkpoint)}
+    """Identify the checkpoint that was evaluated."""
+    sha256 = manifest_sha256(checkpoint)
+    return {"kind": checkpoint.kind, "step": checkpoint.step, "path": str(checkpoint.path), "sha256": sha256}
 
 
 def manifest_sha256(checkpoint: Checkpoint) -> str:
-    """Return what tells a checkpoint from every other: the hash of its manifest, which hashes every file of it."""
+    """Hash a checkpoint: its manifest, which has the hashes of all its files."""
     return sha256_of_file(checkpoint.path / MANIFEST)
 
 
 def environment(seconds: float, device: str) -> dict[str, Any]:
-    """Say what else could matter."""
+    """Return command, versions, device, time and commit for the result file."""
     return {
         "command": command_line(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -96,65 +104,68 @@ def environment(seconds: float, device: str) -> dict[str, Any]:
 def save(
     result: EvaluationResult, checkpoint: Checkpoint, environment_info: dict[str, Any], run: Path, run_dir: Path
 ) -> Path:
-    """Write `metrics.json` below the run that was measured, and a copy in the folder of this one.
+    """Write `metrics.json` below the run that was evaluated, and a copy in the folder of this evaluation.
 
-    Numbers of the same checkpoint by the same protocol that are there already are kept, each with the command that
-    gave it.
+    Metrics of earlier evaluations of the same checkpoint by the same protocol are kept, with their commands.
+
+    Args:
+        result: To write.
+        checkpoint: That was evaluated.
+        environment_info: See `environment`.
+        run: Folder of the run that was evaluated.
+        run_dir: Folder of this evaluation.
+
+    Returns:
+        The path below the run, or that of the copy if the run's folder is not writable.
     """
     content = {key: _json_safe(getattr(result, key)) for key in PER_METRIC_FIELDS}
-    content["commands"] = [{"numbers": list(result.values), **environment_info}]
+    content["commands"] = [{"metrics": list(result.values), **environment_info}]
     path = run / EVALUATIONS_FOLDER / result.folder_name / f"{checkpoint.kind}-{checkpoint.step:08d}" / METRICS_FILE
-    about, earlier = checkpoint_info(checkpoint), _read(path)
-    if earlier.get("checkpoint", {}).get("sha256") == about["sha256"]:
+    info, earlier = checkpoint_info(checkpoint), read_json(path)
+    if earlier.get("checkpoint", {}).get("sha256") == info["sha256"]:
         content = _merge(earlier, content)
-    content = {"protocol": result.protocol, "checkpoint": about, **content}
+    content = {"protocol": result.protocol, "checkpoint": info, **content}
     _write(run_dir / METRICS_FILE, content)
     try:
         check_symlinks(run)
         _write(path, content)
     except (OSError, UserError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        log.warning("%s cannot be written (%s); the numbers are in %s", path, why, run_dir / METRICS_FILE)
+        reason = error.strerror if isinstance(error, OSError) else error
+        log.warning("cannot write %s (%s); the metrics are in %s", path, reason, run_dir / METRICS_FILE)
         return run_dir / METRICS_FILE
     return path
 
 
 def _merge(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two measurements say; of a number that both have, nothing of the earlier one stays."""
-    anew = new["values"].keys()
-    both = {
-        key: {name: each for name, each in earlier.get(key, {}).items() if name not in anew} | new[key]
+    """Merge two results; a metric that is in both has only the values of the new one."""
+    replaced = new["values"].keys()
+    fields = {
+        key: {name: value for name, value in earlier.get(key, {}).items() if name not in replaced} | new[key]
         for key in PER_METRIC_FIELDS
     }
     commands = [
-        {**each, "numbers": [name for name in each["numbers"] if name not in anew]} for each in earlier["commands"]
+        {**command, "metrics": [name for name in command.get("metrics", []) if name not in replaced]}
+        for command in earlier["commands"]
     ]
-    return {**both, "commands": [*(each for each in commands if each["numbers"]), *new["commands"]]}
+    return {**fields, "commands": [*(command for command in commands if command["metrics"]), *new["commands"]]}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def _json_safe(value: Any) -> Any:
-    """Turn numbers that JSON has no words for into null."""
+    """Replace nan and the infinities, which JSON does not have, by null."""
     if isinstance(value, Mapping):
-        return {key: _json_safe(each) for key, each in value.items()}
+        return {key: _json_safe(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_json_safe(each) for each in value]
+        return [_json_safe(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format_interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+    return "" if interval is None else f"{format_number(interval[0])} to {format_number(interval[1])}"
 
 
-def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _format_floor(value: float | None) -> str:
+    return "" if value is None else format_number(value)

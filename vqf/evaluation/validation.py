@@ -1,4 +1,4 @@
-"""What a stage is to the loop."""
+"""The result of a validation, passed from a training task to the trainer."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass
 class ValidationResult:
-    """What a look at held-out data shows."""
+    """Scalars, images and details of one validation."""
 
     scalars: dict[str, float]
     images: dict[str, Tensor] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)  # JSON by name: words of images, counts of codes
+    details: dict[str, Any] = field(default_factory=dict)  # JSON by name of images: captions, counts of codes
 
     def merge(self, other: "ValidationResult") -> "ValidationResult":
-        """Return what both show."""
+        """Combine two results; on equal keys the other's has precedence."""
         return ValidationResult(self.scalars | other.scalars, self.images | other.images, self.details | other.details)

@@ -1,7 +1,7 @@
 """Counts the bytes of live tensors, and floating-point operations, while code runs.
 
-Not `torch.distributed._tools.mem_tracker.MemTracker`: that is private and has one peak of everything, while a plan needs
-one for each engine (with sharded kinds counted in part), the discriminator and the EMA as kinds of their own, and FLOPs.
+Not `torch.distributed._tools.mem_tracker.MemTracker`: that is private and has one peak of everything, while a plan
+needs one for each engine (with sharded kinds counted in part), kinds for discriminator and EMA, and FLOPs.
 """
 
 import weakref

@@ -12,10 +12,9 @@ from torch import Tensor
 from tests.metrics.sets import Linear, gaussians
 from vqf.batch import Sample
 from vqf.errors import UserError
+from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.feature_cache import (
-    EvaluationImages,
     FeatureStatisticsCache,
-    PixelHash,
     extract_features,
     real_vs_real,
 )

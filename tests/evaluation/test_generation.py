@@ -14,7 +14,7 @@ from vqf.batch import Batch, Sample
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
 from vqf.evaluation import generation
-from vqf.evaluation.feature_cache import EvaluationImages
+from vqf.evaluation.evaluation_images import EvaluationImages
 from vqf.evaluation.generation import GeneratedBatch, SampleCache
 
 COUNT = 11

@@ -112,5 +112,5 @@ def test_nothing_takes_the_place_of_an_image_that_cannot_be_read(tmp_path: Path)
 
 def test_images_that_are_no_files_are_not_cropped() -> None:
     data = build("data", {"name": "emoji"}, image_size=32, seed=0)
-    with pytest.raises(UserError, match="has no image files to crop; use protocol.crop=source"):
+    with pytest.raises(UserError, match=r"has no image files to crop; use protocol\.crop=source"):
         crop_split(data.split("validation"), (32, 32), "center", "bicubic")

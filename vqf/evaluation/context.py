@@ -12,8 +12,8 @@ from vqf.dataloading.image_files import SPLITS
 from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError
+from vqf.evaluation.evaluation_images import EvaluationImages
 from vqf.evaluation.feature_cache import (
-    EvaluationImages,
     FeatureSets,
     FeatureStatisticsCache,
     ReferenceSet,

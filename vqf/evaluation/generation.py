@@ -21,10 +21,10 @@ from vqf.dataloading.loader import keyed_batches
 from vqf.dataloading.order import batches_for_rank
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, seed_everything
-from vqf.evaluation.feature_cache import EvaluationImages, PixelHash
+from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.protocols import stable_hash
 from vqf.models.generator import Generator
-from vqf.seeding import seeded_generator as random_generator
+from vqf.seeding import seeded_generator
 from vqf.terminal import log
 
 
@@ -138,7 +138,7 @@ def sample_requests(
 
 def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
     if protocol.labels == "uniform":
-        return torch.randint(classes, (count,), generator=random_generator(protocol.seed, "labels"))
+        return torch.randint(classes, (count,), generator=seeded_generator(protocol.seed, "labels"))
     return torch.arange(count) % classes
 
 

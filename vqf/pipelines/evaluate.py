@@ -16,7 +16,8 @@ from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
 from vqf.evaluation import generation, reconstruction, result
 from vqf.evaluation.context import EvaluationContext
-from vqf.evaluation.feature_cache import FeatureStatisticsCache, PixelHash, extract_features
+from vqf.evaluation.evaluation_images import PixelHash
+from vqf.evaluation.feature_cache import FeatureStatisticsCache, extract_features
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.evaluation.preprocessing import round_to_8bit
 from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS

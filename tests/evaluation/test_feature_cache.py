@@ -231,5 +231,5 @@ def test_a_reference_batch_that_cannot_be_used_is_one_line(
 
 def test_moments_of_inception_say_nothing_to_other_networks(tmp_path: Path) -> None:
     network, path = Linear(), npz(tmp_path / "a.npz", mu=np.zeros(6), sigma=np.eye(6))
-    with pytest.raises(UserError, match=r"has no images .arr_0. for linear to look at"):
+    with pytest.raises(UserError, match=r"has no images .arr_0. for the network linear"):
         FeatureStatisticsCache(tmp_path).from_npz(path, {network.digest: network}, 5, CPU)

@@ -405,7 +405,7 @@ def test_intervals_floors_and_older_steps_are_shown(sweep: Path, tmp_path: Path)
     key = "reconstruction/fd_lite2"
     assert (rows["1"][f"{key} low"], rows["1"][f"{key} high"]) == ("4.25", "6.5")
     text = (tmp_path / "comparison.md").read_text()
-    assert "**5 (4.250 to 6.500) at step 2**" in text
+    assert "**5 (4.25 to 6.5) at step 2**" in text
     assert [rows[name][f"{key} step"] for name in RUNS] == ["2", "4", "3"]
     assert "Real images against real ones: fd_lite2 3.25." in notes(tmp_path)
 

@@ -362,7 +362,7 @@ def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None
     ("protocol", "places", "line"),
     [
         ({"name": "gfid_adm", "reference": "nowhere.npz"}, {}, "protocol.reference=nowhere.npz: no such file"),
-        ({"name": "rfid_val"}, {"data": {"name": "emoji"}}, "take crop=source"),
+        ({"name": "rfid_val"}, {"data": {"name": "emoji"}}, "use protocol.crop=source"),
         ({"name": "generation", "reference": "originals"}, {}, "samples have none"),
         ({"name": "small", "count": 1}, {}, "protocol.count=1: a set of images needs at least two"),
         ({"name": "small", "seed": -1}, {}, "protocol.seed=-1 is negative"),

@@ -20,10 +20,10 @@ def test_a_killed_run_has_a_page_by_one_command(command_line: test_run.Run, tmp_
         file.write('{"step": 1001, "lo')
     command_line("pipeline=report", f"run={run}")
     text = (run / "report.html").read_text()
-    assert "<h1>killed</h1>" in text and "had not ended when the page was written" in text
+    assert "<h1>killed</h1>" in text and "was in progress when this page was written" in text
     (run / "summary.json").write_text('{"wall_seconds": 9}')
     command_line("pipeline=report", f"run={run}")
-    assert "had not ended" not in (run / "report.html").read_text()
+    assert "was in progress" not in (run / "report.html").read_text()
 
 
 def test_slips_are_one_line(tmp_path: Path) -> None:

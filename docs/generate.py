@@ -27,7 +27,8 @@ see the result. A preset is a component with its own option values. "given" list
 
 def page() -> str:
     """The text of docs/components.md."""
-    parts = [HEAD, *_preset_group("experiment", "a named run"), *_preset_group("model", "all components of a model")]
+    contents = " · ".join(f"[{name}](#{name})" for name in ("experiment", "model", *KINDS))
+    parts = [HEAD, contents + "\n", *_preset_group("experiment", "a named run"), *_preset_group("model", "all components of a model")]
     return "\n".join([*parts, *(line for kind in KINDS for line in _kind(kind))]).rstrip() + "\n"
 
 

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +29,9 @@ see the result. A preset is a component with its own option values. "given" list
 def page() -> str:
     """The text of docs/components.md."""
     contents = " · ".join(f"[{name}](#{name})" for name in ("experiment", "model", *KINDS))
-    parts = [HEAD, contents + "\n", *_preset_group("experiment", "a named run"), *_preset_group("model", "all components of a model")]
-    return "\n".join([*parts, *(line for kind in KINDS for line in _kind(kind))]).rstrip() + "\n"
+    groups = [*_preset_group("experiment", "a named run"), *_preset_group("model", "all components of a model")]
+    kinds = [line for kind in KINDS for line in _kind(kind)]
+    return "\n".join([HEAD, textwrap.fill(contents, 120) + "\n", *groups, *kinds]).rstrip() + "\n"
 
 
 def _preset_group(group: str, description: str) -> Iterator[str]:

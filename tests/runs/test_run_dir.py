@@ -1,15 +1,17 @@
 """A folder belongs to one run at a time; where it cannot be written that is one line, before anything is made."""
 
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from tests.runs.test_async_checkpointer import limited
+from tests.support.processes import start_process
 from tests.test_run import Run, run  # noqa: F401  (a fixture)
 from tests.training.test_trainer import TINY
 from vqf.errors import UserError
@@ -17,28 +19,34 @@ from vqf.run import main
 from vqf.runs.checkpoint import latest_checkpoint
 from vqf.runs.lock import folder_lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from vqf.runs.lock import folder_lock
-with folder_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+Process = multiprocessing.process.BaseProcess
+
+
+def hold(folder: Path, told: Connection, seconds: float) -> None:
+    with folder_lock(folder):
+        told.send("held")
+        time.sleep(seconds)
+
+
+def holding(folder: Path, seconds: float = 60) -> Process:
+    """Start another process that runs in a folder, and return it as soon as it does."""
+    mine, theirs = multiprocessing.Pipe(duplex=False)
+    process = start_process(hold, folder, theirs, seconds)
+    theirs.close()
+    assert mine.recv() == "held"
+    return process
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def other(tmp_path: Path) -> Iterator[Process]:
     """Another process that runs in a folder."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout and process.stdout.readline() == "held\n"
+    process = holding(tmp_path)
     yield process
     process.kill()
-    process.wait()
+    process.join()
 
 
-def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: Process) -> None:
     with pytest.raises(UserError) as caught, folder_lock(tmp_path):
         pass
     assert str(caught.value) == (
@@ -46,7 +54,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: su
         "give another run_dir"
     )
     other.kill()
-    other.wait()
+    other.join()
     with folder_lock(tmp_path):
         pass
 
@@ -57,8 +65,9 @@ def test_a_process_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> Non
         if (child := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)
-    command = [sys.executable, "-c", HOLD.replace("time.sleep(60)", ""), str(tmp_path)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "held\n"
+    process = holding(tmp_path, seconds=0)
+    process.join()
+    assert process.exitcode == 0
     os.kill(child, 9)
     os.waitpid(child, 0)
 
@@ -106,9 +115,7 @@ def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytes
 
 
 @pytest.mark.usefixtures("run")
-def test_two_commands_do_not_share_a_run(
-    tmp_path: Path, other: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_commands_do_not_share_a_run(tmp_path: Path, other: Process, capsys: pytest.CaptureFixture[str]) -> None:
     line = ends(capsys, *TINY, f"run_dir={tmp_path}", "resume=true")
     assert f"process {other.pid} on " in line
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

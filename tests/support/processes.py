@@ -35,8 +35,7 @@ def run_processes(
         may_die: Whether a process may die or fail: it gives what it last said, or "" if it could say nothing.
         may_fork: Whether a process may start others, as one that loads data by workers does.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.processes", "tests.support.preloaded", work.__module__])
+    context = _server_of(work)
     port = free_port()
     ends, processes = [], []
     for rank in range(count):
@@ -57,6 +56,18 @@ def run_processes(
             process.kill()
 
 
+def start_process(work: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    """Start `work` in a process and a session of its own, and return it at once.
+
+    Args:
+        work: A function at the top of a module, which the process imports; it may start others.
+        arguments: Pickled into the process.
+    """
+    process = _server_of(work).Process(target=_session, args=(work, arguments))
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as listener:
@@ -70,12 +81,29 @@ def torchrun_variables(rank: int, count: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
 
 
+def _server_of(work: Callable[..., Any]) -> Any:
+    """Return the context whose processes are forks of one that has imported what most of them need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.processes", "tests.support.preloaded", work.__module__])
+    return context
+
+
+def _session(work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.setsid()
+    _prepare()
+    work(*arguments)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # as in a process of torchrun: loaders fork, and import nothing
+
+
 def _process(
     end: Connection, told: dict[str, str], initialized: bool, work: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
     os.environ.update(told)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method(None, force=True)  # as in a process of torchrun: loaders fork, and import nothing
+    _prepare()
     try:
         with process_group() if initialized else nullcontext():
             found = (work(*arguments), "")

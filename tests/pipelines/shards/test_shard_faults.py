@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +14,7 @@ from PIL import Image
 from tests.data.packing import png
 from tests.pipelines.shards.sharding import configured, files, make_images, written
 from tests.support.composing import compose
+from tests.support.processes import start_process
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_file
 from vqf.pipelines import shard
@@ -79,24 +79,17 @@ def test_finished_shards_are_kept_and_damaged_ones_written_again(image_folder, t
     assert f"'{to / 'train-000002.tar'}' is not what manifest.json says; it is written again" in caplog.text
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from vqf.pipelines import shard
-from tests.pipelines.shards.sharding import configured
-from tests.pipelines.shards.sharding import written
-image = shard.ShardWriter._members
-shard.ShardWriter._members = lambda *given: time.sleep(0.05) or image(*given)
-written(configured(sys.argv[1], workers=int(sys.argv[3])), Path(sys.argv[2]), shard_size=4)
-"""
+def write_slowly(image_folder, to, workers):
+    members = shard.ShardWriter._members
+    shard.ShardWriter._members = lambda *given: time.sleep(0.05) or members(*given)
+    written(configured(image_folder, workers=workers), to, shard_size=4)
 
 
 def started(image_folder, to, ready, workers=0):
     """Start to write, in a process of its own and a group of its own, and return it as soon as that is so."""
-    command = [sys.executable, "-c", SCRIPT, str(image_folder), str(to), str(workers)]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = start_process(write_slowly, image_folder, to, workers)
     while not ready():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     return process
 
@@ -106,7 +99,7 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(image_folder, tmp_path, w
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tar")), workers)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     finished = sorted(to.glob("*.tar"))
     assert 0 < len(finished) < 6
     hashes = {path.name: sha256_of_file(path) for path in finished}
@@ -141,7 +134,7 @@ def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(ima
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tmp")), workers)
     process.kill()  # and not its workers
-    process.wait()
+    process.join()
     written(configured(image_folder), to, shard_size=4)
     written(configured(image_folder), tmp_path / "whole", shard_size=4)
     until = time.monotonic() + 20
@@ -158,7 +151,8 @@ def test_two_cannot_write_into_one_folder(image_folder, tmp_path):
         written(configured(image_folder), to, shard_size=4)
     with pytest.raises(UserError, match="with other options"):
         written(configured(image_folder), to, format="png")
-    assert process.wait() == 0
+    process.join()
+    assert process.exitcode == 0
     manifest = json.loads((to / "manifest.json").read_text())
     assert manifest["finished"]
     assert all(sha256_of_file(to / each["name"]) == each["sha256"] for each in manifest["shards"])
@@ -213,7 +207,7 @@ def test_finished_shards_survive_whatever_ends_the_run(image_folder, tmp_path):
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: len([*to.glob("*.tar")]) >= 4)
     process.kill()
-    process.wait()
+    process.join()
     assert len(json.loads((to / "manifest.json").read_text())["shards"]) >= 3
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,19 @@ OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "log
 JUDGED = 16  # samples that the classifier looks at
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_images_for_the_classifier() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_accuracy, "MAX_TRAIN_IMAGES", 64)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, few_images_for_the_classifier: None) -> Path:
     folder = tmp_path_factory.mktemp("full")
     config = compose(*OPTIONS, f"evaluate.samples={JUDGED}")
     pipeline: Full = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_accuracy, "MAX_TRAIN_IMAGES", 64)
-        pipeline.run()
+    pipeline.run()
     return folder
 
 

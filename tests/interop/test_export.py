@@ -369,7 +369,7 @@ def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
     save_prior(tmp_path / "run", save(tmp_path / "first", *words), *words, ema=True)
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     assert torch.load(path, weights_only=True)["optimizer_states"] == []
-    assert "optimizer states are left out: the weights written are the averaged ones" in caplog.text
+    assert "optimizer states are left out: the exported weights are the EMA" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -414,5 +414,5 @@ def test_nothing_is_overwritten(name: str, tmp_path: Path) -> None:
 
 def test_settings_and_weights_are_two_files(tmp_path: Path) -> None:
     save(tmp_path / "run")
-    with pytest.raises(UserError, match="that is where the settings go"):
+    with pytest.raises(UserError, match="the config is written there"):
         export(tmp_path / "run", "taming", tmp_path / "out.yaml")

@@ -175,7 +175,7 @@ def test_without_optimizers_and_discriminator_both_start_afresh(tmp_path: Path) 
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
     assert "no optimizer state of the tokenizer in the file; a resumed run starts it afresh" in text
-    assert "no discriminator was read: the run has a fresh one" in text
+    assert "no discriminator in the checkpoint: the run has a newly initialized one" in text
     assert "256 px assumed, image_size= says otherwise" in text
     found = latest_checkpoint(tmp_path / "run")
     assert found is not None
@@ -196,7 +196,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path, caplog: pytest.Lo
     path = weights_only(tmp_path / "last.ckpt", **{"decoder.conv_out.bias": bias})
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
-    assert line.startswith("'decoder.last_layer.bias': not all numbers in it are finite")
+    assert line.startswith("'decoder.last_layer.bias': not all values are finite")
 
 
 @pytest.mark.parametrize("taken", ["run", "run-condition"])

@@ -201,7 +201,7 @@ def test_a_mask_of_any_size_says_what_is_drawn_anew(
         run, tmp_path, mask=a_mask(tmp_path / "mask.png", (slice(middle, None), slice(middle, None)), side), count=2
     )
     assert seen[0].tolist() == [[True, True], [True, False]]
-    with pytest.raises(UserError, match="no pixel is black, so there is nothing to draw"):
+    with pytest.raises(UserError, match="no pixel is black, so there is nothing to sample"):
         completed(run, tmp_path / "b", mask=a_mask(tmp_path / "white.png", (slice(0), slice(0)), 9))
     with pytest.raises(UserError, match="keep and mask: both say what is kept"):
         completed(run, tmp_path / "b", mask=str(tmp_path / "mask.png"), keep=0.3)
@@ -237,7 +237,7 @@ def test_a_folder_that_is_gone_on_with_holds_the_same_images(
         ([], {"label": "Objects"}, "label null → Objects, image"),
         ([], {"count": 4}, "image"),
     ):
-        with pytest.raises(UserError, match=rf"00000\d\.png was drawn with other settings: {difference}"):
+        with pytest.raises(UserError, match=rf"00000\d\.png was sampled with other settings: {difference}"):
             completed(run, tmp_path / "cut", "resume=true", *words, **{"count": 5, **options})
 
 
@@ -266,13 +266,14 @@ def test_samples_of_other_settings_are_not_mixed(
     sample(count=2)
     before = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
     sample("resume=true", count=3)  # more of the same
-    with pytest.raises(UserError, match=f"000000.png was drawn with other settings: {difference}; set them") as caught:
+    refusal = f"000000.png was sampled with other settings: {difference}; set them"
+    with pytest.raises(UserError, match=refusal) as caught:
         sample("resume=true", *words, count=4, **options)
     assert "\n" not in str(caught.value)
     after = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
     assert sorted(after) == [f"00000{i}.png" for i in range(3)] and before.items() <= after.items()
     Image.new("RGB", (16, 16)).save(tmp_path / "samples" / "000001.png")
-    with pytest.raises(UserError, match=r"000001\.png does not say how it was drawn"):
+    with pytest.raises(UserError, match=r"000001\.png has no sampling settings in it"):
         sample("resume=true", count=3)
 
 

@@ -213,9 +213,9 @@ def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypa
     samples = drawn(many, tmp_path / "out", *words, condition=both)
     assert Image.open(samples / "m-000000.png").size == (32, 24)
     for condition, message in (
-        (both["spatial"], r"told by several images; give each, as condition=\{spatial:spatial.png,image:image.png\}"),
+        (both["spatial"], r"has 2 image conditioners; give condition=\{spatial:spatial.png,image:image.png\}"),
         ({"spatial": both["spatial"]}, "the image for conditioner 'image' is missing"),
-        ({**both, "map": both["spatial"]}, r"condition\.map: no conditioner of this prior"),
+        ({**both, "map": both["spatial"]}, r"condition\.map: this prior has no image conditioner of that name"),
         ({**both, "spatial": str(a_map(tmp_path / "s.png", 16, 16))}, "images of 16 x 16 and 24 x 32 pixels"),
     ):
         with pytest.raises(UserError, match=message):
@@ -254,7 +254,7 @@ def test_completion_is_told_what_training_was(
     for name in ("images", "conditions", "crop_boxes"):
         assert torch.equal(torch.cat([getattr(each, name) for each in told]), getattr(expected, name))
     assert len(list((tmp_path / "completions").iterdir())) == 4
-    with pytest.raises(UserError, match="images: this prior draws by maps, too; give images and maps"):
+    with pytest.raises(UserError, match="images: this prior is also conditioned on maps; give images with maps"):
         Complete(config, tmp_path / "own", images=str(tmp_path / "completions")).run()
 
 
@@ -376,12 +376,12 @@ def test_what_cannot_be_drawn_by_is_one_line(run: Path, tmp_path: Path, monkeypa
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="an image is as large as its condition"):
         drawn(run, tmp_path / "out", condition="a.png", size=64)
-    with pytest.raises(UserError, match=r"size=32: this prior draws by images \(spatial\), .* condition=FILE"):
+    with pytest.raises(UserError, match=r"size=32: this prior is conditioned on images \(spatial\), .* condition=FILE"):
         drawn(run, tmp_path / "out", size=32)
     words = r"sampler.window=\[1,1\]: this prior is told conditions of windows of 2 x 2 codes, as in training; leave"
     monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler"])
     with pytest.raises(UserError, match=words):
         drawn(run, tmp_path / "out", "sampler=sliding_window", "sampler.window=1", count=1)
-    with pytest.raises(UserError, match="place: this prior is not told places"):
+    with pytest.raises(UserError, match="place: this prior is not conditioned on crop boxes"):
         drawn(run, tmp_path / "out", condition=str(a_map(tmp_path / "map.png", 16, 16)), place=[0, 0, 1, 1])
     assert not (tmp_path / "out").exists()

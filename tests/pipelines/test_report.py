@@ -30,7 +30,7 @@ def test_slips_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^run: give run=FOLDER"):
         Report(compose("pipeline=report"), tmp_path).run()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no run of vqf; there is no metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"no run of vqf; it has no metrics\.jsonl"):
         Report(compose("pipeline=report", f"run={tmp_path / 'empty'}"), tmp_path).run()
 
 

@@ -1,4 +1,4 @@
-"""Pipelines: what `python -m vqf.run` can do, chosen with `pipeline=`."""
+"""Pipelines, one module for each value of `pipeline=`."""
 
 from vqf.pipelines import (
     check,

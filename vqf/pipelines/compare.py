@@ -1,4 +1,4 @@
-"""Compare runs: one table, and one page of the same held-out images through every one of them."""
+"""Compare runs: a table of metrics, and a page of the same validation images reconstructed by every run."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,20 +17,21 @@ from vqf.registry import register
 from vqf.runs.provenance import command_line
 from vqf.terminal import log
 
-DEFAULT_COUNT = 8  # images of every run
+DEFAULT_COUNT = 8  # reconstructions per run
 
 
 @register("pipeline", "compare")
 class Compare:
-    """Put runs into one table, best first, and their reconstructions of the same held-out images onto one page.
+    """Compare runs in one table, best first, and on one page of their reconstructions of the same validation images.
 
-    Writes `comparison.md`, `comparison.csv` and `comparison.html`. Numbers of two protocols never share a column.
+    Writes `comparison.md`, `comparison.csv` and `comparison.html`. Metrics of different protocols get columns of their
+    own.
 
     Args:
-        runs: Folders of runs, or a folder of them, such as a sweep's; checkpoints of runs, too.
-        sort: A metric, `protocol/metric` where two protocols measured it, or `name`, `step`, `seconds`,
-            `processor_seconds`, `parameters`. Best first; a minus in front turns it round.
-        count: Images of every run.
+        runs: Folders or checkpoints of runs, or a folder that holds runs, such as a sweep's.
+        sort: Column to sort by, best first: a metric, `protocol/metric` if two protocols measured it, or `name`,
+            `step`, `seconds`, `processor_seconds`, `parameters`. A leading minus reverses the order.
+        count: Images per run, at least 1.
     """
 
     def __init__(
@@ -57,27 +58,34 @@ class Compare:
 def compare(
     paths: Sequence[Path], sort: str | None, count: int, engine: Engine, commands: Sequence[str]
 ) -> ComparisonReport:
-    """Read runs, reconstruct images by each, and put them into one table.
+    """Read the runs, reconstruct validation images with each, and rank them.
+
+    Args:
+        paths: Run folders.
+        sort: Column to sort by, see `Compare`.
+        count: Images per run.
+        engine: Where the tokenizers run.
+        commands: Command lines that the page shows.
 
     Raises:
-        UserError: If none of them has anything to compare, or if `sort` names no column, or one of two protocols.
+        UserError: If no run has a checkpoint or metrics yet, or `sort` is not a column or ambiguous.
     """
     runs = read_runs(paths)
-    kept = [run for run in runs if run.checkpoints or run.metrics]
-    lost = [run for run in runs if run not in kept]
-    if not kept:
-        why = "; ".join(f"{run.name}: {run.status}" for run in lost)
-        raise UserError(f"runs: nothing to compare yet ({why})")
-    rank(kept, [None] * len(kept), sort)  # a slip shows before the images are drawn
-    album = reconstruct_runs(kept, count, engine)
-    return ComparisonReport(rank(kept, album.parameters, sort), album, lost, commands)
+    comparable = [run for run in runs if run.checkpoints or run.metrics]
+    empty = [run for run in runs if run not in comparable]
+    if not comparable:
+        reasons = "; ".join(f"{run.name}: {run.status}" for run in empty)
+        raise UserError(f"runs: nothing to compare yet ({reasons})")
+    rank(comparable, [None] * len(comparable), sort)  # a wrong `sort` must show before the images are reconstructed
+    panels = reconstruct_runs(comparable, count, engine)
+    return ComparisonReport(rank(comparable, panels.parameters, sort), panels, empty, commands)
 
 
 class SweepTable(Callback):
-    """Writes one table over the runs of a sweep into its folder when it ends."""
+    """Hydra callback that writes the comparison of a sweep's runs into the sweep's folder when it ends."""
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Compare what the sweep has trained; a table that fails is reported, no more: the runs are finished."""
+        """Compare the trained runs. A failure is only logged, since the runs themselves are finished."""
         if config.pipeline.name not in TRAINING_PIPELINES:
             return
         folder = Path(config.hydra.sweep.dir)
@@ -90,6 +98,6 @@ class SweepTable(Callback):
                 comparison.print_table()
                 log.info("%s", page)
         except UserError as error:
-            log.warning("no table of this sweep: %s", error)
+            log.warning("sweep not compared: %s", error)
         except Exception:
-            log.warning("the table of this sweep could not be written", exc_info=True)
+            log.warning("sweep not compared", exc_info=True)

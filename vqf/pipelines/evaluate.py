@@ -1,4 +1,4 @@
-"""Measure a finished run by a protocol with a name, and keep the numbers with every fact that they depend on."""
+"""Evaluate a finished run by a named protocol, and save the metrics with everything that they depend on."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
 from vqf.evaluation import generation, reconstruction, result
 from vqf.evaluation.context import EvaluationContext
-from vqf.evaluation.evaluation_images import PixelHash
+from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.feature_cache import FeatureStatisticsCache, extract_features
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.evaluation.preprocessing import round_to_8bit
@@ -32,23 +32,23 @@ from vqf.runs.provenance import ResourceMeter
 from vqf.runs.run_logger import start_run
 from vqf.terminal import log
 
-MAX_SAMPLES = 50_000  # samples where a protocol asks for as many as the reference has
-MAX_PREVIEW_SAMPLES = 64  # samples in a grid
-DEFAULT_PROTOCOLS = {"stage1": "reconstruction", "stage2": "generation"}  # protocols, where none is chosen
-OFFLINE_METRICS = ["psnr", "ssim", "features", "usage", "fd_lite2", "kd_lite2", "prdc_lite2"]
+MAX_SAMPLES = 50_000  # upper limit where the protocol asks for as many samples as the reference has images
+MAX_PREVIEW_SAMPLES = 64  # samples in the grid
+DEFAULT_PROTOCOLS = {"stage1": "reconstruction", "stage2": "generation"}  # by kind of checkpoint
+OFFLINE_METRICS = ["psnr", "ssim", "features", "usage", "fd_lite2", "kd_lite2", "prdc_lite2"]  # need no download
 INHERITED_KEYS = ["data", "target", "image_size", "batch_size", "sampler"]
 
 
 @register("pipeline", "evaluate", defaults=[{"override /metric": OFFLINE_METRICS}])
 class Evaluate:
-    """Measure a run: reconstructions of a tokenizer, or samples of a prior, by the protocol that is chosen.
+    """Evaluate a run by the chosen protocol: reconstructions of a tokenizer, or samples of a prior.
 
     Writes `evaluations/<protocol>-<hash>/<stage>-<step>/metrics.json` below the run, and a copy into its own folder.
 
     Args:
-        statistics: A folder for what networks see in real images, and for samples of an evaluation that is not
-            finished; by default `vqf/statistics` in the cache folder of the user.
-        checkpoints: `one`, the newest of the run or the one that is named; or `all` of the run, one after the other.
+        statistics: Cache folder for the features of real images, and for the samples of an interrupted evaluation;
+            by default `vqf/statistics` in the user's cache folder.
+        checkpoints: `one`: the newest of the run, or the one that `run=` names; `all`: every checkpoint of the run.
     """
 
     distributed = True
@@ -67,24 +67,24 @@ class Evaluate:
         self.feature_cache = FeatureStatisticsCache(folder)
 
     def run(self) -> None:
-        """Measure, print a table, write the file."""
+        """Evaluate, print a table, write `metrics.json` and refresh the run's report."""
         meter = ResourceMeter()
         checkpoints, node = self._open_checkpoints()
         config = inherit(self.config, checkpoints[0].config, INHERITED_KEYS)
         config.protocol = node
         engine = make_engine(config)
-        found = [self._evaluate(each, config, engine) for each in checkpoints]
+        results = [self._evaluate(checkpoint, config, engine) for checkpoint in checkpoints]
         with start_run(config, self.run_dir, meter) as journal:
-            for checkpoint, each in zip(checkpoints, found, strict=True):
-                journal.scalars(checkpoint.step, {f"evaluation/{key}": value for key, value in each.values.items()})
-            for name, images in found[-1].images.items():
+            for checkpoint, metrics in zip(checkpoints, results, strict=True):
+                journal.scalars(checkpoint.step, {f"evaluation/{key}": value for key, value in metrics.values.items()})
+            for name, images in results[-1].images.items():
                 journal.images(checkpoints[-1].step, name, images)
-            journal.write_details(found[-1].details)
+            journal.write_details(results[-1].details)
         if comm.is_main():
             refresh_page(run_dir_of(checkpoints[-1].path), config)
 
     def _open_checkpoints(self) -> tuple[list[Checkpoint], DictConfig]:
-        """Find the checkpoints and the protocol: the one that is chosen, or the plain one of what the run holds."""
+        """Find the checkpoints, and the protocol's node: the chosen one, or the default for the run's kind."""
         path, node = self.config.run, self.config.protocol
         if node is None:
             checkpoint = find_checkpoint(path, lambda _: True, "a run of vqf", "train one with python -m vqf.run")
@@ -97,19 +97,19 @@ class Evaluate:
         return all_checkpoints(run_dir_of(checkpoint.path)), node
 
     def _evaluate(self, checkpoint: Checkpoint, config: DictConfig, engine: Engine) -> EvaluationResult:
-        """Measure a checkpoint, and write down what was found."""
+        """Evaluate one checkpoint, and save the result on rank 0."""
         meter = ResourceMeter()
         protocol: EvaluationProtocol = build("protocol", config.protocol)
         if protocol.task == "reconstruction":
-            found = self._evaluate_reconstructions(checkpoint, config, protocol, engine)
+            metrics = self._evaluate_reconstructions(checkpoint, config, protocol, engine)
         else:
-            found = self._evaluate_samples(checkpoint, config, protocol, engine)
+            metrics = self._evaluate_samples(checkpoint, config, protocol, engine)
         if comm.is_main():
-            facts = result.environment(meter.elapsed_seconds, str(engine.device))
-            found.print_table()
+            environment = result.environment(meter.elapsed_seconds, str(engine.device))
+            metrics.print_table()
             run = run_dir_of(Path(config.run).expanduser())
-            log.info("%s", result.save(found, checkpoint, facts, run, self.run_dir))
-        return found
+            log.info("%s", result.save(metrics, checkpoint, environment, run, self.run_dir))
+        return metrics
 
     def _evaluate_reconstructions(
         self, checkpoint: Checkpoint, config: DictConfig, protocol: EvaluationProtocol, engine: Engine
@@ -118,98 +118,117 @@ class Evaluate:
             raise UserError(
                 f"metric=[]: nothing to measure; give metric=[{','.join(OFFLINE_METRICS)}], or some of them"
             )
-        bench = EvaluationContext(
-            config, protocol, engine.prepare(load_tokenizer(checkpoint)), engine, self.feature_cache
-        )
-        bench.warn_if_validation_changed(checkpoint)
-        return evaluate_reconstructions(bench)
+        tokenizer = engine.prepare(load_tokenizer(checkpoint))
+        context = EvaluationContext(config, protocol, tokenizer, engine, self.feature_cache)
+        context.warn_if_validation_changed(checkpoint)
+        return evaluate_reconstructions(context)
 
     def _evaluate_samples(
         self, checkpoint: Checkpoint, config: DictConfig, protocol: EvaluationProtocol, engine: Engine
     ) -> EvaluationResult:
         generator = load_generator(checkpoint, config.sampler).to(engine.device)
-        bench = EvaluationContext(config, protocol, generator.tokenizer, engine, self.feature_cache)
-        bench.warn_if_validation_changed(checkpoint)
-        return evaluate_samples(bench, generator, result.manifest_sha256(checkpoint))
+        context = EvaluationContext(config, protocol, generator.tokenizer, engine, self.feature_cache)
+        context.warn_if_validation_changed(checkpoint)
+        return evaluate_samples(context, generator, result.manifest_sha256(checkpoint))
 
 
 def evaluate_reconstructions(context: EvaluationContext) -> EvaluationResult:
-    """Send the images of a protocol through a tokenizer and back; compare them one by one, and as a set.
+    """Reconstruct the protocol's images; compare them pairwise and as a set.
 
-    Of several processes each reconstructs a part, and the first has what was found.
+    Every rank reconstructs its slice of each batch; only rank 0 returns metrics, the others an empty result.
     """
-    protocol, found, tokenizer = context.protocol, EvaluationResult(), context.tokenizer
+    protocol, metrics, tokenizer = context.protocol, EvaluationResult(), context.tokenizer
     reference, images = context.reference(), context.images(protocol.part, protocol.count)
-    pixels, album = PixelHash(protocol.rounding), ImagePanels(tokenizer.vocab_size, context.engine.device)
+    pixel_hash, panels = PixelHash(protocol.rounding), ImagePanels(tokenizer.vocab_size, context.engine.device)
 
-    def drawn() -> Iterator[Tensor]:
+    def reconstructions() -> Iterator[Tensor]:
         for batch, count in images.local_batches("reconstruct"):
-            part = reconstruction.reconstruct(tokenizer, batch, context.engine)
-            part.reconstructions = round_to_8bit(part.reconstructions, protocol.rounding)
-            whole = reconstruction.gather_to_main(part, count)
-            if whole is not None:
-                pixels.update(whole.images)
-                for metric in (album, *context.batch_metrics.values()):
-                    metric.update(whole)
-                yield whole.reconstructions
+            local = reconstruction.reconstruct(tokenizer, batch, context.engine)
+            local.reconstructions = round_to_8bit(local.reconstructions, protocol.rounding)
+            gathered = reconstruction.gather_to_main(local, count)
+            if gathered is not None:
+                pixel_hash.update(gathered.images)
+                for metric in (panels, *context.batch_metrics.values()):
+                    metric.update(gathered)
+                yield gathered.reconstructions
 
-    generated = extract_features(drawn(), context.feature_networks, images.count)
+    # One pass feeds the set metrics' networks, the pairwise metrics and the hash: nothing is decoded twice.
+    generated = extract_features(reconstructions(), context.feature_networks, images.count)
     if reference is None:
-        reference = context.feature_cache.from_images(images, pixels.hexdigest(), context.feature_networks)
+        reference = context.feature_cache.from_images(images, pixel_hash.hexdigest(), context.feature_networks)
     if not comm.is_main():
-        return found
-    context.add_metrics(found, context.batch_metrics)
-    context.add_set_metrics(found, reference, generated, images.count)
-    found.set_protocol(context.result_lines(pixels.hexdigest(), images.count, reference))
-    found.images["reconstructions"] = reconstruction.side_by_side(tokenizer, images.split, context.engine)
-    found.images |= album.images()
-    found.details = album.details()
-    return found
+        return metrics
+    context.add_metrics(metrics, context.batch_metrics)
+    context.add_set_metrics(metrics, reference, generated, images.count)
+    metrics.set_protocol(context.result_lines(pixel_hash.hexdigest(), images.count, reference))
+    metrics.images["reconstructions"] = reconstruction.side_by_side(tokenizer, images.split, context.engine)
+    metrics.images |= panels.images()
+    metrics.details = panels.details()
+    return metrics
 
 
 def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoint_sha256: str) -> EvaluationResult:
-    """Draw images by a protocol and compare them as a set; measure the likelihood of held-out ones.
+    """Sample by the protocol and compare with the reference as a set; measure nats per token on validation images.
 
-    Of several processes each draws a part, and the first has what was found.
+    Every rank samples its slice of each batch; only rank 0 returns metrics, the others an empty result.
 
     Args:
-        context: What is measured with.
-        generator: Draws.
-        checkpoint_sha256: The hash of what it was loaded from.
+        context: Protocol, metrics and caches.
+        generator: Model to sample from.
+        checkpoint_sha256: Hash of its checkpoint; part of the key of cached samples.
     """
     protocol: Any = context.protocol
-    found, reference = EvaluationResult(), context.reference()
+    metrics, reference = EvaluationResult(), context.reference()
     assert reference is not None, "samples have no originals"
-    held_out, count = context.images(protocol.part), protocol.count or min(reference.count or MAX_SAMPLES, MAX_SAMPLES)
-    metrics = context.batch_metrics.items()
-    of_codes = {name: metric for name, metric in metrics if getattr(metric, "indices_only", False)}
-    for name in context.batch_metrics.keys() - of_codes.keys():
-        log.info("metric '%s' compares images with their reconstructions: samples have none", name)
-    pixels, nats = generation.nats_per_token(generator, held_out, context.engine)
-    shown, labels = list[Tensor](), list[Tensor]()
-    sampled = generation.sampler_lines(context.config.sampler, generator.sampler)
-    facts = {"checkpoint": checkpoint_sha256, "count": count, "batch": held_out.batch_size, "world": comm.world_size()}
-    facts |= {"device": context.engine.device.type, "images": held_out.source_hash, **sampled}
-    shelf = generation.SampleCache(context.feature_cache.folder / "samples", facts | context.protocol_lines())
+    validation_images = context.images(protocol.part)
+    count = protocol.count or min(reference.count or MAX_SAMPLES, MAX_SAMPLES)
+    index_metrics = _index_metrics(context)
+    pixels_hash, nats = generation.nats_per_token(generator, validation_images, context.engine)
+    sampler_lines = generation.sampler_lines(context.config.sampler, generator.sampler)
+    cache = _sample_cache(context, checkpoint_sha256, count, validation_images, sampler_lines)
+    preview, labels = list[Tensor](), list[Tensor]()
 
-    def drawn() -> Iterator[Tensor]:
-        for each in generation.generate(protocol, generator, held_out, count, context.engine, shelf):
-            images = round_to_8bit(each.images, protocol.rounding)
-            for metric in of_codes.values():
-                metric.update(Reconstruction(images, images, each.indices.to(images.device)))
-            shown.append(images[: max(MAX_PREVIEW_SAMPLES - sum(map(len, shown)), 0)])
-            labels.append(each.labels)
+    def samples() -> Iterator[Tensor]:
+        for batch in generation.generate(protocol, generator, validation_images, count, context.engine, cache):
+            images = round_to_8bit(batch.images, protocol.rounding)
+            for metric in index_metrics.values():
+                metric.update(Reconstruction(images, images, batch.indices.to(images.device)))
+            preview.append(images[: max(MAX_PREVIEW_SAMPLES - sum(map(len, preview)), 0)])
+            labels.append(batch.labels)
             yield images
 
-    generated = extract_features(drawn(), context.feature_networks, count)
+    generated = extract_features(samples(), context.feature_networks, count)
     if not comm.is_main():
-        return found
-    found.add(None, SetMetricResult({"nats_per_token": nats}), {})
-    found.higher_is_better |= PRIOR_METRIC_DIRECTIONS
-    context.add_metrics(found, of_codes)
-    context.add_set_metrics(found, reference, generated, count)
-    told_of = {"samples_per_class": generation.class_counts(torch.cat(labels), len(generator.classes))}
-    found.set_protocol(context.result_lines(pixels, count, reference) | told_of | sampled)
-    found.images["samples"] = torch.cat(shown)
-    shelf.clear()
-    return found
+        return metrics
+    metrics.add(None, SetMetricResult({"nats_per_token": nats}), {})
+    metrics.higher_is_better |= PRIOR_METRIC_DIRECTIONS
+    context.add_metrics(metrics, index_metrics)
+    context.add_set_metrics(metrics, reference, generated, count)
+    class_lines = {"samples_per_class": generation.class_counts(torch.cat(labels), len(generator.classes))}
+    metrics.set_protocol(context.result_lines(pixels_hash, count, reference) | class_lines | sampler_lines)
+    metrics.images["samples"] = torch.cat(preview)
+    cache.clear()
+    return metrics
+
+
+def _index_metrics(context: EvaluationContext) -> dict[str, Any]:
+    """Return the metrics of indices alone; log the others, which need originals."""
+    batch_metrics = context.batch_metrics
+    index_metrics = {name: each for name, each in batch_metrics.items() if getattr(each, "indices_only", False)}
+    for name in batch_metrics.keys() - index_metrics.keys():
+        log.info("metric '%s' compares images with their reconstructions: samples have none", name)
+    return index_metrics
+
+
+def _sample_cache(
+    context: EvaluationContext,
+    checkpoint_sha256: str,
+    count: int,
+    validation_images: EvaluationImages,
+    sampler_lines: dict[str, Any],
+) -> generation.SampleCache:
+    """Open the cache of samples; its key holds everything that changes a sample, the number of ranks included."""
+    batch_size, device = validation_images.batch_size, context.engine.device.type
+    key = {"checkpoint": checkpoint_sha256, "count": count, "batch": batch_size, "world": comm.world_size()}
+    key |= {"device": device, "images": validation_images.source_hash, **sampler_lines}
+    return generation.SampleCache(context.feature_cache.folder / "samples", key | context.protocol_lines())

@@ -1,4 +1,4 @@
-"""A run of vqf's, out as a checkpoint of another project."""
+"""Write a run as a checkpoint of taming-transformers or diffusers; `import_` is the way back."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,16 @@ from vqf.runs.load import find_tokenizer_checkpoint, load_generator, load_tokeni
 from vqf.terminal import log
 from vqf.training.prior_task import param_groups_weight_decay
 
-LIGHTNING_VERSION = "1.0.8"  # the version that taming-transformers pins
+LIGHTNING_VERSION = "1.0.8"  # pinned by taming-transformers
 
 
 @register("pipeline", "export")
 class Export:
-    """Write a run as a checkpoint of another project, with the settings that build its model there.
+    """Write a run as a checkpoint of another project, with the config that builds the model there.
 
     Args:
-        path: The file (taming) or folder (diffusers) to write.
-        to: Whose layout.
+        path: File (taming) or folder (diffusers) to write.
+        to: Project whose layout to write: taming (taming-transformers) or diffusers.
     """
 
     def __init__(
@@ -41,17 +41,21 @@ class Export:
         self.config, self.run_dir, self.to, self.path = config, run_dir, to, Path(path).expanduser()
 
     def run(self) -> None:
-        """Write it, averaged weights where the run has them."""
-        if self.path == self._settings:
-            raise UserError(f"path={self.path}: that is where the settings go; name the weights, as in path=vqgan.ckpt")
-        for path in (self.path, self._settings):
+        """Write the checkpoint, with EMA weights where the run has them.
+
+        Raises:
+            UserError: If a file is there already, or the other project cannot build the model.
+        """
+        if self.path == self._config_path:
+            raise UserError(f"path={self.path}: the config is written there; name the weights, as in path=vqgan.ckpt")
+        for path in (self.path, self._config_path):
             if path.exists():
                 raise UserError(f"path={self.path}: {path} exists already")
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.to == "diffusers":
             if checkpoint.kind == "stage2":
-                log.info("the prior is left out: diffusers has none of its kind")
+                log.info("the prior is left out: diffusers has no such model")
             self._diffusers(checkpoint)
         elif checkpoint.kind == "stage2":
             self._transformer(checkpoint)
@@ -60,77 +64,80 @@ class Export:
         log.info("written: %s", self.path)
 
     @property
-    def _settings(self) -> Path:
+    def _config_path(self) -> Path:
         return self.path / "config.json" if self.to == "diffusers" else self.path.with_suffix(".yaml")
 
     def _diffusers(self, checkpoint: Checkpoint) -> None:
-        written = self._tokenizer(checkpoint)
+        exported = self._tokenizer(checkpoint)
         self.path.mkdir()
-        save_file(written.tensors, self.path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        self._settings.write_text(json.dumps(written.settings, indent=2))
+        save_file(exported.tensors, self.path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        self._config_path.write_text(json.dumps(exported.settings, indent=2))
 
     def _tokenizer(self, checkpoint: Checkpoint) -> ExportedModel:
         tokenizer = load_tokenizer(checkpoint)
-        written = write_tokenizer(tokenizer, checkpoint.config.model.quantizer.name, EXPORT_LAYOUTS[self.to])
-        for note in written.notes:
+        exported = write_tokenizer(tokenizer, checkpoint.config.model.quantizer.name, EXPORT_LAYOUTS[self.to])
+        for note in exported.notes:
             log.info("%s", note)
-        return written
+        return exported
 
     def _taming(self, checkpoint: Checkpoint) -> None:
-        written, tokenizer = self._tokenizer(checkpoint), load_tokenizer(checkpoint)
-        ordered = [
-            name for start in PARAMETER_PREFIXES for name, new in written.key_mapping.items() if new.startswith(start)
+        exported, tokenizer = self._tokenizer(checkpoint), load_tokenizer(checkpoint)
+        # Lightning saves optimizer states by parameter order, which follows taming's module order.
+        order = [
+            name
+            for prefix in PARAMETER_PREFIXES
+            for name, their_name in exported.key_mapping.items()
+            if their_name.startswith(prefix)
         ]
-        states = [_reordered_state(checkpoint, "model", _parameter_names(tokenizer), [ordered])]
-        tensors = written.tensors
+        states = [_reordered_state(checkpoint, "model", _parameter_names(tokenizer), [order])]
+        tensors = exported.tensors
         if checkpoint.has_weights("discriminator"):
-            critic, state = self._discriminator(checkpoint)
-            tensors |= critic.tensors
+            discriminator, state = self._discriminator(checkpoint)
+            tensors |= discriminator.tensors
             states.append(state)
-        self._save(tensors, checkpoint.step, self._exportable_states(checkpoint, states), written.settings)
+        self._save(tensors, checkpoint.step, self._exportable_states(checkpoint, states), exported.settings)
 
     def _discriminator(self, checkpoint: Checkpoint) -> tuple[ExportedModel, dict[str, Any] | None]:
-        """Write the discriminator of a run in the order of its layers, and its optimizer's state in the same."""
+        """Return the discriminator in the order of its layers, and its optimizer state in the same order."""
         weights = checkpoint.load_weights("discriminator")
-        node = discriminator_node({name: each.shape for name, each in weights.items()})
+        node = discriminator_node({name: tensor.shape for name, tensor in weights.items()})
         if node is None:
-            log.info("the discriminator is left out: it is no PatchGAN with batch norm")
+            log.info("the discriminator is left out: it is not a PatchGAN with batch norm")
             return ExportedModel({}, {}), None
-        judge = meta_discriminator(node)
-        ordered = {name: weights[name] for name in judge.state_dict()}
+        discriminator = meta_discriminator(node)
+        ordered = {name: weights[name] for name in discriminator.state_dict()}
         if rest := [name for name in weights if name not in ordered]:
-            log.info("left out, since taming-transformers has no place for it: %s", ", ".join(rest))
-        return write_discriminator(ordered), _reordered_state(
-            checkpoint, "discriminator", _parameter_names(judge), [list(ordered)]
-        )
+            log.info("left out, since taming-transformers has no such tensors: %s", ", ".join(rest))
+        state = _reordered_state(checkpoint, "discriminator", _parameter_names(discriminator), [list(ordered)])
+        return write_discriminator(ordered), state
 
     def _transformer(self, checkpoint: Checkpoint) -> None:
-        first, config = self._tokenizer(checkpoint), checkpoint.config
-        node, generator = config.model.prior, load_generator(checkpoint)
+        tokenizer, generator = self._tokenizer(checkpoint), load_generator(checkpoint)
+        node = checkpoint.config.model.prior
         condition = self._condition(checkpoint, generator)
         assert isinstance(generator.prior, nn.Module)
         prior = write_prior(generator.prior, node, int(generator.prior.bidirectional_prefix))  # type: ignore[arg-type]
-        tensors = {f"first_stage_model.{name}": each for name, each in first.tensors.items()}
-        tensors |= {f"transformer.{name}": each for name, each in prior.tensors.items()}
+        tensors = {f"first_stage_model.{name}": tensor for name, tensor in tokenizer.tensors.items()}
+        tensors |= {f"transformer.{name}": tensor for name, tensor in prior.tensors.items()}
         params = {
             "transformer_config": prior.settings,
-            "first_stage_config": first.settings,
+            "first_stage_config": tokenizer.settings,
             "pkeep": node.get("pkeep", 1.0),
             **condition.settings,
         }
         settings = {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
-        ours = {theirs: name for name, theirs in prior.key_mapping.items()}
-        groups = [[ours[theirs] for theirs in group] for group in optimizer_groups(generator.prior, ours)]
+        our_names = {their_name: name for name, their_name in prior.key_mapping.items()}
+        groups = [[our_names[name] for name in group] for group in optimizer_groups(generator.prior, our_names)]
         state = _reordered_state(checkpoint, "model", _optimizer_parameter_names(generator.prior), groups)
         self._save(tensors | condition.tensors, checkpoint.step, self._exportable_states(checkpoint, [state]), settings)
 
     def _condition(self, checkpoint: Checkpoint, generator: Generator) -> ExportedModel:
-        """Write what a prior is told: nothing, a class, or a map by a tokenizer of its own.
+        """Return the condition stage: none, class labels, or the tokenizer of condition maps.
 
         Raises:
-            UserError: If it is told anything else.
+            UserError: If the prior has another condition.
         """
-        nodes, parts = checkpoint.config.model.conditioner, generator.conditioner.conditioners
+        nodes, conditioners = checkpoint.config.model.conditioner, generator.conditioner.conditioners
         kinds = [node.name for node in nodes.values()]
         if kinds == ["none"]:
             return ExportedModel({}, {"cond_stage_config": "__is_unconditional__", "unconditional": True})
@@ -138,22 +145,21 @@ class Export:
             labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": len(generator.classes)}}
             return ExportedModel({}, {"cond_stage_config": labels})
         if kinds != ["spatial"] or nodes.spatial.get("dropout"):
-            told = " and ".join(kinds) if kinds != ["spatial"] else "spatial with dropout"
-            raise UserError(f"to=taming: model/conditioner={told}: it knows none, label, or spatial without dropout")
-        spatial: Any = parts["spatial"]
+            found = " and ".join(kinds) if kinds != ["spatial"] else "spatial with dropout"
+            raise UserError(f"to=taming: model/conditioner={found}: it knows none, label, or spatial without dropout")
+        spatial: Any = conditioners["spatial"]
         quantizer = checkpoint.state["condition_tokenizers"][nodes.spatial.run]["model"]["quantizer"]["name"]
-        found = write_tokenizer(spatial.tokenizer, quantizer, EXPORT_LAYOUTS["taming"])
-        tensors = {f"cond_stage_model.{name}": each for name, each in found.tensors.items()}
-        return ExportedModel(
-            tensors, {"cond_stage_config": found.settings, **_downsample_setting(generator, spatial.downsample)}
-        )
+        exported = write_tokenizer(spatial.tokenizer, quantizer, EXPORT_LAYOUTS["taming"])
+        tensors = {f"cond_stage_model.{name}": tensor for name, tensor in exported.tensors.items()}
+        settings = {"cond_stage_config": exported.settings, **_downsample_setting(generator, spatial.downsample)}
+        return ExportedModel(tensors, settings)
 
     def _exportable_states(self, checkpoint: Checkpoint, states: list[dict[str, Any] | None]) -> list[Any]:
-        """Return the states of optimizers that go along, all or none, and say why not."""
-        if checkpoint.has_weights("ema"):  # a state belongs to the weights that it moved
-            log.info("optimizer states are left out: the weights written are the averaged ones")
+        """Return all optimizer states, or none of them and log why."""
+        if checkpoint.has_weights("ema"):  # the states belong to the raw weights, which are not exported
+            log.info("optimizer states are left out: the exported weights are the EMA")
         elif None in states:
-            log.info("optimizer states are left out: the run has none, or not of Adam")
+            log.info("optimizer states are left out: the run has none of Adam")
         else:
             return states
         return []
@@ -166,24 +172,24 @@ class Export:
             "state_dict": tensors,
         }
         torch.save({**lightning, "optimizer_states": states, "lr_schedulers": [], "callbacks": {}}, self.path)
-        self._settings.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": settings})))
+        self._config_path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": settings})))
 
 
 def _reordered_state(
     checkpoint: Checkpoint, name: str, names: list[str], groups: list[list[str]]
 ) -> dict[str, Any] | None:
-    """Return the state of a run's optimizer with the parameters in another order; None unless it is Adam's.
+    """Return an optimizer state with its parameters in another order; None unless it is Adam's.
 
     Args:
-        checkpoint: Of the run.
-        name: Of the optimizer in it.
-        names: Of its parameters, in its order.
-        groups: The order that is wanted; names of buffers in it are passed over.
+        checkpoint: Checkpoint of the run.
+        name: Name of the optimizer in the checkpoint.
+        names: Parameter names in the saved order.
+        groups: Parameter names in the wanted order, by parameter group; names of buffers are skipped.
     """
     saved = checkpoint.load_optimizers().get("optimizers", {}).get(name)
     if saved is None or any("exp_avg_sq" not in entry for entry in saved["state"].values()):
         return None
-    return reorder_state(saved, names, [[each for each in group if each in names] for group in groups])
+    return reorder_state(saved, names, [[key for key in group if key in names] for group in groups])
 
 
 def _parameter_names(module: nn.Module) -> list[str]:
@@ -191,17 +197,17 @@ def _parameter_names(module: nn.Module) -> list[str]:
 
 
 def _optimizer_parameter_names(prior: nn.Module) -> list[str]:
-    """Return the names of a prior's parameters as its optimizer has them."""
-    names = {id(parameter): name for name, parameter in prior.named_parameters()}
+    """Return the names of a prior's parameters in the order of its optimizer."""
+    names = {id(param): name for name, param in prior.named_parameters()}
     groups = param_groups_weight_decay(prior.requires_grad_(True))
-    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+    return [names[id(param)] for group in groups for param in group["params"]]
 
 
 def _downsample_setting(generator: Generator, downsample: int) -> dict[str, int]:
-    """Return the setting for the size that maps are brought to; taming-transformers makes them square."""
+    """Return the size that maps are scaled to; taming-transformers makes them square."""
     height, width = generator.tokenizer.image_size
     if downsample == 1:
         return {}
     if height != width:
-        raise UserError(f"to=taming: model.conditioner.spatial.downsample={downsample} of maps that are not square")
+        raise UserError(f"to=taming: model.conditioner.spatial.downsample={downsample} needs square maps")
     return {"downsample_cond_size": height // downsample}

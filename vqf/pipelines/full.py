@@ -1,4 +1,4 @@
-"""Everything in one go: a tokenizer, its tokens, a prior, samples, numbers and a page that shows them."""
+"""Train both stages in one run: tokenizer, tokens, prior, samples, metrics and report."""
 
 import math
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ from vqf.runs.retention import parse_best_criterion
 from vqf.runs.run_logger import save_metrics, start_run
 from vqf.terminal import console, log
 
-VALIDATION_TABLE = "held-out images"
-# What a tokenizer of maps of classes is trained by, where maps.model does not say otherwise; see `losses.classes`.
+VALIDATION_TABLE = "held-out images"  # key in metrics.json, and title of the table
+# Changes for a tokenizer of class maps, unless maps.model overrides them: their channels are class logits.
 CLASS_MAP_MODEL = {"loss": {"bce": {"name": "bce"}}, "discriminator": None, "adversary": None, "regularizer": {}}
 
 
 @register("pipeline", "full")
 class Full:
-    """Both stages after each other; `stage2.*` says what the second does differently.
+    """Train both stages one after the other; `stage2.*` holds the options that differ in stage 2.
 
-    Where the prior reads maps and no run has their tokenizer, it is trained, too; `maps.*` says how it differs. Maps of
-    classes learn by `bce`, without a discriminator.
+    A prior on condition maps whose `run` is not set gets a tokenizer of maps first, with the overrides of `maps.*`. For
+    class maps that one is trained with `bce`, without a discriminator.
     """
 
     distributed = True
@@ -40,44 +40,45 @@ class Full:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Refuse what would spoil the run in the folder, before anything is written there."""
+        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         Stage1(self._stage_config(stage1), stage1).check_can_start()
         if checkpoint_names(stage2):
             Stage2(self._stage_config(stage2, run=stage1, **self._stage2_overrides()), stage2).check_can_start()
 
     def run(self) -> float | None:
-        """Train both stages, write `metrics.json` and the report. Returns stage 2's nats per token."""
+        """Train both stages, write `metrics.json` and the report; returns stage 2's nats per token."""
         meter = ResourceMeter()
         parse_best_criterion(self.config.checkpoint.best, {**metric_directions(self.config), **PRIOR_METRIC_DIRECTIONS})
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         self._train_map_tokenizer(self.run_dir / "maps")
-        first = Stage1(self._stage_config(stage1), stage1).train("stage1")
-        second = Stage2(self._stage_config(stage2, run=stage1, **self._stage2_overrides()), stage2).train("stage2")
+        stage1_result = Stage1(self._stage_config(stage1), stage1).train("stage1")
+        stage2_config = self._stage_config(stage2, run=stage1, **self._stage2_overrides())
+        stage2_result = Stage2(stage2_config, stage2).train("stage2")
         if comm.is_main():
-            self._write_results(first, second, meter)
-        return second.scalars["nats_per_token"]
+            self._write_results(stage1_result, stage2_result, meter)
+        return stage2_result.scalars["nats_per_token"]
 
     def _stage_config(self, run_dir: Path, **values: object) -> DictConfig:
-        """Return the config of one stage: it keeps its own numbers, but the page is made once, at the end."""
+        """Return the config of one stage, with `values` set in it."""
         config = self.config.copy()
         with open_dict(config):
             config.run_dir = str(run_dir)
+            # The report covers both stages and is written once, at the end.
             config.logger = {name: node for name, node in group_nodes(config, "logger").items() if name != "report"}
             if config.resume is not False:
                 config.resume = True
             for key, value in values.items():
                 config[key] = str(value) if isinstance(value, Path) else value
-            if config.checkpoint.best not in (
-                PRIOR_METRIC_DIRECTIONS if run_dir.name == "stage2" else metric_directions(config)
-            ):
-                config.checkpoint.best = None  # a number of the other stage
+            directions = PRIOR_METRIC_DIRECTIONS if run_dir.name == "stage2" else metric_directions(config)
+            if config.checkpoint.best not in directions:
+                config.checkpoint.best = None  # a metric of the other stage
         return config
 
     def _train_map_tokenizer(self, run_dir: Path) -> None:
-        """Train the tokenizer of maps if the prior reads maps and nobody says which run has theirs."""
-        told = group_nodes(self.config.model, "conditioner").get("spatial")
-        if told is None or told.run is not None:
+        """Train the tokenizer of condition maps if the prior needs one and the config names no run of it."""
+        spatial = group_nodes(self.config.model, "conditioner").get("spatial")
+        if spatial is None or spatial.run is not None:
             return
         self.config = self.config.copy()
         self.config.model.conditioner.spatial.run = str(run_dir)
@@ -85,7 +86,7 @@ class Full:
         if target_is_class_map(config):
             with open_dict(config):
                 config.model.update(CLASS_MAP_MODEL)
-            log.info("maps of classes: their tokenizer learns by model/loss=[bce], with no discriminator")
+            log.info("class maps: their tokenizer is trained with model/loss=[bce], without a discriminator")
         for key, value in self.config.maps.items():
             if key == "model":
                 config.model.update(value)
@@ -103,9 +104,9 @@ class Full:
             for name, images in stage2.images.items():
                 journal.images(self._finished_steps("stage2"), name, images)
         seconds = meter.elapsed_seconds
-        nats, most = stage2.scalars["nats_per_token"], stage2.scalars["uniform_nats"]
+        nats, uniform = stage2.scalars["nats_per_token"], stage2.scalars["uniform_nats"]
         rows = [(key, f"{value:.4g}") for key, value in stage1.scalars.items()]
-        rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  of a code drawn blindly", f"{most:.3f}")]
+        rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  uniform over the vocabulary", f"{uniform:.3f}")]
         rows += _class_rows(stage2.scalars)
         terminal.print_table(
             f"{VALIDATION_TABLE}, after {math.floor(seconds / 60)} min {seconds % 60:.0f} s", ("metric", "value"), rows
@@ -113,9 +114,9 @@ class Full:
         self._print_next_steps()
 
     def _finished_steps(self, stage: str) -> int:
-        """Return the steps of a stage that is finished; `minutes` may have decided them."""
-        found = latest_checkpoint(self.run_dir / stage)
-        return self.config.steps if found is None else found.step
+        """Return how many steps a stage took; with `minutes` the config does not say."""
+        checkpoint = latest_checkpoint(self.run_dir / stage)
+        return self.config.steps if checkpoint is None else checkpoint.step
 
     def _print_next_steps(self) -> None:
         for path in [*sorted((self.run_dir / "images").glob("*-latest.png")), self.run_dir / "report.html"]:
@@ -137,5 +138,5 @@ class Full:
 def _class_rows(scalars: Mapping[str, float]) -> list[tuple[str, str]]:
     if "class_accuracy" not in scalars:
         return []
-    samples, real, chance = (f"{scalars[f'class_accuracy{each}']:.1%}" for each in ("", "_real", "_chance"))
-    return [("stage 2, samples seen as their class", samples), ("  held-out images; chance", f"{real}; {chance}")]
+    samples, real, chance = (f"{scalars[f'class_accuracy{suffix}']:.1%}" for suffix in ("", "_real", "_chance"))
+    return [("stage 2, class accuracy of samples", samples), ("  of validation images; by chance", f"{real}; {chance}")]

@@ -1,4 +1,4 @@
-"""A checkpoint of another project, in as a run of vqf's; `export` is the way out."""
+"""Turn a checkpoint of another project into a run; `export` is the way back."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +34,12 @@ class Import:
     """Turn a checkpoint of another project into a run that sample, reconstruct, stage2 and vqf.load accept.
 
     Args:
-        path: A file, or the folder of a model of diffusers or transformers.
-        source: Whose layout it has; auto tells by the names of its tensors.
-        yaml: The settings that describe it, read as data; by default a file beside it under a usual name.
-        heads: Of its transformer, where those settings do not say; 16 by default.
-        classes: Of its class-conditional transformer, where those settings do not say; none by default.
+        path: Checkpoint file, or the folder of a diffusers or transformers model.
+        source: Project whose layout the file has; auto recognizes it by the names of the tensors.
+        yaml: Config file that describes the model, read as data; by default a file beside it with a usual name.
+        heads: Attention heads of the transformer, if the config file does not say; 16 by default.
+        classes: Number of classes of a class-conditional transformer, if the config file does not say; none by
+            default.
     """
 
     def __init__(
@@ -58,38 +59,36 @@ class Import:
         self.options = ImportOptions(heads, classes)
 
     def run(self) -> None:
-        """Write the run, a report on every tensor, and a run beside it for the tokenizer of a condition.
+        """Write the run, a report on every tensor, and a second run for the tokenizer of condition maps.
 
         Raises:
-            UserError: If either folder holds a run already.
+            UserError: If either folder holds a run already, or the checkpoint cannot be imported.
         """
         check_not_overwriting(self.run_dir)
         check_not_overwriting(condition_run_dir(self.run_dir))
-        found = import_checkpoint(
+        imported = import_checkpoint(
             self.path, source=self.source, yaml=self.yaml, size=self._size(), options=self.options
         )
         config = self._config_without_options()
-        save_run(found, config, self.run_dir)
-        (self.run_dir / REPORT_NAME).write_text(found.report.text())
-        self._log_result(found)
+        save_run(imported, config, self.run_dir)
+        (self.run_dir / REPORT_NAME).write_text(imported.report.text())
+        self._log_result(imported)
 
-    def _log_result(self, found: ImportedCheckpoint) -> None:
-        for line in found.report.summary():
+    def _log_result(self, imported: ImportedCheckpoint) -> None:
+        for line in imported.report.summary():
             log.info("%s", line)
-        if found.report.unknown_tensors:
-            log.warning("%d tensors that vqf does not know were left", len(found.report.unknown_tensors))
-        if broken := found.nonfinite_tensors():
-            more = f" and {len(broken) - 1} more" if broken[1:] else ""
-            log.warning(
-                "'%s'%s: not all numbers in it are finite; what it computes will not be, either", broken[0], more
-            )
-        log.info("a %s run in %s; what became of every tensor in %s", found.kind, self.run_dir, REPORT_NAME)
-        if found.kind == "stage1":
-            words = f"--config-dir {self.run_dir / PRESETS_DIR} experiment=imported resume={self.run_dir}"
-            log.info("to train it on: python -m vqf.run %s steps=... data=...", words)
+        if imported.report.unknown_tensors:
+            log.warning("%d unknown tensors were not imported", len(imported.report.unknown_tensors))
+        if nonfinite := imported.nonfinite_tensors():
+            more = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
+            log.warning("'%s'%s: not all values are finite, nor will the model's outputs be", nonfinite[0], more)
+        log.info("%s run in %s; %s lists every tensor", imported.kind, self.run_dir, REPORT_NAME)
+        if imported.kind == "stage1":
+            arguments = f"--config-dir {self.run_dir / PRESETS_DIR} experiment=imported resume={self.run_dir}"
+            log.info("to continue training: python -m vqf.run %s steps=... data=...", arguments)
 
     def _size(self) -> Size | None:
-        """Return the size of images that the user chose; None where it is the default of the command line."""
+        """Return the image size if the user set it; None for the default, so that the checkpoint decides."""
         size = image_size(self.config)
         return size if "image_size" in cli_keys() or size != pair(DEFAULT_IMAGE_SIZE) else None
 
@@ -101,95 +100,100 @@ class Import:
         return config
 
 
-PRESETS_DIR = "conf"  # in the run's folder: what --config-dir needs to train on
+PRESETS_DIR = "conf"  # folder in the run for --config-dir, to continue training
 
 
-def save_run(found: ImportedCheckpoint, config: DictConfig, run_dir: Path) -> None:
-    """Write a run that holds what was found, with the choices of `config` for what no file tells.
+def save_run(imported: ImportedCheckpoint, config: DictConfig, run_dir: Path) -> None:
+    """Write a run with the imported weights; `config` supplies what the checkpoint does not say.
 
-    The tokenizer of a condition becomes a run beside it.
+    The tokenizer of condition maps becomes a run beside it, in `condition_run_dir(run_dir)`.
     """
-    asked, config, coders = config, _config(found, config), ConditionTokenizers()
-    if found.condition is not None:
-        save_run(found.condition, asked, condition_run_dir(run_dir))
+    user_config, config, condition_tokenizers = config, _config(imported, config), ConditionTokenizers()
+    if imported.condition is not None:
+        save_run(imported.condition, user_config, condition_run_dir(run_dir))
         config.model.conditioner.spatial.run = str(condition_run_dir(run_dir))
-    modules = _modules(found, config, coders)
-    players = ("model",) if found.prior else ("model", "discriminator")
-    trained = {name: modules[name] for name in players if name in modules}
-    states = _optimizer_states(found, config, trained)
-    facts = {"kind": found.kind, "step": found.step, "seed": config.seed, "image_size": list(found.image_size)}
-    tokenizer = modules["tokenizer" if found.prior else "model"]
-    facts |= {"channels": found.tokenizer.channels, "condition_tokenizers": coders.specs}
+    modules = _modules(imported, config, condition_tokenizers)
+    trained = {name: modules[name] for name in _trained_names(imported) if name in modules}
+    tokenizer = modules["tokenizer" if imported.prior else "model"]
+    state = {"kind": imported.kind, "step": imported.step, "seed": config.seed}
+    state |= {"image_size": list(imported.image_size), "channels": imported.tokenizer.channels}
+    state |= {"condition_tokenizers": condition_tokenizers.specs, "classes": list(imported.classes)}
     path = checkpoint_writer.write_checkpoint(
         run_dir,
-        state={**facts, "classes": list(found.classes), "data": None, "tokenizer": tokenizer.fingerprint()},
+        state={**state, "data": None, "tokenizer": tokenizer.fingerprint()},
         config=config,
-        weights={name: each.state_dict() for name, each in modules.items()},
-        optimizers=states,
+        weights={name: module.state_dict() for name, module in modules.items()},
+        optimizers=_optimizer_states(imported, config, trained),
         keep=0,
     )
-    if found.kind == "stage1":
+    if imported.kind == "stage1":
         _write_presets(config, run_dir)
     log.info("saved %s", path)
 
 
+def _trained_names(imported: ImportedCheckpoint) -> tuple[str, ...]:
+    return ("model",) if imported.prior else ("model", "discriminator")
+
+
 def condition_run_dir(run_dir: Path) -> Path:
-    """Return where the tokenizer of a condition becomes a run."""
+    """Return the folder of the run that holds the tokenizer of condition maps."""
     return run_dir.with_name(f"{run_dir.name}-condition")
 
 
-def _config(found: ImportedCheckpoint, config: DictConfig) -> DictConfig:
+def _config(imported: ImportedCheckpoint, config: DictConfig) -> DictConfig:
     config = config.copy()
     with open_dict(config):
-        config.pipeline = {"name": found.kind}
-        config.image_size = found.image_size[0] if len(set(found.image_size)) == 1 else list(found.image_size)
-        config.ema, config.run, config.run_dir = found.ema_decay, None, None
-        for key, node in found.nodes.items():
+        config.pipeline = {"name": imported.kind}
+        config.image_size = imported.image_size[0] if len(set(imported.image_size)) == 1 else list(imported.image_size)
+        config.ema, config.run, config.run_dir = imported.ema_decay, None, None
+        for key, node in imported.nodes.items():
             config.model[key] = {} if node is None and key == "conditioner" else node
         if config.model.get("discriminator") is not None:
-            config.model.adversary = {**(config.model.get("adversary") or {"name": "hinge"}), **found.adversary}
-        config.optimizer = _optimizer(found, config)
+            config.model.adversary = {**(config.model.get("adversary") or {"name": "hinge"}), **imported.adversary}
+        config.optimizer = _optimizer(imported, config)
     return config
 
 
-def _optimizer(found: ImportedCheckpoint, config: DictConfig) -> Mapping[str, Any]:
-    """Return the optimizer's node: what the file's was set to, or else what the command line or vqf's preset says."""
-    part = found.prior or found.tokenizer
-    if part.optimizer_state is not None:
-        return {"name": "adamw" if found.prior else "adam", **part.optimizer_state.options}
-    return config.stage2.optimizer if found.prior and "optimizer" not in cli_keys() else config.optimizer
+def _optimizer(imported: ImportedCheckpoint, config: DictConfig) -> Mapping[str, Any]:
+    """Return the optimizer's node: the options in the file, or else those of the command line or the preset."""
+    module = imported.prior or imported.tokenizer
+    if module.optimizer_state is not None:
+        return {"name": "adamw" if imported.prior else "adam", **module.optimizer_state.options}
+    return config.stage2.optimizer if imported.prior and "optimizer" not in cli_keys() else config.optimizer
 
 
-def _modules(found: ImportedCheckpoint, config: DictConfig, coders: ConditionTokenizers) -> dict[str, Any]:
-    """Build what the run's checkpoint keeps, with the weights that were found; a discriminator is made if it lacks."""
+def _modules(
+    imported: ImportedCheckpoint, config: DictConfig, condition_tokenizers: ConditionTokenizers
+) -> dict[str, Any]:
+    """Build the modules of the checkpoint with the imported weights; a missing discriminator is initialized."""
     torch.manual_seed(config.seed)
-    channels = found.tokenizer.channels
-    tokenizer = _load(build_tokenizer(config.model, found.image_size, channels), found.tokenizer)
-    if found.prior is not None:
+    channels = imported.tokenizer.channels
+    tokenizer = _load(build_tokenizer(config.model, imported.image_size, channels), imported.tokenizer)
+    if imported.prior is not None:
         if not config.model.conditioner:
-            return {"tokenizer": tokenizer, "model": _WeightsOnly(found.prior.weights)}
-        generator = build_generator(config, tokenizer, found.classes, coders)
-        told = {"conditioner": generator.conditioner} if generator.conditioner.state_dict() else {}
-        return {"tokenizer": tokenizer, "model": _load(generator.prior, found.prior), **told}
+            return {"tokenizer": tokenizer, "model": _WeightsOnly(imported.prior.weights)}
+        generator = build_generator(config, tokenizer, imported.classes, condition_tokenizers)
+        conditioner = {"conditioner": generator.conditioner} if generator.conditioner.state_dict() else {}
+        return {"tokenizer": tokenizer, "model": _load(generator.prior, imported.prior), **conditioner}
     modules: dict[str, Any] = {"model": tokenizer, "usage": CodebookUsage(tokenizer.vocab_size)}
-    if critic := build_gan(config, channels):
-        modules["discriminator"] = _load_discriminator(critic, found)
-    if found.tokenizer.ema_weights:
-        modules["ema"] = build_tokenizer(config.model, found.image_size, channels)
-        modules["ema"].load_state_dict(found.tokenizer.ema_weights)
+    if gan := build_gan(config, channels):
+        modules["discriminator"] = _load_discriminator(gan, imported)
+    if imported.tokenizer.ema_weights:
+        modules["ema"] = build_tokenizer(config.model, imported.image_size, channels)
+        modules["ema"].load_state_dict(imported.tokenizer.ema_weights)
     return modules
 
 
-def _load_discriminator(critic: GANModule, found: ImportedCheckpoint) -> GANModule:
-    if found.discriminator is None:
-        found.report.note("no discriminator was read: the run has a fresh one")
-        return critic
-    critic.load_state_dict({**critic.state_dict(), **found.discriminator.weights})
-    return critic
+def _load_discriminator(gan: GANModule, imported: ImportedCheckpoint) -> GANModule:
+    if imported.discriminator is None:
+        imported.report.note("no discriminator in the checkpoint: the run has a newly initialized one")
+        return gan
+    gan.load_state_dict({**gan.state_dict(), **imported.discriminator.weights})
+    return gan
 
 
 class _WeightsOnly(nn.Module):
-    """Weights of a prior that nothing can be built for yet."""
+    """Weights of a prior without a conditioner in its config, which cannot be built yet."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -199,34 +203,34 @@ class _WeightsOnly(nn.Module):
         return self.weights
 
 
-def _load(module: Any, part: ImportedModule) -> Any:
-    module.load_state_dict(part.weights)
+def _load(module: Any, imported: ImportedModule) -> Any:
+    module.load_state_dict(imported.weights)
     return module
 
 
 def _optimizer_states(
-    found: ImportedCheckpoint, config: DictConfig, trained: Mapping[str, nn.Module]
+    imported: ImportedCheckpoint, config: DictConfig, trained: Mapping[str, nn.Module]
 ) -> dict[str, Any]:
-    """Return the states of optimizers and schedules at the step that the file is of, for a run to go on from."""
-    parts = {"model": found.prior or found.tokenizer, "discriminator": found.discriminator}
+    """Return the states of optimizers and schedules at the step of the checkpoint, to resume from."""
+    sources = {"model": imported.prior or imported.tokenizer, "discriminator": imported.discriminator}
     result: dict[str, Any] = {"optimizers": {}, "schedules": {}}
     for name, module in trained.items():
         if not list(module.parameters()):
             continue
-        params = param_groups_weight_decay(module) if found.prior else list(module.parameters())
+        params = param_groups_weight_decay(module) if imported.prior else list(module.parameters())
         optimizer: Optimizer = build("optimizer", config.optimizer, params=params)
         schedule = build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
-        schedule.last_epoch, schedule._step_count = found.step, found.step + 1
-        part = parts[name]
-        if part is not None and part.optimizer_state is not None:
-            optimizers.load_named_state(optimizer, module, part.optimizer_state)
+        schedule.last_epoch, schedule._step_count = imported.step, imported.step + 1
+        source = sources[name]
+        if source is not None and source.optimizer_state is not None:
+            optimizers.load_named_state(optimizer, module, source.optimizer_state)
         result["optimizers"][name] = optimizer.state_dict()
         result["schedules"][name] = schedule.state_dict()
     return result
 
 
 def _write_presets(config: DictConfig, run_dir: Path) -> None:
-    """Write the run's choices as presets, since a run that is resumed is composed anew."""
+    """Write the model as presets: a resumed run is composed from the command line again."""
     folder = run_dir / PRESETS_DIR
     choices: dict[str, Any] = {}
     for kind in KINDS.values():
@@ -234,19 +238,21 @@ def _write_presets(config: DictConfig, run_dir: Path) -> None:
         if parent == "model":
             node = config.model.get(key)
             nodes = (node or {}) if kind.multiple else {"": node}
-            names = [_write_variant(folder, kind, each, name) for name, each in nodes.items() if each is not None]
+            names = [
+                _write_variant(folder, kind, variant, name) for name, variant in nodes.items() if variant is not None
+            ]
             choices[key] = names if kind.multiple else next(iter(names), None)
     absent = {key: None for key, choice in choices.items() if choice is None}
     preset = {"defaults": ["_self_", *({key: choice} for key, choice in choices.items())], **absent}
     _save_yaml(folder / "model" / "imported.yaml", preset)
     options = {option: value for option, value in config.optimizer.items() if option != "name"}
-    whole = {"image_size": config.image_size, "ema": config.ema, "optimizer": options}
+    values = {"image_size": config.image_size, "ema": config.ema, "optimizer": options}
     defaults = [{"override /model": "imported"}, {"override /optimizer": config.optimizer.name}]
-    _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **whole}, "# @package _global_\n")
+    _save_yaml(folder / "experiment" / "imported.yaml", {"defaults": defaults, **values}, "# @package _global_\n")
 
 
 def _write_variant(folder: Path, kind: Kind, node: DictConfig, key: str) -> str:
-    """Write a component's numbers as a variant of it, and return what the variant is called."""
+    """Write a component's options as a preset of its group; return the preset's name."""
     name = f"imported_{key}" if key else "imported"
     options = {option: value for option, value in node.items() if option != "name"}
     header = f"# @package {kind.group.replace('/', '.')}.{key}\n" if key else ""

@@ -1,4 +1,4 @@
-"""Send images through a tokenizer and back: images in, images out, with the numbers."""
+"""Reconstruct images with a trained tokenizer, save them, and measure the error."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ from vqf.terminal import log
 
 @register("pipeline", "reconstruct")
 class Reconstruct:
-    """Reconstruct the held-out images of a run, or the images of any folder.
+    """Reconstruct the validation images of a run, or the images of any folder.
 
     Args:
-        images: A folder of images, taken whole; by default the validation split of the run's data.
-        count: Take only so many, spread evenly.
+        images: Folder of images, all of which are used; by default the validation split of the run's data.
+        count: Number of images, spread evenly over the split; by default all.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Reconstruct:
         self.config, self.run_dir, self.images, self.count = config, run_dir, images, count
 
     def run(self) -> None:
-        """Write `reconstructions/*.png`, a grid beside the originals, and `metrics.json`."""
+        """Write `reconstructions/*.png`, a grid of originals and reconstructions, and `metrics.json`."""
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "target", "image_size", "batch_size"])
         if self.images is not None:
@@ -47,14 +47,14 @@ class Reconstruct:
         tokenizer = engine.prepare(load_tokenizer(checkpoint))
         data = build_target_data(config, tokenizer.image_size)
         split = data.split("validation")
-        album = ImagePanels(tokenizer.vocab_size, engine.device)
-        scalars = self._reconstruct(tokenizer, split, config, engine, album)
+        panels = ImagePanels(tokenizer.vocab_size, engine.device)
+        scalars = self._reconstruct(tokenizer, split, config, engine, panels)
         with start_run(config, self.run_dir) as journal:
             journal.scalars(checkpoint.step, {f"{VALIDATION_PREFIX}{key}": value for key, value in scalars.items()})
-            pairs = reconstruction.side_by_side(tokenizer, split, engine)
-            for name, images in {"reconstructions": pairs, **album.images()}.items():
+            side_by_side = reconstruction.side_by_side(tokenizer, split, engine)
+            for name, images in {"reconstructions": side_by_side, **panels.images()}.items():
                 journal.images(checkpoint.step, name, images)
-            journal.write_details(album.details())
+            journal.write_details(panels.details())
         (self.run_dir / "metrics.json").write_text(json.dumps({"reconstruction": scalars}, indent=1))
         terminal.print_table(
             "reconstruction", ("metric", "value"), [(key, f"{value:.4g}") for key, value in scalars.items()]
@@ -68,12 +68,12 @@ class Reconstruct:
         loading = {"workers": config.workers, "timeout": config.worker_timeout}
         batches = sequential_batches(split, config.batch_size, count=count, **loading)
         metrics: dict[str, Metric] = reconstruction.build_metrics(config, tokenizer.vocab_size, engine)
-        metrics |= {"saved": _ImageWriter(self.run_dir / "reconstructions"), "album": panels}
+        metrics |= {"saved": _ImageWriter(self.run_dir / "reconstructions"), "panels": panels}
         return reconstruction.evaluate(tokenizer, batches, count, metrics, engine)
 
 
 class _ImageWriter:
-    """A metric that keeps what it sees."""
+    """A metric that saves the reconstructions as numbered PNG files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0

@@ -1,4 +1,4 @@
-"""The page of a run, made of whatever it has on disk: of one that goes on or was killed, too."""
+"""Write the HTML report of a run from the files on disk, whether it is running, finished or was killed."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from vqf.registry import build, register
 from vqf.runs.checkpoint import run_dir_of
 
 REPORT_FILE = "report.html"
-RUN_FILES = ("metrics.jsonl", "metrics.json", ".hydra")  # of a run
+RUN_FILES = ("metrics.jsonl", "metrics.json", ".hydra")  # a folder without any of them is no run
 
 
 @register("pipeline", "report")
 class Report:
-    """Write `report.html` into the folder of a run, finished or not, from what is there."""
+    """Write `report.html` into the folder of a run, finished or not."""
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config = config
@@ -24,28 +24,28 @@ class Report:
         """Write the page.
 
         Raises:
-            UserError: If no run is named, or its folder holds none, or has a link out of it.
+            UserError: If `run` is missing, is no run's folder, or has a symbolic link out of it.
         """
         if self.config.run is None:
-            raise UserError("run: give run=FOLDER, the run that the page is of")
+            raise UserError("run: give run=FOLDER, the run to report on")
         folder = run_dir_of(Path(self.config.run).expanduser())
-        if not any(any(folder.rglob(each)) for each in RUN_FILES):
-            raise UserError(f"run={self.config.run}: no run of vqf; there is no {' and no '.join(RUN_FILES)} in it")
+        if not any(any(folder.rglob(name)) for name in RUN_FILES):
+            raise UserError(f"run={self.config.run}: no run of vqf; it has no {' and no '.join(RUN_FILES)}")
         check_symlinks(folder)
         write_page(folder, self.config)
 
 
 def write_page(folder: Path, config: DictConfig) -> None:
-    """Write the page of a run; one that fails is reported."""
+    """Write the page of a run; the logger logs a failure instead of raising."""
     build("logger", {"name": "report"}, run_dir=folder, config=config, subrun="").close()
 
 
 def refresh_page(folder: Path, config: DictConfig) -> None:
-    """Write the page of a run anew if it has one, and that of the run it is a stage of."""
-    for each in (folder, folder.parent):
-        if (each / REPORT_FILE).is_file():
+    """Rewrite the page of a run, and of the run that it is a stage of, where there is one."""
+    for run_dir in (folder, folder.parent):
+        if (run_dir / REPORT_FILE).is_file():
             try:
-                check_symlinks(each)
-            except UserError:  # its numbers are not kept there either, and that was said
+                check_symlinks(run_dir)
+            except UserError:  # already logged when the metrics were not saved there either
                 continue
-            write_page(each, config)
+            write_page(run_dir, config)

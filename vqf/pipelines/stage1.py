@@ -1,4 +1,4 @@
-"""Stage 1: learn a codebook, and to draw images from it.
+"""Stage 1: train a tokenizer (encoder, codebook, decoder).
 
 VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator and adversary it is a VQ-VAE,
 https://arxiv.org/abs/1711.00937.
@@ -30,7 +30,7 @@ from vqf.training.trainer import train
 
 @register("pipeline", "stage1")
 class Stage1:
-    """Train a tokenizer. Returns the first validation metric that falls as images get better, for sweeps."""
+    """Train a tokenizer. A sweep minimizes its negative validation PSNR."""
 
     distributed = True
 
@@ -38,20 +38,20 @@ class Stage1:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Refuse what would spoil the run in the folder, before anything is written there."""
+        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         check_can_start(self.config, self.run_dir, "stage1")
 
     def run(self) -> float | None:
-        """Train, evaluate, save."""
-        evaluation = self.train()
-        save_metrics(self.run_dir, {"held-out images": evaluation.scalars})
-        return -evaluation.scalars["psnr"] if "psnr" in evaluation.scalars else None
+        """Train, validate and save; returns -PSNR, or None without that metric."""
+        validation = self.train()
+        save_metrics(self.run_dir, {"held-out images": validation.scalars})
+        return -validation.scalars["psnr"] if "psnr" in validation.scalars else None
 
     def train(self, subrun: str = "") -> ValidationResult:
-        """Train to the end and return the last look at held-out images.
+        """Train to the end and return the last validation.
 
         Args:
-            subrun: What this is of a longer run, for loggers.
+            subrun: Name of this run within `pipeline=full`, for loggers.
         """
         config, engine = self.config, make_engine(self.config)
         data = build_target_data(config, image_size(config))
@@ -64,12 +64,12 @@ class Stage1:
             loading = {"workers": config.workers, "timeout": config.worker_timeout}
             return train_batches(split, order, start=start, steps=stop, sync_every=config.log.every, **loading)
 
-        def trial() -> TokenizerTask:
+        def trial() -> TokenizerTask:  # `minutes` measures the speed of a throw-away copy
             return build_tokenizer_task(self.config, data, engine)
 
         config = resolve_steps(config, self.run_dir, engine, trial, source, gan_start=gan_start(config))
-        stage = build_tokenizer_task(config, data, engine)
-        log.info("%s", describe_model("tokenizer", stage.model))
-        if stage.gan is not None:
-            warn_never_active(stage.gan, config.steps)
-        return train(stage, config, self.run_dir, engine, source, subrun)
+        task = build_tokenizer_task(config, data, engine)
+        log.info("%s", describe_model("tokenizer", task.model))
+        if task.gan is not None:
+            warn_never_active(task.gan, config.steps)
+        return train(task, config, self.run_dir, engine, source, subrun)

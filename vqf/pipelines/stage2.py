@@ -1,7 +1,7 @@
-"""Stage 2: learn the distribution of the codes of a frozen tokenizer.
+"""Stage 2: train a prior on the tokens of a frozen tokenizer.
 
-VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximise the log-likelihood of the codes of an image, row by
-row, given the tokens of a condition in front of them.
+VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximize the log-likelihood of an image's tokens in raster order,
+given the prefix of its condition.
 """
 
 import copy
@@ -47,7 +47,7 @@ from vqf.training.trainer import train
 
 @register("pipeline", "stage2", defaults=[{"override /optimizer": "gpt"}, {"override /schedule": "cosine"}])
 class Stage2:
-    """Train a prior on the codes of a finished run's tokenizer. Returns nats per token, for sweeps."""
+    """Train a prior on the tokens of a finished run's tokenizer. A sweep minimizes its nats per token."""
 
     distributed = True
 
@@ -55,23 +55,24 @@ class Stage2:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Refuse what would spoil the run in the folder, before anything is written there."""
+        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         config = self._inherited_config(find_tokenizer_checkpoint(self.config.run).config)
         check_can_start(config, self.run_dir, "stage2")
 
     def run(self) -> float | None:
-        """Train, evaluate, save."""
+        """Train, validate and save; returns nats per token."""
         scalars = self.train().scalars
         save_metrics(self.run_dir, {"codes": scalars})
         return scalars["nats_per_token"]
 
     def train(self, subrun: str = "") -> ValidationResult:
-        """Train to the end and return the last look at held-out images.
+        """Train to the end and return the last validation.
 
         Args:
-            subrun: What this is of a longer run, for loggers.
+            subrun: Name of this run within `pipeline=full`, for loggers.
         """
-        parse_best_criterion(self.config.checkpoint.best, PRIOR_METRIC_DIRECTIONS)  # a slip must not show after hours
+        # First of all: a wrong name must not show after hours of tokenizing.
+        parse_best_criterion(self.config.checkpoint.best, PRIOR_METRIC_DIRECTIONS)
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = self._inherited_config(checkpoint.config)
         engine = make_engine(config)
@@ -79,22 +80,22 @@ class Stage2:
         check_image_size(config, tokenizer)
         data = build("data", config.data, image_size=tokenizer.image_size, seed=config.seed)
         torch.manual_seed(config.seed)
-        coders = ConditionTokenizers()
-        generator = build_generator(config, tokenizer, data.classes, coders).to(engine.device)
-        coder, folder = TokenEncoder(tokenizer, generator.conditioner, engine), token_folder(config, self.run_dir)
-        cached = {part: tokenize_split(coder, data.split(part), part, folder, config) for part in SPLITS}
-        facts = {
+        condition_tokenizers = ConditionTokenizers()
+        generator = build_generator(config, tokenizer, data.classes, condition_tokenizers).to(engine.device)
+        encoder, folder = TokenEncoder(tokenizer, generator.conditioner, engine), token_folder(config, self.run_dir)
+        tokens = {name: tokenize_split(encoder, data.split(name), name, folder, config) for name in SPLITS}
+        metadata = {
             "classes": list(data.classes),
             "image_size": list(tokenizer.image_size),
             "channels": tokenizer.channels,
-            "condition_tokenizers": coders.specs,
+            "condition_tokenizers": condition_tokenizers.specs,
             "tokenizer": tokenizer.fingerprint(),
             "data": data.split("train").fingerprint,
             "validation_fingerprint": data.split("validation").fingerprint,
         }
-        facts["crop_extent"] = generator.crop_extent = cached["train"].mean_crop_extent()
-        judge = ClassAccuracyEvaluator(data, cached, config, engine)
-        return self._train(config, engine, generator, cached, facts, judge, subrun)
+        metadata["crop_extent"] = generator.crop_extent = tokens["train"].mean_crop_extent()
+        class_evaluator = ClassAccuracyEvaluator(data, tokens, config, engine)
+        return self._train(config, engine, generator, tokens, metadata, class_evaluator, subrun)
 
     def _train(
         self,
@@ -116,21 +117,21 @@ class Stage2:
         def source(start: int, stop: int) -> Iterator[Batch]:
             return tokens["train"].batches(order, start, stop)
 
-        def trial() -> PriorTask:
+        def trial() -> PriorTask:  # `minutes` measures the speed of a copy: the model itself must not move
             return PriorTask(copy.deepcopy(generator), tokens["validation"], metadata, config, engine)
 
         config = resolve_steps(config, self.run_dir, engine, trial, source)
-        stage = PriorTask(generator, tokens["validation"], metadata, config, engine, class_evaluator)
-        return train(stage, config, self.run_dir, engine, source, subrun)
+        task = PriorTask(generator, tokens["validation"], metadata, config, engine, class_evaluator)
+        return train(task, config, self.run_dir, engine, source, subrun)
 
     def _inherited_config(self, run_config: DictConfig) -> DictConfig:
         config = inherit(self.config, run_config, ["data", "image_size", "model.prior", "model.conditioner"])
         with open_dict(config):
-            for part in TOKENIZER_COMPONENTS:  # what the weights were trained as, whatever the command line says
-                config.model[part] = run_config.model[part]
+            for kind in TOKENIZER_COMPONENTS:  # must fit the weights, whatever the command line says
+                config.model[kind] = run_config.model[kind]
         check_accumulate(config)
         if config.model.prior is None or not group_nodes(config.model, "conditioner"):
             raise UserError(
-                "model.prior and model.conditioner: stage 2 needs both, model/prior=gpt model/conditioner=none"
+                "model.prior and model.conditioner: stage 2 needs both; give model/prior=gpt model/conditioner=none"
             )
         return config

@@ -1,4 +1,4 @@
-"""Any data source into shards of tokens, in any number of processes: before stage 2, or as the first thing it does."""
+"""Encode a data source into token shards ahead of stage 2, on any number of processes."""
 
 from pathlib import Path
 
@@ -16,25 +16,25 @@ from vqf.terminal import log
 
 @register("pipeline", "tokenize")
 class Tokenize:
-    """Write the tokens of `data` into shards in `tokens.root`, which `pipeline=stage2 tokens.root=...` trains on.
+    """Write the tokens of `data` into shards in `tokens.root`; `pipeline=stage2 tokens.root=...` trains on them.
 
-    `run` is the run of the tokenizer; data and conditions are its own unless others are named. Each of several
-    processes writes other shards. Those that an earlier run finished are kept if their hash is right; a run that is
-    killed leaves none half-written.
+    `run` is the run of the tokenizer; data and conditioners are inherited from it unless the command line sets them.
+    The processes share the shards. Shards of an earlier run are kept if their hash is right; a killed run leaves no
+    partial shard.
 
     Args:
-        rows: Views of images in a shard: 4096 by default, or as many as the folder began with.
+        rows: Rows (augmented views of images) per shard, at least 1; by default 4096, or as in the folder's shards.
     """
 
     distributed = True
 
     def __init__(self, config: DictConfig, run_dir: Path, *, rows: int | None = None) -> None:
         if rows is not None and rows < 1:
-            raise ValueError(f"rows={rows}: a shard has at least one")
+            raise ValueError(f"rows={rows}: a shard has at least one row")
         self.config, self.run_dir, self.rows = config, run_dir, rows
 
     def run(self) -> None:
-        """Write `<part>-00000.safetensors` and so on, and `<part>.json`, for training and validation."""
+        """Write `<split>-00000.safetensors` and so on, and `<split>.json`, for train and validation."""
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "model.conditioner"])
         engine = make_engine(config)
@@ -42,13 +42,18 @@ class Tokenize:
         check_image_size(config, tokenizer)
         with open_dict(config):
             config.image_size = list(tokenizer.image_size)
-        data, parts = open_splits(config)
-        torch.manual_seed(config.seed)  # as stage 2 does: a condition may have weights
-        conditions = build_conditioner_stack(config, tokenizer, data.classes).to(engine.device)
+        data, splits = open_splits(config)
+        torch.manual_seed(config.seed)  # as in stage 2, so that untrained conditioners get the same weights
+        conditioner = build_conditioner_stack(config, tokenizer, data.classes).to(engine.device)
         folder = token_folder(config, self.run_dir)
-        for part, split in parts.items():
-            found = tokenize_split(TokenEncoder(tokenizer, conditions, engine), split, part, folder, config, self.rows)
+        encoder = TokenEncoder(tokenizer, conditioner, engine)
+        for name, split in splits.items():
+            tokens = tokenize_split(encoder, split, name, folder, config, self.rows)
             log.info(
-                "%s: %d views of %d images in %d shards", part, found.num_augmentations, len(found), len(found.shards)
+                "%s: %d views of %d images in %d shards",
+                name,
+                tokens.num_augmentations,
+                len(tokens),
+                len(tokens.shards),
             )
         log.info("%s", folder)

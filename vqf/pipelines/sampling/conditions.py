@@ -1,4 +1,4 @@
-"""What samples are drawn by: images of the user's, or held-out ones of the run's data."""
+"""Conditions to sample from: the user's images, or validation samples of the run's data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,90 +21,102 @@ ConditionOption = str | Mapping[str, str]
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """A condition for some images."""
+    """Conditions for a series of images."""
 
-    name: str  # what the names of their files begin with
-    batch_for: Callable[[int, int], Batch | None]  # image `first` to `last` - 1: a row for each, or one for all
+    name: str  # prefix of the image files
+    batch_for: Callable[[int, int], Batch | None]  # condition of images `first` to `last` - 1: one row each, or one row
+
+
+def unconditional() -> ConditionSource:
+    """Return a source without conditions; classes take turns."""
+    return ConditionSource("", lambda first, last: None)
 
 
 def from_files(
     condition: ConditionOption, place: Sequence[float] | None, generator: Generator, data: DictConfig
 ) -> list[ConditionSource]:
-    """Return what images of the user's tell, each read as the run's data reads its own.
+    """Read conditions from the user's files, as the run's data source reads its own.
 
     Args:
-        condition: A file or a folder; one for each conditioner, by its name, where several are told by images.
-        place: Where in the whole image all of them lie: top, left, bottom, right.
-        generator: Draws by them.
-        data: The node of the data that it was trained on.
+        condition: A file or a folder, or one for each image conditioner by its name.
+        place: Crop box of all conditions: top, left, bottom, right as fractions of the full image.
+        generator: Generator of the run.
+        data: Data node of the run.
 
     Raises:
-        UserError: If a file cannot be read, or one is missing.
+        UserError: If a file is missing or cannot be read.
     """
-    wanted = image_fields(generator.conditioner)
-    readers = {name: read_image if field == "images" else condition_map_reader(data) for name, field in wanted.items()}
-    where: dict[str, Any] = {} if place is None else {"crop_boxes": _crop_box(place, generator)}
+    fields = image_fields(generator.conditioner)
+    readers = {name: read_image if field == "images" else condition_map_reader(data) for name, field in fields.items()}
+    crop_boxes: dict[str, Any] = {} if place is None else {"crop_boxes": _crop_box(place, generator)}
 
-    def told(row: Mapping[str, Path]) -> Batch:
-        given: dict[str, Any] = {wanted[name]: readers[name](path)[None] for name, path in row.items()}
-        return replace(Batch(), **given, **where)
+    def read_batch(paths: Mapping[str, Path]) -> Batch:
+        images: dict[str, Any] = {fields[name]: readers[name](path)[None] for name, path in paths.items()}
+        return replace(Batch(), **images, **crop_boxes)
 
-    rows = dict(_paths_by_sample(_paths_by_conditioner(condition, wanted)))
-    for row in rows.values():
-        told(row)  # the last of many must not turn out to be broken after hours
-    return [ConditionSource(f"{name}-", lambda first, last, row=row: told(row)) for name, row in rows.items()]  # type: ignore[misc]
+    samples = dict(_paths_by_sample(_paths_by_conditioner(condition, fields)))
+    for paths in samples.values():
+        read_batch(paths)  # the last of many files must not turn out to be broken after hours of sampling
+    return [
+        ConditionSource(f"{name}-", lambda first, last, paths=paths: read_batch(paths))  # type: ignore[misc]
+        for name, paths in samples.items()
+    ]
 
 
 def from_validation(generator: Generator, config: DictConfig, count: int) -> ConditionSource:
-    """Return what held-out samples tell, spread evenly; nothing if the prior is told no more than a class."""
-    asked = per_image_fields(generator.conditioner)
-    if not asked:
-        return ConditionSource("", lambda first, last: None)
+    """Take the conditions of `count` validation samples, spread evenly; none if the prior reads at most a class."""
+    if not per_image_fields(generator.conditioner):
+        return unconditional()
     data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
     split = data.split("validation")
 
-    def told(first: int, last: int) -> Batch:
+    def validation_batch(first: int, last: int) -> Batch:
         batch = Batch.collate([split.item(0, i * len(split) // count) for i in range(first, last)])
-        # Where no image is told, places alone are: classes take turns as ever.
+        # A prior without image conditions gets the crop boxes only, so that its classes take turns.
         return batch if image_fields(generator.conditioner) else Batch(crop_boxes=batch.crop_boxes)
 
-    return ConditionSource("", told)
+    return ConditionSource("", validation_batch)
 
 
-def _paths_by_conditioner(condition: ConditionOption, wanted: Mapping[str, str]) -> dict[str, list[Path]]:
-    if not wanted:
+def _paths_by_conditioner(condition: ConditionOption, fields: Mapping[str, str]) -> dict[str, list[Path]]:
+    if not fields:
         raise UserError("condition: this prior was not trained on maps or images; label= may choose a class")
-    example = f"condition={{{','.join(f'{name}:{name}.png' for name in wanted)}}}"
+    example = f"condition={{{','.join(f'{name}:{name}.png' for name in fields)}}}"
     if isinstance(condition, str):
-        if len(wanted) > 1:
-            raise UserError(f"condition={condition}: this prior is told by several images; give each, as {example}")
-        condition = {next(iter(wanted)): condition}
-    if missing := [name for name in wanted if name not in condition]:
+        if len(fields) > 1:
+            raise UserError(f"condition={condition}: this prior has {len(fields)} image conditioners; give {example}")
+        condition = {next(iter(fields)): condition}
+    if missing := [name for name in fields if name not in condition]:
         raise UserError(f"condition: the image for conditioner '{missing[0]}' is missing; give {example}")
-    if unknown := [name for name in condition if name not in wanted]:
-        raise UserError(
-            f"condition.{unknown[0]}: no conditioner of this prior that is told by an image; give {example}"
-        )
+    if unknown := [name for name in condition if name not in fields]:
+        raise UserError(f"condition.{unknown[0]}: this prior has no image conditioner of that name; give {example}")
     return {name: image_files(Path(path).expanduser()) for name, path in condition.items()}
 
 
 def _paths_by_sample(paths: Mapping[str, list[Path]]) -> Iterator[tuple[str, dict[str, Path]]]:
-    """Yield the images that belong together, and what they are called: without their endings if these differ."""
+    """Yield the name and the paths of each sample; files of several folders belong together if their stems agree."""
     first = next(iter(paths.values()))
-    if all(len(each) == 1 for each in paths.values()):
-        yield first[0].stem, {name: each[0] for name, each in paths.items()}
+    if all(len(files) == 1 for files in paths.values()):
+        yield first[0].stem, {name: files[0] for name, files in paths.items()}
         return
-    stems = {name: [path.stem for path in each] for name, each in paths.items()}
+    stems = {name: [path.stem for path in files] for name, files in paths.items()}
     if len(paths) > 1 and len({tuple(each) for each in stems.values()}) > 1:
         raise UserError(f"condition: the folders of {' and '.join(paths)} hold images of different names")
-    known = stems[next(iter(paths))]
+    first_stems = stems[next(iter(paths))]
     for i, path in enumerate(first):
-        yield path.stem if known.count(path.stem) == 1 else path.name, {name: each[i] for name, each in paths.items()}
+        # a.png and a.jpg of one folder need their endings, or one sample would overwrite the other
+        name = path.stem if first_stems.count(path.stem) == 1 else path.name
+        yield name, {conditioner: files[i] for conditioner, files in paths.items()}
 
 
 def _crop_box(place: Sequence[float], generator: Generator) -> Tensor:
+    """Return the crop box (1, 4)."""
     if "crop_boxes" not in per_image_fields(generator.conditioner):
-        raise UserError("place: this prior is not told places; model/conditioner=[...,coordinates] trains one that is")
+        raise UserError(
+            "place: this prior is not conditioned on crop boxes; train one with model/conditioner=[...,coordinates]"
+        )
     if len(place) != 4 or place[0] >= place[2]:
-        raise UserError(f"place={list(place)}: give top, left, bottom and right as shares of the whole, [0.2,0,0.5,1]")
+        raise UserError(
+            f"place={list(place)}: give top, left, bottom and right as fractions of the image, as in [0.2,0,0.5,1]"
+        )
     return torch.tensor([list(map(float, place))])

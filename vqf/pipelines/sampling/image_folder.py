@@ -1,7 +1,7 @@
-"""A folder of drawn images, each with the settings that decided it: what is there is never mixed with others."""
+"""A folder of sampled images. Each PNG stores its sampling settings, so that a resumed run never mixes settings."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +18,77 @@ from vqf.images import read_image, save_image
 from vqf.registry import find_component
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 
-PNG_SETTINGS_KEY = "vqf"  # the text of a PNG that holds them
+PNG_SETTINGS_KEY = "vqf"  # text chunk of a PNG that stores the settings as JSON
 
 
 class ResumableImageFolder:
-    """Images by name.
+    """Saves images by name, and keeps those of an interrupted run.
 
     Args:
-        folder: Where they lie.
-        resume: Whether those that are there are kept.
+        folder: Folder of the PNG files.
+        resume: Keep images that are there already; False overwrites them.
     """
 
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.resume = folder, resume
 
-    def has(self, images: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Tell whether images, given by name with their settings, are all there, and to be kept.
+    def fill(self, images: Mapping[str, Mapping[str, Any]], sample: Callable[[], Tensor]) -> None:
+        """Make sure that a batch of images is in the folder.
+
+        Args:
+            images: Settings of each image, by its name.
+            sample: Samples the batch (B, C, H, W); called only if an image is missing.
 
         Raises:
-            UserError: If one was drawn with other settings: one line that names them.
+            UserError: If an existing image has other settings.
         """
-        return [self._has(self._path(name), settings) for name, settings in images.items()].count(False) == 0
-
-    def _has(self, path: Path, settings: Mapping[str, Any]) -> bool:
-        if not self.resume or not path.is_file():
-            return False
-        then = _read_settings(path)
-        if then is None:
-            raise UserError(f"resume: {path} does not say how it was drawn; {_resume_hint()}")
-        if found := differing_options([OmegaConf.create(dict(each)) for each in (then, settings)]):
-            words = ", ".join(f"{key} {before} → {now}" for key, (before, now) in found.items())
-            raise UserError(f"resume: {path} was drawn with other settings: {words}; {_resume_hint()}")
-        return True
-
-    def save(self, name: str, image: Tensor, settings: Mapping[str, Any]) -> None:
-        """Write an image (C, H, W) with its settings."""
-        said = PngInfo()
-        said.add_text(PNG_SETTINGS_KEY, json.dumps(settings))
-        save_image(image, self._path(name), said)
+        # Look at all of them: other settings are an error even if an earlier image is missing.
+        saved = [self._is_saved(self._path(name), settings) for name, settings in images.items()]
+        if all(saved):
+            return
+        for (name, settings), image in zip(images.items(), sample(), strict=True):
+            png_info = PngInfo()
+            png_info.add_text(PNG_SETTINGS_KEY, json.dumps(settings))
+            save_image(image, self._path(name), png_info)
 
     def read(self, name: str) -> Tensor:
-        """Return an image (3, H, W) in [-1, 1]."""
+        """Read an image (3, H, W) in [-1, 1]."""
         return read_image(self._path(name))
+
+    def _is_saved(self, path: Path, settings: Mapping[str, Any]) -> bool:
+        if not self.resume or not path.is_file():
+            return False
+        saved = _read_settings(path)
+        if saved is None:
+            raise UserError(f"resume: {path} has no sampling settings in it; {_resume_hint()}")
+        if changes := differing_options([OmegaConf.create(dict(each)) for each in (saved, settings)]):
+            differences = ", ".join(f"{key} {before} → {now}" for key, (before, now) in changes.items())
+            raise UserError(f"resume: {path} was sampled with other settings: {differences}; {_resume_hint()}")
+        return True
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.png"
 
 
-def sampling_settings(checkpoint: Checkpoint, config: DictConfig, **others: Any) -> dict[str, Any]:
-    """Return what decides every image that a run's prior draws: weights, seed, sampler, scorer, and other options."""
+def sampling_settings(checkpoint: Checkpoint, config: DictConfig, **options: Any) -> dict[str, Any]:
+    """Return everything that determines a sampled image: weights, seed, sampler, scorer and `options`."""
     weights = sha256_of_file(checkpoint.path / MANIFEST)[:16]
-    parts = {kind: _without_speed_options(kind, config.get(kind)) for kind in ("sampler", "scorer")}
-    return {"weights": weights, "seed": config.seed, **parts, **others}
+    nodes = {kind: _without_speed_options(kind, config.get(kind)) for kind in ("sampler", "scorer")}
+    return {"weights": weights, "seed": config.seed, **nodes, **options}
 
 
 def _without_speed_options(kind: str, node: DictConfig | None) -> dict[str, Any] | None:
-    """Return a node without the options that change no token."""
+    """Drop the options that change the speed of a component, but no token."""
     if node is None:
         return None
-    speed, plain = (
-        getattr(find_component(kind, node.name).target, "speed_options", ()),
-        OmegaConf.to_container(node, resolve=True),
-    )
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in speed}
+    speed_options = getattr(find_component(kind, node.name).target, "speed_options", ())
+    options = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(options, dict)
+    return {str(key): value for key, value in options.items() if key not in speed_options}
 
 
 def condition_digest(condition: Batch | None, row: int) -> str | None:
-    """Hash what one image is drawn by."""
+    """Hash one row of a condition; None without a condition."""
     if condition is None:
         return None
     return sha256_of_tensors(condition.slice(row, row + 1).tensors())[:16]
@@ -100,4 +103,4 @@ def _read_settings(path: Path) -> Any:
 
 
 def _resume_hint() -> str:
-    return "set them back, name another run_dir, or leave resume out to draw all of them anew"
+    return "set them back, choose another run_dir, or leave resume out to sample all images again"

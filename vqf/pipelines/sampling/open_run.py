@@ -1,30 +1,44 @@
-"""A finished run of stage 2, opened to draw images from it."""
+"""Open a finished stage-2 run to sample from it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig
 
 from vqf.config.inherit import inherit
 from vqf.distributed.engine import make_engine
 from vqf.models.generator import Generator
+from vqf.pipelines.sampling.image_folder import sampling_settings
 from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.load import find_generator_checkpoint, load_generator
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What is drawn from: on the device that the config chose."""
+    """A run's generator on the configured device, with its checkpoint and config."""
 
     checkpoint: Checkpoint
-    config: DictConfig  # with the run's data, sampler and batch size where the command names none
+    config: DictConfig  # data, sampler and batch size are the run's unless the command line sets them
     generator: Generator
+
+    def class_name(self, label: int | str | None) -> str | None:
+        """Return the name of a class given by number or name.
+
+        Raises:
+            UserError: If the run has no such class.
+        """
+        return None if label is None else self.generator.classes[self.generator.class_index(label)]
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """Return the settings stored in every image; `options` are those of the pipeline."""
+        return sampling_settings(self.checkpoint, self.config, **options)
 
 
 def open_run(config: DictConfig) -> OpenedRun:
-    """Open the run that a config names.
+    """Open the run `config.run`.
 
     Raises:
-        UserError: If there is none, or it holds no prior.
+        UserError: If there is no such run, or it has no prior.
     """
     checkpoint = find_generator_checkpoint(config.run)
     config = inherit(config, checkpoint.config, ["data", "sampler", "batch_size"])

@@ -21,7 +21,7 @@ from tests.metrics.sets import Linear, gaussians
 from tests.support.composing import compose
 from vqf import registry
 from vqf.batch import Batch
-from vqf.dataloading.image_files import SPLITS
+from vqf.dataloading.splits import SPLITS
 from vqf.distributed.engine import make_engine
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator

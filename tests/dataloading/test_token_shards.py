@@ -112,7 +112,7 @@ def test_damaged_ones_are_named_and_made_anew(
     words = f"tokens.root={file.parent}"
     train(tokenizer, tmp_path / "two", words)
     assert file.read_bytes() == whole
-    assert f"'{file}' is not what train.json says; it is made again" in caplog.messages
+    assert f"'{file}' differs from its hash in train.json; writing it again" in caplog.messages
 
 
 def test_a_disk_without_room_for_them(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_disk_without_room_for_them(tokenizer: Path, tmp_path: Path, monkeypat
         train(tokenizer, tmp_path)
     file = tmp_path / "tokens" / "train-00000.safetensors"
     assert str(caught.value) == (
-        f"tokens.root: {file} cannot be written: No space left on device; make room, or name another"
+        f"tokens.root: {file} cannot be written: No space left on device; free some space, or choose another folder"
     )
     assert [each.name for each in file.parent.iterdir()] == ["train.json"]
 
@@ -144,7 +144,7 @@ def test_tokens_of_something_else_are_refused(key: str, tmp_path: Path) -> None:
         TokenShardManifest(tmp_path, "train", {**ORIGIN, key: "x"}, 3, 1)
     assert str(caught.value) == (
         f"tokens.root: {tmp_path / 'train.json'} was made with {key} {ORIGIN[key]}, this run has x; tokens of another "
-        f"{key} mean something else. Leave tokens.root out and they are made anew"
+        f"{key} do not fit. Leave tokens.root out to encode them again"
     )
 
 
@@ -180,7 +180,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_manifests_that_are_none(name: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(BROKEN[name], errors="surrogateescape")
-    with pytest.raises(UserError, match=r"train\.json is damaged .*; delete it, and it is made anew") as caught:
+    with pytest.raises(UserError, match=r"train\.json is damaged .*; delete it, and it is written again") as caught:
         TokenShardManifest(tmp_path, "train", ORIGIN, 3, 1)
     assert len(str(caught.value).splitlines()) == 1
 

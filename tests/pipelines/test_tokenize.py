@@ -348,8 +348,8 @@ def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(UserError) as caught:
             check_image_size(OmegaConf.create({"image_size": size}), tokenizer)  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"image_size={words}: the tokenizer is one of 32 x 48, and stage 2 reads its tokens at that size; "
-            "leave image_size out, or train a tokenizer at the other"
+            f"image_size={words}: the tokenizer was trained at 32 x 48, and stage 2 uses its size; "
+            "leave image_size out, or train a tokenizer at the other size"
         )
     monkeypatch.setattr("vqf.dataloading.encode.cli_keys", list)
     check_image_size(OmegaConf.create({"image_size": 256}), tokenizer)  # type: ignore[arg-type]  # the default

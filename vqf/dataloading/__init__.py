@@ -1,1 +1,1 @@
-"""Batches: order of the data, loader processes, unreadable images and cached token shards."""
+"""Order of the data, loader processes, unreadable images, and cached token shards."""

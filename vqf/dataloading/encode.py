@@ -1,4 +1,4 @@
-"""Any data source into shards of tokens, in any number of processes: before stage 2, or as the first thing it does."""
+"""Encode the splits of a data source into token shards, on any number of processes."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -27,56 +27,71 @@ from vqf.protocols import Split
 
 
 def check_image_size(config: DictConfig, tokenizer: Tokenizer) -> None:
-    """Refuse an image size on the command line that is not the tokenizer's.
+    """Compare the image size on the command line with the tokenizer's.
 
     Raises:
-        UserError: With what to do.
+        UserError: If they differ.
     """
     if "image_size" in cli_keys() and image_size(config) != tokenizer.image_size:
         height, width = tokenizer.image_size
         raise UserError(
-            f"image_size={to_cli(config.image_size)}: the tokenizer is one of {height} x {width}, and stage 2 reads "
-            "its tokens at that size; leave image_size out, or train a tokenizer at the other"
+            f"image_size={to_cli(config.image_size)}: the tokenizer was trained at {height} x {width}, and stage 2 "
+            "uses its size; leave image_size out, or train a tokenizer at the other size"
         )
 
 
 class TokenEncoder:
-    """Images to what is kept of them: their tokens, and the codes of their conditions."""
+    """Encodes a batch of images into the columns of a token shard.
 
-    def __init__(self, tokenizer: Tokenizer, conditions: ConditionerStack, engine: Engine) -> None:
-        self.tokenizer, self.conditions, self.engine = tokenizer.eval(), conditions.eval(), engine
+    Args:
+        tokenizer: Encodes the images.
+        conditioner: Encodes the condition images.
+        engine: Device and precision.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, conditioner: ConditionerStack, engine: Engine) -> None:
+        self.tokenizer, self.conditioner, self.engine = tokenizer.eval(), conditioner.eval(), engine
 
     def provenance(self) -> dict[str, str]:
-        """Return what decides the codes, hashed."""
-        return {"tokenizer": self.tokenizer.fingerprint(), "conditions": _fingerprint(self.conditions)}
+        """Return the hashes of everything that determines the tokens of an image."""
+        return {"tokenizer": self.tokenizer.fingerprint(), "conditions": _fingerprint(self.conditioner)}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns of some rows, see `TokenDataset`."""
+        """Return the columns of the batch's rows on the CPU, see `TokenDataset`."""
         batch = batch.to(self.engine.device)
         assert batch.images is not None
         with torch.no_grad(), self.engine.autocast():
-            tokens, told = self.tokenizer.encode_tokens(batch.images), self.conditions.prepare(batch)
-        kept = {"tokens": tokens.int(), "labels": told.labels, "crop_boxes": told.crop_boxes}
-        kept |= {f"{CONDITION_COLUMN_PREFIX}{name}": each.int() for name, each in told.condition_indices.items()}
-        return {name: each.cpu() for name, each in kept.items() if each is not None}
+            tokens, condition = self.tokenizer.encode_tokens(batch.images), self.conditioner.prepare(batch)
+        columns = {"tokens": tokens.int(), "labels": condition.labels, "crop_boxes": condition.crop_boxes}
+        for name, indices in condition.condition_indices.items():
+            columns[f"{CONDITION_COLUMN_PREFIX}{name}"] = indices.int()
+        return {name: column.cpu() for name, column in columns.items() if column is not None}
 
 
 def token_folder(config: DictConfig, run_dir: Path) -> Path:
-    """Return the folder of the tokens of a config."""
+    """Return the folder of the token shards: `tokens.root`, or `tokens` in the run's folder."""
     return run_dir / "tokens" if config.tokens.root is None else Path(config.tokens.root).expanduser()
 
 
 def tokenize_split(
     encoder: TokenEncoder, split: Split, split_name: str, folder: Path, config: DictConfig, rows: int | None = None
 ) -> TokenDataset:
-    """Open the tokens of a part of the data in a folder; make those that are not there yet.
+    """Open the token shards of a split, and write those that are missing. Collective: every rank must call it.
+
+    Args:
+        encoder: Encodes images and conditions.
+        split: Images to encode.
+        split_name: "train" or "validation".
+        folder: Folder of the shards.
+        config: Reads `tokens.augmentations`, `batch_size`, `workers` and `worker_timeout`.
+        rows: Rows per shard, see `TokenShardManifest`.
 
     Raises:
-        UserError: If the folder holds the tokens of another tokenizer, of other conditions, or of other images.
+        UserError: If the folder holds tokens of another tokenizer, other conditions or other images.
     """
     views = config.tokens.augmentations if split_name == "train" else 1
-    origin = encoder.provenance() | {"data": split.fingerprint, "views": str(views)}
-    manifest = TokenShardManifest(folder, split_name, origin, len(split), views, rows)
+    provenance = encoder.provenance() | {"data": split.fingerprint, "views": str(views)}
+    manifest = TokenShardManifest(folder, split_name, provenance, len(split), views, rows)
     missing = comm.broadcast_object(manifest.missing_shards() if comm.is_main() else [])
     if missing:
         _write_missing(manifest, missing, encoder, split, config)
@@ -84,30 +99,32 @@ def tokenize_split(
 
 
 def _write_missing(
-    manifest: TokenShardManifest, missing: list[int], coder: TokenEncoder, split: Split, config: DictConfig
+    manifest: TokenShardManifest, missing: list[int], encoder: TokenEncoder, split: Split, config: DictConfig
 ) -> None:
-    """Make shards, as many at a time as there are processes, and record them: what is killed loses these at most."""
-    mine, world = missing[comm.rank() :: comm.world_size()], comm.world_size()
-    keys = (batch for number in mine for batch in manifest.shard_keys(number, config.batch_size))
+    """Write shards, one per rank at a time. Each round is recorded, so that a killed run loses one round at most."""
+    own_numbers, world = missing[comm.rank() :: comm.world_size()], comm.world_size()
+    # One loader for all shards of this rank: its workers start once, and load the next shard ahead.
+    keys = (batch for number in own_numbers for batch in manifest.shard_keys(number, config.batch_size))
     batches = keyed_batches(split, keys, workers=config.workers, timeout=config.worker_timeout)
     if comm.is_main():
         manifest.add({})
-    comm.barrier()  # the folder is there
+    comm.barrier()  # rank 0 has made the folder
     done = manifest.num_rows - sum(map(manifest.shard_rows, missing))
     with terminal.progress(f"tokenize {manifest.split_name}", manifest.num_rows, done) as bar:
         for first in range(0, len(missing), world):
-            now = missing[first : first + world]
+            numbers = missing[first : first + world]
             digest = bytes(32)
-            if comm.rank() < len(now):
-                number = now[comm.rank()]
+            if comm.rank() < len(numbers):
+                number = numbers[comm.rank()]
                 count = -(-manifest.shard_rows(number) // config.batch_size)
-                pieces = _with_progress(islice(batches, count), bar, len(now))
-                digest = bytes.fromhex(manifest.write(number, _concat_columns(map(coder, pieces))))
-            hashes = comm.gather_rows(torch.tensor([list(digest)], dtype=torch.uint8), len(now))
-            if hashes is not None:
-                manifest.add({number: bytes(each).hex() for number, each in zip(now, hashes.tolist(), strict=True)})
+                shard_batches = _with_progress(islice(batches, count), bar, len(numbers))
+                digest = bytes.fromhex(manifest.write(number, _concat_columns(map(encoder, shard_batches))))
+            # Idle ranks of the last round gather zeros, since collectives need all ranks.
+            digests = comm.gather_rows(torch.tensor([list(digest)], dtype=torch.uint8), len(numbers))
+            if digests is not None:
+                manifest.add({number: bytes(row).hex() for number, row in zip(numbers, digests.tolist(), strict=True)})
             sync_read_errors(split)
-    comm.barrier()  # all of them are written
+    comm.barrier()  # no rank opens the shards before all are written
 
 
 def _with_progress(batches: Iterable[Batch], bar: terminal.ProgressBar, processes: int) -> Iterator[Batch]:
@@ -116,16 +133,16 @@ def _with_progress(batches: Iterable[Batch], bar: terminal.ProgressBar, processe
         bar.advance(min(len(batch) * processes, bar.remaining))
 
 
-def _concat_columns(pieces: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _concat_columns(batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     columns: dict[str, list[Tensor]] = defaultdict(list)
-    for piece in pieces:
-        for name, each in piece.items():
-            columns[name].append(each)
-    return {name: torch.cat(each) for name, each in columns.items()}
+    for batch in batches:
+        for name, column in batch.items():
+            columns[name].append(column)
+    return {name: torch.cat(chunks) for name, chunks in columns.items()}
 
 
-def _fingerprint(conditions: ConditionerStack) -> str:
-    """Hash the conditions that make codes: which there are, and the weights of their tokenizers."""
-    makers = {name: each for name, each in conditions.conditioners.items() if hasattr(each, "prepare")}
-    weights = nn.ModuleDict({name: each for name, each in makers.items() if isinstance(each, nn.Module)})
-    return sha256_of_tensors(weights.state_dict(), *((name, each.length) for name, each in makers.items()))[:16]
+def _fingerprint(stack: ConditionerStack) -> str:
+    """Hash the conditioners whose indices are cached: names, lengths and weights."""
+    conditioners = {name: each for name, each in stack.conditioners.items() if hasattr(each, "prepare")}
+    weights = nn.ModuleDict({name: each for name, each in conditioners.items() if isinstance(each, nn.Module)})
+    return sha256_of_tensors(weights.state_dict(), *((name, each.length) for name, each in conditioners.items()))[:16]

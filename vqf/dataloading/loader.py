@@ -1,4 +1,4 @@
-"""The processes that load images, batch after batch; `vqf.dataloading.order` says which image comes when."""
+"""Load batches in worker processes; `vqf.dataloading.order` determines which images a batch holds."""
 
 import logging
 import os
@@ -21,9 +21,9 @@ from vqf.protocols import Split, StreamingSplit
 
 log = logging.getLogger("vqf")
 
-DEFAULT_TIMEOUT = 600.0  # seconds that the next batch may take
+DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch from a worker
 
-# A scheduler may send these to every process of a job. The parent answers them, and needs its workers for it.
+# A scheduler may send these to every process of a job. The parent handles them, and needs its workers to finish.
 PARENT_SIGNALS = {signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
@@ -37,20 +37,25 @@ def train_batches(
     timeout: float = DEFAULT_TIMEOUT,
     sync_every: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield the batches of steps `start` to `steps` - 1; those of a stream in the order in which it comes.
+    """Yield this rank's batches of steps `start` to `steps` - 1; a stream is read in its own order.
 
     Args:
-        timeout: Seconds that a batch may take where workers load it.
-        sync_every: After so many steps, and at the end, the processes tell each other what they could not read.
+        split: Images to train on.
+        order: Batches of all steps.
+        start: First step.
+        steps: Step after the last.
+        workers: Loader processes of this rank; 0 loads in this process.
+        timeout: Seconds to wait for a batch from a worker.
+        sync_every: Steps between two merges of the unreadable images of all ranks; there is always one at the end.
 
     Raises:
-        UserError: See `keyed_batches`, and if all processes together could not read too much.
+        UserError: As `keyed_batches`, and if all ranks together could not read too many images.
     """
     if isinstance(split, StreamingSplit):
-        found = _stream_batches(split, order, start, steps, workers, timeout)
+        batches = _stream_batches(split, order, start, steps, workers, timeout)
     else:
-        found = keyed_batches(split, BatchKeys(order, start, steps), workers=workers, timeout=timeout)
-    for step, batch in enumerate(found, start + 1):
+        batches = keyed_batches(split, BatchKeys(order, start, steps), workers=workers, timeout=timeout)
+    for step, batch in enumerate(batches, start + 1):
         yield batch
         if sync_every and step % sync_every == 0:
             sync_read_errors(split)
@@ -60,11 +65,17 @@ def train_batches(
 def sequential_batches(
     split: Split, batch_size: int, *, count: int | None = None, workers: int = 0, timeout: float = DEFAULT_TIMEOUT
 ) -> Iterator[Batch]:
-    """Yield every image of a split once, in order, as it looks in epoch 0; the last batch may be smaller.
+    """Yield this rank's slices of a split in order, as augmented in epoch 0; the last batch may be smaller.
 
     Args:
-        count: Yield only so many images, spread evenly over the split.
-        timeout: Seconds that a batch may take where workers load it.
+        split: Images to load.
+        batch_size: Images per batch, over all ranks.
+        count: Number of images, spread evenly over the split; all by default.
+        workers: Loader processes of this rank; 0 loads in this process.
+        timeout: Seconds to wait for a batch from a worker.
+
+    Raises:
+        UserError: As `keyed_batches`, and if all ranks together could not read too many images.
     """
     length = len(split)
     count = length if count is None else min(count, length)
@@ -76,13 +87,13 @@ def sequential_batches(
 def keyed_batches(
     split: Split, keys: Iterable[Sequence[SampleKey]], *, workers: int = 0, timeout: float = DEFAULT_TIMEOUT
 ) -> Iterator[Batch]:
-    """Yield a batch for every list of keys.
+    """Yield one batch per list of keys.
 
     Raises:
-        UserError: If an image cannot be had, or a worker process hangs or dies.
+        UserError: If an image cannot be loaded or replaced, or a worker process hangs or dies.
     """
     if isinstance(split, StreamingSplit):
-        workers = min(workers, 1)  # each would read all of it
+        workers = min(workers, 1)  # every worker would read the full stream
     return _unwrap(_build_loader(_SplitDataset(split), workers, timeout, batch_sampler=keys), workers, timeout)
 
 
@@ -92,7 +103,7 @@ def _stream_batches(
     if split.max_readers < order.world_size:
         raise UserError(f"data.train: {split.max_readers} shards cannot be shared by {order.world_size} processes")
     if start:
-        log.info("data.train: a stream has no exact order; this run goes on in another one than it would have had")
+        log.info("data.train: a stream has no exact order; the resumed run reads it in another order")
     workers = min(workers, split.max_readers // order.world_size)
     loaded = _build_loader(_StreamDataset(split, order, start), workers, timeout, batch_size=None)
     for _, batch in zip(range(start, steps), _unwrap(loaded, workers, timeout), strict=False):
@@ -109,7 +120,7 @@ def _build_loader(
         pin_memory=torch.cuda.is_available(),
         timeout=timeout if workers else 0,
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+        generator=torch.Generator(),  # without one the loader would advance the global generator
         **order,
     )
     with _blocked_signals(PARENT_SIGNALS):
@@ -118,9 +129,10 @@ def _build_loader(
 
 @contextmanager
 def _blocked_signals(numbers: set[signal.Signals]) -> Iterator[None]:
-    """Block signals in this thread, and for all their lives in processes that are started meanwhile.
+    """Block signals in this thread meanwhile, and for good in the processes that it starts.
 
-    A thread of theirs that is older than their first line, such as torch and multiprocessing start, has it that way.
+    Child processes inherit the mask. Blocking in their first line would come too late for the threads that torch and
+    multiprocessing start before it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -135,7 +147,7 @@ def _init_worker(number: int) -> None:
 
 
 def _exit_on_parent_sigterm() -> None:
-    """End this process at the SIGTERM of the parent, which so ends a worker that hangs, and at nobody else's."""
+    """Exit at a SIGTERM of the parent, which ends hanging workers so; ignore one of anybody else."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -143,10 +155,10 @@ def _exit_on_parent_sigterm() -> None:
 
 @dataclass
 class _LoadedBatch:
-    """What comes back for a list of keys: a batch, or the mistake that prevents it, and what is to be logged."""
+    """Result of a worker: a batch or an error, and its log records."""
 
     batch: Batch | None = None
-    error: UserError | None = None  # raised in a worker, it would arrive wrapped in a traceback
+    error: UserError | None = None  # the loader would wrap an exception of a worker in a traceback
     records: LogRecords = field(default_factory=list)
 
     def pin_memory(self) -> "_LoadedBatch":
@@ -156,7 +168,7 @@ class _LoadedBatch:
 
 
 class _SplitDataset(Dataset[_LoadedBatch]):
-    """A split as the data loader wants it: asked for a whole batch of keys at a time."""
+    """Adapts a split to the data loader, which asks for a batch of keys at a time."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -166,44 +178,45 @@ class _SplitDataset(Dataset[_LoadedBatch]):
 
 
 class _StreamDataset(IterableDataset[_LoadedBatch]):
-    """A stream as the data loader wants it: this process's part of batch after batch, without end."""
+    """Adapts a stream to the data loader: yields this rank's slices of the batches without end."""
 
     def __init__(self, split: StreamingSplit, order: ShuffledBatches, start: int) -> None:
         self.split, self.order, self.start = split, order, start
 
     def __iter__(self) -> Iterator[_LoadedBatch]:
-        part = self.order.batch_size // self.order.world_size
+        per_rank = self.order.batch_size // self.order.world_size
         samples = self.split.stream(self.start, self.order.rank, self.order.world_size)
         while True:
-            yield _collate(lambda: [next(samples) for _ in range(part)])
+            yield _collate(lambda: [next(samples) for _ in range(per_rank)])
 
 
 def _collate(samples: Callable[[], list[Sample]]) -> _LoadedBatch:
-    """Make a batch, with what is to be said about it."""
+    """Load samples into a batch; capture their log records and a UserError."""
     with capture_logs() as records:
         try:
             return _LoadedBatch(Batch.collate(samples()), records=records)
-        except UserError as mistake:
-            return _LoadedBatch(error=mistake, records=records)
+        except UserError as error:
+            return _LoadedBatch(error=error, records=records)
 
 
 def _unwrap(loaded: Iterator[_LoadedBatch], workers: int, timeout: float) -> Iterator[Batch]:
     while True:
         try:
-            each = next(loaded)
+            result = next(loaded)
         except StopIteration:
             return
         except RuntimeError as error:
-            if trouble := _worker_error_message(str(error), workers, timeout):
-                raise UserError(trouble) from error
+            if message := _worker_error_message(str(error), workers, timeout):
+                raise UserError(message) from error
             raise
-        relay(each.records)
-        if each.batch is None:
-            raise each.error or AssertionError("a batch or a mistake")
-        yield each.batch
+        relay(result.records)
+        if result.batch is None:
+            raise result.error or AssertionError("a batch or an error")
+        yield result.batch
 
 
 def _worker_error_message(text: str, workers: int, timeout: float) -> str | None:
+    """Explain a RuntimeError of torch's loader, which has no types of its own for these; None for any other."""
     if "timed out after" in text:
         return (
             f"workers={workers}: no batch came for {timeout:g} s; a worker hangs (a network disk?); "
@@ -214,5 +227,5 @@ def _worker_error_message(text: str, workers: int, timeout: float) -> str | None
     return None
 
 
-def _identity(loaded: Any) -> Any:
-    return loaded
+def _identity(batch: Any) -> Any:
+    return batch  # the datasets collate

@@ -1,8 +1,7 @@
-"""Which images make up which batch.
+"""The order of the training images, as a pure function of seed and step.
 
-The order of the data is a pure function: batch k of epoch e is a slice of the permutation that (seed, e) gives, and
-an image depends on (seed, epoch, index). A run therefore stands at one number, its step, and any number of worker
-processes, or of ranks, sees the same images in the same order.
+Batch k of epoch e is a slice of permutation(seed, e), and an augmented image depends on (seed, epoch, index). The
+position of a run is therefore its step, and the order is the same for any number of ranks and worker processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,21 +15,23 @@ from vqf.errors import UserError
 from vqf.seeding import seeded_generator
 
 K = TypeVar("K")
-SampleKey = tuple[int, int]  # epoch and index: all that a worker needs to know
+SampleKey = tuple[int, int]  # epoch and index: they determine a sample
 
 
 class ShuffledBatches:
-    """The order in which the images of a split are trained on.
+    """Batches of a shuffled split.
 
     Args:
-        length: Images of the split.
-        batch_size: Images of one step, over all ranks. The last images of an epoch, too few for a batch,
-            are left out; another epoch leaves out others.
-        rank: This process among `world_size`, each of which takes an equal part of every micro-batch.
-        accumulate: Micro-batches that a step is cut into, the same ones for any number of processes.
+        length: Number of images in the split.
+        batch_size: Images per step, over all ranks. The incomplete last batch of an epoch is dropped; every epoch
+            drops other images.
+        seed: Seed of the permutations.
+        rank: This process.
+        world_size: Number of processes; each takes an equal slice of every micro-batch.
+        accumulate: Micro-batches per step; their images do not depend on `world_size`.
 
     Raises:
-        UserError: If not even one batch comes together, or it cannot be divided among the ranks.
+        UserError: If the split is smaller than a batch, or a batch cannot be divided among the ranks.
     """
 
     def __init__(
@@ -43,23 +44,23 @@ class ShuffledBatches:
         if batch_size % accumulate:
             raise UserError(f"accumulate={accumulate} must divide batch_size={batch_size}")
         if batch_size % (accumulate * world_size):
-            parts = f"{world_size} processes and accumulate={accumulate} micro-batches"
-            raise UserError(f"batch_size={batch_size} cannot be divided among {parts}")
+            shares = f"{world_size} processes and accumulate={accumulate} micro-batches"
+            raise UserError(f"batch_size={batch_size} cannot be divided among {shares}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.steps_per_epoch = length // batch_size
 
     def batch(self, step: int) -> list[SampleKey]:
-        """Return this rank's part of the batch of a step, counted from 0."""
+        """Return this rank's keys of a step, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.batch_size
         indices = _permutation(self.length, self.seed, epoch)[first : first + self.batch_size]
-        mine = indices.view(self.accumulate, self.world_size, -1)[:, self.rank]
-        return [(epoch, index) for index in mine.flatten().tolist()]
+        rank_indices = indices.view(self.accumulate, self.world_size, -1)[:, self.rank]
+        return [(epoch, index) for index in rank_indices.flatten().tolist()]
 
 
 class BatchKeys:
-    """The keys of a run of steps, made one step at a time."""
+    """Batch sampler over the steps `start` to `steps` - 1."""
 
     def __init__(self, order: ShuffledBatches, start: int, steps: int) -> None:
         self.order, self.start, self.steps = order, start, steps
@@ -72,10 +73,10 @@ class BatchKeys:
 
 
 def batches_for_rank(keys: Sequence[K], batch_size: int) -> list[list[K]]:
-    """Cut keys into batches, the last of which may be smaller, and return this process's part of each.
+    """Split keys into batches, the last of which may be smaller, and return this rank's slice of each.
 
-    All parts are equally long, so that they can be collected: the last key fills up the last batch's, and
-    `ranks.gather_rows` cuts it off again.
+    Slices of a batch are equally long on all ranks, so that they can be gathered: the last key pads the last batch, and
+    `comm.gather_rows` removes the padding.
     """
     batch_size = -(-batch_size // comm.world_size()) * comm.world_size()
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
@@ -83,11 +84,11 @@ def batches_for_rank(keys: Sequence[K], batch_size: int) -> list[list[K]]:
 
 
 def indices_for_rank(count: int) -> list[int]:
-    """Return which of `count` things this process does, see `batches_for_rank`."""
-    part = -(-count // comm.world_size())
-    return [min(comm.rank() * part + i, count - 1) for i in range(part)]
+    """Return this rank's slice of `range(count)`, padded as in `batches_for_rank`."""
+    per_rank = -(-count // comm.world_size())
+    return [min(comm.rank() * per_rank + i, count - 1) for i in range(per_rank)]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a permutation of a large split takes a while; two epochs meet in the prefetched batches
 def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(length, generator=seeded_generator("order", seed, epoch))

@@ -1,4 +1,4 @@
-"""What could not be read, in any process of a run: counted together, and named in the first one's log."""
+"""Unreadable images, counted over all ranks and logged on rank 0."""
 
 from typing import Protocol, runtime_checkable
 
@@ -11,25 +11,25 @@ from vqf.protocols import Split
 
 @runtime_checkable
 class TracksReadErrors(Protocol):
-    """A split that notes which of its images cannot be read."""
+    """A split that records which of its images cannot be read."""
 
-    def read_error_flags(self) -> list[Tensor]: ...  # bool, shared with worker processes
+    def read_error_flags(self) -> list[Tensor]: ...  # bool, in memory shared with the loader's workers
 
-    def check_read_errors(self) -> None: ...  # raises a UserError if they are too many
+    def check_read_errors(self) -> None: ...  # raises a UserError if there are too many
 
 
 def sync_read_errors(split: Split) -> None:
-    """Let every process of a run know what any of them could not read; every process must call.
+    """Merge the unreadable images of all ranks. Collective: every rank must call it.
 
     Raises:
-        UserError: In all of them, if it is too much.
+        UserError: On every rank, if there are too many.
     """
     if comm.world_size() == 1 or not isinstance(split, TracksReadErrors):
-        return  # a process by itself has counted what it found
-    own = split.read_error_flags()
-    for found in comm.all_gather_object([each.nonzero().flatten() for each in own]):
-        for flags, places in zip(own, found, strict=True):
-            flags[places] = True
+        return  # a single process counts its own errors when it reads
+    flags = split.read_error_flags()
+    for indices_of_rank in comm.all_gather_object([flag.nonzero().flatten() for flag in flags]):
+        for flag, indices in zip(flags, indices_of_rank, strict=True):
+            flag[indices] = True
     flush_relayed()
-    with capture_logs():  # all would say the same
+    with capture_logs():  # every rank would log the same
         split.check_read_errors()

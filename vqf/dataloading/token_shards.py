@@ -1,8 +1,7 @@
-"""Tokens on disk: what stage 2 trains on, made once from a data source by one tokenizer.
+"""Cached tokens on disk, which stage 2 trains on.
 
-Every view of every image is a row: row r is image r % images as it looks in view r // images. A view is one
-epoch's augmentation. Rows lie in shards, so many in each, which are mapped into memory: of a part that is larger than
-the memory there is, only what was looked at last is there.
+Row r holds the tokens of image r % num_images in view r // num_images; a view is the augmentation of one epoch. Shards
+of equally many rows are memory-mapped, so that a split may be larger than the memory.
 """
 
 import json
@@ -24,17 +23,17 @@ from vqf.hashing import sha256_of_file
 from vqf.terminal import log
 
 VERSION = 2
-DEFAULT_ROWS_PER_SHARD = 4096  # of a shard: 4 MiB where an image has 256 tokens
-CONDITION_COLUMN_PREFIX = "condition_indices."  # in front of the name of a condition
+DEFAULT_ROWS_PER_SHARD = 4096  # 4 MiB for images of 256 tokens
+CONDITION_COLUMN_PREFIX = "condition_indices."  # before the name of a conditioner
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """The tokens of a part of the data; epoch e trains on view e modulo their number.
+    """The cached tokens of a split; epoch e trains on view e % num_augmentations.
 
-    A shard has "tokens" (R, N) int32, which is half the memory, and vocabularies stay below 2**31; where the data has
-    them "labels" (R,) int64 and "crop_boxes" (R, 4) float; and for every condition that is an image "codes.<name>"
-    (R, h, w) int32. R is the same for all shards but the last.
+    Columns of a shard of R rows: "tokens" (R, N) int32, half the size of int64 and enough for any vocabulary; if the
+    data has them, "labels" (R,) int64 and "crop_boxes" (R, 4) float; for each conditioner of images
+    "condition_indices.<name>" (R, h, w) int32. All shards but the last have the same R.
     """
 
     shards: Sequence[Mapping[str, Tensor]]
@@ -45,12 +44,12 @@ class TokenDataset:
 
     @property
     def num_augmentations(self) -> int:
-        """How often each image is there."""
+        """Views per image."""
         return sum(len(shard["tokens"]) for shard in self.shards) // self.num_images
 
     @property
     def condition_names(self) -> list[str]:
-        """The names of the conditions whose codes are here."""
+        """Names of the conditioners with cached indices."""
         return [
             name.removeprefix(CONDITION_COLUMN_PREFIX)
             for name in self.shards[0]
@@ -58,7 +57,7 @@ class TokenDataset:
         ]
 
     def mean_crop_extent(self) -> list[float] | None:
-        """Return the mean height and width of what images show, as shares of their wholes; None without places."""
+        """Return the mean height and width of the crop boxes, as fractions of the full image; None without boxes."""
         if "crop_boxes" not in self.shards[0]:
             return None
         sums = [(shard["crop_boxes"][:, 2:] - shard["crop_boxes"][:, :2]).abs().sum(0) for shard in self.shards]
@@ -67,42 +66,46 @@ class TokenDataset:
         return mean
 
     def batches(self, order: ShuffledBatches, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps `start` to `stop` - 1."""
+        """Yield this rank's batches of steps `start` to `stop` - 1."""
         for step in range(start, stop):
             keys = order.batch(step)
             yield self.gather([epoch for epoch, _ in keys], [index for _, index in keys])
 
     def gather(self, epochs: list[int], indices: list[int]) -> Batch:
-        """Return the batch of some images, as they look in some epochs."""
+        """Return the batch of the images `indices`, each in the view of its epoch."""
         rows = torch.tensor(epochs) % self.num_augmentations * self.num_images + torch.tensor(indices)
-        found = self._gather(rows)
-        codes = {name: found[f"{CONDITION_COLUMN_PREFIX}{name}"].long() for name in self.condition_names}
-        labels, places = found.get("labels"), found.get("crop_boxes")
-        return Batch(labels=labels, tokens=found["tokens"].long(), crop_boxes=places, condition_indices=codes)
+        columns = self._gather(rows)
+        condition_indices = {name: columns[f"{CONDITION_COLUMN_PREFIX}{name}"].long() for name in self.condition_names}
+        return Batch(
+            labels=columns.get("labels"),
+            tokens=columns["tokens"].long(),
+            crop_boxes=columns.get("crop_boxes"),
+            condition_indices=condition_indices,
+        )
 
     def _gather(self, rows: Tensor) -> dict[str, Tensor]:
         size = len(self.shards[0]["tokens"])
-        found = {name: each.new_empty(len(rows), *each.shape[1:]) for name, each in self.shards[0].items()}
+        columns = {name: column.new_empty(len(rows), *column.shape[1:]) for name, column in self.shards[0].items()}
         for number in (rows // size).unique().tolist():
-            here = (rows // size == number).nonzero().flatten()
+            positions = (rows // size == number).nonzero().flatten()
             for name, column in self.shards[number].items():
-                found[name][here] = column[rows[here] % size]
-        return found
+                columns[name][positions] = column[rows[positions] % size]
+        return columns
 
 
 class TokenShardManifest:
-    """`<part>.json`: what the shards of a part were made of, how many there are, and the hash of each.
+    """Manifest `<split>.json` of a split's token shards: their provenance, number and hashes.
 
     Args:
-        folder: Of the shards, `<part>-00000.safetensors` and so on.
+        folder: Folder of the shards `<split>-00000.safetensors` and so on.
         split_name: "train" or "validation".
-        provenance: What decides the tokens, each by its name.
-        num_images: Of the part.
-        num_augmentations: Of each image.
-        rows: Of a shard; as many as the folder began with by default.
+        provenance: Hashes of everything that determines the tokens.
+        num_images: Images of the split.
+        num_augmentations: Views per image.
+        rows: Rows per shard; by default as in the existing manifest, or `DEFAULT_ROWS_PER_SHARD`.
 
     Raises:
-        UserError: If the folder has the tokens of another origin, or other shards, or a manifest that is none.
+        UserError: If the existing manifest has another provenance or shard size, or is damaged.
     """
 
     def __init__(
@@ -115,96 +118,93 @@ class TokenShardManifest:
         rows: int | None = None,
     ) -> None:
         self.folder, self.split_name, self.provenance = folder, split_name, dict(provenance)
-        self.path, self.num_images, self.num_rows = (
-            folder / f"{split_name}.json",
-            num_images,
-            num_images * num_augmentations,
-        )
+        self.path = folder / f"{split_name}.json"
+        self.num_images, self.num_rows = num_images, num_images * num_augmentations
         self.rows_per_shard, self.shards = rows or DEFAULT_ROWS_PER_SHARD, dict[str, dict[str, Any]]()
         if self.path.exists():
             self._load_existing(rows)
         self.num_shards = -(-self.num_rows // self.rows_per_shard)
 
     def shard_path(self, number: int) -> Path:
-        """Return where a shard lies."""
+        """Return the path of a shard."""
         return self.folder / f"{self.split_name}-{number:05d}.safetensors"
 
     def shard_rows(self, number: int) -> int:
-        """Return the rows of a shard; the last may have fewer."""
+        """Return the number of rows of a shard; the last may have fewer."""
         return min(self.rows_per_shard, self.num_rows - number * self.rows_per_shard)
 
     def shard_keys(self, number: int, batch_size: int) -> Iterator[list[SampleKey]]:
-        """Yield view and index of the rows of a shard, in batches, of which the last may be smaller."""
+        """Yield the keys (view, index) of a shard's rows in batches; the last may be smaller."""
         first = number * self.rows_per_shard
         stop = first + self.shard_rows(number)
         for start in range(first, stop, batch_size):
             yield [divmod(row, self.num_images) for row in range(start, min(start + batch_size, stop))]
 
     def missing_shards(self) -> list[int]:
-        """Return the shards that are not there, or not as they were written."""
-        found = []
+        """Return the numbers of the shards that are missing or differ from their hash, and forget these."""
+        missing = []
         for number in range(self.num_shards):
             path = self.shard_path(number)
-            known = self.shards.get(path.name)
-            if known is not None and path.is_file() and sha256_of_file(path) == known.get("sha256"):
+            entry = self.shards.get(path.name)
+            if entry is not None and path.is_file() and sha256_of_file(path) == entry.get("sha256"):
                 continue
-            if known is not None:
-                log.warning("'%s' is not what %s says; it is made again", path, self.path.name)
+            if entry is not None:
+                log.warning("'%s' differs from its hash in %s; writing it again", path, self.path.name)
             self.shards.pop(path.name, None)
-            found.append(number)
-        return found
+            missing.append(number)
+        return missing
 
     def write(self, number: int, columns: Mapping[str, Tensor]) -> str:
-        """Write a shard beside its name, rename it when it is whole, and return its hash."""
+        """Write a shard atomically and return its sha256."""
         path = self.shard_path(number)
         with _explain_disk_errors(path), atomic_path(path) as temporary:
             write_weights(columns, temporary)
             return sha256_of_file(temporary)
 
     def add(self, hashes: Mapping[int, str]) -> None:
-        """Record shards that are written, by their numbers."""
+        """Record written shards: their hashes by number."""
         for number, digest in hashes.items():
             self.shards[self.shard_path(number).name] = {"rows": self.shard_rows(number), "sha256": digest}
         finished = len(self.shards) == self.num_shards
-        facts = {"images": self.num_images, "rows": self.rows_per_shard, "finished": finished}
-        content = {"version": VERSION, **facts, "origin": self.provenance, "shards": dict(sorted(self.shards.items()))}
+        counts = {"images": self.num_images, "rows": self.rows_per_shard, "finished": finished}
+        content = {"version": VERSION, **counts, "origin": self.provenance, "shards": dict(sorted(self.shards.items()))}
         with _explain_disk_errors(self.path):
             atomic_write_text(self.path, json.dumps(content, indent=1))
 
     def open_dataset(self) -> TokenDataset:
-        """Map the shards into memory.
+        """Memory-map all shards.
 
         Raises:
-            UserError: If one of them holds something else.
+            UserError: If a shard cannot be opened, or has other columns or rows than expected.
         """
         shards = [_mmap_shard(self.shard_path(number)) for number in range(self.num_shards)]
         for number, shard in enumerate(shards):
-            found = {name: len(column) for name, column in shard.items()}
-            if found != dict.fromkeys({"tokens", *shards[0]}, self.shard_rows(number)):
-                raise _damaged_error(
-                    self.shard_path(number), f"{self.shard_rows(number)} rows of tokens were to be in it"
-                )
+            lengths = {name: len(column) for name, column in shard.items()}
+            if lengths != dict.fromkeys({"tokens", *shards[0]}, self.shard_rows(number)):
+                raise _damaged_error(self.shard_path(number), f"expected {self.shard_rows(number)} rows of tokens")
         return TokenDataset(shards, self.num_images)
 
     def _load_existing(self, rows: int | None) -> None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            version, theirs, origin, shards = (found[key] for key in ("version", "rows", "origin", "shards"))
-            if version != VERSION or not isinstance(theirs, int) or theirs < 1:
-                raise ValueError(f"version {version}, rows {theirs}")
-            named = {key: origin.get(key) for key in self.provenance}
-            self.shards = {name: dict(each) for name, each in shards.items()}
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            version, existing_rows, origin, shards = (content[key] for key in ("version", "rows", "origin", "shards"))
+            if version != VERSION or not isinstance(existing_rows, int) or existing_rows < 1:
+                raise ValueError(f"version {version}, rows {existing_rows}")
+            existing = {key: origin.get(key) for key in self.provenance}
+            self.shards = {name: dict(entry) for name, entry in shards.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged_error(self.path, str(error)) from error
         for key, value in self.provenance.items():
-            if named[key] != value:
+            if existing[key] != value:
                 raise UserError(
-                    f"tokens.root: {self.path} was made with {key} {named[key]}, this run has {value}; "
-                    f"tokens of another {key} mean something else. Leave tokens.root out and they are made anew"
+                    f"tokens.root: {self.path} was made with {key} {existing[key]}, this run has {value}; "
+                    f"tokens of another {key} do not fit. Leave tokens.root out to encode them again"
                 )
-        if rows not in (None, theirs):
-            raise UserError(f"rows={rows}: the shards in {self.folder} have {theirs}; leave rows out, or delete them")
-        self.rows_per_shard = theirs
+        if rows not in (None, existing_rows):
+            raise UserError(
+                f"rows={rows}: the shards in {self.folder} have {existing_rows}; leave rows out, or delete them"
+            )
+        self.rows_per_shard = existing_rows
 
 
 @contextmanager
@@ -213,20 +213,20 @@ def _explain_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"tokens.root: {path} cannot be written: {error.strerror}; make room, or name another"
+            f"tokens.root: {path} cannot be written: {error.strerror}; free some space, or choose another folder"
         ) from error
 
 
 def _mmap_shard(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _damaged_error(path, str(error)) from error
-    if any(column.ndim == 0 for column in found.values()):
+    if any(column.ndim == 0 for column in columns.values()):
         raise _damaged_error(path, "it holds no rows")
-    return found
+    return columns
 
 
-def _damaged_error(path: Path, why: str) -> UserError:
-    return UserError(f"tokens.root: {path} is damaged ({why}); delete it, and it is made anew")
+def _damaged_error(path: Path, reason: str) -> UserError:
+    return UserError(f"tokens.root: {path} is damaged ({reason}); delete it, and it is written again")

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf.config.access import group_nodes
-from vqf.dataloading.image_files import SPLITS
+from vqf.dataloading.splits import SPLITS
 from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine
 from vqf.errors import UserError

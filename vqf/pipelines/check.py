@@ -15,7 +15,9 @@ from omegaconf import DictConfig
 from vqf import terminal
 from vqf.batch import Size
 from vqf.config.access import image_size
-from vqf.dataloading.image_files import ImageFileSplit, open_splits, process_map
+from vqf.dataloading.image_files import ImageFileSplit
+from vqf.dataloading.splits import open_splits
+from vqf.dataloading.worker_pool import process_map
 from vqf.errors import UserError, quote_name
 from vqf.hashing import sha256_of_file
 from vqf.protocols import Split

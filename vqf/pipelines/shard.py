@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vqf.dataloading.image_files import ImageFileSplit, StreamedShardSplit, open_splits, process_map
+from vqf.dataloading.image_files import ImageFileSplit, StreamedShardSplit
+from vqf.dataloading.splits import open_splits
+from vqf.dataloading.worker_pool import process_map
 from vqf.errors import UserError
 from vqf.pipelines.shards.manifest import ShardManifest
 from vqf.pipelines.shards.maps import map_options

@@ -17,8 +17,8 @@ from vqf.batch import Batch
 from vqf.config.access import group_nodes
 from vqf.config.inherit import inherit
 from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
-from vqf.dataloading.image_files import SPLITS
 from vqf.dataloading.order import ShuffledBatches
+from vqf.dataloading.splits import SPLITS
 from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, make_engine

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, open_dict
 
 from vqf.config.inherit import inherit
 from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
-from vqf.dataloading.image_files import open_splits
+from vqf.dataloading.splits import open_splits
 from vqf.distributed.engine import make_engine
 from vqf.registry import register
 from vqf.runs.load import build_conditioner_stack, find_tokenizer_checkpoint, load_tokenizer

@@ -525,7 +525,7 @@ def test_a_tokenizer_is_trained_on_a_stream(folder, serve, tmp_path, workers, ca
     Stage1(compose(*words, "steps=4"), tmp_path).run()
     with caplog.at_level(logging.INFO, "vqf"):
         Stage1(compose(*words, "resume=true"), tmp_path).run()
-    assert "data.train: a stream has no exact order; this run goes on in another one" in caplog.text
+    assert "data.train: a stream has no exact order; the resumed run reads it in another order" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == set(range(1, 7))
     assert all(torch.isfinite(torch.tensor(line["l1"])) for line in lines if "l1" in line)

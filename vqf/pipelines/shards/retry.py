@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from vqf.dataloading.image_files import StreamedShardSplit, process_map
+from vqf.dataloading.image_files import StreamedShardSplit
+from vqf.dataloading.worker_pool import process_map
 from vqf.pipelines.shards.manifest import ShardManifest, ShardRecord
 from vqf.pipelines.shards.skipped import SkippedSamples
 from vqf.pipelines.shards.writer import ShardWriter

@@ -392,7 +392,7 @@ def test_the_suggestions_hold() -> None:
         ({"world": 0}, "world=0: must be more than 0"),
         ({"memory": -1.0}, "memory=-1.0: must be more than 0"),
         ({"world": 3}, "batch_size=8 cannot be divided among 3 processes and accumulate=1 micro-batches"),
-        ({"world": 2, "measure": True}, "measure=true takes the steps of one process; leave out world=2"),
+        ({"world": 2, "measure": True}, "measure=true runs steps in one process; leave out world=2"),
     ],
 )
 def test_mistakes_are_lines(tmp_path: Path, told: Told, options: dict[str, Any], message: str) -> None:

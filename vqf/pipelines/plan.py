@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: parameters, memory of every process, arithmetic, time."""
+"""Estimate what a run needs before it starts: parameters, memory per process, FLOPs and time."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ from vqf.terminal import format_bytes, format_seconds, log, print_table
 
 GIB = 2**30
 GPU_OVERHEAD_NOTE = (
-    "beside this a GPU holds CUDA's own context, some hundred MiB, the workspaces of cuDNN and cuBLAS, and what the "
-    "allocator keeps in pieces that fit nothing: leave a tenth of it free"
+    "not included: the CUDA context (some hundred MiB), the workspaces of cuDNN and cuBLAS, and fragmentation of the "
+    "allocator; leave a tenth of the GPU's memory free"
 )
 MEMORY_KINDS = (
     "weights",
@@ -37,18 +37,17 @@ MEMORY_KINDS = (
 
 @register("pipeline", "plan")
 class Plan:
-    """Say what a run would need: parameters, memory of every process, arithmetic, time. No data is read.
+    """Estimate what a run needs: parameters, memory per process, FLOPs and time. No data is read.
 
-    One step of each stage is done on tensors without content, as on `device`, which need not be there. What a kernel
-    allocates for itself is not seen.
+    Runs one step of each stage on fake tensors, which have shapes but no data, for a `device` that need not be present.
+    Memory that kernels allocate internally is not counted.
 
     Args:
-        world: Processes that share a batch.
-        memory: GiB that a process has. Where a run needs more, it says with which options it fits.
-        flops: Operations that the device gets done in a second, to estimate the time from; fewer than its
-            data sheet says.
-        measure: Take real steps as well, on `device`, and say what they needed.
-        classes: Labels that a conditioner is to know.
+        world: Number of processes that share a batch, at least 1.
+        memory: Memory of a process in GiB, above 0. If a run needs more, options that make it fit are listed.
+        flops: Sustained FLOP per second of the device, above 0, to estimate the time; below its peak.
+        measure: Also run real steps on `device`, in one process, and report their memory and time.
+        classes: Number of classes that a label conditioner is built for, at least 1.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Plan:
             if value is not None and value <= 0:
                 raise UserError(f"{name}={value}: must be more than 0")
         if measure and world > 1:
-            raise UserError(f"measure=true takes the steps of one process; leave out world={world}")
+            raise UserError(f"measure=true runs steps in one process; leave out world={world}")
         self.config, self.run_dir = config, run_dir
         self.world, self.memory, self.flops, self.measure, self.classes = world, memory, flops, measure, classes
         self.device = _planned_device(config)
@@ -77,36 +76,39 @@ class Plan:
         plan["image_size"] = list(image_size(self.config))
         for name in trainable_stages(self.config):
             plan[name] = self._plan_stage(name)
-        if "stage2" in plan and (drawing := estimate_sampling(self.config, self.device, self.classes)):
-            plan["sample"] = {"images": self.config.stage2.batch_size, "bytes": drawing}
-            self._print_sampling(drawing)
+        if "stage2" in plan and (peak := estimate_sampling(self.config, self.device, self.classes)):
+            plan["sample"] = {"images": self.config.stage2.batch_size, "bytes": peak}
+            self._print_sampling(peak)
         self._log_device_note()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "plan.json").write_text(json.dumps(plan, indent=1))
         log.info("written: %s", self.run_dir / "plan.json")
 
     def _plan_stage(self, name: str) -> dict[str, Any]:
-        found = self._estimate(name, self.config)
+        estimated = self._estimate(name, self.config)
         measured = benchmark_step(name, self.config, make_engine(self.config), self.classes) if self.measure else None
-        seconds = measured.seconds if measured else found.flops / self.flops if self.flops else None
+        seconds = measured.seconds if measured else estimated.flops / self.flops if self.flops else None
         config = stage_config(self.config, name, self.world)
         steps, images = config.steps, config.batch_size
-        print_table(f"{name}: parameters", ("part", "number"), [(k, f"{v:,}") for k, v in found.parameters.items()])
-        _print_memory(f"{name}: memory of a process, {images} images a step", found, self.world, measured)
-        log.info("%s", summary(found, self.device, seconds, steps))
-        facts = {"parameters": found.parameters, "bytes": found.peaks, "peak": _peaks(found), "flops": found.flops}
-        facts |= {"tokens": found.tokens_per_image, "images": images, "steps": steps, "seconds": seconds}
+        print_table(
+            f"{name}: parameters", ("module", "number"), [(k, f"{v:,}") for k, v in estimated.parameters.items()]
+        )
+        _print_memory(f"{name}: memory of a process, {images} images a step", estimated, self.world, measured)
+        log.info("%s", summary(estimated, self.device, seconds, steps))
+        plan: dict[str, Any] = {"parameters": estimated.parameters, "bytes": estimated.peaks, "peak": _peaks(estimated)}
+        plan |= {"flops": estimated.flops, "tokens": estimated.tokens_per_image}
+        plan |= {"images": images, "steps": steps, "seconds": seconds}
         if measured:
-            facts["measured_peak"] = measured.peak
+            plan["measured_peak"] = measured.peak
         if self.memory is not None:
-            facts["suggestions"] = self._suggest(name, found, self.memory * GIB)
-        return facts
+            plan["suggestions"] = self._suggest(name, estimated, self.memory * GIB)
+        return plan
 
     def _estimate(self, name: str, config: DictConfig) -> Estimate:
         return estimate(name, config, self.device, self.world, self.classes)
 
     def _suggest(self, name: str, estimated: Estimate, memory: float) -> dict[str, int]:
-        """Say whether a stage fits, and if not, with which options it does."""
+        """Log whether a stage fits; if not, log and return the options that make it fit, with their peaks."""
         needs = estimated.peak(self._engine_name(self.config))
         if needs <= memory:
             log.info("%s fits into %s with %s to spare", name, format_bytes(memory), format_bytes(memory - needs))
@@ -120,13 +122,13 @@ class Plan:
         return fitting
 
     def _fitting_overrides(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
-        """Yield options that make a stage fit, the mildest of each kind, and its peak then."""
+        """Yield the first override of each family that makes a stage fit, with its peak in bytes."""
         for family in suggestions(name, stage_config(self.config, name, self.world), self.world):
-            for change in family:
-                config = with_overrides(self.config, name, change)
+            for overrides in family:
+                config = with_overrides(self.config, name, overrides)
                 peak = self._estimate(name, config).peak(self._engine_name(config))
                 if peak <= memory:
-                    yield overrides_to_cli(change), peak
+                    yield overrides_to_cli(overrides), peak
                     break
 
     def _engine_name(self, config: DictConfig) -> str:
@@ -135,13 +137,11 @@ class Plan:
         return "fsdp2" if config.engine == "fsdp2" else "ddp"
 
     def _log_device_note(self) -> None:
-        """Say what the numbers are not of."""
+        """Log what the estimate leaves out, or that the device was chosen automatically."""
         if self.device.type == "cuda":
             log.info("%s", GPU_OVERHEAD_NOTE)
         elif str(self.config.device) == "auto":
-            log.info(
-                "planned for %s, which device=auto finds here; device=cuda plans for a GPU all the same", self.device
-            )
+            log.info("planned for %s, which device=auto finds here; give device=cuda to plan for a GPU", self.device)
 
     def _print_sampling(self, peak: Bytes) -> None:
         rows = [(kind, format_bytes(count)) for kind, count in peak.items() if count]
@@ -150,10 +150,10 @@ class Plan:
 
 
 def summary(estimated: Estimate, device: torch.device, seconds: float | None, steps: int) -> str:
-    """Say it in a line."""
+    """Summarize an estimate in one line."""
     peaks = ", ".join(
-        f"{format_bytes(estimated.peak(view))} {'' if view == 'single' else f'under {view} '}at the peak"
-        for view in estimated.peaks
+        f"{format_bytes(estimated.peak(strategy))} {'' if strategy == 'single' else f'under {strategy} '}at the peak"
+        for strategy in estimated.peaks
     )
     line = f"{estimated.name} on {device}: {estimated.trainable:,} trained parameters, "
     line += f"{estimated.tokens_per_image} tokens an image, {peaks}"
@@ -164,21 +164,21 @@ def summary(estimated: Estimate, device: torch.device, seconds: float | None, st
 
 
 def _print_memory(title: str, estimated: Estimate, world: int, benchmark: StepBenchmark | None) -> None:
-    header = ["", *(view if world == 1 else f"{view}, {world} processes" for view in estimated.peaks)]
+    header = ["", *(strategy if world == 1 else f"{strategy}, {world} processes" for strategy in estimated.peaks)]
     kinds = [kind for kind in MEMORY_KINDS if any(peak.get(kind) for peak in estimated.peaks.values())]
     rows = [[kind, *(format_bytes(peak.get(kind, 0)) for peak in estimated.peaks.values())] for kind in kinds]
-    rows.append(["peak", *(format_bytes(estimated.peak(view)) for view in estimated.peaks)])
+    rows.append(["peak", *(format_bytes(estimated.peak(strategy)) for strategy in estimated.peaks)])
     if benchmark:
         rows.append(["peak, measured", format_bytes(benchmark.peak)])
     print_table(title, header, rows)
 
 
 def _peaks(estimated: Estimate) -> Mapping[str, int]:
-    return {view: estimated.peak(view) for view in estimated.peaks}
+    return {strategy: estimated.peak(strategy) for strategy in estimated.peaks}
 
 
 def _planned_device(config: DictConfig) -> torch.device:
-    """Return the device to plan for; a GPU need not be there."""
+    """Return the device to plan for; a GPU need not be present."""
     if str(config.device).startswith("cuda"):
         return torch.device("cuda")
     config = config.copy()

@@ -1,4 +1,4 @@
-"""Any data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
+"""Write a data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,25 +26,22 @@ from vqf.terminal import log, progress
 
 @register("pipeline", "shard")
 class Shard:
-    """Write the images of `data` into tar shards that `data=shards` and webdataset read, with a manifest.
+    """Write the images of `data` into tar shards with a manifest, for `data=shards` and webdataset.
 
-    An image `00000012.jpg` has its label beside it as `.cls`, its name as `.json`, and its map, if the source has
-    maps, as `.condition.png`: `data=shard_pairs` reads both. Images that cannot be read are left out and named in the
-    manifest, up to `data.max_unreadable`. Shards that an earlier run finished are kept; a run that is killed leaves
-    none half-written. `workers` is how many are written at a time.
-
-    Of shards that are streamed each becomes one, its images in their order.
+    Beside an image `00000012.jpg` lie its label as `.cls`, its name as `.json`, and its condition map, if there is one,
+    as `.condition.png` for `data=shard_pairs`. Unreadable images are skipped and listed in the manifest, up to
+    `data.max_unreadable`. Shards of an earlier run are kept; a killed run leaves no partial shard. `workers` shards are
+    written at a time. A streamed source keeps its shards and their order.
 
     Args:
-        out: The folder of the shards; `shards/` of the run's folder by default.
-        format: Of the images. "original" copies the files of a source that has them, byte by byte; the others
-            store the whole image, upright and in RGB, and maps as PNG. A source without files gives what it shows in
-            epoch 0.
-        size: What a shorter side that is longer is scaled down to, of images and of maps.
-        shard_size: Images of a shard.
-        quality: Of jpg and webp.
-        images_only: Leave out the maps of a source that has some.
-        shuffle: Put training images in an order that the seed decides, for readers that read shards from end to end.
+        out: Folder of the shards; by default `shards/` in the run's folder.
+        format: Format of the images. "original" copies the files of a source byte by byte; the others store the
+            uncropped image, upright and in RGB, and maps as PNG. A source without files gives its samples of epoch 0.
+        size: Shorter sides above this are scaled down to it, of images and maps; at least 1.
+        shard_size: Images per shard, at least 1.
+        quality: Quality of jpg and webp, in [1, 100].
+        images_only: Leave the condition maps out.
+        shuffle: Shuffle the training images by the seed, for readers that read shards sequentially.
     """
 
     def __init__(
@@ -73,63 +70,64 @@ class Shard:
         self.folder = run_dir / "shards" if out is None else Path(out).expanduser()
 
     def run(self) -> None:
-        """Write `<part>-000000.tar` and so on, and `manifest.json`."""
-        data, parts = open_splits(self.config)
+        """Write `<split>-000000.tar` and so on, and `manifest.json`."""
+        data, splits = open_splits(self.config)
         if self.format == "original" and not all(
-            isinstance(split, ImageFileSplit | StreamedShardSplit) for split in parts.values()
+            isinstance(split, ImageFileSplit | StreamedShardSplit) for split in splits.values()
         ):
             raise UserError(f"format=original: data '{self.config.data.name}' has no files to copy; give format=png")
-        maps = None if self.images_only else map_options(self.config.data, parts.values(), self.format)
-        tasks = [task for part, split in parts.items() for task in self._tasks(part, split)]
-        made_of, names = self._provenance(data, parts, maps), {task.name for task in tasks}
-        writer = ShardWriter(self.folder, parts, self.format, self.size, self.quality, maps)
+        maps = None if self.images_only else map_options(self.config.data, splits.values(), self.format)
+        tasks = [task for name, split in splits.items() for task in self._tasks(name, split)]
+        provenance, names = self._provenance(data, splits, maps), {task.name for task in tasks}
+        writer = ShardWriter(self.folder, splits, self.format, self.size, self.quality, maps)
         try:
-            ShardManifest(self.folder, made_of, names)  # a folder of somebody else gets no lock
+            ShardManifest(self.folder, provenance, names)  # refuses a foreign folder before the lock writes to it
             with folder_lock(self.folder, "out"):
-                self._write(ShardManifest(self.folder, made_of, names), tasks, writer)
+                self._write(ShardManifest(self.folder, provenance, names), tasks, writer)
         except OSError as error:
             raise UserError(unwritable_message(error, self.folder, "out")) from error
 
-    def _provenance(self, data: Data, parts: Mapping[str, Split], maps: Mapping[str, Any] | None) -> dict[str, Any]:
-        asked = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
-        asked |= {"shuffle": self.shuffle, "seed": self.config.seed}
-        sources = {part: split.fingerprint for part, split in parts.items()}
-        return {"options": asked, "sources": sources, "classes": list(data.classes), "maps": maps}
+    def _provenance(self, data: Data, splits: Mapping[str, Split], maps: Mapping[str, Any] | None) -> dict[str, Any]:
+        options = {"format": self.format, "size": self.size, "shard_size": self.shard_size, "quality": self.quality}
+        options |= {"shuffle": self.shuffle, "seed": self.config.seed}
+        sources = {name: split.fingerprint for name, split in splits.items()}
+        return {"options": options, "sources": sources, "classes": list(data.classes), "maps": maps}
 
     def _write(self, manifest: ShardManifest, tasks: list[ShardTask], writer: ShardWriter) -> None:
         manifest.start()
         mark_for_rewrite(manifest, writer, self.config.workers)
-        losses = SkippedSamples(manifest, writer.splits)
-        losses.check()
-        left = [
+        skipped = SkippedSamples(manifest, writer.splits)
+        skipped.check()
+        remaining = [
             replace(task, previous=manifest.requeued.get(task.name))
             for task in tasks
             if task.name not in manifest.shards
         ]
-        if kept := [*manifest.shards.values()]:
-            log.info("%d of %d shards are there already", len(kept), len(tasks))
-        done = sum(each.images + len(each.skipped) for each in kept)
+        if finished := [*manifest.shards.values()]:
+            log.info("%d of %d shards are there already", len(finished), len(tasks))
+        done = sum(record.images + len(record.skipped) for record in finished)
         try:
             with progress("shard", sum(map(len, writer.splits.values())), done) as bar:
-                for written in process_map(writer, left, self.config.workers):
-                    manifest.add(written)
-                    losses.add_record(written)
-                    losses.check()
-                    bar.advance(written.images + len(written.skipped))
-            losses.check_not_empty()
+                for record in process_map(writer, remaining, self.config.workers):
+                    manifest.add(record)
+                    skipped.add_record(record)
+                    skipped.check()
+                    bar.advance(record.images + len(record.skipped))
+            skipped.check_not_empty()
         finally:
-            if left:
+            if remaining:
                 manifest.save()
         manifest.save(finished=True)
-        losses.log_summary()
+        skipped.log_summary()
 
-    def _tasks(self, part: str, split: Split) -> Iterator[ShardTask]:
+    def _tasks(self, split_name: str, split: Split) -> Iterator[ShardTask]:
         if isinstance(split, StreamedShardSplit):
-            log.info("%s shards are streamed: each is copied to one, its images in their order", part)
-            yield from (ShardTask(f"{part}-{number:06d}.tar", part, [], number) for number in range(len(split.urls)))
+            log.info("%s shards are streamed: shard_size and shuffle have no effect", split_name)
+            for number in range(len(split.urls)):
+                yield ShardTask(f"{split_name}-{number:06d}.tar", split_name, [], number)
             return
         order = torch.arange(len(split))
-        if self.shuffle and part == "train":
+        if self.shuffle and split_name == "train":
             order = torch.randperm(len(split), generator=seeded_generator("shards", self.config.seed))
         for number, indices in enumerate(order.split(min(self.shard_size, len(split)))):
-            yield ShardTask(f"{part}-{number:06d}.tar", part, indices.tolist())
+            yield ShardTask(f"{split_name}-{number:06d}.tar", split_name, indices.tolist())

@@ -36,7 +36,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(image_folder, tmp_pat
         "train/ant/04.png": "not an image of a known format",
         "train/bee/05.png": "image file is truncated",
     }
-    assert "left out: 'train/ant/04.png' (not an image of a known format" in caplog.text
+    assert "skipped: 'train/ant/04.png' (not an image of a known format" in caplog.text
 
 
 def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_when_more_may_be(image_folder, tmp_path):
@@ -47,10 +47,10 @@ def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_when_more_may_be(im
     with pytest.raises(UserError) as caught:
         written(configured(image_folder), to, shard_size=6, shuffle=False)
     assert str(caught.value) == (
-        "data.max_unreadable: 2 of the 20 train images cannot be read, where 1 may be left out; the last is "
+        "data.max_unreadable: 2 of the 20 train images cannot be read, more than the 1 allowed; the last is "
         "'train/ant/08.png' (not an image of a known format (JPEG, PNG, WEBP, BMP, GIF, PPM, TIFF)), "
-        f"'{to / 'manifest.json'}' names all. What is written stays, and the same command with a larger "
-        f"max_unreadable goes on"
+        f"'{to / 'manifest.json'}' lists all. Finished shards are kept: run the same command with a larger "
+        f"max_unreadable to continue"
     )
     before = (to / "train-000000.tar").stat().st_mtime_ns
     with pytest.raises(UserError, match="2 of the 20 train"):
@@ -76,7 +76,7 @@ def test_finished_shards_are_kept_and_damaged_ones_written_again(image_folder, t
     written(config, to, shard_size=6)
     assert made == ["train-000001.tar", "train-000002.tar"]
     assert files(to) == {**before, ".film.tmp": b"of somebody else"}
-    assert f"'{to / 'train-000002.tar'}' is not what manifest.json says; it is written again" in caplog.text
+    assert f"'{to / 'train-000002.tar'}' differs from its hash in manifest.json; writing it again" in caplog.text
 
 
 def write_slowly(image_folder, to, workers):
@@ -184,7 +184,7 @@ def test_what_can_be_read_again_is_put_back(image_folder, tmp_path, monkeypatch,
     caplog.set_level("INFO", "vqf")
     assert written(configured(image_folder), to, shard_size=6)["images"]["train"] == 20
     assert made == [lost["name"]]
-    assert f"'{lost['name']}' is written again: something was missing from it" in caplog.text
+    assert f"'{lost['name']}' is written again: it lacks images" in caplog.text
 
 
 def test_looking_again_never_leaves_less(image_folder, tmp_path):
@@ -286,7 +286,7 @@ def test_an_image_that_a_format_has_no_room_for_is_left_out(image_folder, tmp_pa
     (lost,) = manifest["shards"][0]["skipped"]
     assert (lost["name"], lost["reason"]) == (
         "train/ant/04.png",
-        f"{side} x 4 pixels, more than a {kind} has room for",
+        f"{side} x 4 pixels, more than a {kind} can store",
     )
     assert written(configured(image_folder), tmp_path / "small", format=kind, size=2)["images"]["train"] == 20
 
@@ -357,7 +357,7 @@ def test_the_tolerance_of_a_source_is_its_own(image_folder, tmp_path):
     (image_folder / "train" / "ant" / "06.png").write_bytes(b"broken")
     with pytest.raises(
         UserError,
-        match=r"^data\.parts\.ant\.max_unreadable: 2 of the 8 train images cannot be read, where 1 may be left",
+        match=r"^data\.parts\.ant\.max_unreadable: 2 of the 8 train images cannot be read, more than the 1 allowed",
     ):
         written(config, tmp_path / "two", shuffle=False)
 

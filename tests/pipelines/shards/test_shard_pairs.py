@@ -255,7 +255,7 @@ def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixe
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "shards")
     assert str(caught.value) == (
-        "data 'union' has maps in some of its sources alone; images_only=true writes the images alone"
+        "data 'union' has maps in only some of its sources; images_only=true writes the images alone"
     )
 
 

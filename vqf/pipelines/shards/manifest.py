@@ -1,4 +1,4 @@
-"""`manifest.json`: which shards a folder holds, and of what."""
+"""`manifest.json`: the finished shards of a folder, and what they were made of."""
 
 import json
 import re
@@ -17,93 +17,91 @@ from vqf.terminal import log, progress
 
 VERSION = 3
 MANIFEST_NAME = "manifest.json"
-HASH_THREADS = 4  # shards that are verified side by side: hashing them waits for the disk, and holds up no other thread
-SAVE_INTERVAL_FACTOR = (
-    20  # times as long as it took is the time before it is written again: of many thousand shards it takes a while
-)
+HASH_THREADS = 4  # shards hashed at a time; hashing waits for the disk and releases the GIL
+SAVE_INTERVAL_FACTOR = 20  # saving may take at most 1/20 of the time: with many thousand shards it is slow
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """An image that is not in its shard."""
+    """An image that its shard lacks because it could not be read."""
 
-    key: str  # what its sample would be called: its number, where the source is no stream
+    key: str  # key that the sample would have: its index, or shard and index for a stream
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard."""
+    """Manifest entry of a shard."""
 
     name: str
     images: int
     bytes: int
     sha256: str
     skipped: list[SkippedSample] = field(default_factory=list)
-    broken: str = ""  # why the shard that it was copied from could not be read to its end
+    broken: str = ""  # why the source shard could not be read to its end
 
     @property
     def split_name(self) -> str:
-        """The part of the data that it is of."""
+        """Split of the shard's images."""
         return self.name.rpartition("-")[0]
 
 
 class ShardManifest:
-    """The manifest of a folder, and which of its shards are finished.
+    """Tracks which shards of a folder are finished.
 
     Args:
-        folder: Where they are.
-        made_of: What the shards are made of, and how.
-        names: Of all shards that there are to be.
+        folder: Folder of the shards.
+        provenance: Sources and options of the shards; shards of another provenance are refused.
+        names: File names of all shards to write.
 
     Raises:
-        UserError: If the folder holds other shards. Nothing in it is touched then.
+        UserError: If the folder holds shards that this command would not write. The folder is not changed then.
     """
 
-    def __init__(self, folder: Path, made_of: dict[str, Any], names: Collection[str]) -> None:
-        self.folder, self.path, self.provenance = folder, folder / MANIFEST_NAME, {"version": VERSION, **made_of}
+    def __init__(self, folder: Path, provenance: dict[str, Any], names: Collection[str]) -> None:
+        self.folder, self.path, self.provenance = folder, folder / MANIFEST_NAME, {"version": VERSION, **provenance}
         self.shards: dict[str, ShardRecord] = {}
-        self.requeued: dict[str, ShardRecord] = {}  # from which something is missing that may be there by now
+        self.requeued: dict[str, ShardRecord] = {}  # finished shards that are written again, for more images
         self.last_saved, self.save_interval = 0.0, 0.0
-        found = self._read() if self.path.exists() else None
-        if found is None and (stranger := next((name for name in names if (folder / name).exists()), None)):
+        records = self._read() if self.path.exists() else None
+        if records is None and (existing := next((name for name in names if (folder / name).exists()), None)):
             raise UserError(
-                f"out={folder}: holds '{stranger}', and no {MANIFEST_NAME} of pipeline=shard beside it; "
+                f"out={folder}: holds '{existing}', and no {MANIFEST_NAME} of pipeline=shard beside it; "
                 "choose another folder"
             )
-        self.recorded = [each for each in found or () if each.name in names]
+        self.recorded = [record for record in records or () if record.name in names]
         self.names = names
 
     def start(self) -> None:
-        """Begin, as the only process that does: keep what is finished, and throw away what is half-written."""
+        """Verify the recorded shards and delete temporary files. Only the process that holds the lock may call it."""
         self._verify(self.recorded)
-        for half in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            if half.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in {*self.names, MANIFEST_NAME}:
-                half.unlink(missing_ok=True)
+        for temporary in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            if temporary.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in {*self.names, MANIFEST_NAME}:
+                temporary.unlink(missing_ok=True)
         if not self.path.exists():
             self.save()
 
     def requeue(self, name: str) -> None:
-        """Put a shard among those that are tried again; until then it is what there is."""
+        """Have a finished shard written again; its file and record stay until then."""
         if name in self.shards:
             self.requeued[name] = self.shards.pop(name)
 
-    def add(self, written: ShardRecord) -> None:
-        """Record a finished shard."""
-        self.requeued.pop(written.name, None)
-        self.shards[written.name] = written
+    def add(self, record: ShardRecord) -> None:
+        """Record a finished shard, and save if the last time is long ago."""
+        self.requeued.pop(record.name, None)
+        self.shards[record.name] = record
         if time.monotonic() > self.last_saved + self.save_interval:
             self.save()
 
     def save(self, finished: bool = False) -> None:
-        """Write what is known; `finished` says that these are all."""
+        """Write the manifest; `finished` marks the set of shards as complete."""
         began = time.monotonic()
         images: Counter[str] = Counter()
-        known = [each for _, each in sorted({**self.shards, **self.requeued}.items())]
-        for each in known:
-            images[each.split_name] += each.images
-        shards = [asdict(each) for each in known]
+        records = [record for _, record in sorted({**self.shards, **self.requeued}.items())]
+        for record in records:
+            images[record.split_name] += record.images
+        shards = [asdict(record) for record in records]
         content = {**self.provenance, "finished": finished, "images": dict(images), "shards": shards}
         atomic_write_text(self.path, json.dumps(content, indent=1))
         self.last_saved = time.monotonic()
@@ -111,58 +109,58 @@ class ShardManifest:
 
     def _read(self) -> list[ShardRecord]:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            version, shards = found["version"], found["shards"]
-            written = [_parse_record(each) for each in shards] if version == VERSION else []
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            version, shards = content["version"], content["shards"]
+            records = [_parse_record(entry) for entry in shards] if version == VERSION else []
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"out={self.folder}: its {MANIFEST_NAME} is not one of pipeline=shard; choose another folder"
             ) from error
         if version != VERSION:
             raise UserError(f"out={self.folder}: holds shards of another version of vqf; choose another folder")
-        if {key: found.get(key) for key in self.provenance} != self.provenance:
+        if {key: content.get(key) for key in self.provenance} != self.provenance:
             raise UserError(
                 f"out={self.folder}: holds shards of other images, or with other options; choose another folder"
             )
-        return written
+        return records
 
-    def _verify(self, shards: list[ShardRecord]) -> None:
-        """Keep the shards that are what they were when they were written."""
-        paths = [self.folder / each.name for each in shards]
-        with ThreadPoolExecutor(HASH_THREADS) as pool, progress("verify shards", len(shards)) as bar:
-            for each, path, whole in zip(shards, paths, pool.map(_is_intact, paths, shards), strict=True):
-                if whole:
-                    self.shards[each.name] = each
+    def _verify(self, records: list[ShardRecord]) -> None:
+        """Keep the records whose file still has the recorded size and hash."""
+        paths = [self.folder / record.name for record in records]
+        with ThreadPoolExecutor(HASH_THREADS) as pool, progress("verify shards", len(records)) as bar:
+            for record, path, intact in zip(records, paths, pool.map(_is_intact, paths, records), strict=True):
+                if intact:
+                    self.shards[record.name] = record
                 else:
-                    log.warning("'%s' is not what %s says; it is written again", path, MANIFEST_NAME)
+                    log.warning("'%s' differs from its hash in %s; writing it again", path, MANIFEST_NAME)
                 bar.advance()
 
 
-def _is_intact(path: Path, known: ShardRecord) -> bool:
-    return path.is_file() and path.stat().st_size == known.bytes and sha256_of_file(path) == known.sha256
+def _is_intact(path: Path, record: ShardRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record.bytes and sha256_of_file(path) == record.sha256
 
 
-def _parse_record(said: Mapping[str, Any]) -> ShardRecord:
-    """Read an entry, which anybody may have written.
+def _parse_record(entry: Mapping[str, Any]) -> ShardRecord:
+    """Parse an untrusted manifest entry.
 
     Raises:
-        ValueError: If it makes no sense.
+        ValueError: If it has other fields or types, or its name is no plain name of a shard.
     """
-    match said:
+    match entry:
         case {
             "name": str(name),
             "images": int(images),
             "bytes": int(size),
             "sha256": str(digest),
-            "skipped": list(left_out),
+            "skipped": list(skipped),
             "broken": str(broken),
         } if re.fullmatch(r"\w+-\d+\.tar", name) and images >= 0:
-            return ShardRecord(name, images, size, digest, [_parse_skipped(each) for each in left_out], broken)
+            return ShardRecord(name, images, size, digest, [_parse_skipped(sample) for sample in skipped], broken)
     raise ValueError("no entry of a shard")
 
 
-def _parse_skipped(said: Mapping[str, Any]) -> SkippedSample:
-    match said:
-        case {"key": str(key), "name": str(name), "reason": str(why)} if re.fullmatch(r"\d{1,18}(-\d{1,18})?", key):
-            return SkippedSample(key, name, why)
+def _parse_skipped(entry: Mapping[str, Any]) -> SkippedSample:
+    match entry:
+        case {"key": str(key), "name": str(name), "reason": str(reason)} if re.fullmatch(r"\d{1,18}(-\d{1,18})?", key):
+            return SkippedSample(key, name, reason)
     raise ValueError("no entry of an image")

@@ -1,4 +1,4 @@
-"""What the maps of a source are, in words that shards of them keep."""
+"""Options of `data=shard_pairs` that read the condition maps of a data source from its shards."""
 
 from collections.abc import Collection
 from functools import partial
@@ -17,23 +17,23 @@ MAP_KIND_BY_CHANNELS = {1: "grey", 3: "rgb"}
 IMAGES_ONLY_HINT = "images_only=true writes the images alone"
 
 
-def map_options(data: DictConfig, parts: Collection[Split], format: ImageFormat) -> dict[str, Any] | None:
-    """Return the options of `data=shard_pairs` that read the maps of a source once they are in shards; None for none.
+def map_options(data: DictConfig, splits: Collection[Split], format: ImageFormat) -> dict[str, Any] | None:
+    """Return the options that read the maps of a data source from its shards; None for a source without maps.
 
     Args:
-        data: The node of the source.
-        parts: Its images.
-        format: In which they are written: maps are PNG in all but "original".
+        data: Config node of the data source.
+        splits: Its splits.
+        format: Format of the shards' images: maps are copied with "original", and PNG otherwise.
 
     Raises:
-        UserError: If there are maps of several kinds, or such as no option reads.
+        UserError: If there are maps of several kinds, or of a kind that `data=shard_pairs` cannot read.
     """
-    sources = [each for split in parts for _, each in flatten_sources(split)]
-    mapped = [each for each in sources if has_maps(each)]
+    sources = [source for split in splits for _, source in flatten_sources(split)]
+    mapped = [source for source in sources if has_maps(source)]
     if not mapped:
         return None
     if len(mapped) < len(sources):
-        raise UserError(f"data '{data.name}' has maps in some of its sources alone; {IMAGES_ONLY_HINT}")
+        raise UserError(f"data '{data.name}' has maps in only some of its sources; {IMAGES_ONLY_HINT}")
     try:
         reader = condition_reader(data)
     except ValueError as error:
@@ -43,7 +43,7 @@ def map_options(data: DictConfig, parts: Collection[Split], format: ImageFormat)
 
 
 def _png_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that read labels once what stands for none is class 0, with all others moved up."""
+    """Return the options of class maps as PNG, where unlabelled pixels are class 0 and the others one higher."""
     if options["labels"] > 2**16:
         raise UserError(
             f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {IMAGES_ONLY_HINT}"
@@ -54,7 +54,7 @@ def _png_options(options: dict[str, Any]) -> dict[str, Any]:
 def _options_by_channels(name: str, reader: ConditionReader | None, mapped: Collection[Split]) -> dict[str, Any]:
     if reader is not None and reader.num_classes:
         return {"maps": "labels", "labels": reader.num_classes, "unlabelled": None}
-    channels = {_map_channels(each) for each in mapped}
+    channels = {_map_channels(source) for source in mapped}
     if len(channels) > 1 or not channels <= MAP_KIND_BY_CHANNELS.keys():
         raise UserError(
             f"data '{name}' has maps of {' and '.join(map(str, sorted(channels)))} channels, and no function "
@@ -64,16 +64,15 @@ def _options_by_channels(name: str, reader: ConditionReader | None, mapped: Coll
 
 
 def has_maps(split: Split) -> bool:
-    """Say whether the images of a source have maps beside them, by the first that can be had."""
+    """Tell whether the images of a source have condition maps, judged by its first readable image."""
     if isinstance(split, StreamedShardSplit):
         return getattr(split, "map_decoder", None) is not None
     return isinstance(_first_readable(split), PairFileLike)
 
 
 def _first_readable(split: Split) -> ImageFileLike | None:
-    """Return the first image that can be had."""
     files = (try_read(partial(as_image_file, split, index)) for index in range(len(split)))
-    return next((each for each in files if not isinstance(each, ReadFailure)), None)
+    return next((file for file in files if not isinstance(file, ReadFailure)), None)
 
 
 def _map_channels(split: Split) -> int:

@@ -1,4 +1,4 @@
-"""Images of a source without files, as if they were some."""
+"""Samples of a data source without image files, presented as image files."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from vqf.protocols import Split
 
 
 def as_image_file(split: Split, index: int, classes: bool = False) -> ImageFileLike:
-    """Return an image as the file that it is, or as if it were one; `classes` says what a drawn map's channels are."""
+    """Return the file of an image, or its sample in epoch 0 as a file; `classes` marks class maps, one channel each."""
     if isinstance(split, ImageFileSplit):
         return split.file(index)
     sample = split.item(0, index)
@@ -21,7 +21,7 @@ def as_image_file(split: Split, index: int, classes: bool = False) -> ImageFileL
 
 @dataclass(frozen=True)
 class RenderedImageFile:
-    """An image of a source without files, as it looks in epoch 0: what a `ImageFileLike` is, but for the file."""
+    """An `ImageFileLike` of a sample; it can be loaded, but has no bytes to copy."""
 
     sample: Sample
     name: str = ""
@@ -42,7 +42,7 @@ class RenderedImageFile:
 
 @dataclass(frozen=True)
 class RenderedPairFile(RenderedImageFile):
-    """With its map, of colours or grey, or of classes, which have a channel each."""
+    """A `PairFileLike` of a sample with a condition map: RGB, gray, or with one channel per class."""
 
     classes: bool = False
 
@@ -50,8 +50,8 @@ class RenderedPairFile(RenderedImageFile):
         condition = self.sample.condition
         assert condition is not None, "every sample of a split has the same fields"
         if self.classes:
-            numbers = condition.argmax(0).numpy()
-            return Image.fromarray(numbers.astype(np.uint8 if len(condition) <= 256 else np.uint16))
+            labels = condition.argmax(0).numpy()
+            return Image.fromarray(labels.astype(np.uint8 if len(condition) <= 256 else np.uint16))
         image = to_pil_image(condition)
         return image.convert("L") if len(condition) == 1 else image
 

@@ -1,4 +1,4 @@
-"""What an earlier run could not read, and may be there by now: a disk, or a server, was away for a moment."""
+"""Requeue shards that skipped images which can be read by now, for example after a disk or server was away."""
 
 from functools import partial
 
@@ -9,49 +9,51 @@ from vqf.pipelines.shards.skipped import SkippedSamples
 from vqf.pipelines.shards.writer import ShardWriter
 from vqf.terminal import log, progress
 
-SkippedRef = tuple[str, str, str]  # a shard, its part, and the key of an image that is not in it
+SkippedRef = tuple[str, str, str]  # shard, split and key of a skipped image
 
 
 def mark_for_rewrite(manifest: ShardManifest, writer: ShardWriter, workers: int) -> None:
-    """Doubt the shards to which something may be added: they are written again.
+    """Requeue the finished shards that may become more complete.
 
-    An image of a stream comes with all of its shard alone: only what would stop the run is fetched again.
+    An image of a streamed shard can be retried only by fetching the shard again. Streamed shards are therefore requeued
+    only if they broke off, or if their skipped images exceed the limit and would stop the run.
     """
-    streamed = {part for part, split in writer.splits.items() if isinstance(split, StreamedShardSplit)}
+    streamed = {name for name, split in writer.splits.items() if isinstance(split, StreamedShardSplit)}
     _drop_inconsistent(manifest, writer, streamed)
     _retry_skipped(manifest, writer, streamed, workers)
-    losses = SkippedSamples(manifest, writer.splits)
-    for each in [*manifest.shards.values()]:
-        if each.broken or (each.skipped and each.split_name in streamed and losses.exceeds_limit(each.split_name)):
-            manifest.requeue(each.name)
+    skipped = SkippedSamples(manifest, writer.splits)
+    for record in [*manifest.shards.values()]:
+        over_limit = record.split_name in streamed and skipped.exceeds_limit(record.split_name)
+        if record.broken or (record.skipped and over_limit):
+            manifest.requeue(record.name)
     for name in manifest.requeued:
-        log.info("'%s' is written again: something was missing from it", name)
+        log.info("'%s' is written again: it lacks images", name)
 
 
 def _drop_inconsistent(manifest: ShardManifest, writer: ShardWriter, streamed: set[str]) -> None:
-    """Forget shards of which somebody has written that images are missing that never were."""
-    for each in _file_backed_shards(manifest, streamed):
-        if not all(writer.has(each.split_name, lost.key) for lost in each.skipped):
-            del manifest.shards[each.name]
+    """Forget shards whose manifest entry, possibly edited by hand, names images that do not exist."""
+    for record in _file_backed_shards(manifest, streamed):
+        if not all(writer.has(record.split_name, sample.key) for sample in record.skipped):
+            del manifest.shards[record.name]
 
 
 def _retry_skipped(manifest: ShardManifest, writer: ShardWriter, streamed: set[str], workers: int) -> None:
-    looks = [
-        (each.name, each.split_name, lost.key)
-        for each in _file_backed_shards(manifest, streamed)
-        for lost in each.skipped
+    refs = [
+        (record.name, record.split_name, sample.key)
+        for record in _file_backed_shards(manifest, streamed)
+        for sample in record.skipped
     ]
-    with progress("look again", len(looks)) as bar:
-        for name, readable in process_map(partial(_is_readable_now, writer), looks, workers):
+    with progress("retry", len(refs)) as bar:
+        for name, readable in process_map(partial(_is_readable_now, writer), refs, workers):
             if readable:
                 manifest.requeue(name)
             bar.advance()
 
 
 def _file_backed_shards(manifest: ShardManifest, streamed: set[str]) -> list[ShardRecord]:
-    return [each for each in manifest.shards.values() if each.split_name not in streamed]
+    return [record for record in manifest.shards.values() if record.split_name not in streamed]
 
 
-def _is_readable_now(writer: ShardWriter, at: SkippedRef) -> tuple[str, bool]:
-    name, part, key = at
-    return name, writer.can_read(part, key)
+def _is_readable_now(writer: ShardWriter, ref: SkippedRef) -> tuple[str, bool]:
+    name, split_name, key = ref
+    return name, writer.can_read(split_name, key)

@@ -1,125 +1,132 @@
-"""What could not be read while shards were written: how much of it may be, and what is said of it."""
+"""Count the images and streamed shards that could not be read, and stop if there are too many."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vqf.dataloading.image_files import StreamedShardSplit, flatten_sources, locate
 from vqf.errors import UserError, quote_name
-from vqf.pipelines.shards.manifest import ShardManifest, ShardRecord, SkippedSample
+from vqf.pipelines.shards.manifest import ShardManifest, ShardRecord
 from vqf.protocols import Split
 from vqf.terminal import log
 
-MAX_LISTED = 10  # images that the log names; the manifest names all
+MAX_LISTED = 10  # skipped images that the log names; the manifest names all
 
 
 @dataclass
 class SkipCounter:
-    """How much of something is lost."""
+    """Counts the unreadable images, or shards, of one data source."""
 
-    option: str  # whose `max_unreadable` it is
+    option: str  # config key of the source, which has the option `max_unreadable`
     noun: str
     total: int
     limit: int
     skipped: int = 0
     last_message: str = ""
 
-    def add(self, last: str) -> None:
-        self.skipped, self.last_message = self.skipped + 1, last
+    def add(self, message: str) -> None:
+        self.skipped, self.last_message = self.skipped + 1, message
 
 
 class SkippedSamples:
-    """The images that are left out, and the shards of a stream that broke off.
+    """Counts skipped images, and streamed shards that broke off, for every data source of its own.
 
     Args:
-        manifest: What is said to be known of.
-        parts: What the shards are made of.
+        manifest: Records of the finished shards.
+        splits: The images that are written.
     """
 
-    def __init__(self, manifest: ShardManifest, parts: Mapping[str, Split]) -> None:
-        self.manifest, self.splits = manifest, parts
+    def __init__(self, manifest: ShardManifest, splits: Mapping[str, Split]) -> None:
+        self.manifest, self.splits = manifest, splits
         self.image_counters = {
-            (part, id(source)): SkipCounter(
-                option, f"{part} images", len(source), getattr(source, "unreadable_limit", len(source))
+            (name, id(source)): SkipCounter(
+                option, f"{name} images", len(source), getattr(source, "unreadable_limit", len(source))
             )
-            for part, split in parts.items()
+            for name, split in splits.items()
             for option, source in flatten_sources(split)
         }
         self.shard_counters = {
-            part: SkipCounter("data", f"{part} shards", len(split.urls), split.broken_shard_limit)
-            for part, split in parts.items()
+            name: SkipCounter("data", f"{name} shards", len(split.urls), split.broken_shard_limit)
+            for name, split in splits.items()
             if isinstance(split, StreamedShardSplit)
         }
-        for each in manifest.shards.values():
-            self.add_record(each)
+        for record in manifest.shards.values():
+            self.add_record(record)
 
-    def add_record(self, written: ShardRecord) -> None:
-        """Count what is missing in a shard."""
-        split = self.splits[written.split_name]
-        for lost in written.skipped:
-            source = split if isinstance(split, StreamedShardSplit) else locate(split, int(lost.key)).split
-            self.image_counters[written.split_name, id(source)].add(f"{quote_name(lost.name)} ({lost.reason})")
-        if written.broken:
-            self.shard_counters[written.split_name].add(f"'{self._source_url(written)}' ({written.broken})")
+    def add_record(self, record: ShardRecord) -> None:
+        """Count what a shard lacks."""
+        split = self.splits[record.split_name]
+        for sample in record.skipped:
+            source = split if isinstance(split, StreamedShardSplit) else locate(split, int(sample.key)).split
+            self.image_counters[record.split_name, id(source)].add(f"{quote_name(sample.name)} ({sample.reason})")
+        if record.broken:
+            self.shard_counters[record.split_name].add(f"'{self._source_url(record)}' ({record.broken})")
 
     def check(self) -> None:
-        """Stop if too much of a source cannot be read, or all of it; what is written stays.
+        """Stop if no image of a source can be read, or more cannot than its limit; finished shards stay.
 
         Raises:
             UserError: If so.
         """
-        for each in self.image_counters.values():
-            if each.skipped and each.skipped == each.total:
+        for counter in self.image_counters.values():
+            if counter.skipped and counter.skipped == counter.total:
                 raise UserError(
-                    f"{each.option}: none of its {each.total} {each.noun} can be read; the last is {each.last_message}"
+                    f"{counter.option}: none of its {counter.total} {counter.noun} can be read; the last is "
+                    f"{counter.last_message}"
                 )
-        for each in (*self.image_counters.values(), *self.shard_counters.values()):
-            if each.skipped > each.limit:
+        for counter in (*self.image_counters.values(), *self.shard_counters.values()):
+            if counter.skipped > counter.limit:
                 raise UserError(
-                    f"{each.option}.max_unreadable: {each.skipped} of the {each.total} {each.noun} cannot be "
-                    f"read, where "
-                    f"{each.limit} may be left out; the last is {each.last_message}, '{self.manifest.path}' names all. "
-                    "What is written stays, and the same command with a larger max_unreadable goes on"
+                    f"{counter.option}.max_unreadable: {counter.skipped} of the {counter.total} {counter.noun} cannot "
+                    f"be read, more than the {counter.limit} allowed; the last is {counter.last_message}, "
+                    f"'{self.manifest.path}' lists all. Finished shards are kept: run the same command with a larger "
+                    "max_unreadable to continue"
                 )
 
     def check_not_empty(self) -> None:
-        """Stop if all is done and nothing of a part could be read.
+        """Check that every split has an image, once all shards are written.
 
         Raises:
-            UserError: If so.
+            UserError: If a split has none.
         """
-        for part in self.splits:
-            if not any(each.images for each in self._records(part)):
-                broken = self.shard_counters.get(part)
+        for name in self.splits:
+            if not any(record.images for record in self._records(name)):
+                broken = self.shard_counters.get(name)
                 last = f"; the last shard is {broken.last_message}" if broken and broken.skipped else ""
-                raise UserError(f"data.{part}: none of its images can be read{last}")
+                raise UserError(f"data.{name}: none of its images can be read{last}")
 
-    def exceeds_limit(self, part: str) -> bool:
-        """Say whether so many images of a stream are left out that it would have to stop."""
-        return any(each.skipped > each.limit for (of, _), each in self.image_counters.items() if of == part)
+    def exceeds_limit(self, split_name: str) -> bool:
+        """Tell whether more images of a split are skipped than allowed."""
+        return any(
+            counter.skipped > counter.limit for (name, _), counter in self.image_counters.items() if name == split_name
+        )
 
     def log_summary(self) -> None:
-        """Log what is missing."""
-        lost = [each for part in self.splits for each in self._skipped(part)]
-        for image in lost[:MAX_LISTED]:
-            log.warning("left out: %s (%s)", quote_name(image.name), image.reason)
-        for part, split in self.splits.items():
-            for shard in (each for each in self._records(part) if each.broken):
-                what = f"'{shard.name}' is what could be read of '{self._source_url(shard)}' ({shard.broken})"
-                log.warning("%s; the same command fetches it again", what)
-            held = sum(each.images + len(each.skipped) for each in self._records(part))
-            if isinstance(split, StreamedShardSplit) and held != len(split):
-                log.warning("data.%s_images=%d: its shards hold %d", part, len(split), held)
+        """Log the skipped images, the incomplete shards and the totals."""
+        skipped = [sample for name in self.splits for record in self._records(name) for sample in record.skipped]
+        for sample in skipped[:MAX_LISTED]:
+            log.warning("skipped: %s (%s)", quote_name(sample.name), sample.reason)
+        for name, split in self.splits.items():
+            self._log_incomplete(name, split)
         shards = self.manifest.shards.values()
-        count = sum(each.images for each in shards)
-        log.info("%d images in %d shards, %d left out: %s", count, len(shards), len(lost), self.manifest.folder)
+        count = sum(record.images for record in shards)
+        log.info("%d images in %d shards, %d skipped: %s", count, len(shards), len(skipped), self.manifest.folder)
 
-    def _records(self, part: str) -> Iterator[ShardRecord]:
-        return (each for each in self.manifest.shards.values() if each.split_name == part)
+    def _log_incomplete(self, name: str, split: Split) -> None:
+        for record in (record for record in self._records(name) if record.broken):
+            log.warning(
+                "'%s' is incomplete: cannot read all of '%s' (%s); the same command fetches it again",
+                record.name,
+                self._source_url(record),
+                record.broken,
+            )
+        total = sum(record.images + len(record.skipped) for record in self._records(name))
+        if isinstance(split, StreamedShardSplit) and total != len(split):
+            log.warning("data.%s_images=%d: its shards hold %d", name, len(split), total)
 
-    def _skipped(self, part: str) -> list[SkippedSample]:
-        return [lost for each in self._records(part) for lost in each.skipped]
+    def _records(self, split_name: str) -> Iterator[ShardRecord]:
+        return (record for record in self.manifest.shards.values() if record.split_name == split_name)
 
-    def _source_url(self, written: ShardRecord) -> str:
-        split = self.splits[written.split_name]
-        assert isinstance(split, StreamedShardSplit), "nothing else breaks off"
-        return split.display_url(int(written.name.removesuffix(".tar").rpartition("-")[2]))
+    def _source_url(self, record: ShardRecord) -> str:
+        split = self.splits[record.split_name]
+        assert isinstance(split, StreamedShardSplit), "only streamed shards can break off"
+        return split.display_url(int(record.name.removesuffix(".tar").rpartition("-")[2]))

@@ -1,4 +1,4 @@
-"""Samples into tar shards, in the layout of webdataset (https://github.com/webdataset/webdataset)."""
+"""Write samples into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
 import io
 import json
@@ -28,47 +28,47 @@ EXTENSION_BY_FORMAT = {
     "PPM": "ppm",
     "TIFF": "tif",
 }
-FORMAT_BY_EXTENSION = {ending: name for name, ending in EXTENSION_BY_FORMAT.items()}
-MAX_SIDE = {"jpg": 65_500, "webp": 16_383}  # pixels of a side that a format has room for
-INTERPOLATED_KINDS = ("rgb", "grey")  # maps of which pixels may be mixed: neither labels nor colours that stand for one
+FORMAT_BY_EXTENSION = {extension: name for name, extension in EXTENSION_BY_FORMAT.items()}
+MAX_SIDE = {"jpg": 65_500, "webp": 16_383}  # largest side in pixels that a format can store
+INTERPOLATED_KINDS = ("rgb", "grey")  # maps that may be interpolated: pixels are no labels, nor palette colors
 
 T = TypeVar("T")
 ImageFormat = Literal["original", "jpg", "png", "webp"]
-Members = dict[str, bytes]  # the files of a sample, by their endings
+Members = dict[str, bytes]  # files of a sample by extension
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: its file, and which images of a part it holds: so many, or all of a shard of a stream."""
+    """A shard to write: images of a split by index, or all images of one streamed shard."""
 
     name: str
     split_name: str
     indices: list[int]
     stream_shard: int | None = None
-    previous: ShardRecord | None = None  # what an earlier run could read of it, where not all
+    previous: ShardRecord | None = None  # the incomplete shard of an earlier run
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A sample to be written."""
+    """A sample to write."""
 
     key: str
     name: str
     open: Callable[[], ImageFileLike]
-    source_label: int | None = None  # which it is from, where there are several
+    source_label: int | None = None  # label of its source in a concatenation; replaces the file's label
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards, in any process.
+    """Writes shards, in this process or in workers.
 
     Args:
-        folder: Where to.
-        splits: The images.
-        format: Of the images; maps are copied with "original", and PNG with all others.
-        size: What a shorter side that is longer is scaled down to; of maps, too.
-        quality: Of jpg and webp.
-        maps: The options that maps are to be read by; None leaves them out.
+        folder: Folder of the shards.
+        splits: Images to write.
+        format: Format of the images; maps are copied with "original", and PNG otherwise.
+        size: Longer shorter sides are scaled down to this, of images and maps; None keeps sizes.
+        quality: Quality of jpg and webp, in [1, 100].
+        maps: Options of `data=shard_pairs` that will read the maps; None leaves maps out.
     """
 
     folder: Path
@@ -79,41 +79,41 @@ class ShardWriter:
     maps: Mapping[str, Any] | None
 
     def __call__(self, task: ShardTask) -> ShardRecord:
-        """Write a shard beside its final name, flush it and rename it; what was had is kept if there is no more now."""
+        """Write a shard atomically; keep the previous one if the new one has no more images."""
         with atomic_path(self.folder / task.name) as temporary:
             with temporary.open("wb") as file:
-                held = self._write_samples(file, task)
-            if task.previous and held.images <= task.previous.images:
+                contents = self._write_samples(file, task)
+            if task.previous and contents.images <= task.previous.images:
                 temporary.unlink()
                 return task.previous
-            facts = temporary.stat().st_size, sha256_of_file(temporary)
-        return ShardRecord(task.name, held.images, *facts, held.skipped, held.broken)
+            size, digest = temporary.stat().st_size, sha256_of_file(temporary)
+        return ShardRecord(task.name, contents.images, size, digest, contents.skipped, contents.broken)
 
-    def has(self, part: str, key: str) -> bool:
-        """Say whether a part has an image that a manifest names."""
-        return key.isdecimal() and int(key) < len(self.splits[part])
+    def has(self, split_name: str, key: str) -> bool:
+        """Tell whether a split has an image of this key."""
+        return key.isdecimal() and int(key) < len(self.splits[split_name])
 
-    def can_read(self, part: str, key: str) -> bool:
-        """Say whether an image that was left out can be written now."""
-        entry = self._sample_at(self.splits[part], int(key))
-        return not isinstance(try_read(partial(self._members, entry)), ReadFailure)
+    def can_read(self, split_name: str, key: str) -> bool:
+        """Tell whether an image can be read and converted now."""
+        sample = self._sample_at(self.splits[split_name], int(key))
+        return not isinstance(try_read(partial(self._members, sample)), ReadFailure)
 
     def _write_samples(self, file: IO[bytes], task: ShardTask) -> "ShardContents":
         from webdataset import TarWriter
 
-        held, entries = ShardContents(), self._iter_samples(task)
+        contents, samples = ShardContents(), self._iter_samples(task)
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            while entry := try_read(lambda: next(entries, None)):
-                if isinstance(entry, ReadFailure):  # nor can what follows it
-                    return replace(held, broken=entry.reason)
-                members = try_read(partial(self._members, entry))
+            while sample := try_read(lambda: next(samples, None)):
+                if isinstance(sample, ReadFailure):  # a stream broke off: nothing after this can be read
+                    return replace(contents, broken=sample.reason)
+                members = try_read(partial(self._members, sample))
                 if isinstance(members, ReadFailure):
-                    held.skipped.append(SkippedSample(entry.key, entry.name, members.reason))
+                    contents.skipped.append(SkippedSample(sample.key, sample.name, members.reason))
                     continue
-                for each in members:  # the writer sorts those that it is given at once, and the map is to be last
-                    tar.write({"__key__": entry.key, **each})
-                held = replace(held, images=held.images + 1)
-        return held
+                for group in members:  # TarWriter sorts the members of one call, and the map has to come last
+                    tar.write({"__key__": sample.key, **group})
+                contents = replace(contents, images=contents.images + 1)
+        return contents
 
     def _iter_samples(self, task: ShardTask) -> Iterator[ShardSample]:
         split = self.splits[task.split_name]
@@ -125,54 +125,53 @@ class ShardWriter:
                 yield ShardSample(f"{task.stream_shard:06d}-{i:06d}", file.name, lambda file=file: file)  # type: ignore[misc]
 
     def _sample_at(self, split: Split, index: int) -> ShardSample:
-        place = locate(split, index)
+        location = locate(split, index)
         classes = self.maps is not None and self.maps["maps"] == "labels"
-        opened = partial(as_image_file, place.split, place.local_index, classes)
-        return ShardSample(f"{index:08d}", place.name, opened, place.source_label)
+        open_file = partial(as_image_file, location.split, location.local_index, classes)
+        return ShardSample(f"{index:08d}", location.name, open_file, location.source_label)
 
-    def _members(self, entry: ShardSample) -> list[Members]:
-        """Return image, label and name of a sample, and then its map."""
-        file = entry.open()
+    def _members(self, sample: ShardSample) -> list[Members]:
+        """Return the members of a sample: image, label and name; then its map, if it has one."""
+        file = sample.open()
         image, *maps = (
             self._copy_members(file) if self.format == "original" else self._render_members(file, self.format)
         )
-        label = file.label if entry.source_label is None else entry.source_label
-        told = {} if label is None else {"cls": str(label).encode()}
-        return [{**image, "json": json.dumps({"name": entry.name}).encode(), **told}, *maps]
+        label = file.label if sample.source_label is None else sample.source_label
+        label_member = {} if label is None else {"cls": str(label).encode()}
+        return [{**image, "json": json.dumps({"name": sample.name}).encode(), **label_member}, *maps]
 
     def _copy_members(self, file: ImageFileLike) -> list[Members]:
         content = file.read_bytes()
         members = [{EXTENSION_BY_FORMAT[file.probe(content)[0]]: content}]
         if self.maps is not None:
-            stored, kind = cast(PairFileLike, file).read_map()
-            members.append({f"condition.{EXTENSION_BY_FORMAT[kind]}": stored})
+            map_content, map_format = cast(PairFileLike, file).read_map()
+            members.append({f"condition.{EXTENSION_BY_FORMAT[map_format]}": map_content})
         return members
 
-    def _render_members(self, file: ImageFileLike, ending: str) -> list[Members]:
+    def _render_members(self, file: ImageFileLike, extension: str) -> list[Members]:
         image = file.load_image()
-        small = _shrink_size(image.size, self.size)
-        members = [{ending: self._encode(image, small, ending)}]
+        size = _shrink_size(image.size, self.size)
+        members = [{extension: self._encode(image, size, extension)}]
         if self.maps is not None:
-            of_map = cast(PairFileLike, file).load_map((image.height, image.width))
-            shape = _map_size(of_map.size, image.size, small, self.size)
-            members.append(
-                {"condition.png": self._encode(of_map, shape, "png", self.maps["maps"] in INTERPOLATED_KINDS)}
-            )
+            map_image = cast(PairFileLike, file).load_map((image.height, image.width))
+            map_size = _map_size(map_image.size, image.size, size, self.size)
+            interpolate = self.maps["maps"] in INTERPOLATED_KINDS
+            members.append({"condition.png": self._encode(map_image, map_size, "png", interpolate)})
         return members
 
-    def _encode(self, image: Image.Image, size: Size, ending: str, mixed: bool = True) -> bytes:
-        if max(size) > MAX_SIDE.get(ending, max(size)):
-            raise ValueError(f"{size[0]} x {size[1]} pixels, more than a {ending} has room for")
+    def _encode(self, image: Image.Image, size: Size, extension: str, interpolate: bool = True) -> bytes:
+        if max(size) > MAX_SIDE.get(extension, max(size)):
+            raise ValueError(f"{size[0]} x {size[1]} pixels, more than a {extension} can store")
         if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC if mixed else Image.Resampling.NEAREST)
-        file = io.BytesIO()
-        image.save(file, FORMAT_BY_EXTENSION[ending], **({} if ending == "png" else {"quality": self.quality}))
-        return file.getvalue()
+            image = image.resize(size, Image.Resampling.BICUBIC if interpolate else Image.Resampling.NEAREST)
+        buffer = io.BytesIO()
+        image.save(buffer, FORMAT_BY_EXTENSION[extension], **({} if extension == "png" else {"quality": self.quality}))
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
 class ShardContents:
-    """What came into a shard, and what did not: see `ShardRecord`."""
+    """What was written into a shard, and what was skipped; fields as in `ShardRecord`."""
 
     images: int = 0
     skipped: list[SkippedSample] = field(default_factory=list)
@@ -181,13 +180,13 @@ class ShardContents:
 
 @dataclass(frozen=True)
 class ReadFailure:
-    """Why something could not be read."""
+    """Result of `try_read` if reading failed."""
 
     reason: str
 
 
 def try_read(read: Callable[[], T]) -> T | ReadFailure:
-    """Read something; what cannot be read raises a ValueError or an OSError, what the user has to mend a UserError."""
+    """Call `read` and turn a ValueError or OSError into a `ReadFailure`; let a UserError (a wrong option) pass."""
     try:
         return read()
     except UserError:
@@ -199,17 +198,17 @@ def try_read(read: Callable[[], T]) -> T | ReadFailure:
 
 
 def _shrink_size(size: Size, shorter: int | None) -> Size:
-    """Return width and height with the shorter side scaled down, if it is longer than that."""
+    """Scale a width and height down so that the shorter side is at most `shorter`."""
     if shorter is None or min(size) <= shorter:
         return size
     width, height = (max(round(side * shorter / min(size)), 1) for side in size)
     return width, height
 
 
-def _map_size(size: Size, image: Size, small: Size, shorter: int | None) -> Size:
-    """Return how large a map becomes whose image becomes `small`: it keeps that one's shape, whatever is rounded."""
-    if small == image:
-        return size
-    if shorter is not None and min(size) > shorter:
-        return small
-    return max(round(size[1] * small[0] / small[1]), 1), size[1]
+def _map_size(map_size: Size, image_size: Size, new_image_size: Size, shorter: int | None) -> Size:
+    """Return the new (width, height) of a map, which keeps the aspect ratio of its scaled image despite rounding."""
+    if new_image_size == image_size:
+        return map_size
+    if shorter is not None and min(map_size) > shorter:
+        return new_image_size
+    return max(round(map_size[1] * new_image_size[0] / new_image_size[1]), 1), map_size[1]

@@ -19,7 +19,7 @@ log = logging.getLogger("vqf")
 
 
 class Numbers:
-    """Images that show their key."""
+    """Images whose first two channels are their epoch and index."""
 
     fingerprint = "numbers"
 
@@ -33,24 +33,24 @@ class Numbers:
         return Sample(torch.tensor([epoch, index, 0.0]).view(3, 1, 1), label=index, mask=torch.ones(1, 1, 1))
 
 
-class Faulty(Numbers):
-    """Images of which some make trouble."""
+class FaultyNumbers(Numbers):
+    """Calls a function before some of its images."""
 
-    def __init__(self, length, trouble):
+    def __init__(self, length, actions):
         super().__init__(length)
-        self.trouble = trouble
+        self.actions = actions
 
     def item(self, epoch, index):
-        if index in self.trouble:
-            self.trouble[index]()
+        if index in self.actions:
+            self.actions[index]()
         return super().item(epoch, index)
 
 
-def mistake():
+def raise_user_error():
     raise UserError("data.root: 'x.png' is broken")
 
 
-def bug():
+def raise_bug():
     raise ZeroDivisionError("a bug")
 
 
@@ -64,7 +64,7 @@ orders = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**40)
 
 
 @given(orders)
-def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(numbers):
+def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch(numbers):
     length, batch_size, seed = numbers
     order = ShuffledBatches(length, batch_size, seed)
     for epoch in range(3):
@@ -77,40 +77,40 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(numbers)
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.integers(0, 9), st.integers(0, 100))
-def test_ranks_share_the_batch_of_one_process(part, world, more, seed, step):
-    length, batch_size = part * world + more, part * world
-    together = ShuffledBatches(length, batch_size, seed).batch(step)
-    parts = [ShuffledBatches(length, batch_size, seed, rank, world).batch(step) for rank in range(world)]
-    assert [key for each in parts for key in each] == together
-    assert {len(each) for each in parts} == {part}
+def test_ranks_share_the_batch_of_one_process(per_rank, world, more, seed, step):
+    length, batch_size = per_rank * world + more, per_rank * world
+    batch = ShuffledBatches(length, batch_size, seed).batch(step)
+    slices = [ShuffledBatches(length, batch_size, seed, rank, world).batch(step) for rank in range(world)]
+    assert [key for keys in slices for key in keys] == batch
+    assert {len(keys) for keys in slices} == {per_rank}
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(0, 100))
-def test_ranks_share_every_micro_batch_of_one_process(part, world, accumulate, seed, step):
-    batch_size = part * world * accumulate
+def test_ranks_share_every_micro_batch_of_one_process(per_rank, world, accumulate, seed, step):
+    batch_size = per_rank * world * accumulate
     length = batch_size + 3
-    together = ShuffledBatches(length, batch_size, seed, accumulate=accumulate).batch(step)
+    batch = ShuffledBatches(length, batch_size, seed, accumulate=accumulate).batch(step)
     orders = [ShuffledBatches(length, batch_size, seed, rank, world, accumulate) for rank in range(world)]
-    parts = [order.batch(step) for order in orders]
+    slices = [order.batch(step) for order in orders]
     for i in range(accumulate):
-        piece = [key for each in parts for key in each[i * part : (i + 1) * part]]
-        assert piece == together[i * part * world : (i + 1) * part * world]
+        micro_batch = [key for keys in slices for key in keys[i * per_rank : (i + 1) * per_rank]]
+        assert micro_batch == batch[i * per_rank * world : (i + 1) * per_rank * world]
 
 
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 5))
-def test_equal_parts_of_held_out_batches_come_together_to_all_of_them(count, batch_size, world):
-    keys, parts = list(range(count)), []
+def test_padded_slices_of_the_ranks_gather_to_all_keys(count, batch_size, world):
+    keys, by_rank = list(range(count)), []
     for rank in range(world):
         with mock.patch.multiple("vqf.distributed.comm", rank=lambda rank=rank: rank, world_size=lambda: world):
-            parts.append(batches_for_rank(keys, batch_size))
-    assert len({len(part) for part in parts}) == 1
-    collected, left = [], count
-    for batch in zip(*parts, strict=True):
-        assert len({len(part) for part in batch}) == 1
-        now = min(len(batch[0]) * world, left)
-        collected += [key for part in batch for key in part][:now]
-        left -= now
-    assert collected == keys
+            by_rank.append(batches_for_rank(keys, batch_size))
+    assert len({len(batches) for batches in by_rank}) == 1
+    gathered, remaining = [], count
+    for slices in zip(*by_rank, strict=True):
+        assert len({len(keys_of_rank) for keys_of_rank in slices}) == 1
+        size = min(len(slices[0]) * world, remaining)
+        gathered += [key for keys_of_rank in slices for key in keys_of_rank][:size]
+        remaining -= size
+    assert gathered == keys
 
 
 def test_the_order_is_frozen():
@@ -132,32 +132,32 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(sequences) == 25
 
 
-def test_every_place_is_equally_likely():
+def test_every_position_is_equally_likely():
     counts = torch.zeros(5, 5)
     for seed in range(2000):
-        for place, (_, index) in enumerate(ShuffledBatches(5, 5, seed).batch(0)):
-            counts[place, index] += 1
+        for position, (_, index) in enumerate(ShuffledBatches(5, 5, seed).batch(0)):
+            counts[position, index] += 1
     chi = ((counts - 400) ** 2 / 400).sum()
     assert chi < 40  # 16 degrees of freedom: the chance of more is below 0.001
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 12), st.integers(0, 12))
-def test_going_on_at_a_step_is_the_same_as_never_having_stopped(start, more):
+def test_resuming_at_a_step_gives_the_same_batches(start, more):
     split, order = Numbers(7), ShuffledBatches(7, 2, seed=5)
-    whole = [keys_of(batch) for batch in train_batches(split, order, start=0, steps=start + more, workers=0)]
-    rest = [keys_of(batch) for batch in train_batches(split, order, start=start, steps=start + more, workers=0)]
-    assert len(whole) == start + more
-    assert rest == whole[start:]
+    uninterrupted = [keys_of(batch) for batch in train_batches(split, order, start=0, steps=start + more, workers=0)]
+    resumed = [keys_of(batch) for batch in train_batches(split, order, start=start, steps=start + more, workers=0)]
+    assert len(uninterrupted) == start + more
+    assert resumed == uninterrupted[start:]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
     split, order = Numbers(11), ShuffledBatches(11, 3, seed=1)
-    alone = list(train_batches(split, order, start=2, steps=9, workers=0))
-    helped = list(train_batches(split, order, start=2, steps=9, workers=workers))
-    assert len(alone) == len(helped) == 7
-    for one, other in zip(alone, helped, strict=True):
+    in_process = list(train_batches(split, order, start=2, steps=9, workers=0))
+    by_workers = list(train_batches(split, order, start=2, steps=9, workers=workers))
+    assert len(in_process) == len(by_workers) == 7
+    for one, other in zip(in_process, by_workers, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.masks, other.masks)
@@ -181,10 +181,10 @@ def test_the_global_generator_is_left_alone(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sequential_shows_every_image_once_in_order(workers):
-    shown = list(sequential_batches(Numbers(10), 4, workers=workers))
-    assert [len(batch) for batch in shown] == [4, 4, 2]
-    assert [key for batch in shown for key in keys_of(batch)] == [(0, i) for i in range(10)]
+def test_sequential_batches_hold_every_image_once_in_order(workers):
+    batches = list(sequential_batches(Numbers(10), 4, workers=workers))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert [key for batch in batches for key in keys_of(batch)] == [(0, i) for i in range(10)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(5, [0, 2, 4, 6, 8]), (3, [0, 3, 6]), (99, list(range(10))), (0, [])])
@@ -194,9 +194,9 @@ def test_sequential_spreads_a_count_over_the_split(count, expected):
     ] == expected
 
 
-def test_keyed_shows_what_is_asked_for():
-    asked = [[(3, 1), (0, 0)], [(7, 4)]]
-    assert [keys_of(batch) for batch in keyed_batches(Numbers(5), asked)] == asked
+def test_keyed_batches_hold_the_given_keys():
+    keys = [[(3, 1), (0, 0)], [(7, 4)]]
+    assert [keys_of(batch) for batch in keyed_batches(Numbers(5), keys)] == keys
 
 
 @pytest.mark.parametrize(
@@ -215,21 +215,21 @@ def test_impossible_orders(arguments, message):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_arrives_as_one_line(workers):
+def test_a_user_error_of_a_worker_is_one_line(workers):
     with pytest.raises(UserError) as caught:
-        list(sequential_batches(Faulty(8, {5: mistake}), 2, workers=workers))
+        list(sequential_batches(FaultyNumbers(8, {5: raise_user_error}), 2, workers=workers))
     assert str(caught.value) == "data.root: 'x.png' is broken"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_keeps_its_traceback(workers):
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        list(sequential_batches(Faulty(8, {5: bug}), 2, workers=workers))
+        list(sequential_batches(FaultyNumbers(8, {5: raise_bug}), 2, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_warnings_of_workers_are_logged_by_the_parent_once(workers, caplog):
-    split = Faulty(8, {1: lambda: log.warning("image %d is odd", 1), 6: lambda: log.info("image 6 is fine")})
+    split = FaultyNumbers(8, {1: lambda: log.warning("image %d is odd", 1), 6: lambda: log.info("image 6 is fine")})
     with caplog.at_level(logging.INFO, "vqf"):
         list(sequential_batches(split, 2, workers=workers))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -241,7 +241,7 @@ def test_warnings_of_workers_are_logged_by_the_parent_once(workers, caplog):
 
 def test_a_hung_worker_is_reported():
     with pytest.raises(UserError) as caught:
-        list(sequential_batches(Faulty(4, {2: lambda: time.sleep(30)}), 2, workers=1, timeout=1.5))
+        list(sequential_batches(FaultyNumbers(4, {2: lambda: time.sleep(30)}), 2, workers=1, timeout=1.5))
     assert str(caught.value) == (
         "workers=1: no batch came for 1.5 s; a worker hangs (a network disk?); "
         "try workers=0, or a longer worker_timeout"
@@ -250,5 +250,5 @@ def test_a_hung_worker_is_reported():
 
 def test_a_killed_worker_is_reported():
     with pytest.raises(UserError) as caught:
-        list(sequential_batches(Faulty(4, {2: lambda: os.kill(os.getpid(), signal.SIGKILL)}), 2, workers=1))
+        list(sequential_batches(FaultyNumbers(4, {2: lambda: os.kill(os.getpid(), signal.SIGKILL)}), 2, workers=1))
     assert str(caught.value) == "workers=1: a worker process died (out of memory?); try fewer of them"

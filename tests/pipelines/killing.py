@@ -1,9 +1,9 @@
-"""Kills a run again and again, with SIGKILL and in a process of its own, and goes on with it each time.
+"""Kill a run in a process of its own with SIGKILL, again and again, and resume it each time.
 
     python -m tests.pipelines.killing '[{"name": "a", "command": [...], "steps": 30, "kills": 20, "seed": 1}]' FOLDER
 
-Importing torch and vqf takes seconds, so this process does it once; every run is a fork of it, made before any thread.
-Prints a line of JSON for every job, with what each kill interrupted. A run is killed
+Importing torch and vqf takes seconds, so this process does it once; every run is a fork of it, made before it starts a
+thread. Prints a line of JSON per job, with what each kill interrupted. A run is killed
 
 * in the start: a random time after the fork;
 * in a step: when its log has reached a random step, and a random part of a step later;
@@ -28,20 +28,20 @@ import tests.support.preloaded  # noqa: F401
 from vqf import run as command_line
 
 MOMENTS = ("start", "start", "start", "step", "step", "step", "step", "save", "save", "save", "save")  # how often each
-PATIENCE = 300.0  # seconds that a run may take to come where it is killed
+PATIENCE = 300.0  # seconds that a run may take to reach the moment of its kill
 POLL = 0.001
 
 
 @dataclass
 class Job:
-    """One run, to be killed so many times."""
+    """A run to kill `kills` times."""
 
     name: str
     command: list[str]
     steps: int
     kills: int
     seed: int
-    whole: bool = True  # whether each fork composes the command anew, as a fresh process does
+    whole: bool = True  # whether each fork composes its config, as a fresh process does
     killed: list[str] = field(default_factory=list)
 
 
@@ -51,21 +51,21 @@ class Killer:
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.run = job, folder / job.name
         self.random = random.Random(job.seed)
-        self.took = 1.0  # seconds, of the last start
+        self.took = 1.0  # seconds of the last start
         self.sessions: list[int] = []
         self.read = (0, 0)  # bytes of the log and the step that they come to
 
     def __call__(self) -> None:
-        """Run the command once without a break, then another time with all its kills."""
+        """Run the command once uninterrupted, then again with all its kills."""
         self.finish(self.run.with_name(f"{self.job.name}-whole"))
         targets = sorted(self.random.randrange(self.job.steps) for _ in range(self.job.kills - 1))
         for target in [*targets, self.job.steps]:
             moment = "end" if target == self.job.steps else self.random.choice(MOMENTS)
             while not self.kill(moment, target):
                 assert len(self.sessions) < 3 * self.job.kills, "it ends before it can be killed"
-                moment = "start"  # it was at its end: the next process saves nothing any more
+                moment = "start"  # the run is finished: the next process saves nothing
         self.finish(self.run)
-        for session in self.sessions:  # data loading processes that still look for their parent
+        for session in self.sessions:  # loader workers that have not noticed the death of their parent
             try:
                 os.killpg(session, signal.SIGKILL)
             except ProcessLookupError:
@@ -78,9 +78,9 @@ class Killer:
         assert status == 0, f"{run}: {(run.parent / f'{run.name}.txt').read_text()[-3000:]}"
 
     def kill(self, moment: str, target: int) -> bool:
-        """Start the command and kill it at a moment, at the earliest when it has done `target` steps.
+        """Start the command and kill it at a moment, after `target` steps at the earliest.
 
-        Returns whether it was still there.
+        Returns whether it was still running.
         """
         began = time.monotonic()
         pid = self.fork(self.run)
@@ -105,7 +105,7 @@ class Killer:
         return True
 
     def wait(self, pid: int, reached: Callable[[], bool]) -> None:
-        """Wait until the run has come somewhere, or has ended."""
+        """Wait until `reached()` or the end of the process."""
         until = time.monotonic() + PATIENCE
         while not reached() and time.monotonic() < until:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -130,7 +130,7 @@ class Killer:
             os._exit(status)
 
     def steps(self) -> int:
-        """Return the step of the newest line of the log, which is read again when it has another size."""
+        """Return the last logged step; the log is read again only when its size has changed."""
         path = self.run / "metrics.jsonl"
         size = path.stat().st_size if path.is_file() else 0
         if size != self.read[0]:
@@ -138,9 +138,9 @@ class Killer:
         return self.read[1]
 
     def saves(self, pid: int, least: int = 0) -> bool:
-        """Tell whether a process is writing a checkpoint, of at least a step."""
-        found = (self.run / "checkpoints").glob(f".step-*.tmp-{pid}")
-        return any(int(path.name.split(".")[1].removeprefix("step-")) >= least for path in found)
+        """Tell whether a process is writing a checkpoint of step `least` or later."""
+        folders = (self.run / "checkpoints").glob(f".step-*.tmp-{pid}")
+        return any(int(path.name.split(".")[1].removeprefix("step-")) >= least for path in folders)
 
 
 def _status(run: Callable[[], Any]) -> int:
@@ -160,7 +160,7 @@ _composed: dict[tuple[str, ...], Any] = {}
 
 
 def _run() -> None:
-    """Run what was composed before the fork, with its folder put in."""
+    """Run the config that was composed before the fork, with its run folder set."""
     from omegaconf import open_dict
 
     from vqf.registry import build, flat_component
@@ -187,7 +187,7 @@ def _step(line: str) -> int:
 
 
 def main() -> None:
-    """Do the jobs."""
+    """Run the jobs."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
     for each in json.loads(sys.argv[1]):

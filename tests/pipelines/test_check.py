@@ -27,7 +27,7 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_folder_holds(image_folder, tmp_path, workers, caplog, capsys):
+def test_the_report_of_a_folder(image_folder, tmp_path, workers, caplog, capsys):
     config = compose("data=folder", f"data.root={image_folder}", "image_size=16", f"workers={workers}")
     Check(config, tmp_path / "run").run()
     report = json.loads((tmp_path / "run" / "check.json").read_text())
@@ -49,8 +49,8 @@ def test_what_a_folder_holds(image_folder, tmp_path, workers, caplog, capsys):
     assert "10 / 16 / 50" in capsys.readouterr().out
 
 
-def test_every_kind_of_trouble_is_named(tmp_path):
-    """One image of each kind that no run can be trained on, among others that look odd and are fine."""
+def test_every_kind_of_unreadable_image_is_named(tmp_path):
+    """One image of each unreadable kind, among unusual ones that are fine."""
     made = {"fine.png": png(), "copy.png": png(), "empty.jpg": b"", "text.png": b"hello", "cut.png": png()[:60]}
     for name, content in made.items():
         (tmp_path / name).write_bytes(content)
@@ -134,7 +134,7 @@ def test_shards_are_compared_with_their_manifest(image_folder, tmp_path, caplog,
         Check(compose(*words), tmp_path / "run").run()
 
 
-def test_a_source_without_files(tmp_path):
+def test_a_source_without_files_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"^data 'emoji' has no image files to check: it generates or streams its images$"
     ):

@@ -1,4 +1,4 @@
-"""The whole chain at miniature size, and everything that acts on a finished run."""
+"""`pipeline=full` at miniature size, and the pipelines that act on a finished run."""
 
 import html
 import json
@@ -25,7 +25,7 @@ from vqf.pipelines.stage2 import Stage2
 from vqf.registry import build, flat_component
 
 OPTIONS = [*TINY, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "logger=[images,report]"]
-JUDGED = 16  # samples that the classifier looks at
+CLASSIFIED = 16  # samples for the class accuracy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,13 +38,13 @@ def few_images_for_the_classifier() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, few_images_for_the_classifier: None) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    config = compose(*OPTIONS, f"evaluate.samples={JUDGED}")
+    config = compose(*OPTIONS, f"evaluate.samples={CLASSIFIED}")
     pipeline: Full = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
     pipeline.run()
     return folder
 
 
-def test_what_lies_on_disk(run: Path) -> None:
+def test_files_of_a_run(run: Path) -> None:
     numbers = json.loads((run / "metrics.json").read_text())
     assert {"psnr", "usage", "perplexity"} <= set(numbers["held-out images"])
     assert 0 < numbers["codes"]["nats_per_token"] < 10
@@ -55,19 +55,19 @@ def test_what_lies_on_disk(run: Path) -> None:
         assert Image.open(run / "images" / name).size[0] > 64
 
 
-def test_samples_are_judged_once_at_the_end(run: Path) -> None:
+def test_class_accuracy_is_measured_once_at_the_end(run: Path) -> None:
     numbers = json.loads((run / "metrics.json").read_text())["codes"]
     assert numbers["class_accuracy_chance"] == 1 / 8
     assert all(0 <= numbers[f"class_accuracy{each}"] <= 1 for each in ("", "_real", "_decoded"))
     lines = [json.loads(line) for line in (run / "stage2" / "metrics.jsonl").open()]
-    (judged,) = [line for line in lines if "validation/class_accuracy" in line]
-    assert judged["step"] == 4
-    assert judged["validation/class_accuracy"] == numbers["class_accuracy"]
+    (line,) = [line for line in lines if "validation/class_accuracy" in line]
+    assert line["step"] == 4
+    assert line["validation/class_accuracy"] == numbers["class_accuracy"]
     confusion = json.loads((run / "stage2" / "details.json").read_text())["classes"]["confusion"]
-    assert [sum(row) for row in confusion] == [JUDGED // 8] * 8
+    assert [sum(row) for row in confusion] == [CLASSIFIED // 8] * 8
 
 
-def test_the_page_shows_both_ends_the_codes_samples_by_class_and_completions(run: Path) -> None:
+def test_the_report_has_all_sections(run: Path) -> None:
     page = (run / "report.html").read_text()
     titles = re.findall(r"<h2>([^<]*)", page)
     assert titles == [
@@ -78,12 +78,12 @@ def test_the_page_shows_both_ends_the_codes_samples_by_class_and_completions(run
     assert re.findall(r"<h3>([^<]*)", samples)[:2] == ["Activities", "Animals &amp; Nature"]
     assert samples.count("<img") == 32
     details = json.loads((run / "stage1" / "details.json").read_text())
-    assert sum(details["codes"]["counts"]) == 16 * 4  # held-out images of 2 x 2 codes
+    assert sum(details["codes"]["counts"]) == 16 * 4  # validation images of 2 x 2 codes
     ends = [float(details[end]["captions"][0].split()[0]) for end in ("worst", "best")]
     assert ends[0] < ends[1]
 
 
-def test_what_acts_on_a_run_has_a_page_of_its_own(run: Path, tmp_path: Path) -> None:
+def test_pipelines_on_a_run_write_their_own_report(run: Path, tmp_path: Path) -> None:
     words = [f"run={run}", "logger=[images,report]", "metric=[psnr]"]
     SamplePipeline(compose("pipeline=sample", *words), tmp_path / "s", count=9).run()
     Complete(compose("pipeline=complete", *words), tmp_path / "c", count=3).run()
@@ -111,10 +111,10 @@ def test_load_gives_a_generator_and_a_tokenizer(run: Path) -> None:
 def test_an_image_depends_on_seed_number_and_label_alone(run: Path) -> None:
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
-    together = generator.sample(5, seed=3)
-    apart = torch.cat([generator.sample(2, seed=3), generator.sample(3, seed=3, first=2, batch_size=2)])
-    torch.testing.assert_close(together, apart)
-    assert not torch.equal(together, generator.sample(5, seed=4))
+    one_call = generator.sample(5, seed=3)
+    two_calls = torch.cat([generator.sample(2, seed=3), generator.sample(3, seed=3, first=2, batch_size=2)])
+    torch.testing.assert_close(one_call, two_calls)
+    assert not torch.equal(one_call, generator.sample(5, seed=4))
     assert torch.equal(generator.sample(1, label=2, seed=1), generator.sample(1, label=generator.classes[2], seed=1))
 
 
@@ -137,7 +137,7 @@ def test_sample_writes_images(run: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "samples" / "000000.png").size == (16, 16)
 
 
-def test_reconstruct_takes_held_out_images_or_a_folder(run: Path, tmp_path: Path) -> None:
+def test_reconstruct_takes_a_folder_of_images(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for i in range(3):
@@ -160,7 +160,7 @@ def test_stage2_needs_nothing_but_the_run(run: Path, tmp_path: Path) -> None:
     assert generator.tokenizer.vocab_size == 16
 
 
-def test_micro_batches_of_stage2_are_equal_too(run: Path, tmp_path: Path) -> None:
+def test_stage2_needs_equal_micro_batches(run: Path, tmp_path: Path) -> None:
     config = compose(*TINY, "pipeline=stage2", f"run={run / 'stage1'}", "accumulate=3")
     with pytest.raises(UserError) as caught:
         Stage2(config, tmp_path).run()

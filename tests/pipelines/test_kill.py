@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL, at random moments and again and again, ends as if nothing had happened."""
+"""A run killed with SIGKILL at random moments, again and again, ends with the same results as one that was not."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from vqf.runs.checkpoint import latest_checkpoint
 STEPS, KILLS = 24, 20
 ROOT = Path(__file__).parents[2]
 
-# Everything that has a memory: GAN, codebook of averages, LeCam's averages, EMA, schedule, micro-batches, augmentation.
+# Everything with state: GAN, EMA codebook, LeCam's averages, EMA, schedule, micro-batches, augmentation.
 WORDS = [
     "model=small",
     "image_size=16",
@@ -53,7 +53,7 @@ SECOND = ["pipeline=stage2", "checkpoint.best=nats_per_token", "tokens.augmentat
 
 
 def images(folder: Path) -> dict[str, str]:
-    """Write the same images as files and as tar shards; returns the words that choose each."""
+    """Write the same images as files and as tar shards; returns the root of each by data source."""
     for part, count in (("train", 40), ("val", 8)):
         members = []
         for i in range(count):
@@ -70,7 +70,7 @@ def images(folder: Path) -> dict[str, str]:
 
 
 def kill(folder: Path, jobs: list[dict[str, object]]) -> dict[str, list[str]]:
-    """Run jobs, see `killing`; returns what the kills of each interrupted."""
+    """Run jobs, see `killing`; returns what each kill of a job interrupted."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.pipelines.killing", json.dumps(jobs), str(folder)],
         cwd=ROOT,
@@ -83,41 +83,41 @@ def kill(folder: Path, jobs: list[dict[str, object]]) -> dict[str, list[str]]:
     return {each["name"]: each["killed"] for each in map(json.loads, done.stdout.splitlines())}
 
 
-def left(run: Path) -> dict[str, object]:
-    """What a run leaves, without what no two runs share: times, and the words that said where to write."""
-    found = latest_checkpoint(run)
-    assert found and found.step == STEPS
-    files = [*found.path.iterdir(), *(run / "images").iterdir()]
+def outputs(run: Path) -> dict[str, object]:
+    """The files of a finished run, without times and without its config, which names the folder."""
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint and checkpoint.step == STEPS
+    files = [*checkpoint.path.iterdir(), *(run / "images").iterdir()]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "log": [{key: value for key, value in line.items() if key != "time"} for line in lines],
-        "optimizers": dict(flat(found.load_optimizers())),
+        "optimizers": dict(flat(checkpoint.load_optimizers())),
         **{file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".png")},
-        "state": found.state,
+        "state": checkpoint.state,
     }
 
 
-def flat(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """The leaves of nested containers; pickle writes equal ones in more than one way."""
+def flat(tree: object, key_path: str = "") -> Iterator[tuple[str, object]]:
+    """Flatten nested containers, since equal ones may have different pickles."""
     if isinstance(tree, dict | list):
         for key, each in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from flat(each, f"{place}/{key}")
+            yield from flat(each, f"{key_path}/{key}")
     else:
-        yield place, (tree.dtype, tree.shape, tree.tolist()) if isinstance(tree, torch.Tensor) else tree
+        yield key_path, (tree.dtype, tree.shape, tree.tolist()) if isinstance(tree, torch.Tensor) else tree
 
 
 def compare(folder: Path, name: str) -> None:
-    """Compare a run that was killed with the one that was not."""
-    cut, whole = left(folder / name), left(folder / f"{name}-whole")
-    assert cut.keys() == whole.keys()
-    assert {"model.safetensors", "ema.safetensors"} < whole.keys()
-    for key, value in whole.items():
-        assert cut[key] == value, key
-    steps = [line["step"] for line in whole["log"] if "loss" in line]  # type: ignore[attr-defined]
+    """Compare the outputs of the killed run with those of the uninterrupted one."""
+    killed, uninterrupted = outputs(folder / name), outputs(folder / f"{name}-whole")
+    assert killed.keys() == uninterrupted.keys()
+    assert {"model.safetensors", "ema.safetensors"} < uninterrupted.keys()
+    for key, value in uninterrupted.items():
+        assert killed[key] == value, key
+    steps = [line["step"] for line in uninterrupted["log"] if "loss" in line]  # type: ignore[attr-defined]
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_killed_three_times_has_the_same_results(tmp_path: Path) -> None:
     data = ["data=folder", f"data.root={images(tmp_path)['folder']}"]
     job = {"name": "run", "command": [*WORDS, *data], "steps": STEPS, "kills": 3, "seed": 1, "whole": False}
     assert len(kill(tmp_path, [job])["run"]) == 3
@@ -127,7 +127,7 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["folder", "shards"])
-def test_runs_killed_twenty_times_end_as_if_nothing_had_happened(tmp_path: Path, source: str, workers: int) -> None:
+def test_runs_killed_twenty_times_have_the_same_results(tmp_path: Path, source: str, workers: int) -> None:
     data = [f"data={source}", f"data.root={images(tmp_path)[source]}", f"workers={workers}"]
     rest = {"steps": STEPS, "kills": KILLS, "whole": source == "folder" and workers == 0}
     first = {"name": "first", "command": [*WORDS, *data], "seed": workers, **rest}

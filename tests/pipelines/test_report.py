@@ -1,4 +1,4 @@
-"""The page of a run that is named: finished, killed, or never one."""
+"""`pipeline=report` on finished runs, killed runs and folders that are no run."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_a_killed_run_has_a_page_by_one_command(command_line: test_run.Run, tmp_
     assert "was in progress" not in (run / "report.html").read_text()
 
 
-def test_slips_are_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^run: give run=FOLDER"):
         Report(compose("pipeline=report"), tmp_path).run()
     (tmp_path / "empty").mkdir()

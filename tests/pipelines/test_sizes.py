@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, second
 
 
-def test_every_part_knows_height_and_width(runs: tuple[Path, Path]) -> None:
+def test_models_know_height_and_width(runs: tuple[Path, Path]) -> None:
     tokenizer, generator = (vqf.load(run) for run in runs)
     assert isinstance(tokenizer, Tokenizer) and isinstance(generator, Generator)
     assert (tokenizer.image_size, tokenizer.grid) == ((HEIGHT, WIDTH), (2, 3))
@@ -63,12 +63,12 @@ def test_rows_and_columns_are_not_mixed_up(runs: tuple[Path, Path]) -> None:
     tokenizer = vqf.load(runs[0])
     images = torch.full((1, 3, HEIGHT, WIDTH), -0.9)
     images[..., : WIDTH // 2] = 0.9
-    drawn = tokenizer(images).reconstructions
+    reconstructions = tokenizer(images).reconstructions
     left, right, top, bottom = (
-        drawn[..., :12].mean(),
-        drawn[..., 12:].mean(),
-        drawn[..., :8, :].mean(),
-        drawn[..., 8:, :].mean(),
+        reconstructions[..., :12].mean(),
+        reconstructions[..., 12:].mean(),
+        reconstructions[..., :8, :].mean(),
+        reconstructions[..., 8:, :].mean(),
     )
     assert left - right > 4 * abs(top - bottom)
 
@@ -102,7 +102,7 @@ def test_reconstructions_and_samples_on_disk(runs: tuple[Path, Path], tmp_path: 
     assert len(written) == 3
 
 
-def test_larger_images_by_a_window_of_the_shape_that_was_learned(runs: tuple[Path, Path]) -> None:
+def test_larger_images_need_the_sliding_window_sampler(runs: tuple[Path, Path]) -> None:
     generator = vqf.load(runs[1])
     assert isinstance(generator, Generator)
     with pytest.raises(UserError, match=r"has learned images of 16 x 24 pixels, not 24 x 40"):
@@ -111,7 +111,7 @@ def test_larger_images_by_a_window_of_the_shape_that_was_learned(runs: tuple[Pat
     assert generator.sample(1, size=[24, 40]).shape == (1, 3, 24, 40)
 
 
-def test_what_is_known_of_the_run(runs: tuple[Path, Path]) -> None:
+def test_the_checkpoint_state_has_the_image_size(runs: tuple[Path, Path]) -> None:
     for run in runs:
         states = [json.loads(path.read_text()) for path in run.glob("checkpoints/*/state.json")]
         assert states and {tuple(state["image_size"]) for state in states} == {(HEIGHT, WIDTH)}

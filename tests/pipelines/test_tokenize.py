@@ -1,4 +1,4 @@
-"""Tokens at scale: the same shards whoever makes them, and nothing made twice."""
+"""Token shards: equal for any number of processes, resumable, and never written twice."""
 
 import hashlib
 import json
@@ -35,11 +35,11 @@ IMAGES, VIEWS = 23, 3
 
 
 class KilledError(Exception):
-    """Stands for a process that ends here."""
+    """Stands for the end of a process."""
 
 
 class Images:
-    """Images of one number, which says of which view and index they are; each with a label, a map and a place."""
+    """Constant images that encode view and index; each with a label, a condition map and a crop box."""
 
     fingerprint = "numbers"
 
@@ -55,7 +55,7 @@ class Images:
 
 
 class Numbers(nn.Module):
-    """A tokenizer whose codes are the number of an image; it counts what it is shown, and can be stopped."""
+    """A tokenizer whose tokens are the constant of an image; it counts images, and raises after `most`."""
 
     def __init__(self, most: int = 10**9) -> None:
         super().__init__()
@@ -72,20 +72,20 @@ class Numbers(nn.Module):
 
 
 class Map:
-    """A condition that is a map: its codes are the map's numbers."""
+    """A conditioner of maps whose indices are the map's values."""
 
     vocab_size, length = 1000, 4
 
     def prepare(self, batch: Batch) -> Batch:
         assert batch.conditions is not None
-        codes = (batch.conditions[:, 0, :2, :2] * -1000).round().long()
-        return Batch(labels=batch.labels, crop_boxes=batch.crop_boxes, condition_indices={"map": codes})
+        indices = (batch.conditions[:, 0, :2, :2] * -1000).round().long()
+        return Batch(labels=batch.labels, crop_boxes=batch.crop_boxes, condition_indices={"map": indices})
 
     def __call__(self, batch: Batch) -> Tensor:
         return batch.condition_indices["map"].flatten(1)
 
 
-def coder(tokenizer: Numbers | None = None) -> TokenEncoder:
+def make_encoder(tokenizer: Numbers | None = None) -> TokenEncoder:
     engine = Engine(torch.device("cpu"), torch.float32)
     return TokenEncoder(tokenizer or Numbers(), ConditionerStack({"map": Map()}), engine)  # type: ignore[arg-type, dict-item]
 
@@ -96,43 +96,43 @@ def config(batch_size: int = 4, workers: int = 0) -> DictConfig:
 
 
 def make(folder: Path, tokenizer: Numbers | None = None, *, rows: int | None = 10, workers: int = 0) -> TokenDataset:
-    return tokenize_split(coder(tokenizer), Images(), "train", folder, config(workers=workers), rows)
+    return tokenize_split(make_encoder(tokenizer), Images(), "train", folder, config(workers=workers), rows)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kept(tokens: TokenDataset) -> dict[str, Tensor]:
+def all_columns(tokens: TokenDataset) -> dict[str, Tensor]:
     return {name: torch.cat([shard[name] for shard in tokens.shards]) for name in tokens.shards[0]}
 
 
 @pytest.mark.parametrize("rows", [1, 10, 23, 69, None])
-def test_shards_hold_what_the_tokenizer_says(rows: int | None, tmp_path: Path) -> None:
+def test_shards_hold_the_tokens_labels_crop_boxes_and_condition_indices(rows: int | None, tmp_path: Path) -> None:
     tokenizer, split = Numbers(), Images()
-    found = kept(make(tmp_path, tokenizer, rows=rows))
+    columns = all_columns(make(tmp_path, tokenizer, rows=rows))
     assert tokenizer.seen == IMAGES * VIEWS
     samples = [split.item(view, index) for view in range(VIEWS) for index in range(IMAGES)]
     numbers = torch.tensor([view * 10 + index for view in range(VIEWS) for index in range(IMAGES)])
-    assert torch.equal(found["tokens"], numbers[:, None].expand(-1, 16).int())
-    assert torch.equal(found["condition_indices.map"], numbers[:, None, None].expand(-1, 2, 2).int())
-    assert found["labels"].tolist() == [sample.label for sample in samples]
+    assert torch.equal(columns["tokens"], numbers[:, None].expand(-1, 16).int())
+    assert torch.equal(columns["condition_indices.map"], numbers[:, None, None].expand(-1, 2, 2).int())
+    assert columns["labels"].tolist() == [sample.label for sample in samples]
     assert torch.equal(
-        found["crop_boxes"], torch.stack([sample.crop_box for sample in samples if sample.crop_box is not None])
+        columns["crop_boxes"], torch.stack([sample.crop_box for sample in samples if sample.crop_box is not None])
     )
 
 
-def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
+def test_the_manifest_lists_the_shards(tmp_path: Path) -> None:
     make(tmp_path)
-    found = json.loads((tmp_path / "train.json").read_text())
+    manifest = json.loads((tmp_path / "train.json").read_text())
     names = [f"train-{number:05d}.safetensors" for number in range(7)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "train.json"]
-    assert {name: each["rows"] for name, each in found["shards"].items()} == dict.fromkeys(names, 10) | {names[6]: 9}
-    for name, each in found["shards"].items():
+    assert {name: each["rows"] for name, each in manifest["shards"].items()} == dict.fromkeys(names, 10) | {names[6]: 9}
+    for name, each in manifest["shards"].items():
         assert each["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    origin = {"tokenizer": "numbers", "data": "numbers", "views": "3", **found["origin"]}
-    assert found["origin"] == origin and origin.keys() == {"tokenizer", "data", "views", "conditions"}
-    assert (found["images"], found["rows"], found["finished"]) == (IMAGES, 10, True)
+    origin = {"tokenizer": "numbers", "data": "numbers", "views": "3", **manifest["origin"]}
+    assert manifest["origin"] == origin and origin.keys() == {"tokenizer", "data", "views", "conditions"}
+    assert (manifest["images"], manifest["rows"], manifest["finished"]) == (IMAGES, 10, True)
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
@@ -141,24 +141,24 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def made_by_a_process(folder: str) -> int:
+def make_on_a_rank(folder: str) -> int:
     tokenizer = Numbers()
     make(Path(folder), tokenizer)
     return tokenizer.seen
 
 
-def test_processes_make_what_one_makes(tmp_path: Path) -> None:
-    """Shards 0, 2, 4 and 6 are the first process's, 1, 3 and 5 the other's; both open all of them."""
+def test_two_processes_write_the_shards_of_one(tmp_path: Path) -> None:
+    """Rank 0 writes shards 0, 2, 4 and 6, rank 1 the others; both open all of them."""
     make(tmp_path / "one")
-    assert run_processes(2, made_by_a_process, str(tmp_path / "two")) == [39, 30]
+    assert run_processes(2, make_on_a_rank, str(tmp_path / "two")) == [39, 30]
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for number in (1, 5):
         (tmp_path / "two" / f"train-{number:05d}.safetensors").unlink()
-    assert run_processes(2, made_by_a_process, str(tmp_path / "two")) == [10, 10]
+    assert run_processes(2, make_on_a_rank, str(tmp_path / "two")) == [10, 10]
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)
@@ -167,13 +167,13 @@ def flip(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "gone": Path.unlink,
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-9]),
-    "a bit flipped": flip,
+    "a bit flipped": flip_bit,
     "empty": lambda path: path.write_bytes(b""),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_only_what_is_not_whole_is_made_again(name: str, tmp_path: Path) -> None:
+def test_only_damaged_shards_are_written_again(name: str, tmp_path: Path) -> None:
     make(tmp_path)
     before = files(tmp_path)
     for number, rows in ((2, 10), (6, 9)):
@@ -184,7 +184,7 @@ def test_only_what_is_not_whole_is_made_again(name: str, tmp_path: Path) -> None
         assert found.shards[number]["tokens"][0, 0] == number * 10 // IMAGES * 10 + number * 10 % IMAGES
 
 
-def test_what_is_whole_is_not_touched(tmp_path: Path) -> None:
+def test_intact_shards_are_not_touched(tmp_path: Path) -> None:
     make(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
     make(tmp_path, tokenizer := Numbers())
@@ -193,7 +193,7 @@ def test_what_is_whole_is_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seen", [0, 9, 10, 35, 68])
-def test_a_run_that_is_killed_loses_the_shard_in_flight(seen: int, tmp_path: Path) -> None:
+def test_a_killed_run_loses_only_the_current_shard(seen: int, tmp_path: Path) -> None:
     make(tmp_path / "whole")
     with pytest.raises(KilledError):
         make(tmp_path / "cut", Numbers(most=seen))
@@ -216,7 +216,7 @@ def make_and_die(folder: str) -> None:
     make(Path(folder), Deadly())
 
 
-def test_a_process_that_is_killed_leaves_whole_shards(tmp_path: Path) -> None:
+def test_a_process_killed_with_sigkill_leaves_intact_shards(tmp_path: Path) -> None:
     make(tmp_path / "whole")
     process = multiprocessing.get_context("forkserver").Process(target=make_and_die, args=(str(tmp_path / "cut"),))
     process.start()
@@ -230,33 +230,33 @@ def test_a_process_that_is_killed_leaves_whole_shards(tmp_path: Path) -> None:
     assert files(tmp_path / "cut") == whole
 
 
-@pytest.mark.parametrize("place", ["write", "add"])
+@pytest.mark.parametrize("method_name", ["write", "add"])
 def test_killed_while_a_shard_is_written_or_recorded(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole")
-    kept_method, calls = getattr(TokenShardManifest, place), []
+    method, calls = getattr(TokenShardManifest, method_name), []
 
     def dies(self: TokenShardManifest, *arguments: Any) -> Any:
         calls.append(arguments)
-        if len(calls) == 4:  # and never again
+        if len(calls) == 4:  # only once
             (self.folder / ".train-00003.safetensors.tmp").write_bytes(b"half")
             raise KilledError
-        return kept_method(self, *arguments)
+        return method(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TokenShardManifest, place, dies)
+        patched.setattr(TokenShardManifest, method_name, dies)
         with pytest.raises(KilledError):
             make(tmp_path / "cut")
     make(tmp_path / "cut", tokenizer := Numbers())
-    done = 3 if place == "write" else 2  # the first record is that it begins
+    done = 3 if method_name == "write" else 2  # the first call of `add` records an empty manifest
     assert tokenizer.seen == IMAGES * VIEWS - done * 10
     (tmp_path / "cut" / ".train-00003.safetensors.tmp").unlink(missing_ok=True)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1000 images in shards of 20 rows never more than 20 are alive, nor their keys."""
+def test_at_most_one_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1000 images in shards of 20 rows never more than 20 are alive, and keys are read no further ahead."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
     call = TokenEncoder.__call__
@@ -282,22 +282,22 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(TokenEncoder, "__call__", watched)
     monkeypatch.setattr(Images, "item", counted)
-    found = tokenize_split(coder(Slow()), Images(1000), "validation", tmp_path, config(5), 20)
+    found = tokenize_split(make_encoder(Slow()), Images(1000), "validation", tmp_path, config(5), 20)
     assert len(found.shards) == 50 and len(keys) == 1000
     assert most == 20
 
 
-def test_conditions_that_make_no_codes_share_tokens() -> None:
-    """Labels and places are kept in any case; only what is encoded decides."""
+def test_conditioners_without_cached_indices_share_tokens() -> None:
+    """Labels and crop boxes are cached in any case; only conditioners with cached indices matter."""
 
-    def origin(*names: str) -> str:
-        parts = {
+    def fingerprint(*names: str) -> str:
+        conditioners = {
             name: build("conditioner", {"name": name}, num_classes=5, grid=(2, 2), tokenizer=None) for name in names
         }
-        return encode._fingerprint(ConditionerStack(parts))
+        return encode._fingerprint(ConditionerStack(conditioners))
 
-    assert origin("none") == origin("label") == origin("label", "none")
-    assert origin("none") != encode._fingerprint(ConditionerStack({"map": Map()}))  # type: ignore[dict-item]
+    assert fingerprint("none") == fingerprint("label") == fingerprint("label", "none")
+    assert fingerprint("none") != encode._fingerprint(ConditionerStack({"map": Map()}))  # type: ignore[dict-item]
     longer = Map()
     longer.length = 8  # type: ignore[misc]
     fingerprints = {encode._fingerprint(ConditionerStack({"map": each})) for each in (Map(), longer)}  # type: ignore[dict-item]
@@ -311,7 +311,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stage2_trains_on_shards_as_on_its_own(run: Path, tmp_path: Path) -> None:
+def test_stage2_trains_on_shards_of_tokenize_as_on_its_own(run: Path, tmp_path: Path) -> None:
     words = [f"run={run}", "tokens.augmentations=2"]
     root = f"tokens.root={tmp_path / 'tokens'}"
     Tokenize(compose(*TINY, "pipeline=tokenize", root, *words), tmp_path, rows=96).run()
@@ -326,8 +326,8 @@ def test_stage2_trains_on_shards_as_on_its_own(run: Path, tmp_path: Path) -> Non
     ]
 
 
-def test_the_run_decides_size_and_data(run: Path, tmp_path: Path) -> None:
-    """Nothing but the run is named, and the folder of this run is the default."""
+def test_size_and_data_are_inherited_from_the_run(run: Path, tmp_path: Path) -> None:
+    """Only `run` is given, and shards are written into this run's folder by default."""
     Tokenize(compose("pipeline=tokenize", f"run={run}", "batch_size=100"), tmp_path).run()
     found = json.loads((tmp_path / "tokens" / "validation.json").read_text())
     assert found["images"] == 236 and found["finished"]

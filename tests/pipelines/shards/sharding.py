@@ -22,7 +22,7 @@ def configured(root, *words, workers=0):
 
 
 def written(config, out, **options):
-    """Write shards, and return their manifest."""
+    """Write shards and return their manifest."""
     Shard(config, out.parent, out=str(out), **options).run()
     return json.loads((out / "manifest.json").read_text())
 
@@ -33,5 +33,5 @@ def read(out, part="train", **options):
 
 
 def files(out):
-    """Return what a folder holds, but for what readers and writers leave there for each other."""
+    """Return the files of a folder but for sidecar indexes and the lock."""
     return {each.name: each.read_bytes() for each in out.iterdir() if each.suffix != ".idx" and each.name != ".lock"}

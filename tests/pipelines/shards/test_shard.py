@@ -1,4 +1,4 @@
-"""Any source into shards: what comes out is what went in."""
+"""Sources written into shards and read back."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_originals_come_back_byte_by_byte(image_folder, tmp_path, workers):
+def test_original_files_are_copied_byte_by_byte(image_folder, tmp_path, workers):
     to = tmp_path / "shards"
     manifest = written(configured(image_folder, workers=workers), to, shard_size=6)
     assert manifest["finished"]
@@ -45,9 +45,9 @@ def test_webdataset_reads_what_is_written(image_folder, tmp_path):
 
     to = tmp_path / "shards"
     written(configured(image_folder), to, shard_size=50)
-    theirs = list(webdataset.WebDataset(str(to / "train-000000.tar"), shardshuffle=False).decode("pil"))
-    assert len(theirs) == 20
-    for each in theirs:
+    expected = list(webdataset.WebDataset(str(to / "train-000000.tar"), shardshuffle=False).decode("pil"))
+    assert len(expected) == 20
+    for each in expected:
         assert (image_folder / each["json"]["name"]).is_file()
         assert each["cls"] == ("ant", "bee").index(each["json"]["name"].split("/")[1])
         assert each["png"].getpixel((0, 0))[0] == int(each["json"]["name"][-6:-4])
@@ -81,7 +81,7 @@ def test_formats_and_sizes(image_folder, tmp_path, kind, name):
     assert read(tmp_path / "large", "validation")[1].file(0).load_image().size == (40, 30)
 
 
-def test_a_source_without_files_is_written_as_it_looks(tmp_path):
+def test_a_source_without_files_is_rendered(tmp_path):
     config = compose("data=emoji", "image_size=16")
     to = tmp_path / "shards"
     with pytest.raises(UserError, match=r"^format=original: data 'emoji' has no files to copy; give format=png$"):
@@ -92,13 +92,13 @@ def test_a_source_without_files_is_written_as_it_looks(tmp_path):
     emoji = build("data", {"name": "emoji"}, image_size=16, seed=0)
     assert data.classes == emoji.classes
     for part in ("train", "validation"):
-        ours, theirs = data.split(part), emoji.split(part)
-        for i in range(0, len(ours), 80):
-            assert (ours.item(0, i).image - theirs.item(0, i).image).abs().max() <= 0.5 / 127.5 + 1e-5
-        assert ours.labels.tolist() == list(theirs.labels)
+        actual, expected = data.split(part), emoji.split(part)
+        for i in range(0, len(actual), 80):
+            assert (actual.item(0, i).image - expected.item(0, i).image).abs().max() <= 0.5 / 127.5 + 1e-5
+        assert actual.labels.tolist() == list(expected.labels)
 
 
-def test_the_image_of_a_phone_is_copied_as_the_jpeg_that_it_is(image_folder, tmp_path):
+def test_an_mpo_file_of_a_phone_is_copied_as_jpeg(image_folder, tmp_path):
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     path = image_folder / "val" / "ant" / "20.png"
     frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
@@ -110,7 +110,7 @@ def test_the_image_of_a_phone_is_copied_as_the_jpeg_that_it_is(image_folder, tmp
 
 
 def test_a_union_is_copied_file_by_file(image_folder, tmp_path):
-    """Whole image_folder, not what the union shows of them; a broken one is no copy of its neighbour."""
+    """Full files, not the crops that the union serves; a broken file is not replaced by its neighbor."""
     (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
     parts = [
         f"data.parts.{kind}={{name:folder,root:{image_folder}/train/{kind},validation_last:2}}"
@@ -128,8 +128,8 @@ def test_a_union_is_copied_file_by_file(image_folder, tmp_path):
     assert split.labels.tolist() == [0] * 7 + [1] * 8
 
 
-def test_a_union_with_a_source_that_draws_keeps_the_files_of_the_other_whole(image_folder, tmp_path):
-    """Not crops of them, and a broken one is no copy of its neighbour."""
+def test_a_union_with_a_source_without_files_keeps_the_files_of_the_other(image_folder, tmp_path):
+    """Full files, not crops; a broken file is not replaced by its neighbor."""
     (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
     parts = [f"{{name:folder,root:{image_folder}/train/ant,validation_last:2}}", "{name:emoji}"]
     words = [f"+data.parts={{ants:{parts[0]},emoji:{parts[1]}}}", "image_size=16"]
@@ -144,8 +144,8 @@ def test_a_union_with_a_source_that_draws_keeps_the_files_of_the_other_whole(ima
     assert split.labels.tolist() == [0] * 7 + [1] * 1400
 
 
-def test_names_tell_nothing_of_the_machine_and_none_hides_another(tmp_path):
-    """Two images of one name, by their whole paths."""
+def test_names_contain_no_absolute_path_and_may_repeat(tmp_path):
+    """A list file with absolute paths of images that share a name."""
     paths = [tmp_path / each / "p.png" for each in ("a", "b", "c", "d")]
     for i, path in enumerate(paths):
         path.parent.mkdir()
@@ -172,7 +172,7 @@ def test_a_huge_shard_holds_all(image_folder, tmp_path):
 
 
 class Stored:
-    """An image of one's own as a file, of no class of vqf's."""
+    """An image file of a plugin, which inherits nothing from vqf."""
 
     name, label = "own", None
 
@@ -192,7 +192,7 @@ class Stored:
 
 
 class Own:
-    """A source of one's own with files, which says nothing of how many may be lost."""
+    """A data source of a plugin with image files, without a limit of unreadable images."""
 
     classes, names, fingerprint = (), ("a", "b", "c", "d"), "own"
 
@@ -212,7 +212,7 @@ class Own:
 
 
 @pytest.mark.parametrize("how", ["original", "png"])
-def test_files_of_ones_own(tmp_path, monkeypatch, how):
+def test_image_files_of_a_plugin(tmp_path, monkeypatch, how):
     monkeypatch.setitem(_components["data"], "own", Component("data", "own", Own, ("image_size", "seed"), {}))
     alone, union = (compose("data=emoji", "image_size=16") for _ in range(2))
     alone.data = {"name": "own"}

@@ -1,4 +1,4 @@
-"""What goes wrong while shards are written, or has gone wrong before: nothing that was done is lost."""
+"""Failures while shards are written: finished shards are never lost."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def image_folder(tmp_path):
     return make_images(tmp_path / "images")
 
 
-def test_images_that_cannot_be_read_are_left_out_and_named(image_folder, tmp_path, caplog):
+def test_unreadable_images_are_skipped_and_listed(image_folder, tmp_path, caplog):
     (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
     (image_folder / "train" / "bee" / "05.png").write_bytes(png()[:60])
     manifest = written(configured(image_folder, "data.max_unreadable=0.1"), tmp_path / "shards", shard_size=100)
@@ -39,8 +39,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(image_folder, tmp_pat
     assert "skipped: 'train/ant/04.png' (not an image of a known format" in caplog.text
 
 
-def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_when_more_may_be(image_folder, tmp_path):
-    """A disk that gives nothing but errors must not become shards of nothing."""
+def test_too_many_unreadable_images_stop_the_run_until_the_limit_is_raised(image_folder, tmp_path):
+    """A failing disk must not become empty shards."""
     for i in (4, 8, 12):
         (image_folder / "train" / "ant" / f"{i:02}.png").write_bytes(b"broken")
     to = tmp_path / "shards"
@@ -60,7 +60,7 @@ def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_when_more_may_be(im
     assert (to / "train-000000.tar").stat().st_mtime_ns == before
 
 
-def test_finished_shards_are_kept_and_damaged_ones_written_again(image_folder, tmp_path, monkeypatch, caplog):
+def test_finished_shards_are_kept_and_damaged_ones_rewritten(image_folder, tmp_path, monkeypatch, caplog):
     to, config = tmp_path / "shards", configured(image_folder)
     written(config, to, shard_size=6)
     before = files(to)
@@ -86,7 +86,7 @@ def write_slowly(image_folder, to, workers):
 
 
 def started(image_folder, to, ready, workers=0):
-    """Start to write, in a process of its own and a group of its own, and return it as soon as that is so."""
+    """Start writing in a process of its own group, and return the process as soon as `ready()`."""
     process = start_process(write_slowly, image_folder, to, workers)
     while not ready():
         assert process.is_alive()
@@ -95,7 +95,7 @@ def started(image_folder, to, ready, workers=0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_leaves_no_half_shard_and_goes_on(image_folder, tmp_path, workers):
+def test_a_killed_run_leaves_no_partial_shard_and_resumes(image_folder, tmp_path, workers):
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tar")), workers)
     os.killpg(process.pid, signal.SIGKILL)
@@ -110,8 +110,8 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(image_folder, tmp_path, w
     assert files(to) == files(tmp_path / "whole")
 
 
-def test_nothing_of_anybody_else_is_written_over(image_folder, tmp_path):
-    """As shards from elsewhere would be, which have the same names, where `out` is their own folder."""
+def test_shards_of_others_are_not_overwritten(image_folder, tmp_path):
+    """Shards from elsewhere have the same names, and `out` may be their folder."""
     written(configured(image_folder), tmp_path / "ours", shard_size=6)
     for path in tmp_path.glob("ours/*"):
         path.rename(path.with_name("train-000000.tar")) if path.name == "train-000001.tar" else path.unlink()
@@ -130,7 +130,7 @@ def test_nothing_of_anybody_else_is_written_over(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(image_folder, tmp_path, workers):
+def test_workers_of_a_killed_run_exit_and_the_next_run_resumes_at_once(image_folder, tmp_path, workers):
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tmp")), workers)
     process.kill()  # and not its workers
@@ -139,12 +139,12 @@ def test_processes_of_a_run_that_was_killed_end_and_the_next_goes_on_at_once(ima
     written(configured(image_folder), tmp_path / "whole", shard_size=4)
     until = time.monotonic() + 20
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).stdout:
-        assert time.monotonic() < until, "a worker goes on"
+        assert time.monotonic() < until, "a worker is still running"
         time.sleep(0.1)
     assert files(to) == files(tmp_path / "whole")
 
 
-def test_two_cannot_write_into_one_folder(image_folder, tmp_path):
+def test_two_runs_cannot_write_into_one_folder(image_folder, tmp_path):
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: any(to.glob("*.tmp")))
     with pytest.raises(UserError, match=r"^out=.*: process \d+ on .* is running there; wait until it ends, or give"):
@@ -158,7 +158,7 @@ def test_two_cannot_write_into_one_folder(image_folder, tmp_path):
     assert all(sha256_of_file(to / each["name"]) == each["sha256"] for each in manifest["shards"])
 
 
-def test_what_is_refused_leaves_a_folder_as_it_is(image_folder, tmp_path):
+def test_a_refused_run_does_not_change_the_folder(image_folder, tmp_path):
     to = tmp_path / "shards"
     written(configured(image_folder), to)
     for name in (".film.tmp", ".train-000000.tar.12.tmp"):
@@ -169,11 +169,11 @@ def test_what_is_refused_leaves_a_folder_as_it_is(image_folder, tmp_path):
     assert files(to) == before
 
 
-def test_what_can_be_read_again_is_put_back(image_folder, tmp_path, monkeypatch, caplog):
-    """A network disk that was gone for a moment costs no image."""
+def test_images_that_become_readable_are_added(image_folder, tmp_path, monkeypatch, caplog):
+    """A short outage of a network disk costs no image."""
     path, to = image_folder / "train" / "ant" / "04.png", tmp_path / "shards"
     state, content = path.stat(), path.read_bytes()
-    path.write_bytes(bytes(len(content)))  # of the same size: a folder takes it for the same image
+    path.write_bytes(bytes(len(content)))  # of the same size, so that the folder's fingerprint does not change
     manifest = written(configured(image_folder), to, shard_size=6)
     (lost,) = (each for each in manifest["shards"] if each["skipped"])
     assert written(configured(image_folder), to, shard_size=6) == manifest
@@ -187,8 +187,8 @@ def test_what_can_be_read_again_is_put_back(image_folder, tmp_path, monkeypatch,
     assert f"'{lost['name']}' is written again: it lacks images" in caplog.text
 
 
-def test_looking_again_never_leaves_less(image_folder, tmp_path):
-    """One image can be read again, and three others of its shard no more: what is there stays."""
+def test_a_retry_never_leaves_fewer_images(image_folder, tmp_path):
+    """One image becomes readable, and three others of its shard unreadable: the shard stays as it is."""
     path, to = image_folder / "train" / "ant" / "04.png", tmp_path / "shards"
     content = path.read_bytes()
     path.write_bytes(bytes(len(content)))
@@ -202,8 +202,8 @@ def test_looking_again_never_leaves_less(image_folder, tmp_path):
     assert files(to) == before
 
 
-def test_finished_shards_survive_whatever_ends_the_run(image_folder, tmp_path):
-    """They are in the manifest as soon as they are there, as long as there are not very many."""
+def test_finished_shards_survive_a_kill(image_folder, tmp_path):
+    """The manifest is saved after every shard, as long as there are not very many."""
     to = tmp_path / "shards"
     process = started(image_folder, to, lambda: len([*to.glob("*.tar")]) >= 4)
     process.kill()
@@ -211,7 +211,7 @@ def test_finished_shards_survive_whatever_ends_the_run(image_folder, tmp_path):
     assert len(json.loads((to / "manifest.json").read_text())["shards"]) >= 3
 
 
-def test_a_refusal_unfinishes_nothing(image_folder, tmp_path):
+def test_a_lower_limit_does_not_change_finished_shards(image_folder, tmp_path):
     (image_folder / "train" / "ant" / "04.png").write_bytes(b"broken")
     to = tmp_path / "shards"
     written(configured(image_folder), to)
@@ -221,7 +221,7 @@ def test_a_refusal_unfinishes_nothing(image_folder, tmp_path):
     assert files(to) == before
 
 
-def test_a_disk_that_fills_up_is_not_filled_with_halves(image_folder, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_shard(image_folder, tmp_path, monkeypatch):
     to, whole = tmp_path / "shards", shard.ShardWriter._write_samples
 
     def full(self, file, task):
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_is_not_filled_with_halves(image_folder, tmp_path, 
     assert files(to) == files(tmp_path / "whole")
 
 
-def test_a_file_of_somebody_else_is_no_lock(image_folder, tmp_path):
+def test_a_foreign_lock_file_is_not_overwritten(image_folder, tmp_path):
     to, victim = tmp_path / "shards", tmp_path / "victim"
     to.mkdir()
     (to / ".lock").write_text("my precious")
@@ -258,7 +258,7 @@ def test_a_file_of_somebody_else_is_no_lock(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("max_unreadable", [0.01, 1])
-def test_a_source_of_which_nothing_can_be_read_becomes_no_shards(image_folder, tmp_path, max_unreadable):
+def test_a_source_without_a_readable_image_is_not_finished(image_folder, tmp_path, max_unreadable):
     for path in image_folder.glob("val/*/*"):
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match=r"^data: none of its 3 validation images can be read; the last is 'val/"):
@@ -266,8 +266,8 @@ def test_a_source_of_which_nothing_can_be_read_becomes_no_shards(image_folder, t
     assert not json.loads((tmp_path / "shards" / "manifest.json").read_text())["finished"]
 
 
-def test_a_part_that_is_not_as_it_should_be_is_no_empty_part(image_folder, tmp_path):
-    """An empty one is gone without, and that is all."""
+def test_an_invalid_split_is_not_taken_for_an_empty_one(image_folder, tmp_path):
+    """Only an empty split is left out."""
     root = image_folder / "train" / "ant"
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "18.png").write_bytes(png())
@@ -280,7 +280,7 @@ def test_a_part_that_is_not_as_it_should_be_is_no_empty_part(image_folder, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "side"), [("jpg", 65_501), ("webp", 16_384)])
-def test_an_image_that_a_format_has_no_room_for_is_left_out(image_folder, tmp_path, kind, side):
+def test_an_image_too_large_for_its_format_is_skipped(image_folder, tmp_path, kind, side):
     Image.new("RGB", (side, 4)).save(image_folder / "train" / "ant" / "04.png")
     manifest = written(configured(image_folder), tmp_path / "shards", format=kind)
     (lost,) = manifest["shards"][0]["skipped"]
@@ -291,7 +291,7 @@ def test_an_image_that_a_format_has_no_room_for_is_left_out(image_folder, tmp_pa
     assert written(configured(image_folder), tmp_path / "small", format=kind, size=2)["images"]["train"] == 20
 
 
-def test_a_name_of_two_lines_is_written_on_one(image_folder, tmp_path):
+def test_a_name_of_two_lines_is_logged_on_one(image_folder, tmp_path):
     (image_folder / "train" / "ant" / "new\nline\x1b.png").write_bytes(b"broken")
     with pytest.raises(UserError) as caught:
         written(configured(image_folder, "data.max_unreadable=0"), tmp_path / "shards")
@@ -315,7 +315,7 @@ LOST = {"key": "00000001", "name": "a", "reason": "b"}
         None,
     ],
 )
-def test_a_manifest_that_somebody_wrote_is_one_line(image_folder, tmp_path, entry):
+def test_an_invalid_manifest_is_one_line(image_folder, tmp_path, entry):
     to = tmp_path / "shards"
     manifest = written(configured(image_folder), to)
     (to / "manifest.json").write_text(json.dumps({**manifest, "shards": [entry]}))
@@ -344,8 +344,8 @@ def test_a_manifest_of_another_kind(image_folder, tmp_path):
         assert written(configured(image_folder), to) == manifest
 
 
-def test_the_tolerance_of_a_source_is_its_own(image_folder, tmp_path):
-    """Two that may lose one each cannot lose two of one."""
+def test_every_source_has_its_own_limit(image_folder, tmp_path):
+    """Two sources that may each skip one image may not skip two of one source."""
     parts = [
         f"data.parts.{kind}={{name:folder,root:{image_folder}/train/{kind},validation_last:2}}"
         for kind in ("ant", "bee")
@@ -362,7 +362,7 @@ def test_the_tolerance_of_a_source_is_its_own(image_folder, tmp_path):
         written(config, tmp_path / "two", shuffle=False)
 
 
-def test_mistakes_are_worded(image_folder, tmp_path):
+def test_errors_are_one_line(image_folder, tmp_path):
     def worded(*words, to="shards", **options):
         with pytest.raises(UserError) as caught:
             written(configured(image_folder, *words), tmp_path / to, **options)

@@ -1,4 +1,4 @@
-"""Images with maps into shards: what `data=shard_pairs` reads has to be what the source shows."""
+"""Images with condition maps, written into shards and read back with `data=shard_pairs`."""
 
 import io
 
@@ -28,16 +28,16 @@ KINDS = {
 
 @pytest.fixture
 def root(tmp_path):
-    """Eleven pairs; the maps are of several formats, and all may be read as labels."""
+    """Eleven pairs; the maps have several formats, and all can be read as labels."""
     for i in range(11):
         save(tmp_path / "images" / f"{i % 2}" / f"{i:02}.png", RNG.integers(256, size=(40, 60, 3)))
         numbers = RNG.choice([0, 1, 2, 3, 4, 255], size=(40, 60)).astype(np.uint8)
-        map_of = Image.fromarray(numbers)
+        map_image = Image.fromarray(numbers)
         if i % 3 == 1:
-            map_of.putpalette([each for j in range(256) for each in (j, 255 - j, 7)])  # what counts is its index
+            map_image.putpalette([each for j in range(256) for each in (j, 255 - j, 7)])  # what counts is its index
         path = tmp_path / "conditions" / f"{i % 2}" / f"{i:02}.{('png', 'bmp', 'tif')[i % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        map_of.save(path)
+        map_image.save(path)
     return tmp_path
 
 
@@ -67,16 +67,16 @@ def same(one, other, atol=0.0):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("how", "workers"), [("original", 0), ("png", 2)])
-def test_pairs_come_back_as_they_were(root, kind, how, workers):
-    """To the bit in either format: PNG loses nothing, and neither scales."""
+def test_pairs_are_read_back_exactly(root, kind, how, workers):
+    """Bit for bit in either format: PNG is lossless, and neither scales."""
     config = configured(root, *KINDS[kind], workers=workers)
     manifest = written(config, root / "shards", format=how, shard_size=3)
     assert manifest["finished"] and manifest["images"] == {"train": 8, "validation": 3}
     for part, count in (("train", 8), ("validation", 3)):
-        ours, theirs = read(root / "shards", manifest, part), source(config, part)
-        assert len(ours) == count
+        actual, expected = read(root / "shards", manifest, part), source(config, part)
+        assert len(actual) == count
         for i in range(count):
-            same(ours.item(2, i), theirs.item(2, i))
+            same(actual.item(2, i), expected.item(2, i))
 
 
 def test_originals_are_copied_byte_by_byte(root):
@@ -84,19 +84,19 @@ def test_originals_are_copied_byte_by_byte(root):
     split = read(root / "shards", manifest)
     for i, path in enumerate(sorted((root / "images").rglob("*.png"))[:8]):
         found = split.file(i)
-        (map_of,) = (root / "conditions" / path.parent.name).glob(f"{path.stem}.*")
+        (map_path,) = (root / "conditions" / path.parent.name).glob(f"{path.stem}.*")
         assert found.read_bytes() == path.read_bytes()
-        assert found.read_map()[0] == map_of.read_bytes()
-        assert split.map_names[i] == f"{i:08}.condition{map_of.suffix}"
+        assert found.read_map()[0] == map_path.read_bytes()
+        assert split.map_names[i] == f"{i:08}.condition{map_path.suffix}"
 
 
 def test_webdataset_reads_them(root):
     import webdataset
 
     written(configured(root, *KINDS["labels"]), root / "shards", format="png")
-    theirs = list(webdataset.WebDataset(str(root / "shards" / "train-000000.tar"), shardshuffle=False).decode("pil"))
-    assert len(theirs) == 8
-    for each in theirs:
+    expected = list(webdataset.WebDataset(str(root / "shards" / "train-000000.tar"), shardshuffle=False).decode("pil"))
+    assert len(expected) == 8
+    for each in expected:
         name = each["json"]["name"]
         assert np.array_equal(each["png"], Image.open(root / "images" / name))
         (path,) = (root / "conditions").glob(name.replace(".png", ".*"))
@@ -105,7 +105,7 @@ def test_webdataset_reads_them(root):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_are_scaled_with_their_images_and_labels_never_mixed(root, kind):
+def test_maps_are_scaled_with_their_images_and_labels_not_interpolated(root, kind):
     save(root / "conditions" / "0" / "00.png", np.tile(np.repeat([[0, 4]], 3, axis=1), (80, 20)))
     config = configured(root, *KINDS[kind])
     manifest = written(config, root / "shards", format="jpg", size=20)
@@ -128,7 +128,7 @@ DEEP = {
 
 @pytest.mark.parametrize("case", DEEP)
 @pytest.mark.parametrize("how", ["original", "png"])
-def test_numbers_that_no_byte_holds_are_kept(root, case, how):
+def test_labels_above_a_byte_are_kept(root, case, how):
     kind, low, high, words = DEEP[case]
     for path in (root / "conditions").rglob("*.*"):
         path.unlink()
@@ -139,9 +139,9 @@ def test_numbers_that_no_byte_holds_are_kept(root, case, how):
             written(config, root / "shards", format=how)
         return
     manifest = written(config, root / "shards", format=how)
-    ours, theirs = read(root / "shards", manifest), source(config)
+    actual, expected = read(root / "shards", manifest), source(config)
     for i in range(2):
-        same(ours.item(0, i), theirs.item(0, i))
+        same(actual.item(0, i), expected.item(0, i))
 
 
 @pytest.fixture(scope="module")
@@ -153,21 +153,21 @@ def scaled_pair():
 @given(st.tuples(*[st.integers(20, 90)] * 3), st.integers(-2, 2), st.integers(5, 60))
 @example((45, 77, 41), -1, 40)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_a_pair_is_one_when_it_is_scaled(tmp_path_factory, scaled_pair, sides, off, size):
-    """Sides are rounded, and a map may already be as far from its image's shape as is allowed."""
+def test_scaled_pairs_stay_valid_pairs(tmp_path_factory, scaled_pair, sides, off, size):
+    """Sides are rounded, and a map may already differ from its image's aspect ratio as far as is allowed."""
     width, height, other = sides
-    of_map = round(other * width / height) + off
-    assume(of_map > 0 and abs(of_map * height - other * width) <= max(*sides, of_map))
+    map_width = round(other * width / height) + off
+    assume(map_width > 0 and abs(map_width * height - other * width) <= max(*sides, map_width))
     root = tmp_path_factory.mktemp("pairs")
     save(root / "images" / "a.png", np.zeros((height, width, 3)))
-    save(root / "conditions" / "a.png", np.zeros((other, of_map, 3)))
+    save(root / "conditions" / "a.png", np.zeros((other, map_width, 3)))
     scaled_pair.data.root = str(root)
     assert written(scaled_pair, root / "shards", format="png", size=size)["images"] == {"train": 1}
     assert read(root / "shards", {"maps": {}}).item(0, 0).condition.shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("how", ["original", "png"])
-def test_pairs_that_cannot_be_read_are_left_out_and_named(root, how):
+def test_unreadable_pairs_are_skipped_and_listed(root, how):
     (root / "conditions" / "0" / "02.tif").write_bytes(b"broken")
     save(root / "conditions" / "0" / "04.bmp", np.zeros((30, 30)))
     (root / "conditions" / "0" / "06.png").unlink()
@@ -189,7 +189,7 @@ def test_the_name_of_a_map_is_written_on_one_line(root):
     assert str(caught.value).isprintable()
 
 
-def test_images_alone(root, tmp_path):
+def test_images_only(root, tmp_path):
     config = configured(root)
     manifest = written(config, tmp_path / "alone", images_only=True)
     assert manifest["maps"] is None
@@ -199,18 +199,18 @@ def test_images_alone(root, tmp_path):
         written(config, tmp_path / "alone")
 
 
-def test_what_a_source_draws_is_kept_with_its_map(tmp_path):
-    """The earth has no files: crops of epoch 0, and maps whose water is still exactly blue."""
+def test_a_source_without_files_is_rendered_with_its_maps(tmp_path):
+    """`earth` has no files: its crops of epoch 0 are written, and water in the maps is still exactly blue."""
     config = compose("data=earth", "data.crops=12", "image_size=16")
     with pytest.raises(UserError, match="format=original: data 'earth' has no files to copy; give format=png"):
         written(config, tmp_path / "shards")
     manifest = written(config, tmp_path / "shards", format="png")
     assert manifest["maps"] == {"maps": "palette"}
-    ours, theirs = read(tmp_path / "shards", manifest), source(config)
+    actual, expected = read(tmp_path / "shards", manifest), source(config)
     blue = torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1)
     waters = 0
     for i in range(12):
-        one, other = ours.item(0, i), theirs.item(0, i)
+        one, other = actual.item(0, i), expected.item(0, i)
         same(one, other, atol=0.5 / 127.5 + 1e-6)
         assert torch.equal((one.condition == blue).all(0), (other.condition == blue).all(0))
         waters += int((one.condition == blue).all(0).sum())
@@ -231,7 +231,7 @@ def test_a_union_keeps_source_and_map(root, tmp_path):
         assert torch.equal(one.condition, other.condition) and torch.equal(one.image, other.image)
 
 
-def test_maps_of_several_kinds_are_not_made_one_in_silence(root, tmp_path):
+def test_maps_of_several_kinds_are_refused(root, tmp_path):
     parts = f"{{a:{{name:pairs,root:{root}}},b:{{name:pairs,root:{root},maps:grey}}}}"
     config = compose("data=union", f"+data.parts={parts}", "image_size=16")
     with pytest.raises(UserError) as caught:
@@ -245,7 +245,7 @@ def test_maps_of_several_kinds_are_not_made_one_in_silence(root, tmp_path):
 
 
 @pytest.mark.parametrize("mixed", ["abc", "cab", "bca"])
-def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixed):
+def test_maps_of_only_some_sources_are_refused(root, tmp_path, mixed):
     save(root / "alone" / "x.png", np.zeros((20, 20, 3)))
     folder = f"{{name:folder,root:{root / 'alone'},validation_fraction:0}}"
     nodes = {"a": folder, "b": f"{{name:pairs,root:{root}}}", "c": folder}
@@ -260,7 +260,7 @@ def test_maps_of_some_sources_alone_are_not_lost_in_silence(root, tmp_path, mixe
 
 
 class Made:
-    """A source of one's own, without files: maps of so many channels."""
+    """A data source of a plugin without files, with maps of `channels` channels."""
 
     def __init__(self, image_size, seed, *, channels: int = 1, broken: int = 0) -> None:
         self.channels, self.size, self.broken, self.classes = channels, image_size, broken, ["one"]
@@ -280,7 +280,7 @@ class Made:
 
 
 class Zoned(Made):
-    """Its maps are of classes, and it says so."""
+    """Its maps are class maps, which its `condition_reader` declares."""
 
     @staticmethod
     def condition_reader():
@@ -301,7 +301,7 @@ def own():
 
 
 @pytest.mark.usefixtures("own")
-def test_sources_of_ones_own(tmp_path):
+def test_data_sources_of_a_plugin(tmp_path):
     def node(name, **options):
         config = compose("data=emoji", "image_size=16")
         config.data = {"name": name, **options}

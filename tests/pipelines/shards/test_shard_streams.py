@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, copied: each becomes one, byte by byte or in another format."""
+"""Streamed shards, each copied to one shard, byte by byte or in another format."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SHARDS, EACH = 5, 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five shards to train on, one to validate on; the red of an image is its number, its label that modulo three."""
+    """Five training shards and one validation shard; the red of image i is i, its label i % 3."""
     for i in range(SHARDS):
         shard(tmp_path / "far" / f"a-{i}.tar", range(EACH * i, EACH * i + EACH), cls=lambda each: f"{each % 3}")
     shard(tmp_path / "far" / "v.tar", range(200, 203), cls=lambda each: "2")
@@ -58,7 +58,7 @@ def test_every_shard_becomes_one_byte_by_byte(folder, tmp_path, workers, caplog)
     assert files(tmp_path / "near") == files(tmp_path / "again")
 
 
-def test_whole_images_are_scaled_not_what_a_run_would_see_of_them(folder, tmp_path):
+def test_full_images_are_scaled_instead_of_training_crops(folder, tmp_path):
     for i in range(SHARDS):
         members = [(f"{j}.png", png((EACH * i + j, 0, 0), (100, 60))) for j in range(EACH)]
         pack(folder / f"a-{i}.tar", members)
@@ -69,7 +69,7 @@ def test_whole_images_are_scaled_not_what_a_run_would_see_of_them(folder, tmp_pa
     assert Image.open(io.BytesIO(split.file(3).read_bytes())).format == "WEBP"
 
 
-def test_a_broken_image_is_left_out_and_no_copy_of_its_neighbour(folder, tmp_path):
+def test_a_broken_image_is_skipped_and_not_replaced(folder, tmp_path):
     content = [b"broken" if i == 1 else png((i, 0, 0)) for i in range(EACH)]
     pack(folder / "a-0.tar", [each for i in range(EACH) for each in ((f"{i}.png", content[i]), (f"{i}.cls", b"0"))])
     manifest = written(configured(folder), tmp_path / "near")
@@ -79,8 +79,8 @@ def test_a_broken_image_is_left_out_and_no_copy_of_its_neighbour(folder, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_shard_that_cannot_be_read_to_its_end_is_tried_again(folder, tmp_path, caplog, damage):
-    """What can be had of it is kept, and said to be less than there was, until all of it can be had."""
+def test_an_incomplete_shard_is_fetched_again(folder, tmp_path, caplog, damage):
+    """Its readable images are kept, and it counts as incomplete until all can be read."""
     whole, path = tmp_path / "whole", folder / "a-1.tar"
     shutil.copytree(folder, whole)
     if damage == "cut":
@@ -107,7 +107,7 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_tried_again(folder, tmp_path,
     assert changed == ["train-000001.tar"]
 
 
-def test_what_was_had_of_a_broken_shard_is_kept_when_there_is_less_now(folder, tmp_path):
+def test_an_incomplete_shard_is_not_replaced_by_a_shorter_one(folder, tmp_path):
     path, to = folder / "a-1.tar", tmp_path / "near"
     whole = path.read_bytes()
     path.write_bytes(whole[: 2 * 4 * 512 + 700])
@@ -121,8 +121,8 @@ def test_what_was_had_of_a_broken_shard_is_kept_when_there_is_less_now(folder, t
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_server_that_comes_back_gives_what_it_could_not(folder, tmp_path, workers):
-    """However much it was: what stopped a run is fetched again before it stops the next."""
+def test_shards_are_complete_after_a_server_outage(folder, tmp_path, workers):
+    """Whatever exceeded the limit is fetched again before the limit is checked in the next run."""
     away = shutil.copytree(folder, tmp_path / "away")
     for i in (1, 2, 3):
         (folder / f"a-{i}.tar").unlink()
@@ -136,7 +136,7 @@ def test_a_server_that_comes_back_gives_what_it_could_not(folder, tmp_path, work
     assert files(tmp_path / "near") == files(tmp_path / "whole")
 
 
-def test_images_that_are_tolerated_do_not_fetch_their_shard_again(folder, tmp_path, monkeypatch):
+def test_skipped_images_within_the_limit_do_not_refetch_their_shard(folder, tmp_path, monkeypatch):
     pack(
         folder / "a-0.tar", [each for i in range(4) for each in ((f"{i}.png", png() if i else b""), (f"{i}.cls", b"0"))]
     )
@@ -146,7 +146,7 @@ def test_images_that_are_tolerated_do_not_fetch_their_shard_again(folder, tmp_pa
 
 
 @pytest.mark.parametrize("max_unreadable", [0.01, 1])
-def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_path, max_unreadable):
+def test_a_stream_without_a_readable_image_is_not_finished(folder, tmp_path, max_unreadable):
     config = compose(
         *("data=shards", f"data.root=file:{folder}", "data.train=none.tar", "data.train_images=4", "image_size=16"),
         *("data.validation=null", f"data.max_unreadable={max_unreadable}"),
@@ -160,7 +160,7 @@ def test_a_stream_of_which_nothing_can_be_read_becomes_no_shards(folder, tmp_pat
     assert not json.loads((tmp_path / "near" / "manifest.json").read_text())["finished"]
 
 
-def test_a_command_that_fetches_a_shard_is_no_name_of_an_image(folder, tmp_path, monkeypatch):
+def test_a_pipe_command_is_not_stored_in_image_names(folder, tmp_path, monkeypatch):
     monkeypatch.setenv(remote_io.ALLOW_PIPES_VARIABLE, "1")
     command = f"data.train='pipe:true PASSWORD && cat {folder}/a-0.tar'"
     config = compose("data=shards", command, "data.train_images=4", "data.validation=null", "image_size=16")
@@ -178,7 +178,7 @@ def webdataset_of(path):
     return list(webdataset.WebDataset(str(path), shardshuffle=False).decode("pil"))
 
 
-def test_too_many_broken_shards_stop_it(folder, tmp_path):
+def test_too_many_broken_shards_stop_the_run(folder, tmp_path):
     for i in (1, 3):
         (folder / f"a-{i}.tar").unlink()
     with pytest.raises(UserError) as caught:
@@ -189,7 +189,7 @@ def test_too_many_broken_shards_stop_it(folder, tmp_path):
     assert written(configured(folder, "data.max_unreadable=0.4"), tmp_path / "near")["finished"]
 
 
-def test_it_goes_on_without_fetching_what_is_there(folder, tmp_path, monkeypatch):
+def test_a_resumed_run_fetches_missing_shards_only(folder, tmp_path, monkeypatch):
     to = tmp_path / "near"
     written(configured(folder), to)
     before = files(to)
@@ -201,7 +201,7 @@ def test_it_goes_on_without_fetching_what_is_there(folder, tmp_path, monkeypatch
     assert files(to) == before
 
 
-def test_a_label_that_cannot_be_stops_it(folder, tmp_path):
+def test_an_invalid_label_stops_the_run(folder, tmp_path):
     config = configured(folder, "data.classes=2")
     with pytest.raises(UserError, match=r"the label beside 'a-0.tar/0002.png' is 2, not below 2"):
         written(config, tmp_path / "near")
@@ -224,7 +224,7 @@ def test_pairs_of_a_stream(tmp_path, how):
         assert one.image.equal(other.image) and one.condition.equal(other.condition) and one.label == other.label
 
 
-def test_a_writer_that_is_killed_between_shards_leaves_whole_ones(folder, tmp_path, monkeypatch):
+def test_an_interrupt_between_shards_leaves_intact_ones(folder, tmp_path, monkeypatch):
     written_whole = ShardWriter.__call__
 
     def stopping(self, task):

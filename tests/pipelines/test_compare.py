@@ -1,4 +1,4 @@
-"""Comparing runs: the table against what the runs wrote, the images against the runs' own models, and no mixing."""
+"""`pipeline=compare`: the table, the images, and protocols that must not be mixed."""
 
 import base64
 import csv
@@ -42,7 +42,7 @@ from vqf.registry import build, register
 
 command_line = test_run.run  # a fixture
 
-WITHOUT = ("model.discriminator", "model.adversary")  # a tokenizer alone
+WITHOUT = ("model.discriminator", "model.adversary")  # a tokenizer without GAN
 ALONE = [
     *(each for each in TINY if not each.startswith(WITHOUT)),
     *("~model/discriminator", "~model/adversary", "steps=3", "checkpoint.every=2"),
@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(trained: Path, tmp_path: Path) -> Path:
-    """The runs, in a folder that a test may spoil."""
+    """A copy of the runs that a test may change."""
     return shutil.copytree(trained, tmp_path / "sweep")
 
 
@@ -94,22 +94,22 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(where: Path, runs: str | Sequence[Path | str], **options: Any) -> dict[str, dict[str, str]]:
-    """Compare runs and return the rows of the CSV file by run, in their order."""
+    """Compare runs; return the rows of the CSV file by run, in order."""
     given = str(runs) if isinstance(runs, str | Path) else [str(each) for each in runs]
     Compare(compose("pipeline=compare", "runs=x"), where, runs=given, **options).run()
     with (where / "comparison.csv").open(newline="") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def looked(folder: Path) -> dict[str, float]:
-    """What a run measured last, read without vqf."""
+def last_validation(folder: Path) -> dict[str, float]:
+    """Return the last validation of a run, read without vqf."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if any(key.startswith("validation/") for key in line)]
     return {k.removeprefix("validation/"): v for k, v in found[-1].items() if k.startswith("validation/")}
 
 
 def evaluate(folder: Path, values: dict[str, float], /, step: int | None = None, **changes: Any) -> Path:
-    """Write what pipeline=evaluate leaves below a run."""
+    """Write a result as pipeline=evaluate does."""
     protocol = PROTOCOL | {key: value for key, value in changes.items() if key not in BESIDE}
     protocol |= {"hash": stable_hash(protocol)}
     done = step or max(int(each.name[5:]) for each in (folder / "checkpoints").iterdir())
@@ -131,13 +131,13 @@ def notes(where: Path) -> list[str]:
     return [line[2:] for line in (where / "comparison.md").read_text().splitlines() if line.startswith("* ")]
 
 
-def test_the_table_says_what_the_runs_wrote_best_first(sweep: Path, tmp_path: Path) -> None:
+def test_the_table_has_the_metrics_of_the_runs_best_first(sweep: Path, tmp_path: Path) -> None:
     rows = compare(tmp_path / "out", sweep)
     assert sorted(rows) == ["0", "1", "10"]
     values = [float(row["training/psnr"]) for row in rows.values()]
     assert values == sorted(values, reverse=True)
     for name, row in rows.items():
-        for metric, value in looked(sweep / name).items():
+        for metric, value in last_validation(sweep / name).items():
             assert float(row[f"training/{metric}"]) == value
         tokenizer = vqf.load(sweep / name)
         assert int(row["parameters"]) == sum(each.numel() for each in tokenizer.parameters())
@@ -190,7 +190,7 @@ class Page(HTMLParser):
         assert not any(name.startswith("on") for name, _ in attributes)
 
 
-def test_the_page_needs_nothing_else(sweep: Path, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(sweep: Path, tmp_path: Path) -> None:
     config = sweep / "0" / "checkpoints" / "step-00000003" / "config.yaml"
     assert config.is_file()
     evil = sweep / "<img src=x onerror=alert(1)>"
@@ -216,16 +216,16 @@ def test_the_page_fits_a_screen_a_phone_and_paper(sweep: Path, tmp_path: Path) -
             assert browser.run("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
             browser.screenshot(tmp_path / f"comparison-{width}.png")
         lost = "[...document.querySelectorAll('td')].filter(each => each.getBoundingClientRect().right > 701).length"
-        assert browser.run(lost) == 0  # paper cannot be pushed from side to side
+        assert browser.run(lost) == 0  # paper cannot be scrolled
 
 
 def strips(where: Path) -> list[np.ndarray]:
-    """The rows of images on a page, pixel by pixel."""
+    """Decode the rows of images on a page."""
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', page(where))
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
 
 
-def test_the_images_are_what_each_run_makes_of_the_same_originals(sweep: Path, tmp_path: Path) -> None:
+def test_every_run_reconstructs_the_same_originals(sweep: Path, tmp_path: Path) -> None:
     rows = compare(tmp_path, sweep, count=5)
     split = build("data", {"name": "emoji"}, image_size=(16, 16), seed=0).split("validation")
     images = torch.stack([split.item(0, i * len(split) // 5).image for i in range(5)])
@@ -259,7 +259,7 @@ def test_numbers_of_two_protocols_never_share_a_column(sweep: Path, tmp_path: Pa
     )
 
 
-def test_two_protocols_that_runs_share_stand_side_by_side(sweep: Path, tmp_path: Path) -> None:
+def test_two_shared_protocols_have_columns_side_by_side(sweep: Path, tmp_path: Path) -> None:
     for name in RUNS:
         evaluate(sweep / name, {"psnr": 30.0 - int(name)}, crop="source")
         evaluate(sweep / name, {"psnr": 20.0 + int(name)}, crop="center")
@@ -286,7 +286,7 @@ def test_settings_of_a_metric_are_lines_of_its_protocol(sweep: Path, tmp_path: P
     assert any("metric.net: vgg and alex" in line for line in notes(tmp_path))
 
 
-def test_protocols_are_told_apart_where_they_measure_the_same_only(sweep: Path, tmp_path: Path) -> None:
+def test_protocols_are_named_only_if_they_measure_the_same_metric(sweep: Path, tmp_path: Path) -> None:
     for name in RUNS:
         for i, metric in enumerate(("psnr", "ssim", "rfid", "psnr", "psnr")):
             evaluate(sweep / name, {metric: 1.0 + i + int(name)}, seed=i)
@@ -308,7 +308,7 @@ def test_two_settings_of_a_metric_that_runs_share_are_two_columns(sweep: Path, t
     assert next(iter(compare(tmp_path, sweep, sort=f"-{names[0]}"))) == "1"
 
 
-def test_a_number_that_says_which_way_is_better_is_believed(sweep: Path, tmp_path: Path) -> None:
+def test_the_recorded_direction_of_a_metric_is_used(sweep: Path, tmp_path: Path) -> None:
     for name in RUNS:
         evaluate(sweep / name, {"gap": 20.0 + int(name)}, higher_is_better={"gap": False})
     assert list(compare(tmp_path, sweep)) == ["0", "1", "10"]
@@ -316,7 +316,7 @@ def test_a_number_that_says_which_way_is_better_is_believed(sweep: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("isolated")
-def test_a_metric_of_ones_own_is_ranked_as_it_says(tmp_path: Path) -> None:
+def test_a_plugin_metric_is_ranked_by_its_direction(tmp_path: Path) -> None:
     @register("metric", "gap")
     class Gap:
         higher_is_better: ClassVar = {"gap": False}
@@ -371,10 +371,10 @@ def test_a_run_without_an_evaluation_is_compared_by_its_training(sweep: Path, tm
     evaluate(sweep / "10", {"rfid": 1.0})
     rows = compare(tmp_path, sweep)
     assert "training/psnr" not in rows["0"]
-    assert list(rows) == ["10", "0", "1"]  # less is better
+    assert list(rows) == ["10", "0", "1"]  # lower is better
 
 
-def test_what_evaluate_writes_is_read(sweep: Path, tmp_path: Path) -> None:
+def test_results_of_evaluate_are_read(sweep: Path, tmp_path: Path) -> None:
     values = {}
     for name in ("0", "1"):
         options = ["pipeline=evaluate", f"run={sweep / name}", "metric=[psnr]", "logger=[]", "protocol.count=6"]
@@ -388,7 +388,7 @@ def test_what_evaluate_writes_is_read(sweep: Path, tmp_path: Path) -> None:
     assert "training/psnr" not in rows["0"]
 
 
-def test_looks_of_trainings_at_other_images_are_another_protocol(tmp_path: Path) -> None:
+def test_validations_on_other_images_are_another_protocol(tmp_path: Path) -> None:
     train(tmp_path / "few", "evaluate.count=8")
     train(tmp_path / "more")
     rows = compare(tmp_path / "out", [tmp_path / "few", tmp_path / "more"])
@@ -437,13 +437,13 @@ def test_the_tokenizer_of_nats_does_not_make_a_protocol_of_its_own() -> None:
     assert ranking.protocol_differences() == [] and ranking.order == [0, 1]
 
 
-def test_a_part_of_a_full_run_is_a_run(full: Path, tmp_path: Path) -> None:
+def test_a_stage_of_a_full_run_is_a_run(full: Path, tmp_path: Path) -> None:
     rows = compare(tmp_path, [full / "seed0" / "stage1", full / "seed1" / "stage1"], sort="name")
     assert list(rows) == ["seed0/stage1", "seed1/stage1"]
     assert [row["state"] for row in rows.values()] == ["finished"] * 2
 
 
-def test_runs_that_failed_or_go_on_are_told(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_running_runs_are_listed(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = OmegaConf.to_yaml(compose(*ALONE))
     for name, log in (("2", "{0} INFO begins\n{0} ERROR lr=9: the loss is nan\n"), ("3", "{0} INFO begins\n")):
         (sweep / name / ".hydra").mkdir(parents=True)
@@ -466,12 +466,12 @@ def test_runs_that_failed_or_go_on_are_told(sweep: Path, tmp_path: Path, monkeyp
     assert "2 of 9 steps" in page(tmp_path)
 
 
-def test_a_broken_checkpoint_is_passed_over(sweep: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_skipped(sweep: Path, tmp_path: Path) -> None:
     newest = sweep / "1" / "checkpoints" / "step-00000004" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     row = compare(tmp_path, sweep)["1"]
     assert (row["step"], row["state"]) == ("2", "2 of 4 steps")
-    assert row["training/psnr"] == ""  # it looked at held-out images later only
+    assert row["training/psnr"] == ""  # it was validated only later
 
 
 def test_a_checkpoint_stands_for_its_run_at_that_step(sweep: Path, tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_runs_of_other_data_have_a_panel_of_their_own(sweep: Path, tmp_path: Pat
     assert len(set(abouts)) == 2 and len(strips(tmp_path)) == 2 + 4
 
 
-def test_data_that_is_gone_costs_the_images_only(sweep: Path, tmp_path: Path) -> None:
+def test_missing_data_costs_only_the_images(sweep: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for i in range(40):
@@ -507,11 +507,11 @@ def test_data_that_is_gone_costs_the_images_only(sweep: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("sort", "names"), [("name", ["0", "1", "10"]), ("-step", ["1", "0", "10"]), ("parameters", ["1", "10", "0"])]
 )
-def test_other_facts_to_sort_by(sweep: Path, tmp_path: Path, sort: str, names: list[str]) -> None:
+def test_sorting_by_other_columns(sweep: Path, tmp_path: Path, sort: str, names: list[str]) -> None:
     assert list(compare(tmp_path, sweep, sort=sort)) == names
 
 
-def test_a_minus_turns_the_order_round(sweep: Path, tmp_path: Path) -> None:
+def test_a_minus_reverses_the_order(sweep: Path, tmp_path: Path) -> None:
     there, back = (list(compare(tmp_path, sweep, sort=sort)) for sort in ("psnr_pooled", "-psnr_pooled"))
     assert there == back[::-1]
 
@@ -536,14 +536,14 @@ def test_which_way_is_better(metrics: str, lower: bool) -> None:
         ("{sweep}", {"sort": "pnsr"}, r"sort=pnsr: unknown column 'pnsr'\. Did you mean 'psnr'\? Known: psnr, .*"),
     ],
 )
-def test_slips_are_one_line(sweep: Path, tmp_path: Path, runs: str, options: Any, words: str) -> None:
+def test_errors_are_one_line(sweep: Path, tmp_path: Path, runs: str, options: Any, words: str) -> None:
     with pytest.raises(UserError) as caught:
         compare(tmp_path / "out", runs.format(sweep=sweep), **options)
     assert re.fullmatch(words, str(caught.value))
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_compare_says_why(tmp_path: Path) -> None:
+def test_nothing_to_compare_gives_the_reason(tmp_path: Path) -> None:
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
     (tmp_path / "0" / ".hydra" / "config.yaml").write_text("pipeline: {name: stage1}")
     with pytest.raises(UserError, match=r"^runs: nothing to compare yet \(0: no checkpoint yet\)$"):
@@ -578,7 +578,7 @@ def test_options_of_two_components_are_never_compared_with_each_other() -> None:
     assert differing_options([vq, vq, None]) == {}
 
 
-def test_what_says_nothing_of_the_model_is_no_difference() -> None:
+def test_options_that_do_not_affect_the_model_are_no_difference() -> None:
     one, other = (
         compose(f"run_dir={each}", f"log.every={each}", f"workers={each}", f"steps={each}", "seed=0") for each in (1, 2)
     )
@@ -595,7 +595,9 @@ def test_priors_on_one_tokenizer_are_ranked_by_their_nats(full: Path, tmp_path: 
     values = [float(row["training-prior/nats_per_token"]) for row in rows.values()]
     assert values == sorted(values)
     for name, row in rows.items():
-        assert float(row["training-prior/nats_per_token"]) == looked(tmp_path / "priors" / name)["nats_per_token"]
+        assert (
+            float(row["training-prior/nats_per_token"]) == last_validation(tmp_path / "priors" / name)["nats_per_token"]
+        )
         assert row["optimizer.lr"] == name
     sheets = [(tmp_path / "priors" / name / "images" / "samples-latest.png").read_bytes() for name in rows]
     assert [base64.b64encode(each).decode() in page(tmp_path / "out") for each in sheets] == [True, True]

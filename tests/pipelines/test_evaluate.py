@@ -1,4 +1,4 @@
-"""Evaluating runs of either stage, trained here at miniature size: the numbers, the facts, and where they lie."""
+"""`pipeline=evaluate` on miniature runs of both stages: metrics, provenance and files."""
 
 import json
 import re
@@ -41,7 +41,7 @@ PRDC = ("precision", "recall", "density", "coverage")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small data sets in two classes, alike but for a pixel, and two reference batches alike but for a name."""
+    """Two small data sets of two classes that differ in one pixel, and two equal reference batches."""
     root = tmp_path_factory.mktemp("folders")
     pixels = np.random.default_rng(0).integers(0, 256, (TRAINED + HELD_OUT, 3, 4, 3), dtype=np.uint8)
     for name in ("one", "other"):
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Path:
     words = ("data=folder", f"data.root={folders / 'one'}", "data.flip=false", "data.crop=center")
     words = (*words, "checkpoint.every=3", "checkpoint.keep=0")
     config = compose(*TINY, *words, "pipeline=full", "stage2.steps=4", "stage2.batch_size=8", "model/conditioner=label")
-    config.model.conditioner.label.dropout = 0.1  # so that samples can be guided
+    config.model.conditioner.label.dropout = 0.1  # allows classifier-free guidance
     pipeline: Full = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
     pipeline.run()
     return folder
@@ -73,7 +73,7 @@ def composed() -> DictConfig:
 
 @pytest.fixture
 def evaluate(run: Path, composed: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Evaluate with some places set as the command line would, and read what was written."""
+    """Evaluate with options set as on the command line, and read the written file."""
 
     def evaluated(where: str = ".", **places: Any) -> dict[str, Any]:
         places = {key.replace("__", "."): value for key, value in places.items()}
@@ -106,7 +106,7 @@ def on_8_bits(images: Tensor) -> Tensor:
     return torch.floor((images + 1) * 127.5 + 0.5).clamp(0, 255) / 127.5 - 1
 
 
-def test_reconstructions_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
+def test_reconstruction_metrics_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
     found = evaluate("stage1")
     tokenizer = vqf.load(run / "stage1")
     assert isinstance(tokenizer, Tokenizer)
@@ -124,7 +124,7 @@ def test_reconstructions_by_hand(run: Path, folders: Path, evaluate: Any, linear
     assert found["checkpoint"]["kind"] == "stage1" and found["checkpoint"]["step"] == 6
 
 
-def test_samples_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
+def test_sample_metrics_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear) -> None:
     found = evaluate(protocol={"name": "generation", "count": 20})
     generator = vqf.load(run)
     assert isinstance(generator, Generator)
@@ -142,7 +142,7 @@ def test_samples_by_hand(run: Path, folders: Path, evaluate: Any, linear: Linear
     assert other["values"]["fd_linear"] != found["values"]["fd_linear"], "another seed draws other samples"
 
 
-def test_without_a_protocol_a_run_is_measured_as_what_it_is(evaluate: Any) -> None:
+def test_the_default_protocol_depends_on_the_kind_of_run(evaluate: Any) -> None:
     alone = evaluate("stage1")
     assert alone["protocol"]["name"] == "reconstruction"
     protocol = evaluate()["protocol"]
@@ -153,7 +153,7 @@ def test_without_a_protocol_a_run_is_measured_as_what_it_is(evaluate: Any) -> No
     assert reconstructed["values"] == alone["values"] and reconstructed["protocol"] == alone["protocol"]
 
 
-def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
+def test_the_file_has_everything_that_the_metrics_depend_on(evaluate: Any) -> None:
     metric = {"fd": {"name": "fd"}, "kd_lite2": {"name": "kid", "network": "lite2"}, "prdc": {"name": "prdc"}}
     found = evaluate("stage1", metric=metric, protocol={"name": "reconstruction", "seed": 3})
     assert found.keys() == {
@@ -184,13 +184,13 @@ def test_the_file_says_all_that_the_numbers_depend_on(evaluate: Any) -> None:
 
 
 def kept(run: Path, found: dict[str, Any]) -> Path:
-    """Where an evaluation lies below a run."""
+    """Return the path of an evaluation below its run."""
     protocol, checkpoint = found["protocol"], found["checkpoint"]
     weights = f"{checkpoint['kind']}-{checkpoint['step']:08d}"
     return run / "evaluations" / f"{protocol['name']}-{protocol['hash'][:8]}" / weights / "metrics.json"
 
 
-def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Path, evaluate: Any) -> None:
+def test_the_file_below_the_run_keeps_earlier_metrics(run: Path, evaluate: Any) -> None:
     protocol = {"name": "reconstruction", "count": 9}
     first = evaluate("stage1", protocol=protocol, metric={"psnr": {"name": "psnr"}})
     own = evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})
@@ -212,7 +212,7 @@ def test_the_file_lies_below_the_run_and_keeps_what_was_measured_before(run: Pat
     assert "psnr" not in evaluate("stage1", protocol=protocol, metric={"usage": {"name": "usage"}})["values"]
 
 
-def test_one_checkpoint_does_not_erase_the_numbers_of_another(run: Path, evaluate: Any) -> None:
+def test_metrics_of_another_checkpoint_are_kept(run: Path, evaluate: Any) -> None:
     protocol, metric = {"name": "reconstruction", "count": 8}, {"psnr": {"name": "psnr"}}
     steps = sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir())
     early, late = (evaluate(f"stage1/checkpoints/{step}", protocol=protocol, metric=metric) for step in steps[-2:])
@@ -228,7 +228,7 @@ def test_precision_is_a_line_of_the_protocol(evaluate: Any) -> None:
     assert "psnr" not in whole["values"], "a number of one precision never stands under another"
 
 
-def test_all_checkpoints_of_a_run_are_measured_by_one_protocol(run: Path, evaluate: Any, tmp_path: Path) -> None:
+def test_all_checkpoints_of_a_run_share_one_protocol(run: Path, evaluate: Any, tmp_path: Path) -> None:
     metric = {"psnr": {"name": "psnr"}}
     found = evaluate("stage1", protocol={"name": "reconstruction", "count": 5}, metric=metric, all=True)
     steps = sorted(int(path.name[5:]) for path in (run / "stage1" / "checkpoints").iterdir())
@@ -240,7 +240,7 @@ def test_all_checkpoints_of_a_run_are_measured_by_one_protocol(run: Path, evalua
         assert json.loads(one.read_text())["values"]["psnr"] == line["evaluation/psnr"]
 
 
-def test_the_page_of_an_evaluation_and_of_its_run_show_the_numbers(run: Path, evaluate: Any, tmp_path: Path) -> None:
+def test_the_reports_of_an_evaluation_and_of_its_run_show_the_metrics(run: Path, evaluate: Any, tmp_path: Path) -> None:
     (run / "stage1" / "report.html").write_text("an older page")
     protocol = {"name": "reconstruction", "count": 10}
     found = evaluate("stage1", protocol=protocol, logger={"report": {"name": "report"}})
@@ -251,7 +251,7 @@ def test_the_page_of_an_evaluation_and_of_its_run_show_the_numbers(run: Path, ev
     assert "<h2>Curves</h2>" not in (tmp_path / "own" / "report.html").read_text()
 
 
-def test_a_folder_that_cannot_be_written_costs_no_numbers(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_costs_no_metrics(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -310,13 +310,13 @@ def test_a_reference_batch_is_known_by_its_content(folders: Path, tmp_path: Path
     assert first["rounding"] == "truncate" and first["crop"] == "adm" and first["labels"] == "uniform"
 
 
-def test_what_only_makes_sampling_faster_is_no_line(evaluate: Any) -> None:
+def test_speed_options_of_a_sampler_are_no_protocol_lines(evaluate: Any) -> None:
     plain = {"name": "small", "count": 6}
     fast, slow = (evaluate(protocol=plain, metric=CODES, sampler__cache=cache)["protocol"] for cache in (True, False))
     assert fast == slow and "sampler.cache" not in fast and fast["sampler.top_k"] is None
 
 
-def test_other_held_out_images_than_in_training_are_told(
+def test_validation_images_other_than_in_training_are_logged(
     folders: Path, evaluate: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def told(**places: Any) -> list[str]:
@@ -329,7 +329,7 @@ def test_other_held_out_images_than_in_training_are_told(
     assert "\n" not in line
 
 
-def test_one_image_is_not_measured(tmp_path: Path, folders: Path, evaluate: Any) -> None:
+def test_a_set_of_one_image_is_refused(tmp_path: Path, folders: Path, evaluate: Any) -> None:
     shutil.copytree(folders / "one", tmp_path / "poor")
     for path in sorted((tmp_path / "poor" / "val").rglob("*.png"))[1:]:
         path.unlink()
@@ -345,7 +345,7 @@ def test_no_two_protocols_have_one_hash(folders: Path, evaluate: Any) -> None:
     assert len(hashes) == len(component_names("protocol"))
 
 
-def test_floors_take_real_images_in_place_of_the_generated_ones(folders: Path, evaluate: Any, linear: Linear) -> None:
+def test_floors_compare_real_images_with_real_ones(folders: Path, evaluate: Any, linear: Linear) -> None:
     found = evaluate(protocol={"name": "small", "count": 10}, metric={"fd": {"name": "fd"}, "is": {"name": "is"}})
     pair = real_vs_real(feature_set(*linear(make_images(folders, "train"))), 10, seed=0)
     assert pair is not None
@@ -353,7 +353,7 @@ def test_floors_take_real_images_in_place_of_the_generated_ones(folders: Path, e
     assert found["protocol"]["labels"] == "images"
 
 
-def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None:
+def test_too_small_a_set_has_no_floor(evaluate: Any) -> None:
     found = evaluate("stage1", metric={"is": {"name": "is"}}, protocol={"name": "reconstruction", "seed": 4})
     assert found["values"].keys() == {"score_linear"} and found["floors"] == {}
 
@@ -369,19 +369,19 @@ def test_where_half_a_set_is_too_little_there_is_no_floor(evaluate: Any) -> None
         ({"name": "reconstruction"}, {"metric": {}}, "metric=[]: nothing to measure; give metric=[psnr,"),
     ],
 )
-def test_mistakes_are_one_line(evaluate: Any, protocol: dict[str, Any], places: dict[str, Any], line: str) -> None:
+def test_errors_are_one_line(evaluate: Any, protocol: dict[str, Any], places: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=re.escape(line)) as error:
         evaluate(protocol=protocol, **places)
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_alone_draws_no_samples(evaluate: Any) -> None:
+def test_a_tokenizer_cannot_be_sampled(evaluate: Any) -> None:
     with pytest.raises(UserError, match="this needs the run of a prior"):
         evaluate("stage1", protocol={"name": "small"})
 
 
 @pytest.mark.usefixtures("isolated")
-def test_the_protocol_of_the_page_can_be_registered(evaluate: Any) -> None:
+def test_the_protocol_in_the_docs_can_be_registered(evaluate: Any) -> None:
     page = (Path(vqf.__file__).parents[1] / "docs" / "evaluation.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@register" in block]
     exec(code, {"__name__": "mine", "register": register, "dataclass": dataclass, "ClassVar": ClassVar})
@@ -390,14 +390,14 @@ def test_the_protocol_of_the_page_can_be_registered(evaluate: Any) -> None:
     assert found.items() >= facts.items()
 
 
-def test_how_many_samples_a_class_has_in_words() -> None:
+def test_class_counts() -> None:
     assert class_counts(torch.arange(8) % 4, 4) == "2"
     assert class_counts(torch.tensor([0, 0, 2]), 3) == "0 to 2"
     assert class_counts(torch.zeros(5, dtype=torch.int64), 0) == "no classes"
 
 
-def evaluated_by_one_of_several(run: str, own: str, statistics: str, *words: str) -> dict[str, Any]:
-    """Evaluate in a process among others, without a network; returns what was written."""
+def evaluate_on_a_rank(run: str, own: str, statistics: str, *words: str) -> dict[str, Any]:
+    """Evaluate on one of several ranks, without a feature network; return the written file."""
     config = compose("pipeline=evaluate", f"run={run}", "logger=[]", "metric=[psnr,usage]", "batch_size=5", *words)
     Evaluate(fill_missing_groups(config), Path(own), statistics=statistics).run()
     found: dict[str, Any] = json.loads((Path(own) / "metrics.json").read_text())
@@ -406,10 +406,10 @@ def evaluated_by_one_of_several(run: str, own: str, statistics: str, *words: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("protocol=reconstruction",), ("protocol=small", "protocol.count=13")])
-def test_several_processes_find_what_one_does(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_several_processes_measure_the_same_as_one(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     places = [str(tmp_path / each) for each in ("own", "statistics")]
-    alone = evaluated_by_one_of_several(str(run), *places, *words)
-    first = run_processes(2, evaluated_by_one_of_several, str(run), *places, *words)[0]
+    alone = evaluate_on_a_rank(str(run), *places, *words)
+    first = run_processes(2, evaluate_on_a_rank, str(run), *places, *words)[0]
     assert first["protocol"] == alone["protocol"]
     assert first["values"] == pytest.approx(alone["values"], rel=1e-5)
     assert first["intervals"] == alone["intervals"]
@@ -417,7 +417,7 @@ def test_several_processes_find_what_one_does(run: Path, tmp_path: Path, words: 
 
 @pytest.mark.slow
 def test_the_default_metrics_need_no_download(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real EfficientNet-Lite2: what a tokenizer draws that has hardly trained is far from the originals."""
+    """With the real EfficientNet-Lite2, reconstructions of a barely trained tokenizer are far from the originals."""
     monkeypatch.undo()
     config = compose("pipeline=evaluate", f"run={run / 'stage1'}", "logger=[]")
     Evaluate(fill_missing_groups(config), tmp_path, statistics=str(tmp_path)).run()

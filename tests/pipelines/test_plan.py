@@ -1,4 +1,4 @@
-"""A plan says what a run then needs: checked against the allocator's own record of real steps."""
+"""`pipeline=plan` against the allocator's record of real steps."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def tiny(*overrides: str) -> DictConfig:
 
 
 def allocated(name: str, config: DictConfig, steps: int = 2) -> list[int]:
-    """The most bytes that torch's CPU allocator had handed out at once, in every step of a stage."""
+    """Peak bytes of torch's CPU allocator in each step of a stage."""
     now = stage_config(config, name, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         job = build_task(name, now, make_engine(now), 10)
@@ -97,7 +97,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("name", "words"), [pytest.param(*each[:2], marks=each[2]) for each in STEPS])
-def test_the_peak_is_that_of_real_steps(name: str, words: str) -> None:
+def test_the_peak_equals_that_of_real_steps(name: str, words: str) -> None:
     config = tiny(*words.split())
     planned = estimate(name, config, CPU, classes=10).peak("single")
     assert planned == pytest.approx(max(allocated(name, config)), rel=0.15)
@@ -139,14 +139,14 @@ def test_the_peak_of_each_of_two_processes(name: str, words: str, kind: str) -> 
         assert planned == pytest.approx(measured, rel=0.15)
 
 
-def test_a_measured_peak_is_the_allocators() -> None:
+def test_a_measured_peak_equals_the_allocators() -> None:
     config = tiny("model/loss=[l1]", "ema=0.9")
     found = benchmark_step("stage1", config, make_engine(config), 10)
     assert found.peak == pytest.approx(max(allocated("stage1", config)), rel=0.02)
     assert found.seconds > 0
 
 
-def test_the_ledger_counts_by_hand() -> None:
+def test_the_memory_tracker_by_hand() -> None:
     x, weight = torch.ones(5, 7), nn.Parameter(torch.ones(7, 11))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     ledger = MemoryTracker(
@@ -154,7 +154,7 @@ def test_the_ledger_counts_by_hand() -> None:
     )
     ledger.track([weight], "weights")
     with ledger, ledger.tracking_optimizer([weight], optimizer, "gradients", "optimizer"):
-        y = (x @ weight).square()  # the product is kept for the backward pass
+        y = (x @ weight).square()  # the product is saved for the backward pass
         assert ledger.flops == 2 * 5 * 7 * 11
         assert ledger.live_bytes == {"weights": 4 * 77, "activations": 2 * 4 * 55}
         y.sum().backward()
@@ -175,8 +175,8 @@ def test_the_ledger_counts_by_hand() -> None:
     assert ledger.peaks["none"]["weights"] == 0
 
 
-def test_operations_are_those_of_the_published_formulas() -> None:
-    """A GPT of L layers of width d: 6 N for each token trained on, and 12 L d T for attention (Kaplan et al., 2020)."""
+def test_flops_match_the_published_formula() -> None:
+    """A GPT of L layers of width d: 6 N per trained token, and 12 L d T for attention (Kaplan et al., 2020)."""
     config = tiny("model.prior.dropout=0", "model.prior.layers=4", "model.prior.dim=256", "stage2.batch_size=4")
     found = estimate("stage2", config, CPU, classes=10)
     matrices = 4 * 12 * 256**2 + 256 * 64
@@ -184,7 +184,7 @@ def test_operations_are_those_of_the_published_formulas() -> None:
     assert found.flops == pytest.approx(expected, rel=0.05)
 
 
-def test_parameters_are_those_of_the_model() -> None:
+def test_parameters_equal_those_of_the_model() -> None:
     config = tiny()
     job = build_task("stage1", config, make_engine(config), 10)
     found = estimate("stage1", config, CPU, classes=10)
@@ -210,7 +210,7 @@ def test_processes_share_the_batch_and_fsdp_the_weights() -> None:
 
 
 @pytest.mark.parametrize("prior", ["gpt_tiny", "llama_small"])
-def test_drawing_needs_the_keys_and_values_of_every_token(prior: str) -> None:
+def test_sampling_needs_the_keys_and_values_of_every_token(prior: str) -> None:
     config = tiny(f"model/prior={prior}", "model.prior.layers=3", "model.prior.heads=4", "stage2.batch_size=5")
     found = estimate_sampling(config, CPU, classes=10)
     assert found is not None
@@ -246,8 +246,8 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_stays_narrow_on_a_gpu_is_what_torch_says(name: str) -> None:
-    """The oracle is torch's own autocast for CUDA, which tensors without content obey where there is no GPU."""
+def test_the_emulated_autocast_equals_that_of_cuda(name: str) -> None:
+    """The oracle is torch's own autocast for CUDA, which applies to fake tensors even without a GPU."""
     function = RULES[name]
     with FakeTensorMode():
         torch.set_autocast_enabled("cuda", True)
@@ -261,15 +261,15 @@ def test_what_stays_narrow_on_a_gpu_is_what_torch_says(name: str) -> None:
             assert function(torch.empty(2, 4, 8, 8, dtype=torch.bfloat16)).dtype == expected
 
 
-def test_the_rules_of_a_gpu_name_functions_that_exist() -> None:
+def test_the_autocast_rules_name_existing_functions() -> None:
     assert all(any(hasattr(home, name) for home in (torch, F, Tensor)) for name in AUTOCAST_TO_FLOAT32)
 
 
-def test_a_gpu_need_not_be_there() -> None:
+def test_a_gpu_need_not_be_present() -> None:
     config = tiny("model/loss=[l1]", "precision=bf16", "device=cuda")
     wide = estimate("stage1", config, torch.device("cuda")).peak("single")
     narrow = estimate("stage1", config, CPU).peak("single")
-    assert wide > 1.05 * narrow  # group norms widen what they keep
+    assert wide > 1.05 * narrow  # group norms save float32
     assert Plan(config, Path("unused")).device.type == "cuda"
 
 
@@ -289,17 +289,17 @@ def test_the_papers_model_needs_no_weights_and_no_data(monkeypatch: pytest.Monke
     ("word", "words"),
     [("auto", ["planned for cpu, which device=auto finds here"]), ("cuda", [plans.GPU_OVERHEAD_NOTE]), ("cpu", [])],
 )
-def test_the_plan_says_what_it_is_of(
-    word: str, words: list[str], tmp_path: Path, told: "Told", monkeypatch: pytest.MonkeyPatch
+def test_the_plan_names_its_device(
+    word: str, words: list[str], tmp_path: Path, lines: "LogLines", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     Plan(tiny("model/loss=[l1]", "model.prior=null", f"device={word}"), tmp_path, classes=10).run()
     device = "cuda" if word == "cuda" else "cpu"
-    assert told[0].startswith(f"stage1 on {device}: ")
-    assert [line[: len(each)] for line, each in zip(told[1:-1], words, strict=True)] == words
+    assert lines[0].startswith(f"stage1 on {device}: ")
+    assert [line[: len(each)] for line, each in zip(lines[1:-1], words, strict=True)] == words
 
 
-class Told(list[str]):
+class LogLines(list[str]):
     """The lines of the log."""
 
     def info(self, text: str, *values: object) -> None:
@@ -307,13 +307,15 @@ class Told(list[str]):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    lines = Told()
+def lines(monkeypatch: pytest.MonkeyPatch) -> LogLines:
+    lines = LogLines()
     monkeypatch.setattr(plans, "log", lines)
     return lines
 
 
-def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_written_plan_equals_the_logged_one(
+    tmp_path: Path, lines: LogLines, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny("model/loss=[l1]", "stage2.batch_size=16")
     Plan(config, tmp_path / "here", flops=1e9, classes=10).run()
     written = json.loads((tmp_path / "here" / "plan.json").read_text())
@@ -321,12 +323,12 @@ def test_the_pipeline_writes_what_it_says(tmp_path: Path, told: Told, capsys: py
     assert written["stage1"]["peak"] == {"single": found.peak("single")}
     assert written["stage1"]["seconds"] == found.flops / 1e9
     assert written["stage2"]["images"] == 16 and written["sample"]["bytes"]["cache"] > 0
-    assert told[0].startswith(f"stage1 on cpu: {found.trainable:,} trained parameters, 16 tokens an image, ")
-    assert told[0].endswith(f" s a step, {format_seconds(written['stage1']['seconds'] * 10)} for 10 steps")
+    assert lines[0].startswith(f"stage1 on cpu: {found.trainable:,} trained parameters, 16 tokens an image, ")
+    assert lines[0].endswith(f" s a step, {format_seconds(written['stage1']['seconds'] * 10)} for 10 steps")
     assert "memory of a process" in capsys.readouterr().out
 
 
-def test_real_steps_stand_beside_the_plan(tmp_path: Path, told: Told) -> None:
+def test_measured_steps_are_part_of_the_plan(tmp_path: Path, lines: LogLines) -> None:
     Plan(tiny("model/loss=[l1]", "model/prior=gpt_tiny"), tmp_path, measure=True, classes=10).run()
     written = json.loads((tmp_path / "plan.json").read_text())
     for stage in ("stage1", "stage2"):
@@ -334,7 +336,7 @@ def test_real_steps_stand_beside_the_plan(tmp_path: Path, told: Told) -> None:
         assert written[stage]["seconds"] > 0
 
 
-def pretended(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 0) -> Estimate:
+def fake_estimate(name: str, config: DictConfig, device: torch.device, world: int = 1, classes: int = 0) -> Estimate:
     """An estimate of 1,200 bytes for an image of a micro-batch, less in bf16 and with checkpoints; 300 of weights."""
     share = (0.5 if config.precision == "bf16" else 1) * (0.75 if config.model.encoder.gradient_checkpointing else 1)
     images = config.batch_size / config.accumulate / world * 1200 * share
@@ -358,30 +360,30 @@ def pretended(name: str, config: DictConfig, device: torch.device, world: int = 
         (10, "", {}),
     ],
 )
-def test_it_says_with_what_a_run_fits(
-    memory: int, words: str, suggestions: dict, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+def test_options_that_make_a_run_fit_are_listed(
+    memory: int, words: str, suggestions: dict, tmp_path: Path, lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "estimate", pretended)
+    monkeypatch.setattr(plans, "estimate", fake_estimate)
     monkeypatch.setattr(plans, "trainable_stages", lambda config: ["stage1"])
     Plan(tiny(*words.split()), tmp_path, memory=(memory + 100) / 2**30).run()
     assert json.loads((tmp_path / "plan.json").read_text())["stage1"]["suggestions"] == suggestions
     assert (
-        told[2:-1] == [f"  {words} brings it to {format_bytes(peak)}" for words, peak in suggestions.items()]
+        lines[2:-1] == [f"  {words} brings it to {format_bytes(peak)}" for words, peak in suggestions.items()]
         or not suggestions
     )
-    assert told[1].startswith("stage1 fits into 9.863 KiB with 200 bytes to spare") == (memory == 10000)
-    assert ("fewer channels" in told[2]) == (memory == 10)
+    assert lines[1].startswith("stage1 fits into 9.863 KiB with 200 bytes to spare") == (memory == 10000)
+    assert ("fewer channels" in lines[2]) == (memory == 10)
 
 
-def test_sharding_is_a_way_to_fit(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "estimate", pretended)
+def test_sharding_is_one_of_the_options(tmp_path: Path, lines: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "estimate", fake_estimate)
     Plan(tiny("batch_size=2"), tmp_path, world=2, memory=1400 / 2**30).run()
     suggestions = json.loads((tmp_path / "plan.json").read_text())["stage1"]["suggestions"]
     assert suggestions == {"precision=bf16": 900, AGAIN: 1200, "engine=fsdp2": 1350, f"precision=bf16 {AGAIN}": 750}
 
 
 @pytest.mark.slow
-def test_the_suggestions_hold() -> None:
+def test_accumulation_lowers_the_peak() -> None:
     peaks = [estimate("stage1", tiny("model/loss=[l1]", f"accumulate={n}"), CPU).peak("single") for n in (1, 2, 4)]
     assert peaks[0] > peaks[1] > peaks[2]
 
@@ -395,6 +397,6 @@ def test_the_suggestions_hold() -> None:
         ({"world": 2, "measure": True}, "measure=true runs steps in one process; leave out world=2"),
     ],
 )
-def test_mistakes_are_lines(tmp_path: Path, told: Told, options: dict[str, Any], message: str) -> None:
+def test_errors_are_one_line(tmp_path: Path, lines: LogLines, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Plan(tiny("model.prior=null"), tmp_path, **options).run()

@@ -1,12 +1,19 @@
-"""What each kind of component promises. A plugin inherits nothing: it only has to fit.
+"""The interface of each kind of component. A plugin inherits nothing: it has the members of one of these protocols.
 
-Shapes, everywhere in vqf:
+Shapes, everywhere in vqf (B images, C channels, stride = pixels per cell and side):
 
-* images are float tensors (B, 3, H, W) in [-1, 1];
-* latents are (B, D, h, w), with h = H / stride and w = W / stride;
-* indices are int64 (B, h, w), or (B, h, w, K) for K codebooks, in [0, vocab_size);
-* tokens are int64 (B, N), the indices row by row;
-* a prefix is int64 (B, M), the tokens of a condition, in a vocabulary of their own.
+| value | dtype, shape | range |
+| --- | --- | --- |
+| images | float (B, 3, H, W); condition maps (B, C, H, W) | [-1, 1] |
+| latents | float (B, D, h, w), h = H / stride, w = W / stride | |
+| indices | int64 (B, h, w), or (B, h, w, K) for K codebooks | [0, vocab_size) |
+| tokens | int64 (B, N), N = h * w: the indices row by row | [0, vocab_size) |
+| prefix | int64 (B, M): the tokens of a condition, in a vocabulary of their own | [0, prefix_vocab) |
+
+*Wired* parameters of a constructor are passed by the pipeline, by name; a component declares those it needs. All its
+other parameters are options of the config.
+
+*Optional members* are looked up by name: a component without one gets the default that is stated there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,25 +25,17 @@ from torch import Tensor, nn
 
 from vqf.batch import Batch, Sample, Size
 
+# Stage 1: the tokenizer.
+
 
 @dataclass
 class Quantized:
-    """What a quantizer makes of latents."""
+    """The output of a quantizer."""
 
-    latents: Tensor  # (B, D, h, w), gradients pass straight through
+    latents: Tensor  # (B, D, h, w) code vectors; gradients reach the encoder through them
     indices: Tensor  # (B, h, w) int64 in [0, vocab_size)
     loss: Tensor  # () codebook and commitment terms, 0 where there are none
     stats: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars for the log
-
-
-@dataclass
-class Reconstruction:
-    """What a metric looks at: held-out images, what the tokenizer made of them, and through which codes."""
-
-    images: Tensor  # (B, 3, H, W)
-    reconstructions: Tensor  # (B, 3, H, W), clamped to [-1, 1]
-    indices: Tensor  # (B, h, w)
-    masks: Tensor | None = None  # (B, 1, H, W)
 
 
 class Encoder(Protocol):
@@ -51,28 +50,33 @@ class Encoder(Protocol):
 class Decoder(Protocol):
     """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels, image_size.
 
-    One may have `features` in two parts: `local_features(global_features(latents))`. `global_features` returns a cell
-    for every code, which may depend on all of them; `local_features` is local, but for group norms, so that large
-    images go through it in tiles.
+    Optional members, for large images to be decoded in tiles with `features = local_features(global_features)`:
+
+    * `global_features(latents)`, (B, dim, h, w) -> (B, D, h, w): the layers in which a cell may depend on all cells.
+    * `local_features(cells)`: the other layers, which are local except for group norms. Tiles pass through them.
+
+    Without these two, tiles pass through the full decoder.
     """
 
     stride: int
     last_layer: nn.Module  # a plain convolution or linear layer, where the adaptive weight compares gradients
 
-    def features(self, latents: Tensor) -> Tensor: ...  # what `last_layer` is applied to
+    def features(self, latents: Tensor) -> Tensor: ...  # the input of `last_layer`
 
     def __call__(self, latents: Tensor) -> Tensor: ...  # (B, dim, h, w) -> (B, 3, H, W)
 
 
 class Quantizer(Protocol):
-    """Latents to codes. In eval mode `lookup(q(z).indices)` equals `q(z).latents`.
+    """Latents to indices and back. In eval mode `lookup(q(z).indices)` equals `q(z).latents`.
 
-    What it moves by itself in training (averages, a temperature) it moves in a method `update() -> dict[str, Tensor]`,
-    if it has one: called once after an optimizer step that was taken, however many micro-batches or forwards without
-    gradients there were in it; the scalars go to the log.
+    Optional member:
+
+    * `update() -> dict[str, Tensor]` advances state that is not trained by gradient (an EMA codebook, a temperature),
+      and returns scalars for the log. It is called once after every optimizer step that was taken, however many
+      micro-batches or forwards without gradients the step had.
     """
 
-    dim: int  # channels it quantizes; the tokenizer projects to and from it
+    dim: int  # channels of its latents; the tokenizer projects to and from them
     vocab_size: int
 
     def __call__(self, latents: Tensor) -> Quantized: ...
@@ -83,8 +87,10 @@ class Quantizer(Protocol):
 class Loss(Protocol):
     """A distance between reconstructions and images.
 
-    One that compares images alone has their numbers of `channels` as an attribute of its class; one for maps of
-    classes, of which reconstructions are logits, has `expects_logits = True`.
+    Optional members, both attributes of the class:
+
+    * `channels`: the numbers of image channels that it can compare; any by default.
+    * `expects_logits = True`: reconstructions are logits of the classes of a label map.
     """
 
     weight: float
@@ -99,25 +105,27 @@ class Discriminator(Protocol):
 
 
 class Adversary(Protocol):
-    """The GAN objective: what each player minimises, from which step, and how much it weighs. Wired: steps."""
+    """The GAN objective: the losses of generator and discriminator, their start and their weight. Wired: steps."""
 
     start_step: int  # the first step at which the discriminator learns
-    refresh_fakes: bool  # whether it judges what the tokenizer draws after its own update
+    refresh_fakes: bool  # whether the discriminator sees reconstructions of the already updated tokenizer
 
     def generator_loss(self, fake: Tensor) -> Tensor: ...  # logits -> ()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor: ...  # logits -> ()
 
     def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
-        """Weigh the generator's loss from both gradients at the decoder's last layer. -> ()."""
+        """Weight of the generator's loss, from both gradients at the decoder's last layer. -> ()."""
         ...
 
-    def weight_at(self, step: int) -> float: ...  # share in [0, 1] of its verdict that counts at a step; 0: not asked
+    def weight_at(self, step: int) -> float:
+        """Multiplier in [0, 1] of the generator's GAN loss at a step. At 0 the discriminator is not evaluated."""
+        ...
 
 
 @dataclass
 class DiscriminatorOutput:
-    """What a discriminator made of a batch."""
+    """The discriminator's logits of a batch, as a regularizer sees them."""
 
     discriminator: nn.Module
     images: Tensor  # (B, 3, H, W)
@@ -127,9 +135,11 @@ class DiscriminatorOutput:
 
 
 class Regularizer(Protocol):
-    """A term that the discriminator minimises beside the adversary's loss.
+    """A term of the discriminator's loss beside the adversary's.
 
-    One that is not computed at every step has a tensor `last_value`, what the log shows instead.
+    Optional member:
+
+    * `last_value`: a tensor, logged in place of the term at steps that do not compute it.
     """
 
     weight: float
@@ -137,12 +147,15 @@ class Regularizer(Protocol):
     def __call__(self, output: DiscriminatorOutput) -> Tensor: ...  # -> ()
 
 
+# Stage 2: prior, conditioners, samplers.
+
+
 class ImageCodec(Protocol):
-    """What a conditioner needs of a tokenizer."""
+    """The part of a tokenizer that a conditioner uses."""
 
     vocab_size: int
     stride: int
-    channels: int  # of its images
+    channels: int  # C of its images
 
     def encode(self, images: Tensor) -> Tensor: ...  # (B, C, H, W) -> (B, H / stride, W / stride) int64
 
@@ -150,21 +163,25 @@ class ImageCodec(Protocol):
 
 
 class Conditioner(Protocol):
-    """What stage 2 is told about an image, as tokens in front of it.
+    """A condition to the prefix tokens in front of the tokens of an image.
 
-    Wired: num_classes; grid, of the codes of an image; tokenizer, a `ImageCodec` of the images; open_tokenizer,
-    which gives the `ImageCodec` of another run by the run's folder.
+    Wired: num_classes; grid, (h, w) of the image's indices; tokenizer, the `ImageCodec` of the images; open_tokenizer,
+    a function from the folder of another run to the `ImageCodec` of that run.
 
-    One that has a method `prepare(batch)` turns images into codes in it, once, and returns the batch with those
-    codes. They are cached with the tokens, and cut to what a window covers. One that has a method `null_prefix(batch)`
-    says there what stands for no condition, (B, M), or None. One that has a method `render(batch)` draws what it is
-    told, (B, C, H, W). One that is told by images has their `channels`, and `size_multiple`, the pixels that divide
-    their sides. One whose tokens speak of places in the image has `positions`, M of them. Where `dropout` is a share
-    above 0, training puts what `null_prefix` says in its place that often, for several conditioners at once; see
-    `vqf.models.conditioning.ConditionerStack`.
-    One whose codes are larger than those of the image may have a method `prepare_shifted(batch)`: its codes are then
-    (B, p, q, h, w), where [:, i, j] are those of the images without their first i rows and j columns of codes.
-    `batch_field` names the field of a batch that it is told by: `conditions` by default, `images` or `crop_boxes`.
+    Optional members:
+
+    * `batch_field`: the field of a batch that holds the condition: `conditions` (default), `images`, `crop_boxes`.
+    * `channels`, of a condition that is an image: its C.
+    * `size_multiple`, of a condition that is an image: the number of pixels that must divide its sides; 1 by default.
+    * `positions`: for each of the M tokens its `GridPosition` in the image, None for a token without one (default).
+    * `prepare(batch)`: tokenizes condition images, once, and returns the batch with their indices in
+      `condition_indices`. These are cached with the tokens, and cropped to each window of a larger grid.
+    * `prepare_shifted(batch)`: the same for a condition whose cells are p by q cells of the image. Its indices are
+      (B, p, q, h, w): [:, i, j] are those of the condition without its first i rows and j columns of image cells.
+    * `null_prefix(batch)`: the prefix (B, M) of no condition, or None if the prior has never seen one (default).
+    * `dropout`: share of training samples whose prefix is replaced by `null_prefix`, 0 by default. With several
+      conditioners see `vqf.models.conditioning.ConditionerStack`.
+    * `render(batch)`: an image of the condition, (B, C, H, W), for logs and sample grids.
     """
 
     vocab_size: int
@@ -176,8 +193,8 @@ class Conditioner(Protocol):
 class Prior(Protocol):
     """A distribution over token sequences.
 
-    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_positions, for each token
-    of the prefix the `GridPosition` that it speaks of, None where it speaks of none.
+    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_positions, of each prefix
+    token the `GridPosition` or None.
     """
 
     vocab_size: int
@@ -189,83 +206,95 @@ class Prior(Protocol):
 
 @runtime_checkable
 class Autoregressive(Protocol):
-    """A prior that can also be fed one token at a time, remembering keys and values."""
+    """A prior with a key-value cache for sequences that advance together, one token at a time."""
 
-    def prefill(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, a cache
+    def prefill(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, cache
 
     def decode(self, token: Tensor, cache: Any) -> Tensor: ...  # (B,), cache -> logits (B, V) of the next token
 
 
 @dataclass
 class RaggedChunks:
-    """Parts of n sequences [prefix; tokens], end to end, that a prior reads in one pass.
+    """Chunks of n sequences [prefix; tokens], concatenated to T positions without padding, for one pass of a prior.
 
-    The cache holds all positions of a sequence before its piece. It may hold later ones, which mean nothing.
+    The cache holds every position of a sequence before its chunk. Entries of later positions are stale, and masked.
+
+    Example: positions 0 to 2 of the sequence in slot 5, then position 7 of the one in slot 4::
+
+        positions      [0, 1, 2, 7]     max_chunk_length  3
+        chunk_indices  [0, 0, 0, 1]     context_length    8
+        ends           [2, 3]           slots             [5, 4]
     """
 
-    ids: Tensor  # (T,) int64, of the prefix where the position is one of its M, of a token elsewhere
-    positions: Tensor  # (T,) int64, in the sequence
-    chunk_indices: Tensor  # (T,) int64 in [0, n), the piece that a token belongs to; rising
-    ends: Tensor  # (n,) int64, where in T the last token of each piece is
-    slots: Tensor  # (n,) int64, the place of each sequence in the cache, no two alike
-    max_chunk_length: int  # tokens of the longest piece
-    context_length: int  # one more than the largest position
+    ids: Tensor  # (T,) int64: a prefix id at positions below M, a token elsewhere
+    positions: Tensor  # (T,) int64 in the sequence
+    chunk_indices: Tensor  # (T,) int64 in [0, n), not decreasing: the chunk of each position
+    ends: Tensor  # (n,) int64: index in T of the last position of each chunk
+    slots: Tensor  # (n,) int64: the sequence's row in the cache, all different
+    max_chunk_length: int
+    context_length: int  # the largest position + 1
 
 
 @runtime_checkable
 class RaggedDecoding(Protocol):
-    """A prior that can also read pieces of many sequences at once, each of its own length, remembering keys and values.
+    """A prior with a key-value cache for sequences that advance by chunks of different lengths.
 
-    What sliding windows need to be fast.
+    Sliding windows are fast only with such a prior.
     """
 
     sequence_bytes: int  # of the keys and values of one sequence
 
     def allocate_cache(self, sequences: int) -> Any: ...  # an empty cache for so many sequences
 
-    def decode_chunks(
-        self, chunks: RaggedChunks, cache: Any
-    ) -> Tensor: ...  # -> logits (n, V) of the token after each piece
+    def decode_chunks(self, chunks: RaggedChunks, cache: Any) -> Tensor:
+        """Logits (n, V) of the token after each chunk."""
+        ...
 
 
 class Sampler(Protocol):
-    """Draws tokens from a prior."""
+    """Samples tokens from a prior.
+
+    Optional keyword parameters of `__call__`, passed to a sampler that declares them:
+
+    * `known`: (B, h * w) tokens to keep, -1 where a token is to be sampled; or None.
+    * `null_prefix`: the conditioner's `null_prefix(batch)`, (B, M) or None; guidance needs it.
+    * `window`: the grid (h, w) that the prior was trained on. A sampler that declares it gets `prefix` and
+      `null_prefix` as functions from a window's start and size to (B, M).
+
+    Optional member:
+
+    * `speed_options`, of the class: names of the options that change no token. An evaluation's protocol leaves them
+      out.
+    """
 
     def __call__(self, prior: Any, prefix: Tensor, grid: Size, *, seed: int, first: int = 0) -> Tensor:
-        """Draw (B, h * w) tokens.
-
-        Sample i of the batch depends on `seed` and `first + i` alone, not on the size of the batch.
-
-        A sampler whose signature has one of these keywords is given it, too: `known`, (B, h * w) tokens to keep,
-        -1 where one is to be drawn; `null_prefix`, what the conditioner's `null_prefix(batch)` says in place of a
-        condition, None where it has none; `window`, the grid that the prior was trained on. One that takes `window`
-        is given both prefixes as functions of a window's start and size that return (B, M).
-
-        Options that `speed_options` of its class lists change no token: they are no lines of an evaluation's protocol.
-        """
+        """Sample (B, h * w) tokens. Sample i depends on `seed` and `first + i` alone, not on the batch size."""
         ...
 
 
 @dataclass
 class ScoredSamples:
-    """Samples that a scorer looks at."""
+    """The samples that a scorer compares, with all that was known about them."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     tokens: Tensor  # (B, N)
     prior: Any
-    prefix: Tensor | None  # (B, M); None where the image is larger than what the prior models at once
+    prefix: Tensor | None  # (B, M); None for images larger than the prior's grid
     labels: Tensor | None  # (B,)
     classes: Sequence[str]  # names of all labels
 
 
 class Scorer(Protocol):
-    """Says which of several samples is best."""
+    """Scores candidates of the same sample; the best is kept."""
 
-    def __call__(self, samples: ScoredSamples) -> Tensor: ...  # -> (B,), the higher the better
+    def __call__(self, samples: ScoredSamples) -> Tensor: ...  # -> (B,), higher is better
+
+
+# Data.
 
 
 class Split(Protocol):
-    """One part of a data source. `item` is a pure function of the source's seed, epoch and index."""
+    """The training or validation images of a data source. `item` is a pure function of seed, epoch and index."""
 
     fingerprint: str  # changes when the images do
 
@@ -276,45 +305,71 @@ class Split(Protocol):
 
 @runtime_checkable
 class StreamingSplit(Protocol):
-    """A split whose `item` is quick only for indices that rise; it is trained on as it comes, in no exact order."""
+    """A split that is fast only for rising indices. Training reads it as a stream, in no exact order."""
 
-    max_readers: int  # processes that can share it, those that load data counted
+    max_readers: int  # processes that can share it: ranks times data workers
 
-    def stream(self, start: int, rank: int, world_size: int) -> Iterator[Sample]: ...  # from a step on, without end
+    def stream(self, start: int, rank: int, world_size: int) -> Iterator[Sample]: ...  # endless, from step `start`
 
 
 class ConditionReader(Protocol):
-    """Reads a map from a file as the samples of a data source have theirs. A ValueError says why it cannot.
+    """Reads a condition map from a file in the way a data source reads its own. Raises ValueError for other files.
 
-    Two that read alike are equal. One may have `options`, those of `data=shard_pairs` that read such maps; without it
-    the maps of a shard are read by their channels.
+    Implement `__eq__`: two readers with the same options compare equal, so that a union can check its parts.
+
+    Optional member:
+
+    * `options`: the options of `data=shard_pairs` that read such maps. Without it the maps of a shard are read by
+      their channels.
     """
 
-    num_classes: int  # where every channel is a class; 0 where a map is an image
+    num_classes: int  # of a label map, C; 0 where a map is an image
 
-    def __call__(self, path: Path) -> Tensor: ...  # -> (C, H, W), a pixel of the file for a pixel
+    def __call__(self, path: Path) -> Tensor: ...  # -> (C, H, W), not resized
 
 
 class Data(Protocol):
     """A source of images. Wired: image_size, seed.
 
-    One with maps beside its images has a function of its class, `condition_reader`, that takes some of its options by
-    name and returns a `ConditionReader`. It opens no data: a run is also sampled where its data is not.
+    Optional member:
+
+    * `condition_reader(...)`, of a source with condition maps: a static function that takes some of its options by
+      name and returns a `ConditionReader`. It opens no data: a run is sampled on machines without the data, too.
     """
 
     classes: Sequence[str]  # names of the labels; empty where there are none
 
-    # "train" or "validation"; an EmptyPartError where it holds no image, which a pipeline for both goes without
-    def split(self, name: str) -> Split: ...
+    def split(self, name: str) -> Split:
+        """The split "train" or "validation".
+
+        Raises:
+            EmptySplitError: If it has no image. Pipelines that can use one split alone catch it.
+        """
+        ...
+
+
+# Evaluation.
+
+
+@dataclass
+class Reconstruction:
+    """The input of a metric: images, their reconstructions, and the indices in between."""
+
+    images: Tensor  # (B, 3, H, W)
+    reconstructions: Tensor  # (B, 3, H, W), clamped to [-1, 1]
+    indices: Tensor  # (B, h, w)
+    masks: Tensor | None = None  # (B, 1, H, W)
 
 
 class Metric(Protocol):
-    """Numbers over held-out images. Wired: vocab_size, device.
+    """Numbers over validation images. Wired: vocab_size, device.
 
-    One that has a method `intervals()` gives the 95 % interval of some of its numbers there, as (low, high). One whose
-    attribute `indices_only` is true looks at the codes alone, and is asked about samples of a prior, too. One whose
-    class has `higher_is_better`, true or false by the names of its numbers, can choose the best checkpoint, and is
-    sorted that way in a comparison.
+    Optional members:
+
+    * `intervals()`: the 95 % interval (low, high) of some of the numbers, by name.
+    * `indices_only = True`: reads indices alone, and so measures samples of a prior as well.
+    * `higher_is_better`, of the class: True or False by name of the number. Such a number can choose the best
+      checkpoint, and orders a comparison.
     """
 
     def update(self, batch: Reconstruction) -> None: ...
@@ -324,42 +379,42 @@ class Metric(Protocol):
 
 @dataclass
 class FeatureSet:
-    """What a feature network sees in a set of images, on the CPU."""
+    """Features of a set of images, on the CPU."""
 
-    count: int | None  # images behind mean and covariance; None where a file does not say
+    count: int | None  # images behind mean and covariance; None where a file does not state it
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64, divided by count - 1
-    features: Tensor  # (n, D) float32 of n of them, spread evenly, for metrics that look at single images
-    logits: Tensor | None = None  # (n, C) float32 of the same, where the network is a classifier
+    features: Tensor  # (n, D) float32 of n evenly spread images, for metrics of single images
+    logits: Tensor | None = None  # (n, C) float32 of the same images, where the network is a classifier
 
 
 @dataclass
 class SetMetricResult:
-    """What a set metric says."""
+    """The numbers of a set metric."""
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of some of the values
-    settings: dict[str, Any] = field(default_factory=dict)  # what an option came to where it depends on the sets
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved values of options that depend on the sets
 
 
 class FeatureNetwork(Protocol):
-    """Describes an image by a vector."""
+    """A frozen network from images to feature vectors."""
 
     name: str
-    digest: str  # of its weights, and of how it scales images
+    digest: str  # of its weights, and of how it resizes images
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...  # -> (B, D), logits (B, C) of a classifier
 
 
 @runtime_checkable
 class SetMetric(Protocol):
-    """A metric that compares a set of images with a set of real ones, by features. Wired: device.
+    """A metric between a set of generated images and a set of real ones, by features. Wired: device.
 
     As a `Metric` it compares reconstructions with their originals.
     """
 
     network: FeatureNetwork
-    reconstruction_prefix: str  # of its names where the images are reconstructions: r, as in rFID
+    reconstruction_prefix: str  # of its names for reconstructions: "r", as in rFID
 
     def update(self, batch: Reconstruction) -> None: ...
 
@@ -369,43 +424,47 @@ class SetMetric(Protocol):
 
 
 class EvaluationProtocol(Protocol):
-    """What is measured on which images; a frozen dataclass whose fields are lines of the result. Wired: nothing."""
+    """What is measured on which images: a frozen dataclass whose fields are lines of the result. Wired: nothing."""
 
     task: str  # "reconstruction" or "generation"
-    part: str  # of the data: what is reconstructed, or held out
-    count: int | None  # images that are reconstructed or generated; all, or as many as the reference has
+    part: str  # the split that is reconstructed, or whose images are the reference
+    count: int | None  # images to reconstruct or generate; None: all, or as many as the reference has
     crop: str
     resize: str
     rounding: str
-    reference: str  # "originals", a part of the data, or a file
+    reference: str  # "originals", a split, or a file
     seed: int
 
+
+# Runs.
 
 VALIDATION_PREFIX = "validation/"  # of the log keys of validation metrics
 
 
 class Logger(Protocol):
-    """Where numbers and images of a run go. Wired: run_dir, config, subrun.
+    """A destination of a run's numbers and images. Wired: run_dir, config, subrun.
 
-    `part` says what the folder is of the run in the folder above, as "stage1" of pipeline=full; "" where it is a run.
+    `subrun` is the name of this folder's run in the folder above, as "stage1" of pipeline=full; "" for a run by itself.
     """
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def images(self, step: int, name: str, images: Tensor) -> None: ...  # (B, 3, H, W), a grid of them
+    def images(self, step: int, name: str, images: Tensor) -> None: ...  # (B, 3, H, W), shown as a grid
 
     def close(self) -> None: ...
 
 
 class Pipeline(Protocol):
-    """One thing that `python -m vqf.run` can do. Wired: config, run_dir.
+    """A job of `python -m vqf.run`, chosen by `pipeline=`. Wired: config, run_dir.
 
-    One with the attribute `distributed = True` runs in every process that torchrun starts; others are refused there.
+    Optional member:
+
+    * `distributed = True`, of the class: runs in every process that torchrun starts. Other pipelines are refused there.
     """
 
-    def run(self) -> float | None: ...  # what a sweeper minimises
+    def run(self) -> float | None: ...  # what a sweeper minimizes
 
 
 def to_steps(value: float, steps: int) -> int:
-    """Read a number of steps, or below 1 a share of the run."""
+    """Convert a number of steps, or below 1 a fraction of the run, to a number of steps."""
     return round(value * steps) if 0 < value < 1 else int(value)

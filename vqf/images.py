@@ -1,4 +1,4 @@
-"""Images in and out of files, for pipelines. How a file is read is for the data sources to say."""
+"""Image files of pipelines: tensors to PNG, and files to tensors by the reader of a data source."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,44 +17,44 @@ from vqf.registry import call_static, find_component
 
 
 def to_pil_image(image: Tensor) -> Image.Image:
-    """Turn an image (C, H, W) in [-1, 1] into an 8-bit one, rounded to the nearest; see `to_rgb`."""
+    """Convert an image (C, H, W) in [-1, 1] to 8 bits, rounded to nearest, in the colors of `to_rgb`."""
     pixels = ((to_rgb(image[None])[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) of any channels in colours, (B, 3, H, W) in [-1, 1].
+    """Convert images (B, C, H, W) with any number of channels to colors (B, 3, H, W) in [-1, 1].
 
-    One channel is grey. Two, or more than three, are the scores of classes, of which the best is shown in a colour of
-    its own.
+    One channel is gray. Two channels, or more than three, are logits of classes: each pixel gets the color of its best
+    class.
     """
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
     if images.shape[1] == 3:
         return images
-    # Steps of the golden ratio around the circle of hues: neighbours in number are far apart in colour.
+    # Steps of the golden ratio around the circle of hues: neighboring class numbers get very different colors.
     hues = torch.arange(images.shape[1], device=images.device) * 0.618034 % 1
     palette = ((hues[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], device=hues.device)) % 6 - 3).abs() - 1
     return rearrange(palette.clamp(0, 1)[images.argmax(1)] * 2 - 1, "b h w c -> b c h w")
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image whole, (3, H, W) in [-1, 1], as `data=folder` reads its own.
+    """Read an image file in full, (3, H, W) in [-1, 1], with the decoder of `data=folder`.
 
     Raises:
-        UserError: If there is none that can be read.
+        UserError: If the file is not a readable image.
     """
     return _read_or_raise(find_component("data", "folder").target.image_reader(), path)  # type: ignore[attr-defined]
 
 
 def condition_reader(data: DictConfig) -> ConditionReader | None:
-    """Return what reads maps from files as a data source reads its own; None if it says nothing of that.
+    """The reader of condition maps that belongs to a data source, or None if the source has none.
 
     Args:
-        data: Its node, as a run was trained with.
+        data: The config node of the data source.
 
     Raises:
-        UserError: If it has maps of several kinds.
+        UserError: If the source has maps of several kinds.
     """
     try:
         reader: ConditionReader | None = call_static("data", data, "condition_reader")
@@ -66,22 +66,22 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
 
 
 def condition_map_reader(data: DictConfig) -> Callable[[Path], Tensor]:
-    """Return `condition_reader`, whose mistakes are the user's.
+    """`condition_reader` as a function from path to map (C, H, W), which raises UserError for an unreadable file.
 
     Raises:
-        UserError: If the data source says nothing of how a file becomes a map.
+        UserError: If the data source has no reader.
     """
     reader = condition_reader(data)
     if reader is None:
         raise UserError(
             f"condition: data '{data.name}' does not say how it reads a map from a file; give its class a function "
-            "condition_reader (vqf.protocols.Data), or leave condition out to draw by held-out maps"
+            "condition_reader (vqf.protocols.Data), or leave condition out to sample from validation maps"
         )
     return lambda path: _read_or_raise(reader, path)
 
 
 def image_files(path: Path) -> list[Path]:
-    """List the images of a folder, by name, or the file itself; hidden files and what ends otherwise are left out.
+    """List the image files of a folder, sorted by name, without hidden files; a path of a file gives that file.
 
     Raises:
         UserError: If there is none.
@@ -90,22 +90,22 @@ def image_files(path: Path) -> list[Path]:
         raise UserError(f"condition={path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    endings: tuple[str, ...] = tuple(find_component("data", "folder").options["extensions"].default)
-    files = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
-    found = sorted(each for each in files if each.name.lower().endswith(endings))
-    if not found:
-        raise UserError(f"condition={path}: no images ({', '.join(endings)}) in this folder")
-    return found
+    extensions: tuple[str, ...] = tuple(find_component("data", "folder").options["extensions"].default)
+    files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+    images = sorted(file for file in files if file.name.lower().endswith(extensions))
+    if not images:
+        raise UserError(f"condition={path}: no images ({', '.join(extensions)}) in this folder")
+    return images
 
 
 def save_images(images: Iterable[Tensor], folder: Path, names: Iterable[str]) -> None:
-    """Write images (C, H, W) as PNG files of the given names into a folder."""
+    """Write images (C, H, W) to FOLDER/NAME.png."""
     for image, name in zip(images, names, strict=True):
         save_image(image, folder / f"{name}.png")
 
 
 def save_image(image: Tensor, path: Path, png_info: PngInfo | None = None) -> None:
-    """Write an image (C, H, W), and what is said of it; the file is whole, whatever happens."""
+    """Write an image (C, H, W) as PNG, with its metadata. The write is atomic: no reader sees half a file."""
     with atomic_path(path, durable=False) as temporary:
         to_pil_image(image).save(temporary, format="PNG", pnginfo=png_info)
 
@@ -116,4 +116,4 @@ def _read_or_raise(reader: Callable[[Path], Tensor], path: Path) -> Tensor:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: no image that can be read ({error})") from error
+        raise UserError(f"{path}: not a readable image ({error})") from error

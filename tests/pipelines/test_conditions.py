@@ -373,7 +373,7 @@ def test_invalid_conditions_are_one_line(run: Path, tmp_path: Path, monkeypatch:
     for condition, words in (
         ("nowhere.png", "no such file or folder"),
         ("empty", "no images .* in this folder"),
-        ("text.png", "no image that can be read"),
+        ("text.png", "not a readable image"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             sample(run, tmp_path / "out", condition=str(tmp_path / condition))

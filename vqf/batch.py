@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
-# Row and column in the grid of an image's indices. Cell centers are whole numbers; a coarser condition's lie in between.
+# Row and column in the grid of an image's indices. Cell centers are whole numbers, a coarser condition's lie between.
 GridPosition = tuple[float, float]
 
 
@@ -77,8 +77,8 @@ class Batch:
     def window(self, start: Size, size: Size, grid: Size) -> "Batch":
         """The conditions of one window of a larger grid: labels, cropped condition indices and crop boxes.
 
-        Condition indices may be a coarser grid of the same image. With shifts (B, p, q, h, w) the crop is exact; without
-        it starts at the condition's cell nearest to the window's corner.
+        Condition indices may be a coarser grid of the same image. With shifts, (B, p, q, h, w), the crop is exact;
+        without, it starts at the condition's cell nearest to the window's corner.
 
         Args:
             start: Row and column of the window's first cell.

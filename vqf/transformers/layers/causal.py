@@ -1,9 +1,7 @@
-"""What causal transformers over [prefix; tokens] share: the loss, and keys and values that are computed once.
+"""The base class of causal transformers over [prefix; tokens]: masks, loss, and decoding with a key-value cache.
 
-Two ways to remember. A `Memory` holds sequences that are read side by side, a token at a time: what the sampler
-`autoregressive` needs. A `Shelf` holds many sequences that are read in pieces, each of its own length: what sliding
-windows need. Pieces run end to end through all that looks at single tokens, without padding; only attention sets them
-side by side.
+Position p < M holds prefix id p, position M + n token n. The hidden state of position M - 1 + n gives the logits of
+token n, so that the last token is predicted and never read. `layers/kv_cache.py` explains the caches.
 """
 
 from collections.abc import Sequence
@@ -27,45 +25,48 @@ from vqf.transformers.layers.kv_cache import (
 
 
 class CausalTransformer(nn.Module):
-    """A causal transformer over [prefix; tokens]: what it does with its blocks, whatever they are.
+    """A causal transformer over [prefix; tokens].
 
-    A subclass sets what is declared here, and says in `forward_blocks` how positions and blocks act.
+    A subclass sets the attributes below, and implements `forward_blocks`: where positions enter, and how its blocks are
+    called.
     """
 
     vocab_size: int
-    length: int  # tokens
-    prefix_length: int
-    bidirectional_prefix: int = 0  # how many of the first positions see each other
+    length: int  # N, tokens of an image
+    prefix_length: int  # M
+    bidirectional_prefix: int = 0  # so many of the first positions see each other; the others attend causally
     gradient_checkpointing: bool
     token_embedding: nn.Embedding
-    prefix_embedding: nn.Embedding | None  # None where the prefix shares the table of the tokens
+    prefix_embedding: nn.Embedding | None  # None: prefix ids use `token_embedding`
     blocks: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
 
     @property
     def max_positions(self) -> int:
-        """Positions of a sequence; the last token is predicted, never read."""
+        """Positions that are read: all but the last token."""
         return self.prefix_length + self.length - 1
 
     @property
     def sequence_bytes(self) -> int:
-        """Bytes of the keys and values of one sequence, in the precision of the weights."""
+        """Bytes of the keys and values of one sequence in all layers, in the dtype of the weights."""
         return 2 * len(self.blocks) * self.max_positions * self.head.in_features * self.head.weight.element_size()
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Return what the last block makes of embedded ids (B, T, dim) at some positions; one `attend` per block."""
+        """Pass embedded ids (B, T, dim) at some positions through the blocks, with one attention function a block."""
         raise NotImplementedError
 
     def apply_blocks(self, x: Tensor, attention_fns: Sequence[AttentionFn], *extra: Tensor) -> Tensor:
-        """Pass x (B, T, dim) through the blocks, each of which takes x, how it attends, and what else they need."""
+        """Call `block(x, attend, *extra)` for every block, with x (B, T, dim)."""
         for block, attend in zip(self.blocks, attention_fns, strict=True):
-            again = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, attend, *extra, use_reentrant=False) if again else block(x, attend, *extra)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attend, *extra, use_reentrant=False)
+            else:
+                x = block(x, attend, *extra)
         return x
 
     def forward(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Return logits (B, N, V); those of token n depend on the prefix and the tokens before n.
+        """Logits (B, N, V). Those of token n depend on the prefix and the tokens before n.
 
         Args:
             tokens: (B, N) int64 with N up to `length`; the last one is not read.
@@ -78,40 +79,45 @@ class CausalTransformer(nn.Module):
         return self.head(self.norm(x[:, self.prefix_length - 1 :]))
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the tokens (B, N) in nats, computed in float32 or better."""
+        """Mean cross-entropy of the tokens (B, N), in nats."""
         return cross_entropy(self(tokens, prefix), tokens)
 
     @torch.no_grad()
     def prefill(self, prefix: Tensor) -> tuple[Tensor, DecodingState]:
-        """Read a prefix (B, M); return the logits (B, V) of token 0, and the cache that `decode` extends."""
+        """Read a prefix (B, M). Returns the logits (B, V) of token 0, and the cache that `decode` extends."""
         self._check_inputs(prefix.new_zeros(len(prefix), 1), prefix)
         x = self._embed(prefix, prefix[:, :0])
-        first = FullAttention(self._attention_mask(x))
-        cache = DecodingState([KVCache(self.max_positions, first) for _ in self.blocks], 0)
+        prefix_attention = FullAttention(self._attention_mask(x))
+        cache = DecodingState([KVCache(self.max_positions, prefix_attention) for _ in self.blocks], 0)
         return self._forward_cached(x, cache), cache
 
     @torch.no_grad()
     def decode(self, token: Tensor, cache: DecodingState) -> Tensor:
-        """Read the next token (B,); return the logits (B, V) of the one after it."""
+        """Read the next token (B,). Returns the logits (B, V) of the token after it.
+
+        Raises:
+            ValueError: If the last position has been read already.
+        """
         if cache.position == self.max_positions:
             raise ValueError(f"the sequence is full: the prior models {self.length} tokens")
         return self._forward_cached(self.token_embedding(token[:, None]), cache)
 
     def allocate_cache(self, num_sequences: int) -> list[SlotKVCache]:
-        """Return an empty cache for the pieces of so many sequences."""
+        """An empty cache with a slot for each of `num_sequences` sequences."""
         return [SlotKVCache(num_sequences, self.max_positions) for _ in self.blocks]
 
     @torch.no_grad()
     def decode_chunks(self, chunks: RaggedChunks, cache: Sequence[SlotKVCache]) -> Tensor:
-        """Read pieces of sequences in one pass; return the logits (n, V) of the token after each piece."""
+        """Read chunks of n sequences in one pass. Returns the logits (n, V) of the token after each chunk."""
         layout = RaggedLayout.from_chunks(chunks, self.bidirectional_prefix)
         in_prefix = chunks.positions < self.prefix_length
+        # Both tables are read at every position, with id 0 where an id belongs to the other table.
         x = torch.where(
             in_prefix[:, None],
             (self.prefix_embedding or self.token_embedding)(chunks.ids.where(in_prefix, 0)),
             self.token_embedding(chunks.ids.where(~in_prefix, 0)),
         )
-        x = self.forward_blocks(x[None], chunks.positions, [partial(shelf.attend, layout) for shelf in cache])
+        x = self.forward_blocks(x[None], chunks.positions, [partial(layer.attend, layout) for layer in cache])
         return self.head(self.norm(x[0, chunks.ends]))
 
     def _forward_cached(self, x: Tensor, cache: DecodingState) -> Tensor:
@@ -125,7 +131,7 @@ class CausalTransformer(nn.Module):
 
     def _attention_mask(self, x: Tensor) -> Tensor | None:
         if self.bidirectional_prefix < 2:
-            return None  # plain causal attention, which has faster kernels
+            return None  # causal attention without a mask has faster kernels
         visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         visible[: self.bidirectional_prefix, : self.bidirectional_prefix] = True
         return visible
@@ -138,6 +144,6 @@ class CausalTransformer(nn.Module):
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy of tokens (B, N) under logits (B, N, V), in float32 or better."""
+    """Mean cross-entropy in nats of tokens (B, N) under logits (B, N, V), computed in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))

@@ -1,12 +1,23 @@
-"""What causal transformers over [prefix; tokens] share: the loss, and keys and values that are computed once.
+"""Key-value caches of causal transformers over [prefix; tokens].
 
-Two ways to remember. A `KVCache` holds sequences that are read side by side, a token at a time: what the sampler
-`autoregressive` needs. A `SlotKVCache` holds many sequences that are read in pieces, each of its own length: what
-sliding windows need. Pieces run end to end through all that looks at single tokens, without padding; only attention
-sets them side by side.
+A causal layer computes the keys and values of a position once: later positions do not change them. There is one cache
+a layer, and two kinds, by what the sampler reads:
+
+* `KVCache` holds a batch whose sequences advance together, by one token at a time: `sampler=autoregressive`.
+* `SlotKVCache` holds many sequences, each in its own slot, that advance by chunks of different lengths:
+  `sampler=sliding_window`, where every window is a sequence.
+
+Chunks are concatenated without padding (`vqf.protocols.RaggedChunks`), so that embeddings, norms and MLPs do no work
+for padding. Only attention pads. Three positions of the sequence in slot 5 and one of the sequence in slot 4::
+
+    positions           0 1 2 7
+    chunk_indices       0 0 0 1
+    offsets             0 1 2 0
+    queries, padded     [0 1 2]    keys, from the cache    [0 1 2 - - - - -]    -: masked
+                        [7 - -]                            [0 1 2 3 4 5 6 7]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,29 +26,30 @@ from torch import Tensor
 
 from vqf.protocols import RaggedChunks
 
-AttentionFn = Callable[
-    [Tensor, Tensor, Tensor, float], Tensor
-]  # queries, keys, values (B, heads, T, d), dropout -> same
+# How a block attends: queries, keys and values (B, heads, T, d), and the dropout rate, to (B, heads, T, d).
+AttentionFn = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass
 class FullAttention:
-    """Attention within whole sequences; causal where no mask (T, T) of visible positions is given."""
+    """Attention within full sequences, without a cache. Causal, unless a mask (T, T) says what is visible."""
 
     mask: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Return (B, heads, T, d)."""
-        causal = self.mask is None and q.shape[2] > 1
+        """Map (B, heads, T, d) to the same shape."""
+        causal = self.mask is None and q.shape[2] > 1  # one query is the newest position, which sees all keys
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout, is_causal=causal)
 
 
 class KVCache:
-    """Keys and values of one layer, allocated once for the whole sequence.
+    """Keys and values of one layer, (B, heads, capacity, d), for sequences that advance together.
+
+    The first call reads the prefix, of any length; every later call reads one token.
 
     Args:
         capacity: Positions of a sequence.
-        prefill_attention: How what is read at first sees itself. Later it grows by one token at a time, which sees all.
+        prefill_attention: Attention of the first call.
     """
 
     def __init__(self, capacity: int, prefill_attention: FullAttention) -> None:
@@ -46,14 +58,14 @@ class KVCache:
         self.values: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Remember keys and values, and attend to all that is remembered."""
-        assert self.length == 0 or q.shape[2] == 1, "a memory grows by one token at a time"
+        """Append keys and values, and attend to all of the cache."""
+        assert self.length == 0 or q.shape[2] == 1, "the cache grows by one token at a time"
         attend = FullAttention() if self.length else self.prefill_attention
         return attend(q, *self._append(k, v), dropout)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
-            # Allocated here, where autocast has already chosen the dtype.
+            # Allocated at the first call, when autocast has chosen the dtype. Empty: only written positions are read.
             batch, heads, _, dim = keys.shape
             self.keys, self.values = keys.new_empty(2, batch, heads, self.capacity, dim)
         start, self.length = self.length, self.length + keys.shape[2]
@@ -64,7 +76,7 @@ class KVCache:
 
 @dataclass
 class DecodingState:
-    """What a prior remembers of sequences side by side: one memory for each layer, and how many tokens they hold."""
+    """The caches of all layers, and the number of positions that they hold."""
 
     kv_caches: list[KVCache]
     position: int
@@ -72,33 +84,33 @@ class DecodingState:
 
 @dataclass
 class RaggedLayout:
-    """Where the tokens of pieces stand, in one piece and in the cache: the same in every layer."""
+    """Indices and mask by which attention pads chunks: computed once a pass, used by every layer."""
 
     chunks: RaggedChunks
-    slots: Tensor  # (T,) that of each token
-    offsets: Tensor  # (T,) of each token in its piece
-    mask: Tensor  # (n, 1, longest, reach): what a token of a piece sees of its sequence
+    slots: Tensor  # (T,) int64: the slot of each position's sequence
+    offsets: Tensor  # (T,) int64: index of each position in its chunk
+    mask: Tensor  # (n, 1, max_chunk_length, context_length): whether a query sees a key
 
     @classmethod
     def from_chunks(cls, chunks: RaggedChunks, bidirectional_prefix: int) -> "RaggedLayout":
-        """Lay out pieces of sequences whose first positions, `bidirectional_prefix` of them, see each other."""
-        firsts = torch.cat((chunks.ends.new_zeros(1), chunks.ends[:-1] + 1))
+        """Lay out chunks of sequences. Their first `bidirectional_prefix` positions all see each other."""
+        starts = torch.cat((chunks.ends.new_zeros(1), chunks.ends[:-1] + 1))
         count = torch.arange(max(len(chunks.ids), chunks.context_length), device=chunks.ids.device)
-        here = (chunks.positions[firsts, None] + count[: chunks.max_chunk_length])[:, :, None]
-        there = count[: chunks.context_length]
-        mask = there <= here
+        queries = (chunks.positions[starts, None] + count[: chunks.max_chunk_length])[:, :, None]
+        keys = count[: chunks.context_length]
+        mask = keys <= queries
         if bidirectional_prefix > 1:
-            mask |= (there < bidirectional_prefix) & (here < bidirectional_prefix)
-        offsets = count[: len(chunks.ids)] - firsts[chunks.chunk_indices]
+            mask |= (keys < bidirectional_prefix) & (queries < bidirectional_prefix)
+        offsets = count[: len(chunks.ids)] - starts[chunks.chunk_indices]
         return cls(chunks, chunks.slots[chunks.chunk_indices], offsets, mask[:, None])
 
 
 class SlotKVCache:
-    """Keys and values of one layer, for many sequences.
+    """Keys and values of one layer, (num_sequences, capacity, heads, d), for sequences that advance by chunks.
 
     Args:
-        num_sequences: How many.
-        capacity: Positions of each.
+        num_sequences: Number of slots.
+        capacity: Positions of a sequence.
     """
 
     def __init__(self, num_sequences: int, capacity: int) -> None:
@@ -107,19 +119,24 @@ class SlotKVCache:
         self.values: Tensor | None = None
 
     def attend(self, layout: RaggedLayout, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Remember the keys and values of pieces (1, heads, T, d), and attend to what their sequences hold."""
-        pieces = layout.chunks
-        queries, keys, values = (each[0].transpose(0, 1) for each in (q, k, v))
+        """Store keys and values of chunks (1, heads, T, d), and attend to the sequences that they belong to."""
+        chunks = layout.chunks
+        queries, keys, values = (each[0].transpose(0, 1) for each in (q, k, v))  # (T, heads, d)
+        self._store(layout.slots, chunks.positions, keys, values)
+        padded = queries.new_zeros(len(chunks.slots), chunks.max_chunk_length, *queries.shape[1:])
+        padded[chunks.chunk_indices, layout.offsets] = queries
+        k, v = self._contexts(chunks)
+        y = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, attn_mask=layout.mask, dropout_p=dropout)
+        return y.transpose(1, 2)[chunks.chunk_indices, layout.offsets].transpose(0, 1)[None]
+
+    def _store(self, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         if self.keys is None or self.values is None:
-            # Zeros, since what a mask hides is multiplied all the same.
+            # Zeros: attention multiplies masked values by 0, and 0 times NaN of uninitialized memory is NaN.
             self.keys, self.values = keys.new_zeros(2, self.num_sequences, self.capacity, *keys.shape[1:])
-        self.keys[layout.slots, pieces.positions] = keys
-        self.values[layout.slots, pieces.positions] = values
-        side_by_side = queries.new_zeros(len(pieces.slots), pieces.max_chunk_length, *queries.shape[1:])
-        side_by_side[pieces.chunk_indices, layout.offsets] = queries
-        held, held_values = (
-            each[pieces.slots, : pieces.context_length].transpose(1, 2) for each in (self.keys, self.values)
-        )
-        q = side_by_side.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, held, held_values, attn_mask=layout.mask, dropout_p=dropout)
-        return y.transpose(1, 2)[pieces.chunk_indices, layout.offsets].transpose(0, 1)[None]
+        self.keys[slots, positions] = keys
+        self.values[slots, positions] = values
+
+    def _contexts(self, chunks: RaggedChunks) -> Iterator[Tensor]:
+        """Keys and values of the chunks' sequences, (n, heads, context_length, d) each."""
+        assert self.keys is not None and self.values is not None, "keys are stored before they are read"
+        return (each[chunks.slots, : chunks.context_length].transpose(1, 2) for each in (self.keys, self.values))

@@ -78,7 +78,7 @@ def test_an_image_larger_than_the_prior_has_no_likelihood(generator: Generator) 
     sliding = build("sampler", {"name": "sliding_window"})
     wide = Generator(generator.tokenizer, generator.conditioner, generator.prior, sliding, CLASSES)
     wide.scorer = build("scorer", {"name": "likelihood"})
-    with pytest.raises(UserError, match="larger than what the prior has learned"):
+    with pytest.raises(UserError, match="larger than those that the prior was trained on"):
         wide.sample(1, size=(16, 32), candidates=2)
 
 

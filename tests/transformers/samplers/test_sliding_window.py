@@ -289,20 +289,20 @@ def test_the_prior_is_asked_once_for_every_wave(grid: tuple[int, int], steps: in
 
 @pytest.mark.parametrize("wavefront", [False, True])
 @pytest.mark.parametrize("keep", [0, 5, 1000])
-def test_a_plan_keeps_no_more_than_it_may_and_reads_in_order(keep: int, wavefront: bool) -> None:
+def test_a_schedule_caches_no_more_than_it_may_and_reads_in_order(keep: int, wavefront: bool) -> None:
     grid, window = (11, 14), (4, 4)
     order = list(wavefront_order(grid, 4) if wavefront else raster_order(grid))
-    plan = make_schedule(iter(order), window, grid, 3, keep)
-    assert [[each.cell for each in wave.reads] for wave in plan.steps] == order
-    held: dict[int, tuple[tuple[int, int], int]] = {}  # what stands in each slot: a window, and its first positions
-    for wave in plan.steps:
-        assert len({each.slot for each in wave.reads}) == len(wave.reads)
-        for each in wave.reads:
-            assert 0 <= each.slot < plan.num_slots
-            assert each.start == 0 or held[each.slot] == (each.window_start, each.start)
-            held[each.slot] = (each.window_start, each.start + each.count)
-    # At most all windows of the upper and the lower border, and what a wave holds besides.
-    assert plan.num_slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(each) for each in order)
+    schedule = make_schedule(iter(order), window, grid, 3, keep)
+    assert [[chunk.cell for chunk in step.chunks] for step in schedule.steps] == order
+    cache: dict[int, tuple[tuple[int, int], int]] = {}  # by slot: start of the window, and its positions read so far
+    for step in schedule.steps:
+        assert len({chunk.slot for chunk in step.chunks}) == len(step.chunks)
+        for chunk in step.chunks:
+            assert 0 <= chunk.slot < schedule.num_slots
+            assert chunk.start == 0 or cache[chunk.slot] == (chunk.window_start, chunk.start)
+            cache[chunk.slot] = (chunk.window_start, chunk.start + chunk.count)
+    # At most all windows of the upper and the lower border, and those that one step works on.
+    assert schedule.num_slots <= min(keep, 2 * (14 - 4 + 1)) + max(len(cells) for cells in order)
 
 
 def test_crop_reads_a_grid_row_by_row() -> None:

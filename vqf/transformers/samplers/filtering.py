@@ -1,6 +1,6 @@
-"""Sampling: what is done to logits before a draw, the draw, and the sampler that goes token by token.
+"""From logits to a sampled token: the filters, the random numbers, and the draw.
 
-The filters compose in the order temperature, top-k, top-p, min-p, each acting on what the one before left. Top-p is
+The filters compose in the order temperature, top-k, top-p, min-p, each on the output of the one before. Top-p is
 The Curious Case of Neural Text Degeneration, https://arxiv.org/abs/1904.09751; min-p is
 Turning Up the Heat: Min-p Sampling, https://arxiv.org/abs/2407.01082.
 """
@@ -11,28 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-UNIFORM_BITS = 24  # all that a float32 in [0, 1) holds
-WEIGHT_BITS = 38  # with the uniform's bits, products stay below 2 ** 63
+UNIFORM_BITS = 24  # precision of a float32 in [0, 1)
+# Probabilities as integers. They sum to 2^38, give or take a rounding each, and are multiplied by a number of 24 bits:
+# the product stays below 2^63.
+WEIGHT_BITS = 38
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Divide logits (..., V) by a temperature; the best is 0 afterwards, so that no small value overflows."""
+    """Divide logits (..., V) by a temperature above 0. The best becomes 0 first, so that nothing overflows."""
     return (logits - logits.amax(-1, keepdim=True)) / value
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all logits (..., V) below the k-th best to -inf. Ties with it stay; k may exceed V."""
-    least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < least, -torch.inf)
+    """Set logits (..., V) below the k-th best to -inf. Ties with the k-th stay; k may exceed V."""
+    threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Set to -inf all logits (..., V) outside the smallest set of the best whose probability reaches p.
+    """Set logits (..., V) to -inf outside of the smallest set of best ones whose probability reaches p.
 
-    The best stays whatever p is; of equal logits the lower index counts as better.
+    The best one always stays; of equal logits the lower index is the better.
     """
     if p >= 1:
-        return logits  # rounding of the sum would cut the tail
+        return logits  # rounding of the cumulative sum could drop the tail
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1, dtype=torch.float32)
     better = probabilities.cumsum(-1) - probabilities
@@ -42,21 +44,21 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Set to -inf all logits (..., V) of codes less than p times as likely as the best, which stays whatever p is."""
+    """Set logits (..., V) of tokens less than p times as likely as the best to -inf. The best one always stays."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
 
 
 def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draw an index from each row of logits (B, V) by inverting its cumulative distribution.
+    """Sample an index from each row of logits (B, V): the inverse of the cumulative distribution at `noise`.
 
     Args:
-        logits: Unnormalised; -inf is never drawn.
-        noise: (B,) in [0, 1), of which the first 24 bits count.
+        logits: Not normalized; an index with -inf is never sampled.
+        noise: (B,) in [0, 1), of which 24 bits are used.
 
     Returns:
         (B,) int64.
     """
-    # In integers: a float cumulative sum, done in parallel, can grow where a probability is 0.
+    # In integers: a parallel cumulative sum of floats can grow at a probability of 0, which would then be sampled.
     weights = (logits.softmax(-1, dtype=torch.float32) * 2**WEIGHT_BITS).round().long()
     cumulative = weights.cumsum(-1)
     threshold = (noise * 2**UNIFORM_BITS).long() * cumulative[:, -1] >> UNIFORM_BITS
@@ -64,13 +66,13 @@ def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_noise(seed: int, index: int, count: int) -> Tensor:
-    """Return `count` numbers in [0, 1) that depend on the seed and the index of a sample alone, on the CPU."""
-    # Not a torch.Generator: the CPU's looks at 32 bits of its seed, and many samples would soon share one.
+    """Uniform numbers (count,) in [0, 1) on the CPU, a function of the seed and the index of a sample alone."""
+    # Not a torch.Generator: that of the CPU uses 32 bits of its seed, so that many samples would soon collide.
     key = np.array([seed % 2**64, index % 2**64], dtype=np.uint64)
     raw = np.random.Philox(key=key).random_raw(count) >> np.uint64(64 - UNIFORM_BITS)
     return torch.from_numpy(raw.astype(np.float32) / np.float32(2**UNIFORM_BITS))
 
 
 def batch_noise(seed: int, first: int, batch: int, count: int) -> Tensor:
-    """Return the numbers (batch, count) of samples `first`, `first + 1`, ..., on the CPU."""
+    """The numbers (batch, count) of samples `first`, `first + 1`, ..., on the CPU."""
     return torch.stack([sample_noise(seed, first + i, count) for i in range(batch)])

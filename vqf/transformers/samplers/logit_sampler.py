@@ -1,9 +1,4 @@
-"""Sampling: what is done to logits before a draw, the draw, and the sampler that goes token by token.
-
-The filters compose in the order temperature, top-k, top-p, min-p, each acting on what the one before left. Top-p is
-The Curious Case of Neural Text Degeneration, https://arxiv.org/abs/1904.09751; min-p is
-Turning Up the Heat: Min-p Sampling, https://arxiv.org/abs/2407.01082.
-"""
+"""The base class of samplers: the options of filters and guidance, and what is done to logits before a draw."""
 
 from collections.abc import Sequence
 
@@ -12,31 +7,44 @@ from torch import Tensor
 
 from vqf.errors import UserError
 from vqf.transformers.samplers.filtering import min_p, temperature, top_k, top_p
-from vqf.transformers.samplers.guidance import Schedule, guide, scale_at
-from vqf.transformers.samplers.guidance import check_guidance as check_guidance
+from vqf.transformers.samplers.guidance import Schedule, check_guidance, guide, scale_at
 
 
 class LogitSampler:
-    """What samplers share: the filters, guidance, and the draw. Their options say what each number means."""
+    """Filters and guidance.
+
+    Args:
+        temperature: Divides the logits, above 0: below 1 sharpens the prior's distribution, above 1 flattens it.
+        top_k: Sample among this many best tokens, at least 1; all by default.
+        top_p: Sample among the best tokens that together reach this probability, in (0, 1]; all by default.
+        min_p: Sample among the tokens at least this many times as likely as the best, in (0, 1]; all by default.
+        guidance: s of classifier-free guidance, u + s (c - u), at least 0; 1 is none. It needs a prior that was trained
+            with `model.conditioner.label.dropout`, or that of another condition, and costs a second pass.
+        guidance_schedule: How s changes from the first token to the last: `constant`; `interval`, s inside of
+            `guidance_interval` and 1 elsewhere; `linear`, from 1 to s; `power_cosine`, the same along half a cosine.
+        guidance_interval: Start and end of `interval`, as fractions of the tokens.
+        guidance_power: Power of `power_cosine`, above 0: the larger, the later guidance sets in.
+    """
 
     def __init__(
         self,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        guidance: float,
-        guidance_schedule: Schedule,
-        guidance_interval: Sequence[float],
-        guidance_power: float,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        guidance: float = 1.0,
+        guidance_schedule: Schedule = "constant",
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_power: float = 1.0,
     ) -> None:
         if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}; top_k=1 takes the best code")
+            raise ValueError(f"temperature must be above 0, not {temperature}; top_k=1 takes the best token")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}; null draws among all codes")
+            raise ValueError(f"top_k must be at least 1, not {top_k}; null samples among all tokens")
         for name, value in (("top_p", top_p), ("min_p", min_p)):
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], not {value}; null draws among all codes")
+                raise ValueError(f"{name} must be in (0, 1], not {value}; null samples among all tokens")
         check_guidance(guidance, guidance_interval, guidance_power)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.guidance, self.guidance_schedule = guidance, guidance_schedule
@@ -53,21 +61,23 @@ class LogitSampler:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether a prior is asked for every token without the condition, too."""
+        """Whether the prior is also evaluated without the condition."""
         return self.guidance != 1
 
     def guidance_scales(self, count: int) -> Tensor:
-        """Return s for each of `count` tokens of a sample, on the CPU."""
-        options = {"interval": self.guidance_interval, "power": self.guidance_power}
-        every = [scale_at(n / count, self.guidance, self.guidance_schedule, **options) for n in range(count)]  # type: ignore[arg-type]
-        return torch.tensor(every)
+        """s of each of `count` tokens, float32 on the CPU."""
+        interval, power = self.guidance_interval, self.guidance_power
+        return torch.tensor([
+            scale_at(n / count, self.guidance, self.guidance_schedule, interval=interval, power=power)
+            for n in range(count)
+        ])  # fmt: skip
 
     def guide(self, logits: Tensor, scale: Tensor) -> Tensor:
-        """Guide the logits of tokens.
+        """Combine logits with and without the condition.
 
         Args:
-            logits: (n, V); (2 n, V) with guidance, those without the condition after those with it.
-            scale: s of each (n,), or one for all.
+            logits: (n, V); with guidance (2 n, V), first those with the condition.
+            scale: s of each token (n,), or one for all ().
 
         Returns:
             (n, V).
@@ -78,19 +88,23 @@ class LogitSampler:
         return guide(conditional, unconditional, scale[..., None])
 
     def require_null_prefix(self, null_prefix: object | None) -> None:
-        """Refuse guidance where nobody knows what no condition is."""
+        """Refuse guidance by a prior that was not trained without its condition.
+
+        Raises:
+            UserError: If there is guidance and no null prefix.
+        """
         if self.uses_guidance and null_prefix is None:
             raise UserError(
-                f"sampler.guidance={self.guidance:g}: the prior has not learned to go without its condition; "
-                "train it with the option drop of its condition, as in model.conditioner.label.dropout=0.1"
+                f"sampler.guidance={self.guidance:g}: the prior was not trained without its condition; "
+                "train one with dropout of the condition, as in model.conditioner.label.dropout=0.1"
             )
 
 
 def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device: torch.device) -> Tensor:
-    """Return tokens (B, N) to fill: -1, or what is known already.
+    """Tokens (B, N) to be sampled: a copy of the known ones, -1 elsewhere.
 
     Raises:
-        ValueError: If the known tokens do not fit.
+        ValueError: If the known tokens have another shape, or are not in the vocabulary.
     """
     if known is None:
         return torch.full(shape, -1, device=device)
@@ -102,6 +116,12 @@ def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, d
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse the logits of a prior that diverged."""
+    """Refuse logits with NaN.
+
+    Raises:
+        UserError: If there is one.
+    """
     if logits.isnan().any():
-        raise UserError("the prior's logits are not numbers: its training diverged; go back to an earlier checkpoint")
+        raise UserError(
+            "the prior's logits are NaN (not numbers): its training diverged; sample from an earlier checkpoint"
+        )

@@ -1,7 +1,6 @@
-"""Scorers: which of several samples is kept.
+"""Scorers choose the best of several samples: rejection sampling, which buys quality with diversity.
 
-Rejection sampling as in Generating Diverse High-Fidelity Images with VQ-VAE-2, https://arxiv.org/abs/1906.00446,
-section 3.3: what a judge likes better is shown. It buys quality with variety.
+Generating Diverse High-Fidelity Images with VQ-VAE-2, https://arxiv.org/abs/1906.00446, section 3.3.
 """
 
 import torch
@@ -14,25 +13,25 @@ from vqf.protocols import ScoredSamples
 from vqf.registry import register
 
 IMAGENET_CLASSES = 1000
-INPUT_SIZE = 260  # what EfficientNet-Lite2 was trained on
+INPUT_SIZE = 260  # pixels, as EfficientNet-Lite2 was trained
 
 
 @register("scorer", "likelihood")
 class LikelihoodScorer:
-    """How likely the prior itself calls a sample: log p per token, in nats.
+    """The mean log p of a token under the prior, in nats.
 
-    It favours what is plain: flat images are likely ones.
+    It favors plain images: flat ones are likely.
     """
 
     @torch.no_grad()
     def __call__(self, samples: ScoredSamples) -> Tensor:
-        """Return (B,) in nats per token.
+        """Score samples, (B,) in nats per token.
 
         Raises:
-            UserError: If samples are larger than what the prior models at once.
+            UserError: If the images are larger than the prior's grid.
         """
         if samples.prefix is None:
-            raise UserError("scorer=likelihood: these images are larger than what the prior has learned")
+            raise UserError("scorer=likelihood: these images are larger than those that the prior was trained on")
         logits = samples.prior(samples.tokens, samples.prefix)
         chosen = logits.float().log_softmax(-1).gather(-1, samples.tokens[..., None])
         return chosen[..., 0].mean(1)
@@ -40,10 +39,10 @@ class LikelihoodScorer:
 
 @register("scorer", "imagenet")
 class ImageNetScorer:
-    """How sure EfficientNet-Lite2 is that a sample is of its class: log p of the label, in nats.
+    """The log p of a sample's label under EfficientNet-Lite2, in nats.
 
-    As section 4.4 of the paper of VQGAN does with another classifier. For priors that are conditioned on the 1,000
-    classes of ImageNet in the order of their folders' names.
+    Section 4.4 of the VQGAN paper does so with another classifier. The prior's classes must be the 1,000 of ImageNet,
+    in the order of their folder names.
     """
 
     def __init__(self) -> None:
@@ -51,10 +50,10 @@ class ImageNetScorer:
 
     @torch.no_grad()
     def __call__(self, samples: ScoredSamples) -> Tensor:
-        """Return (B,) in nats.
+        """Score samples, (B,) in nats.
 
         Raises:
-            UserError: If samples have no label among those classes.
+            UserError: If the samples have no labels, or other classes.
         """
         if samples.labels is None or len(samples.classes) != IMAGENET_CLASSES:
             raise UserError(

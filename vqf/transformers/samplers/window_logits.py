@@ -1,4 +1,11 @@
-"""What a prior is asked about the windows of a grid: whole windows, or only what it has not read of them."""
+"""Sliding windows, the logits: what the prior reads of the windows of one step of a schedule.
+
+* `RecomputedWindows` passes every window through the prior from its start. Any prior can do that.
+* `CachedWindows` passes only the positions that the cache does not hold, of all windows in one ragged pass.
+
+With guidance every window is read twice, behind the condition and behind the null prefix. Sequences are ordered as
+(prefix, token of the step, sample), so that logits with the condition come first.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -7,19 +14,19 @@ from torch import Tensor
 
 from vqf.batch import Size
 from vqf.protocols import Prior, RaggedChunks, RaggedDecoding
-from vqf.transformers.samplers.window_schedule import DecodingSchedule, WavefrontStep
+from vqf.transformers.samplers.window_schedule import DecodingSchedule, DecodingStep
 
-WindowPrefix = Tensor | Callable[[Size, Size], Tensor]
+WindowPrefix = Tensor | Callable[[Size, Size], Tensor]  # see `crop_prefix`
 
 
 def crop_prefix(prefix: WindowPrefix, start: Size, window: Size) -> Tensor:
-    """Return the prefix (B, M) of the window that starts at (row, column).
+    """The prefix (B, M) of the window that starts at (row, column).
 
     Args:
-        prefix: (B, M), the same for every window; (B, H, W), a condition for every token of the grid, whose window
-            is read row by row; or a function of start and size that gives (B, M), for everything else.
-        start: Start of the window.
-        window: Its height and width.
+        prefix: (B, M), the same for every window; or (B, H, W), one token for each of the grid, of which the window's
+            are taken row by row; or a function of start and size of a window to (B, M).
+        start: Row and column of the window.
+        window: Height and width of the window.
     """
     if not isinstance(prefix, Tensor):
         return prefix(start, window)
@@ -29,15 +36,15 @@ def crop_prefix(prefix: WindowPrefix, start: Size, window: Size) -> Tensor:
 
 
 class RecomputedWindows:
-    """Passes windows through the whole of any prior.
+    """Logits without a cache, by any prior.
 
     Args:
-        prior: Gives logits of every position.
-        prefixes: The condition, and what stands for none where there is guidance.
-        tokens: (B, H, W) of the grid, which are drawn meanwhile; below 0 where none is drawn yet.
+        prior: Returns logits at every position.
+        prefixes: The condition; with guidance also the null prefix.
+        tokens: (B, H, W), filled by the sampler between steps; -1 where no token is sampled yet.
         window: Height and width.
-        schedule: In which nothing is kept.
-        full_window: Whether the part behind the last token of a wave runs, too.
+        schedule: Made with `max_cached=0`.
+        full_window: Whether the prior also reads the tokens after the last one that the step needs.
     """
 
     def __init__(
@@ -52,30 +59,36 @@ class RecomputedWindows:
         self.prior, self.prefixes, self.tokens, self.window, self.schedule = prior, prefixes, tokens, window, schedule
         self.full_window = full_window
         self.table = schedule.to_tensor().to(tokens.device)
-        self.positions = torch.arange(window[0] * window[1], device=tokens.device)
+        self.window_indices = torch.arange(window[0] * window[1], device=tokens.device)
 
-    def logits(self, step: WavefrontStep) -> Tensor:
-        """Return the logits of the tokens of a wave (cells * B, V), and those without the condition after them."""
-        windows, (batch, copies) = [each.window_start for each in step.reads], (len(self.tokens), len(self.prefixes))
-        prefix = torch.cat([crop_prefix(each, at, self.window) for each in self.prefixes for at in windows])
-        places = self.positions if self.full_window else self.positions[: step.context_length - prefix.shape[1] + 1]
+    def logits(self, step: DecodingStep) -> Tensor:
+        """Logits (cells * B, V) of the tokens of a step; with guidance (2 * cells * B, V)."""
+        batch, copies = len(self.tokens), len(self.prefixes)
+        prefix = torch.cat([
+            crop_prefix(each, chunk.window_start, self.window) for each in self.prefixes for chunk in step.chunks
+        ])  # fmt: skip
+        prefix_length = prefix.shape[1]
+        indices = self.window_indices
+        if not self.full_window:
+            indices = indices[: step.context_length - prefix_length + 1]  # the last one is predicted, not read
         _, _, top, left, _, _, count = self.table[:, step.span, None]
-        rows, columns = top + places // self.window[1], left + places % self.window[1]
-        seen = self.tokens[:, rows, columns].transpose(0, 1).flatten(0, 1).clamp(min=0)
-        last = (count - prefix.shape[1]).expand(-1, batch).flatten().repeat(copies)
-        logits = self.prior(seen.repeat(copies, 1), prefix)
-        return logits.take_along_dim(last[:, None, None], dim=1)[:, 0]
+        rows, columns = top + indices // self.window[1], left + indices % self.window[1]
+        # Tokens that are not sampled yet are shown as 0: a causal prior does not see them.
+        windows = self.tokens[:, rows, columns].transpose(0, 1).flatten(0, 1).clamp(min=0)
+        index_in_window = (count - prefix_length).expand(-1, batch).flatten().repeat(copies)
+        logits = self.prior(windows.repeat(copies, 1), prefix)
+        return logits.take_along_dim(index_in_window[:, None, None], dim=1)[:, 0]
 
 
 class CachedWindows:
-    """Lets a prior read, of every window, only what its cache does not hold yet.
+    """Logits with a cache: the prior reads only the positions of a window that it has not read.
 
     Args:
-        prior: Reads pieces of many sequences at once.
-        prefixes: The condition, and what stands for none where there is guidance.
-        tokens: (B, H, W) of the grid, which are drawn meanwhile.
+        prior: Decodes ragged chunks.
+        prefixes: The condition; with guidance also the null prefix.
+        tokens: (B, H, W), filled by the sampler between steps.
         window: Height and width.
-        schedule: Says what is read, and where its keys and values stay.
+        schedule: The chunks of each step, and their slots.
     """
 
     def __init__(
@@ -88,41 +101,53 @@ class CachedWindows:
     ) -> None:
         self.prior, self.prefixes, self.tokens, self.window, self.schedule = prior, prefixes, tokens, window, schedule
         self.table = schedule.to_tensor().to(tokens.device)
-        self.batch_rows = torch.arange(len(prefixes) * len(tokens), device=tokens.device).view(
-            len(prefixes), 1, len(tokens)
-        )
-        self.cache = prior.allocate_cache(schedule.num_slots * self.batch_rows.numel())
+        copies, batch = len(prefixes), len(tokens)
+        # A slot of the schedule is one of the cache for each prefix and sample; this numbers them.
+        self.sequences = torch.arange(copies * batch, device=tokens.device).view(copies, 1, batch)
+        self.cache = prior.allocate_cache(schedule.num_slots * copies * batch)
 
-    def logits(self, step: WavefrontStep) -> Tensor:
-        """Return the logits of the tokens of a wave (cells * B, V), and those without the condition after them."""
-        shape = (len(self.prefixes), len(step.reads), len(self.tokens))
+    def logits(self, step: DecodingStep) -> Tensor:
+        """Logits (cells * B, V) of the tokens of a step; with guidance (2 * cells * B, V)."""
+        return self.prior.decode_chunks(self._ragged_chunks(step), self.cache)
+
+    def _ragged_chunks(self, step: DecodingStep) -> RaggedChunks:
+        """Concatenate the chunks of a step, one for each prefix, token and sample."""
+        shape = (len(self.prefixes), len(step.chunks), len(self.tokens))
         top, left, slot, start, count = (
-            each[None, :, None].expand(shape).flatten() for each in self.table[2:, step.span]
+            row[None, :, None].expand(shape).flatten() for row in self.table[2:, step.span]
         )
-        total, ends = sum(each.count for each in step.reads) * self.batch_rows.numel(), count.cumsum(0)
-        numbers, rows = torch.arange(total, device=top.device), self.batch_rows.expand(shape).flatten()
-        owners = numbers[: len(rows)].repeat_interleave(count, output_size=total)
-        positions = numbers + (start + count - ends)[owners]
-        after = (positions - self.schedule.prefix_length).clamp(min=0)
-        places = (top[owners] + after // self.window[1], left[owners] + after % self.window[1])
-        ids = self.tokens[rows[owners] % len(self.tokens), *places].clamp(min=0)
-        ids = self._insert_prefix(step, ids, owners, positions)
-        slots = slot * self.batch_rows.numel() + rows
-        longest = max(each.count for each in step.reads)
-        return self.prior.decode_chunks(
-            RaggedChunks(ids, positions, owners, ends - 1, slots, longest, step.context_length), self.cache
+        sequence = self.sequences.expand(shape).flatten()
+        # From the schedule, not from `count`: the host would have to wait for the device.
+        total = sum(chunk.count for chunk in step.chunks) * self.sequences.numel()
+        index, ends = torch.arange(total, device=top.device), count.cumsum(0)
+        chunk_indices = index[: len(sequence)].repeat_interleave(count, output_size=total)
+        positions = index + (start + count - ends)[chunk_indices]
+        in_window = (positions - self.schedule.prefix_length).clamp(min=0)
+        rows, columns = (
+            top[chunk_indices] + in_window // self.window[1],
+            left[chunk_indices] + in_window % self.window[1],
+        )
+        samples = sequence[chunk_indices] % len(self.tokens)
+        ids = self._insert_prefix(step, self.tokens[samples, rows, columns].clamp(min=0), chunk_indices, positions)
+        return RaggedChunks(
+            ids=ids,
+            positions=positions,
+            chunk_indices=chunk_indices,
+            ends=ends - 1,
+            slots=slot * self.sequences.numel() + sequence,
+            max_chunk_length=max(chunk.count for chunk in step.chunks),
+            context_length=step.context_length,
         )
 
-    def _insert_prefix(self, step: WavefrontStep, ids: Tensor, chunk_indices: Tensor, positions: Tensor) -> Tensor:
-        """Return the ids with those of the prefix, of the windows that are begun."""
-        begun = [each.start == 0 for each in step.reads]
-        if not any(begun):
+    def _insert_prefix(self, step: DecodingStep, ids: Tensor, chunk_indices: Tensor, positions: Tensor) -> Tensor:
+        """Replace ids at positions of the prefix by prefix ids; only windows that start in this step have some."""
+        if all(chunk.start > 0 for chunk in step.chunks):
             return ids
-        blank = ids.new_zeros(len(self.tokens), self.schedule.prefix_length)
+        unused = ids.new_zeros(len(self.tokens), self.schedule.prefix_length)
         prefix = torch.cat([
-            crop_prefix(prefix, each.window_start, self.window) if each.start == 0 else blank
+            crop_prefix(prefix, chunk.window_start, self.window) if chunk.start == 0 else unused
             for prefix in self.prefixes
-            for each in step.reads
+            for chunk in step.chunks
         ])  # fmt: skip
-        before = positions < self.schedule.prefix_length
-        return torch.where(before, prefix[chunk_indices, positions.clamp(max=self.schedule.prefix_length - 1)], ids)
+        in_prefix = positions < self.schedule.prefix_length
+        return torch.where(in_prefix, prefix[chunk_indices, positions.clamp(max=self.schedule.prefix_length - 1)], ids)

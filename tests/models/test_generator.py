@@ -61,12 +61,12 @@ def test_larger_images_come_from_sliding_windows(generator: Generator) -> None:
 
 
 def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Generator) -> None:
-    words = "size: the prior has learned images of 16 x 16 pixels, not 32 x 48; sampler=sliding_window draws larger"
+    words = "size: the prior was trained on images of 16 x 16 pixels, not 32 x 48; sampler=sliding_window samples"
     with pytest.raises(UserError, match=words) as caught:
         generator.sample(1, size=(32, 48))
     assert "\n" not in str(caught.value)
     stride, width = generator.tokenizer.stride, generator.tokenizer.grid[1]
-    with pytest.raises(UserError, match="the prior has learned"):
+    with pytest.raises(UserError, match="the prior was trained on"):
         generator.sample(1, size=(16, 16 - stride))
     with pytest.raises(UserError, match="narrower than the window"):
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
@@ -79,9 +79,9 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
     ("size", "words"),
     [
         (15, "size=[15,15]: the tokenizer's stride {stride} must divide it; the nearest that fits is size=[16,16]"),
-        ((16, 16, 16), "size=(16, 16, 16): give one number, or two as size=[512,768]"),
-        ("big", "size=big: give one number, or two as size=[512,768]"),
-        (-16, "size=[-16,-16]: an image has at least one pixel"),
+        ((16, 16, 16), "size=(16, 16, 16): must be one number, or height and width as size=[512,768]"),
+        ("big", "size=big: must be one number, or height and width as size=[512,768]"),
+        (-16, "size=[-16,-16]: height and width must be at least 1"),
     ],
 )
 def test_a_wrong_size_is_named(generator: Generator, size: Any, words: str) -> None:
@@ -155,7 +155,7 @@ class Zeros:
 def test_a_sampler_is_given_what_its_signature_asks_for(generator: Generator) -> None:
     plain = Generator(generator.tokenizer, generator.conditioner, generator.prior, Zeros(), CLASSES)
     assert not plain.sample_tokens(Batch(labels=torch.tensor([0, 1]))).any()
-    with pytest.raises(UserError, match="cannot keep codes that are known; sampler=autoregressive does"):
+    with pytest.raises(UserError, match="cannot keep known tokens; sampler=autoregressive does"):
         plain.complete(make_images(), torch.ones(16, 16, dtype=torch.bool))
 
 

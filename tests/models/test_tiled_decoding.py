@@ -137,5 +137,5 @@ def jump(error: Tensor) -> float:
 
 
 def test_tiles_that_do_not_get_ahead_are_refused() -> None:
-    with pytest.raises(ValueError, match="tiles of 8 codes cannot overlap by 8"):
+    with pytest.raises(ValueError, match="tiles of 8 cells cannot overlap by 8"):
         decode_tiles(enlarge, torch.zeros(1, 9, 9, dtype=torch.long), 4, 8, 8)

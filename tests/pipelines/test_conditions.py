@@ -382,7 +382,7 @@ def test_invalid_conditions_are_one_line(run: Path, tmp_path: Path, monkeypatch:
         sample(run, tmp_path / "out", condition="a.png", size=64)
     with pytest.raises(UserError, match=r"size=32: this prior is conditioned on images \(spatial\), .* condition=FILE"):
         sample(run, tmp_path / "out", size=32)
-    words = r"sampler.window=\[1,1\]: this prior is told conditions of windows of 2 x 2 codes, as in training; leave"
+    words = r"sampler.window=\[1,1\]: this prior reads conditions of windows of 2 x 2 tokens, as in training; leave"
     monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler"])
     with pytest.raises(UserError, match=words):
         sample(run, tmp_path / "out", "sampler=sliding_window", "sampler.window=1", count=1)

@@ -1,4 +1,4 @@
-"""What a generator is told of the images that it draws, brought to a size that its codes fill."""
+"""The conditions that a caller passes to a generator, as one `Batch`: collected, checked, and padded to full cells."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,95 +15,99 @@ from vqf.protocols import Conditioner
 
 
 def image_fields(conditioner: ConditionerStack) -> dict[str, str]:
-    """Return, for every conditioner that is told by an image, the field of a batch that holds it."""
+    """By name of the conditioners that read an image: the field of a batch with that image."""
     return {name: _batch_field(each) for name, each in conditioner.conditioners.items() if hasattr(each, "channels")}
 
 
 def per_image_fields(conditioner: ConditionerStack) -> set[str]:
-    """Return the fields of a batch that differ from image to image by more than a class."""
-    found = set(image_fields(conditioner).values())
-    return found | {each.batch_field for each in conditioner.conditioners.values() if hasattr(each, "batch_field")}
+    """The fields of a batch that conditioners read of each image, labels excepted."""
+    fields = set(image_fields(conditioner).values())
+    return fields | {each.batch_field for each in conditioner.conditioners.values() if hasattr(each, "batch_field")}
 
 
 def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerStack, count: int) -> Batch:
-    """Return what the conditioners read of what a caller gives, a row for each of `count` images.
+    """Collect the fields that the conditioners read into a batch of `count` rows.
 
     Args:
-        conditions: Images (count, C, H, W), or (C, H, W) for all, of the one conditioner that is told by images; or
-            a batch with a row for each, or one for all, and whatever each of them reads.
-        conditioner: All of them.
-        count: Of the images to draw.
+        conditions: Images (count, C, H, W), or (C, H, W) for all, for the only conditioner that reads an image; or a
+            batch of `count` rows, or of one for all, with the fields of every conditioner.
+        conditioner: The conditioners.
+        count: Number of images to sample.
 
     Raises:
-        UserError: If one of them goes without its image, or has one of other channels.
+        UserError: If an image is missing or has another number of channels, or the number of rows is wrong.
     """
-    wanted = image_fields(conditioner)
-    told = _batch_from_images(conditions, wanted) if isinstance(conditions, Tensor) else conditions or Batch()
-    for name, field in wanted.items():
-        if name not in told.condition_indices:
-            _check_condition_image(name, field, getattr(told, field), conditioner.conditioners[name])
-    kept = {field: getattr(told, field) for field in {*wanted.values(), "labels", "crop_boxes"}}
-    told = Batch(**kept, condition_indices=told.condition_indices)
-    rows = {len(each) for each in (*kept.values(), *told.condition_indices.values()) if each is not None}
-    if rows - {1, count}:
-        raise UserError(f"conditions: {max(rows - {1, count})} of them for {count} images")
-    return told.map(lambda each: each.expand(count, *each.shape[1:]))
+    fields = image_fields(conditioner)
+    batch = _batch_from_images(conditions, fields) if isinstance(conditions, Tensor) else conditions or Batch()
+    for name, field in fields.items():
+        if name not in batch.condition_indices:
+            _check_condition_image(name, field, getattr(batch, field), conditioner.conditioners[name])
+    used = {field: getattr(batch, field) for field in {*fields.values(), "labels", "crop_boxes"}}
+    batch = Batch(**used, condition_indices=batch.condition_indices)
+    wrong = {len(tensor) for tensor in batch.tensors().values()} - {1, count}
+    if wrong:
+        raise UserError(f"conditions: {max(wrong)} of them for {count} images")
+    return batch.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
 
 def condition_image_size(batch: Batch) -> Size | None:
-    """Return the height and width of the images in a batch, None where there are none.
+    """Height and width of the condition images in a batch; None if it has none.
 
     Raises:
-        UserError: If they differ.
+        UserError: If images and condition maps differ in size.
     """
     sizes = {(each.shape[-2], each.shape[-1]) for each in (batch.images, batch.conditions) if each is not None}
     if len(sizes) > 1:
         both = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
-        raise UserError(f"conditions: images of {both} pixels cannot be of the same place; scale them to one size")
+        raise UserError(f"conditions: images of {both} pixels cannot show the same scene; resize them to one size")
     return next(iter(sizes), None)
 
 
 def pad_to(batch: Batch, size: Size, target: Size) -> Batch:
-    """Return the batch with its images of `size` continued by their right and lower edges up to the size `target`.
+    """Pad the images of a batch from `size` to `target`, by replicating their right and lower edges.
 
-    What they show stays where it was, in pixels, and so do the places that were said.
+    Crop boxes grow with the images, so that every pixel keeps its position in the full image.
     """
     if size == target:
         return batch
     below, right = target[0] - size[0], target[1] - size[1]
 
-    def continued(images: Tensor | None) -> Tensor | None:
+    def pad(images: Tensor | None) -> Tensor | None:
         return None if images is None else F.pad(images, (0, right, 0, below), mode="replicate")
 
-    places = batch.crop_boxes
-    if places is not None:
-        growth = torch.tensor([target[0] / size[0], target[1] / size[1]], device=places.device)
-        places = torch.cat([places[:, :2], places[:, :2] + (places[:, 2:] - places[:, :2]) * growth], dim=1)
-    return replace(batch, images=continued(batch.images), conditions=continued(batch.conditions), crop_boxes=places)
+    boxes = batch.crop_boxes
+    if boxes is not None:
+        growth = torch.tensor([target[0] / size[0], target[1] / size[1]], device=boxes.device)
+        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) * growth], dim=1)
+    return replace(batch, images=pad(batch.images), conditions=pad(batch.conditions), crop_boxes=boxes)
 
 
 def _batch_field(conditioner: Conditioner) -> str:
     return getattr(conditioner, "batch_field", "conditions")
 
 
-def _batch_from_images(images: Tensor, wanted: Mapping[str, str]) -> Batch:
-    found = set(wanted.values())
-    if not found:
-        raise UserError("conditions: this prior was not trained on maps or images; label= may choose a class")
-    if len(found) > 1:
-        names = " and ".join(f"'{name}' reads {field}" for name, field in wanted.items())
-        raise UserError(f"conditions: of several conditioners each wants an image, {names}; give each its own")
-    one: dict[str, Any] = {found.pop(): images.reshape(-1, *images.shape[-3:])}
-    return replace(Batch(), **one)
+def _batch_from_images(images: Tensor, fields: Mapping[str, str]) -> Batch:
+    distinct = set(fields.values())
+    if not distinct:
+        raise UserError(
+            "conditions: this prior was not trained on condition maps or images; label=CLASS chooses a class"
+        )
+    if len(distinct) > 1:
+        readers = " and ".join(f"'{name}' reads {field}" for name, field in fields.items())
+        raise UserError(
+            f"conditions: several conditioners read images, {readers}; pass a Batch with each of these fields"
+        )
+    only: dict[str, Any] = {distinct.pop(): images.reshape(-1, *images.shape[-3:])}
+    return Batch(**only)
 
 
 def _check_condition_image(name: str, field: str, images: Tensor | None, conditioner: Conditioner) -> None:
     if images is None:
-        what = "an image to look at" if field == "images" else "a map"
-        raise UserError(f"conditioner '{name}' needs {what}, and the image is as large as that; condition= gives one")
+        kind = "an image" if field == "images" else "a condition map"
+        raise UserError(f"conditioner '{name}' needs {kind} of the size of the sample; pass one with condition=FILE")
     channels: int = conditioner.channels  # type: ignore[attr-defined]
     if images.shape[1] != channels:
         raise UserError(
             f"conditioner '{name}' was trained on images of {channels} channels, not of {images.shape[1]}; "
-            "data.maps and data.labels say how a map is read"
+            "data.maps and data.labels set how a condition map is read"
         )

@@ -1,4 +1,4 @@
-"""Several conditioners at once: what stage 2 is told, one after the other, in front of the codes of an image."""
+"""Several conditioners as one: their prefixes are concatenated in front of the tokens of an image."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,19 +11,21 @@ from vqf.protocols import Conditioner
 
 
 class ConditionerStack(nn.Module):
-    """Conditioners side by side, each with ids of its own.
+    """Conditioners in a fixed order, each with a vocabulary range of its own.
 
-    In training one random number of each image says what is left out: all whose `dropout` is above it. So each is
-    absent as often as its `dropout` says, and whenever one is, all with a larger `dropout` are, too. Guidance asks for
-    what is drawn without any of them, and training has seen that as often as the smallest `dropout` above 0 says.
+    Condition dropout is nested: training draws one uniform u per image, and drops every condition with `dropout` > u.
+    Each condition is dropped at its own rate, and all that can be dropped are dropped together with probability
+    min(dropout). That is the unconditional case of guidance.
+
+    Example: with dropout 0.1 (label) and 0.4 (map), u = 0.05 drops both, u = 0.2 only the map, u = 0.5 none.
 
     Args:
-        conditioners: By name; their tokens stand in this order.
+        conditioners: By name, in the order of their tokens; at least one.
     """
 
     def __init__(self, conditioners: Mapping[str, Conditioner]) -> None:
         super().__init__()
-        assert conditioners, "stage 2 has at least a start token in front"
+        assert conditioners, "a prior needs at least one prefix token; conditioner 'none' is a start token"
         self.conditioners = dict(conditioners)
         self.weights = nn.ModuleDict({name: each for name, each in conditioners.items() if isinstance(each, nn.Module)})
         self.vocab_size = sum(each.vocab_size for each in conditioners.values())
@@ -31,27 +33,29 @@ class ConditionerStack(nn.Module):
 
     @property
     def positions(self) -> list[GridPosition | None]:
-        """The place in the image that each token of the prefix speaks of; None where it speaks of none."""
-        parts = self.conditioners.values()
-        return [place for each in parts for place in getattr(each, "positions", [None] * each.length)]
+        """For each token of the prefix its position in the image, or None."""
+        return [
+            position
+            for each in self.conditioners.values()
+            for position in getattr(each, "positions", [None] * each.length)
+        ]
 
     @property
     def channels(self) -> int | None:
-        """Channels of the images that a condition is drawn as; None where no condition is an image."""
-        found = [each.channels for each in self.conditioners.values() if hasattr(each, "channels")]
-        return found[0] if found else None
+        """Channels of the first condition that is an image; None where no condition is one."""
+        return next((each.channels for each in self.conditioners.values() if hasattr(each, "channels")), None)
 
     @property
     def size_multiple(self) -> int:
-        """Pixels that must divide the sides of those images."""
+        """Number of pixels that must divide the sides of condition images."""
         return math.lcm(*(getattr(each, "size_multiple", 1) for each in self.conditioners.values()))
 
     def prepare(self, batch: Batch, *, shifted: bool = False) -> Batch:
-        """Return the batch with the codes of all images that a condition is made of.
+        """Tokenize all condition images of a batch into its `condition_indices`.
 
         Args:
-            batch: Has the images.
-            shifted: Whether windows will be cut of it that may start between two codes of a condition.
+            batch: Has the condition images.
+            shifted: Also tokenize shifted images, for windows that may start between two cells of a condition.
         """
         for each in self.conditioners.values():
             if shifted and hasattr(each, "prepare_shifted"):
@@ -61,19 +65,18 @@ class ConditionerStack(nn.Module):
         return batch
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the prefix (B, M)."""
+        """The prefix (B, M), in training with condition dropout."""
         prefixes = [each(batch) for each in self.conditioners.values()]
         return self._concat(self._apply_dropout(prefixes, batch) if self.training else prefixes)
 
     def _apply_dropout(self, prefixes: list[Tensor], batch: Batch) -> list[Tensor]:
-        """Leave conditions out at random."""
-        drops = [getattr(each, "dropout", 0.0) for each in self.conditioners.values()]
-        if not any(drops):
+        rates = [getattr(each, "dropout", 0.0) for each in self.conditioners.values()]
+        if not any(rates):
             return prefixes
-        chance = torch.rand(len(batch), 1, device=prefixes[0].device)
+        u = torch.rand(len(batch), 1, device=prefixes[0].device)
         return [
-            prefix if null is None else torch.where(chance < drop, null, prefix)
-            for prefix, null, drop in zip(prefixes, self._null_prefixes(batch), drops, strict=True)
+            prefix if null is None else torch.where(u < rate, null, prefix)
+            for prefix, null, rate in zip(prefixes, self._null_prefixes(batch), rates, strict=True)
         ]
 
     def _null_prefixes(self, batch: Batch) -> list[Tensor | None]:
@@ -81,20 +84,21 @@ class ConditionerStack(nn.Module):
         return [each.null_prefix(batch) if hasattr(each, "null_prefix") else None for each in conditioners]
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """Return the prefix (B, M) without what can be left out; None if nothing can."""
-        without = self._null_prefixes(batch)
-        if all(each is None for each in without):
+        """The prefix (B, M) with all conditions dropped that can be; None if none can."""
+        nulls = self._null_prefixes(batch)
+        if all(null is None for null in nulls):
             return None
-        parts = zip(self.conditioners.values(), without, strict=True)
-        return self._concat(part(batch) if left is None else left for part, left in parts)
+        pairs = zip(self.conditioners.values(), nulls, strict=True)
+        return self._concat(conditioner(batch) if null is None else null for conditioner, null in pairs)
 
     def render(self, batch: Batch) -> dict[str, Tensor]:
-        """Draw every condition that can be drawn, (B, C, H, W) each."""
+        """Render every condition that has an image, (B, C, H, W), by name."""
         return {name: each.render(batch) for name, each in self.conditioners.items() if hasattr(each, "render")}
 
     def _concat(self, prefixes: Iterable[Tensor]) -> Tensor:
-        first, shifted = 0, []
-        for part, prefix in zip(self.conditioners.values(), prefixes, strict=True):
-            shifted.append(prefix + first)
-            first += part.vocab_size
-        return torch.cat(shifted, dim=1)
+        """Concatenate prefixes, with the ids of each behind the vocabularies of those before it."""
+        offset, ids = 0, []
+        for conditioner, prefix in zip(self.conditioners.values(), prefixes, strict=True):
+            ids.append(prefix + offset)
+            offset += conditioner.vocab_size
+        return torch.cat(ids, dim=1)

@@ -1,4 +1,4 @@
-"""The generator: a tokenizer, a prior over its codes, and a sampler. What a user of a stage-2 run holds."""
+"""The generator of stage 2: conditions to images, by a conditioner, a prior, a sampler and a tokenizer."""
 
 import inspect
 import math
@@ -20,13 +20,17 @@ from vqf.seeding import hash_seed
 
 
 class Generator(nn.Module):
-    """Draws new images.
+    """Samples images, and completes masked ones.
 
     Args:
+        tokenizer: Decodes sampled tokens.
+        conditioner: Turns conditions into prefixes.
+        prior: Models tokens behind a prefix.
+        sampler: Samples tokens from the prior.
         classes: Names of the labels that the conditioner knows; empty where there are none.
-        scorer: Chooses among candidates, where several are drawn.
-        crop_extent: Height and width of the training images as shares of the whole that they were a part of, where
-            they have places.
+        scorer: Chooses among several candidates.
+        crop_extent: Mean height and width of the training crops as fractions of a full image, where training samples
+            had crop boxes.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.tokenizer.parameters()).device
 
     @torch.no_grad()
@@ -64,73 +68,76 @@ class Generator(nn.Module):
         tile: int | None = None,
         candidates: int = 1,
     ) -> Tensor:
-        """Draw `count` images (count, 3, H, W) in [-1, 1].
+        """Sample `count` images (count, 3, H, W) in [-1, 1].
 
         Image i depends on `seed`, `first + i` and its conditions alone, not on the batch size.
 
         Args:
-            count: How many.
-            label: One class for all of them, by number or name.
-            labels: A class for each; by default they take turns.
-            seed: Another seed, other images.
-            first: The number of the first image.
-            batch_size: Images drawn at once.
-            size: Height and width in pixels, or one number for both; as in training by default. Images that are drawn
-                by others are as large as these, whatever their size is.
-            conditions: Images to draw by, in [-1, 1]: (count, C, H, W), or (C, H, W) for all of them. A map where
-                the prior was trained on maps, an image where it was trained on low-resolution images or edges. A
-                batch, with a row for each or one for all, where it was trained on both, or is told places.
-            tile: Decode no more than so many codes per side at once; see `Tokenizer.decode`.
-            candidates: Draw so many for each, and keep the one that `self.scorer` likes best.
+            count: Number of images.
+            label: One class for all images, by index or name.
+            labels: Class indices, one for each image; by default image i has class (`first` + i) mod their number.
+            seed: Seed of the random numbers.
+            first: Index of the first image.
+            batch_size: Images sampled at once.
+            size: Height and width in pixels, or one number for both; by default as in training. Not with condition
+                images: a sample is as large as its condition.
+            conditions: Condition images in [-1, 1]: (count, C, H, W), or (C, H, W) for all samples. Condition maps for
+                a prior trained on maps, images for one trained on low-resolution images or edges. For a prior with
+                both, or with crop boxes: a batch of `count` rows, or of one for all.
+            tile: Decode at most so many cells per side at once; see `Tokenizer.decode`.
+            candidates: Sample so many images for each, and keep the one with the best score of `self.scorer`.
 
         Raises:
-            UserError: If a class does not exist, the sampler cannot draw that size, or a condition is missing.
+            UserError: If a class does not exist, the sampler cannot sample that size, or a condition is missing.
         """
-        every = condition_batch(conditions, self.conditioner, count)
-        if every.labels is None or label is not None or labels is not None:
-            every = replace(every, labels=resolve_labels(count, self.classes, label, labels, first))
-        if (kept := condition_image_size(every)) is None:
+        batch = condition_batch(conditions, self.conditioner, count)
+        if batch.labels is None or label is not None or labels is not None:
+            batch = replace(batch, labels=resolve_labels(count, self.classes, label, labels, first))
+        if (pixels := condition_image_size(batch)) is None:
             grid = self.tokenizer.grid if size is None else grid_for_size(size, self.tokenizer.stride)
-            kept = (grid[0] * self.tokenizer.stride, grid[1] * self.tokenizer.stride)
+            pixels = (grid[0] * self.tokenizer.stride, grid[1] * self.tokenizer.stride)
         elif size is not None:
             raise UserError(f"size={size}: an image is as large as its condition; leave size out")
         else:
-            every, grid = self._pad_conditions(every, kept)
-        pieces = []
-        for i in range(0, count, batch_size):
-            told = every.slice(i, i + batch_size)
-            pieces.append(self._best_of(told, candidates, seed, first + i, grid, tile))
-        return torch.cat(pieces)[..., : kept[0], : kept[1]]
+            batch, grid = self._pad_conditions(batch, pixels)
+        images = [
+            self._best_of(batch.slice(i, i + batch_size), candidates, seed, first + i, grid, tile)
+            for i in range(0, count, batch_size)
+        ]
+        return torch.cat(images)[..., : pixels[0], : pixels[1]]
 
     def _pad_conditions(self, conditions: Batch, size: Size) -> tuple[Batch, Size]:
-        """Continue conditions of a size until codes fill them, of the image and of its conditions."""
+        """Pad condition images to full cells of image and conditions, and at least to the training size.
+
+        Returns the batch, and the grid of the padded image.
+        """
         stride = self.tokenizer.stride
-        unit = math.lcm(stride, self.conditioner.size_multiple)
-        least = self.tokenizer.image_size
-        height, width = (-(-max(size[i], least[i]) // unit) * unit for i in (0, 1))
+        multiple = math.lcm(stride, self.conditioner.size_multiple)
+        smallest = self.tokenizer.image_size
+        height, width = (-(-max(size[i], smallest[i]) // multiple) * multiple for i in (0, 1))
         return pad_to(conditions, size, (height, width)), (height // stride, width // stride)
 
     def _best_of(
         self, conditions: Batch, candidates: int, seed: int, first: int, grid: Size, tile: int | None
     ) -> Tensor:
-        """Draw candidates for each image and return the best ones (B, 3, H, W)."""
+        """Sample candidates for each image, and return the best ones (B, 3, H, W)."""
         best = scores = torch.zeros(())
         for candidate in range(candidates):
-            # The first is what one candidate gives, so that more of them can only add to the choice.
+            # Candidate 0 is the sample of candidates=1, so that more candidates can only improve the score.
             key = hash_seed(seed, "candidate", candidate) if candidate else seed
             tokens = self.sample_tokens(conditions, seed=key, first=first, grid=grid)
             images = self.tokenizer.decode_tokens(tokens, grid, tile)
             if candidates == 1:
                 return images
-            found = self._score(conditions, tokens, images, grid)
-            better = found > scores if candidate else torch.ones_like(found, dtype=torch.bool)
+            new_scores = self._score(conditions, tokens, images, grid)
+            better = new_scores > scores if candidate else torch.ones_like(new_scores, dtype=torch.bool)
             best = torch.where(better[:, None, None, None], images, best)
-            scores = torch.where(better, found, scores)
+            scores = torch.where(better, new_scores, scores)
         return best
 
     def _score(self, conditions: Batch, tokens: Tensor, images: Tensor, grid: Size) -> Tensor:
         if self.scorer is None:
-            raise UserError("candidates: a scorer says which is best; choose one with scorer=likelihood")
+            raise UserError("candidates: needs a scorer to choose the best; add scorer=likelihood or scorer=imagenet")
         batch = conditions.to(self.device)
         prefix = self.conditioner(self.conditioner.prepare(batch)) if grid == self.tokenizer.grid else None
         return self.scorer(ScoredSamples(images, tokens, self.prior, prefix, batch.labels, self.classes))
@@ -147,38 +154,39 @@ class Generator(nn.Module):
         batch_size: int = 64,
         conditions: Tensor | Batch | None = None,
     ) -> Tensor:
-        """Draw the hidden part of images anew; returns images (B, 3, H, W) in [-1, 1].
+        """Sample the unknown region of images. Returns images (B, 3, H, W) in [-1, 1].
 
-        Codes are drawn row by row, each given the known and drawn ones before it. A hidden code therefore follows
-        what is above it and to its left, and does not know of known codes below.
+        Tokens are sampled row by row, each given the known and sampled ones before it. An unknown token thus depends on
+        known tokens above it and to its left, not on those after it.
 
         Args:
-            images: Images (B, 3, H, W), or their indices (B, h, w). A known code next to the border of the mask
-                may have seen a few hidden pixels: an encoder looks further than one code.
-            mask: True where the image is known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in codes. A
-                code is known where all of its pixels are.
-            labels: The class of each; by default they take turns.
-            seed: Another seed, other completions.
-            first: The number of the first image.
-            batch_size: Images drawn at once.
-            conditions: Images (B, C, H, W) to draw by, or a batch with more; see `sample`. A prior that is told by
-                the images themselves sees them whole by default.
+            images: Images (B, 3, H, W), or their indices (B, h, w). With images, a known token near the border of the
+                mask may depend on a few unknown pixels: the receptive field of an encoder is larger than a cell.
+            mask: True where the image is known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in tokens. A
+                token is known where all of its pixels are.
+            labels: Class indices, one for each image; by default image i has class (`first` + i) mod their number.
+            seed: Seed of the random numbers.
+            first: Index of the first image.
+            batch_size: Images completed at once.
+            conditions: Condition images (B, C, H, W), or a batch; see `sample`. A prior that is conditioned on a view
+                of the image itself sees the full `images` by default.
 
         Raises:
-            UserError: If the sampler cannot keep codes, or cannot draw an image of this size.
+            UserError: If the sampler cannot keep known tokens, or cannot sample an image of this size.
         """
         indices = self._to_indices(images, batch_size)
         grid = (indices.shape[1], indices.shape[2])
         known = indices.masked_fill(~known_token_mask(mask, indices, self.tokenizer.stride), -1).flatten(1)
-        every = condition_batch(self._default_conditions(conditions, images), self.conditioner, len(indices))
-        if every.labels is None or labels is not None:
-            every = replace(every, labels=resolve_labels(len(indices), self.classes, None, labels, first))
-        pieces = []
+        batch = condition_batch(self._default_conditions(conditions, images), self.conditioner, len(indices))
+        if batch.labels is None or labels is not None:
+            batch = replace(batch, labels=resolve_labels(len(indices), self.classes, None, labels, first))
+        completed = []
         for i in range(0, len(indices), batch_size):
-            told, kept = every.slice(i, i + batch_size), known[i : i + batch_size]
-            tokens = self.sample_tokens(told, seed=seed, first=first + i, grid=grid, known=kept)
-            pieces.append(self.tokenizer.decode_tokens(tokens, grid))
-        return torch.cat(pieces)
+            tokens = self.sample_tokens(
+                batch.slice(i, i + batch_size), seed=seed, first=first + i, grid=grid, known=known[i : i + batch_size]
+            )
+            completed.append(self.tokenizer.decode_tokens(tokens, grid))
+        return torch.cat(completed)
 
     @torch.no_grad()
     def sample_tokens(
@@ -190,88 +198,97 @@ class Generator(nn.Module):
         grid: Size | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Draw token sequences (B, h * w), one for each image that a batch tells of.
+        """Sample token sequences (B, h * w), one for each row of a batch of conditions.
 
         Args:
-            conditions: Labels, maps, ... or the codes that were prepared of them: whatever the conditioners read.
-            seed: Another seed, other tokens.
-            first: The number of the first image.
-            grid: Height and width in codes; as in training by default.
-            known: (B, h * w), tokens to keep, -1 where one is to be drawn.
+            conditions: The fields that the conditioners read, or the `condition_indices` that were prepared from them.
+            seed: Seed of the random numbers.
+            first: Index of the first image.
+            grid: Height and width in tokens; by default as in training.
+            known: (B, h * w), tokens to keep, -1 where one is to be sampled.
+
+        Raises:
+            UserError: If the sampler cannot keep known tokens, or cannot sample this grid.
         """
         self.eval()
-        wanted, grid = inspect.signature(self.sampler).parameters, grid or self.tokenizer.grid
-        self._check_sampler(grid, known is not None, wanted)
+        accepted, grid = inspect.signature(self.sampler).parameters, grid or self.tokenizer.grid
+        self._check_sampler(grid, known is not None, accepted)
         conditions = conditions.to(self.device)
-        shifted = "window" in wanted and grid != self.tokenizer.grid
+        shifted = "window" in accepted and grid != self.tokenizer.grid
         batch = conditions if conditions.condition_indices else self.conditioner.prepare(conditions, shifted=shifted)
-        prefix, null_prefix = self._prefixes(batch, grid, "window" in wanted)
-        offered = {"known": known, "null_prefix": null_prefix, "window": self.tokenizer.grid}
-        given = {key: value for key, value in offered.items() if key in wanted}
-        return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **given)
+        prefix, null_prefix = self._prefixes(batch, grid, "window" in accepted)
+        optional = {"known": known, "null_prefix": null_prefix, "window": self.tokenizer.grid}
+        passed = {key: value for key, value in optional.items() if key in accepted}
+        return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **passed)
 
     def _prefixes(self, batch: Batch, grid: Size, sliding: bool) -> tuple[Any, Any]:
-        """Return what stands in front, with and without the condition: tokens, or functions of a window."""
-        told = self.conditioner
+        """The prefix of the conditions, and the null prefix or None.
+
+        Both are tensors (B, M), or for sliding windows functions from a window's start and size to (B, M).
+        """
+        conditioner = self.conditioner
         if not sliding:
             batch = replace(batch, crop_boxes=self._window_conditions(batch, (0, 0), grid, grid).crop_boxes)
-            return told(batch), told.null_prefix(batch)
+            return conditioner(batch), conditioner.null_prefix(batch)
 
-        def at(tell: Callable[[Batch], Any]) -> Callable[[Size, Size], Any]:
-            return lambda start, size: tell(self._window_conditions(batch, start, size, grid))
+        def of_window(prefix_of: Callable[[Batch], Any]) -> Callable[[Size, Size], Any]:
+            return lambda start, size: prefix_of(self._window_conditions(batch, start, size, grid))
 
+        prefix, null_prefix = of_window(conditioner), of_window(conditioner.null_prefix)
         height, width = self.tokenizer.grid
-        corner = ((0, 0), (min(height, grid[0]), min(width, grid[1])))
-        return at(told), None if at(told.null_prefix)(*corner) is None else at(told.null_prefix)
+        first_size = (min(height, grid[0]), min(width, grid[1]))
+        return prefix, None if null_prefix((0, 0), first_size) is None else null_prefix
 
     def _window_conditions(self, batch: Batch, start: Size, size: Size, grid: Size) -> Batch:
-        """Return what one window is told.
+        """The conditions of one window of a grid.
 
-        Where nobody said which place an image shows, it is the whole. Windows in it are then told places as large as
-        those of training, from one end of the whole to the other: a prior that has seen a tenth of the world at a time
-        is told of a tenth, however small or large the image is.
+        Without crop boxes the sample is a full image. Its windows then get boxes of the size of the training crops,
+        spread from edge to edge: a prior that was trained on tenths of a world map is conditioned on tenths, whatever
+        the size of the sample.
         """
-        part = batch.window(start, size, grid)
-        if batch.crop_boxes is not None or self.crop_extent is None or part.crop_boxes is None:
-            return part
-        extent = torch.tensor(self.crop_extent, device=part.crop_boxes.device).clamp(max=1)
-        ways = [start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)]  # from end to end
-        corner = torch.tensor(ways, device=extent.device) * (1 - extent)
-        return replace(part, crop_boxes=torch.cat([corner, corner + extent]).expand(len(batch), 4))
+        window = batch.window(start, size, grid)
+        if batch.crop_boxes is not None or self.crop_extent is None or window.crop_boxes is None:
+            return window
+        extent = torch.tensor(self.crop_extent, device=window.crop_boxes.device).clamp(max=1)
+        progress = [
+            start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)
+        ]  # 0 to 1, edge to edge
+        corner = torch.tensor(progress, device=extent.device) * (1 - extent)
+        return replace(window, crop_boxes=torch.cat([corner, corner + extent]).expand(len(batch), 4))
 
     def _check_sampler(self, grid: Size, keeps_known: bool, accepted: Collection[str]) -> None:
         trained, stride = self.tokenizer.grid, self.tokenizer.stride
         window = getattr(self.sampler, "window", None)
-        if window not in (None, trained) and (places := per_image_fields(self.conditioner)):
+        if window not in (None, trained) and (fields := per_image_fields(self.conditioner)):
             raise UserError(
-                f"sampler.window=[{window[0]},{window[1]}]: this prior is told {', '.join(sorted(places))} of windows "
-                f"of {trained[0]} x {trained[1]} codes, as in training; leave sampler.window out"
+                f"sampler.window=[{window[0]},{window[1]}]: this prior reads {', '.join(sorted(fields))} of "
+                f"windows of {trained[0]} x {trained[1]} tokens, as in training; leave sampler.window out"
             )
         if keeps_known and "known" not in accepted:
-            raise UserError("sampler: this one cannot keep codes that are known; sampler=autoregressive does")
-        # Fewer rows are the start of a sequence; fewer or more columns are another sequence.
+            raise UserError("sampler: this one cannot keep known tokens; sampler=autoregressive does")
+        # The tokens of fewer rows are the start of a trained sequence; those of other columns are not.
         if "window" not in accepted and (grid[1] != trained[1] or grid[0] > trained[0]):
-            asked, learned = (f"{each[0] * stride} x {each[1] * stride}" for each in (grid, trained))
+            requested, learned = (f"{each[0] * stride} x {each[1] * stride}" for each in (grid, trained))
             raise UserError(
-                f"size: the prior has learned images of {learned} pixels, not {asked}; "
-                "sampler=sliding_window draws larger ones"
+                f"size: the prior was trained on images of {learned} pixels, not {requested}; "
+                "sampler=sliding_window samples larger ones"
             )
 
     def _default_conditions(self, conditions: Tensor | Batch | None, images: Tensor) -> Tensor | Batch | None:
-        """Return the conditions of images, those that are their own condition included."""
+        """Add the images themselves, unless the caller passed others: a conditioner may read a view of them."""
         if isinstance(conditions, Tensor) or not images.is_floating_point():
             return conditions
-        told = conditions or Batch()
-        return replace(told, images=images) if told.images is None else told
+        batch = conditions or Batch()
+        return replace(batch, images=images) if batch.images is None else batch
 
     def _to_indices(self, images: Tensor, batch_size: int) -> Tensor:
         if not images.is_floating_point():
             return images.to(self.device)
         self.eval()
-        return torch.cat([self.tokenizer.encode(each.to(self.device)) for each in images.split(batch_size)])
+        return torch.cat([self.tokenizer.encode(chunk.to(self.device)) for chunk in images.split(batch_size)])
 
     def class_index(self, label: int | str) -> int:
-        """Return the number of a class given by number or name.
+        """The index of a class that is given by index or name.
 
         Raises:
             UserError: If there is no such class.

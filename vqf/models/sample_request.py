@@ -1,4 +1,4 @@
-"""What a caller asks of a generator, in numbers: classes, sizes, and which codes are known."""
+"""Validation of a sampling call: class labels, image size, and the mask of known tokens."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from vqf.errors import UserError, unknown_message
 
 
 def class_index(label: int | str, classes: Sequence[str]) -> int:
-    """Return the number of a class given by number or name.
+    """The index of a class that is given by index or name.
 
     Raises:
         UserError: If there is no such class.
@@ -31,17 +31,19 @@ def resolve_labels(
     labels: Sequence[int] | Tensor | None,
     first: int,
 ) -> Tensor:
-    """Return the class of each of `count` images, the first of which has the number `first`: they take turns.
+    """The class indices (count,) of the images `first`, `first + 1`, ...
+
+    By default image i has class i modulo the number of classes.
 
     Args:
-        count: Of the images.
-        classes: All names.
-        label: One class for all of them instead, by number or name.
-        labels: A class for each instead.
-        first: The number of the first image.
+        count: Number of images.
+        classes: Names of all classes.
+        label: One class for all images, by index or name.
+        labels: Class indices, one for each image.
+        first: Index of the first image.
 
     Raises:
-        UserError: If there are too few or too many, or one that does not exist.
+        UserError: If the number of labels is wrong, or a class does not exist.
     """
     if labels is not None:
         chosen = torch.as_tensor(labels)
@@ -57,10 +59,10 @@ def resolve_labels(
 
 
 def grid_for_size(size: int | Sequence[int], stride: int) -> Size:
-    """Return rows and columns of codes of an image of a size in pixels, one number for both sides or two.
+    """Rows and columns of cells of an image whose size in pixels is one number or (height, width).
 
     Raises:
-        UserError: If it is no size, or not one that the stride divides.
+        UserError: If it is not a size, or the stride does not divide it.
     """
     height, width = _read_size(size)
     if height % stride or width % stride:
@@ -73,7 +75,12 @@ def grid_for_size(size: int | Sequence[int], stride: int) -> Size:
 
 
 def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
-    """Return which codes (B, h, w) are known, from a mask of pixels or of codes, with a batch or for all images.
+    """Which tokens (B, h, w) are known. A token is known where all of its pixels are.
+
+    Args:
+        mask: True where known: (h, w) in tokens or (H, W) in pixels, for all images, or with a batch dimension.
+        indices: (B, h, w), for its shape and device.
+        stride: Pixels per token and side.
 
     Raises:
         ValueError: If the mask has another shape.
@@ -84,7 +91,7 @@ def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
         return mask.unflatten(2, (width, stride)).unflatten(1, (height, stride)).all(dim=4).all(dim=2)
     if mask.shape[1:] != (height, width):
         raise ValueError(
-            f"the mask must be ({height}, {width}) in codes or ({height * stride}, {width * stride}) in pixels, "
+            f"the mask must be ({height}, {width}) in tokens or ({height * stride}, {width * stride}) in pixels, "
             f"not {tuple(mask.shape[1:])}"
         )
     return mask
@@ -94,7 +101,7 @@ def _read_size(size: int | Sequence[int]) -> Size:
     try:
         height, width = pair(size)
     except (TypeError, ValueError) as error:
-        raise UserError(f"size={size}: give one number, or two as size=[512,768]") from error
+        raise UserError(f"size={size}: must be one number, or height and width as size=[512,768]") from error
     if height < 1 or width < 1:
-        raise UserError(f"size=[{height},{width}]: an image has at least one pixel")
+        raise UserError(f"size=[{height},{width}]: height and width must be at least 1")
     return height, width

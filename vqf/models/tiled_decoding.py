@@ -1,4 +1,13 @@
-"""Decoding a large grid of codes piece by piece, where the whole asks for too much memory."""
+"""Tiled decoding: a large grid of cells to an image in overlapping tiles, where one pass would take too much memory.
+
+* `decode_tiles` blends tiles. On a line of 10 cells, with tiles of 6 that overlap by 2::
+
+      tile 0    0 1 2 3 4 5                 the weights of both tiles add up to 1 in every pixel; in the overlap
+      tile 1            4 5 6 7 8 9         (cells 4 and 5) they cross over
+
+* `GlobalGroupNorm` makes group norms use the statistics of the full image. With its own statistics, every tile would
+  have another brightness and contrast than its neighbor.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,51 +17,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVERGENCE_TOLERANCE = (
-    0.02  # of a standard deviation: statistics that move by less from look to look are those of the whole
-)
+CONVERGENCE_TOLERANCE = 0.02  # largest change of a mean or deviation between two passes, in standard deviations
 
 
 class GlobalGroupNorm:
-    """Group norms of a module that normalise every tile by the statistics of the whole image.
+    """Replaces the statistics of a module's group norms by those of a full image that passes in tiles.
 
-    Each tile by its own would come out in another brightness and contrast than its neighbour. Within `measuring()` each
-    norm takes notes of what is kept of every tile, and works by the notes of the look before, or as ever in the first;
-    within `applied()` it works by what was noted last. A norm sees what those before it made of a tile, so each look
-    gets one more of them right: after as many looks as there are norms all of them are.
+    The input of a norm depends on the norms before it, so the statistics are computed in passes over all tiles. Pass k
+    collects statistics, and normalizes with those of pass k - 1 (pass 1: with each tile's own). The first norm is right
+    after one pass, and every further pass makes at least one more right: n norms need at most n passes.
+
+    Example::
+
+        norms = GlobalGroupNorm(decoder)
+        for passes in itertools.count(1):
+            with norms.collecting():
+                decode_tiles(decoder, cells, ..., set_weight=norms.set_weight)
+            if norms.converged(passes):
+                break
+        with norms.frozen():
+            images = decode_tiles(decoder, cells, ...)
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.norms = [each for each in module.modules() if isinstance(each, nn.GroupNorm)]
-        self.statistics: dict[nn.GroupNorm, Tensor] = {}  # (3, B, groups): weighted sums of 1, x and x^2
-        self.collected: dict[nn.GroupNorm, Tensor] = {}
+        self.norms = [child for child in module.modules() if isinstance(child, nn.GroupNorm)]
+        self.statistics: dict[nn.GroupNorm, Tensor] = {}  # last pass: weighted sums of 1, x, x^2, (3, B, groups)
+        self.collected: dict[nn.GroupNorm, Tensor] = {}  # the same of the pass that runs
         self.weight = torch.ones(1, 1)
-        self.max_change = float("inf")  # of the statistics between the last two looks, in standard deviations
+        self.max_change = float("inf")  # of the statistics between the last two passes, in standard deviations
 
     def converged(self, passes: int) -> bool:
-        """Tell whether another look, after so many, would see nothing new."""
+        """Whether another pass, after `passes` of them, would change nothing."""
         return self.max_change < CONVERGENCE_TOLERANCE or passes > len(self.statistics)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Say how much of every pixel (H, W) of the next tile is kept."""
+        """Set the weight (H, W) of the next tile's pixels in the statistics."""
         self.weight = weight
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Take notes."""
+        """Run one pass: collect statistics of all tiles, which replace the last ones at the end."""
         self.collected = {}
         yield from self._with_hooks(self._collect)
-        moved = [
+        changes = [
             _max_change(self.statistics[norm], sums, norm.eps)
             for norm, sums in self.collected.items()
             if norm in self.statistics
         ]
-        self.max_change = float(torch.stack(moved).max()) if moved else float("inf")
+        self.max_change = float(torch.stack(changes).max()) if changes else float("inf")
         self.statistics = self.collected
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Normalise by what was noted."""
+        """Normalize with the last statistics, and collect none."""
         yield from self._with_hooks(self._normalize)
 
     def _with_hooks(self, hook: Callable[..., Any]) -> Iterator[None]:
@@ -66,8 +83,8 @@ class GlobalGroupNorm:
     def _collect(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         x = inputs[0].float().unflatten(1, (norm.num_groups, -1))
         height, width = inputs[0].shape[2:]
-        weight = F.adaptive_avg_pool2d(self.weight[None, None].to(x), (height, width))[0, 0]
-        sums = torch.stack([(each * weight).mean(2).sum((2, 3)) for each in (torch.ones_like(x), x, x.square())])
+        weight = F.adaptive_avg_pool2d(self.weight[None, None].to(x), (height, width))[0, 0]  # at this layer's size
+        sums = torch.stack([(power * weight).mean(2).sum((2, 3)) for power in (torch.ones_like(x), x, x.square())])
         self.collected[norm] = self.collected[norm] + sums if norm in self.collected else sums
         return self._normalize(norm, inputs, output) if norm in self.statistics else output
 
@@ -83,14 +100,15 @@ class GlobalGroupNorm:
 
 
 def _moments(sums: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (B, groups) from weighted sums of 1, x and x^2."""
     count, first, second = sums
     mean = first / count
     return mean, (second / count - mean.square() + epsilon).sqrt()
 
 
 def _max_change(before: Tensor, after: Tensor, epsilon: float) -> Tensor:
-    (mean, deviation), (other, wider) = (_moments(each, epsilon) for each in (before, after))
-    return torch.maximum((other - mean).abs() / deviation, (wider / deviation - 1).abs()).max()
+    (mean, deviation), (new_mean, new_deviation) = (_moments(sums, epsilon) for sums in (before, after))
+    return torch.maximum((new_mean - mean).abs() / deviation, (new_deviation / deviation - 1).abs()).max()
 
 
 def decode_tiles(
@@ -101,66 +119,67 @@ def decode_tiles(
     overlap: int,
     set_weight: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Decode codes (..., h, w) in square tiles, each fading into the next where they overlap.
+    """Decode cells (..., h, w) in square tiles to images (B, C, h * stride, w * stride).
 
-    A decoder sees nothing beyond the border of a tile, so what it draws there counts for nothing: of the overlap, the
-    outer quarter is left out and the two in the middle are blended.
+    Near the border of a tile the decoder lacks context. Of an overlap, the outer quarter therefore has (almost) no
+    weight, and the two quarters in the middle are blended.
 
     Args:
-        decode: From a part of them to images (B, C, height * stride, width * stride).
-        cells: Of the whole image: indices, latents, or whatever has a cell for each.
-        stride: Pixels per code and side.
-        tile: Codes per side of a tile.
-        overlap: Codes that neighbouring tiles share; more hides more of the border, and costs more.
-        set_weight: Told before every tile how much of its pixels (H, W) counts; over all tiles it adds up to 1
-            everywhere.
+        decode: Maps the cells of a tile to images.
+        cells: Indices, latents, or features with one cell for each.
+        stride: Pixels per cell and side.
+        tile: Cells per side of a tile.
+        overlap: Cells that neighboring tiles share, in [0, tile). More hides more of the seams, and costs more.
+        set_weight: Called before each tile with the weight (H, W) of its pixels. The weights of all tiles add up to 1
+            in every pixel.
 
     Raises:
-        ValueError: If tiles would not get ahead.
+        ValueError: If the overlap is not in [0, tile).
     """
     if not 0 <= overlap < tile:
-        raise ValueError(f"tiles of {tile} codes cannot overlap by {overlap}")
+        raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}")
     height, width = cells.shape[-2:]
     down, across = (blend_weights(length, tile, overlap, stride, cells.device) for length in (height, width))
-    total: Tensor | None = None
-    for top, rows in down.items():
-        for left, columns in across.items():
-            share = rows[:, None] * columns
+    images: Tensor | None = None
+    for top, row_weights in down.items():
+        for left, column_weights in across.items():
+            weight = row_weights[:, None] * column_weights
             if set_weight is not None:
-                set_weight(share)
-            piece = decode(cells[..., top : top + tile, left : left + tile])
-            if total is None:
-                total = piece.new_zeros(*piece.shape[:2], height * stride, width * stride)
-            place = (..., _pixel_slice(top, piece.shape[2], stride), _pixel_slice(left, piece.shape[3], stride))
-            total[place] += piece * share.to(piece.dtype)
-    assert total is not None
-    return total
+                set_weight(weight)
+            decoded = decode(cells[..., top : top + tile, left : left + tile])
+            if images is None:
+                images = decoded.new_zeros(*decoded.shape[:2], height * stride, width * stride)
+            rows, columns = _pixel_slice(top, decoded.shape[2], stride), _pixel_slice(left, decoded.shape[3], stride)
+            images[..., rows, columns] += decoded * weight.to(decoded.dtype)
+    assert images is not None
+    return images
 
 
 def blend_weights(length: int, tile: int, overlap: int, stride: int, device: torch.device) -> dict[int, Tensor]:
-    """Return by the start of every tile how much of each row, or column, of its pixels counts, in float64."""
-    like = torch.ones((), dtype=torch.float64, device=device)
-    weights = {
-        start: blend_ramp(start, tile, overlap, length, stride, like) for start in tile_starts(length, tile, overlap)
+    """By the start of each tile on a line of `length` cells: the weights of its pixels, float64, summing to 1."""
+    template = torch.ones((), dtype=torch.float64, device=device)
+    ramps = {
+        start: blend_ramp(start, tile, overlap, length, stride, template)
+        for start in tile_starts(length, tile, overlap)
     }
-    total = like.new_zeros(length * stride)
-    for start, weight in weights.items():
-        total[_pixel_slice(start, len(weight), stride)] += weight
-    return {start: weight / total[_pixel_slice(start, len(weight), stride)] for start, weight in weights.items()}
+    total = template.new_zeros(length * stride)
+    for start, ramp in ramps.items():
+        total[_pixel_slice(start, len(ramp), stride)] += ramp
+    return {start: ramp / total[_pixel_slice(start, len(ramp), stride)] for start, ramp in ramps.items()}
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles start so that they cover a length; the last ends with it."""
+    """Starts of tiles that cover `length` cells. The last tile ends at `length`, and may overlap by more."""
     return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
 
 
 def blend_ramp(start: int, tile: int, overlap: int, length: int, stride: int, template: Tensor) -> Tensor:
-    """Return the weight of every row, or column, of pixels of a tile: it fades where another tile goes on."""
+    """Weights of a tile's pixels before normalization: 1, falling to 0 at sides where another tile follows."""
     tile = min(tile, length)
     weight = template.new_ones(tile * stride)
     if overlap:
-        places = (torch.arange(overlap * stride, device=template.device) + 0.5) / (overlap * stride)
-        ramp = (places * 2 - 0.5).clamp(1e-6, 1).to(template.dtype)  # never 0: the last tile may overlap by more
+        progress = (torch.arange(overlap * stride, device=template.device) + 0.5) / (overlap * stride)
+        ramp = (progress * 2 - 0.5).clamp(1e-6, 1).to(template.dtype)  # above 0: the sum of weights is divided by
         if start > 0:
             weight[: overlap * stride] = ramp
         if start + tile < length:

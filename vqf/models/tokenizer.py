@@ -1,4 +1,4 @@
-"""The tokenizer: images to codes and back. What a user of a trained model holds."""
+"""The tokenizer of stage 1: images to indices and back."""
 
 import itertools
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from vqf.models.tiled_decoding import GlobalGroupNorm, decode_tiles
 from vqf.protocols import Decoder, Encoder, Quantized, Quantizer
 from vqf.registry import build
 
-TILE_OVERLAP = 16  # codes, a quarter of which a decoder does not look beyond: what is left of seams is below 1/255
+# Cells. A quarter of the overlap is wider than what the conv decoder sees beyond a border: seams stay below 1/255.
+TILE_OVERLAP = 16
 
 
 @dataclass
 class TokenizerOutput:
-    """One pass through a tokenizer, with what the losses and the adaptive weight need."""
+    """The output of a tokenizer in training."""
 
     reconstructions: Tensor  # (B, C, H, W)
-    features: Tensor  # the input of the decoder's last layer
+    features: Tensor  # input of the decoder's last layer, for the adaptive weight
     quantized: Quantized
 
 
 class Tokenizer(nn.Module):
     """Encoder, 1x1 convolution, quantizer, 1x1 convolution, decoder.
 
-    Images have C = `channels` channels, 3 unless it was trained on maps.
-
-    The two convolutions (quant_conv and post_quant_conv of taming-transformers) belong to the tokenizer,
-    so that every quantizer fits every encoder.
+    The two convolutions (quant_conv and post_quant_conv of taming-transformers) map `encoder.dim` to `quantizer.dim`
+    and back, so that every quantizer fits every encoder. Images have C = `channels` channels, 3 except for a tokenizer
+    of condition maps.
     """
 
     def __init__(
@@ -51,43 +51,48 @@ class Tokenizer(nn.Module):
 
     @property
     def grid(self) -> Size:
-        """Height and width in codes of an image of the training size."""
+        """Height and width in cells of an image of the training size."""
         return self.image_size[0] // self.stride, self.image_size[1] // self.stride
 
     @property
     def last_layer(self) -> nn.Module:
-        """The decoder's last layer, where the adaptive weight compares gradients."""
+        """The decoder's last layer, at which the adaptive weight compares gradients."""
         return self.decoder.last_layer
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstruct images (B, C, H, W) as in training."""
+        """Reconstruct images (B, C, H, W), not clamped."""
         quantized = self.quantize(images)
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
         return TokenizerOutput(self.decoder.last_layer(features), features, quantized)
 
     def quantize(self, images: Tensor) -> Quantized:
-        """Encode and quantize images (B, C, H, W); the search for the nearest code is in float32."""
+        """Encode and quantize images (B, C, H, W)."""
         latents = self.quant_conv(self.encoder(images))
+        # In float32 or better under any autocast: bf16 distances pick other codes.
         with torch.autocast(latents.device.type, enabled=False):
             return self.quantizer(latents.to(torch.promote_types(latents.dtype, torch.float32)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Turn images (B, C, H, W) in [-1, 1] into indices (B, H / stride, W / stride)."""
+        """Encode images (B, C, H, W) in [-1, 1] to indices (B, H / stride, W / stride).
+
+        Raises:
+            ValueError: If the images have another shape, or sides that the stride does not divide.
+        """
         self._check_images(images)
         return self.quantize(images).indices
 
     @torch.no_grad()
     def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
-        """Turn indices (B, h, w) into images (B, C, h * stride, w * stride).
+        """Decode indices (B, h, w) to images (B, C, h * stride, w * stride).
 
-        Images of 1 and 3 channels are clamped to [-1, 1]; with more, the channels are logits of classes.
+        Images of 1 and 3 channels are clamped to [-1, 1]. With more channels they are logits of classes.
 
         Args:
             indices: (B, h, w) int64.
-            tile: Enlarge no more than so many codes per side at once, in tiles that fade into each other. They overlap
-                by a quarter, or by up to half if that is less than 16 codes. It is not the same to the bit, and norms
-                take the statistics of the whole, for which every tile is drawn several times.
+            tile: Decode at most so many cells per side at once, in blended tiles; see `vqf.models.tiled_decoding`. They
+                overlap by a quarter, at least by 16 cells, at most by half, and are decoded several times until group
+                norms converge. The image differs from that of one pass by less than one level of 8 bits.
         """
         if tile is None or max(indices.shape[1:3]) <= tile:
             images = self._decode_untiled(indices)
@@ -96,17 +101,17 @@ class Tokenizer(nn.Module):
         return images.clamp(-1, 1) if self.channels in (1, 3) else images
 
     def _decode_tiled(self, indices: Tensor, tile: int, overlap: int) -> Tensor:
-        cells, enlarge = self._lookup_latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
-        if hasattr(self.decoder, "global_features"):  # attention sees the whole image, at the resolution of its codes
-            cells, enlarge = self.decoder.global_features(cells), self._decode_local
-        norms, options = GlobalGroupNorm(self), (self.stride, tile, overlap)
-        for looks in itertools.count(1):
+        cells, decode = self._lookup_latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
+        if hasattr(self.decoder, "global_features"):  # attention sees the full image, at the resolution of its cells
+            cells, decode = self.decoder.global_features(cells), self._decode_local
+        norms, sizes = GlobalGroupNorm(self), (self.stride, tile, overlap)
+        for passes in itertools.count(1):
             with norms.collecting():
-                decode_tiles(enlarge, cells, *options, set_weight=norms.set_weight)
-            if norms.converged(looks):
+                decode_tiles(decode, cells, *sizes, set_weight=norms.set_weight)
+            if norms.converged(passes):
                 break
         with norms.frozen():
-            return decode_tiles(enlarge, cells, *options)
+            return decode_tiles(decode, cells, *sizes)
 
     def _decode_local(self, cells: Tensor) -> Tensor:
         return self.decoder.last_layer(self.decoder.local_features(cells))  # type: ignore[attr-defined]
@@ -118,16 +123,16 @@ class Tokenizer(nn.Module):
         return self.decoder(self._lookup_latents(indices))
 
     def encode_tokens(self, images: Tensor) -> Tensor:
-        """Turn images into token sequences (B, h * w), row by row."""
+        """Encode images to token sequences (B, h * w), row by row."""
         return rearrange(self.encode(images), "b h w -> b (h w)")
 
     def decode_tokens(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
-        """Turn token sequences (B, h * w) of a grid into images; see `decode`."""
+        """Decode token sequences (B, h * w) of a grid, by default that of the training size; see `decode`."""
         height, width = grid or self.grid
         return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width), tile)
 
     def fingerprint(self) -> str:
-        """Hash the weights: tokens of one tokenizer mean nothing to another."""
+        """Hash of the weights. Tokens are valid for the tokenizer with the same fingerprint only."""
         return sha256_of_tensors(self.state_dict())[:16]
 
     def _check_images(self, images: Tensor) -> None:
@@ -141,18 +146,18 @@ class Tokenizer(nn.Module):
 
 
 def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3) -> Tokenizer:
-    """Build the tokenizer that the nodes encoder, quantizer and decoder of `model` describe.
+    """Build a tokenizer from the nodes `encoder`, `quantizer` and `decoder` of a config.
 
     Args:
-        model: Holds the nodes.
-        image_size: Of the images that it learns.
-        channels: Of the images: 3 for colours, 1 for depth, one for every class of a segmentation.
+        model: The config group `model`.
+        image_size: Height and width of the training images, or one number for both.
+        channels: Of the images: 3 for colors, 1 for depth, one for every class of a segmentation.
 
     Raises:
-        UserError: If the parts do not fit each other or the image size.
+        UserError: If the stride does not divide the image size, or encoder and decoder have different strides.
     """
     size = pair(image_size)
-    nominal = min(size)  # so that weights of a square run of that size fit
+    nominal = min(size)  # it places the attention; so weights of a square run of this size fit
     encoder = build("encoder", model.encoder, in_channels=channels, image_size=nominal)
     if size[0] % encoder.stride or size[1] % encoder.stride:
         nearest = max(round(size[0] / encoder.stride), 1) * encoder.stride

@@ -70,7 +70,7 @@ def test_the_best_of_all_candidates_is_kept(generator: Generator) -> None:
 
 def test_a_choice_needs_a_scorer(generator: Generator) -> None:
     generator.scorer = None
-    with pytest.raises(UserError, match="a scorer says which is best; choose one with scorer=likelihood"):
+    with pytest.raises(UserError, match="needs a scorer to choose the best; add scorer=likelihood"):
         generator.sample(1, candidates=2)
 
 

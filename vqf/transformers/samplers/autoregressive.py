@@ -1,4 +1,7 @@
-"""Autoregressive sampling: one token after the other, row by row, from p(token | prefix, tokens before it)."""
+"""Autoregressive sampling: p(s) is the product of p(s_n | prefix, s_0, ..., s_(n-1)), one token n after the other.
+
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2.
+"""
 
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -359,11 +359,11 @@ def test_stage2_without_a_map_tokenizer_or_maps_is_one_line(
 ) -> None:
     set_cli_keys(monkeypatch, "model.conditioner", "data")
     words = [*TINY, "data=emoji", "pipeline=stage2", f"run={run / 'stage1'}", "model/conditioner=spatial"]
-    with pytest.raises(UserError, match=r"model\.conditioner\.spatial\.run: a map has a tokenizer of its own"):
+    with pytest.raises(UserError, match=r"model\.conditioner\.spatial\.run: give the run of the condition map's"):
         Stage2(compose(*words), tmp_path / "a").run()
     with pytest.raises(UserError, match=r"^model\.conditioner\.spatial\.run=/nowhere: no such folder; give the run of"):
         Stage2(compose(*words, "model.conditioner.spatial.run=/nowhere"), tmp_path / "c").run()
-    with pytest.raises(UserError, match="the data has no maps beside its images"):
+    with pytest.raises(UserError, match="the data has no condition maps"):
         Stage2(compose(*words, f"model.conditioner.spatial.run={run / 'maps'}"), tmp_path / "b").run()
 
 

@@ -262,7 +262,7 @@ def test_the_loss_of_a_bf16_model_is_summed_in_float32() -> None:
         ({"heads": 0}, "heads must be at least 1"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"dropout": 1.0}, "dropout must be in"),
-        ({"pkeep": 1.5}, "pkeep is a probability"),
+        ({"pkeep": 1.5}, r"pkeep must be in \[0, 1\]"),
         ({"unmasked_prefix": 4}, "unmasked_prefix must be from 0 to 3"),
         ({"unmasked_prefix": "all"}, "unmasked_prefix must be true, false or a number of tokens, not all"),
     ],
@@ -280,7 +280,7 @@ def test_a_shared_vocabulary_needs_room_for_the_prefix() -> None:
 
 
 def test_a_prior_needs_something_to_start_from() -> None:
-    with pytest.raises(ValueError, match="at least one token in front"):
+    with pytest.raises(ValueError, match="at least one prefix token"):
         GPT(V, N, P, 0, layers=1, heads=2, dim=16)
 
 

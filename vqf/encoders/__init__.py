@@ -1,4 +1,4 @@
-"""Encoders and the decoders that mirror them."""
+"""Encoders and decoders."""
 
 from vqf.encoders import conv
 

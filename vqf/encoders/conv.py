@@ -1,9 +1,9 @@
 """The convolutional encoder and decoder of VQGAN.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, appendix A;
-the residual blocks are those of DDPM, https://arxiv.org/abs/2006.11239. Conventions that decide whether
-published weights give published numbers: group norm with 32 groups and eps 1e-6, downsampling padded on
-the right and the bottom only, attention placed by the *nominal* resolution, no tanh at the output.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, appendix A, with the
+residual blocks of Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239. Published weights need
+these conventions: group norm with 32 groups and eps 1e-6, downsampling padded on the right and bottom only, attention
+at *nominal* resolutions, no tanh at the output.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from vqf.registry import register
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return the normalisation of every block: 32 groups, fewer where 32 does not divide the channels."""
+    """Group norm with 32 groups, or the largest smaller power of 2 that divides the channels."""
     groups = next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -60,7 +60,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve both sides by a strided convolution, padded with zeros on the right and the bottom only."""
+    """Halves both sides by a strided convolution, padded with zeros on the right and bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides by the nearest neighbour, then convolve."""
+    """Doubles both sides by nearest-neighbor interpolation, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention where it is asked for."""
+    """The residual blocks of one resolution, each followed by attention if `attention`, then `resample`."""
 
     def __init__(
         self,
@@ -104,14 +104,14 @@ class Level(nn.Module):
         return self.resample(self.forward_blocks(x))
 
     def forward_blocks(self, x: Tensor) -> Tensor:
-        """Apply the blocks, at the resolution of x."""
+        """Apply the blocks without `resample`."""
         for i, block in enumerate(self.block):
             x = apply_blocks([block, self.attn[i]] if self.attn else [block], x, self.gradient_checkpointing)
         return x
 
 
 def mid_block(channels: int, dropout: float, attention: bool) -> nn.Sequential:
-    """The blocks at the lowest resolution, between encoder and codebook and between codebook and decoder."""
+    """The blocks next to the codebook: residual, attention, residual."""
     blocks: list[nn.Module] = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
     if attention:
         blocks.insert(1, AttentionBlock(channels))
@@ -119,7 +119,7 @@ def mid_block(channels: int, dropout: float, attention: bool) -> nn.Sequential:
 
 
 def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, gradient_checkpointing: bool) -> Tensor:
-    """Apply blocks one after the other; where asked to, the backward pass runs each again instead of keeping it."""
+    """Apply blocks in order. With gradient checkpointing the backward pass recomputes each of them."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
     return x
@@ -131,16 +131,17 @@ class ConvEncoder(nn.Module):
 
     Args:
         in_channels: Channels of the images.
-        image_size: The nominal resolution in pixels, which places the attention.
+        image_size: Nominal side of the images in pixels, by which `attention` is placed.
         dim: Channels of the latents (z_channels).
         channels: Width at full resolution (ch).
-        multipliers: Width of each resolution, as a multiple of `channels` (ch_mult); each but the last halves.
-        blocks: Residual blocks of a resolution (num_res_blocks).
-        attention: Resolutions in pixels that attend (attn_resolutions).
-        middle_attention: Whether the lowest resolution attends as well.
-        dropout: Rate inside the residual blocks.
-        patch_size: Fold patches of this side into channels first (pixel-unshuffle): 1/stem² of the work.
-        gradient_checkpointing: Keep only the input of every block for the backward pass, which runs it again: less
+        multipliers: Width of each resolution as a multiple of `channels` (ch_mult). Every level but the last halves
+            the sides: stride = patch_size * 2^(len - 1).
+        blocks: Residual blocks a resolution (num_res_blocks).
+        attention: Sides in pixels of the resolutions with attention (attn_resolutions).
+        middle_attention: Whether the blocks next to the codebook have attention.
+        dropout: Rate inside the residual blocks, in [0, 1).
+        patch_size: Pixel-unshuffle patches of this side into channels first: 1 / patch_size² of the work. 1 does not.
+        gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
             memory, up to a third more work, the same gradients.
     """
 
@@ -177,7 +178,7 @@ class ConvEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, in_channels, H, W) to latents (B, dim, H / stride, W / stride)."""
+        """Map images (B, in_channels, H, W) to latents (B, dim, H / stride, W / stride)."""
         h = self.conv_in(self.unshuffle(images))
         for level in self.down:
             h = level(h)
@@ -186,21 +187,21 @@ class ConvEncoder(nn.Module):
 
 @register("decoder", "conv")
 class ConvDecoder(nn.Module):
-    """VQGAN's decoder, https://arxiv.org/abs/2012.09841: the encoder's mirror with one more block a resolution.
+    """VQGAN's decoder, https://arxiv.org/abs/2012.09841: the encoder mirrored, with one more block a resolution.
 
     Args:
         dim: Channels of the latents.
         out_channels: Channels of the images.
-        image_size: The nominal resolution in pixels, which places the attention.
+        image_size: Nominal side of the images in pixels, by which `attention` is placed.
         channels: As for the encoder.
         multipliers: As for the encoder, from full resolution down.
-        blocks: Residual blocks of a resolution, not counting the extra one.
+        blocks: Residual blocks a resolution, without the extra one.
         attention: As for the encoder.
         middle_attention: As for the encoder.
         dropout: As for the encoder.
-        patch_size: Unfold channels into patches of this side at the end (pixel-shuffle); the encoder's value.
-        head_channels: Channels at full resolution after unfolding, where `patch_size` is above 1. The last convolution
-            works on them, so that it can smooth over the borders of patches.
+        patch_size: Pixel-shuffle channels into patches of this side at the end; the encoder's value.
+        head_channels: Channels at full resolution after the pixel-shuffle, if `patch_size` is above 1. The last
+            convolution maps them to colors, and can smooth the borders of patches.
         gradient_checkpointing: As for the encoder.
     """
 
@@ -226,7 +227,7 @@ class ConvDecoder(nn.Module):
         widths = [channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
         self.mid = mid_block(widths[-1], dropout, middle_attention)
-        # Stored from full resolution down, as in published checkpoints; run the other way.
+        # In order of resolution from full down, as in published checkpoints; applied in reverse.
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             attends = image_size // (patch_size * 2**i) in attention
@@ -240,17 +241,16 @@ class ConvDecoder(nn.Module):
         self.last_layer = nn.Conv2d(head_channels if patch_size > 1 else widths[0], out_channels, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, dim, h, w) up to the input of the last layer."""
-        return self._upsample(
-            self._forward_mid(latents), self.up
-        )  # every level as a module: fsdp2 lends it weights then
+        """Map latents (B, dim, h, w) to the input of the last layer."""
+        # Not by way of the two methods below: FSDP2 gathers a level's weights when the level itself is called.
+        return self._upsample(self._forward_mid(latents), self.up)
 
     def global_features(self, latents: Tensor) -> Tensor:
-        """Run what is at the resolution of the codes, attention included, (B, C, h, w): it must see a whole image."""
+        """Apply the blocks at the resolution of the cells, with attention over the full image; (B, D, h, w)."""
         return self._lowest_level.forward_blocks(self._forward_mid(latents))
 
     def local_features(self, cells: Tensor) -> Tensor:
-        """Go on from what `global_features` returned, or from a part of it, up to the input of the last layer."""
+        """Map `global_features`, or a tile of them, to the input of the last layer."""
         return self._upsample(self._lowest_level.resample(cells), self.up[:-1])
 
     @property
@@ -266,12 +266,12 @@ class ConvDecoder(nn.Module):
         return self.unfold(F.silu(self.norm_out(h)))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, dim, h, w) to images (B, out_channels, h * stride, w * stride), not clamped."""
+        """Map latents (B, dim, h, w) to images (B, out_channels, h * stride, w * stride), not clamped."""
         return self.last_layer(self.features(latents))
 
 
 class PixelShuffleUpsample(nn.Module):
-    """From the folded resolution to the full one: convolve to patches, shuffle them out."""
+    """Multiplies both sides by `patch_size`: a convolution, then a pixel-shuffle."""
 
     def __init__(self, in_channels: int, channels: int, patch_size: int) -> None:
         super().__init__()

@@ -250,9 +250,8 @@ class Generator(nn.Module):
         if batch.crop_boxes is not None or self.crop_extent is None or window.crop_boxes is None:
             return window
         extent = torch.tensor(self.crop_extent, device=window.crop_boxes.device).clamp(max=1)
-        progress = [
-            start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)
-        ]  # 0 to 1, edge to edge
+        # From 0 at the upper or left edge of the grid to 1 at the other edge.
+        progress = [start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)]
         corner = torch.tensor(progress, device=extent.device) * (1 - extent)
         return replace(window, crop_boxes=torch.cat([corner, corner + extent]).expand(len(batch), 4))
 

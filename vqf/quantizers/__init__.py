@@ -1,4 +1,4 @@
-"""Quantizers: latents to codes and back."""
+"""Quantizers: latents to indices of a codebook, and back."""
 
 from vqf.quantizers import cosine, ema, gumbel, rotation, vq
 

@@ -1,4 +1,4 @@
-"""What quantizers with an explicit codebook share: the search, the gradient, the numbers for the log."""
+"""Shared by quantizers with a codebook: nearest-neighbor search, straight-through gradient, usage statistics."""
 
 import torch
 from torch import Tensor
@@ -7,42 +7,40 @@ from vqf.distributed import comm
 
 
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
-    """Return the index of the nearest code for every vector, the first of equals.
-
-    The matrix of distances is made in pieces of at most `chunk` entries (or of one row), so that memory stays
-    bounded for large codebooks; but for rounding the result does not depend on it.
+    """Index (N,) int64 of the nearest code vector of each vector; of equal distances the first.
 
     Args:
         vectors: (N, D).
         codebook: (V, D).
-        chunk: Entries of the distance matrix held at once.
+        chunk: Entries of the (N, V) distance matrix held at once (at least one row), which bounds the memory. Except
+            for rounding the result does not depend on it.
     """
     half_norms = codebook.square().sum(1) / 2
     rows = max(chunk // len(codebook), 1)
-    # |z - e|² / 2 = |z|² / 2 - z·e + |e|² / 2, whose first term does not matter to the minimum
-    pieces = [(half_norms - piece @ codebook.T).argmin(1) for piece in vectors.split(rows)]
-    return torch.cat(pieces) if pieces else vectors.new_zeros(0, dtype=torch.long)
+    # |z - e|² / 2 = |z|² / 2 - z·e + |e|² / 2: the first term is the same for every code
+    indices = [(half_norms - z @ codebook.T).argmin(1) for z in vectors.split(rows)]
+    return torch.cat(indices) if indices else vectors.new_zeros(0, dtype=torch.long)
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
-    """Return exactly the values of `quantized`, with the gradient of the result handed to `latents` unchanged."""
-    # The usual latents + (quantized - latents) is off by a rounding, and a code would not be its own look-up.
+    """Exactly the values of `quantized`; its gradient is passed to `latents` unchanged."""
+    # The usual latents + (quantized - latents) rounds, and would differ from the lookup of the index.
     return quantized.detach() + (latents - latents.detach())
 
 
 def index_counts(indices: Tensor, size: int) -> Tensor:
-    """Count how often each of `size` codes occurs in indices of any shape -> (size,) int64."""
-    # torch.bincount would make the host wait for a GPU.
+    """Occurrences of each of `size` codes in indices of any shape, (size,) int64."""
+    # torch.bincount makes the host wait for the GPU.
     flat = indices.flatten()
     return flat.new_zeros(size).index_add_(0, flat, torch.ones_like(flat))
 
 
 def usage_stats(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
-    """Describe how a batch uses the codebook: perplexity exp(-Σ p log p), and the share of codes it touches.
+    """`perplexity`, exp(-Σ p log p), and `batch_usage`, the fraction of codes that occur in a batch.
 
     Args:
-        counts: How often each code is chosen.
-        training: Whether every process is here with its part of the batch, and all of it is to be described.
+        counts: Occurrences of each code, (V,).
+        training: Whether to sum over ranks. All ranks must then call this at the same time.
     """
     counts = comm.all_reduce_sum(counts) if training else counts
     p = counts / counts.sum().clamp(min=1)
@@ -51,10 +49,10 @@ def usage_stats(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
 
 
 def check_positive(**sizes: int) -> None:
-    """Refuse sizes below 1.
+    """Check that sizes are at least 1.
 
     Raises:
-        ValueError: Naming the first of them.
+        ValueError: If one is not.
     """
     for name, size in sizes.items():
         if size < 1:

@@ -1,7 +1,7 @@
-"""VQ on the unit sphere, with few channels: the code of the smallest angle.
+"""VQ on the unit sphere with few channels: the code vector at the smallest angle.
 
 Vector-quantized Image Modeling with Improved VQGAN (ViT-VQGAN), https://arxiv.org/abs/2110.04627, section 3.2:
-factorised and l2-normalised codes. Sizes, initialisation and the entropy term are those of LlamaGen,
+factorized and l2-normalized codes. Sizes, initialization and the entropy term are those of LlamaGen,
 Autoregressive Model Beats Diffusion, https://arxiv.org/abs/2406.06525.
 """
 
@@ -19,21 +19,20 @@ from vqf.registry import register
 
 @register("quantizer", "cosine")
 class CosineQuantizer(nn.Module):
-    """Nearest code on the unit sphere, https://arxiv.org/abs/2110.04627.
+    """Nearest code vector on the unit sphere, https://arxiv.org/abs/2110.04627.
 
-    |sg[ẑ] - ê|² + β |ẑ - sg[ê]|² with ẑ = z / |z| and ê = e / |e|; the decoder sees ê. Where `vq` leaves most of a
-    large codebook unused, this uses nearly all of it.
+    |sg[ẑ] - ê|² + β |ẑ - sg[ê]|² with ẑ = z / |z| and ê = e / |e|; the decoder gets ê. It uses nearly all of a large
+    codebook, of which `vq` leaves most unused.
 
     Args:
-        dim: Channels of a code: few, so that near neighbours exist. 32 in ViT-VQGAN, 8 in LlamaGen.
-        codebook_size: Number of codes.
-        beta: Weight of the commitment term.
-        weight: Weight of the two terms together in the total loss.
-        entropy: Weight of the entropy term, off in both papers. It keeps a matrix with a row for every latent
-            and a column for every code.
-        entropy_temperature: Its softmax is over -|ẑ - ê|² divided by this.
+        dim: Channels of a code vector, at least 1: few, so that near neighbors exist. 32 in ViT-VQGAN, 8 in LlamaGen.
+        codebook_size: Number of codes, at least 1.
+        beta: β, the weight of the commitment term.
+        weight: Weight of both terms in the total loss.
+        entropy: Weight of the entropy term, 0 in both papers. It keeps a matrix of all latents by all codes.
+        entropy_temperature: Divides -|ẑ - ê|², the logits of the entropy term; above 0.
         revive: As for `vq`.
-        init: As for `vq`; the means of k-means are brought back to the sphere.
+        init: As for `vq`; k-means centers are normalized.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class CosineQuantizer(nn.Module):
         self.revival = make_revival(codebook_size, revive, init, F.normalize)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w); the result has norm 1 in every cell."""
+        """Quantize latents (B, dim, h, w) to code vectors of norm 1."""
         b, _, h, _ = z.shape
         z = F.normalize(z, dim=1)
         flat, codes = rearrange(z, "b d h w -> (b h w) d"), F.normalize(self.codebook.weight, dim=1)
@@ -72,7 +71,7 @@ class CosineQuantizer(nn.Module):
         commitment_loss = F.mse_loss(z, e.detach())
         loss = self.weight * (F.mse_loss(e, z.detach()) + self.beta * commitment_loss)
         if self.entropy:
-            # -|ẑ - ê|² is 2 ẑ·ê but for a constant
+            # -|ẑ - ê|² = 2 ẑ·ê - 2, and softmax ignores the constant
             loss = loss + self.entropy * entropy_loss(2 * flat @ codes.T / self.entropy_temperature, self.training)
         stats = {
             **usage_stats(index_counts(indices, self.vocab_size), self.training),
@@ -81,20 +80,20 @@ class CosineQuantizer(nn.Module):
         return Quantized(straight_through(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
+        """Finish an optimizer step: initialize or revive codes, if either is on. Returns `revived` for the log."""
         return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes (B, dim, h, w) of indices (B, h, w), each of norm 1."""
+        """Code vectors (B, dim, h, w) of norm 1, of indices (B, h, w)."""
         return rearrange(F.normalize(self.codebook(indices), dim=-1), "b h w d -> b d h w")
 
 
 def entropy_loss(logits: Tensor, training: bool = False) -> Tensor:
-    """E[H(p)] - H(E[p]) for logits (N, V): small where every latent is sure of a code and all codes are used.
+    """E[H(p)] - H(E[p]): low if every latent is certain of its code, and all codes are used equally.
 
     Args:
         logits: (N, V).
-        training: Whether every process is here with its part of the batch: E[p] is over all of it.
+        training: Whether E[p] is over all ranks. All ranks must then call this at the same time.
     """
     log_p = logits.log_softmax(1)
     p = log_p.exp()

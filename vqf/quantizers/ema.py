@@ -1,9 +1,9 @@
-"""VQ with a codebook of moving averages, and the revival of codes that nobody uses.
+"""VQ with an EMA codebook, and revival of dead codes.
 
 Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, appendix A.1, with the Laplace smoothing of
-Sonnet's VectorQuantizerEMA. Sonnet starts both averages at 0 and divides them by 1 - γ^t, which is `debias`; by default
-they start at N = 1 and m = e, as if every code had been chosen once (so does vector-quantize-pytorch). Revival as in
-Jukebox, https://arxiv.org/abs/2005.00341, section 3.1.
+Sonnet's VectorQuantizerEMA. By default the averages start at N = 1 and m = e, as if every code had occurred once (as in
+vector-quantize-pytorch); `debias` starts both at 0 and divides by 1 - γ^t, as in Sonnet. Revival as in Jukebox,
+https://arxiv.org/abs/2005.00341, section 3.1.
 """
 
 import torch
@@ -26,30 +26,29 @@ from vqf.registry import register
 
 @register("quantizer", "ema")
 class EMAQuantizer(nn.Module):
-    """Codes are moving averages of the latents they stand for, https://arxiv.org/abs/1711.00937.
+    """Code vectors are moving averages of their latents, https://arxiv.org/abs/1711.00937.
 
     N_k ← γ N_k + (1-γ) n_k,  m_k ← γ m_k + (1-γ) Σ z,  e_k ← m_k / N_k with N_k smoothed by ε.
-    The averages move once an optimizer step, by the latents of all its micro-batches and all processes: `update`.
+    `update` moves the averages once an optimizer step, by the latents of all its micro-batches and all ranks.
 
     Args:
-        dim: Channels of a code.
-        codebook_size: Number of codes.
-        decay: γ.
+        dim: Channels of a code vector, at least 1.
+        codebook_size: Number of codes, at least 1.
+        decay: γ, in [0, 1).
         beta: Weight of the commitment term |z - sg[e]|².
         epsilon: ε of the Laplace smoothing.
-        revive: A code whose N_k falls below this is moved to a random latent of the batch, with the averages
-            of a code that was counted there once, and at least this N_k; 0 never revives.
-        init: Where codes begin, on the first batch of training: at latents of it, or at the means of a few
-            rounds of k-means from there.
-        debias: Divide both averages by 1 - γ^t, so that nothing of their start is left in them, as Sonnet does.
-            Without revival a code that was never chosen then lies at 0.
+        revive: A code is moved to a random latent of the batch if its N_k is below this; 0 never revives. Its N_k
+            becomes 1 - γ, as of a code that occurred once, but at least this.
+        init: Initial codes, set in the first forward pass of training: `latents` of its batch, or `kmeans` centers.
+        debias: Divide both averages by 1 - γ^t, so that nothing of their initial values is left, as Sonnet does. A code
+            that has never occurred is then 0, unless it is revived.
     """
 
-    N: Tensor
-    m: Tensor
-    codebook: Tensor
-    initialized: Tensor
-    updates: Tensor
+    N: Tensor  # (V,) moving average of n_k, the number of latents of each code a step
+    m: Tensor  # (V, dim) moving average of their sums
+    codebook: Tensor  # (V, dim)
+    initialized: Tensor  # () bool
+    updates: Tensor  # () int64, t; only with `debias`
 
     def __init__(
         self,
@@ -77,11 +76,11 @@ class EMAQuantizer(nn.Module):
         if debias:
             self.register_buffer("updates", torch.tensor(0))
         self.step_stats = StepStatistics()
-        self.initialized_on_host = False  # spares the host from asking the device, once it has said yes
+        self.initialized_on_host = False  # a copy of `initialized` that needs no sync with the device
         self.register_load_state_dict_post_hook(reset_after_load)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w); one that gradients are taken of counts for the next `update`."""
+        """Quantize latents (B, dim, h, w). In training with gradients, they count for the next `update`."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
         if self.training and not self.initialized_on_host:
@@ -100,15 +99,15 @@ class EMAQuantizer(nn.Module):
         return Quantized(straight_through(z, e), indices, self.beta * commitment_loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes (B, dim, h, w) of indices (B, h, w)."""
+        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
-        """End an optimizer step: move the averages and the codes; returns how many codes were revived."""
-        if (seen := self.step_stats.pop()) is None:
+        """Finish an optimizer step: move averages and codes. Returns `revived`, the number of codes below `revive`."""
+        if (stats := self.step_stats.pop()) is None:
             return {}
-        (n, total), latents = seen
+        (n, total), latents = stats
         rate = self._ema_rate()
         self.N.lerp_(n, rate)
         self.m.lerp_(total, rate)
@@ -122,7 +121,7 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _init_codebook(self, flat: Tensor) -> None:
-        """Begin with codes at latents of the first batch: random ones far away would never be chosen."""
+        """Set the codes by latents of the first batch: random codes far from all latents would never be chosen."""
         if not self.initialized:
             flat = flat.to(self.m.dtype)
             codes = sample_latents(flat, self.vocab_size)
@@ -132,16 +131,16 @@ class EMAQuantizer(nn.Module):
         self.initialized_on_host = True
 
     def _ema_rate(self) -> Tensor:
-        """Return how far the averages go this time: 1 - γ, or what makes them a_t / (1 - γ^t) with a_0 = 0."""
+        """Weight of new values: 1 - γ; with `debias` (1 - γ) / (1 - γ^t), which stores a_t / (1 - γ^t), a_0 = 0."""
         rate = torch.full_like(self.N[0], 1 - self.decay)
         if self.debias:
             self.updates += 1
             rate = rate / (1 - self.decay ** self.updates.to(rate.dtype))
         return rate
 
-    def _revive(self, flat: Tensor, dead: Tensor) -> None:
-        fresh = sample_latents(flat, self.vocab_size)
-        average = max(1 - self.decay, self.revive)  # with less it would be dead again before anyone saw it
-        # The sums move together with the code: a code revived without them falls back at the next update.
-        self.N.masked_fill_(dead, average)
-        self.m.copy_(torch.where(dead[:, None], fresh * average, self.m))
+    def _revive(self, latents: Tensor, dead: Tensor) -> None:
+        """Set N and m of dead codes; `update` computes the codes from them."""
+        samples = sample_latents(latents, self.vocab_size)
+        count = max(1 - self.decay, self.revive)  # below `revive` the code would be dead again at once
+        self.N.masked_fill_(dead, count)
+        self.m.copy_(torch.where(dead[:, None], samples * count, self.m))

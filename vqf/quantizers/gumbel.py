@@ -1,7 +1,7 @@
-"""Gumbel-softmax: the encoder gives a distribution over codes, training draws from it.
+"""Gumbel-softmax quantization: latents become a distribution over codes, from which training samples.
 
 Categorical Reparameterization with Gumbel-Softmax, https://arxiv.org/abs/1611.01144; as a quantizer in Zero-Shot
-Text-to-Image Generation (DALL-E), https://arxiv.org/abs/2102.12092, and in the published VQGAN with 8 pixels a code.
+Text-to-Image Generation (DALL-E), https://arxiv.org/abs/2102.12092, and in the published VQGAN with stride 8.
 """
 
 import math
@@ -17,22 +17,22 @@ from vqf.registry import register
 
 @register("quantizer", "gumbel")
 class GumbelQuantizer(nn.Module):
-    """Codes are drawn in training, the likeliest is taken in eval mode, https://arxiv.org/abs/1611.01144.
+    """Samples codes in training, takes the most likely one in eval mode, https://arxiv.org/abs/1611.01144.
 
-    y = softmax((l + g) / τ) with logits l and Gumbel noise g. The code of VQGAN draws g in eval mode as well, so
-    that one image has many encodings; here g = 0 then, and `lookup` gives back what was encoded.
+    y = softmax((l + g) / τ) with logits l and Gumbel noise g. In eval mode g = 0, so that an image has one encoding;
+    the code of VQGAN samples g there, too.
 
     Args:
-        dim: Channels of a code, and of the latents that a 1x1 convolution turns into logits.
-        codebook_size: Number of codes, 8192 in the published VQGAN.
-        straight_through: Take one code and the gradient of y; otherwise training mixes all codes by y.
-        kl_weight: Weight of KL(softmax(l) | uniform); the published VQGAN has 1e-8.
-        temperature_start: τ.
-        temperature_end: τ after `anneal_steps`; the published VQGAN goes from 0.9 to 1e-6.
-        anneal_steps: Optimizer steps over which τ falls along half a cosine; 0 keeps it where it starts.
+        dim: Channels of a code vector and of the latents, from which a 1x1 convolution computes l; at least 1.
+        codebook_size: Number of codes, at least 1; 8192 in the published VQGAN.
+        straight_through: Whether training uses one code with the gradient of y, or the mean of all codes weighted by y.
+        kl_weight: Weight of KL(softmax(l) | uniform); 1e-8 in the published VQGAN.
+        temperature_start: τ at the start, above 0.
+        temperature_end: τ after `anneal_steps`, above 0; from 0.9 to 1e-6 in the published VQGAN.
+        anneal_steps: Optimizer steps over which τ falls along half a cosine; 0 keeps `temperature_start`.
     """
 
-    steps: Tensor
+    steps: Tensor  # () int64, optimizer steps so far
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class GumbelQuantizer(nn.Module):
         check_positive(dim=dim, codebook_size=codebook_size)
         if not (temperature_start > 0 and temperature_end > 0):
             raise ValueError(
-                f"temperature_start={temperature_start} and temperature_end={temperature_end} divide; both are above 0"
+                f"temperature_start={temperature_start} and temperature_end={temperature_end} must be above 0"
             )
         self.dim, self.vocab_size = dim, codebook_size
         self.straight_through, self.kl_weight = straight_through, kl_weight
@@ -72,22 +72,22 @@ class GumbelQuantizer(nn.Module):
         return Quantized(latents, indices, self.kl_weight * kl, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """End an optimizer step, as which the temperature counts it."""
+        """Finish an optimizer step: advance the temperature's schedule."""
         self.steps += 1
         return {}
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes (B, dim, h, w) of indices (B, h, w)."""
+        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return self.codebook(indices).movedim(-1, 1)
 
     def _embed(self, y: Tensor, indices: Tensor) -> Tensor:
-        """Mix the codes by y (B, V, h, w), or take one of them and, for the gradient, the mixture."""
+        """The code vectors of the indices, with the gradient of their mean weighted by y (B, V, h, w); or that mean."""
         if self.training and not self.straight_through:
             return _mix(y, self.codebook.weight)
         if not y.requires_grad:
             return self.lookup(indices)
-        mixed = _mix(y, self.codebook.weight.detach())
-        return self.lookup(indices) + (mixed - mixed.detach())
+        mean = _mix(y, self.codebook.weight.detach())
+        return self.lookup(indices) + (mean - mean.detach())
 
     def _kl(self, logits: Tensor) -> Tensor:
         q = logits.softmax(1)

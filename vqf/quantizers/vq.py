@@ -1,4 +1,4 @@
-"""VQ: the nearest entry of a codebook learned by gradient.
+"""VQ-VAE's vector quantization: the nearest code vector of a codebook that is trained by gradient.
 
 Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, equation 3:
 log p(x|z_q) + |sg[z_e] - e|² + β |z_e - sg[e]|².
@@ -19,19 +19,19 @@ from vqf.registry import register
 
 @register("quantizer", "vq")
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry, straight-through gradient, https://arxiv.org/abs/1711.00937.
+    """Nearest code vector, straight-through gradient, https://arxiv.org/abs/1711.00937.
 
     Args:
-        dim: Channels of a code (embed_dim).
-        codebook_size: Number of codes (n_embed).
-        beta: The weight on one of the two terms of the loss, 0.25 in both papers.
-        beta_placement: Which term: "commitment" is the equation; "codebook" is what the code of VQGAN does
-            (`legacy=True`) and every published VQGAN was trained with, a commitment weight of 1 in effect.
-        weight: Weight of the two terms together in the total loss (codebook_weight).
-        revive: A code that is chosen less often a step than this, by a moving average, is moved to a random latent
-            of the batch; 0 never revives.
-        init: Where codes begin, after the first step: at latents of its batch, or at the means of a few rounds of
-            k-means from there; by default where they are drawn, as published.
+        dim: Channels of a code vector (embed_dim), at least 1.
+        codebook_size: Number of codes (n_embed), at least 1.
+        beta: β, the weight of one of the two terms of the loss; 0.25 in the papers of VQ-VAE and VQGAN.
+        beta_placement: The term that β multiplies. `commitment` is the equation. `codebook` is the code of VQGAN
+            (`legacy=True`), with which every published VQGAN was trained: a commitment weight of 1.
+        weight: Weight of both terms in the total loss (codebook_weight).
+        revive: A code is moved to a random latent of the batch if the moving average of its occurrences a step is below
+            this, at least 0; 0 never revives.
+        init: Initial codes, set after the first step: `latents` of its batch, or `kmeans` centers of them; by default
+            random, as published.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class VectorQuantizer(nn.Module):
         return Quantized(self.estimate_gradient(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """End an optimizer step: move codes that nobody uses, if asked to; returns how many."""
+        """Finish an optimizer step: initialize or revive codes, if either is on. Returns `revived` for the log."""
         return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
     def estimate_gradient(self, z: Tensor, e: Tensor) -> Tensor:
-        """Return the codes `e`, with an estimate of their gradient for the latents `z`: the straight-through one."""
+        """The code vectors `e`, with an estimate of the gradient for the latents `z`: here the straight-through one."""
         return straight_through(z, e)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes (B, dim, h, w) of indices (B, h, w)."""
+        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return rearrange(self.codebook(indices), "b h w d -> b d h w")

@@ -1,4 +1,4 @@
-"""Stage 2: priors over token sequences, their conditioners, and sampling from them."""
+"""Stage 2: priors over token sequences, conditioners, and samplers."""
 
 from vqf.transformers import gpt, llama
 from vqf.transformers.conditioners import coordinates, label, spatial

@@ -1,8 +1,8 @@
-"""The GPT that models the codes of a VQGAN.
+"""The GPT prior of VQGAN.
 
-Language Models are Unsupervised Multitask Learners, Radford et al., 2019 (GPT-2), in the form of minGPT that
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, uses: learned positions,
-layer norm before attention and MLP, exact GELU, an output head of its own.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, uses minGPT, a form of GPT-2
+(Language Models are Unsupervised Multitask Learners, Radford et al., 2019): learned positions, layer norm before
+attention and MLP, exact GELU, an output head that shares no weights with the embedding.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: attention and MLP, each normalised before and added after."""
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -59,16 +59,17 @@ class GPT(CausalTransformer):
     """An autoregressive transformer over [prefix; tokens].
 
     Args:
-        layers: Blocks.
-        heads: Attention heads; they divide `dim`.
+        layers: Number of blocks.
+        heads: Attention heads; their number divides `dim`.
         dim: Width of the residual stream.
-        dropout: Of the embeddings, the attention weights and both residual branches.
-        pkeep: In training each input token stays with this probability and is otherwise a uniformly random
-            code. The targets stay clean, the prefix is never touched.
-        unmasked_prefix: Whether the prefix sees all of itself (true), or how many tokens of it do; causal otherwise.
-        shared_vocabulary: Embed the prefix with the table of the codes, as taming-transformers does: id k of a
-            condition is then the same vector as code k.
-        gradient_checkpointing: Keep only the input of every block for the backward pass, which runs it again: less
+        dropout: Rate in [0, 1) at the embeddings, the attention weights and both residual branches.
+        pkeep: In training each input token is kept with this probability, and else replaced by a uniformly random one.
+            Targets and prefix are not.
+        unmasked_prefix: Tokens of the prefix that all see each other: true for all, or their number. The others attend
+            causally.
+        shared_vocabulary: Embed the prefix with the table of the tokens, as taming-transformers does: prefix id k gets
+            the same vector as token k.
+        gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
             memory, up to a third more work, the same gradients.
     """
 
@@ -110,11 +111,11 @@ class GPT(CausalTransformer):
         self.apply(_init_weights)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Return what the last block makes of embedded ids (B, T, dim) at some positions."""
+        """Pass embedded ids (B, T, dim) at some positions through the blocks."""
         return self.apply_blocks(self.dropout(x + self.position_embedding[:, positions]), attention_fns)
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the tokens (B, N) in nats, computed in float32 or better."""
+        """Mean cross-entropy of the tokens (B, N), in nats."""
         return cross_entropy(self(self._corrupt(tokens), prefix), tokens)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:
@@ -137,9 +138,9 @@ def _check_sizes(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if not 0 <= pkeep <= 1:
-        raise ValueError(f"pkeep is a probability, not {pkeep}")
+        raise ValueError(f"pkeep must be in [0, 1], not {pkeep}")
     if prefix_length < 1:
-        raise ValueError("a prior needs at least one token in front; model/conditioner=none gives a start token")
+        raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")
     if not 0 <= bidirectional_prefix <= prefix_length:
         raise ValueError(
             f"unmasked_prefix must be from 0 to {prefix_length}, the prefix's length, not {bidirectional_prefix}"

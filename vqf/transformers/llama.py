@@ -1,10 +1,9 @@
 """The Llama-style prior of LlamaGen.
 
 Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, https://arxiv.org/abs/2406.06525: RMS norm
-before attention and MLP, SwiGLU (https://arxiv.org/abs/2002.05202), rotary positions
-(https://arxiv.org/abs/2104.09864) of which half of a head turns with the row and half with the column, no biases,
-an output head that starts at zero. Optional here: queries and keys normalised per head
-(https://arxiv.org/abs/2302.05442).
+before attention and MLP, SwiGLU (https://arxiv.org/abs/2002.05202), 2-D rotary position embedding
+(https://arxiv.org/abs/2104.09864; half of a head for rows, half for columns), no biases, an output head initialized to
+zero. Optional here: QK norm (https://arxiv.org/abs/2302.05442).
 """
 
 import itertools
@@ -24,25 +23,25 @@ EPS = 1e-5
 
 
 def rotary_angles(positions: Sequence[GridPosition | None], head_dim: int, base: float) -> Tensor:
-    """Return the rotation of tokens at some places (n, head_dim / 2), in radians.
+    """Rotation angles of tokens (n, head_dim / 2), in radians.
 
-    The first half of a row turns with the token's row, the second with its column, each at the frequencies
-    base^(-2 k / (head_dim / 2)). A token without a place is not turned; LlamaGen, which knows no others in front, sets
-    their queries and keys to 0 instead, so that every token heeds them equally.
+    The first half of each row is the token's row times the frequencies base^(-2 k / (head_dim / 2)), the second half
+    its column times the same. A token without a position is not rotated. (LlamaGen, whose prefix never has positions,
+    sets queries and keys of the prefix to 0 instead: every token then attends to it equally.)
     """
     frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
-    turns = torch.tensor([place or (0.0, 0.0) for place in positions], dtype=torch.float64)
-    return (turns[:, :, None] * frequencies).flatten(1)
+    coordinates = torch.tensor([position or (0.0, 0.0) for position in positions], dtype=torch.float64)
+    return (coordinates[:, :, None] * frequencies).flatten(1)
 
 
 def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x (..., T, d) by a rotation (2, T, d / 2), cosines and sines."""
-    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation  # float32, whatever the precision around it
+    """Rotate pairs of neighboring channels of x (..., T, d) by the cosines and sines (2, T, d / 2)."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation  # `rotation` is float32, so products are
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head self-attention with rotary position embedding."""
 
     def __init__(self, dim: int, heads: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added after."""
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -94,18 +93,18 @@ class Block(nn.Module):
 
 @register("prior", "llama")
 class Llama(CausalTransformer):
-    """An autoregressive transformer over [prefix; tokens] that knows rows and columns of the grid.
+    """An autoregressive transformer over [prefix; tokens] with 2-D rotary positions.
 
-    A token of the prefix that speaks of a place, as a map's code does, is turned as the image's code there is.
+    A prefix token with a position in the image, as those of a condition map, is rotated like the image token there.
 
     Args:
-        layers: Blocks.
-        heads: Attention heads; `dim` divided by their number is a multiple of 4.
+        layers: Number of blocks.
+        heads: Attention heads; `dim` is a multiple of 4 times their number.
         dim: Width of the residual stream.
-        multiple_of: The MLP's hidden width is 8/3 of `dim`, rounded up to a multiple of this.
-        base: Of the rotations' frequencies.
-        qk_norm: Normalise queries and keys, which keeps large models stable; LlamaGen does not.
-        dropout: Of the embeddings, the attention weights and both residual branches; LlamaGen's is 0.1.
+        multiple_of: The hidden width of the MLP is 8/3 of `dim`, rounded up to a multiple of this.
+        base: Base of the rotation frequencies, above 0.
+        qk_norm: Normalize queries and keys of each head, which keeps large models stable; LlamaGen does not.
+        dropout: Rate in [0, 1) at the embeddings, the attention weights and both residual branches; 0.1 in LlamaGen.
         gradient_checkpointing: As for `gpt`.
     """
 
@@ -141,13 +140,13 @@ class Llama(CausalTransformer):
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         cells = itertools.product(map(float, range(grid[0])), map(float, range(grid[1])))
-        turned = rotary_angles([*prefix_positions, *cells], dim // heads, base)
-        self.register_buffer("rotation", torch.stack((turned.cos(), turned.sin())).float(), persistent=False)
+        angles = rotary_angles([*prefix_positions, *cells], dim // heads, base)
+        self.register_buffer("rotation", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
         self.apply(_init_weights)
         nn.init.zeros_(self.head.weight)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Return what the last block makes of embedded ids (B, T, dim) at some positions."""
+        """Pass embedded ids (B, T, dim) at some positions through the blocks."""
         return self.apply_blocks(self.dropout(x), attention_fns, self.rotation[:, positions])
 
 
@@ -165,7 +164,7 @@ def _check_sizes(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if prefix_length < 1:
-        raise ValueError("a prior needs at least one token in front; model/conditioner=none gives a start token")
+        raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -231,13 +231,13 @@ def mistakes() -> list[Any]:
             lambda: build(
                 "conditioner", {"name": "spatial"}, grid=(4, 6), tokenizer=FakeCodec(), open_tokenizer=FakeCodec
             ),
-            "name its run",
+            "give the run of",
         ),
         (lambda: conditioner("spatial", dropout=1.0), "dropout must be in"),
-        (lambda: conditioner("spatial", downsample=3), "does not divide into codes of 6 pixels"),
+        (lambda: conditioner("spatial", downsample=3), "does not divide into cells of 6 pixels"),
         (lambda: conditioner("coordinates", columns=0), "rows and columns must be at least 1, not 32 and 0"),
         (lambda: conditioner("image", factor=0), "factor must be at least 1"),
-        (lambda: conditioner("spatial")(Batch(labels=torch.zeros(2))), "no maps beside its images"),
+        (lambda: conditioner("spatial")(Batch(labels=torch.zeros(2))), "the data has no condition maps"),
         (lambda: conditioner("image", factor=1)(Batch(labels=torch.zeros(2))), "needs an image"),
         (lambda: conditioner("spatial")(Batch(conditions=maps(1, 8, 8))), "16 codes, the prior was trained with 24"),
     ]

@@ -1,1 +1,1 @@
-"""Conditioners: what a prior is told about an image, as tokens in front of it."""
+"""Conditioners: conditions as prefix tokens in front of the tokens of an image."""

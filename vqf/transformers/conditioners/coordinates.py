@@ -1,7 +1,6 @@
-"""Conditions that say something about every place of an image.
+"""Conditioning on the coordinates of an image crop.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a map is
-turned into codes by a tokenizer of its own, and those are put in front of the codes of the image.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, and `CoordStage` of its code.
 """
 
 import torch
@@ -15,13 +14,13 @@ from vqf.transformers.conditioners.spatial import _cell_centers
 
 @register("conditioner", "coordinates")
 class CoordinatesConditioner(nn.Module):
-    """Where in the whole image every code stands; a crop, and a window, thus knows what it is a part of.
+    """The position of every token in the full image, so that the prior knows where a crop or window is.
 
-    `CoordStage` of taming-transformers, with rows and columns that no image size mixes up.
+    `CoordStage` of taming-transformers, except that bins are fractions of height and width, independent of the size.
 
     Args:
-        rows: Steps that the height of the whole image is divided into; 1 tells nothing of it.
-        columns: Steps that its width is divided into.
+        rows: Bins of the height of the full image, at least 1; 1 hides the row.
+        columns: Bins of its width, at least 1.
     """
 
     batch_field = "crop_boxes"
@@ -35,13 +34,14 @@ class CoordinatesConditioner(nn.Module):
         self.length, self.vocab_size = len(self.positions), rows * columns
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return (B, h * w): row step times `columns`, plus column step, of the centre of every code."""
-        places = batch.crop_boxes_or_full().to(torch.float32)
-        rows, columns = (self._bin_indices(places[:, i], places[:, i + 2], self.grid[i], self.bins[i]) for i in (0, 1))
+        """Prefix (B, h * w): row bin * `columns` + column bin of the center of every token."""
+        boxes = batch.crop_boxes_or_full().to(torch.float32)
+        rows, columns = (self._bin_indices(boxes[:, i], boxes[:, i + 2], self.grid[i], self.bins[i]) for i in (0, 1))
         return rearrange(rows[:, :, None] * self.bins[1] + columns[:, None, :], "b h w -> b (h w)")
 
     @staticmethod
     def _bin_indices(first: Tensor, last: Tensor, count: int, bins: int) -> Tensor:
-        centres = (torch.arange(count, device=first.device) + 0.5) / count
-        shares = first[:, None] + (last - first)[:, None] * centres
-        return (shares * bins).long().clamp(0, bins - 1)
+        """Bins (B, count) of the centers of `count` cells between the fractions `first` and `last` (B,)."""
+        centers = (torch.arange(count, device=first.device) + 0.5) / count
+        fractions = first[:, None] + (last - first)[:, None] * centers
+        return (fractions * bins).long().clamp(0, bins - 1)

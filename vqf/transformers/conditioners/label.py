@@ -1,4 +1,7 @@
-"""What stage 2 is told about an image: tokens in front of its codes."""
+"""Conditioning on nothing, or on a class label.
+
+Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598: label dropout.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from vqf.registry import register
 
 @register("conditioner", "none")
 class NoCondition(nn.Module):
-    """A start token and nothing else."""
+    """A start token."""
 
     vocab_size = 1
     length = 1
@@ -18,7 +21,7 @@ class NoCondition(nn.Module):
         super().__init__()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return (B, 1) zeros."""
+        """Prefix (B, 1) of zeros."""
         return torch.zeros(len(batch), 1, dtype=torch.int64, device=batch.any_field.device)
 
 
@@ -27,8 +30,8 @@ class LabelConditioner(nn.Module):
     """The class as one token.
 
     Args:
-        dropout: Share of the labels that training replaces by one more class, `null_class`, which stands for any class
-            (Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598). 0 adds no such class.
+        dropout: Fraction in [0, 1) of labels that training replaces by one more class, the null class, for guidance
+            (Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598). 0 adds no null class.
     """
 
     length = 1
@@ -44,11 +47,11 @@ class LabelConditioner(nn.Module):
         self.vocab_size = num_classes + bool(dropout)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the labels as (B, 1)."""
+        """Prefix (B, 1): the labels."""
         return self._labels(batch)
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """Return the prefix (B, 1) of no condition, or None if the prior has never seen one."""
+        """Prefix (B, 1) of the null class; None if there is none."""
         if self.null_class is None:
             return None
         return torch.full_like(self._labels(batch), self.null_class)

@@ -1,7 +1,7 @@
-"""Conditions that say something about every place of an image.
+"""Conditioning on an image: a condition map, a low-resolution image, or edges.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a map is
-turned into codes by a tokenizer of its own, and those are put in front of the codes of the image.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a tokenizer
+encodes the condition, and its indices are the prefix.
 """
 
 import itertools
@@ -23,75 +23,82 @@ OpenTokenizer = Callable[[str], ImageCodec]
 
 
 class _TokenizedConditioner(nn.Module):
-    """What conditioners share that put the codes of some image in front."""
+    """Base of conditioners whose prefix is the indices of an image.
 
-    name: str  # under which a batch keeps the codes
-    batch_field: str  # of the batch, that has the images
-    size_multiple: int  # pixels of a code
+    Args:
+        vocab_size: Of the condition's tokenizer.
+        grid: Height and width in cells of the image to be sampled.
+        stride: Pixels per cell and side of that image.
+        size_multiple: The same of the condition: pixels of the sampled image per cell and side of the condition.
+        dropout: Fraction in [0, 1) of conditions that training replaces by the null index, which is added if above 0.
+    """
+
+    name: str  # key of the indices in `Batch.condition_indices`
+    batch_field: str  # field of a batch that holds the condition images
 
     def __init__(self, vocab_size: int, grid: Size, stride: int, size_multiple: int, dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-        self.positions, self.stride, self.size_multiple = (
-            _cell_centers(grid, stride, size_multiple),
-            stride,
-            size_multiple,
-        )
+        self.stride, self.size_multiple = stride, size_multiple
+        self.positions = _cell_centers(grid, stride, size_multiple)
         self.length, self.dropout = len(self.positions), dropout
         self.null_index = vocab_size if dropout else None
         self.vocab_size = vocab_size + bool(dropout)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Return the batch with the codes (B, h, w) of its images."""
+        """Add the indices (B, h, w) of the condition images to `condition_indices`."""
         return replace(batch, condition_indices={**batch.condition_indices, self.name: self.encode(batch)})
 
     def prepare_shifted(self, batch: Batch) -> Batch:
-        """Return the batch with the codes (B, p, p, h, w) of its images, p codes of the image being one of these.
+        """Add the indices (B, p, p, h, w) of shifted condition images, p = size_multiple / stride.
 
-        [:, i, j] are those without the first i rows and j columns of the image's codes, for windows that start there.
-        One without a whole p has nothing between its codes that fits, and is prepared as it stands.
+        [:, i, j] are those of the condition without its first i rows and j columns of image cells, for windows that
+        start there: a window may start at any image cell, but a cell of the condition covers p by p of them. Without an
+        integer p above 1 this is `prepare`.
         """
-        images, steps = getattr(batch, self.batch_field), self.size_multiple // self.stride
-        if images is None or steps < 2 or self.size_multiple % self.stride:
+        images, p = getattr(batch, self.batch_field), self.size_multiple // self.stride
+        if images is None or p < 2 or self.size_multiple % self.stride:
             return self.prepare(batch)
-        every = []
-        for i, j in itertools.product(range(steps), repeat=2):
+        shifts = []
+        for i, j in itertools.product(range(p), repeat=2):
             down, right = i * self.stride, j * self.stride
-            # As large as before, so that an encoder works as on the whole; no window reads the codes of what is added.
+            # Padded to the same size, so that the encoder works as on the unshifted image. No window reads the padding.
             shifted = F.pad(images[..., down:, right:], (0, right, 0, down), mode="replicate")
-            every.append(self.encode(replace(batch, **{self.batch_field: shifted})))  # type: ignore[arg-type]
-        codes = rearrange(every, "(p q) b h w -> b p q h w", p=steps)
-        return replace(batch, condition_indices={**batch.condition_indices, self.name: codes})
+            shifts.append(self.encode(replace(batch, **{self.batch_field: shifted})))  # type: ignore[arg-type]
+        indices = rearrange(shifts, "(p q) b h w -> b p q h w", p=p)
+        return replace(batch, condition_indices={**batch.condition_indices, self.name: indices})
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the codes row by row as (B, M)."""
+        """Prefix (B, M): the condition's indices row by row."""
         if self.name not in batch.condition_indices:
             batch = self.prepare(batch)
-        codes = rearrange(batch.condition_indices[self.name], "b h w -> b (h w)")
-        if codes.shape[1] != self.length:
-            raise UserError(f"the condition has {codes.shape[1]} codes, the prior was trained with {self.length}")
-        return codes
+        prefix = rearrange(batch.condition_indices[self.name], "b h w -> b (h w)")
+        if prefix.shape[1] != self.length:
+            raise UserError(f"the condition has {prefix.shape[1]} tokens, the prior was trained with {self.length}")
+        return prefix
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """Return the prefix (B, M) of no condition, or None if the prior has never seen one."""
+        """Prefix (B, M) of the null index; None if there is none."""
         if self.null_index is None:
             return None
         return torch.full((len(batch), self.length), self.null_index, device=batch.any_field.device)
 
     def encode(self, batch: Batch) -> Tensor:
+        """Indices (B, h, w) of the condition images of a batch."""
         raise NotImplementedError
 
 
 @register("conditioner", "spatial")
 class SpatialConditioner(_TokenizedConditioner):
-    """The codes of a map of the same place, by the map's own tokenizer.
+    """A condition map of the image, such as depth or classes, encoded by its own tokenizer.
 
     Args:
-        run: The run of the map's tokenizer, of `pipeline=stage1 target=condition`; if null, `pipeline=full` trains one.
-        downsample: Shrink the map by this factor before it is encoded: fewer codes in front (`downsample_cond_size` of
-            taming-transformers).
-        dropout: Share of the maps that training hides, so that guidance works.
+        run: The run of the map's tokenizer (`pipeline=stage1 target=condition`). Required, except that `pipeline=full`
+            trains one.
+        downsample: Factor, at least 1, by which the map is reduced before it is encoded: fewer prefix tokens
+            (`downsample_cond_size` of taming-transformers).
+        dropout: Fraction in [0, 1) of the maps that training drops, for guidance.
     """
 
     name = "spatial"
@@ -109,37 +116,35 @@ class SpatialConditioner(_TokenizedConditioner):
     ) -> None:
         if run is None:
             raise UserError(
-                "model.conditioner.spatial.run: a map has a tokenizer of its own; name its run, or let pipeline=full "
-                "train it. python -m vqf.run pipeline=stage1 target=condition trains one by itself"
+                "model.conditioner.spatial.run: give the run of the condition map's tokenizer, trained by "
+                "python -m vqf.run pipeline=stage1 target=condition; pipeline=full trains one by itself"
             )
         if downsample < 1:
             raise ValueError(f"downsample must be at least 1, not {downsample}")
-        coder = open_tokenizer(run)
-        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * downsample, dropout)
-        self.tokenizer, self.downsample, self.channels = coder, downsample, coder.channels
+        codec = open_tokenizer(run)
+        super().__init__(codec.vocab_size, grid, tokenizer.stride, codec.stride * downsample, dropout)
+        self.tokenizer, self.downsample, self.channels = codec, downsample, codec.channels
 
     def encode(self, batch: Batch) -> Tensor:
-        """Return the codes (B, h, w) of the maps (B, C, H, W)."""
+        """Indices (B, h, w) of the condition maps (B, C, H, W)."""
         if batch.conditions is None:
-            raise UserError(
-                "conditioner 'spatial': the data has no maps beside its images; data=pairs and data=earth do"
-            )
+            raise UserError("conditioner 'spatial': the data has no condition maps; choose data=pairs or data=earth")
         return self.tokenizer.encode(_downsample(batch.conditions, self.downsample, "nearest"))
 
     def render(self, batch: Batch) -> Tensor:
-        """Draw the maps (B, C, H, W) as their codes keep them."""
+        """The condition maps (B, C, H, W), decoded from their indices."""
         return self.tokenizer.decode(batch.condition_indices[self.name])
 
 
 @register("conditioner", "image")
 class ImageConditioner(_TokenizedConditioner):
-    """The codes of a poorer image of the same thing: a smaller one, or its edges.
+    """A low-resolution view of the image itself, for super-resolution, or its edges.
 
     Args:
-        view: `low_resolution`, or `edges`, the magnitude of the Sobel gradient.
-        factor: How many times smaller its sides are.
-        run: The run of the tokenizer that encodes it; the images' own by default.
-        dropout: Share of the images that training hides, so that guidance works.
+        view: `low_resolution`, or `edges`, their strength by the Sobel operator.
+        factor: Factor, at least 1, by which the sides of the view are reduced.
+        run: The run of the tokenizer that encodes the view; by default the tokenizer of the images.
+        dropout: Fraction in [0, 1) of the views that training drops, for guidance.
     """
 
     name = "image"
@@ -158,47 +163,50 @@ class ImageConditioner(_TokenizedConditioner):
     ) -> None:
         if factor < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
-        coder = tokenizer if run is None else open_tokenizer(run)
-        super().__init__(coder.vocab_size, grid, tokenizer.stride, coder.stride * factor, dropout)
-        # In a list, the images' own is no part of this module: its weights are kept elsewhere.
-        self.shared_tokenizer, self.tokenizer = [tokenizer], None if run is None else coder
+        codec = tokenizer if run is None else open_tokenizer(run)
+        super().__init__(codec.vocab_size, grid, tokenizer.stride, codec.stride * factor, dropout)
+        # A list hides the images' tokenizer from nn.Module: its weights belong to the generator, not to the state here.
+        self.shared_tokenizer, self.tokenizer = [tokenizer], None if run is None else codec
         self.view, self.factor, self.channels = view, factor, tokenizer.channels
 
     @property
     def codec(self) -> ImageCodec:
-        """The tokenizer that encodes what is seen."""
+        """The tokenizer of the view."""
         return self.tokenizer or self.shared_tokenizer[0]
 
     def encode(self, batch: Batch) -> Tensor:
-        """Return the codes (B, h, w) of a view of the images (B, C, H, W)."""
+        """Indices (B, h, w) of the view of the images (B, C, H, W)."""
         if batch.images is None:
-            raise UserError("conditioner 'image' needs an image to look at; condition=image.png gives one")
+            raise UserError("conditioner 'image' needs an image; pass one with condition=image.png")
         return self.codec.encode(self.make_view(batch.images))
 
     def make_view(self, images: Tensor) -> Tensor:
-        """Return what is told of images (B, C, H, W) in [-1, 1]."""
+        """The view of images (B, C, H, W) in [-1, 1], with sides reduced by `factor`."""
         return _downsample(sobel_edges(images) if self.view == "edges" else images, self.factor, "area")
 
     def render(self, batch: Batch) -> Tensor:
-        """Draw what is told, as the codes keep it, as large as the images."""
-        small = self.codec.decode(batch.condition_indices[self.name])
-        return F.interpolate(small, scale_factor=float(self.factor), mode="nearest")
+        """The view, decoded from its indices and enlarged to the size of the images."""
+        view = self.codec.decode(batch.condition_indices[self.name])
+        return F.interpolate(view, scale_factor=float(self.factor), mode="nearest")
 
 
 def sobel_edges(images: Tensor) -> Tensor:
-    """Return the strength of the edges of images (B, C, H, W) in [-1, 1], in the same range and shape."""
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(grey) / 8
-    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])
-    strength = gradient.norm(dim=1, keepdim=True).clamp(max=1)  # the steepest is from -1 to 1 in two pixels
+    """Magnitude of the Sobel gradient of images (B, C, H, W) in [-1, 1], in the same range and shape."""
+    gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(gray) / 8
+    gradient = F.conv2d(gray, torch.stack([sobel, sobel.T])[:, None])
+    strength = gradient.norm(dim=1, keepdim=True).clamp(max=1)  # 1: from -1 to 1 over two pixels
     return (strength * 2 - 1).expand_as(images)
 
 
 def _cell_centers(grid: Size, stride: int, other: int) -> list[GridPosition]:
-    """Return the centres, on a grid of codes of a stride, of the codes of another stride that cover the same pixels."""
+    """Centers of the cells of stride `other`, in the coordinates of a grid of cells of stride `stride`.
+
+    Example: with stride 16 and other 32, a cell covers rows 0 and 1 of the grid, and its center is row 0.5.
+    """
     sides = [side * stride for side in grid]
     if any(side % other for side in sides):
-        raise ValueError(f"a condition of {sides[0]} x {sides[1]} pixels does not divide into codes of {other} pixels")
+        raise ValueError(f"a condition of {sides[0]} x {sides[1]} pixels does not divide into cells of {other} pixels")
     rows, columns = ([((k + 0.5) * other / stride) - 0.5 for k in range(side // other)] for side in sides)
     return list(itertools.product(rows, columns))
 

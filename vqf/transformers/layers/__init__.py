@@ -1,1 +1,1 @@
-"""Layers that the priors share: causal attention and its key-value caches."""
+"""Shared by the priors: the causal transformer, and its key-value caches."""

@@ -1,1 +1,1 @@
-"""Samplers: drawing tokens from a prior, with filters, guidance and sliding windows."""
+"""Samplers and scorers: filters, guidance, autoregressive sampling and sliding windows."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.registry import register
-from vqf.transformers.layers.causal import CausalTransformer, cross_entropy
+from vqf.transformers.layers.causal import CausalTransformer, check_options, cross_entropy
 from vqf.transformers.layers.kv_cache import AttentionFn
 
 
@@ -93,7 +93,8 @@ class GPT(CausalTransformer):
         if not isinstance(unmasked_prefix, int):
             raise ValueError(f"unmasked_prefix must be true, false or a number of tokens, not {unmasked_prefix}")
         self.bidirectional_prefix = prefix_length if unmasked_prefix is True else int(unmasked_prefix)
-        _check_sizes(layers, heads, dim, dropout, pkeep, prefix_length, self.bidirectional_prefix)
+        check_options(dropout, prefix_length, layers=layers, heads=heads, dim=dim)
+        _check_options(heads, dim, pkeep, prefix_length, self.bidirectional_prefix)
         if shared_vocabulary and prefix_vocab > vocab_size:
             raise ValueError(
                 f"shared_vocabulary=true: the prefix has {prefix_vocab} ids and the codebook only {vocab_size}; "
@@ -125,22 +126,13 @@ class GPT(CausalTransformer):
         return torch.where(kept, tokens, torch.randint_like(tokens, self.vocab_size))
 
 
-def _check_sizes(
-    layers: int, heads: int, dim: int, dropout: float, pkeep: float, prefix_length: int, bidirectional_prefix: int
-) -> None:
-    for name, size in (("layers", layers), ("heads", heads), ("dim", dim)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
+def _check_options(heads: int, dim: int, pkeep: float, prefix_length: int, bidirectional_prefix: int) -> None:
     if dim % heads:
         raise ValueError(
             f"heads={heads} must divide dim={dim}; the nearest dim that fits is {_nearest_multiple(dim, heads)}"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if not 0 <= pkeep <= 1:
         raise ValueError(f"pkeep must be in [0, 1], not {pkeep}")
-    if prefix_length < 1:
-        raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")
     if not 0 <= bidirectional_prefix <= prefix_length:
         raise ValueError(
             f"unmasked_prefix must be from 0 to {prefix_length}, the prefix's length, not {bidirectional_prefix}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqf.batch import GridPosition, Size
 from vqf.registry import register
-from vqf.transformers.layers.causal import CausalTransformer
+from vqf.transformers.layers.causal import CausalTransformer, check_options
 from vqf.transformers.layers.kv_cache import AttentionFn
 
 EPS = 1e-5
@@ -128,7 +128,8 @@ class Llama(CausalTransformer):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(layers, heads, dim, multiple_of, base, dropout, len(prefix_positions))
+        check_options(dropout, len(prefix_positions), layers=layers, heads=heads, dim=dim, multiple_of=multiple_of)
+        _check_options(heads, dim, base)
         assert length == grid[0] * grid[1]
         self.vocab_size, self.length, self.prefix_length = vocab_size, length, len(prefix_positions)
         self.gradient_checkpointing = gradient_checkpointing
@@ -150,21 +151,12 @@ class Llama(CausalTransformer):
         return self.apply_blocks(self.dropout(x), attention_fns, self.rotation[:, positions])
 
 
-def _check_sizes(
-    layers: int, heads: int, dim: int, multiple_of: int, base: float, dropout: float, prefix_length: int
-) -> None:
-    for name, size in (("layers", layers), ("heads", heads), ("dim", dim), ("multiple_of", multiple_of)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
+def _check_options(heads: int, dim: int, base: float) -> None:
     if dim % (4 * heads):
         near = max(round(dim / (4 * heads)), 1) * 4 * heads
         raise ValueError(f"dim={dim} must be a multiple of 4 * heads = {4 * heads}; the nearest that fits is {near}")
     if not base > 0:
         raise ValueError(f"base must be above 0, not {base}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-    if prefix_length < 1:
-        raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -312,7 +312,7 @@ def test_crop_reads_a_grid_row_by_row() -> None:
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
     prefix = torch.tensor([[0]])
-    with pytest.raises(UserError, match="narrower than the window of 4 x 4; draw at least 4 columns"):
+    with pytest.raises(UserError, match="narrower than the window of 4 x 4; sample at least 4 columns"):
         sampler((4, 4))(gpt(16), prefix, (8, 3), seed=0)
     with pytest.raises(UserError, match=r"sampler\.window=\[4,5\]: it has 20 tokens, the prior models 16"):
         sampler((4, 5))(gpt(16), prefix, (8, 8), seed=0)

@@ -143,8 +143,8 @@ class SlidingWindowSampler(LogitSampler):
     def _fit_window(window: Size, grid: Size, prior: Any) -> Size:
         if grid[1] < window[1]:
             raise UserError(
-                f"sampler=sliding_window: a grid of {grid[0]} x {grid[1]} codes is narrower than the window of "
-                f"{window[0]} x {window[1]}; draw at least {window[1]} columns"
+                f"sampler=sliding_window: a grid of {grid[0]} x {grid[1]} tokens is narrower than the window of "
+                f"{window[0]} x {window[1]}; sample at least {window[1]} columns"
             )
         window = (min(window[0], grid[0]), window[1])  # fewer rows are the start of a sequence that was trained on
         length = getattr(prior, "length", window[0] * window[1])

@@ -71,8 +71,8 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("pipeline", "import"): {"path": "somewhere"},
 }
 PLACES = {"vgg": "vgg.safetensors", "images": "images", "pairs": "pairs", "shards": "shards"}
-PLACES["shard_pairs"] = "shards"  # whose samples have a map each, which `data=shards` leaves alone
-LARGE = 200_000  # trained parameters; with more, a component wants smaller options in the table
+PLACES["shard_pairs"] = "shards"  # samples with condition maps, which `data=shards` ignores
+MAX_PARAMETERS = 200_000  # trained ones; a larger component needs smaller options in the table
 SIZE = 32  # pixels
 
 every = {kind: pytest.mark.parametrize("name", component_names(kind)) for kind in KINDS}
@@ -82,7 +82,7 @@ every_sampler = pytest.mark.parametrize("sampler", component_names("sampler"))
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the table's options in braces stand for: random weights of VGG16, a folder of images in two classes."""
+    """Files and folders for the table's options in braces: random weights of VGG16, images in two classes, shards."""
     from torchvision.models.vgg import cfgs, make_layers
 
     folder = tmp_path_factory.mktemp("contracts")
@@ -90,18 +90,18 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     vgg = make_layers(cfgs["D"]).state_dict()
     save_file({f"features.{key}": value for key, value in vgg.items()}, folder / "vgg.safetensors")
     for i in range(24):
-        place = folder / "images" / f"class{i % 2}" / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (20 + i, 50 - i, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(place)
-    for part in ("images", "conditions"):
-        shutil.copytree(folder / "images", folder / "pairs" / part)
+        Image.fromarray(pixels.numpy()).save(path)
+    for subfolder in ("images", "conditions"):
+        shutil.copytree(folder / "images", folder / "pairs" / subfolder)
     (folder / "shards").mkdir()
-    for part, first in (("train", 0), ("validation", 16)):
-        with tarfile.open(folder / "shards" / f"{part}-000000.tar", "w:") as tar:
+    for split_name, first in (("train", 0), ("validation", 16)):
+        with tarfile.open(folder / "shards" / f"{split_name}-000000.tar", "w:") as tar:
             for i in range(first, first + 8):
-                for ending in ("png", "condition.png"):
-                    tar.add(folder / "images" / f"class{i % 2}" / f"{i}.png", f"{i}.{ending}")
+                for extension in ("png", "condition.png"):
+                    tar.add(folder / "images" / f"class{i % 2}" / f"{i}.png", f"{i}.{extension}")
     return {f"{{{name}}}": str(folder / file) for name, file in PLACES.items()}
 
 
@@ -115,7 +115,9 @@ def build(places: dict[str, str]) -> Any:
         component = registry.build(kind, {"name": name, **options}, **wired)
         if isinstance(component, nn.Module):
             count = sum(parameter.numel() for parameter in component.parameters() if parameter.requires_grad)
-            assert count < LARGE, f"{kind} '{name}' has {count} parameters here: give it smaller options in TINY"
+            assert count < MAX_PARAMETERS, (
+                f"{kind} '{name}' has {count} parameters here: give it smaller options in TINY"
+            )
         return component
 
     return built
@@ -134,10 +136,10 @@ def is_number(value: Tensor) -> bool:
 
 
 def gradient(output: Tensor, source: Tensor) -> Tensor:
-    """The gradient at `source` of a random weighing of what came out."""
-    (found,) = torch.autograd.grad((output * noise(*output.shape, seed=9).to(output.dtype)).sum(), source)
-    assert found.isfinite().all()
-    return found
+    """The gradient of a random linear function of `output`, at `source`."""
+    (grad,) = torch.autograd.grad((output * noise(*output.shape, seed=9).to(output.dtype)).sum(), source)
+    assert grad.isfinite().all()
+    return grad
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -146,7 +148,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def test_the_table_has_what_every_component_needs() -> None:
     registered = {(kind, each.name): each for kind in KINDS for each in components(kind)}
-    assert TINY.keys() <= registered.keys(), "the table names something that is not registered"
+    assert TINY.keys() <= registered.keys(), "the table has a component that is not registered"
     for key, component in registered.items():
         needed = {name for name, parameter in component.options.items() if parameter.default is parameter.empty}
         assert needed <= TINY.get(key, {}).keys(), f"{component} cannot be built without options in TINY"
@@ -179,8 +181,8 @@ def test_decoder_contract(build: Any, name: str) -> None:
     torch.testing.assert_close(decoder(latents[1:2]), images[1:2])
 
 
-class Given(nn.Module):
-    """An encoder that gives what it is shown."""
+class IdentityCoder(nn.Module):
+    """An encoder and decoder that returns its input."""
 
     dim, stride = 3, 1
 
@@ -189,7 +191,7 @@ class Given(nn.Module):
 
 
 def trained(build: Any, name: str) -> Any:
-    """A quantizer that has seen three batches, in eval mode."""
+    """A quantizer after three training batches, in eval mode."""
     quantizer = build("quantizer", name)
     for seed in range(3):
         quantizer(noise(4, quantizer.dim, 5, 6, seed=seed))
@@ -236,16 +238,16 @@ def test_quantizer_keeps_its_state(build: Any, name: str) -> None:
     other.load_state_dict(before)
     assert torch.equal(other(z).indices, q.indices) and torch.equal(other(z).latents, q.latents)
     torch.manual_seed(1)
-    next_one = quantizer.train()(z)
+    expected = quantizer.train()(z)
     torch.manual_seed(1)
-    next_other = other.train()(z)
-    assert torch.equal(next_one.indices, next_other.indices) and torch.equal(next_one.loss, next_other.loss)
+    resumed = other.train()(z)
+    assert torch.equal(expected.indices, resumed.indices) and torch.equal(expected.loss, resumed.loss)
     assert same(quantizer.state_dict(), other.state_dict())
 
 
 @every["quantizer"]
 def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> None:
-    tokenizer = Tokenizer(Given(), trained(build, name), Given(), (SIZE, SIZE)).eval()  # type: ignore[arg-type]
+    tokenizer = Tokenizer(IdentityCoder(), trained(build, name), IdentityCoder(), (SIZE, SIZE)).eval()  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
         q = tokenizer.quantize(make_images())
         latents = tokenizer.quant_conv(make_images())
@@ -314,12 +316,12 @@ def test_regularizer_contract(build: Any, name: str) -> None:
         term = regularizer(DiscriminatorOutput(discriminator, make_images(), real, fake, step))
         assert is_number(term) and term >= 0
         if step == 0:
-            held_back = torch.autograd.grad(term, list(discriminator.parameters()), allow_unused=True)
-            assert any(each is not None and each.isfinite().all() and each.norm() > 0 for each in held_back)
+            grads = torch.autograd.grad(term, list(discriminator.parameters()), allow_unused=True)
+            assert any(grad is not None and grad.isfinite().all() and grad.norm() > 0 for grad in grads)
     fresh = build("regularizer", name)
     fresh.load_state_dict(regularizer.state_dict())
-    judged = DiscriminatorOutput(discriminator, make_images(), real.detach(), fake.detach(), 3)
-    assert torch.equal(fresh(judged), regularizer(judged))
+    output = DiscriminatorOutput(discriminator, make_images(), real.detach(), fake.detach(), 3)
+    assert torch.equal(fresh(output), regularizer(output))
 
 
 def a_batch(count: int = 4) -> Batch:
@@ -333,21 +335,21 @@ def a_batch(count: int = 4) -> Batch:
     )
 
 
-CELL = 4  # pixels of an image's code
+CELL = 4  # pixels per token and side
 
 
 class Brightness:
-    """A tokenizer without weights: a code is how bright a cell is."""
+    """A tokenizer without weights: the index of a cell is its brightness."""
 
     vocab_size, stride, channels = 9, CELL, 3
 
     def encode(self, images: Tensor) -> Tensor:
-        grey = torch.nn.functional.avg_pool2d(images.mean(1), self.stride)
-        return ((grey + 1) / 2 * self.vocab_size).long().clamp(0, self.vocab_size - 1)
+        gray = torch.nn.functional.avg_pool2d(images.mean(1), self.stride)
+        return ((gray + 1) / 2 * self.vocab_size).long().clamp(0, self.vocab_size - 1)
 
     def decode(self, indices: Tensor) -> Tensor:
-        grey = indices.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2) / self.vocab_size * 2 - 1
-        return grey[:, None].expand(-1, 3, -1, -1)
+        gray = indices.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2) / self.vocab_size * 2 - 1
+        return gray[:, None].expand(-1, 3, -1, -1)
 
 
 def a_conditioner(build: Any, name: str) -> Any:
@@ -371,35 +373,35 @@ def test_conditioner_contract(build: Any, name: str) -> None:
 
 
 @every["conditioner"]
-def test_a_condition_that_is_prepared_says_the_same_and_is_cut_with_a_window(build: Any, name: str) -> None:
-    whole = ConditionerStack({name: a_conditioner(build, name)}).eval()
+def test_a_prepared_condition_gives_the_same_prefix_and_is_cropped_to_windows(build: Any, name: str) -> None:
+    conditioner = ConditionerStack({name: a_conditioner(build, name)}).eval()
     batch = a_batch()
-    prepared = whole.prepare(batch)
-    assert torch.equal(whole(prepared), whole(batch))
+    prepared = conditioner.prepare(batch)
+    assert torch.equal(conditioner(prepared), conditioner(batch))
     full = prepared.window((0, 0), (8, 8), (8, 8))
-    assert torch.equal(whole(full), whole(batch))
+    assert torch.equal(conditioner(full), conditioner(batch))
     wide = replace(batch, images=make_images(4).repeat(1, 1, 1, 2), conditions=make_images(4, 7).repeat(1, 1, 1, 2))
-    for left in (0, 8):  # both halves show the same, so that only the place may differ
-        here = whole(whole.prepare(wide).window((0, left), (8, 8), (8, 16)))
-        assert name == "coordinates" or torch.equal(here, whole(batch))
-        assert here.shape == (4, whole.length) and here.max() < whole.vocab_size
+    for left in (0, 8):  # both halves are the same image, so that only coordinates may differ
+        half = conditioner(conditioner.prepare(wide).window((0, left), (8, 8), (8, 16)))
+        assert name == "coordinates" or torch.equal(half, conditioner(batch))
+        assert half.shape == (4, conditioner.length) and half.max() < conditioner.vocab_size
 
 
 @every["prior"]
 @every_conditioner
 @every_sampler
-def test_every_prior_draws_under_every_condition_with_every_sampler(
+def test_every_prior_samples_with_every_conditioner_and_sampler(
     build: Any, name: str, conditioner: str, sampler: str
 ) -> None:
-    """Twice the size in one direction, where the sampler can, and once more with another seed."""
-    told = ConditionerStack({conditioner: a_conditioner(build, conditioner)}).eval()
+    """On a wider grid, if the sampler can, and again with another seed."""
+    stack = ConditionerStack({conditioner: a_conditioner(build, conditioner)}).eval()
     grid = (SIZE // CELL, SIZE // CELL)
-    prior = build("prior", name, vocab_size=V, length=64, grid=grid, **behind(told)).eval()
+    prior = build("prior", name, vocab_size=V, length=64, grid=grid, **prefix_of(stack)).eval()
     for parameter in prior.parameters():
         nn.init.normal_(parameter, std=0.3)
-    drawer = build("sampler", sampler)
-    generator = Generator(FakeTokenizer(grid), told, prior, drawer, ["a", "b", "c"])  # type: ignore[arg-type]
-    wide = "window" in inspect.signature(drawer).parameters
+    built_sampler = build("sampler", sampler)
+    generator = Generator(FakeTokenizer(grid), stack, prior, built_sampler, ["a", "b", "c"])  # type: ignore[arg-type]
+    wide = "window" in inspect.signature(built_sampler).parameters
     shape = (grid[0], grid[1] + 2) if wide else grid
     batch = replace(a_batch(2), tokens=None, images=make_images(2).repeat(1, 1, 1, 2)[..., : CELL * shape[1]])
     batch = replace(batch, conditions=batch.images, masks=None)
@@ -410,29 +412,29 @@ def test_every_prior_draws_under_every_condition_with_every_sampler(
     assert not torch.equal(generator.sample_tokens(batch, seed=2, grid=shape), tokens)
 
 
-def behind(told: ConditionerStack) -> dict[str, Any]:
-    """What a prior is told of its condition."""
-    return {"prefix_vocab": told.vocab_size, "prefix_length": told.length, "prefix_positions": told.positions}
+def prefix_of(stack: ConditionerStack) -> dict[str, Any]:
+    """The wired values of a prior that describe its prefix."""
+    return {"prefix_vocab": stack.vocab_size, "prefix_length": stack.length, "prefix_positions": stack.positions}
 
 
-COPIED, SQUARE = 16, (4, 4)  # codes of a map, which are the codes of the image, and their grid
+COPIED, SQUARE = 16, (4, 4)  # vocabulary and grid of a condition map whose tokens are those of the image
 
 
-def least_without_places(tokens: Tensor) -> float:
-    """Mean nats per token left to who knows how often a code occurs, but not where: log(N! / prod n_v!) / N."""
+def least_nats_without_positions(tokens: Tensor) -> float:
+    """Nats per token if the counts of the tokens are known, but not their positions: log(N! / prod n_v!) / N."""
     counts = torch.nn.functional.one_hot(tokens, COPIED).sum(1).double()
     return float((math.lgamma(tokens.shape[1] + 1) - (counts + 1).lgamma().sum(1)).mean()) / tokens.shape[1]
 
 
 @every["prior"]
-def test_a_prior_copies_a_map_code_by_code(name: str) -> None:
-    """It finds, for every place, the code of the map there; and so stays far below who does not know of places."""
+def test_a_prior_copies_a_condition_map_token_by_token(name: str) -> None:
+    """It learns which token of the prefix is at the same position: its loss is far below that without positions."""
     torch.manual_seed(0)
     sizes = {"vocab_size": COPIED, "length": 16, "grid": SQUARE, "prefix_vocab": COPIED, "prefix_length": 16}
-    places = [(float(i), float(j)) for i in range(SQUARE[0]) for j in range(SQUARE[1])]
-    taken = {"layers": 2, "heads": 4, "dim": 32, "dropout": 0.0, "multiple_of": 8}
-    options = {key: value for key, value in taken.items() if key in registry.find_component("prior", name).options}
-    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_positions=places)
+    positions = [(float(i), float(j)) for i in range(SQUARE[0]) for j in range(SQUARE[1])]
+    small = {"layers": 2, "heads": 4, "dim": 32, "dropout": 0.0, "multiple_of": 8}
+    options = {key: value for key, value in small.items() if key in registry.find_component("prior", name).options}
+    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_positions=positions)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
     for _ in range(250):
         maps = torch.randint(COPIED, (32, 16))
@@ -440,11 +442,11 @@ def test_a_prior_copies_a_map_code_by_code(name: str) -> None:
         prior.loss(maps, maps).backward()
         optimizer.step()
     maps = torch.randint(COPIED, (256, 16))
-    assert prior.eval().loss(maps, maps).item() < least_without_places(maps) / 4
+    assert prior.eval().loss(maps, maps).item() < least_nats_without_positions(maps) / 4
 
 
 class FakeTokenizer(nn.Module):
-    """What a generator asks of a tokenizer to draw tokens."""
+    """The attributes of a tokenizer that a generator reads to sample tokens."""
 
     stride, channels = CELL, 3
 
@@ -453,14 +455,14 @@ class FakeTokenizer(nn.Module):
         self.grid, self.weight = grid, nn.Parameter(torch.zeros(1))
 
 
-V, GRID, P, M = 11, (3, 4), 5, 2  # codes, their grid, ids of a prefix and its length
+V, GRID, P, M = 11, (3, 4), 5, 2  # vocabulary and grid of the tokens, vocabulary and length of the prefix
 N = GRID[0] * GRID[1]
 
 
 def a_prior(build: Any, name: str) -> Any:
     prefix = {"prefix_vocab": P, "prefix_length": M, "prefix_positions": [None, (1.0, 1.5)]}
     prior = build("prior", name, vocab_size=V, length=N, grid=GRID, **prefix).eval()
-    for parameter in prior.parameters():  # so far from 0 that every input matters
+    for parameter in prior.parameters():  # large, so that every input matters
         nn.init.normal_(parameter, std=0.3)
     return prior
 
@@ -479,14 +481,14 @@ def test_prior_contract(build: Any, name: str) -> None:
     loss = prior.loss(tokens, prefix)
     nats = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
     torch.testing.assert_close(loss, nats)
-    found = torch.autograd.grad(loss, [each for each in prior.parameters() if each.requires_grad], allow_unused=True)
-    assert all(each is not None and each.isfinite().all() for each in found)
+    grads = torch.autograd.grad(loss, [param for param in prior.parameters() if param.requires_grad], allow_unused=True)
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
     prior.train()
     assert is_number(prior.loss(tokens, prefix))
 
 
 @every["prior"]
-def test_prior_remembers_what_it_was_fed(build: Any, name: str) -> None:
+def test_prior_decodes_with_a_cache_as_without(build: Any, name: str) -> None:
     prior, (tokens, prefix) = a_prior(build, name), sequences()
     if not isinstance(prior, Autoregressive):
         return  # nothing is promised
@@ -500,27 +502,27 @@ def test_prior_remembers_what_it_was_fed(build: Any, name: str) -> None:
 
 
 @every["prior"]
-def test_prior_reads_pieces_of_many_sequences_in_one_pass(build: Any, name: str) -> None:
-    """Three of five sequences at a time, each by a random number of positions: the logits of the whole pass."""
+def test_prior_decodes_ragged_chunks_as_full_sequences(build: Any, name: str) -> None:
+    """Passes over three of five sequences, each by a random number of positions: the logits are those of one pass."""
     prior, (tokens, prefix) = a_prior(build, name), sequences()
     if not isinstance(prior, RaggedDecoding):
         return  # nothing is promised
-    drawn, read, size = np.random.default_rng(0), dict.fromkeys(range(5), 0), M + N - 1
+    rng, read, size = np.random.default_rng(0), dict.fromkeys(range(5), 0), M + N - 1
     cache, ids = prior.allocate_cache(7), torch.cat([prefix, tokens], dim=1)
     with torch.no_grad():
         expected = prior(tokens, prefix)
         while left := [b for b in read if read[b] < size]:
-            some = drawn.permutation(left)[:3].tolist()
-            ends = [int(drawn.integers(max(read[b] + 1, M), size + 1)) for b in some]
-            places = [(k, b, n) for k, b in enumerate(some) for n in range(read[b], ends[k])]
-            owners, rows, positions = torch.tensor(places).T
-            counts = torch.tensor([end - read[b] for b, end in zip(some, ends, strict=True)])
-            slots = torch.tensor([6 - b for b in some])
-            pieces = RaggedChunks(
-                ids[rows, positions], positions, owners, counts.cumsum(0) - 1, slots, max(counts), max(ends)
+            sequence = rng.permutation(left)[:3].tolist()
+            ends = [int(rng.integers(max(read[b] + 1, M), size + 1)) for b in sequence]
+            cells = [(k, b, n) for k, b in enumerate(sequence) for n in range(read[b], ends[k])]
+            chunk_indices, rows, positions = torch.tensor(cells).T
+            counts = torch.tensor([end - read[b] for b, end in zip(sequence, ends, strict=True)])
+            slots = torch.tensor([6 - b for b in sequence])
+            chunks = RaggedChunks(
+                ids[rows, positions], positions, chunk_indices, counts.cumsum(0) - 1, slots, max(counts), max(ends)
             )
-            logits = prior.decode_chunks(pieces, cache)
-            for k, (b, end) in enumerate(zip(some, ends, strict=True)):
+            logits = prior.decode_chunks(chunks, cache)
+            for k, (b, end) in enumerate(zip(sequence, ends, strict=True)):
                 torch.testing.assert_close(logits[k], expected[b, end - M], rtol=1e-4, atol=1e-5)
                 read[b] = end
 
@@ -538,11 +540,10 @@ def test_sampler_contract(build: Any, name: str) -> None:
 
 @every["scorer"]
 def test_scorer_contract(build: Any, name: str) -> None:
-    """A number for each image, whatever else is looked at."""
+    """A score for each image, independent of the others."""
     scorer, prior, (tokens, prefix) = build("scorer", name), a_prior(build, "gpt"), sequences(3)
     labels, classes = torch.tensor([5, 0, 999]), [str(i) for i in range(1000)]
-    drawn = ScoredSamples(make_images(3), tokens, prior, prefix, labels, classes)
-    scores = scorer(drawn)
+    scores = scorer(ScoredSamples(make_images(3), tokens, prior, prefix, labels, classes))
     assert scores.shape == (3,) and scores.isfinite().all() and not scores.requires_grad
     last = ScoredSamples(make_images(3)[2:], tokens[2:], prior, prefix[2:], labels[2:], classes)
     torch.testing.assert_close(scorer(last), scores[2:], rtol=1e-4, atol=1e-5)
@@ -579,7 +580,7 @@ def test_data_contract(build: Any, name: str, part: str) -> None:
 
 
 def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int = 1) -> dict[str, float]:
-    """What a metric says of reconstructions with so much noise and so many codes, seen in so many batches."""
+    """A metric's numbers of reconstructions with noise of deviation `spread`, and `codes` codes, in `parts` batches."""
     metric = build("metric", name, vocab_size=16, device="cpu")
     images, masks = make_images(6) * 0.8, torch.ones(6, 1, SIZE, SIZE)
     wrong = (images + spread * noise(6, 3, SIZE, SIZE, seed=4)).clamp(-1, 1)
@@ -590,7 +591,7 @@ def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int =
 
 
 def compared(metric: SetMetric, shift: float) -> dict[str, float]:
-    """What a metric says of a set that lies so far from the real one."""
+    """A set metric's numbers of a set that is shifted from the real one."""
     return metric.compare(gaussians(200), gaussians(200, shift, seed=1)).values
 
 

@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder: sizes as published, shapes, and where attention stands."""
+"""The convolutional encoder and decoder: parameters as published, shapes, and resolutions with attention."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The generator: sizes, completion, and what it hands to a sampler."""
+"""The generator: sizes, completion, and the arguments of samplers."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ CLASSES = ["cat", "dog", "owl"]
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    """Untrained, in float64: 16 x 16 pixels, classes that training drops."""
+    """An untrained generator in float64, of 16 x 16 pixels, with label dropout."""
     config = compose(*TINY, "model/conditioner=label", "model.conditioner.label.dropout=0.5")
     torch.manual_seed(0)
     made = build_generator(config, build_tokenizer(config.model, 16), CLASSES).double().eval()
@@ -70,7 +70,7 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
         generator.sample(1, size=(16, 16 - stride))
     with pytest.raises(UserError, match="narrower than the window"):
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
-    fewer = generator.sample(1, size=(stride, 16), seed=2)  # the first row of a sequence
+    fewer = generator.sample(1, size=(stride, 16), seed=2)  # one row of tokens: the start of a sequence
     whole = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
     assert torch.equal(fewer, generator.tokenizer.decode_tokens(whole[:, :width], (1, width)))
 
@@ -118,7 +118,9 @@ def test_a_mask_may_be_of_pixels_and_differ_between_images(generator: Generator)
     expected = generator.complete(indices, codes, seed=3)
     assert torch.equal(generator.complete(indices, pixels, seed=3), expected)
     some = codes.nonzero()[0]
-    pixels[some[0], some[1] * stride + stride - 1, some[2] * stride] = False  # one hidden pixel hides its code
+    pixels[some[0], some[1] * stride + stride - 1, some[2] * stride] = (
+        False  # one unknown pixel makes its token unknown
+    )
     codes[tuple(some)] = False
     assert torch.equal(generator.complete(indices, pixels, seed=3), generator.complete(indices, codes, seed=3))
     with pytest.raises(ValueError, match=r"the mask must be .* not \(5, 5\)"):
@@ -146,7 +148,7 @@ def test_guidance_reaches_the_sampler_from_the_conditioner(generator: Generator)
 
 
 class Zeros:
-    """A sampler that knows nothing of what the generator may offer."""
+    """A sampler that declares no optional keyword."""
 
     def __call__(self, prior: Any, prefix: Tensor, grid: tuple[int, int], *, seed: int, first: int = 0) -> Tensor:
         return torch.zeros(len(prefix), grid[0] * grid[1], dtype=torch.int64)
@@ -193,7 +195,7 @@ def a_mask(path: Path, hidden: tuple[slice, slice], side: int) -> str:
 def test_a_mask_of_any_size_says_what_is_drawn_anew(
     run: Path, tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Black in the lower right quarter: those codes, of a grid of 2 x 2, are drawn, and nothing else."""
+    """A mask that is black in the lower right quarter: of 2 x 2 tokens only that one is sampled."""
     seen = []
     monkeypatch.setattr(Generator, "complete", lambda self, images, mask, **options: seen.append(mask) or images)
     middle = -(-side // 2)
@@ -265,7 +267,7 @@ def test_samples_of_other_settings_are_not_mixed(
     monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["sampler"])
     sample(count=2)
     before = {each.name: each.read_bytes() for each in (tmp_path / "samples").iterdir()}
-    sample("resume=true", count=3)  # more of the same
+    sample("resume=true", count=3)  # one more image of the same run
     refusal = f"000000.png was sampled with other settings: {difference}; set them"
     with pytest.raises(UserError, match=refusal) as caught:
         sample("resume=true", *words, count=4, **options)
@@ -297,14 +299,14 @@ def test_the_pipeline_samples_any_size(run: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("prior", ["gpt", "llama"])
 @pytest.mark.parametrize("sampler", ["autoregressive", "sliding_window"])
 def test_eight_images_learned_by_heart_come_back_token_for_token(prior: str, sampler: str) -> None:
-    """The whole way: emoji, their codes, a class for each, a prior that is trained on them, and the sampler."""
+    """End to end: emoji, their tokens and labels, a prior trained on them, and the sampler."""
     words = [f"model/prior={prior}", "model/conditioner=label", "model/quantizer=ema"]
     config = compose(*TINY, *words, "model.prior.layers=2", "model.prior.heads=2", "model.prior.dim=32")
     torch.manual_seed(0)
     split = build("data", config.data, image_size=32, seed=0).split("train")
     shown = torch.stack([split.item(0, i * len(split) // 8).image for i in range(8)])
     tokenizer = build_tokenizer(config.model, 32)
-    tokenizer(shown)  # codes begin at latents of the images
+    tokenizer(shown)  # initializes the codes to latents of the images
     tokens, labels = tokenizer.eval().encode_tokens(shown), torch.arange(8)
     assert len({tuple(each) for each in tokens.tolist()}) == 8, "the codes do not tell the images apart"
     made = build_generator(config, tokenizer, [str(each) for each in range(8)])

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same numbers to the bit, dropout included, from less memory."""
+"""Gradient checkpointing: bit-identical results, dropout included, with less memory."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -61,7 +61,7 @@ def built(kind: str, name: str, **more: Any) -> nn.Module:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The bytes that some work allocates at once."""
+    """Peak bytes that a function allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None

@@ -1,4 +1,4 @@
-"""Tiles: together they are the whole, and no seam is to be seen."""
+"""Tiled decoding: the image of one pass, without visible seams."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vqf.pipelines.stage1 import Stage1
 
 
 def enlarge(indices: Tensor) -> Tensor:
-    """A decoder that looks at one code at a time."""
+    """A decoder whose receptive field is one cell."""
     return indices.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].double()
 
 
@@ -51,11 +51,11 @@ def test_two_neighbours_share_the_weight() -> None:
     second = blend_ramp(4, 8, 4, 12, 2, torch.zeros((), dtype=torch.float64))
     assert (first[:8] == 1).all() and (second[8:] == 1).all()
     torch.testing.assert_close(first[8:] + second[:8], torch.ones(8, dtype=torch.float64), rtol=0, atol=3e-6)
-    assert first[-1] < 1e-5 and second[0] < 1e-5  # the border of a tile, drawn without its neighbours, does not count
+    assert first[-1] < 1e-5 and second[0] < 1e-5  # the border of a tile, which lacks context, has no weight
 
 
 def test_a_convolution_has_no_seam() -> None:
-    """With an overlap wider than what a decoder looks at nothing is lost; where tiles only touch, all would see it."""
+    """An overlap wider than the receptive field hides the seams; tiles without overlap show them."""
     torch.manual_seed(0)
     smooth = nn.Conv2d(1, 1, 5, padding=2).double()
 
@@ -70,11 +70,11 @@ def test_a_convolution_has_no_seam() -> None:
 
 
 def test_norms_see_the_whole() -> None:
-    """One norm, and tiles that neither overlap nor need neighbours: the statistics of all are those of the whole."""
+    """One norm, and tiles that need no overlap: their joint statistics are those of the full image."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 3, 1)).double()
     nn.init.normal_(net[1].weight), nn.init.normal_(net[1].bias)  # type: ignore[arg-type]
-    slope = torch.arange(24)[:, None] + torch.arange(16)  # so that every tile alone would look as dark as any other
+    slope = torch.arange(24)[:, None] + torch.arange(16)  # every tile by itself has the same brightness
 
     def decode(indices: Tensor) -> Tensor:
         return net(enlarge(indices))
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(folder: Path, *words: str) -> Tokenizer:
-    """A tokenizer that has learned enough for every norm to matter."""
+    """A tokenizer trained until every norm matters."""
     sizes = ["model.encoder.channels=16", "model.decoder.channels=16", "model.quantizer.codebook_size=256"]
     several = ["image_size=64", "optimizer.lr=3e-3", "steps=250", "checkpoint.every=250", "log.every=50", *words]
     plain = ["model.discriminator=null", "model.adversary=null", "evaluate.count=4"]
@@ -108,18 +108,18 @@ def trained(folder: Path, *words: str) -> Tokenizer:
 
 
 def coast(tokenizer: Tokenizer, side: int = 56) -> tuple[Tensor, Tensor]:
-    """Codes of a large part of the earth, and their image decoded whole."""
+    """Indices of a large crop of the earth, and its image decoded in one pass."""
     pixels = side * tokenizer.stride
     codes = tokenizer.encode(world_maps()[:3, 300 : 300 + pixels, 900 : 900 + pixels].float()[None] / 127.5 - 1)
     return codes, tokenizer.decode(codes)
 
 
-LEVEL = 2 / 255  # of 8 bits
+LEVEL = 2 / 255  # one level of 8 bits, in [-1, 1]
 
 
 @pytest.mark.slow
 def test_tiles_of_a_trained_decoder_are_the_whole_to_a_level(folder: Path) -> None:
-    """Attention, and norms that matter: no pixel is off by a level, nothing jumps from tile to tile; cut tiles do."""
+    """With attention and norms: no pixel is off by a level, and no step between tiles; without overlap there is one."""
     tokenizer = trained(folder)
     codes, whole = coast(tokenizer)
     tiled = tokenizer.decode(codes, tile=32)
@@ -132,7 +132,7 @@ def test_tiles_of_a_trained_decoder_are_the_whole_to_a_level(folder: Path) -> No
 
 
 def jump(error: Tensor) -> float:
-    """The largest mean step from one column of pixels to the next: what an eye takes for a seam."""
+    """The largest mean step from one column of pixels to the next: a visible seam."""
     return float((error[..., 1:] - error[..., :-1]).abs().mean((0, 1, 2)).max())
 
 

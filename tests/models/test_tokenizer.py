@@ -1,4 +1,4 @@
-"""The tokenizer: round trips, sizes, and the words for parts that do not fit."""
+"""The tokenizer: round trips, sizes, and errors for components that do not fit."""
 
 import pytest
 import torch

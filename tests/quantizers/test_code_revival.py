@@ -1,4 +1,4 @@
-"""Codes learned by gradient that start at latents and come back among them."""
+"""Initialization and revival of codes that are trained by gradient."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def latents(seed: int, batch: int = 4) -> Tensor:
 
 
 def seen(quantizer: nn.Module, z: Tensor) -> Tensor:
-    """What the quantizer measures distances of, (N, D)."""
+    """The vectors (N, D) between which the quantizer measures distances."""
     z = F.normalize(z, dim=1) if isinstance(quantizer, CosineQuantizer) else z
     return z.movedim(1, -1).reshape(-1, D)
 
@@ -79,7 +79,7 @@ def test_starts_at_means(kind: Any) -> None:
 
 @kinds
 def test_a_dead_code_comes_back_and_is_used(kind: Any) -> None:
-    """By a formula of its own: N follows the counts by a factor of 0.99, and begins at 1."""
+    """Against the formula: N starts at 1, and follows the counts with decay 0.99."""
     quantizer = make(kind, revive=0.5)
     far = -100.0 * torch.ones(D).double()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_loaded_codebook_goes_on_where_it_was(kind: Any) -> None:
     for step in range(30):
         quantizer(latents(step))
         quantizer.update()
-    other(latents(77))  # of a step that is given up
+    other(latents(77))  # of an aborted step
     other.load_state_dict(copy.deepcopy(quantizer.state_dict()))
     revived = 0
     for step in range(30, 90):
@@ -148,7 +148,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
             quantizer = make(kind, revive=4.0, init=start)
             revived = 0
             for step in range(50):
-                torch.manual_seed(step + 1000 * comm.rank())  # noise of its own
+                torch.manual_seed(step + 1000 * comm.rank())  # each rank has its own random state
                 quantizer(part(latents(step)))
                 revived += int(quantizer.update()["revived"])
             name = f"{kind.__name__} {start}"

@@ -1,4 +1,4 @@
-"""The search for the nearest code, the straight-through gradient, and the numbers for the log."""
+"""Nearest-neighbor search, straight-through gradient, and usage statistics."""
 
 import math
 

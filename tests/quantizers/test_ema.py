@@ -1,4 +1,4 @@
-"""The codebook of moving averages: formula, peers, start, revival, state, several processes."""
+"""The EMA codebook: formula, other implementations, initialization, revival, state, several ranks."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ def image(vectors: Tensor) -> Tensor:
 
 
 def running(codebook: Tensor, **options: Any) -> EMAQuantizer:
-    """A quantizer that has started, with these codes."""
+    """An initialized quantizer with given codes."""
     quantizer = EMAQuantizer(dim=codebook.shape[1], codebook_size=len(codebook), **options).to(codebook.dtype)
     quantizer.codebook.copy_(codebook)
     quantizer.m.copy_(codebook)
@@ -47,7 +47,7 @@ def running(codebook: Tensor, **options: Any) -> EMAQuantizer:
 
 
 def step_on(quantizer: EMAQuantizer, z: Tensor) -> Quantized:
-    """A training step on one batch; what it was quantized to, with the numbers of both methods."""
+    """A training step on one batch: its output, with the stats of `forward` and `update`."""
     q = quantizer(z)
     q.stats |= quantizer.update()
     return q
@@ -103,7 +103,7 @@ def test_equals_vector_quantize_pytorch() -> None:
 
 
 def sonnet(vectors: Tensor, e: Tensor, decay: float, epsilon: float, state: dict[str, Tensor]) -> Tensor:
-    """One update of Sonnet's VectorQuantizerEMA, by its own formula; `state` begins with zeros."""
+    """One update of Sonnet's VectorQuantizerEMA, by its own formula; `state` starts at zero."""
     chosen = torch.cdist(vectors, e).argmin(1)
     one_hot = F.one_hot(chosen, len(e)).to(e.dtype)
     state["t"] = state["t"] + 1
@@ -160,7 +160,7 @@ def test_starts_near_latents_where_there_are_fewer_than_codes() -> None:
 def test_kmeans_equals_scipys() -> None:
     torch.manual_seed(0)
     vectors = flat(latents(0, batch=20))
-    codes = torch.cat([vectors[: V - 1], torch.full((1, D), 100.0).double()])  # nobody chooses the last one
+    codes = torch.cat([vectors[: V - 1], torch.full((1, D), 100.0).double()])  # no latent is near the last one
     found = kmeans(vectors, codes)
     with pytest.warns(UserWarning, match="clusters is empty"):
         expected, _ = kmeans2(vectors.numpy(), codes.numpy(), iter=KMEANS_ITERATIONS, minit="matrix")
@@ -192,7 +192,7 @@ def test_kmeans_begins_nearer_to_the_latents() -> None:
 
 
 def lonely(**options: Any) -> tuple[EMAQuantizer, Tensor]:
-    """A quantizer whose last code is far from all latents and nearly forgotten, and latents around the others."""
+    """A quantizer whose last code is far from all latents and nearly dead, and latents around the others."""
     torch.manual_seed(0)
     codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [500.0, 500.0]]).double()
     quantizer = running(codes, decay=0.9, **options)
@@ -208,7 +208,7 @@ def test_a_forgotten_code_is_revived_at_a_latent_and_stays_there() -> None:
     revived = quantizer.codebook[2].clone()
     assert (vectors - revived).norm(dim=1).min() < 1e-3
     assert float(quantizer.N[2]) == pytest.approx(0.1)
-    elsewhere = quantizer.codebook[:1].repeat(30, 1)  # a batch that leaves it alone
+    elsewhere = quantizer.codebook[:1].repeat(30, 1)  # a batch without latents near the code
     for _ in range(3):
         q = step_on(quantizer, image(elsewhere))
         assert not (q.indices == 2).any() and int(q.stats["revived"]) == 0
@@ -245,7 +245,7 @@ def test_starts_once_without_asking_the_device_again() -> None:
     quantizer = EMAQuantizer(dim=D, codebook_size=V).double()
     step_on(quantizer, latents(0))
     assert bool(quantizer.initialized)
-    quantizer.initialized.fill_(False)  # nobody looks any more
+    quantizer.initialized.fill_(False)  # the host does not ask any more
     before = quantizer.codebook.clone()
     step_on(quantizer, latents(1))
     assert (quantizer.codebook - before).abs().max() < 0.5 * before.std()
@@ -297,7 +297,7 @@ def test_micro_batches_move_it_once_as_the_whole_batch_does() -> None:
         step_on(whole, latents(step))
         for piece in latents(step).chunk(4):
             parts(piece)
-            assert torch.equal(parts.codebook, codes)  # it stays for the whole step
+            assert torch.equal(parts.codebook, codes)  # it does not change within the step
         parts.update()
         codes = parts.codebook.clone()
         for name in BUFFERS:
@@ -311,7 +311,7 @@ def test_forwards_without_gradients_and_given_up_steps_do_not_count() -> None:
         quantizer(latents(8))
     assert quantizer.update() == {}
     quantizer(latents(9))
-    quantizer.load_state_dict(state)  # as where a step is skipped
+    quantizer.load_state_dict(state)  # as after a skipped step
     for each in (quantizer, other):
         step_on(each, latents(3))
     assert all(torch.equal(getattr(quantizer, name), getattr(other, name)) for name in BUFFERS)
@@ -331,7 +331,7 @@ def test_decay_is_a_share(decay: float) -> None:
 
 
 def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What happens to codebooks in a few steps of training on a part of every batch."""
+    """Codebooks after a few training steps of this rank on its part of each batch."""
     torch.manual_seed(0)
     codes = torch.randn(V, D).double()
     update = running(codes, revive=0, decay=0.9)
@@ -339,7 +339,7 @@ def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     quantizers = {"update": update}
     for start, count in itertools.product(("latents", "kmeans"), (V, 70)):  # 70 codes are more than latents
         quantizers[f"{start} {count}"] = EMAQuantizer(dim=D, codebook_size=count, init=start, revive=1.5)  # type: ignore[arg-type]
-    torch.manual_seed(1 + comm.rank())  # noise of its own
+    torch.manual_seed(1 + comm.rank())  # each rank has its own random state
     for name, quantizer in quantizers.items():
         revived = 0
         for step in range(3):

@@ -19,7 +19,7 @@ def latents(seed: int = 0) -> Tensor:
 
 
 def pair(straight_through: bool = True) -> tuple[Any, GumbelQuantizer]:
-    """The code of VQGAN and ours, with the same weights."""
+    """VQGAN's quantizer and ours, with the same weights."""
     torch.manual_seed(0)
     quantize = taming("modules.vqvae.quantize")
     theirs = quantize.GumbelQuantize(D, D, V, straight_through=straight_through, kl_weight=0.3, temp_init=TAU).double()
@@ -58,7 +58,7 @@ def test_eval_takes_the_likeliest_code_of_vqgan() -> None:
     _, expected_loss, _, logits = theirs(latents(), return_logits=True)
     assert torch.equal(q.indices, logits.argmax(1))
     torch.testing.assert_close(q.loss, expected_loss, **CLOSE)
-    codes = theirs.float().get_codebook_entry(q.indices.flatten(), (2, 4, 3, D))  # it knows float32 only
+    codes = theirs.float().get_codebook_entry(q.indices.flatten(), (2, 4, 3, D))  # float32 only
     torch.testing.assert_close(ours.float().lookup(q.indices), codes, rtol=0, atol=0)
 
 
@@ -75,7 +75,7 @@ def test_training_draws_each_code_as_often_as_its_probability() -> None:
     z = torch.randn(1, D, 1, 1).expand(1, D, 200, 200)
     p = ours.proj(z)[0, :, 0, 0].softmax(0)
     drawn = torch.bincount(ours(z).indices.flatten(), minlength=4) / 200**2
-    assert (drawn - p).abs().max() < 4 * 0.5 / 200  # four standard deviations of a share
+    assert (drawn - p).abs().max() < 4 * 0.5 / 200  # four standard deviations of a frequency
 
 
 @pytest.mark.parametrize("straight_through", [True, False])

@@ -1,4 +1,4 @@
-"""The rotation trick: against vector-quantize-pytorch, and by what the paper says a rotation does."""
+"""The rotation trick: against vector-quantize-pytorch, and the properties that the paper states."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def gradient(z: Tensor, q: Tensor, onward: Tensor) -> Tensor:
-    """What reaches z of a gradient at the codes."""
+    """The gradient at z, given one at the code vectors."""
     z = z.clone().requires_grad_()
     (at_z,) = torch.autograd.grad(rotate(z, q), z, onward)
     return at_z
@@ -48,7 +48,7 @@ def test_a_gradient_keeps_its_angle_to_the_vector_and_grows_with_it() -> None:
 
 
 def test_in_the_plane_of_both_vectors_only() -> None:
-    """What is at right angles to z and q is only scaled."""
+    """A gradient orthogonal to z and q is only scaled."""
     z, q, onward = vectors(0), vectors(1), vectors(2)
     plane = torch.linalg.qr(torch.stack([flat(z), flat(q)], 2))[0]
     beside = flat(onward)[..., None] - plane @ (plane.mT @ flat(onward)[..., None])

@@ -1,4 +1,4 @@
-"""VQ: against the code of VQGAN."""
+"""VQ against the code of VQGAN."""
 
 import pytest
 import torch

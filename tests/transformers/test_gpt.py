@@ -1,4 +1,4 @@
-"""The GPT prior: against formulas, against itself with and without a cache, and at what it is for."""
+"""The GPT prior: its formulas, its cache against full passes, and training on small data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def sequences(batch: int = 4, length: int = N) -> tuple[Tensor, Tensor]:
 
 
 def hidden(gpt: GPT, tokens: Tensor, prefix: Tensor) -> Tensor:
-    """What the last block gives at every position, the prefix included."""
+    """The output of the last block at every position, the prefix included."""
     kept: list[Tensor] = []
     hook = gpt.blocks[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
     gpt(tokens, prefix)
@@ -41,7 +41,7 @@ def hidden(gpt: GPT, tokens: Tensor, prefix: Tensor) -> Tensor:
 
 
 def inputs_of(module: nn.Module, call: Callable[[], object]) -> list[Tensor]:
-    """The inputs that a module gets while something is called."""
+    """The inputs of a module while a function runs."""
     kept: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].clone()))
     call()

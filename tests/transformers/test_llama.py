@@ -1,4 +1,4 @@
-"""The Llama-style prior: against formulas, against itself with and without a cache, and at what it is for."""
+"""The Llama-style prior: its formulas, its cache against full passes, and training on small data."""
 
 import itertools
 from pathlib import Path
@@ -19,7 +19,7 @@ N = GRID[0] * GRID[1]
 
 
 def tiny(**options: object) -> Llama:
-    """In float64 and eval mode, with weights so large that every input matters."""
+    """A prior in float64 and eval mode whose weights are large enough that every input matters."""
     torch.manual_seed(0)
     options = {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8, **options}
     llama = Llama(V, N, GRID, P, [None] * M, **options).double().eval()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Conditioners: what stands in front of the tokens."""
+"""Conditioners without images, and condition dropout."""
 
 from typing import Any
 
@@ -52,11 +52,11 @@ def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
     assert dropped.double().mean().item() == pytest.approx(0.2, abs=5 * (0.16 / 20_000) ** 0.5)
     assert torch.equal(prefix[~dropped], labels[~dropped])
     assert torch.equal(told.eval()(Batch(labels=labels))[:, 0], labels)
-    assert labels.max() == 6  # the batch itself is untouched
+    assert labels.max() == 6  # the batch itself is unchanged
 
 
 def test_several_conditions_are_dropped_together() -> None:
-    """Each as often as it says, and all of them as often as the one that says least: what guidance asks for."""
+    """Each at its own rate, and all of them together at the smallest rate: the unconditional case of guidance."""
     drops, count = (0.1, 0.3, 0.0, 0.1), 40_000
     told = ConditionerStack({str(k): label(drop) for k, drop in enumerate(drops)})
     batch = Batch(labels=torch.zeros(count, dtype=torch.int64))
@@ -91,7 +91,7 @@ def test_the_default_generator_decides_which_labels_are_dropped() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     ConditionerStack({"label": label(0.0)})(batch)
-    assert torch.equal(torch.get_rng_state(), before)  # no number is drawn where nothing can be dropped
+    assert torch.equal(torch.get_rng_state(), before)  # no random number is used if nothing can be dropped
 
 
 @pytest.mark.parametrize(

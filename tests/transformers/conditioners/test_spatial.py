@@ -1,4 +1,4 @@
-"""Conditions that say something about every place: codes of maps and poorer images, and coordinates."""
+"""Conditioners of images: condition maps, low-resolution views and edges, and coordinates."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from vqf.transformers.conditioners.spatial import sobel_edges
 
 
 class FakeCodec:
-    """A tokenizer whose code is the red of a cell's first pixel."""
+    """A tokenizer whose index is the red of a cell's first pixel."""
 
     vocab_size, channels = 11, 3
 
@@ -75,7 +75,7 @@ def test_a_code_of_a_map_stands_in_the_middle_of_what_it_covers(stride: int, dow
         places, itertools.product(range(0, 8, step), range(0, 12, step)), strict=True
     ):
         middle = (top + (step - 1) / 2, left + (step - 1) / 2)  # of its pixels
-        assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # code k of the image covers the pixels 2 k and 2 k + 1
+        assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # cell k of the image covers the pixels 2 k and 2 k + 1
 
 
 def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> None:
@@ -89,7 +89,7 @@ def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> No
 
 
 def test_a_window_sees_its_part_of_every_map() -> None:
-    """The codes of the whole map, cut: what encoding the window anew would not give with a real encoder."""
+    """The indices of the full map, cropped; encoding the window by itself would differ with a real encoder."""
     told = ConditionerStack({"spatial": conditioner("spatial")}).eval()
     large = maps(1, 20, 28)
     whole = told.prepare(Batch(conditions=large))
@@ -102,7 +102,7 @@ def test_a_window_sees_its_part_of_every_map() -> None:
 
 @pytest.mark.parametrize(("stride", "downsample"), [(4, 1), (8, 1), (2, 2), (1, 1), (2, 1)])
 def test_a_window_sees_maps_of_any_fineness_exactly_where_it_stands(stride: int, downsample: int) -> None:
-    """What the map shows from the window's first pixel on, and not from the next code of the map."""
+    """The map from the window's first pixel on, not from the next cell of the map."""
     told = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
     large, step = maps(1, 24, 32), stride * downsample
     whole = told.prepare(Batch(conditions=large), shifted=True)
@@ -144,7 +144,7 @@ def test_coordinates_count_rows_and_columns_of_the_whole_image() -> None:
 
 
 def test_the_windows_of_an_image_are_told_what_the_image_is_told() -> None:
-    """Wherever a window stands, the coordinates of a code are those it has in the whole."""
+    """In every window a token has the coordinates that it has in the full image."""
     whole = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(
         1, (10, 14)
     )
@@ -158,7 +158,7 @@ def test_the_windows_of_an_image_are_told_what_the_image_is_told() -> None:
 def test_without_a_place_an_image_is_all_there_is() -> None:
     told = conditioner("coordinates")
     assert torch.equal(told(Batch(labels=torch.zeros(1))), told(Batch(crop_boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]]))))
-    beyond = told(Batch(crop_boxes=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as where a map wraps round
+    beyond = told(Batch(crop_boxes=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as in a map that wraps around
     assert beyond.max() == 32 * 32 - 1
 
 
@@ -212,7 +212,7 @@ def test_conditions_in_a_list_have_ids_of_their_own() -> None:
     assert torch.equal(both(batch), torch.cat(expected, 1))
     assert torch.equal(
         both.null_prefix(batch), torch.cat([label.null_prefix(batch), *expected[1:]], 1)
-    )  # only the label can be left out
+    )  # only the label can be dropped
     assert set(both.render(both.prepare(batch))) == {"spatial"}
     assert ConditionerStack({"spatial": parts["spatial"]}).null_prefix(batch) is None
 

@@ -1,4 +1,4 @@
-"""Sampling: the filters against brute force, the draw against its distribution, the sampler against its promises."""
+"""Filters against brute force, sampling against its distribution, and the autoregressive sampler."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_top_p_of_one_keeps_everything_and_of_nearly_nothing_the_best(logits: np
 @settings(deadline=None)
 @given(rows, st.floats(0.001, 1))
 def test_min_p_keeps_what_is_not_too_unlikely_beside_the_best(logits: np.ndarray, p: float) -> None:
-    behind = logits - logits.max()  # the logarithm of how likely each is beside the best
+    behind = logits - logits.max()  # log of each probability over the best one
     assume(np.abs(behind[behind < 0] - np.log(p)).min(initial=1) > 1e-9)
     filtered = min_p(torch.from_numpy(logits)[None], p)[0]
     assert kept(filtered) == [bool(each >= np.log(p)) for each in behind]
@@ -249,7 +249,7 @@ def test_sampling_leaves_torchs_generator_alone() -> None:
 @settings(deadline=None, max_examples=30)
 @given(hnp.arrays(bool, (5, 12)))
 def test_known_tokens_stay_and_the_rest_follows_from_them(hidden: np.ndarray) -> None:
-    # Hiding tokens of a sample and drawing again with the same numbers must give the same sample.
+    # Hiding tokens of a sample, and sampling them again with the same noise, gives the same sample.
     sampler = build("sampler", {"name": "autoregressive", "top_p": 0.9})
     gpt, prefix = model(), prefixes(5)
     whole = sampler(gpt, prefix, (3, 4), seed=1)

@@ -1,4 +1,4 @@
-"""Guidance: the notations of other projects, the schedules, and a sampler that follows them."""
+"""Guidance: notations of other projects, schedules, and samplers with guidance."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_schedules_are_their_formulas(scale: float, t: float, power: float) -> N
 
 
 def test_var_grows_linearly_in_its_own_notation() -> None:
-    # VAR's t is cfg times the progress, in (1 + t) c - t u.
+    # VAR: (1 + t) c - t u, where t is cfg times the progress.
     assert scale_at(0.3, scale_from_notation(1.5, "var"), "linear") == pytest.approx(1 + 1.5 * 0.3)
 
 
@@ -69,7 +69,7 @@ def gpt() -> GPT:
     model = GPT(13, 12, 4, 2, layers=2, heads=2, dim=16).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    torch.nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
+    torch.nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that affects every token
     return model
 
 

@@ -1,4 +1,4 @@
-"""Scorers, and the choice among candidates."""
+"""Scorers, and the choice of the best candidate."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def generator() -> Generator:
 
 
 class Red:
-    """Likes red."""
+    """Scores an image by its red channel."""
 
     def __call__(self, drawn: ScoredSamples) -> torch.Tensor:
         return drawn.images[:, 0].mean((1, 2))
@@ -110,8 +110,8 @@ def test_the_command_chooses_among_candidates(run: Path, tmp_path: Path) -> None
 
 
 def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after the first batch, gone on with: the same images, and only the missing ones are drawn."""
-    words = ["pipeline=sample", f"run={run}", "logger=[]"]  # in batches of 8, as the run
+    """Interrupted after the first batch and resumed: the same images, and only the missing ones are sampled."""
+    words = ["pipeline=sample", f"run={run}", "logger=[]"]  # in batches of 8, as in the run
     SamplePipeline(compose(*words), tmp_path / "whole", count=30).run()
     drawn: list[int] = []
     draw = Generator.sample

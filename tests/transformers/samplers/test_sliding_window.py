@@ -1,4 +1,4 @@
-"""Sliding windows: every way to go through a grid against the loop of the paper's notebook, one token at a time."""
+"""Sliding windows: every combination of shortcuts against the loop of the paper's notebook, one token at a time."""
 
 import itertools
 from collections.abc import Callable
@@ -39,7 +39,7 @@ CASES = [  # grid, window
 
 @lru_cache
 def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
-    """A prior behind one token, or behind one for every place of the window."""
+    """A prior with a prefix of one token, or of one for every position of the window."""
     torch.manual_seed(0)
     places = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
     sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
@@ -48,7 +48,7 @@ def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
     model = build("prior", node, **sizes, prefix_length=len(places), prefix_positions=places).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
-    nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that every token follows
+    nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that affects every token
     return model
 
 
@@ -57,7 +57,7 @@ def gpt(length: int) -> GPT:
 
 
 def notebook_local(i: int, window: int, length: int) -> int:
-    """A token's place in its window as the paper's notebook has it, for even windows."""
+    """A token's position in its window as in the paper's notebook, for even windows."""
     if i <= window // 2:
         return i
     if length - i < window // 2:
@@ -68,12 +68,12 @@ def notebook_local(i: int, window: int, length: int) -> int:
 def one_by_one(
     prior: Any, condition: Callable[[int, int, int], Tensor], batch: int, grid: tuple[int, int], window: tuple[int, int]
 ) -> Tensor:
-    """For each sample, row and column: the whole window through the whole prior, of which one row of logits counts."""
+    """For each sample, row and column: the full window through the prior, and one row of its logits."""
     (H, W), (h, w) = grid, (min(window[0], grid[0]), window[1])
     out = []
     for b in range(batch):
         numbers = sample_noise(SEED, b, H * W).reshape(H, W)
-        drawn = torch.randint(V, grid)  # what is not drawn yet may be anything
+        drawn = torch.randint(V, grid)  # tokens that are not sampled yet are arbitrary
         for i in range(H):
             local_i = notebook_local(i, h, H) if h % 2 == 0 else i - min(max(i - h // 2, 0), H - h)
             for j in range(W):
@@ -116,7 +116,7 @@ def test_windows_that_memory_has_no_room_for_are_read_again(kept: int, wavefront
 
 
 class Slow:
-    """The GPT with less to offer: no way to be fed, or only token by token."""
+    """The GPT without a cache, or with `Autoregressive` decoding only."""
 
     vocab_size = V
 
@@ -247,7 +247,7 @@ def test_steps_of_known_grids(grid: tuple[int, int], steps: int) -> None:
 
 
 def passes(model: GPT, work: Callable[[], object]) -> list[int]:
-    """The token positions that run through the blocks, pass by pass."""
+    """The number of positions that pass through the blocks, by pass."""
     counted: list[int] = []
     hook = model.blocks[0].register_forward_hook(lambda module, inputs, output: counted.append(output[..., 0].numel()))
     work()
@@ -256,7 +256,7 @@ def passes(model: GPT, work: Callable[[], object]) -> list[int]:
 
 
 def windows_of(grid: tuple[int, int], window: tuple[int, int]) -> dict[tuple[int, int], list[int]]:
-    """For every place of a window, the positions of [start token; tokens] that each of its tokens needs."""
+    """By start of a window: the number of positions of [start token; tokens] that each of its tokens needs."""
     found: dict[tuple[int, int], list[int]] = {}
     for i, j in itertools.product(range(grid[0]), range(grid[1])):
         top, left = window_start(i, window[0], grid[0]), window_start(j, window[1], grid[1])

@@ -70,8 +70,8 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("pipeline", "export"): {"path": "somewhere"},
     ("pipeline", "import"): {"path": "somewhere"},
 }
-PLACES = {"vgg": "vgg.safetensors", "images": "images", "pairs": "pairs", "shards": "shards"}
-PLACES["shard_pairs"] = "shards"  # samples with condition maps, which `data=shards` ignores
+PATHS = {"vgg": "vgg.safetensors", "images": "images", "pairs": "pairs", "shards": "shards"}
+PATHS["shard_pairs"] = "shards"  # samples with condition maps, which `data=shards` ignores
 MAX_PARAMETERS = 200_000  # trained ones; a larger component needs smaller options in the table
 SIZE = 32  # pixels
 
@@ -81,7 +81,7 @@ every_sampler = pytest.mark.parametrize("sampler", component_names("sampler"))
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files and folders for the table's options in braces: random weights of VGG16, images in two classes, shards."""
     from torchvision.models.vgg import cfgs, make_layers
 
@@ -102,16 +102,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for i in range(first, first + 8):
                 for extension in ("png", "condition.png"):
                     tar.add(folder / "images" / f"class{i % 2}" / f"{i}.png", f"{i}.{extension}")
-    return {f"{{{name}}}": str(folder / file) for name, file in PLACES.items()}
+    return {f"{{{name}}}": str(folder / file) for name, file in PATHS.items()}
 
 
 @pytest.fixture
-def build(places: dict[str, str]) -> Any:
+def build(paths: dict[str, str]) -> Any:
     """Build a component with the table's options."""
 
     def built(kind: str, name: str, **wired: Any) -> Any:
         torch.manual_seed(0)
-        options = {key: places.get(str(value), value) for key, value in TINY.get((kind, name), {}).items()}
+        options = {key: paths.get(str(value), value) for key, value in TINY.get((kind, name), {}).items()}
         component = registry.build(kind, {"name": name, **options}, **wired)
         if isinstance(component, nn.Module):
             count = sum(parameter.numel() for parameter in component.parameters() if parameter.requires_grad)

@@ -52,11 +52,11 @@ def test_larger_images_come_from_sliding_windows(generator: Generator) -> None:
     sliding = with_sampler(generator, "sliding_window")
     stride, (height, width) = generator.tokenizer.stride, generator.tokenizer.grid
     size = (stride * (height + 3), stride * (width + 2))
-    drawn = sliding.sample(3, size=size, seed=4)
-    assert drawn.shape == (3, 3, *size)
-    torch.testing.assert_close(sliding.sample(1, size=list(size), seed=4, first=2, label="owl"), drawn[2:])
+    images = sliding.sample(3, size=size, seed=4)
+    assert images.shape == (3, 3, *size)
+    torch.testing.assert_close(sliding.sample(1, size=list(size), seed=4, first=2, label="owl"), images[2:])
     plain = with_sampler(generator, "sliding_window", prefix_only=False, cache=False, wavefront=False)
-    assert torch.equal(plain.sample(3, size=size, seed=4), drawn)
+    assert torch.equal(plain.sample(3, size=size, seed=4), images)
     assert torch.equal(sliding.sample(3, seed=4), generator.sample(3, seed=4))
 
 
@@ -71,8 +71,8 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
     with pytest.raises(UserError, match="narrower than the window"):
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
     fewer = generator.sample(1, size=(stride, 16), seed=2)  # one row of tokens: the start of a sequence
-    whole = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
-    assert torch.equal(fewer, generator.tokenizer.decode_tokens(whole[:, :width], (1, width)))
+    tokens = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
+    assert torch.equal(fewer, generator.tokenizer.decode_tokens(tokens[:, :width], (1, width)))
 
 
 @pytest.mark.parametrize(
@@ -224,14 +224,14 @@ def test_a_folder_that_is_gone_on_with_holds_the_same_images(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vqf.config.inherit.cli_keys", lambda: ["batch_size"])
-    whole = completed(run, tmp_path / "whole", "batch_size=2", count=5)
+    expected = completed(run, tmp_path / "whole", "batch_size=2", count=5)
     completed(run, tmp_path / "cut", "batch_size=2", count=5)
     for name in ("000003.png", "000004.png"):
         (tmp_path / "cut" / "completions" / name).unlink()
     times = {each: each.stat().st_mtime_ns for each in (tmp_path / "cut" / "completions").iterdir()}
-    assert completed(run, tmp_path / "cut", "batch_size=2", "resume=true", count=5) == whole
-    kept = [each.name for each, time in times.items() if each.stat().st_mtime_ns == time]
-    assert sorted(kept) == ["000000.png", "000001.png"]
+    assert completed(run, tmp_path / "cut", "batch_size=2", "resume=true", count=5) == expected
+    untouched = [each.name for each, time in times.items() if each.stat().st_mtime_ns == time]
+    assert sorted(untouched) == ["000000.png", "000001.png"]
     mask = a_mask(tmp_path / "mask.png", (slice(0, 9), slice(0, 9)), 16)
     for words, options, difference in (
         (["seed=3"], {}, "seed 0 → 3"),

@@ -44,12 +44,12 @@ def options(kind: str, name: str) -> set[str]:
 
 
 def loss_of(kind: str, module: Any) -> Tensor:
-    drawn = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     if kind == "prior":
-        tokens = torch.randint(8, (16, 64), generator=drawn)
+        tokens = torch.randint(8, (16, 64), generator=generator)
         return module.loss(tokens, tokens[:, :1] % 4)
     shape = (4, 3, 32, 32) if kind == "encoder" else (4, 8, 16, 16)
-    return module(torch.randn(shape, generator=drawn, dtype=torch.float64)).square().mean()
+    return module(torch.randn(shape, generator=generator, dtype=torch.float64)).square().mean()
 
 
 def built(kind: str, name: str, **more: Any) -> nn.Module:

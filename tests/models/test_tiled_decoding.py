@@ -29,8 +29,8 @@ def test_what_needs_no_neighbours_is_the_same_to_rounding(
 ) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
     indices = torch.randint(9, (2, height, width), generator=torch.Generator().manual_seed(0))
-    found = decode_tiles(enlarge, indices, 4, tile, overlap)
-    torch.testing.assert_close(found, enlarge(indices), rtol=1e-9, atol=1e-9)
+    images = decode_tiles(enlarge, indices, 4, tile, overlap)
+    torch.testing.assert_close(images, enlarge(indices), rtol=1e-9, atol=1e-9)
     covered = [range(first, min(first + tile, height)) for first in tile_starts(height, tile, overlap)]
     assert sorted({row for each in covered for row in each}) == list(range(height))
 
@@ -64,9 +64,9 @@ def test_a_convolution_has_no_seam() -> None:
 
     indices = torch.randint(9, (1, 20, 20))
     with torch.no_grad():
-        whole = decode(indices)
-        torch.testing.assert_close(decode_tiles(decode, indices, 4, 12, 4), whole, rtol=0, atol=1e-4)
-        assert float((decode_tiles(decode, indices, 4, 12, 0) - whole).abs().max()) > 0.1
+        untiled = decode(indices)
+        torch.testing.assert_close(decode_tiles(decode, indices, 4, 12, 4), untiled, rtol=0, atol=1e-4)
+        assert float((decode_tiles(decode, indices, 4, 12, 0) - untiled).abs().max()) > 0.1
 
 
 def test_norms_see_the_whole() -> None:
@@ -85,9 +85,9 @@ def test_norms_see_the_whole() -> None:
     with torch.no_grad(), norms.frozen():
         shared = decode_tiles(decode, slope[None], 4, 8, 0)
     with torch.no_grad():
-        whole = decode(slope[None])
-    torch.testing.assert_close(shared, whole, rtol=0, atol=1e-5)
-    assert float((alone - whole).abs().max()) > 0.1
+        untiled = decode(slope[None])
+    torch.testing.assert_close(shared, untiled, rtol=0, atol=1e-5)
+    assert float((alone - untiled).abs().max()) > 0.1
     assert not net[1]._forward_hooks
 
 
@@ -102,9 +102,9 @@ def trained(folder: Path, *words: str) -> Tokenizer:
     several = ["image_size=64", "optimizer.lr=3e-3", "steps=250", "checkpoint.every=250", "log.every=50", *words]
     plain = ["model.discriminator=null", "model.adversary=null", "evaluate.count=4"]
     Stage1(compose(*TINY, "data=earth", "data.crops=512", *sizes, *several, *plain), folder).run()
-    found = vqf.load(folder)
-    assert isinstance(found, Tokenizer)
-    return found
+    tokenizer = vqf.load(folder)
+    assert isinstance(tokenizer, Tokenizer)
+    return tokenizer
 
 
 def coast(tokenizer: Tokenizer, side: int = 56) -> tuple[Tensor, Tensor]:
@@ -121,14 +121,14 @@ LEVEL = 2 / 255  # one level of 8 bits, in [-1, 1]
 def test_tiles_of_a_trained_decoder_are_the_whole_to_a_level(folder: Path) -> None:
     """With attention and norms: no pixel is off by a level, and no step between tiles; without overlap there is one."""
     tokenizer = trained(folder)
-    codes, whole = coast(tokenizer)
+    codes, untiled = coast(tokenizer)
     tiled = tokenizer.decode(codes, tile=32)
-    assert float((tiled - whole).abs().max()) < LEVEL and jump(tiled - whole) < LEVEL / 4
-    alone = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 16).clamp(-1, 1)
-    cut = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 0).clamp(-1, 1)
-    assert float((alone - whole).abs().max()) > 20 * LEVEL and jump(alone - whole) > 2 * LEVEL
-    assert jump(cut - whole) > 10 * LEVEL
-    assert torch.equal(tokenizer.decode(codes, tile=56), whole)
+    assert float((tiled - untiled).abs().max()) < LEVEL and jump(tiled - untiled) < LEVEL / 4
+    own_norms = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 16).clamp(-1, 1)
+    no_overlap = decode_tiles(tokenizer._decode_untiled, codes, tokenizer.stride, 32, 0).clamp(-1, 1)
+    assert float((own_norms - untiled).abs().max()) > 20 * LEVEL and jump(own_norms - untiled) > 2 * LEVEL
+    assert jump(no_overlap - untiled) > 10 * LEVEL
+    assert torch.equal(tokenizer.decode(codes, tile=56), untiled)
 
 
 def jump(error: Tensor) -> float:

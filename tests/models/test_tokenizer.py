@@ -26,11 +26,9 @@ def tokenizer() -> Tokenizer:
 
 
 def test_published_size_of_the_preset() -> None:
-    whole = {"name": "conv"}
+    conv = {"name": "conv"}
     with torch.device("meta"):
-        built = build_tokenizer(
-            OmegaConf.create({"encoder": whole, "decoder": whole, "quantizer": {"name": "vq"}}), 256
-        )
+        built = build_tokenizer(OmegaConf.create({"encoder": conv, "decoder": conv, "quantizer": {"name": "vq"}}), 256)
     assert sum(p.numel() for p in built.parameters()) == 72_141_699
     assert len(built.state_dict()) == 343
 

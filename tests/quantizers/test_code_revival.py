@@ -99,20 +99,20 @@ def test_a_dead_code_comes_back_and_is_used(kind: Any) -> None:
         if dead[4]:
             break
     assert 60 < step < 80  # 0.99^69 is below 0.5
-    found = quantizer.codebook.weight[4]
-    assert torch.cdist(found[None], seen(quantizer, z)).min() < 1e-7
+    revived = quantizer.codebook.weight[4]
+    assert torch.cdist(revived[None], seen(quantizer, z)).min() < 1e-7
     assert (quantizer(z).indices == 4).any()
 
 
 @kinds
 def test_the_gradient_is_that_without_revival(kind: Any) -> None:
     plain, living = make(kind), make(kind, revive=0.1, init="latents")
-    found = []
+    grads = []
     for quantizer in (plain, living):
         z = latents(0).requires_grad_()
         q = quantizer(z)
-        found.append(torch.autograd.grad((q.latents * latents(1)).sum() + q.loss, [z, quantizer.codebook.weight]))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        grads.append(torch.autograd.grad((q.latents * latents(1)).sum() + q.loss, [z, quantizer.codebook.weight]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @kinds

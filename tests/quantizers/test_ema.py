@@ -161,10 +161,10 @@ def test_kmeans_equals_scipys() -> None:
     torch.manual_seed(0)
     vectors = flat(latents(0, batch=20))
     codes = torch.cat([vectors[: V - 1], torch.full((1, D), 100.0).double()])  # no latent is near the last one
-    found = kmeans(vectors, codes)
+    centers = kmeans(vectors, codes)
     with pytest.warns(UserWarning, match="clusters is empty"):
         expected, _ = kmeans2(vectors.numpy(), codes.numpy(), iter=KMEANS_ITERATIONS, minit="matrix")
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(centers, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
 
 
 def test_kmeans_recovers_separated_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,18 +290,18 @@ def test_eval_moves_nothing_even_before_the_start() -> None:
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
 
 
-def test_micro_batches_move_it_once_as_the_whole_batch_does() -> None:
+def test_micro_batches_move_the_averages_once_like_one_batch() -> None:
     torch.manual_seed(0)
-    whole, parts = running(codes := torch.randn(V, D).double(), revive=0), running(codes, revive=0)
+    one_batch, micro_batches = running(codes := torch.randn(V, D).double(), revive=0), running(codes, revive=0)
     for step in range(3):
-        step_on(whole, latents(step))
-        for piece in latents(step).chunk(4):
-            parts(piece)
-            assert torch.equal(parts.codebook, codes)  # it does not change within the step
-        parts.update()
-        codes = parts.codebook.clone()
+        step_on(one_batch, latents(step))
+        for micro_batch in latents(step).chunk(4):
+            micro_batches(micro_batch)
+            assert torch.equal(micro_batches.codebook, codes)  # it does not change within the step
+        micro_batches.update()
+        codes = micro_batches.codebook.clone()
         for name in BUFFERS:
-            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(getattr(micro_batches, name), getattr(one_batch, name), rtol=1e-12, atol=1e-12)
 
 
 def test_forwards_without_gradients_and_given_up_steps_do_not_count() -> None:

@@ -74,8 +74,8 @@ def test_training_draws_each_code_as_often_as_its_probability() -> None:
     ours = GumbelQuantizer(dim=D, codebook_size=4)
     z = torch.randn(1, D, 1, 1).expand(1, D, 200, 200)
     p = ours.proj(z)[0, :, 0, 0].softmax(0)
-    drawn = torch.bincount(ours(z).indices.flatten(), minlength=4) / 200**2
-    assert (drawn - p).abs().max() < 4 * 0.5 / 200  # four standard deviations of a frequency
+    frequencies = torch.bincount(ours(z).indices.flatten(), minlength=4) / 200**2
+    assert (frequencies - p).abs().max() < 4 * 0.5 / 200  # four standard deviations of a frequency
 
 
 @pytest.mark.parametrize("straight_through", [True, False])

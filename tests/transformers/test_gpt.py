@@ -33,20 +33,20 @@ def sequences(batch: int = 4, length: int = N) -> tuple[Tensor, Tensor]:
 
 def hidden(gpt: GPT, tokens: Tensor, prefix: Tensor) -> Tensor:
     """The output of the last block at every position, the prefix included."""
-    kept: list[Tensor] = []
-    hook = gpt.blocks[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    outputs: list[Tensor] = []
+    hook = gpt.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     gpt(tokens, prefix)
     hook.remove()
-    return kept[0]
+    return outputs[0]
 
 
 def inputs_of(module: nn.Module, call: Callable[[], object]) -> list[Tensor]:
     """The inputs of a module while a function runs."""
-    kept: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].clone()))
+    captured: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].clone()))
     call()
     hook.remove()
-    return kept
+    return captured
 
 
 @pytest.mark.parametrize("unmasked_prefix", [False, True, 2])

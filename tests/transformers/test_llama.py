@@ -59,14 +59,14 @@ def test_half_of_a_head_turns_with_the_row_and_half_with_the_column() -> None:
     turned = apply_rotary(x, rotations((4, 5), 8)[:, row, column])
     frequencies = [1.0, 10000.0 ** (-2 / 4)]
     pairs = torch.view_as_complex(x.reshape(4, 2))
-    angle = torch.tensor([place * f for place in (row, column) for f in frequencies], dtype=torch.float64)
+    angle = torch.tensor([coordinate * f for coordinate in (row, column) for f in frequencies], dtype=torch.float64)
     by_hand = torch.view_as_real(pairs * torch.polar(torch.ones(4).double(), angle)).flatten()
     torch.testing.assert_close(turned, by_hand, rtol=1e-12, atol=1e-12)
 
 
 def test_a_condition_is_turned_as_the_code_at_its_place_and_no_other() -> None:
-    places = [None, (1.0, 2.0), (0.5, 1.5), None]
-    rotation = Llama(V, N, GRID, P, places, layers=1, heads=2, dim=16).rotation
+    positions = [None, (1.0, 2.0), (0.5, 1.5), None]
+    rotation = Llama(V, N, GRID, P, positions, layers=1, heads=2, dim=16).rotation
     cells = rotation[:, 4:].unflatten(1, GRID)
     for m in (0, 3):
         assert (rotation[0, m] == 1).all() and not rotation[1, m].any()

@@ -61,18 +61,18 @@ def test_the_codes_of_the_map_stand_row_by_row() -> None:
 def test_maps_may_have_fewer_codes_than_images(stride: int, downsample: int, length: int) -> None:
     spatial = conditioner("spatial", stride=stride, downsample=downsample)
     assert spatial.length == length
-    found = spatial(Batch(conditions=maps()))
+    prefix = spatial(Batch(conditions=maps()))
     step = stride * downsample
     expected = (maps()[:, 0, ::step, ::step] * 10).round().long().flatten(1)  # nearest takes the first pixel of a cell
-    assert torch.equal(found, expected)
+    assert torch.equal(prefix, expected)
 
 
 @pytest.mark.parametrize(("stride", "downsample"), [(2, 1), (4, 1), (1, 1), (2, 2)])
 def test_a_code_of_a_map_stands_in_the_middle_of_what_it_covers(stride: int, downsample: int) -> None:
-    places = conditioner("spatial", stride=stride, downsample=downsample).positions
+    positions = conditioner("spatial", stride=stride, downsample=downsample).positions
     step = stride * downsample
     for (row, column), (top, left) in zip(
-        places, itertools.product(range(0, 8, step), range(0, 12, step)), strict=True
+        positions, itertools.product(range(0, 8, step), range(0, 12, step)), strict=True
     ):
         middle = (top + (step - 1) / 2, left + (step - 1) / 2)  # of its pixels
         assert (row * 2 + 0.5, column * 2 + 0.5) == middle  # cell k of the image covers the pixels 2 k and 2 k + 1
@@ -80,85 +80,87 @@ def test_a_code_of_a_map_stands_in_the_middle_of_what_it_covers(stride: int, dow
 
 def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> None:
     label = build("conditioner", {"name": "label"}, num_classes=3)
-    told = ConditionerStack(
+    stack = ConditionerStack(
         {"coordinates": conditioner("coordinates"), "label": label, "image": conditioner("image", factor=2)}
     )
     grid = [(i, j) for i in range(4) for j in range(6)]
-    assert told.positions == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
-    assert len(told.positions) == told.length
+    assert stack.positions == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
+    assert len(stack.positions) == stack.length
 
 
-def test_a_window_sees_its_part_of_every_map() -> None:
+def test_a_window_gets_its_crop_of_a_map() -> None:
     """The indices of the full map, cropped; encoding the window by itself would differ with a real encoder."""
-    told = ConditionerStack({"spatial": conditioner("spatial")}).eval()
+    stack = ConditionerStack({"spatial": conditioner("spatial")}).eval()
     large = maps(1, 20, 28)
-    whole = told.prepare(Batch(conditions=large))
-    codes = whole.condition_indices["spatial"][0]
+    prepared = stack.prepare(Batch(conditions=large))
+    indices = prepared.condition_indices["spatial"][0]
     for top in range(10 - 4 + 1):
         for left in range(14 - 6 + 1):
-            found = told(whole.window((top, left), (4, 6), (10, 14)))
-            assert torch.equal(found[0], codes[top : top + 4, left : left + 6].flatten())
+            prefix = stack(prepared.window((top, left), (4, 6), (10, 14)))
+            assert torch.equal(prefix[0], indices[top : top + 4, left : left + 6].flatten())
 
 
 @pytest.mark.parametrize(("stride", "downsample"), [(4, 1), (8, 1), (2, 2), (1, 1), (2, 1)])
-def test_a_window_sees_maps_of_any_fineness_exactly_where_it_stands(stride: int, downsample: int) -> None:
+def test_a_window_gets_shifted_maps_of_any_stride_exactly(stride: int, downsample: int) -> None:
     """The map from the window's first pixel on, not from the next cell of the map."""
-    told = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
+    stack = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride, downsample=downsample)}).eval()
     large, step = maps(1, 24, 32), stride * downsample
-    whole = told.prepare(Batch(conditions=large), shifted=True)
+    prepared = stack.prepare(Batch(conditions=large), shifted=True)
     for top in range(12 - 4 + 1):
         for left in range(16 - 8 + 1):
-            found = told(whole.window((top, left), (4, 8), (12, 16)))
+            prefix = stack(prepared.window((top, left), (4, 8), (12, 16)))
             part = large[:, 0, 2 * top : 2 * top + 8 : step, 2 * left : 2 * left + 16 : step]
-            assert torch.equal(found, (part * 10).round().long().flatten(1))
+            assert torch.equal(prefix, (part * 10).round().long().flatten(1))
 
 
 def test_the_windows_of_a_low_resolution_image_are_its_own() -> None:
-    told = ConditionerStack({"image": conditioner("image", factor=2)}).eval()
+    stack = ConditionerStack({"image": conditioner("image", factor=2)}).eval()
     large = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
-    whole = told.prepare(Batch(images=large), shifted=True)
+    prepared = stack.prepare(Batch(images=large), shifted=True)
     for top, left in itertools.product(range(7), range(9)):
         part = large[..., 2 * top : 2 * top + 8, 2 * left : 2 * left + 12]
-        found = told(whole.window((top, left), (4, 6), (10, 14)))
-        assert torch.equal(found, told(Batch(images=part)))
+        prefix = stack(prepared.window((top, left), (4, 6), (10, 14)))
+        assert torch.equal(prefix, stack(Batch(images=part)))
 
 
-def test_codes_that_were_prepared_once_are_cut_where_they_are_nearest() -> None:
-    told = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride=8)}).eval()
-    whole = told.prepare(Batch(conditions=maps(1, 32, 64)))
-    codes = whole.condition_indices["spatial"][0]
+def test_indices_without_shifts_are_cropped_at_the_nearest_cell() -> None:
+    stack = ConditionerStack({"spatial": conditioner("spatial", (4, 8), stride=8)}).eval()
+    prepared = stack.prepare(Batch(conditions=maps(1, 32, 64)))
+    indices = prepared.condition_indices["spatial"][0]
     for top, left in itertools.product(range(13), range(25)):
         row, column = math.floor(top / 4 + 0.5), math.floor(left / 4 + 0.5)
-        found = told(whole.window((top, left), (4, 8), (16, 32)))
-        assert torch.equal(found[0], codes[row : row + 1, column : column + 2].flatten())
+        prefix = stack(prepared.window((top, left), (4, 8), (16, 32)))
+        assert torch.equal(prefix[0], indices[row : row + 1, column : column + 2].flatten())
 
 
 def test_coordinates_count_rows_and_columns_of_the_whole_image() -> None:
-    places = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.25, 0.75, 0.5]])
-    found = conditioner("coordinates", rows=8, columns=5)(Batch(crop_boxes=places)).unflatten(1, (4, 6))
-    for b, (top, left, bottom, right) in enumerate(places.tolist()):
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.25, 0.75, 0.5]])
+    bins = conditioner("coordinates", rows=8, columns=5)(Batch(crop_boxes=boxes)).unflatten(1, (4, 6))
+    for b, (top, left, bottom, right) in enumerate(boxes.tolist()):
         for i in range(4):
             for j in range(6):
                 y, x = top + (bottom - top) * (i + 0.5) / 4, left + (right - left) * (j + 0.5) / 6
-                assert found[b, i, j] == int(y * 8) * 5 + int(x * 5)
+                assert bins[b, i, j] == int(y * 8) * 5 + int(x * 5)
 
 
 def test_the_windows_of_an_image_are_told_what_the_image_is_told() -> None:
     """In every window a token has the coordinates that it has in the full image."""
-    whole = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(
+    full = conditioner("coordinates", grid=(10, 14), rows=20, columns=30)(Batch(labels=torch.zeros(1))).unflatten(
         1, (10, 14)
     )
     here = conditioner("coordinates", rows=20, columns=30)
     for top in range(7):
         for left in range(9):
             window = here(Batch(labels=torch.zeros(1)).window((top, left), (4, 6), (10, 14)))
-            assert torch.equal(window[0], whole[0, top : top + 4, left : left + 6].flatten())
+            assert torch.equal(window[0], full[0, top : top + 4, left : left + 6].flatten())
 
 
-def test_without_a_place_an_image_is_all_there_is() -> None:
-    told = conditioner("coordinates")
-    assert torch.equal(told(Batch(labels=torch.zeros(1))), told(Batch(crop_boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]]))))
-    beyond = told(Batch(crop_boxes=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as in a map that wraps around
+def test_without_a_crop_box_an_image_is_a_full_one() -> None:
+    coordinates = conditioner("coordinates")
+    assert torch.equal(
+        coordinates(Batch(labels=torch.zeros(1))), coordinates(Batch(crop_boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]])))
+    )
+    beyond = coordinates(Batch(crop_boxes=torch.tensor([[0.5, 0.5, 1.5, 1.5]])))  # as in a map that wraps around
     assert beyond.max() == 32 * 32 - 1
 
 
@@ -177,21 +179,21 @@ def test_edges_are_those_of_the_sobel_operator() -> None:
     grey = images.mean(1).numpy()
     across, down = (np.stack([ndimage.sobel(each, axis, mode="nearest") for each in grey]) / 8 for axis in (1, 0))
     expected = np.hypot(across, down).clip(max=1) * 2 - 1
-    found = sobel_edges(images)
-    assert found.shape == images.shape
+    edges = sobel_edges(images)
+    assert edges.shape == images.shape
     for channel in range(3):
-        np.testing.assert_allclose(found[:, channel].numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(edges[:, channel].numpy(), expected, atol=1e-12)
     assert (sobel_edges(torch.full((1, 3, 5, 5), 0.3)) == -1).all()
 
 
 @pytest.mark.parametrize("name", ["spatial", "image"])
 def test_what_training_hides_is_hidden_whole_and_named_by_null(name: str) -> None:
-    told = conditioner(name, dropout=0.3, **({"factor": 1} if name == "image" else {}))
+    tokenized = conditioner(name, dropout=0.3, **({"factor": 1} if name == "image" else {}))
     batch = Batch(conditions=maps(4000), images=maps(4000))
-    plain, null = told(batch), told.null_prefix(batch)
-    assert told.vocab_size == 12 and (null == 11).all() and null.shape == plain.shape
+    plain, null = tokenized(batch), tokenized.null_prefix(batch)
+    assert tokenized.vocab_size == 12 and (null == 11).all() and null.shape == plain.shape
     torch.manual_seed(0)
-    hidden = ConditionerStack({name: told}).train()(batch)
+    hidden = ConditionerStack({name: tokenized}).train()(batch)
     without = (hidden == 11).all(1)
     assert float(without.double().mean()) == pytest.approx(0.3, abs=5 * (0.21 / 4000) ** 0.5)
     assert torch.equal(hidden[~without], plain[~without])
@@ -218,10 +220,10 @@ def test_conditions_in_a_list_have_ids_of_their_own() -> None:
 
 
 def test_a_batch_keeps_what_was_prepared() -> None:
-    told = ConditionerStack({"spatial": conditioner("spatial")}).eval()
-    batch = replace(told.prepare(Batch(conditions=maps(4))), conditions=None)
+    stack = ConditionerStack({"spatial": conditioner("spatial")}).eval()
+    batch = replace(stack.prepare(Batch(conditions=maps(4))), conditions=None)
     assert len(batch) == 4
-    assert torch.equal(torch.cat([told(each) for each in batch.chunk(2)]), told(batch))
+    assert torch.equal(torch.cat([stack(each) for each in batch.chunk(2)]), stack(batch))
     assert batch.to("meta").condition_indices["spatial"].device.type == "meta"
 
 

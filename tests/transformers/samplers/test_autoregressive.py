@@ -24,7 +24,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def kept(logits: Tensor) -> list[bool]:
+def allowed(logits: Tensor) -> list[bool]:
     return (logits > -torch.inf).tolist()
 
 
@@ -32,8 +32,8 @@ def kept(logits: Tensor) -> list[bool]:
 @given(rows, st.integers(1, 30))
 def test_top_k_keeps_whatever_fewer_than_k_are_better_than(logits: np.ndarray, k: int) -> None:
     filtered = top_k(torch.from_numpy(logits)[None], k)[0]
-    assert kept(filtered) == [bool((logits > each).sum() < k) for each in logits]
-    assert np.array_equal(filtered[filtered > -torch.inf].numpy(), logits[np.array(kept(filtered))])
+    assert allowed(filtered) == [bool((logits > each).sum() < k) for each in logits]
+    assert np.array_equal(filtered[filtered > -torch.inf].numpy(), logits[np.array(allowed(filtered))])
 
 
 @settings(deadline=None)
@@ -47,7 +47,7 @@ def test_top_p_keeps_the_smallest_best_set_that_reaches_p(logits: np.ndarray, p:
             expected.add(index)
         total += probabilities[index]
     filtered = top_p(torch.from_numpy(logits)[None], p)[0]
-    assert kept(filtered) == [i in expected for i in range(len(logits))]
+    assert allowed(filtered) == [i in expected for i in range(len(logits))]
     assert np.array_equal(filtered[filtered > -torch.inf].numpy(), logits[sorted(expected)])
 
 
@@ -57,7 +57,7 @@ def test_top_p_of_one_keeps_everything_and_of_nearly_nothing_the_best(logits: np
     row = torch.from_numpy(logits)[None]
     assert torch.equal(top_p(row, 1.0), row)
     for p in (1e-9, 0.0):
-        assert kept(top_p(row, p)[0]) == [i == int(logits.argmax()) for i in range(len(logits))]
+        assert allowed(top_p(row, p)[0]) == [i == int(logits.argmax()) for i in range(len(logits))]
 
 
 @settings(deadline=None)
@@ -66,7 +66,7 @@ def test_min_p_keeps_what_is_not_too_unlikely_beside_the_best(logits: np.ndarray
     behind = logits - logits.max()  # log of each probability over the best one
     assume(np.abs(behind[behind < 0] - np.log(p)).min(initial=1) > 1e-9)
     filtered = min_p(torch.from_numpy(logits)[None], p)[0]
-    assert kept(filtered) == [bool(each >= np.log(p)) for each in behind]
+    assert allowed(filtered) == [bool(each >= np.log(p)) for each in behind]
     assert np.array_equal(filtered[filtered > -torch.inf].numpy(), logits[behind >= np.log(p)])
 
 
@@ -103,16 +103,16 @@ def test_filters_compose_as_temperature_then_top_k_then_top_p() -> None:
     probabilities = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     sampler = build("sampler", {"name": "autoregressive", "temperature": 0.5, "top_k": 3, "top_p": 0.9})
     # Squared: 16, 9, 4, 1. Without the last: 16 and 9 of 29 reach 0.862, so all three stay; of 30 likewise 0.833.
-    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
+    assert allowed(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
     sampler.top_p = 0.85  # reached by two of the three, but not by two of the four
-    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
+    assert allowed(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
     sampler.top_k = None
-    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
+    assert allowed(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
     sampler.min_p = 0.5  # of the best squared: 1, 0.56, 0.25, 0.06
-    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
+    assert allowed(sampler.filter(probabilities.log())[0]) == [True, True, False, False]
     sampler.min_p = None
     sampler.temperature = 1.0  # 0.4 + 0.3 + 0.2 = 0.9 reaches 0.85
-    assert kept(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
+    assert allowed(sampler.filter(probabilities.log())[0]) == [True, True, True, False]
 
 
 @settings(deadline=None)
@@ -120,10 +120,10 @@ def test_filters_compose_as_temperature_then_top_k_then_top_p() -> None:
 def test_evenly_spread_numbers_draw_in_proportion(logits: np.ndarray) -> None:
     count = 4096
     spread = (torch.arange(count) + 0.5) / count
-    drawn = sample_from_logits(torch.from_numpy(logits).expand(count, -1), spread)
-    frequencies = np.bincount(drawn.numpy(), minlength=len(logits))
+    indices = sample_from_logits(torch.from_numpy(logits).expand(count, -1), spread)
+    frequencies = np.bincount(indices.numpy(), minlength=len(logits))
     assert np.abs(frequencies - count * softmax(logits)).max() < 1.01
-    assert (drawn.diff() >= 0).all()  # the inverse of a distribution function grows
+    assert (indices.diff() >= 0).all()  # the inverse of a distribution function grows
 
 
 @settings(deadline=None)
@@ -132,8 +132,8 @@ def test_a_draw_inverts_the_distribution_function(logits: np.ndarray, number: in
     u = number / 2**24
     cumulative = np.cumsum(softmax(logits))
     assume(np.abs(cumulative - u).min() > 1e-6)
-    drawn = sample_from_logits(torch.from_numpy(logits)[None], torch.tensor([u]))
-    assert drawn.tolist() == [int((cumulative <= u).sum())]
+    indices = sample_from_logits(torch.from_numpy(logits)[None], torch.tensor([u]))
+    assert indices.tolist() == [int((cumulative <= u).sum())]
 
 
 @pytest.mark.parametrize("u", [0.0, 0.3, 1 - 2**-24])
@@ -143,16 +143,16 @@ def test_what_was_filtered_out_is_never_drawn(u: float, size: int) -> None:
     logits = torch.randn(8, size, generator=generator)
     logits[:, ::2] = -torch.inf
     logits[:, -1:] = -torch.inf
-    drawn = sample_from_logits(logits, torch.full((8,), u))
-    assert (logits.gather(1, drawn[:, None]) > -torch.inf).all()
+    indices = sample_from_logits(logits, torch.full((8,), u))
+    assert (logits.gather(1, indices[:, None]) > -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_draws_take_any_precision(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0]], dtype=dtype).expand(1000, 3)
-    drawn = sample_from_logits(logits, torch.arange(1000) / 1000)
+    indices = sample_from_logits(logits, torch.arange(1000) / 1000)
     expected = 1000 * softmax(np.array([0.0, 1.0, 0.0]))
-    assert np.abs(np.bincount(drawn.numpy(), minlength=3) - expected).max() < 1.5
+    assert np.abs(np.bincount(indices.numpy(), minlength=3) - expected).max() < 1.5
 
 
 def test_uniforms_are_uniform_and_belong_to_one_sample() -> None:
@@ -252,10 +252,10 @@ def test_known_tokens_stay_and_the_rest_follows_from_them(hidden: np.ndarray) ->
     # Hiding tokens of a sample, and sampling them again with the same noise, gives the same sample.
     sampler = build("sampler", {"name": "autoregressive", "top_p": 0.9})
     gpt, prefix = model(), prefixes(5)
-    whole = sampler(gpt, prefix, (3, 4), seed=1)
-    known = whole.masked_fill(torch.from_numpy(hidden), -1)
+    tokens = sampler(gpt, prefix, (3, 4), seed=1)
+    known = tokens.masked_fill(torch.from_numpy(hidden), -1)
     before = known.clone()
-    assert torch.equal(sampler(gpt, prefix, (3, 4), seed=1, known=known), whole)
+    assert torch.equal(sampler(gpt, prefix, (3, 4), seed=1, known=known), tokens)
     assert torch.equal(known, before)
 
 

@@ -37,14 +37,14 @@ def generator() -> Generator:
 class Red:
     """Scores an image by its red channel."""
 
-    def __call__(self, drawn: ScoredSamples) -> torch.Tensor:
-        return drawn.images[:, 0].mean((1, 2))
+    def __call__(self, samples: ScoredSamples) -> torch.Tensor:
+        return samples.images[:, 0].mean((1, 2))
 
 
 def test_likelihood_is_the_prior_s_own(generator: Generator) -> None:
     labels = torch.tensor([0, 2])
     tokens, prefix = torch.randint(16, (2, 4)), labels[:, None]
-    found = build("scorer", {"name": "likelihood"})(
+    scores = build("scorer", {"name": "likelihood"})(
         ScoredSamples(torch.zeros(2, 3, 16, 16), tokens, generator.prior, prefix, labels, CLASSES)
     )
     for b in range(2):
@@ -52,16 +52,16 @@ def test_likelihood_is_the_prior_s_own(generator: Generator) -> None:
         for n in range(4):
             logits = generator.prior(tokens[b : b + 1], prefix[b : b + 1])[0, n].double()
             total += float(logits[tokens[b, n]] - logits.logsumexp(0))
-        assert float(found[b]) == pytest.approx(total / 4, rel=1e-5)
+        assert float(scores[b]) == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_the_best_of_all_candidates_is_kept(generator: Generator) -> None:
     generator.scorer = Red()
     best = generator.sample(3, seed=5, candidates=4)
-    drawn = [generator.sample(3, seed=hash_seed(5, "candidate", c) if c else 5) for c in range(4)]
-    scores = torch.stack([each[:, 0].mean((1, 2)) for each in drawn])
+    candidates = [generator.sample(3, seed=hash_seed(5, "candidate", c) if c else 5) for c in range(4)]
+    scores = torch.stack([each[:, 0].mean((1, 2)) for each in candidates])
     for b in range(3):
-        assert torch.equal(best[b], drawn[int(scores[:, b].argmax())][b])
+        assert torch.equal(best[b], candidates[int(scores[:, b].argmax())][b])
     assert len(set(scores.argmax(0).tolist())) > 1 or scores.argmax(0)[0] > 0, (
         "the first was best everywhere: no choice seen"
     )
@@ -86,11 +86,11 @@ def test_imagenet_scores_are_log_probabilities_of_the_label() -> None:
     images = torch.rand(2, 3, 260, 260) * 2 - 1
     labels = torch.tensor([3, 977])
     scorer, names = build("scorer", {"name": "imagenet"}), [str(i) for i in range(1000)]
-    found = scorer(ScoredSamples(images, torch.zeros(2, 1), None, None, labels, names))
+    scores = scorer(ScoredSamples(images, torch.zeros(2, 1), None, None, labels, names))
     with torch.no_grad():
         logits = efficientnet_lite_classifier("lite2")(images * LITE_SCALE + LITE_SHIFT).double()
     expected = logits.softmax(-1)[torch.arange(2), labels].log()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="the prior has 3 classes, not ImageNet's 1,000"):
         scorer(ScoredSamples(images, torch.zeros(2, 1), None, None, labels, CLASSES))
 
@@ -113,26 +113,26 @@ def test_what_was_drawn_is_not_drawn_again(run: Path, tmp_path: Path, monkeypatc
     """Interrupted after the first batch and resumed: the same images, and only the missing ones are sampled."""
     words = ["pipeline=sample", f"run={run}", "logger=[]"]  # in batches of 8, as in the run
     SamplePipeline(compose(*words), tmp_path / "whole", count=30).run()
-    drawn: list[int] = []
+    first_indices: list[int] = []
     draw = Generator.sample
 
     def counted(self: Generator, count: int, **options: Any) -> torch.Tensor:
-        if len(drawn) == 2:
+        if len(first_indices) == 2:
             raise KeyboardInterrupt
-        drawn.append(options["first"])
+        first_indices.append(options["first"])
         return draw(self, count, **options)
 
     monkeypatch.setattr(Generator, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
         SamplePipeline(compose(*words), tmp_path / "cut", count=30).run()
-    assert drawn == [0, 8] and len(list((tmp_path / "cut" / "samples").glob("*.png"))) == 16
-    drawn.clear()
+    assert first_indices == [0, 8] and len(list((tmp_path / "cut" / "samples").glob("*.png"))) == 16
+    first_indices.clear()
     monkeypatch.setattr(
         Generator,
         "sample",
-        lambda self, count, **options: drawn.append(options["first"]) or draw(self, count, **options),
+        lambda self, count, **options: first_indices.append(options["first"]) or draw(self, count, **options),
     )
     SamplePipeline(compose(*words, "resume=true"), tmp_path / "cut", count=30).run()
-    assert drawn == [16, 24]
+    assert first_indices == [16, 24]
     for path in (tmp_path / "whole" / "samples").iterdir():
         assert Image.open(path).tobytes() == Image.open(tmp_path / "cut" / "samples" / path.name).tobytes()

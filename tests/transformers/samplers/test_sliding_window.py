@@ -41,11 +41,11 @@ CASES = [  # grid, window
 def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
     """A prior with a prefix of one token, or of one for every position of the window."""
     torch.manual_seed(0)
-    places = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
+    positions = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
     sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
     options = {"unmasked": {"name": "gpt", "unmasked_prefix": True}, "llama": {"name": "llama", "multiple_of": 8}}
     node = {"name": name, "layers": 2, "heads": 2, "dim": 16, **options.get(name, {})}
-    model = build("prior", node, **sizes, prefix_length=len(places), prefix_positions=places).double().eval()
+    model = build("prior", node, **sizes, prefix_length=len(positions), prefix_positions=positions).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that affects every token
@@ -72,17 +72,17 @@ def one_by_one(
     (H, W), (h, w) = grid, (min(window[0], grid[0]), window[1])
     out = []
     for b in range(batch):
-        numbers = sample_noise(SEED, b, H * W).reshape(H, W)
-        drawn = torch.randint(V, grid)  # tokens that are not sampled yet are arbitrary
+        noise = sample_noise(SEED, b, H * W).reshape(H, W)
+        tokens = torch.randint(V, grid)  # tokens that are not sampled yet are arbitrary
         for i in range(H):
             local_i = notebook_local(i, h, H) if h % 2 == 0 else i - min(max(i - h // 2, 0), H - h)
             for j in range(W):
                 local_j = notebook_local(j, w, W) if w % 2 == 0 else j - min(max(j - w // 2, 0), W - w)
                 top, left = i - local_i, j - local_j
-                patch = drawn[top : top + h, left : left + w].reshape(1, -1)
+                patch = tokens[top : top + h, left : left + w].reshape(1, -1)
                 logits = prior(patch, condition(b, top, left)).reshape(1, h, w, -1)[:, local_i, local_j]
-                drawn[i, j] = sample_from_logits(logits.float(), numbers[i, j][None])[0]
-        out.append(drawn.flatten())
+                tokens[i, j] = sample_from_logits(logits.float(), noise[i, j][None])[0]
+        out.append(tokens.flatten())
     return torch.stack(out)
 
 
@@ -106,13 +106,13 @@ def test_every_way_gives_the_tokens_of_the_plain_loop(name: str, grid: tuple, wi
     assert torch.equal(tokens, expected(grid, window, name))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 7])
+@pytest.mark.parametrize("max_cached", [0, 1, 3, 7])
 @pytest.mark.parametrize("wavefront", [False, True])
-def test_windows_that_memory_has_no_room_for_are_read_again(kept: int, wavefront: bool) -> None:
+def test_windows_that_do_not_fit_into_the_cache_are_read_again(max_cached: int, wavefront: bool) -> None:
     model, prefix = prior("gpt", (4, 4)), torch.tensor([[0], [3], [5]])
-    room = (kept + 0.5) * 3 * model.sequence_bytes / 1e9
-    drawer = sampler((4, 4), cache_gb=room, wavefront=wavefront)
-    assert torch.equal(drawer(model, prefix, (7, 9), seed=SEED), expected((7, 9), (4, 4)))
+    room = (max_cached + 0.5) * 3 * model.sequence_bytes / 1e9
+    small_cache = sampler((4, 4), cache_gb=room, wavefront=wavefront)
+    assert torch.equal(small_cache(model, prefix, (7, 9), seed=SEED), expected((7, 9), (4, 4)))
 
 
 class Slow:
@@ -182,21 +182,25 @@ def test_one_window_over_the_whole_grid_is_the_autoregressive_sampler() -> None:
 def test_guidance_is_the_same_every_way(schedule: str) -> None:
     prefix, null = torch.tensor([[0], [3]]), torch.tensor([[6], [6]])
     options = {"guidance": 2.5, "guidance_schedule": schedule}
-    drawn = [sampler((4, 4), **ways, **options)(gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null) for ways in WAYS]
-    assert all(torch.equal(each, drawn[0]) for each in drawn)
-    assert not torch.equal(drawn[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
-    whole = build("sampler", {"name": "autoregressive", **options})(gpt(16), prefix, (4, 4), seed=1, null_prefix=null)
-    assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), whole)
+    results = [
+        sampler((4, 4), **ways, **options)(gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null) for ways in WAYS
+    ]
+    assert all(torch.equal(each, results[0]) for each in results)
+    assert not torch.equal(results[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
+    autoregressive = build("sampler", {"name": "autoregressive", **options})(
+        gpt(16), prefix, (4, 4), seed=1, null_prefix=null
+    )
+    assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), autoregressive)
     with pytest.raises(UserError, match=r"model\.conditioner\.label\.dropout"):
         sampler((4, 4), **options)(gpt(16), prefix, (6, 9), seed=SEED)
 
 
 def test_known_tokens_stay_and_the_rest_follows_from_them() -> None:
-    prefix, whole = torch.tensor([[0], [3], [5]]), expected((7, 9), (4, 4))
-    hidden = torch.rand(whole.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    again = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=whole.masked_fill(hidden, -1))
-    assert torch.equal(again, whole)
-    other = (whole + 1) % V
+    prefix, tokens = torch.tensor([[0], [3], [5]]), expected((7, 9), (4, 4))
+    hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    again = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=tokens.masked_fill(hidden, -1))
+    assert torch.equal(again, tokens)
+    other = (tokens + 1) % V
     kept = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=other.masked_fill(hidden, -1))
     assert torch.equal(kept[~hidden], other[~hidden])
 
@@ -224,20 +228,20 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.in
 
 @settings(deadline=None)
 @given(sizes)
-def test_a_wave_waits_for_all_that_its_windows_show(size: tuple[int, int, int, int]) -> None:
+def test_a_wavefront_step_needs_only_tokens_of_earlier_steps(size: tuple[int, int, int, int]) -> None:
     h, w, taller, wider = size
     H, W = h + taller, w + wider
-    drawn: set[tuple[int, int]] = set()
+    sampled: set[tuple[int, int]] = set()
     steps = 0
     for cells in wavefront_order((H, W), w):
         for i, j in cells:
             top, left = window_start(i, h, H), window_start(j, w, W)
             window = itertools.product(range(top, top + h), range(left, left + w))
-            assert {cell for cell in window if cell < (i, j)} <= drawn
-        assert cells and not drawn & set(cells)
-        drawn |= set(cells)
+            assert {cell for cell in window if cell < (i, j)} <= sampled
+        assert cells and not sampled & set(cells)
+        sampled |= set(cells)
         steps += 1
-    assert drawn == set(itertools.product(range(H), range(W)))
+    assert sampled == set(itertools.product(range(H), range(W)))
     assert steps == W + w * (H - 1)
 
 
@@ -257,11 +261,11 @@ def passes(model: GPT, work: Callable[[], object]) -> list[int]:
 
 def windows_of(grid: tuple[int, int], window: tuple[int, int]) -> dict[tuple[int, int], list[int]]:
     """By start of a window: the number of positions of [start token; tokens] that each of its tokens needs."""
-    found: dict[tuple[int, int], list[int]] = {}
+    counts: dict[tuple[int, int], list[int]] = {}
     for i, j in itertools.product(range(grid[0]), range(grid[1])):
         top, left = window_start(i, window[0], grid[0]), window_start(j, window[1], grid[1])
-        found.setdefault((top, left), []).append(1 + (i - top) * window[1] + j - left)
-    return found
+        counts.setdefault((top, left), []).append(1 + (i - top) * window[1] + j - left)
+    return counts
 
 
 @pytest.mark.parametrize("grid", [(9, 12), (7, 4), (4, 11)])
@@ -269,8 +273,10 @@ def test_the_work_is_what_the_options_say(grid: tuple[int, int]) -> None:
     model, prefix = gpt(16), torch.tensor([[0]])
     work = {}
     for ways in WAYS:
-        drawer = sampler((4, 4), **ways)
-        work[tuple(ways.values())] = passes(model, lambda drawer=drawer: drawer(model, prefix, grid, seed=0))
+        window_sampler = sampler((4, 4), **ways)
+        work[tuple(ways.values())] = passes(
+            model, lambda window_sampler=window_sampler: window_sampler(model, prefix, grid, seed=0)
+        )
     cells, needed = grid[0] * grid[1], windows_of(grid, (4, 4)).values()
     for ways, counted in work.items():
         assert len(counted) == (grid[1] + 4 * (grid[0] - 1) if ways[2] else cells)
@@ -281,7 +287,7 @@ def test_the_work_is_what_the_options_say(grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((64, 64), 1072)])
-def test_the_prior_is_asked_once_for_every_wave(grid: tuple[int, int], steps: int) -> None:
+def test_there_is_one_pass_of_the_prior_a_step(grid: tuple[int, int], steps: int) -> None:
     torch.manual_seed(0)
     model = GPT(V, 256, P, 1, layers=1, heads=1, dim=4).eval()
     assert len(passes(model, lambda: sampler((16, 16))(model, torch.tensor([[0]]), grid, seed=0))) == steps

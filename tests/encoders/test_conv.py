@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vqf.encoders.conv import AttentionBlock, ConvDecoder, ConvEncoder, Downsample
+from vqf.encoders.conv import ConvDecoder, ConvEncoder
+from vqf.encoders.conv_blocks import AttentionBlock, Downsample
 
 PUBLISHED = {"channels": 128, "multipliers": (1, 1, 2, 2, 4), "blocks": 2, "attention": (16,)}
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vqf.batch import Batch, Size
 from vqf.errors import UserError
-from vqf.models.condition_batch import condition_batch, condition_image_size, pad_to, per_image_fields
+from vqf.models.condition_batch import condition_batch, condition_image_size, pad_to
 from vqf.models.conditioning import ConditionerStack
-from vqf.models.sample_request import class_index, grid_for_size, known_token_mask, resolve_labels
+from vqf.models.prefixes import full_prefixes, window_prefixes
+from vqf.models.sample_request import check_sampler, class_index, grid_for_size, known_token_mask, resolve_labels
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Prior, Sampler, ScoredSamples, Scorer
 from vqf.seeding import hash_seed
@@ -211,67 +212,21 @@ class Generator(nn.Module):
             UserError: If the sampler cannot keep known tokens, or cannot sample this grid.
         """
         self.eval()
-        accepted, grid = inspect.signature(self.sampler).parameters, grid or self.tokenizer.grid
-        self._check_sampler(grid, known is not None, accepted)
-        conditions = conditions.to(self.device)
-        shifted = "window" in accepted and grid != self.tokenizer.grid
-        batch = conditions if conditions.condition_indices else self.conditioner.prepare(conditions, shifted=shifted)
-        prefix, null_prefix = self._prefixes(batch, grid, "window" in accepted)
-        optional = {"known": known, "null_prefix": null_prefix, "window": self.tokenizer.grid}
+        accepted, trained_grid = inspect.signature(self.sampler).parameters, self.tokenizer.grid
+        grid = grid or trained_grid
+        check_sampler(self.sampler, self.conditioner, grid, trained_grid, self.tokenizer.stride, known is not None)
+        conditions, sliding = conditions.to(self.device), "window" in accepted
+        if not conditions.condition_indices:
+            conditions = self.conditioner.prepare(conditions, shifted=sliding and grid != trained_grid)
+        prefixes: tuple[Any, Any]
+        if sliding:
+            prefixes = window_prefixes(self.conditioner, conditions, grid, trained_grid, self.crop_extent)
+        else:
+            prefixes = full_prefixes(self.conditioner, conditions, grid, self.crop_extent)
+        prefix, null_prefix = prefixes
+        optional = {"known": known, "null_prefix": null_prefix, "window": trained_grid}
         passed = {key: value for key, value in optional.items() if key in accepted}
         return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **passed)
-
-    def _prefixes(self, batch: Batch, grid: Size, sliding: bool) -> tuple[Any, Any]:
-        """The prefix of the conditions, and the null prefix or None.
-
-        Both are tensors (B, M), or for sliding windows functions from a window's start and size to (B, M).
-        """
-        conditioner = self.conditioner
-        if not sliding:
-            batch = replace(batch, crop_boxes=self._window_conditions(batch, (0, 0), grid, grid).crop_boxes)
-            return conditioner(batch), conditioner.null_prefix(batch)
-
-        def of_window(prefix_of: Callable[[Batch], Any]) -> Callable[[Size, Size], Any]:
-            return lambda start, size: prefix_of(self._window_conditions(batch, start, size, grid))
-
-        prefix, null_prefix = of_window(conditioner), of_window(conditioner.null_prefix)
-        height, width = self.tokenizer.grid
-        first_size = (min(height, grid[0]), min(width, grid[1]))
-        return prefix, None if null_prefix((0, 0), first_size) is None else null_prefix
-
-    def _window_conditions(self, batch: Batch, start: Size, size: Size, grid: Size) -> Batch:
-        """The conditions of one window of a grid.
-
-        Without crop boxes the sample is a full image. Its windows then get boxes of the size of the training crops,
-        spread from edge to edge: a prior that was trained on tenths of a world map is conditioned on tenths, whatever
-        the size of the sample.
-        """
-        window = batch.window(start, size, grid)
-        if batch.crop_boxes is not None or self.crop_extent is None or window.crop_boxes is None:
-            return window
-        extent = torch.tensor(self.crop_extent, device=window.crop_boxes.device).clamp(max=1)
-        # From 0 at the upper or left edge of the grid to 1 at the other edge.
-        progress = [start[i] / (grid[i] - size[i]) if grid[i] > size[i] else 0.5 for i in (0, 1)]
-        corner = torch.tensor(progress, device=extent.device) * (1 - extent)
-        return replace(window, crop_boxes=torch.cat([corner, corner + extent]).expand(len(batch), 4))
-
-    def _check_sampler(self, grid: Size, keeps_known: bool, accepted: Collection[str]) -> None:
-        trained, stride = self.tokenizer.grid, self.tokenizer.stride
-        window = getattr(self.sampler, "window", None)
-        if window not in (None, trained) and (fields := per_image_fields(self.conditioner)):
-            raise UserError(
-                f"sampler.window=[{window[0]},{window[1]}]: this prior reads {', '.join(sorted(fields))} of "
-                f"windows of {trained[0]} x {trained[1]} tokens, as in training; leave sampler.window out"
-            )
-        if keeps_known and "known" not in accepted:
-            raise UserError("sampler: this one cannot keep known tokens; sampler=autoregressive does")
-        # The tokens of fewer rows are the start of a trained sequence; those of other columns are not.
-        if "window" not in accepted and (grid[1] != trained[1] or grid[0] > trained[0]):
-            requested, learned = (f"{each[0] * stride} x {each[1] * stride}" for each in (grid, trained))
-            raise UserError(
-                f"size: the prior was trained on images of {learned} pixels, not {requested}; "
-                "sampler=sliding_window samples larger ones"
-            )
 
     def _default_conditions(self, conditions: Tensor | Batch | None, images: Tensor) -> Tensor | Batch | None:
         """Add the images themselves, unless the caller passed others: a conditioner may read a view of them."""

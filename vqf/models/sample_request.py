@@ -1,5 +1,6 @@
-"""Validation of a sampling call: class labels, image size, and the mask of known tokens."""
+"""Validation of a sampling call: class labels, image size, the mask of known tokens, and the sampler."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from vqf.batch import Size, pair
 from vqf.errors import UserError, unknown_message
+from vqf.models.condition_batch import per_image_fields
+from vqf.models.conditioning import ConditionerStack
+from vqf.protocols import Sampler
 
 
 def class_index(label: int | str, classes: Sequence[str]) -> int:
@@ -95,6 +99,31 @@ def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
             f"not {tuple(mask.shape[1:])}"
         )
     return mask
+
+
+def check_sampler(
+    sampler: Sampler, conditioner: ConditionerStack, grid: Size, trained_grid: Size, stride: int, keeps_known: bool
+) -> None:
+    """Check that a sampler can sample a grid, keep known tokens, and has the prior's window.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    accepted, window = inspect.signature(sampler).parameters, getattr(sampler, "window", None)
+    if window not in (None, trained_grid) and (fields := per_image_fields(conditioner)):
+        raise UserError(
+            f"sampler.window=[{window[0]},{window[1]}]: this prior reads {', '.join(sorted(fields))} of windows of "
+            f"{trained_grid[0]} x {trained_grid[1]} tokens, as in training; leave sampler.window out"
+        )
+    if keeps_known and "known" not in accepted:
+        raise UserError("sampler: this one cannot keep known tokens; sampler=autoregressive does")
+    # The tokens of fewer rows are the start of a trained sequence; those of other columns are not.
+    if "window" not in accepted and (grid[1] != trained_grid[1] or grid[0] > trained_grid[0]):
+        requested, trained = (f"{each[0] * stride} x {each[1] * stride}" for each in (grid, trained_grid))
+        raise UserError(
+            f"size: the prior was trained on images of {trained} pixels, not {requested}; "
+            "sampler=sliding_window samples larger ones"
+        )
 
 
 def _read_size(size: int | Sequence[int]) -> Size:

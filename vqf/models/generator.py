@@ -218,12 +218,12 @@ class Generator(nn.Module):
         conditions, sliding = conditions.to(self.device), "window" in accepted
         if not conditions.condition_indices:
             conditions = self.conditioner.prepare(conditions, shifted=sliding and grid != trained_grid)
-        prefixes: tuple[Any, Any]
+        prefix: Any  # (B, M), or a function of windows
+        null_prefix: Any
         if sliding:
-            prefixes = window_prefixes(self.conditioner, conditions, grid, trained_grid, self.crop_extent)
+            prefix, null_prefix = window_prefixes(self.conditioner, conditions, grid, trained_grid, self.crop_extent)
         else:
-            prefixes = full_prefixes(self.conditioner, conditions, grid, self.crop_extent)
-        prefix, null_prefix = prefixes
+            prefix, null_prefix = full_prefixes(self.conditioner, conditions, grid, self.crop_extent)
         optional = {"known": known, "null_prefix": null_prefix, "window": trained_grid}
         passed = {key: value for key, value in optional.items() if key in accepted}
         return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **passed)

@@ -1,7 +1,4 @@
-"""Conditioning on nothing, or on a class label.
-
-Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598: label dropout.
-"""
+"""Conditioning on nothing, or on a class label."""
 
 import torch
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqf.batch import Batch, Size
 from vqf.models.conditioning import ConditionerStack
 
-WindowPrefix = Callable[[Size, Size], Tensor]  # from start and size of a window to (B, M)
+PrefixFunction = Callable[[Size, Size], Tensor]  # from start and size of a window to (B, M)
 
 
 def full_prefixes(
@@ -27,7 +27,7 @@ def full_prefixes(
 
 def window_prefixes(
     conditioner: ConditionerStack, batch: Batch, grid: Size, trained_grid: Size, crop_extent: Sequence[float] | None
-) -> tuple[WindowPrefix, WindowPrefix | None]:
+) -> tuple[PrefixFunction, PrefixFunction | None]:
     """`full_prefixes` as functions of a window of the grid."""
 
     def prefix(start: Size, size: Size) -> Tensor:

@@ -141,7 +141,7 @@ class ImageConditioner(_TokenizedConditioner):
     """A low-resolution view of the image itself, for super-resolution, or its edges.
 
     Args:
-        view: `low_resolution`, or `edges`, their strength by the Sobel operator.
+        view: `low_resolution`, or `edges`, the magnitude of the Sobel gradient.
         factor: Factor, at least 1, by which the sides of the view are reduced.
         run: The run of the tokenizer that encodes the view; by default the tokenizer of the images.
         dropout: Fraction in [0, 1) of the views that training drops, for guidance.

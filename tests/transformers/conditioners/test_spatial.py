@@ -241,7 +241,7 @@ def mistakes() -> list[Any]:
         (lambda: conditioner("image", factor=0), "factor must be at least 1"),
         (lambda: conditioner("spatial")(Batch(labels=torch.zeros(2))), "the data has no condition maps"),
         (lambda: conditioner("image", factor=1)(Batch(labels=torch.zeros(2))), "needs an image"),
-        (lambda: conditioner("spatial")(Batch(conditions=maps(1, 8, 8))), "16 codes, the prior was trained with 24"),
+        (lambda: conditioner("spatial")(Batch(conditions=maps(1, 8, 8))), "16 tokens, the prior was trained with 24"),
     ]
 
 

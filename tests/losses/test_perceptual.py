@@ -18,13 +18,13 @@ from vqf.registry import build
 
 def crops(size: int = 64) -> Tensor:
     """Sixteen crops of photos that come with scikit-image."""
-    pieces = []
+    patches = []
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         image = getattr(skimage.data, name)()
         for i in range(4):
             top, left = 40 + 50 * i, 60 + 60 * i
-            pieces.append(image[top : top + size, left : left + size])
-    return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
+            patches.append(image[top : top + size, left : left + size])
+    return torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def noise(images: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Maps of classes: their loss against its formula, what cannot compare them, and that they train by default."""
+"""Class maps: the loss equals its formula, unsuitable losses are refused, and training works by default."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_a_depth_map_is_compared_as_grey() -> None:
 
 
 @pytest.fixture(params=[2, 3, 4])
-def words(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+def overrides(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
     """Stripes of classes, and images of them."""
     classes: int = request.param
     for i in range(24):
@@ -46,21 +46,21 @@ def words(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
         for name, pixels in (("conditions", numbers), ("images", numbers * 60)):
             (tmp_path / "data" / name).mkdir(exist_ok=True, parents=True)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    kept = [each for each in TINY if not each.startswith(("data=", "model/loss="))]
+    common = [each for each in TINY if not each.startswith(("data=", "model/loss="))]
     options = [f"data.root={tmp_path / 'data'}", "data.maps=labels", f"data.labels={classes}"]
-    return [*kept, "data=pairs", *options, "data.validation_fraction=0.3", "evaluate.count=4"]
+    return [*common, "data=pairs", *options, "data.validation_fraction=0.3", "evaluate.count=4"]
 
 
-def test_maps_of_classes_train_by_default(words: list[str], tmp_path: Path) -> None:
+def test_maps_of_classes_train_by_default(overrides: list[str], tmp_path: Path) -> None:
     """By one command, whatever losses and discriminator its images have; and all that is measured can be."""
-    several = [*words, "model/conditioner=spatial", "pipeline=full", "metric=[psnr,ssim,features,usage]"]
+    several = [*overrides, "model/conditioner=spatial", "pipeline=full", "metric=[psnr,ssim,features,usage]"]
     Full(
         compose(*several, "steps=2", "optimizer.lr=1e-2", "maps.steps=150", "checkpoint.every=50", "log.every=10"),
         tmp_path / "run",
     ).run()
     maps = vqf.load(tmp_path / "run" / "maps")
     assert isinstance(maps, Tokenizer)
-    assert f"data.labels={maps.channels}" in words
+    assert f"data.labels={maps.channels}" in overrides
     losses = [line["bce"] for line in lines(tmp_path / "run" / "maps") if "bce" in line]
     share = torch.tensor(1 / maps.channels)
     blind = -(share * share.log() + (1 - share) * (1 - share).log())  # of what knows how often classes occur
@@ -70,7 +70,7 @@ def test_maps_of_classes_train_by_default(words: list[str], tmp_path: Path) -> N
     Reconstruct(config, tmp_path / "back", count=2).run()
 
 
-def test_what_cannot_compare_them_is_one_line(words: list[str], tmp_path: Path) -> None:
+def test_what_cannot_compare_them_is_one_line(overrides: list[str], tmp_path: Path) -> None:
     cure = r"model/loss=\[bce\] model.discriminator=null model.adversary=null"
     for others, message in (
         (
@@ -84,6 +84,6 @@ def test_what_cannot_compare_them_is_one_line(words: list[str], tmp_path: Path) 
         (["model/loss=[bce]", *PLAIN], "model.loss.bce: compares class maps, not images of 3"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            Stage1(compose(*words, *others), tmp_path).run()
+            Stage1(compose(*overrides, *others), tmp_path).run()
         assert "\n" not in str(caught.value)
-    Stage1(compose(*words, "target=condition", "model/loss=[bce]", *PLAIN, "steps=2"), tmp_path / "run").run()
+    Stage1(compose(*overrides, "target=condition", "model/loss=[bce]", *PLAIN, "steps=2"), tmp_path / "run").run()

@@ -1,4 +1,4 @@
-"""Sets of features for tests, seen by a network that is none."""
+"""Sets of features for tests, and a linear stand-in for a feature network."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from vqf.protocols import FeatureSet
 
 
 class Linear:
-    """Describes an image by sums over its pixels, so that anybody can say what it sees."""
+    """Features are weighted sums of pixels, so that tests can compute them."""
 
     name, digest = "linear", "linear-1"
 
@@ -26,7 +26,7 @@ class Linear:
 
 
 def gaussians(count: int, shift: float = 0.0, seed: int = 0, width: int = 8) -> FeatureSet:
-    """A set whose features are correlated Gaussians around a place; its logits are the surer the farther that is."""
+    """Features are correlated Gaussians around `shift`; a larger shift gives more confident logits."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / 3
     features = torch.randn(count, width, generator=random) @ mix + shift
@@ -34,7 +34,7 @@ def gaussians(count: int, shift: float = 0.0, seed: int = 0, width: int = 8) -> 
 
 
 def frechet(first: FeatureSet, second: FeatureSet) -> float:
-    """The Frechet distance by its formula, with scipy's root of a matrix, in float64."""
+    """The Frechet distance by its formula, with scipy's matrix square root, in float64."""
     x, y = (each.features.double().numpy() for each in (first, second))
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
@@ -42,7 +42,7 @@ def frechet(first: FeatureSet, second: FeatureSet) -> float:
 
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
-    """Let every metric on features ask this network, whichever it names."""
+    """Replace the network of every feature metric."""
     from vqf.metrics import set_metric
 
     network = Linear()

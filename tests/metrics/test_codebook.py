@@ -25,10 +25,10 @@ def measure(vocab_size: int, *indices: torch.Tensor) -> dict[str, float]:
         lambda size: st.tuples(st.just(size), st.lists(st.integers(0, size - 1), min_size=1, max_size=60))
     )
 )
-def test_usage_equals_a_count_by_hand(drawn: tuple[int, list[int]]) -> None:
-    size, codes = drawn
-    shares = [count / len(codes) for count in Counter(codes).values()]
-    values = measure(size, torch.tensor(codes).view(-1, 1, 1))
+def test_usage_equals_a_count_by_hand(case: tuple[int, list[int]]) -> None:
+    size, indices = case
+    shares = [count / len(indices) for count in Counter(indices).values()]
+    values = measure(size, torch.tensor(indices).view(-1, 1, 1))
     assert values["usage"] == pytest.approx(len(shares) / size)
     assert values["dead_codes"] == size - len(shares)
     assert values["perplexity"] == pytest.approx(math.prod(share**-share for share in shares))
@@ -46,10 +46,10 @@ def test_one_code_has_perplexity_one() -> None:
 
 
 def test_batches_add_up_and_several_codebooks_are_counted_together() -> None:
-    codes = torch.randint(0, 30, (6, 3, 3, 2), generator=torch.Generator().manual_seed(0))
-    whole = measure(30, codes)
-    assert measure(30, codes[:1], codes[1:]) == whole
-    assert measure(30, codes.flatten(2)) == whole
+    indices = torch.randint(0, 30, (6, 3, 3, 2), generator=torch.Generator().manual_seed(0))
+    full = measure(30, indices)
+    assert measure(30, indices[:1], indices[1:]) == full
+    assert measure(30, indices.flatten(2)) == full
 
 
 def test_before_the_first_image_every_code_is_dead() -> None:

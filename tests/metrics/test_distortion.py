@@ -15,8 +15,8 @@ from vqf.registry import build
 
 def make_images(count: int = 7, height: int = 40, width: int = 33) -> Tensor:
     photo = skimage.data.astronaut()
-    pieces = [photo[40 * i : 40 * i + height, 55 * i : 55 * i + width] for i in range(count)]
-    return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
+    crops = [photo[40 * i : 40 * i + height, 55 * i : 55 * i + width] for i in range(count)]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def batch() -> Reconstruction:
     return Reconstruction(images, fakes, torch.zeros(len(images), 2, 2, dtype=torch.int64), masks)
 
 
-def part(batch: Reconstruction, start: int, stop: int) -> Reconstruction:
+def slice_batch(batch: Reconstruction, start: int, stop: int) -> Reconstruction:
     masks = None if batch.masks is None else batch.masks[start:stop]
     return Reconstruction(batch.images[start:stop], batch.reconstructions[start:stop], batch.indices[start:stop], masks)
 
@@ -76,7 +76,7 @@ def test_images_where_nothing_is_drawn_do_not_count(batch: Reconstruction) -> No
     masks = batch.masks.clone()
     masks[0] = 0
     blank = Reconstruction(batch.images, batch.reconstructions, batch.indices, masks)
-    assert measure("psnr", blank)["psnr_masked"] == measure("psnr", part(blank, 1, 7))["psnr_masked"]
+    assert measure("psnr", blank)["psnr_masked"] == measure("psnr", slice_batch(blank, 1, 7))["psnr_masked"]
 
 
 def test_images_without_masks_have_no_masked_psnr(batch: Reconstruction) -> None:
@@ -101,7 +101,7 @@ def test_ssim_equals_scikit_images(batch: Reconstruction) -> None:
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
     expected = [structural_similarity(x, y, channel_axis=2, **options) for x, y in as_arrays(batch)]
     for i, value in enumerate(expected):
-        assert measure("ssim", part(batch, i, i + 1))["ssim"] == pytest.approx(value, abs=1e-9)
+        assert measure("ssim", slice_batch(batch, i, i + 1))["ssim"] == pytest.approx(value, abs=1e-9)
     assert measure("ssim", batch)["ssim"] == pytest.approx(np.mean(expected), abs=1e-9)
 
 
@@ -118,15 +118,15 @@ def test_ssim_refuses_images_smaller_than_its_window() -> None:
 @pytest.mark.parametrize("name", ["psnr", "ssim"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_batch_size_does_not_change_results(batch: Reconstruction, name: str, size: int) -> None:
-    pieces = [part(batch, i, i + size) for i in range(0, 7, size)]
-    assert measure(name, *pieces) == pytest.approx(measure(name, batch), abs=1e-12)
+    batches = [slice_batch(batch, i, i + size) for i in range(0, 7, size)]
+    assert measure(name, *batches) == pytest.approx(measure(name, batch), abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "keys"), [("psnr", {"psnr", "psnr_masked"}), ("ssim", {"ssim"})])
 def test_intervals_are_of_the_means_over_images(batch: Reconstruction, name: str, keys: set[str]) -> None:
-    whole = metric(name)
-    whole.update(batch)
-    each = [measure(name, part(batch, i, i + 1)) for i in range(7)]
-    assert whole.intervals().keys() == keys
-    for key, found in whole.intervals().items():
-        assert found == pytest.approx(bootstrap_interval(np.array([values[key] for values in each])), abs=1e-9)
+    full = metric(name)
+    full.update(batch)
+    single = [measure(name, slice_batch(batch, i, i + 1)) for i in range(7)]
+    assert full.intervals().keys() == keys
+    for key, interval in full.intervals().items():
+        assert interval == pytest.approx(bootstrap_interval(np.array([values[key] for values in single])), abs=1e-9)

@@ -19,8 +19,8 @@ from vqf.registry import build
 @pytest.fixture(scope="module")
 def batch() -> Reconstruction:
     photo = skimage.data.coffee()
-    pieces = np.stack([photo[50 * i : 50 * i + 48, 80 * i : 80 * i + 48] for i in range(5)])
-    images = torch.from_numpy(pieces).permute(0, 3, 1, 2) / 127.5 - 1
+    crops = np.stack([photo[50 * i : 50 * i + 48, 80 * i : 80 * i + 48] for i in range(5)])
+    images = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
     fakes = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return Reconstruction(images, fakes, torch.zeros(5, 2, 2, dtype=torch.int64))
 
@@ -37,14 +37,14 @@ def test_metric_is_the_loss_of_clamped_images_whatever_the_batch_size(
     batch: Reconstruction, options: dict[str, dict[str, object]], name: str, key: str
 ) -> None:
     node = {"name": name, **options[name]}
-    whole, pieces = (build("metric", node, vocab_size=8, device=torch.device("cpu")) for _ in range(2))
-    whole.update(batch)
+    full, batched = (build("metric", node, vocab_size=8, device=torch.device("cpu")) for _ in range(2))
+    full.update(batch)
     for i in range(0, 5, 2):
-        pieces.update(Reconstruction(batch.images[i : i + 2], batch.reconstructions[i : i + 2], batch.indices))
+        batched.update(Reconstruction(batch.images[i : i + 2], batch.reconstructions[i : i + 2], batch.indices))
     expected = float(build("loss", node).eval()(batch.reconstructions.clamp(-1, 1), batch.images))
-    assert set(whole.compute()) == {key}
-    assert whole.compute()[key] == pytest.approx(expected, rel=1e-6)
-    assert pieces.compute()[key] == pytest.approx(expected, rel=1e-5)
+    assert set(full.compute()) == {key}
+    assert full.compute()[key] == pytest.approx(expected, rel=1e-6)
+    assert batched.compute()[key] == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(float(build("loss", node).eval()(batch.reconstructions, batch.images)), rel=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_lpips_equals_the_lpips_packages_on_every_trunk(
             layer.reset_parameters()
     with monkeypatch.context() as patch:
         patch.setattr(lpips.pretrained_networks.tv, builder, lambda **_: SimpleNamespace(features=features))
-        theirs = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
+        reference = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     path = tmp_path / "trunk.pth"
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, path)
     metric = build(
@@ -77,11 +77,11 @@ def test_lpips_equals_the_lpips_packages_on_every_trunk(
     )
     metric.update(batch)
     with torch.no_grad():
-        each = theirs(batch.images, batch.reconstructions.clamp(-1, 1)).flatten().numpy()
+        distances = reference(batch.images, batch.reconstructions.clamp(-1, 1)).flatten().numpy()
     key = "lpips" if trunk == "vgg" else f"lpips_{trunk}"
-    assert metric.compute() == pytest.approx({key: each.mean()}, rel=1e-5)
+    assert metric.compute() == pytest.approx({key: distances.mean()}, rel=1e-5)
     low, high = metric.intervals()[key]
-    assert each.min() < low < each.mean() < high < each.max()
+    assert distances.min() < low < distances.mean() < high < distances.max()
 
 
 def test_trunks_are_not_mixed_up(batch: Reconstruction, options: dict[str, dict[str, object]]) -> None:

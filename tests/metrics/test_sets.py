@@ -60,9 +60,9 @@ def test_kernel_distance_equals_brute_force() -> None:
         u, v = (each[random.choice(12, 6, replace=False)] for each in (x, y))
         within = [sum(cubic(each, each)[i, j] for i in range(6) for j in range(6) if i != j) / 30 for each in (u, v)]
         expected.append(sum(within) - 2 * cubic(u, v).mean())
-    found = kid.compare(real, generated)
-    assert found.values["kd_linear"] == pytest.approx(np.mean(expected), rel=1e-9)
-    assert found.intervals["kd_linear"] == pytest.approx(np.quantile(expected, [0.025, 0.975]), rel=1e-9)
+    result = kid.compare(real, generated)
+    assert result.values["kd_linear"] == pytest.approx(np.mean(expected), rel=1e-9)
+    assert result.intervals["kd_linear"] == pytest.approx(np.quantile(expected, [0.025, 0.975]), rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not() -> None:
@@ -77,30 +77,30 @@ def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not() -> None
 @pytest.mark.parametrize(("neighbours", "wider"), [(3, 5), (5, 3)])
 def test_neighbours_equal_those_of_prdc(neighbours: int, wider: int) -> None:
     real, generated = gaussians(150), gaussians(90, shift=0.25, seed=1)
-    found = compared("prdc", real, generated, neighbours=neighbours, wider=wider)
+    values = compared("prdc", real, generated, neighbours=neighbours, wider=wider)
     x, y = (each.features.double().numpy() for each in (real, generated))
     near, wide = (prdc.compute_prdc(x, y, nearest_k=k) for k in (neighbours, wider))
     for name, expected in (("precision", near), ("recall", near), ("density", wide), ("coverage", wide)):
-        assert found[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)  # one image is 1/150
+        assert values[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)  # one image is 1/150
         assert 0.05 < expected[name] < 1.5, "a case where it says something"
 
 
 def test_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = gaussians(50).features.double(), gaussians(40, 0.2, seed=1).features.double()
-    whole = density_coverage(real, generated, 5)
+    full = density_coverage(real, generated, 5)
     monkeypatch.setattr("vqf.metrics.prdc.CHUNK_ROWS", 7)
-    assert density_coverage(real, generated, 5) == whole
+    assert density_coverage(real, generated, 5) == full
 
 
 def test_of_many_real_images_some_are_compared_with_all_generated_ones() -> None:
     """As ADM's evaluation does, whose reference batch has 10,000 images: every sample counts for the recall."""
     real, generated = gaussians(120), gaussians(90, 0.2, seed=1)
-    found = compared("prdc", real, generated, images=40)
-    some, every = real.features[::3].double().numpy(), generated.features.double().numpy()
-    near, wide = (prdc.compute_prdc(some, every, nearest_k=k) for k in (3, 5))
+    values = compared("prdc", real, generated, images=40)
+    subset, every = real.features[::3].double().numpy(), generated.features.double().numpy()
+    near, wide = (prdc.compute_prdc(subset, every, nearest_k=k) for k in (3, 5))
     for name, expected in (("precision", near), ("recall", near), ("density", wide), ("coverage", wide)):
-        assert found[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)
-    thinned = prdc.compute_prdc(some, every[::2], nearest_k=3)
+        assert values[f"{name}_linear"] == pytest.approx(expected[name], abs=1e-6)
+    thinned = prdc.compute_prdc(subset, every[::2], nearest_k=3)
     assert thinned["recall"] != near["recall"], "a case where it matters"
 
 
@@ -143,51 +143,55 @@ def make_images(count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "key"), [("fid", "rfd_linear"), ("kid", "kd_linear"), ("is", "score_linear")])
 def test_as_a_metric_it_compares_reconstructions_with_their_originals(name: str, key: str, linear: Linear) -> None:
-    originals, drawn, codes = make_images(24, 0), make_images(24, 1), torch.zeros(24, 1, 1, dtype=torch.int64)
-    whole, pieces = metric(name), metric(name)
-    whole.update(Reconstruction(originals, drawn, codes))
+    originals, reconstructions, indices = (
+        make_images(24, 0),
+        make_images(24, 1),
+        torch.zeros(24, 1, 1, dtype=torch.int64),
+    )
+    full, batched = metric(name), metric(name)
+    full.update(Reconstruction(originals, reconstructions, indices))
     for i in range(0, 24, 7):
-        pieces.update(Reconstruction(originals[i : i + 7], drawn[i : i + 7], codes[i : i + 7]))
-    sets = [feature_set(*linear(each)) for each in (originals, drawn)]
+        batched.update(Reconstruction(originals[i : i + 7], reconstructions[i : i + 7], indices[i : i + 7]))
+    sets = [feature_set(*linear(each)) for each in (originals, reconstructions)]
     expected = next(iter(metric(name).compare(*sets).values.values()))
-    assert whole.compute() == pytest.approx({key: expected}, rel=1e-5)
-    assert pieces.compute() == pytest.approx({key: expected}, rel=1e-5)
+    assert full.compute() == pytest.approx({key: expected}, rel=1e-5)
+    assert batched.compute() == pytest.approx({key: expected}, rel=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_a_collectors_moments_are_numpys_however_the_images_come(offset: float) -> None:
+def test_a_accumulators_moments_are_numpys_however_the_images_come(offset: float) -> None:
     class Offset(Linear):
         def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
             features = images.double().flatten(1) @ self.weights.double()  # in float32, rounding hangs on the batch
             return features + offset, features
 
     images = make_images(50, 0)
-    collector = FeatureAccumulator(Offset(), count=50)
-    for part in images.split(7):
-        collector.update(part)
-    found, features = collector.compute(), Offset()(images)[0].numpy()
-    assert found.count == 50 and len(found.features) == 50
-    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-8)
+    accumulator = FeatureAccumulator(Offset(), count=50)
+    for batch in images.split(7):
+        accumulator.update(batch)
+    result, features = accumulator.compute(), Offset()(images)[0].numpy()
+    assert result.count == 50 and len(result.features) == 50
+    np.testing.assert_allclose(result.mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(result.covariance, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_of_many_features_some_are_kept_spread_evenly(size: int) -> None:
     network, images = Linear(), make_images(50, 0)
-    collector = FeatureAccumulator(network, count=50, max_kept=20)
-    for part in images.split(size):
-        collector.update(part)
-    found, features = collector.compute(), network(images)[0]
-    assert len(found.features) == len(found.logits) == 20
-    numbers = [int((features - each).norm(dim=1).argmin()) for each in found.features]
-    assert set(np.diff(numbers)) == {2, 3}
-    np.testing.assert_allclose(found.mean, features.double().mean(0), atol=1e-6)
+    accumulator = FeatureAccumulator(network, count=50, max_kept=20)
+    for batch in images.split(size):
+        accumulator.update(batch)
+    result, features = accumulator.compute(), network(images)[0]
+    assert len(result.features) == len(result.logits) == 20
+    positions = [int((features - each).norm(dim=1).argmin()) for each in result.features]
+    assert set(np.diff(positions)) == {2, 3}
+    np.testing.assert_allclose(result.mean, features.double().mean(0), atol=1e-6)
 
 
 def test_one_image_is_no_set() -> None:
-    collector = FeatureAccumulator(Linear())
-    collector.update(make_images(1, 0))
+    accumulator = FeatureAccumulator(Linear())
+    accumulator.update(make_images(1, 0))
     with pytest.raises(UserError, match="a set of 1 images"):
-        collector.compute()
+        accumulator.compute()
     with pytest.raises(UserError, match="3 channels, not 1"):
-        collector.update(torch.zeros(2, 1, 16, 16))
+        accumulator.update(torch.zeros(2, 1, 16, 16))

@@ -1,4 +1,4 @@
-"""Networks that describe whole images: the right weights or none, and what they see."""
+"""Feature networks: weights are verified, and features equal those of the original implementations."""
 
 import urllib.error
 from contextlib import nullcontext
@@ -42,15 +42,15 @@ def test_inception_sees_what_torch_fidelitys_sees_in_the_8_bit_pixels(file: File
     images = noise()
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
     features, logits = random_inception()(pixels)
-    found = network(images)
+    outputs = network(images)
     assert features.std() > 0.01, "a network that says something"
-    assert found[0].shape == (1, 2048) and found[1] is not None and found[1].shape == (1, 1008)
-    torch.testing.assert_close(found[0], features)
-    torch.testing.assert_close(found[1], logits)
+    assert outputs[0].shape == (1, 2048) and outputs[1] is not None and outputs[1].shape == (1, 1008)
+    torch.testing.assert_close(outputs[0], features)
+    torch.testing.assert_close(outputs[1], logits)
     exact = network(pixels.float() / 127.5 - 1)
-    assert torch.equal(exact[0], found[0]), "pixels that are rounded already stay as they are"
+    assert torch.equal(exact[0], outputs[0]), "pixels that are rounded already stay as they are"
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(network(images)[0], found[0])
+        assert torch.equal(network(images)[0], outputs[0])
 
 
 def test_inception_takes_no_other_file(file: File, tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_fid_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pyte
         build("metric", {"name": "fid"}, vocab_size=8, device="cpu")
     message = str(error.value)
     assert "\n" not in message
-    place = str(tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth")
-    for words in (feature_extractors.INCEPTION_URL, place, "metric.fid.weights=FILE", "metric=[fd_lite2]"):
+    path = str(tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth")
+    for words in (feature_extractors.INCEPTION_URL, path, "metric.fid.weights=FILE", "metric=[fd_lite2]"):
         assert words in message
 
 
@@ -135,15 +135,17 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_model_of_timm_sees_images_as_it_was_trained(resnet: Path) -> None:
     network, images = feature_network("test_resnet.r160_in1k", str(resnet), None, CPU), photo("coffee", 64)
     assert isinstance(network, TimmClassifier)
-    theirs = timm.create_model("test_resnet.r160_in1k").eval()
-    theirs.load_state_dict(network.network.state_dict())
-    facts = timm.data.resolve_model_data_config(theirs)
-    size, mean, std = facts["input_size"][1:], torch.tensor(facts["mean"]), torch.tensor(facts["std"])
-    unit = torch.nn.functional.interpolate((images + 1) / 2, size=size, mode=facts["interpolation"], antialias=True)
+    reference = timm.create_model("test_resnet.r160_in1k").eval()
+    reference.load_state_dict(network.network.state_dict())
+    data_config = timm.data.resolve_model_data_config(reference)
+    size, mean, std = data_config["input_size"][1:], torch.tensor(data_config["mean"]), torch.tensor(data_config["std"])
+    unit = torch.nn.functional.interpolate(
+        (images + 1) / 2, size=size, mode=data_config["interpolation"], antialias=True
+    )
     inputs = (unit - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     features, logits = network(images)
-    torch.testing.assert_close(logits, theirs(inputs), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(theirs.get_classifier()(features), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, reference(inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reference.get_classifier()(features), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_other_weights_have_another_digest(resnet: Path, tmp_path: Path) -> None:
@@ -162,14 +164,14 @@ def test_networks_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch: p
         raise OSError("no route\nand much more")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    said = {}
+    messages = {}
     for name, weights in (("resnet5O", None), ("resnet50", None)):
         with pytest.raises(UserError) as error:
             feature_network(name, weights, None, CPU)
-        said[name] = str(error.value)
-        assert "\n" not in said[name]
-    assert "Did you mean 'resnet50'?" in said["resnet5O"]
-    assert "weights=FILE" in said["resnet50"] and "metric=[fd_lite2]" in said["resnet50"]
+        messages[name] = str(error.value)
+        assert "\n" not in messages[name]
+    assert "Did you mean 'resnet50'?" in messages["resnet5O"]
+    assert "weights=FILE" in messages["resnet50"] and "metric=[fd_lite2]" in messages["resnet50"]
 
 
 def test_weights_of_another_model_are_refused(resnet: Path, tmp_path: Path) -> None:
@@ -180,30 +182,30 @@ def test_weights_of_another_model_are_refused(resnet: Path, tmp_path: Path) -> N
 
 
 class Switch:
-    """A place where torch is told how exact it is to be."""
+    """A stand-in for an object with torch's precision flags."""
 
-    def __init__(self, **said: object) -> None:
-        self.__dict__.update(said)
+    def __init__(self, **flags: object) -> None:
+        self.__dict__.update(flags)
 
 
-@pytest.mark.parametrize(("words", "exact"), [({"fp32_precision": "tf32"}, "ieee"), ({"allow_tf32": True}, False)])
+@pytest.mark.parametrize(("flags", "exact"), [({"fp32_precision": "tf32"}, "ieee"), ({"allow_tf32": True}, False)])
 def test_a_network_of_a_measure_computes_in_float32_whatever_a_run_allows(
-    monkeypatch: pytest.MonkeyPatch, words: dict[str, object], exact: object
+    monkeypatch: pytest.MonkeyPatch, flags: dict[str, object], exact: object
 ) -> None:
-    """By the words of torch since 2.9, and by the flags before."""
-    ((name, allowed),) = words.items()
-    matmul, convolution = Switch(**words), Switch(**words)
-    cudnn = Switch(conv=convolution, **words)
+    """With the named flags since torch 2.9, and with the boolean ones before."""
+    ((name, allowed),) = flags.items()
+    matmul, convolution = Switch(**flags), Switch(**flags)
+    cudnn = Switch(conv=convolution, **flags)
     monkeypatch.setattr(torch.backends, "cuda", Switch(matmul=matmul))
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
-    told = [matmul, cudnn if name == "allow_tf32" else convolution]
+    owners = [matmul, cudnn if name == "allow_tf32" else convolution]
     with feature_extractors.full_float32():
-        assert [getattr(each, name) for each in told] == [exact, exact]
-    assert [getattr(each, name) for each in told] == [allowed, allowed]
+        assert [getattr(each, name) for each in owners] == [exact, exact]
+    assert [getattr(each, name) for each in owners] == [allowed, allowed]
 
 
 @pytest.mark.filterwarnings("error")
-def test_torch_is_told_without_complaint() -> None:
+def test_setting_the_flags_gives_no_warning() -> None:
     before = torch.get_float32_matmul_precision()
     with feature_extractors.full_float32():
         assert torch.get_float32_matmul_precision() == "highest"

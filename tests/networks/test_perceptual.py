@@ -1,4 +1,4 @@
-"""The frozen networks: do they answer as published, stay frozen, and refuse wrong files?"""
+"""Frozen networks: outputs as published, frozen in training, wrong files refused."""
 
 import urllib.error
 from dataclasses import replace
@@ -62,12 +62,12 @@ def test_lite_knows_what_photos_show(name: perceptual.EfficientNetLite, size: in
 
 def test_every_tap_is_the_output_of_timms_own_stage() -> None:
     images = photo("coffee", 96)
-    whole = efficientnet_lite_classifier("lite0")
-    x = whole.bn1(whole.conv_stem((images * 127.5 + 127.5 - 127) / 128))
+    classifier = efficientnet_lite_classifier("lite0")
+    x = classifier.bn1(classifier.conv_stem((images * 127.5 + 127.5 - 127) / 128))
     expected = [x]
-    for stage in whole.blocks:
+    for stage in classifier.blocks:
         expected.append(x := stage(x))
-    expected.append(whole.bn2(whole.conv_head(x)))
+    expected.append(classifier.bn2(classifier.conv_head(x)))
     for y, y0 in zip(efficientnet_lite("lite0", range(9))(images), expected, strict=True):
         torch.testing.assert_close(y, y0, rtol=1e-3, atol=1e-3)
 
@@ -174,9 +174,9 @@ def test_vgg16_refuses_other_files(tmp_path: Path, vgg_weights: dict[str, Tensor
     torch.save({"a": torch.zeros(3)}, tmp_path / "keys.pth")
     torch.save({f"features.{i}": Path("x") for i in range(3)}, tmp_path / "code.pth")
     (tmp_path / "text.safetensors").write_text("no weights")
-    told = {"shape": "features.2.weight", "keys": "not torchvision's VGG16", "code": "not a weight file"}
-    for name, words in told.items():
-        with pytest.raises(UserError, match=words) as error:
+    messages = {"shape": "features.2.weight", "keys": "not torchvision's VGG16", "code": "not a weight file"}
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=message) as error:
             vgg16_features(tmp_path / f"{name}.pth")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="not a weight file"):

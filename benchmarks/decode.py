@@ -1,7 +1,7 @@
-"""How fast one core turns JPEG files into images to train on: `python benchmarks/decode.py`.
+"""Speed of decoding and resizing JPEG files on one core: `python benchmarks/decode.py`.
 
-vqf beside a plain Pillow loop (open, convert, resize, crop, to tensor) and torchvision's decoder with its resize. The
-ways take turns on the same images in one process; the ratios are medians over rounds of time against plain Pillow.
+Compares vqf with a plain Pillow loop (open, convert, resize, crop, to tensor) and with torchvision's decoder and
+resize. They take turns on the same images in one process; ratios are medians over rounds, relative to plain Pillow.
 """
 
 import argparse

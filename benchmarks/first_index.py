@@ -1,7 +1,7 @@
-"""What processes save that index new shards together: `torchrun --nproc-per-node 2 benchmarks/first_index.py`.
+"""Time to index new shards with several processes: `torchrun --nproc-per-node 2 benchmarks/first_index.py`.
 
-The first time shards are used each is read from end to end. Processes that all begin at the first one do the same work
-side by side; those that each begin at another find what the others made. Both are timed in turns, on the same shards.
+On first use every shard is read in full. Processes that all start at the first shard repeat each other's work;
+processes that start at different shards find the indexes of the others. Both are timed in turns, on the same shards.
 """
 
 import argparse

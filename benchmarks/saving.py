@@ -1,7 +1,7 @@
-"""What a step waits for a checkpoint: `python benchmarks/saving.py FOLDER`.
+"""Time of a checkpoint: `python benchmarks/saving.py FOLDER`.
 
-The paper's model with its discriminator and the moments of both Adams, as stage 1 of `model=vqgan` holds them: the copy
-that a step waits for, and the writing that a thread does meanwhile (hashes and flushing to disk included).
+Measures the state of stage 1 of `model=vqgan` (tokenizer, discriminator, moments of both Adams): the copy in memory,
+for which a step waits, and the write in a background thread (hashes and flushing to disk included).
 """
 
 import argparse

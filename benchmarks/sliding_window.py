@@ -1,10 +1,9 @@
-"""What each shortcut of `sampler=sliding_window` saves: `python benchmarks/sliding_window.py`.
+"""Speed of the optimizations of `sampler=sliding_window`: `python benchmarks/sliding_window.py`.
 
-An untrained GPT draws one image of each grid, window by window: first as the paper's notebook does, the whole window
-for every token, then with each shortcut. A step is a pass through the prior; `tokens` are the positions that run
-through its blocks, those of the condition included; `prefix` stands for the option `prefix_only`, which `cache`
-includes. The last column compares the tokens with those of the plain way: they are the same numbers added in another
-order, so in float32 a draw may, rarely, fall on the other side of a boundary.
+An untrained GPT samples one image per grid: first as in the paper's notebook, with the full window for every token,
+then with each optimization. A step is a pass through the prior; `tokens` are the positions that run through its blocks,
+condition included; `prefix` is the option `prefix_only`, which `cache` includes. The last column compares the sampled
+tokens with the plain ones: another order of summation can, rarely, move a draw across a boundary in float32.
 """
 
 import argparse

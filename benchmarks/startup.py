@@ -1,7 +1,7 @@
-"""How long a run with many images takes to know what there is: `python benchmarks/startup.py`.
+"""Time to list a large dataset at the start of a run: `python benchmarks/startup.py`.
 
-A folder of empty files in a hundred classes is scanned and divided; indices of shards with as many samples, each a
-image, a label and a `.json`, are read. Neither opens an image, so that none is needed.
+Scans and splits a folder of empty files in a hundred classes, and reads the indexes of shards with as many samples,
+each with an image, a label and a `.json`. No image is opened.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""A quantizer of your own, in one file: every channel rounds to a grid of a few levels in [-1, 1].
+"""A custom quantizer in one file: every channel rounds to a grid of a few levels in [-1, 1].
 
     python -m vqf.run experiment=quickstart plugins=[examples/lattice.py] model/quantizer=lattice
 
-Its options are words of the command line from then on: model.quantizer.levels=7.
+Its options are available on the command line: model.quantizer.levels=7.
 """
 
 import torch
@@ -33,5 +33,5 @@ class Lattice(nn.Module):
         return Quantized(codes + (bounded - bounded.detach()), indices, loss=z.new_zeros(()))
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes (B, dim, h, w) of indices (B, h, w)."""
+        """Indices (B, h, w) -> codes (B, dim, h, w)."""
         return self.values[indices[:, None] // self.places % self.levels]

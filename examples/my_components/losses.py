@@ -1,8 +1,8 @@
-"""A loss of your own, in a module of your own package.
+"""A custom loss in a module of your package.
 
     python -m vqf.run experiment=quickstart plugins=[my_components.losses] "model/loss=[charbonnier]"
 
-Start it in the folder that holds the package, or put that folder on PYTHONPATH.
+Run it in the folder that contains the package, or add that folder to PYTHONPATH.
 """
 
 from torch import Tensor, nn

@@ -2,12 +2,19 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from tests.support.composing import compose
+from vqf.config.settings import check_config, fill_missing_groups
 from vqf.registry import KINDS, components
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.name not in ("components.md", "fidelity.md")]
+UNKNOWN = {"data=...", "experiment=imported"}  # stand-ins, and what only an import's own --config-dir has
 
 
 def load_generator() -> ModuleType:
@@ -70,3 +77,28 @@ def test_every_option_has_a_text() -> None:
         if not generate._arguments(component).get(option)
     ]
     assert not missing, "describe these under `Args:`"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `python -m vqf.run` in the code blocks of a page."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```|((?:^    .*\n)+)", text, re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for fenced, indented in blocks for line in (fenced or indented).splitlines()]
+    starts = r"(?:OMP_NUM_THREADS=1 )?(?:python|torchrun --nproc-per-node \d+) -m vqf\.run "
+    return [shlex.split(found[1], comments=True) for line in lines if (found := re.fullmatch(f"{starts}(.*)", line))]
+
+
+def first_of_a_sweep(word: str) -> str:
+    return re.sub(r"=(\[[^]]*\]|[^,\[\]{}]+),.*", r"=\1", word)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_compose(page: Path) -> None:
+    for words in commands(page):
+        known = [word for word in words if ("=" in word and word not in UNKNOWN) or word.startswith("~")]
+        overrides = [re.sub(r"^(run|resume)=(?!true).*", r"\1=.", first_of_a_sweep(word)) for word in known]
+        check_config(fill_missing_groups(compose(*overrides)))
+
+
+def test_there_are_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 30

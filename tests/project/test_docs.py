@@ -100,5 +100,22 @@ def test_the_commands_of_a_page_compose(page: Path) -> None:
         check_config(fill_missing_groups(compose(*overrides)))
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    root, broken = DOCS.parent, []
+    for page in (*root.glob("*.md"), *DOCS.glob("*.md"), root / "examples" / "README.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(root)}: {link}")
+    assert not broken
+
+
 def test_there_are_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30

@@ -205,7 +205,8 @@ def _path(component: Component) -> str:
 
 def _plain(code: str) -> str:
     """Drop module names, and escape the separator of table cells."""
-    return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", code).replace("|", "\\|")
+    code = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", code))
+    return code.replace("|", "\\|")
 
 
 def _cell(text: str) -> str:

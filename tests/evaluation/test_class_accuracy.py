@@ -1,4 +1,4 @@
-"""How often samples are of their class: generators are planted whose answer is known."""
+"""Class accuracy of planted generators, whose accuracy is known."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache

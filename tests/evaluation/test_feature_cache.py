@@ -1,4 +1,4 @@
-"""What networks saw in real images: computed once, under the hash of the pixels, and never of others."""
+"""The feature cache: features are computed once for each hash of the pixels, and never mixed up."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Images as a protocol wants them: crops against torchvision's and ADM's, rounding against arithmetic."""
+"""Preprocessing: crops against torchvision's and ADM's, rounding against arithmetic."""
 
 from pathlib import Path
 

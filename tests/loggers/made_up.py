@@ -1,4 +1,4 @@
-"""A run of both stages that nobody trained, with words in it that are meant to break the page."""
+"""A made-up run of both stages, with text in it that is meant to break the page."""
 
 import json
 from pathlib import Path

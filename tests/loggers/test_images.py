@@ -1,4 +1,4 @@
-"""Grids: every image in its place, pixel by pixel."""
+"""Grids of images: the position of every image, pixel by pixel."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The report: everything a made-up run left on disk, and nothing from anywhere else."""
+"""The report shows all files of a run, and loads nothing from elsewhere."""
 
 import base64
 import io

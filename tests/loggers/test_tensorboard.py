@@ -1,4 +1,4 @@
-"""TensorBoard: what was written is read back by TensorBoard's own reader."""
+"""The TensorBoard logger, read back by TensorBoard's own reader."""
 
 import importlib.util
 import io

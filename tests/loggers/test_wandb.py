@@ -1,4 +1,4 @@
-"""Weights & Biases for real, offline, and what happens when it fails."""
+"""The Weights & Biases logger, offline, and when wandb fails."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Reads what an offline run of Weights & Biases left on disk: LevelDB's log format around protobuf records."""
+"""Reads the file of an offline run of Weights & Biases: LevelDB's log format around protobuf records."""
 
 import json
 import struct

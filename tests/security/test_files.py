@@ -54,7 +54,7 @@ def test_every_place_that_takes_a_file_of_weights(tmp_path: Path, canary: Canary
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_statistics_that_would_run_code(tmp_path: Path, canary: Canary, payload: str) -> None:
     np.savez(tmp_path / "theirs.npz", mu=np.array([canary.payloads()[payload]], dtype=object), sigma=np.eye(1))
-    with pytest.raises(UserError, match=r"not an \.npz file that can be read"):
+    with pytest.raises(UserError, match=r"not a readable \.npz file"):
         read_reference(tmp_path / "theirs.npz")
 
 

@@ -95,7 +95,7 @@ def test_training_does_not_go_on_with_other_classes(tmp_path: Path) -> None:
     found = latest_checkpoint(tmp_path / "run")
     assert found is not None
     check_same_run(found, found.config, {"classes": [str(i) for i in range(CLASSES)]})
-    with pytest.raises(UserError, match=r"^resume: .* was trained on 5 classes, and the data has 6$"):
+    with pytest.raises(UserError, match=r"^resume: .* was trained on 5 classes, but the data has 6$"):
         check_same_run(found, found.config, {"classes": [str(i) for i in range(6)]})
 
 

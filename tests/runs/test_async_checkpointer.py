@@ -229,7 +229,7 @@ def test_only_held_out_numbers_with_a_sense_can_be_best() -> None:
     with pytest.raises(UserError) as caught:
         parse_best_criterion("pnsr", {"psnr": True, "usage": True})
     assert str(caught.value) == (
-        "checkpoint.best: unknown held-out number 'pnsr'. Did you mean 'psnr'? Known: psnr, usage."
+        "checkpoint.best: unknown validation metric 'pnsr'. Did you mean 'psnr'? Known: psnr, usage."
     )
 
 
@@ -246,7 +246,7 @@ def test_each_stage_has_the_best_that_it_can_measure(
 
 @pytest.mark.parametrize("pipeline", [Full, Stage2])
 def test_a_slip_in_the_best_shows_before_anything_is_made(tmp_path: Path, pipeline: type) -> None:
-    with pytest.raises(UserError, match=r"^checkpoint\.best: unknown held-out number 'ndb'\."):
+    with pytest.raises(UserError, match=r"^checkpoint\.best: unknown validation metric 'ndb'\."):
         pipeline(compose("checkpoint.best=ndb"), tmp_path).run()
     assert list(tmp_path.iterdir()) == []
 
@@ -272,7 +272,7 @@ def test_a_full_disk_stops_the_run_in_one_line(
     folder = tmp_path / "checkpoints"
     assert str(caught.value) == (
         f"the checkpoint of step 2 cannot be written to {folder}: No space left on device; "
-        "step-00000001 is kept. Make room, and go on with resume=true"
+        "step-00000001 is kept. Free disk space and continue with resume=true"
     )
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
     found = latest_checkpoint(tmp_path)
@@ -305,7 +305,10 @@ def test_a_full_disk_can_be_gone_on_with(
         fill(patch)
         saver.save(snapshot(2))
         saver.wait()
-    assert "step 2 cannot be written" in caplog.text and "going on, the next one is tried as usual" in caplog.text
+    assert (
+        "step 2 cannot be written" in caplog.text
+        and "training continues, the next checkpoint is tried as usual" in caplog.text
+    )
     assert saved(tmp_path) == [1]
     saver.save(snapshot(3))
     saver.flush()
@@ -432,4 +435,4 @@ def test_a_real_disk_that_is_too_small(tmp_path: Path) -> None:
     )
     status, *names, said = done.stdout.rstrip("\n").split("\n")
     assert status == "2" and names and all(name.startswith("step-") for name in names)
-    assert said.endswith(f"No space left on device; {names[-1]} is kept. Make room, and go on with resume=true")
+    assert said.endswith(f"No space left on device; {names[-1]} is kept. Free disk space and continue with resume=true")

@@ -152,7 +152,7 @@ def test_nothing_in_a_checkpoint_runs_code(tmp_path: Path) -> None:
     manifest["files"][file.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (file.parent / "manifest.json").write_text(json.dumps(manifest))
     found = open_checkpoint(file.parent)
-    with pytest.raises(UserError, match=r"optimizers\.pt is none of vqf's"):
+    with pytest.raises(UserError, match=r"optimizers\.pt has no optimizer states"):
         found.load_optimizers()
     assert not (tmp_path / "ran").exists()
     torch.load(file, weights_only=False)  # it would have
@@ -180,6 +180,25 @@ def test_a_manifest_must_list_what_is_read(tmp_path: Path, name: str, there: boo
         open_checkpoint(folder)
 
 
+def test_a_checkpoint_of_format_1_is_named_with_the_cure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In one line, where it is opened by name and where it is skipped."""
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    message = (
+        f"{folder}: checkpoint format 1, but this version of vqf reads format 2; "
+        "use the version of vqf that wrote it, or train again"
+    )
+    with pytest.raises(BrokenCheckpointError) as caught:
+        open_checkpoint(folder)
+    assert str(caught.value) == message
+    with pytest.raises(UserError) as caught:
+        find(folder)
+    assert str(caught.value) == message
+    assert latest_checkpoint(tmp_path) is None
+    assert [record.getMessage() for record in caplog.records] == [f"skipping a broken checkpoint: {message}"]
+
+
 def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "ema.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
@@ -190,14 +209,14 @@ def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) ->
 @pytest.mark.parametrize("size", [None, "large", [16], [16, 16.5], [16, 0], [True, True]])
 def test_a_state_that_does_not_say_how_large_its_images_are(tmp_path: Path, size: Any) -> None:
     found = checkpoints.Checkpoint(tmp_path, {"image_size": size}, OmegaConf.create({}))
-    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not say how large its images are"):
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json has no valid image_size"):
         _ = found.image_size
 
 
 @pytest.mark.parametrize(("key", "value"), [("channels", "3"), ("channels", 0), ("classes", None), ("classes", [1])])
 def test_a_state_with_something_else_in_place_of_a_fact(tmp_path: Path, key: str, value: Any) -> None:
     found = checkpoints.Checkpoint(tmp_path, {key: value}, OmegaConf.create({}))
-    with pytest.raises(BrokenCheckpointError, match=r"state\.json does not"):
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json has no valid"):
         getattr(found, key)
 
 
@@ -216,7 +235,7 @@ def test_locate_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: 
     [
         (lambda root: None, "run: give run=FOLDER, the run of a prior; train one"),
         (lambda root: root / "nowhere", "run={root}/nowhere: no such folder; give the run of a prior"),
-        (lambda root: root, "run={root}: no whole checkpoint in it; give the run of a prior"),
+        (lambda root: root, "run={root}: no intact checkpoint in it; give the run of a prior"),
         (
             lambda root: save(root, 1).parent.parent,
             "run={root} holds a stage1 run, but this needs the run of a prior; train one",

@@ -64,8 +64,8 @@ def refused(run: Path, *words: str) -> str:
 )
 def test_another_config_is_refused_with_every_difference(run: Path, words: list[str], difference: str) -> None:
     assert refused(run, *words) == (
-        f"resume: {run}/checkpoints/step-00000002 is of another config: {difference}. Set them back, "
-        "give another run_dir to start anew, or go on all the same with allow_changes=true"
+        f"resume: {run}/checkpoints/step-00000002 was trained with another config: {difference}. Undo the changes, "
+        "give another run_dir to start a new run, or resume anyway with allow_changes=true"
     )
 
 
@@ -118,7 +118,10 @@ def test_a_run_of_the_other_stage_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_beyond_the_end_is_refused(run: Path) -> None:
-    assert refused(run, "steps=1") == (f"steps=1: counts from the start, and {run}/checkpoints/step-00000002 is at 2")
+    assert refused(run, "steps=1") == (
+        f"steps=1: must be at least 2, the step of {run}/checkpoints/step-00000002; "
+        "steps count from the start of the run"
+    )
 
 
 def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
@@ -126,7 +129,7 @@ def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
     with pytest.raises(UserError) as caught:
         Stage1(compose(*SHORT), run).run()
     assert str(caught.value) == (
-        f"run_dir={run}: holds a run at step 2; resume=true goes on with it, another run_dir starts a new one"
+        f"run_dir={run}: holds a run at step 2; continue it with resume=true, or give another run_dir for a new run"
     )
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -144,9 +147,9 @@ def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(run: Path, resume: st
     with pytest.raises(UserError) as caught:
         Stage1(compose(*SHORT, f"resume={resume.format(run=run)}"), run).run()
     assert str(caught.value) in (
-        f"run_dir={run}: holds a run, but none of its checkpoints is whole (step-00000001, step-00000002); nothing was "
-        "touched. Bring one back from a copy, or give another run_dir to start a new run",
-        f"resume={run}: no whole checkpoint there; give a run's folder or one of its checkpoints",
+        f"run_dir={run}: holds a run, but none of its checkpoints is intact (step-00000001, step-00000002); nothing "
+        "was changed. Restore one from a backup, or give another run_dir to start a new run",
+        f"resume={run}: no intact checkpoint there; give a run's folder or one of its checkpoints",
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -225,7 +228,7 @@ def test_going_back_in_time_sets_the_later_ones_aside(tmp_path: Path, caplog: py
     words = [*TINY, f"resume={checkpoints / names[0]}", "optimizer.lr=0.01", "allow_changes=true", "checkpoint.keep=1"]
     before = (checkpoints / names[1] / "model.safetensors").read_bytes()
     Stage1(compose(*words), tmp_path).run()
-    assert "set aside as" in caplog.text
+    assert "archived as" in caplog.text
     assert sorted(path.name for path in checkpoints.iterdir()) == ["aside-step-00000006", "step-00000006"]
     assert (checkpoints / "aside-step-00000006" / "model.safetensors").read_bytes() == before
 

@@ -99,18 +99,18 @@ def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytes
     assert {"config.yaml", "summary.json", "report.html", "log.txt"} <= {Path(name).name for name in before}
     capsys.readouterr()
     assert "optimizer.lr 0.001 → 0.1" in ends(capsys, *words, "steps=2", "resume=true", "optimizer.lr=0.1")
-    assert "counts from the start" in ends(capsys, *words, "steps=1", "resume=true")
+    assert "steps count from the start" in ends(capsys, *words, "steps=1", "resume=true")
     assert "holds a run at step 2" in ends(capsys, *words, "steps=2")
     for pipeline in ("sample", "evaluate", "check"):
         line = ends(capsys, f"pipeline={pipeline}", f"run={trained}", f"run_dir={trained}")
-        assert f"holds a run of pipeline=stage1, whose record pipeline={pipeline} would overwrite" in line
+        assert f"holds a run of pipeline=stage1, which pipeline={pipeline} would overwrite" in line
     assert contents(trained) == before
     found = latest_checkpoint(trained)
     assert found
     (found.path / "model.safetensors").write_bytes(b"damaged")
     before = contents(trained)
     for resume in ("true", "false"):
-        assert "none of its checkpoints is whole" in ends(capsys, *words, "steps=2", f"resume={resume}")
+        assert "none of its checkpoints is intact" in ends(capsys, *words, "steps=2", f"resume={resume}")
     assert contents(trained) == before
 
 
@@ -134,5 +134,5 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, capsys: pytest.Captu
     with limited(0):
         line = ends(capsys, *TINY, f"run_dir={tmp_path / 'run'}")
     assert line == (
-        f"run_dir={tmp_path / 'run'}: cannot be written (File too large); make room there, or give another run_dir"
+        f"run_dir={tmp_path / 'run'}: cannot be written (File too large); free disk space, or give another run_dir"
     )

@@ -118,7 +118,7 @@ def test_lines_wait_for_room_and_half_of_one_is_taken_back(
     journal.scalars(4, {"loss": 4.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
     assert [record.getMessage() for record in caplog.records] == [
-        "metrics.jsonl cannot be written: No space left on device; the run goes on"
+        "metrics.jsonl cannot be written: No space left on device; the run continues"
     ]
 
 

@@ -36,7 +36,7 @@ def test_optimizers_that_would_run_code(make_run: MakeRun, canary: Canary, paylo
     path = make_run()
     bad = canary.payloads()[payload]
     torch.save(bad if where == "alone" else {"optimizers": {"model": {"state": {0: bad}}}}, path / "optimizers.pt")
-    with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt is none of vqf's"):
+    with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt has no optimizer states"):
         open_checkpoint(seal(path)).load_optimizers()
 
 
@@ -85,7 +85,7 @@ def test_headers_that_lie(make_run: MakeRun, content: bytes) -> None:
 def test_weights_of_another_shape_are_a_line(make_run: MakeRun) -> None:
     path = make_run()
     (path / "model.safetensors").write_bytes(tensors(entry(0, 16, [4]), bytes(16)))
-    with pytest.raises(UserError, match=r"is not of the model in config\.yaml \(Missing key") as caught:
+    with pytest.raises(UserError, match=r"does not fit the model in config\.yaml \(Missing key") as caught:
         vqf.load(seal(path))
     assert len(str(caught.value).splitlines()) == 1
 

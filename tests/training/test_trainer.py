@@ -104,5 +104,5 @@ def test_a_non_finite_loss_stops_the_run_with_one_line(tmp_path: Path) -> None:
 
 
 def test_resuming_from_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no whole checkpoint there"):
+    with pytest.raises(UserError, match="no intact checkpoint there"):
         Stage1(compose(*TINY, f"resume={tmp_path}"), tmp_path / "run").run()

@@ -1,4 +1,7 @@
-"""Writes checkpoints beside the training, and says what becomes of them."""
+"""`AsyncCheckpointer`: saves checkpoints in a thread while training continues, and reports failed writes.
+
+`checkpoint_writer` does the writing.
+"""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,28 +12,28 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vqf.errors import UserError
-from vqf.runs import checkpoint as checkpoints
 from vqf.runs import checkpoint_writer
+from vqf.runs.checkpoint import CHECKPOINTS_FOLDER
 from vqf.runs.retention import BestCriterion
 from vqf.runs.snapshot import Snapshot
 from vqf.terminal import log
 
-HINT = "Make room, and go on with resume=true"
+HINT = "Free disk space and continue with resume=true"
 
 
 class AsyncCheckpointer:
-    """Writes one snapshot at a time, in a thread of its own.
+    """Writes one snapshot at a time in a background thread.
 
-    A step never waits for the disk. A snapshot that comes while another is being written waits for its turn; if a
-    newer one comes meanwhile it is passed over, so that no more than two are held in memory. What goes wrong in the
-    thread is answered at the next step, as checkpoint.on_failure says.
+    Training never waits for the disk. A snapshot that arrives during a write is queued; a newer one replaces it, so
+    that at most two are held in memory. An error of the thread is handled at the next step as
+    `checkpoint.on_failure` says.
 
     Args:
         run_dir: The run's folder.
-        config: The words of `checkpoint`.
-        best: Which checkpoint is kept beside the newest.
-        before_write: Called in the thread before each is written.
-        every: The newest checkpoint at a multiple of this is kept, too.
+        config: The `checkpoint` group of the config: keep, background, on_failure.
+        best: Criterion of the checkpoint that is kept beside the newest.
+        before_write: Called in the thread before each write.
+        every: The newest checkpoint at a multiple of this step is kept, too.
     """
 
     def __init__(
@@ -46,30 +49,31 @@ class AsyncCheckpointer:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.in_progress: tuple[Snapshot, Future[Path]] | None = None
         self.queued: Snapshot | None = None
-        self.failed: Snapshot | None = None  # the last one that could not be written
+        self.failed: Snapshot | None = None  # the last one that could not be written; `flush` retries it
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot, or have it wait for its turn.
+        """Start writing a snapshot, or queue it behind the one in progress.
 
         Raises:
-            UserError: If an earlier one could not be written and the run is to stop.
+            UserError: If an earlier write failed and checkpoint.on_failure=stop.
         """
         self.check()
         if self.in_progress is None:
             self._submit(snapshot)
         else:
             if self.queued is not None:
-                step = _step_of(self.queued)
-                log.warning("step %d is not saved: the disk is slower than checkpoint.every", step)
+                log.warning(
+                    "step %d is not saved: the disk is slower than checkpoint.every; raise it", _step_of(self.queued)
+                )
             self.queued = snapshot
         if not self.config.background:
             self.wait()
 
     def check(self) -> None:
-        """Answer what has become of the last snapshot, if it is known, and begin with the next.
+        """Handle the result of a finished write and start the queued one; return at once if none has finished.
 
         Raises:
-            UserError: If it could not be written and the run is to stop.
+            UserError: If it failed and checkpoint.on_failure=stop.
         """
         if self.in_progress is None or not self.in_progress[1].done():
             return
@@ -85,20 +89,20 @@ class AsyncCheckpointer:
             self._handle_error(_step_of(snapshot), error)
 
     def wait(self) -> None:
-        """Wait until everything is written.
+        """Wait until nothing is in progress or queued.
 
         Raises:
-            UserError: If something could not be, and the run is to stop.
+            UserError: If a write failed and checkpoint.on_failure=stop.
         """
         while self.in_progress is not None:
             self.in_progress[1].exception()
             self.check()
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Wait for the checkpoint of a step, and give it another state: what a look has found.
+        """Replace the state of the checkpoint of `state["step"]`, to add the results of a validation.
 
         Raises:
-            UserError: If something could not be written and the run is to stop.
+            UserError: If a write failed and checkpoint.on_failure=stop.
         """
         self.wait()
         if self.failed is not None and _step_of(self.failed) == state["step"]:
@@ -110,10 +114,10 @@ class AsyncCheckpointer:
             self._handle_error(state["step"], error)
 
     def flush(self) -> None:
-        """Wait until the last snapshot is written, which is tried once more if it could not be.
+        """Wait until everything is written, and retry the last snapshot once if its write failed.
 
         Raises:
-            UserError: If it still cannot: the run has nothing to show for its last steps.
+            UserError: If it fails again: the last steps of the run would be lost without a word.
         """
         self.wait()
         if self.failed is None:
@@ -125,7 +129,7 @@ class AsyncCheckpointer:
         self.failed = None
 
     def close(self) -> None:
-        """Wait for the thread; what has not begun is not written any more."""
+        """Wait for the write in progress and drop the queued snapshot."""
         self.queued = None
         self.executor.shutdown(wait=True)
 
@@ -144,16 +148,16 @@ class AsyncCheckpointer:
         )
 
     def _handle_error(self, step: int, error: OSError) -> None:
-        line = self._error_message(step, error)
+        message = self._error_message(step, error)
         if self.config.on_failure == "stop":
-            raise UserError(f"{line}. {HINT}") from error
-        log.warning("%s; going on, the next one is tried as usual", line)
+            raise UserError(f"{message}. {HINT}") from error
+        log.warning("%s; training continues, the next checkpoint is tried as usual", message)
 
     def _error_message(self, step: int, error: OSError) -> str:
-        folder = self.run_dir / checkpoints.CHECKPOINTS_FOLDER
-        kept = max((path.name for path in folder.glob("step-*")), default=None)
+        folder = self.run_dir / CHECKPOINTS_FOLDER
+        newest = max((path.name for path in folder.glob("step-*")), default=None)
         return f"the checkpoint of step {step} cannot be written to {folder}: {error.strerror or error}; " + (
-            f"{kept} is kept" if kept else "there is no earlier one"
+            f"{newest} is kept" if newest else "there is no earlier one"
         )
 
 

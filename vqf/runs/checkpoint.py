@@ -1,9 +1,21 @@
-"""Checkpoints: folders that are either whole or not there, see also `keeping`.
+"""The checkpoint format: opens a checkpoint, verifies it, and finds the newest one of a run.
 
-`step-00001234/` holds weights as safetensors, the optimizers as a plain dict that `torch.load(weights_only=True)`
-reads, `state.json`, `config.yaml`, and `manifest.json` with the size and hash of every other file. It is written
-beside its final name, flushed to disk, and renamed; the manifest is what makes a reader trust it, since neither
-safetensors nor torch notices a flipped byte.
+A run has one folder per saved step, `checkpoints/step-00001234/`:
+
+    model.safetensors           trained weights, as they are at this step
+    ema.safetensors             their exponential moving average, if the run has one
+    usage.safetensors           stage 1: steps since each code was last used
+    discriminator.safetensors   stage 1 with a discriminator: it and its regularizers
+    tokenizer.safetensors       stage 2: the frozen tokenizer it was trained on
+    conditioner.safetensors     stage 2: the conditioners, if they have weights
+    optimizers.pt               states of optimizers and schedules: a dict that torch.load(weights_only=True) reads
+    state.json                  kind ("stage1" or "stage2"), step, position in the data, image size, classes, ...
+    config.yaml                 the composed config, every interpolation resolved
+    manifest.json               format, kind, step; size and SHA-256 of every other file
+
+`checkpoint_writer` writes the folder under a temporary name and renames it when it is complete. `open_checkpoint`
+verifies every hash of the manifest, since neither safetensors nor torch notices a flipped byte.
+`async_checkpointer` calls the writer in a thread while training continues.
 """
 
 import json
@@ -31,17 +43,17 @@ FORMAT = 2
 CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-REQUIRED_FILES = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")  # that no checkpoint is without
+REQUIRED_FILES = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")
 STAGES = ("stage1", "stage2")
 
 
 class BrokenCheckpointError(UserError):
-    """A checkpoint that is not whole."""
+    """A checkpoint with a missing, damaged or unreadable file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A verified checkpoint on disk; weights are read only on request."""
 
     path: Path
     state: Mapping[str, Any]
@@ -49,59 +61,59 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """What it holds: "stage1" or "stage2"."""
+        """ "stage1" (a tokenizer) or "stage2" (a prior and its tokenizer)."""
         return self.state["kind"]
 
     @property
     def step(self) -> int:
-        """Steps that were done when it was written."""
+        """Optimizer steps done when it was written."""
         return self.state["step"]
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its images.
+        """Height and width of its images, in pixels.
 
         Raises:
-            BrokenCheckpointError: If it does not say so.
+            BrokenCheckpointError: If state.json has no two positive integers there.
         """
         size = self.state.get("image_size")
         if not isinstance(size, list) or len(size) != 2 or any(type(each) is not int or each < 1 for each in size):
-            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how large its images are")
+            raise BrokenCheckpointError(f"{self.path}: {STATE} has no valid image_size")
         return size[0], size[1]
 
     @property
     def channels(self) -> int:
-        """Channels of its images.
+        """Channels of its images; 3 where state.json has no entry.
 
         Raises:
-            BrokenCheckpointError: If it says something else.
+            BrokenCheckpointError: If the entry is not a positive integer.
         """
         channels = self.state.get("channels", 3)
         if type(channels) is not int or channels < 1:
-            raise BrokenCheckpointError(f"{self.path}: {STATE} does not say how many channels its images have")
+            raise BrokenCheckpointError(f"{self.path}: {STATE} has no valid number of channels")
         return channels
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes that it was told.
+        """Names of the classes it was trained on, in the order of their numbers.
 
         Raises:
-            BrokenCheckpointError: If it does not say so.
+            BrokenCheckpointError: If state.json has no list of names.
         """
         classes = self.state.get("classes")
         if not isinstance(classes, list) or any(not isinstance(each, str) for each in classes):
-            raise BrokenCheckpointError(f"{self.path}: {STATE} does not name the classes")
+            raise BrokenCheckpointError(f"{self.path}: {STATE} has no valid list of classes")
         return classes
 
     def has_weights(self, name: str) -> bool:
-        """Tell whether weights of this name are inside."""
+        """Tell whether `{name}.safetensors` exists."""
         return (self.path / f"{name}.safetensors").is_file()
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
-        """Read weights, on the CPU.
+        """Read `{name}.safetensors`, on the CPU.
 
         Raises:
-            BrokenCheckpointError: If the file is none.
+            BrokenCheckpointError: If the file is not in safetensors format.
         """
         try:
             return load_file(self.path / f"{name}.safetensors")
@@ -112,165 +124,175 @@ class Checkpoint:
         """Read the states of optimizers and schedules, on the CPU.
 
         Raises:
-            BrokenCheckpointError: If there is more in the file than numbers.
+            BrokenCheckpointError: If the file holds anything but tensors and plain containers.
         """
         try:
             return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             reason = str(error).partition("\n")[0]
-            raise BrokenCheckpointError(f"{self.path}: optimizers.pt is none of vqf's ({reason})") from error
+            raise BrokenCheckpointError(
+                f"{self.path}: optimizers.pt has no optimizer states ({reason})"
+            ) from error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder after verifying every file of it.
+    """Verify every file of a checkpoint folder and open it.
 
     Raises:
-        BrokenCheckpointError: If a file is missing, short or changed.
+        BrokenCheckpointError: If a file is missing, changed or not in the manifest, or the format is not `FORMAT`.
     """
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise BrokenCheckpointError(
-            f"{path}: a checkpoint of format {manifest.get('format')}, and this vqf reads format {FORMAT}; "
+            f"{path}: checkpoint format {manifest.get('format')}, but this version of vqf reads format {FORMAT}; "
             "use the version of vqf that wrote it, or train again"
         )
-    listed = _as_mapping(manifest.get("files"))
-    for name, facts in listed.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise BrokenCheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != _as_mapping(facts).get("size") or sha256_of_file(file) != facts.get("sha256"):
-            raise BrokenCheckpointError(f"{path}: {name} is not what was written (size or hash differ)")
-    weights = [file.name for file in sorted(path.glob("*.safetensors"))]
-    for name in (each for each in (*REQUIRED_FILES, *weights) if each not in listed):
-        raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
+    _verify_files(path, _as_mapping(manifest.get("files")))
     state, config = read_json(path / STATE), _read_config(path / "config.yaml")
-    check_no_interpolations(state.get("condition_tokenizers"), path / STATE)  # which become config, too
+    check_no_interpolations(state.get("condition_tokenizers"), path / STATE)  # `load` builds models from these configs
     if state.get("kind") not in STAGES or type(state.get("step")) is not int:
-        raise BrokenCheckpointError(f"{path}: state.json does not say of which stage and step it is")
+        raise BrokenCheckpointError(f"{path}: state.json has no valid kind and step")
     return Checkpoint(path, state, config)
 
 
+def _verify_files(path: Path, entries: Mapping[str, Any]) -> None:
+    for name, entry in entries.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():  # a name with a folder would lead out of the checkpoint
+            raise BrokenCheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != _as_mapping(entry).get("size") or sha256_of_file(file) != entry.get("sha256"):
+            raise BrokenCheckpointError(f"{path}: {name} was changed after it was written (size or hash differ)")
+    weights = [file.name for file in sorted(path.glob("*.safetensors"))]
+    for name in (*REQUIRED_FILES, *weights):
+        if name not in entries:
+            raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
+
+
 def checkpoint_names(run_dir: Path) -> list[str]:
-    """Name the checkpoints of a run in the order of their steps, whole or not."""
+    """Names of the checkpoint folders of a run by step, intact or not."""
     return [path.name for path in checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)]
 
 
 def latest_checkpoint(run_dir: Path, every: int = 1) -> Checkpoint | None:
-    """Open the newest whole checkpoint of a run; those passed over are named in the log.
+    """Open the newest intact checkpoint of a run; log the broken ones that are skipped.
 
     Args:
         run_dir: The run's folder.
-        every: Only look at steps that are multiples of this.
+        every: Consider only steps that are multiples of this.
     """
     for path in reversed(checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)):
-        if step_of(path) % every:
-            continue
-        try:
-            return open_checkpoint(path)
-        except BrokenCheckpointError as error:
-            log.warning("passing over a broken checkpoint: %s", error)
+        if step_of(path) % every == 0 and (checkpoint := _open_or_warn(path)):
+            return checkpoint
     return None
 
 
 def all_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Open the whole checkpoints of a run in the order of their steps; those passed over are named in the log."""
-    found = []
-    for path in checkpoint_folders(run_dir / CHECKPOINTS_FOLDER):
-        try:
-            found.append(open_checkpoint(path))
-        except BrokenCheckpointError as error:
-            log.warning("passing over a broken checkpoint: %s", error)
-    return found
+    """Open the intact checkpoints of a run by step; log the broken ones that are skipped."""
+    opened = map(_open_or_warn, checkpoint_folders(run_dir / CHECKPOINTS_FOLDER))
+    return [checkpoint for checkpoint in opened if checkpoint]
+
+
+def _open_or_warn(path: Path) -> Checkpoint | None:
+    try:
+        return open_checkpoint(path)
+    except BrokenCheckpointError as error:
+        log.warning("skipping a broken checkpoint: %s", error)
+        return None
 
 
 def find_checkpoint(
     path: str | Path | None, accepts: Callable[[Checkpoint], bool], description: str, hint: str
 ) -> Checkpoint:
-    """Find the checkpoint that `run=PATH` means: a run's folder, or one of its checkpoints.
+    """Open the checkpoint that `run=PATH` names: the newest of a run's folder, or that checkpoint.
 
     Args:
-        path: What the user gave.
-        accepts: Whether a checkpoint is of the kind that is asked for.
-        description: Words for that kind.
-        hint: What to do where there is none.
+        path: Value of `run=`; None if it was not given.
+        accepts: Whether a checkpoint can be used.
+        description: What is needed, for the error: "the run of a tokenizer".
+        hint: How to get one, for the error.
 
     Raises:
-        UserError: If there is none, in one line.
+        UserError: If there is no such checkpoint.
     """
     if path is None:
         raise UserError(f"run: give run=FOLDER, {description}; {hint}")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"run={path}: no such folder; give {description}")
-    # the folder of pipeline=full holds one run for each stage
-    found = [open_checkpoint(root)] if (root / MANIFEST).is_file() else []
-    found += [each for each in map(latest_checkpoint, (root, root / "stage2", root / "stage1")) if each and not found]
-    for checkpoint in found:
+    if (root / MANIFEST).is_file():
+        candidates = [open_checkpoint(root)]
+    else:  # pipeline=full writes a run for each stage into subfolders
+        newest = map(latest_checkpoint, (root, root / "stage2", root / "stage1"))
+        candidates = [checkpoint for checkpoint in newest if checkpoint]
+    for checkpoint in candidates:
         if accepts(checkpoint):
             return checkpoint
-    if found:
-        raise UserError(f"run={path} holds a {found[0].kind} run, but this needs {description}; {hint}")
-    raise UserError(f"run={path}: no whole checkpoint in it; give {description}")
+    if candidates:
+        raise UserError(f"run={path} holds a {candidates[0].kind} run, but this needs {description}; {hint}")
+    raise UserError(f"run={path}: no intact checkpoint in it; give {description}")
 
 
 def run_dir_of(checkpoint: Path) -> Path:
-    """Return the run's folder that a checkpoint's folder lies in, or the path itself if it is no checkpoint."""
+    """The run's folder of a checkpoint's folder; any other path is returned unchanged."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint
 
 
 def folder_name(step: int) -> str:
-    """Name the folder of a checkpoint."""
+    """Folder name of a step: step-00001234, so that names sort by step."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """Read the step of a checkpoint off its name; 0 where somebody gave it another."""
-    found = re.search(r"step-(\d+)", path.name)
-    return int(found[1]) if found else 0
+    """Step in the name of a checkpoint's folder; 0 if the folder was renamed."""
+    match = re.search(r"step-(\d+)", path.name)
+    return int(match[1]) if match else 0
 
 
 def file_entry(file: Path) -> dict[str, Any]:
-    """Return what a manifest says of a file."""
+    """Entry of a file in the manifest."""
     return {"size": file.stat().st_size, "sha256": sha256_of_file(file)}
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """List the checkpoints by step; where a writer was killed while it replaced one, the one that was there."""
+    """List checkpoint folders by step.
+
+    A writer that was killed between the two renames of `atomic_folder` leaves the previous folder under its backup
+    name; that one is listed then.
+    """
     if not folder.is_dir():
         return []
-    former = {path.name[1:].removesuffix(".former"): path for path in folder.glob(".step-*.former")}
-    found = former | {path.name: path for path in folder.glob("step-*")}
-    return [found[name] for name in sorted(found)]
+    backups = {path.name[1:].removesuffix(".former"): path for path in folder.glob(".step-*.former")}
+    by_name = backups | {path.name: path for path in folder.glob("step-*")}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a mapping of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Raises:
-        BrokenCheckpointError: If it is none.
+        BrokenCheckpointError: If the file cannot be read, or holds anything else.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} is no mapping")
-    return found
+    if not isinstance(content, dict):
+        raise BrokenCheckpointError(f"{path.parent}: {path.name} is not a mapping")
+    return content
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
-    """Return what should be a mapping, and an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def _read_config(path: Path) -> DictConfig:
-    """Read a config, which is numbers and names: nothing in it is looked up or run."""
+    """Read config.yaml without resolving anything in it."""
     try:
         config = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({reason})") from error
     if not isinstance(config, DictConfig):
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} is no config")
+        raise BrokenCheckpointError(f"{path.parent}: {path.name} is not a config")
     check_no_interpolations(OmegaConf.to_container(config, resolve=False), path)
     return config

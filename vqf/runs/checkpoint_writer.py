@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, and decides which of them stay; `checkpoint` says what one is."""
+"""Writes, updates, prunes and archives the checkpoint folders of a run. The format: see `checkpoint`."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from vqf.runs.checkpoint import (
 from vqf.runs.retention import BestCriterion, prune_checkpoints
 from vqf.terminal import log
 
-ARCHIVE_PREFIX = "aside-"  # in front of the name of a checkpoint that the run does not count any more
+ARCHIVE_PREFIX = "aside-"  # before the name of a checkpoint that the run no longer counts
 
 
 def write_checkpoint(
@@ -38,24 +38,29 @@ def write_checkpoint(
     best: BestCriterion | None = None,
     every: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`, then delete others.
+    """Write the checkpoint of `state["step"]`, then delete old ones.
 
     Args:
-        keep: How many of the newest stay; with 0, all.
-        best: What tells which stays beside them.
-        every: The newest at a multiple of this stays, too.
+        run_dir: The run's folder.
+        state: Content of state.json; needs "kind" and "step".
+        config: The composed config.
+        weights: State dicts by file name: {"model": ..., "ema": ...}.
+        optimizers: What `torch.load(weights_only=True)` can read back.
+        keep: How many of the newest are kept; 0: all.
+        best: Criterion of the one that is kept beside them.
+        every: The newest at a multiple of this step is kept, too.
 
     Raises:
         OSError: If it cannot be written; earlier checkpoints are untouched then.
     """
     final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
-    with atomic_folder(final) as folder_now:
+    with atomic_folder(final) as temporary:
         for name, tensors in weights.items():
-            write_weights(tensors, folder_now / f"{name}.safetensors")
-        write_torch(optimizers, folder_now / "optimizers.pt")
-        (folder_now / STATE).write_text(json.dumps(state, indent=1))
-        OmegaConf.save(config, folder_now / "config.yaml", resolve=True)
-        _write_manifest(folder_now, state)
+            write_weights(tensors, temporary / f"{name}.safetensors")
+        write_torch(optimizers, temporary / "optimizers.pt")
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        OmegaConf.save(config, temporary / "config.yaml", resolve=True)
+        _write_manifest(temporary, state)
     _prune(run_dir, keep, best, every)
     return final
 
@@ -63,19 +68,19 @@ def write_checkpoint(
 def update_state(
     run_dir: Path, state: Mapping[str, Any], *, keep: int, best: BestCriterion | None = None, every: int | None = None
 ) -> Path:
-    """Give the checkpoint of `state["step"]` another state; no other file of it is written again.
+    """Replace state.json of the checkpoint of `state["step"]`; its other files are hard-linked, not rewritten.
 
     Raises:
-        OSError: If it cannot be written; the checkpoint is as it was then.
+        OSError: If it cannot be written; the checkpoint is unchanged then.
     """
     final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
     manifest = read_json(final / MANIFEST)
-    with atomic_folder(final) as folder_now:
+    with atomic_folder(final) as temporary:
         for name in manifest["files"].keys() - {STATE}:
-            link_or_copy(final / name, folder_now / name)
-        (folder_now / STATE).write_text(json.dumps(state, indent=1))
-        manifest["files"][STATE] = file_entry(folder_now / STATE)
-        (folder_now / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            link_or_copy(final / name, temporary / name)
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        manifest["files"][STATE] = file_entry(temporary / STATE)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _prune(run_dir, keep, best, every)
     return final
 
@@ -87,19 +92,19 @@ def _prune(run_dir: Path, keep: int, best: BestCriterion | None, every: int | No
 
 
 def archive_later(run_dir: Path, step: int) -> None:
-    """Make the checkpoint of `step` the newest of a run that goes on from there, and clear what killed writers left.
+    """Archive the checkpoints after `step`, from which a run resumes, and clean up after killed writers.
 
-    Later ones are broken, or of a time that is not to be; as they stand they would be taken for the newest, and push
-    out those that count. They are renamed, not deleted.
+    Later checkpoints are broken or belong to the abandoned continuation. Left in place they would be resumed as the
+    newest, and pruning would keep them instead of the new ones. They are renamed, not deleted.
     """
     folder = run_dir / CHECKPOINTS_FOLDER
     recover_interrupted(folder, "step-*")
     for later in checkpoint_folders(folder):
         if step_of(later) > step:
-            aside = folder / f"{ARCHIVE_PREFIX}{later.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
-            log.warning("set aside as %s: the run goes on from step %d", aside, step)
+            archived = folder / f"{ARCHIVE_PREFIX}{later.name}"
+            shutil.rmtree(archived, ignore_errors=True)
+            later.rename(archived)
+            log.warning("archived as %s: resuming from step %d", archived, step)
 
 
 def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From a run on disk back to a model: its own config says what to build, its weights fill it."""
+"""Loads a model from a checkpoint: builds it from the checkpoint's own config and loads its weights."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ TOKENIZER_COMPONENTS = ("encoder", "quantizer", "decoder")
 def load(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Generator:
     """Load a trained model: a tokenizer from a stage-1 run, a generator from a stage-2 run.
 
-    Nothing that a checkpoint names is imported: if it was trained with a component of yours, import the module
-    that registers it first.
+    A checkpoint never makes Python import anything: if it was trained with a component of your own, import the
+    module that registers it first.
 
     Args:
         path: A run's folder or one of its checkpoints.
-        device: Where to put it.
+        device: Device of the model.
 
     Raises:
-        UserError: If there is no whole checkpoint, or a component that it needs is not registered.
+        UserError: If there is no intact checkpoint, or a component that it needs is not registered.
     """
     checkpoint = find_checkpoint(path, lambda _: True, "a run of vqf", "train one with python -m vqf.run")
     if checkpoint.kind == "stage1":
@@ -39,27 +39,27 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Ge
 
 
 def find_tokenizer_checkpoint(path: str | Path | None) -> Checkpoint:
-    """Locate a checkpoint that holds a tokenizer: of a stage-1 run, or of a stage-2 run, which keeps its own."""
+    """Open a checkpoint that holds a tokenizer: of a stage-1 run, or of a stage-2 run, which includes its own."""
     return find_checkpoint(
         path,
-        lambda found: found.kind == "stage1" or found.has_weights("tokenizer"),
+        lambda checkpoint: checkpoint.kind == "stage1" or checkpoint.has_weights("tokenizer"),
         "the run of a tokenizer",
         "python -m vqf.run pipeline=stage1 trains one",
     )
 
 
 def find_generator_checkpoint(path: str | Path | None) -> Checkpoint:
-    """Locate a checkpoint of a stage-2 run."""
+    """Open a checkpoint of a stage-2 run."""
     return find_checkpoint(
         path,
-        lambda found: found.kind == "stage2",
+        lambda checkpoint: checkpoint.kind == "stage2",
         "the run of a prior",
         f"python -m vqf.run pipeline=stage2 run={path or 'FOLDER'} trains one on its tokenizer",
     )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Rebuild the tokenizer of a checkpoint, with averaged weights where it has them, in eval mode."""
+    """Load the tokenizer of a checkpoint in eval mode, without gradients; the EMA weights if it has them."""
     _check_registered(checkpoint, TOKENIZER_COMPONENTS)
     model = checkpoint.config.model
     tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels)
@@ -72,11 +72,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) -> Generator:
-    """Rebuild tokenizer, conditioner, prior and sampler of a stage-2 checkpoint, in eval mode.
+    """Load tokenizer, conditioners, prior and sampler of a stage-2 checkpoint in eval mode, without gradients.
 
     Args:
-        checkpoint: Of a stage-2 run.
-        sampler: A node to take instead of the run's own.
+        checkpoint: A checkpoint of a stage-2 run.
+        sampler: Config node that replaces the run's own sampler.
     """
     config = checkpoint.config
     _check_registered(checkpoint, ("conditioner", "prior"))
@@ -92,29 +92,29 @@ def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) ->
 
 
 class ConditionTokenizers:
-    """The tokenizers that conditioners ask for, by the folder of the run that trained each.
+    """Builds the tokenizers of conditioners, each named by the folder of the run that trained it.
 
-    A checkpoint of stage 2 keeps their weights with the conditioner's, and here how they are built, so that it needs
-    no other folder.
+    A stage-2 checkpoint stores their weights with the conditioner's and `specs` in state.json, so that it does not
+    need those folders any more.
 
     Args:
-        specs: By folder, what is needed to build the tokenizer; its weights come later.
+        specs: Config nodes, image size and number of channels of known tokenizers, by folder.
     """
 
     def __init__(self, specs: Mapping[str, Any] | None = None) -> None:
         self.specs = dict(specs or {})
 
     def __call__(self, run: str) -> Tokenizer:
-        """Build the tokenizer of a run, with its weights unless the facts are known."""
+        """Build the tokenizer of a run: untrained from `specs` (its weights are loaded later), else from the run."""
         if run in self.specs:
-            facts = self.specs[run]
-            size: Sequence[int] = facts["image_size"]
-            built = build_tokenizer(OmegaConf.create(facts["model"]), (size[0], size[1]), facts["channels"])
-            return built.eval().requires_grad_(False)
+            spec = self.specs[run]
+            size: Sequence[int] = spec["image_size"]
+            untrained = build_tokenizer(OmegaConf.create(spec["model"]), (size[0], size[1]), spec["channels"])
+            return untrained.eval().requires_grad_(False)
         checkpoint = find_tokenizer_checkpoint(run)
         tokenizer, model = load_tokenizer(checkpoint), checkpoint.config.model
-        parts = {part: OmegaConf.to_container(model[part], resolve=True) for part in TOKENIZER_COMPONENTS}
-        self.specs[run] = {"model": parts, "image_size": list(tokenizer.image_size), "channels": tokenizer.channels}
+        nodes = {kind: OmegaConf.to_container(model[kind], resolve=True) for kind in TOKENIZER_COMPONENTS}
+        self.specs[run] = {"model": nodes, "image_size": list(tokenizer.image_size), "channels": tokenizer.channels}
         return tokenizer
 
 
@@ -125,7 +125,7 @@ def build_generator(
     condition_tokenizers: ConditionTokenizers | None = None,
     sampler: DictConfig | None = None,
 ) -> Generator:
-    """Build what stands on a tokenizer, untrained: everything wired comes from built objects."""
+    """Build an untrained generator on a tokenizer."""
     grid = tokenizer.grid
     conditioner = build_conditioner_stack(config, tokenizer, classes, condition_tokenizers)
     prior = build(
@@ -147,35 +147,32 @@ def build_conditioner_stack(
     classes: Sequence[str],
     condition_tokenizers: ConditionTokenizers | None = None,
 ) -> ConditionerStack:
-    """Build the conditioners of a config, for the images of a tokenizer.
+    """Build the conditioners of a config.
 
     Raises:
-        UserError: If there is none.
+        UserError: If none is chosen.
     """
-    grid = tokenizer.grid
-    wired, condition_tokenizers = (
-        {"num_classes": len(classes), "grid": grid, "tokenizer": tokenizer},
-        condition_tokenizers or ConditionTokenizers(),
-    )
-    parts = {
+    condition_tokenizers = condition_tokenizers or ConditionTokenizers()
+    wired = {"num_classes": len(classes), "grid": tokenizer.grid, "tokenizer": tokenizer}
+    conditioners = {
         name: build("conditioner", node, open_tokenizer=_tokenizer_opener(condition_tokenizers, name), **wired)
         for name, node in group_nodes(config.model, "conditioner").items()
     }
-    if not parts:
-        raise UserError("model.conditioner: none is chosen; model/conditioner=none gives a prior its start token")
-    return ConditionerStack(parts)
+    if not conditioners:
+        raise UserError("model.conditioner: none is chosen; choose model/conditioner=none for an unconditional prior")
+    return ConditionerStack(conditioners)
 
 
 def _tokenizer_opener(condition_tokenizers: ConditionTokenizers, name: str) -> Callable[[str], Tokenizer]:
-    """Return what opens the tokenizer of a conditioner, and names the conditioner's option where it cannot."""
+    """Wrap the tokenizers for one conditioner: an error names `model.conditioner.NAME.run`, not `run`."""
 
-    def opened(run: str) -> Tokenizer:
+    def open_tokenizer(run: str) -> Tokenizer:
         try:
             return condition_tokenizers(run)
         except UserError as error:
             raise UserError(re.sub(r"^run=", f"model.conditioner.{name}.run=", str(error))) from error
 
-    return opened
+    return open_tokenizer
 
 
 def _load_weights(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:
@@ -185,19 +182,19 @@ def _load_weights(module: torch.nn.Module, checkpoint: Checkpoint, name: str) ->
     except RuntimeError as error:
         reason = " ".join(str(error).splitlines()[1:2]).strip()
         raise UserError(
-            f"{checkpoint.path}: {name}.safetensors is not of the model in config.yaml ({reason})"
+            f"{checkpoint.path}: {name}.safetensors does not fit the model in config.yaml ({reason})"
         ) from error
 
 
 def _check_registered(checkpoint: Checkpoint, kinds: Sequence[str]) -> None:
     if not isinstance(checkpoint.config.get("model"), DictConfig):
-        raise UserError(f"{checkpoint.path}: its config.yaml describes no model")
-    for kind, node, place in chosen_components(checkpoint.config):
+        raise UserError(f"{checkpoint.path}: its config.yaml has no model")
+    for kind, node, key in chosen_components(checkpoint.config):
         if kind not in kinds:
             continue
         try:
-            check_options(kind, node, place)
+            check_options(kind, node, key)
         except UserError as error:
             plugins = OmegaConf.to_container(checkpoint.config.get("plugins") or OmegaConf.create([]))
-            cure = f"; it was trained with plugins={plugins}: load them first" if plugins else ""
-            raise UserError(f"{checkpoint.path}: {error}{cure}") from error
+            hint = f"; it was trained with plugins={plugins}: load them first" if plugins else ""
+            raise UserError(f"{checkpoint.path}: {error}{hint}") from error

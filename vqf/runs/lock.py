@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A file lock that keeps a second process out of a run's folder."""
 
 import errno
 import fcntl
@@ -11,39 +11,38 @@ from pathlib import Path
 from vqf.errors import UserError
 
 LOCK_FILE = ".lock"
-OWNER_PREFIX = b"process"  # what it begins with, if somebody holds it
+OWNER_PREFIX = b"process"  # first bytes of a lock file that is held: "process 123 on host"
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LOCKED_ERRNOS = {errno.EACCES, errno.EAGAIN}  # what a lock of another process is told by
+LOCKED_ERRNOS = {errno.EACCES, errno.EAGAIN}  # another process holds the lock
 
 
 @contextmanager
 def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
-    """Keep other processes from running in a folder as long as this one does.
+    """Hold the lock of a folder inside the block.
 
-    A lock of POSIX ends with its process, however that ends, and is not inherited by processes that it has started,
-    which may outlive it for a moment. Over a network it holds where the disk passes locks on, as NFS does from version
-    4; where a disk knows none, nothing is held.
+    A POSIX lock ends with its process, however that ends. Child processes, which may outlive it for a moment, do not
+    inherit it. On a network file system it works if the server supports locks (NFS 4); elsewhere nothing is locked.
 
     Args:
-        folder: Is made.
-        option: By which the user named it.
+        folder: The folder to lock; it is made if missing.
+        option: Option that named the folder, for the error.
 
     Raises:
-        UserError: If another process runs there, or nothing can be written.
+        UserError: If another process holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(unwritable_message(error, folder, option)) from error
-    with os.fdopen(number, "r+b", buffering=0) as file:
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in LOCKED_ERRNOS:
                 raise UserError(_locked_message(folder, option)) from error
-        if (said := file.read(len(OWNER_PREFIX))) and said != OWNER_PREFIX:
-            raise UserError(f"{option}={folder}: its file '{LOCK_FILE}' is none of vqf's; give another {option}")
+        if (content := file.read(len(OWNER_PREFIX))) and content != OWNER_PREFIX:
+            raise UserError(f"{option}={folder}: its file '{LOCK_FILE}' was not written by vqf; give another {option}")
         try:
             file.truncate(0)
             file.seek(0)
@@ -56,12 +55,12 @@ def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
 
 
 def unwritable_message(error: OSError, folder: Path | None = None, option: str = "run_dir") -> str:
-    """Say that a folder that the user named cannot be written."""
+    """Error message for a folder that cannot be written."""
     where = f"{option}={folder or error.filename}" if folder or error.filename else option
-    room = "make room there, or " if error.errno in DISK_FULL_ERRNOS else ""
-    return f"{where}: cannot be written ({error.strerror or error}); {room}give another {option}"
+    cure = "free disk space, or " if error.errno in DISK_FULL_ERRNOS else ""
+    return f"{where}: cannot be written ({error.strerror or error}); {cure}give another {option}"
 
 
 def _locked_message(folder: Path, option: str) -> str:
-    who = (folder / LOCK_FILE).read_text() or "another process"
-    return f"{option}={folder}: {who} is running there; wait until it ends, or give another {option}"
+    owner = (folder / LOCK_FILE).read_text() or "another process"
+    return f"{option}={folder}: {owner} is running there; wait until it ends, or give another {option}"

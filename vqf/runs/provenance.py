@@ -1,4 +1,4 @@
-"""What a run costs: time, processor time, memory, and on what."""
+"""Where a result comes from: time, memory and hardware of a run, its command line and its git commit."""
 
 import os
 import platform
@@ -15,19 +15,19 @@ from vqf.distributed import comm
 
 
 class ResourceMeter:
-    """Starts when it is made. Processor time is that of this process and of those it has waited for."""
+    """Measures a run from its construction on. CPU time counts this process and the children it has waited for."""
 
     def __init__(self) -> None:
         self.start_time, self.start_cpu_seconds = time.monotonic(), _cpu_seconds()
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds so far."""
+        """Wall time so far."""
         return time.monotonic() - self.start_time
 
     def summary(self) -> dict[str, Any]:
-        """Return what was used so far; memory is the most that the process has held since it started."""
-        facts: dict[str, Any] = {
+        """Usage so far, for `summary.json`; the peak memory is that of the process since its own start."""
+        usage: dict[str, Any] = {
             "wall_seconds": round(self.elapsed_seconds, 1),
             "processor_seconds": round(_cpu_seconds() - self.start_cpu_seconds, 1),
             "processor": cpu_name(),
@@ -36,54 +36,56 @@ class ResourceMeter:
             "peak_memory_bytes": _peak_memory(),
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            facts["accelerator"] = torch.cuda.get_device_name()
-            facts["peak_accelerator_bytes"] = torch.cuda.max_memory_allocated()
-        return facts
+            usage["accelerator"] = torch.cuda.get_device_name()
+            usage["peak_accelerator_bytes"] = torch.cuda.max_memory_allocated()
+        return usage
 
 
 def cpu_name() -> str:
-    """Return what the maker calls the processor, or its architecture."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(errors="replace").splitlines() if facts.is_file() else []
+    """Model name of the CPU; its architecture where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), "") or platform.processor() or platform.machine()
 
 
+def command_line() -> str:
+    """The command that started this run, as one would type it, torchrun included."""
+    return shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]])
+
+
+def git_commit() -> dict[str, str]:
+    """{"commit": HEAD of the working directory}; empty without git or a repository.
+
+    Uncommitted changes are not looked for: `git status` runs the filters that the repository's own config names, and
+    the folder may be somebody else's.
+    """
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    command = ["git", "-c", "core.fsmonitor=false", "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": result.stdout.strip()} if result.returncode == 0 and result.stdout.strip() else {}
+
+
+def _launcher() -> list[str]:
+    if comm.world_size() == 1:
+        return ["python"]
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", comm.world_size()))
+    nodes = [f"--nnodes={comm.world_size() // per_node}"] if comm.world_size() > per_node else []
+    return ["torchrun", *nodes, f"--nproc-per-node={per_node}"]
+
+
 def _cpu_seconds() -> float:
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _peak_memory() -> int | None:
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # Windows
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def git_commit() -> dict[str, str]:
-    """Return the commit of the working directory as `git_commit`; nothing where git or a repository is absent.
-
-    Whether files have changed since is not asked: to answer, git runs the filters that the folder's own config names,
-    and the folder may be somebody else's.
-    """
-    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    command = ["git", "-c", "core.fsmonitor=false", "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, env=quiet)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"commit": found.stdout.strip()} if found.returncode == 0 and found.stdout.strip() else {}
-
-
-def command_line() -> str:
-    """Return the command line that this process belongs to."""
-    return shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]])
-
-
-def _launcher() -> list[str]:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", comm.world_size()))
-    machines = [f"--nnodes={comm.world_size() // here}"] if comm.world_size() > here else []
-    return ["python"] if comm.world_size() == 1 else ["torchrun", *machines, f"--nproc-per-node={here}"]

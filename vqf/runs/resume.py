@@ -1,4 +1,8 @@
-"""Which checkpoint a run goes on from, and whether it is still the run that was: both configs side by side."""
+"""Resuming a run: which checkpoint it starts from, and whether the config still describes the same run.
+
+Three groups of options: those in `FIXED_KEYS` must not change, those in `BITWISE_KEYS` may change but then the result
+differs in rounding or length, all others (folders, logging, ...) are free.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,11 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from vqf.config.settings import to_cli
 from vqf.distributed import comm
 from vqf.errors import UserError
-from vqf.runs import checkpoint as checkpoints
-from vqf.runs.checkpoint import Checkpoint
+from vqf.runs.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    checkpoint_names,
+    latest_checkpoint,
+    open_checkpoint,
+    run_dir_of,
+)
 from vqf.terminal import log
 
-# Another value makes another run.
+# A change makes it a different run.
 FIXED_KEYS = {
     "stage1": (
         *("model.encoder", "model.quantizer", "model.decoder", "model.loss"),
@@ -23,129 +33,134 @@ FIXED_KEYS = {
 }
 COMMON_FIXED_KEYS = ("data", "target", "image_size", "batch_size", "seed", "optimizer", "schedule", "clip", "ema")
 
-# Another value is the same run, but not to the last bit.
+# A change gives the same run, but not bit for bit.
 BITWISE_KEYS = ("steps", "accumulate", "precision", "compile", "engine", "device")
 
-# Options that say where something is, or how it is computed, not what it is.
+# Options of components that say where something is or how it is computed, not what it is.
 IGNORED_OPTIONS = ("root", "index", "source_hint", "run", "gradient_checkpointing")
 
 ABSENT = object()
 
 
 def find_resume_checkpoint(resume: bool | str, run_dir: Path) -> Checkpoint | None:
-    """Open the checkpoint that `resume=` means: of this run's folder, or the one that is named.
+    """Open the checkpoint that `resume=` names.
+
+    `true`: the newest of `run_dir`; None if there is none yet, so that one command starts and restarts a job.
+    A path: the newest of that run, or that checkpoint.
 
     Raises:
-        UserError: If a named folder has none. `resume=true` without any starts from the beginning, so that
-            one command serves the first and every later process of a job.
+        UserError: If a path holds no intact checkpoint.
     """
     if resume is False:
         return None
     path = run_dir if resume is True else Path(str(resume)).expanduser()
-    named = (path / checkpoints.MANIFEST).is_file()
-    found = find_on_main(lambda: checkpoints.open_checkpoint(path) if named else checkpoints.latest_checkpoint(path))
-    if found is None and resume is not True:
-        raise UserError(f"resume={resume}: no whole checkpoint there; give a run's folder or one of its checkpoints")
-    return found
+    is_checkpoint = (path / MANIFEST).is_file()
+    checkpoint = find_on_main(lambda: open_checkpoint(path) if is_checkpoint else latest_checkpoint(path))
+    if checkpoint is None and resume is not True:
+        raise UserError(f"resume={resume}: no intact checkpoint there; give a run's folder or one of its checkpoints")
+    return checkpoint
 
 
 def find_on_main(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """Let the first process find a checkpoint, which says what it passes over, and all take the same one."""
+    """Find a checkpoint in the main process and open the same one in all; skipped ones are logged once."""
     if not comm.is_main():
-        place = comm.broadcast_object(None)
-        return None if place is None else checkpoints.open_checkpoint(place)
-    found = find()
-    comm.broadcast_object(None if found is None else found.path)
-    return found
+        path = comm.broadcast_object(None)
+        return None if path is None else open_checkpoint(path)
+    checkpoint = find()
+    comm.broadcast_object(None if checkpoint is None else checkpoint.path)
+    return checkpoint
 
 
 def check_not_overwriting(run_dir: Path) -> None:
-    """Refuse to begin a run where another is.
+    """Refuse to start a new run in the folder of another.
 
     Raises:
-        UserError: If there is a checkpoint in the folder, be it whole or not.
+        UserError: If the folder has a checkpoint, intact or not.
     """
-    if other := find_on_main(lambda: checkpoints.latest_checkpoint(run_dir)):
+    if other := find_on_main(lambda: latest_checkpoint(run_dir)):
         raise UserError(
-            f"run_dir={run_dir}: holds a run at step {other.step}; resume=true goes on with it, "
-            "another run_dir starts a new one"
+            f"run_dir={run_dir}: holds a run at step {other.step}; continue it with resume=true, "
+            "or give another run_dir for a new run"
         )
-    if broken := comm.broadcast_object(checkpoints.checkpoint_names(run_dir)):
+    if broken := comm.broadcast_object(checkpoint_names(run_dir)):
         raise UserError(
-            f"run_dir={run_dir}: holds a run, but none of its checkpoints is whole ({', '.join(broken)}); nothing was "
-            "touched. Bring one back from a copy, or give another run_dir to start a new run"
+            f"run_dir={run_dir}: holds a run, but none of its checkpoints is intact ({', '.join(broken)}); nothing was "
+            "changed. Restore one from a backup, or give another run_dir to start a new run"
         )
 
 
 def find_start_checkpoint(config: DictConfig, run_dir: Path, kind: str) -> Checkpoint | None:
-    """Find the checkpoint that a run of a stage goes on from; None where it begins.
+    """Find the checkpoint that a run of `kind` ("stage1" or "stage2") resumes from; None for a new run.
 
     Raises:
-        UserError: If it would overwrite a run, or cannot be the one that was saved.
+        UserError: If a new run would overwrite another, or the checkpoint is of another kind or a later step.
     """
-    found = find_resume_checkpoint(config.resume, run_dir)
-    if found is None or checkpoints.run_dir_of(found.path).resolve() != run_dir.resolve():
+    checkpoint = find_resume_checkpoint(config.resume, run_dir)
+    if checkpoint is None or run_dir_of(checkpoint.path).resolve() != run_dir.resolve():
         check_not_overwriting(run_dir)
-    if found is None:
+    if checkpoint is None:
         return None
-    if found.kind != kind:
-        raise UserError(f"resume: {found.path} is of a {found.kind} run, and this is {kind}")
-    if config.minutes is None and found.step > config.steps:
-        raise UserError(f"steps={config.steps}: counts from the start, and {found.path} is at {found.step}")
-    return found
+    if checkpoint.kind != kind:
+        raise UserError(f"resume: {checkpoint.path} is of a {checkpoint.kind} run, and this is {kind}")
+    if config.minutes is None and checkpoint.step > config.steps:
+        raise UserError(
+            f"steps={config.steps}: must be at least {checkpoint.step}, the step of {checkpoint.path}; "
+            "steps count from the start of the run"
+        )
+    return checkpoint
 
 
 def check_can_start(config: DictConfig, run_dir: Path, kind: str) -> None:
-    """Refuse a run of a stage for what its config says, before data and weights load.
+    """Check what can be checked of a resumed run by its config alone, before data and weights load.
 
     Raises:
         UserError: As `find_start_checkpoint` and `check_same_run` do.
     """
-    if found := find_start_checkpoint(config, run_dir, kind):
-        check_same_run(found, config, {})
+    if checkpoint := find_start_checkpoint(config, run_dir, kind):
+        check_same_run(checkpoint, config, {})
 
 
 def check_same_run(checkpoint: Checkpoint, config: DictConfig, metadata: Mapping[str, Any]) -> None:
-    """Compare a run with the checkpoint that it goes on from.
+    """Compare the config and data of a run with the checkpoint it resumes from.
 
-    Options that one side does not know are of another version of vqf and do not count. A checkpoint that was
-    imported from another project has no such past.
+    Options that one side lacks are of another version of vqf and are ignored. An imported checkpoint has no training
+    data and no config to compare; only the number of classes must agree.
 
     Args:
-        checkpoint: The checkpoint.
-        config: Of this run.
-        metadata: What the stage will write into `state.json`.
+        checkpoint: The checkpoint it resumes from.
+        config: Config of this run.
+        metadata: What this run will write into `state.json`: fingerprints of data and tokenizer, classes.
 
     Raises:
-        UserError: If they differ in what makes the run, unless allow_changes is true: one line with each difference.
+        UserError: If an option of `FIXED_KEYS` or a fingerprint differs and allow_changes is false.
     """
     if checkpoint.state.get("data") is None:
         _check_classes(checkpoint, metadata)
         return
-    differ = [
+    changes = [
         *_config_differences(checkpoint.config, config, (*FIXED_KEYS[checkpoint.kind], *COMMON_FIXED_KEYS)),
         *_fingerprint_differences(checkpoint.state, metadata),
     ]
-    if differ and not config.allow_changes:
+    if changes and not config.allow_changes:
         raise UserError(
-            f"resume: {checkpoint.path} is of another config: {', '.join(differ)}. Set them back, "
-            "give another run_dir to start anew, or go on all the same with allow_changes=true"
+            f"resume: {checkpoint.path} was trained with another config: {', '.join(changes)}. Undo the changes, "
+            "give another run_dir to start a new run, or resume anyway with allow_changes=true"
         )
-    if differ := [*differ, *_config_differences(checkpoint.config, config, BITWISE_KEYS)]:
-        log.warning("not bit for bit the run that was saved: %s", ", ".join(differ))
+    if changes := [*changes, *_config_differences(checkpoint.config, config, BITWISE_KEYS)]:
+        log.warning("not bit for bit the run that was saved: %s", ", ".join(changes))
 
 
 def _check_classes(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
-    """Refuse to train an imported prior on other classes than its own: they would take over each other's tokens."""
+    """Refuse to train an imported prior on another number of classes, which would shift its class tokens."""
     then: list[str] = checkpoint.state.get("classes") or []
     now = metadata.get("classes", then)
     if checkpoint.kind == "stage2" and then and len(now) != len(then):
-        raise UserError(f"resume: {checkpoint.path} was trained on {len(then)} classes, and the data has {len(now)}")
+        raise UserError(f"resume: {checkpoint.path} was trained on {len(then)} classes, but the data has {len(now)}")
 
 
 def _config_differences(then: DictConfig, now: DictConfig, keys: tuple[str, ...]) -> Iterator[str]:
-    for place in keys:
-        yield from _compare_values(place, _plain_value(then, place), _plain_value(now, place))
+    for key in keys:
+        yield from _compare_values(key, _plain_value(then, key), _plain_value(now, key))
 
 
 def _compare_values(config_key: str, then: Any, now: Any) -> Iterator[str]:
@@ -161,7 +176,7 @@ def _compare_values(config_key: str, then: Any, now: Any) -> Iterator[str]:
 
 
 def _fingerprint_differences(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is told by fingerprints: images, and the tokenizer that stage 2 stands on."""
+    """Compare the fingerprints of the training images and of the tokenizer of stage 2."""
     for key, what in (("data", "the training images"), ("tokenizer", "the tokenizer")):
         if key in state and key in metadata and state[key] != metadata[key]:
             yield f"{what} ({str(state[key])[:8]} → {str(metadata[key])[:8]})"
@@ -173,7 +188,7 @@ def _plain_value(config: DictConfig, config_key: str) -> Any:
 
 
 def _format_value(value: Any) -> str:
-    """Word a component by its name, anything else as on the command line."""
+    """A component by its name, any other value as on the command line."""
     if value is ABSENT:
         return "null"
     return str(value.get("name", sorted(value))) if isinstance(value, Mapping) else to_cli(value)

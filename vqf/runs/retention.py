@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, and the best."""
+"""Which checkpoints of a run are kept: the newest, the best by a validation metric, and the last regular one."""
 
 import json
 import math
@@ -13,37 +13,41 @@ from vqf.errors import UserError, unknown_message
 
 @dataclass(frozen=True)
 class BestCriterion:
-    """The held-out number by which a checkpoint is the best one."""
+    """The validation metric that decides which checkpoint is best."""
 
     metric: str
-    higher_is_better: bool  # whether more of it is better
+    higher_is_better: bool
 
     def score(self, state: Mapping[str, Any]) -> float:
-        """Return what `state.json` says of it, so that more is better; -inf where it was not measured at that step."""
-        look = state.get("last_validation") or {}
-        value = look.get("values", {}).get(self.metric, math.nan)
-        if look.get("step") != state["step"] or math.isnan(value):
+        """Value of the metric in a state.json, negated if lower is better; -inf if not measured at that step."""
+        validation = state.get("last_validation") or {}
+        value = validation.get("values", {}).get(self.metric, math.nan)
+        if validation.get("step") != state["step"] or math.isnan(value):
             return -math.inf
         return value if self.higher_is_better else -value
 
 
 def parse_best_criterion(metric: str | None, known: Mapping[str, bool]) -> BestCriterion | None:
-    """Read checkpoint.best, given which held-out numbers there are and whether more of each is better.
+    """Read `checkpoint.best`.
+
+    Args:
+        metric: Value of the option; None: no checkpoint is kept as the best.
+        known: The validation metrics of the run, and whether higher is better.
 
     Raises:
-        UserError: If there is no such number.
+        UserError: If the metric is not among them.
     """
     if metric is None:
         return None
     if metric not in known:
-        raise UserError(f"checkpoint.best: {unknown_message('held-out number', metric, known)}")
+        raise UserError(f"checkpoint.best: {unknown_message('validation metric', metric, known)}")
     return BestCriterion(metric, known[metric])
 
 
 def prune_checkpoints(
     folders: Sequence[Path], keep: int, best: BestCriterion | None, keep_also: Path | None = None
 ) -> None:
-    """Delete all of a run's checkpoints, oldest first, but the newest `keep`, the best and another; with 0, none."""
+    """Delete checkpoints, oldest first, except the newest `keep` (0: all), the best one and `keep_also`."""
     kept = {*folders[-keep:], best and _best_folder(folders, best), keep_also}
     for folder in folders:
         if folder not in kept:
@@ -51,13 +55,13 @@ def prune_checkpoints(
 
 
 def _best_folder(folders: Sequence[Path], best: BestCriterion) -> Path | None:
-    """Return the first of those that score best; None where nothing was measured."""
-    found, top = None, -math.inf
+    """The checkpoint with the best score, the earliest of equals; None if none was measured."""
+    best_folder, top = None, -math.inf
     for folder in folders:
         try:
             score = best.score(json.loads((folder / "state.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a broken checkpoint
             continue
         if score > top:
-            found, top = folder, score
-    return found
+            best_folder, top = folder, score
+    return best_folder

@@ -1,6 +1,6 @@
-"""Which folder a run writes, `outputs/<model>-<data>/<time>` or the one that it goes on with, and that it does alone.
+"""Chooses the folder of a run: `outputs/<model>-<data>/<time>`, or that of the run it resumes.
 
-conf/config.yaml asks for it as `${vqf.run_dir:...}`; importing this module is what makes that word known.
+conf/config.yaml uses it as `${vqf.run_dir:...}`; importing this module registers that OmegaConf resolver.
 """
 
 from collections.abc import Iterator
@@ -18,23 +18,24 @@ from vqf.errors import UserError
 from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, run_dir_of
 
 OUTPUTS = Path("outputs")
-TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # microseconds, or two runs of one second would share a folder
+TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # with microseconds: two runs may start in the same second
 HYDRA_FILE = Path(".hydra") / "hydra.yaml"
-STANDALONE_PIPELINES = {"compare"}  # pipelines that have no model or data of their own to name a folder by
+STANDALONE_PIPELINES = {"compare"}  # without a model or data to name the folder by
 
 
 def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> str:
-    """Return the folder that a run writes.
+    """Choose the folder that a run writes.
 
     Args:
-        run_dir: What the user named; wins over everything.
-        run: A run that a pipeline acts on: the new folder lies beside it.
-        resume: A folder or one of its checkpoints to go on with, or True for the newest of this name and pipeline.
-        name: Names the folder of this and similar runs.
-        pipeline: What runs; `resume=true` must not go on with a folder of samples.
+        run_dir: Value of `run_dir=`; overrides everything else.
+        run: Value of `run=`, the run that a pipeline acts on; the new folder is made beside it.
+        resume: Value of `resume=`: a run's folder or a checkpoint, or True for the newest run of this name and
+            pipeline.
+        name: Parent folder of this and similar runs, below `outputs/`.
+        pipeline: Name of the pipeline; resuming training must not pick a folder of samples.
 
     Raises:
-        UserError: If there is a link in it that leads out of it.
+        UserError: If the folder has a symbolic link that leads out of it.
     """
     chosen = _resolve_run_dir(run_dir, run, resume, name, pipeline)
     check_symlinks(chosen.expanduser())
@@ -46,33 +47,34 @@ def _resolve_run_dir(run_dir: str | None, run: str | None, resume: bool | str, n
         return Path(run_dir)
     if isinstance(resume, str):
         return run_dir_of(Path(resume).expanduser())
-    name = "/".join(part for part in name.split("/") if part not in ("", ".."))  # what a file of presets is called
-    here = OUTPUTS / (_sibling_name(run) or (pipeline if pipeline in STANDALONE_PIPELINES else name))
-    newest = _latest_run(here, pipeline) if resume else None
-    return newest or here / datetime.now().strftime(TIME_FORMAT)
+    # The name comes from the names of preset files, which may be somebody else's.
+    name = "/".join(part for part in name.split("/") if part not in ("", ".."))
+    parent = OUTPUTS / (_sibling_name(run) or (pipeline if pipeline in STANDALONE_PIPELINES else name))
+    newest = _latest_run(parent, pipeline) if resume else None
+    return newest or parent / datetime.now().strftime(TIME_FORMAT)
 
 
 def check_same_pipeline(folder: Path, pipeline: str) -> None:
-    """Refuse to let a pipeline write over the record of a run that another one made.
+    """Refuse a folder in which another pipeline made a run.
 
     Raises:
-        UserError: If another pipeline made the run in the folder.
+        UserError: If the files in `.hydra` or a checkpoint name another pipeline.
     """
     other = next(_recorded_pipelines(folder), None)
     if other not in (None, pipeline):
         raise UserError(
-            f"run_dir={folder}: holds a run of pipeline={other}, whose record pipeline={pipeline} would overwrite; "
-            "give another run_dir, or none for a new one"
+            f"run_dir={folder}: holds a run of pipeline={other}, which pipeline={pipeline} would overwrite; "
+            "give another run_dir, or none to get a new folder"
         )
 
 
 def hydra_output_dir() -> Path:
-    """Return the folder of the Hydra job that runs."""
+    """Output folder of the current Hydra job."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _sibling_name(run: str | None) -> str | None:
-    """Name the folder of runs that `run` lies in, if it is one of ours."""
+    """Name of the folder below `outputs/` that holds `run`; None if it lies elsewhere."""
     if run is None:
         return None
     folder = run_dir_of(Path(run).expanduser().resolve())
@@ -85,9 +87,9 @@ def _latest_run(folder: Path, pipeline: str) -> Path | None:
 
 
 def _recorded_pipelines(run: Path) -> Iterator[str]:
-    """Yield which pipeline made a run, as Hydra's file says, or as its checkpoints do.
+    """Yield the name of the pipeline of a run, from Hydra's file and from each checkpoint.
 
-    A process that was killed while it began again may have left half a file of Hydra's.
+    Both are asked because a process killed at its start may leave half a file of Hydra's.
     """
     yield from _recorded_value(run / HYDRA_FILE, "hydra.runtime.choices.pipeline")
     for path in run.rglob(f"{CHECKPOINTS_FOLDER}/step-*/config.yaml"):
@@ -96,9 +98,9 @@ def _recorded_pipelines(run: Path) -> Iterator[str]:
 
 def _recorded_value(path: Path, config_key: str) -> Iterator[str]:
     with suppress(OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
-        if (found := OmegaConf.select(OmegaConf.load(path), config_key)) is not None:
-            yield str(found)
+        if (value := OmegaConf.select(OmegaConf.load(path), config_key)) is not None:
+            yield str(value)
 
 
-# Cached with the config that asks, so that the time is read once in a run and once in a sweep.
+# Cached per config, so that the time is read once per run, or once per sweep.
 OmegaConf.register_new_resolver("vqf.run_dir", choose_run_dir, use_cache=True, replace=True)

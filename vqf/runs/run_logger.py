@@ -1,4 +1,8 @@
-"""metrics.jsonl, the record of a run that every other view of it is made from, and the fan-out to loggers."""
+"""Records a run: appends to metrics.jsonl, passes scalars and images to the loggers, writes the final summaries.
+
+Files in the run's folder: `metrics.jsonl` (one line per call of `RunLogger.scalars`), `details.json` (what the report
+shows of images and codes), `summary.json` (command, cost, versions, commit), `metrics.json` (the last validation).
+"""
 
 import json
 import math
@@ -25,9 +29,10 @@ from vqf.terminal import log
 
 
 class RunLogger:
-    """Appends scalars to `metrics.jsonl` and hands them, and images, to every logger.
+    """Appends scalars to `metrics.jsonl` and passes scalars and images to every logger.
 
-    A full disk ends no run here: lines wait in memory until there is room, a logger goes without what it cannot write.
+    A full disk does not stop the run: lines of `metrics.jsonl` are kept in memory and written later, what a logger
+    cannot write is lost.
     """
 
     def __init__(self, run_dir: Path, loggers: Sequence[Logger]) -> None:
@@ -35,24 +40,24 @@ class RunLogger:
         self.path = run_dir / "metrics.jsonl"
         self.loggers = loggers
         self.start_time = time.time()
-        self.pending_lines: list[str] = []  # lines that could not be written yet
-        self.failing: set[str | int] = set()  # who could not write the last time
+        self.pending_lines: list[str] = []  # not yet written to metrics.jsonl
+        self.failing: set[str | int] = set()  # files and loggers whose last write failed; they are reported once
 
     def truncate_after(self, step: int, validated: bool = True) -> None:
-        """Forget what an interrupted process wrote after the checkpoint that the run goes on from.
+        """Delete the lines that an interrupted process wrote after the checkpoint the run resumes from.
 
         Args:
-            step: Of the checkpoint.
-            validated: Whether it was written after the look at held-out images of its step.
+            step: Step of the checkpoint.
+            validated: Whether the checkpoint includes the validation of its step, whose lines are kept then.
         """
         if not self.path.is_file():
             return
-        until = (step, validated)
-        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= until]
+        last = (step, validated)
+        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
         atomic_write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of a step."""
+        """Record scalars of a step; NaN and infinity are written as strings, since JSON has neither."""
         finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time() - self.start_time, 3), **finite})
         self._call_safely("metrics.jsonl", partial(self._append, line))
@@ -65,25 +70,25 @@ class RunLogger:
             self._call_safely(logger, partial(logger.images, step, name, images))
 
     def write_details(self, values: Mapping[str, Any]) -> None:
-        """Keep what was said of images and codes, in `details.json`: the newest of every name."""
+        """Update `details.json`; a new value replaces an old one of the same key."""
         if values:
             self._call_safely("details.json", partial(self._update_details, values))
 
     def sync(self) -> None:
-        """See to it that what was recorded so far outlives the machine."""
+        """Flush `metrics.jsonl` to disk, so that it survives a crash of the machine."""
         if self.path.is_file():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _append(self, line: str) -> None:
         self.pending_lines.append(line)
-        before = self.path.stat().st_size if self.path.exists() else 0
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:
-                file.write("".join(f"{each}\n" for each in self.pending_lines))
+                file.write("".join(f"{pending}\n" for pending in self.pending_lines))
         except OSError:
             if self.path.exists():
-                os.truncate(self.path, before)  # half a line may be there
+                os.truncate(self.path, size)  # the end of a line may be missing
             raise
         self.pending_lines = []
 
@@ -100,82 +105,79 @@ class RunLogger:
         except OSError as error:
             if key not in self.failing:
                 name = target if isinstance(target, str) else type(target).__name__
-                log.warning("%s cannot be written: %s; the run goes on", name, error.strerror or error)
+                log.warning("%s cannot be written: %s; the run continues", name, error.strerror or error)
             self.failing.add(key)
 
     def close(self) -> None:
-        """Let every logger finish."""
+        """Close every logger."""
         for logger in self.loggers:
             self._call_safely(logger, logger.close)
 
 
 class NullRunLogger(RunLogger):
-    """The journal of every process but the first."""
+    """The run logger of every process but the main one: does nothing."""
 
     def __init__(self) -> None:
         pass
 
     def truncate_after(self, step: int, validated: bool = True) -> None:
-        """Forget nothing."""
+        """Do nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record nothing."""
+        """Do nothing."""
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Record nothing."""
+        """Do nothing."""
 
     def write_details(self, values: Mapping[str, Any]) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def sync(self) -> None:
-        """Nothing was recorded."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is open."""
-
-
-def _step_of(line: str) -> tuple[float, bool]:
-    """Return the step of a line, and whether it is of a look at held-out images, which ends a step."""
-    try:
-        found = json.loads(line)
-        return found["step"], any(key.startswith(VALIDATION_PREFIX) for key in found)
-    except (ValueError, KeyError):  # a line that a killed process left half-written
-        return math.inf, True
+        """Do nothing."""
 
 
 @contextmanager
 def start_run(
     config: DictConfig, run_dir: Path, meter: ResourceMeter | None = None, subrun: str = ""
 ) -> Iterator[RunLogger]:
-    """Open the journal of a run, and close its loggers whatever happens.
+    """Yield the logger of a run; at the end write `summary.json` and close the loggers, also after an error.
+
+    Only the main process writes.
 
     Args:
-        config: Names the loggers.
-        run_dir: Where they write.
-        meter: Of what the run costs, if it began earlier than now.
-        subrun: What this is of the run in the folder above, as "stage1" of pipeline=full; empty for a run of its own.
-
-    Of several processes the first alone writes.
+        config: Chooses the loggers.
+        run_dir: The run's folder.
+        meter: Measures the cost of the run from its own start; by default from now.
+        subrun: "stage1" or "stage2" within pipeline=full, whose folder is the parent; empty for a run of its own.
     """
     if not comm.is_main():
         yield NullRunLogger()
         return
     nodes = group_nodes(config, "logger").values()
     loggers = [build("logger", node, run_dir=run_dir, config=config, subrun=subrun) for node in nodes]
-    journal = RunLogger(run_dir, loggers)
+    run_logger = RunLogger(run_dir, loggers)
     meter = meter or ResourceMeter()
     try:
-        yield journal
+        yield run_logger
     finally:
         try:
             _write_summary(run_dir, meter)
-        except OSError as error:  # a full disk takes no finished run down with it
+        except OSError as error:  # a full disk must not fail a finished run
             log.warning("summary.json cannot be written: %s", error.strerror)
-        journal.close()
+        run_logger.close()
+
+
+def save_metrics(run_dir: Path, tables: Mapping[str, Mapping[str, float]]) -> None:
+    """Write `metrics.json`, the tables of the last validation, in the main process."""
+    if comm.is_main():
+        (run_dir / "metrics.json").write_text(json.dumps(tables, indent=1))
 
 
 def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
-    """Write down what made the run, for its report."""
+    """Write the command, cost, versions and commit of a run, for its report."""
     versions = {name: version(name) for name in ("vqf", "torch", "hydra-core")}
     summary = {
         "command": command_line(),
@@ -186,7 +188,10 @@ def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def save_metrics(run_dir: Path, tables: Mapping[str, Mapping[str, float]]) -> None:
-    """Write `metrics.json`, the last look at held-out images, in the first process."""
-    if comm.is_main():
-        (run_dir / "metrics.json").write_text(json.dumps(tables, indent=1))
+def _step_of(line: str) -> tuple[float, bool]:
+    """Sort key of a line: its step, and whether it is of a validation, which comes last in a step."""
+    try:
+        values = json.loads(line)
+        return values["step"], any(key.startswith(VALIDATION_PREFIX) for key in values)
+    except (ValueError, KeyError):  # half a line, left by a killed process
+        return math.inf, True

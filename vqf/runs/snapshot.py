@@ -1,4 +1,4 @@
-"""Everything of a run that a step changes: how it gets into a checkpoint, and back out of one."""
+"""`Snapshot`: the content of one checkpoint in memory, handed from training to `async_checkpointer`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two steps, on the CPU, in memory of its own: what goes on meanwhile does not change it."""
+    """The state of a run between two steps.
+
+    Tensors are copies on the CPU, so that training can change its own while they are written.
+    """
 
     state: Mapping[str, Any]
     config: DictConfig

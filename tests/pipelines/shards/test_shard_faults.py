@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_no_partial_shard(image_folder, tmp_path, monkeypatch
     with pytest.raises(UserError) as caught:
         written(configured(image_folder), to, shard_size=6)
     assert str(caught.value) == (
-        f"out={to}: cannot be written (No space left on device); make room there, or give another out"
+        f"out={to}: cannot be written (No space left on device); free disk space, or give another out"
     )
     assert not [*to.glob("*.tmp"), *to.glob(".*.tmp")]
     monkeypatch.undo()
@@ -246,7 +246,7 @@ def test_a_foreign_lock_file_is_not_overwritten(image_folder, tmp_path):
     to, victim = tmp_path / "shards", tmp_path / "victim"
     to.mkdir()
     (to / ".lock").write_text("my precious")
-    with pytest.raises(UserError, match=r"^out=.*: its file '\.lock' is none of vqf's; give another out$"):
+    with pytest.raises(UserError, match=r"^out=.*: its file '\.lock' was not written by vqf; give another out$"):
         written(configured(image_folder), to)
     assert (to / ".lock").read_text() == "my precious"
     (to / ".lock").unlink()

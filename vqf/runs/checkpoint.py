@@ -130,9 +130,7 @@ class Checkpoint:
             return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             reason = str(error).partition("\n")[0]
-            raise BrokenCheckpointError(
-                f"{self.path}: optimizers.pt has no optimizer states ({reason})"
-            ) from error
+            raise BrokenCheckpointError(f"{self.path}: optimizers.pt has no optimizer states ({reason})") from error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -123,37 +123,37 @@ ONE_MISTAKE = [
         "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib, submitit_local, submitit_slurm.",
     ),
     # a group or word that is not there
-    ("modle=small", f"modle=small: unknown word 'modle'. Did you mean 'model'? {HELP}"),
+    ("modle=small", f"modle=small: unknown option 'modle'. Did you mean 'model'? {HELP}"),
     (
         "modle/quantizer=vq",
-        "modle/quantizer=vq: unknown word 'modle'. Did you mean 'model'? "
+        "modle/quantizer=vq: unknown option 'modle'. Did you mean 'model'? "
         "Known: data, experiment, metric, model, pipeline, protocol.",
     ),
     (
         "model/quantiser=vq",
-        "model/quantiser=vq: unknown word 'quantiser' in model. Did you mean 'quantizer'? "
+        "model/quantiser=vq: unknown option 'quantiser' in model. Did you mean 'quantizer'? "
         "Known: discriminator, loss, quantizer.",
     ),
     ("quantizer=ema", "quantizer=ema: write model/quantizer=ema"),
-    ("stepz=5", f"stepz=5: unknown word 'stepz'. Did you mean 'steps'? {HELP}"),
-    ("qqqq=5", f"qqqq=5: unknown word 'qqqq'. {HELP}"),
-    ("beta=5", f"beta=5: unknown word 'beta'. Did you mean 'model.quantizer.beta'? {HELP}"),
+    ("stepz=5", f"stepz=5: unknown option 'stepz'. Did you mean 'steps'? {HELP}"),
+    ("qqqq=5", f"qqqq=5: unknown option 'qqqq'. {HELP}"),
+    ("beta=5", f"beta=5: unknown option 'beta'. Did you mean 'model.quantizer.beta'? {HELP}"),
     (
         "protocol.labels=uniform",
-        "protocol.labels=uniform: no protocol is chosen here; choose one as well, protocol=drawn or sampled",
+        "protocol.labels=uniform: no protocol is chosen; add protocol=drawn or sampled",
     ),
     (
         "protocol.zzz=1",
-        "protocol.zzz=1: no protocol is chosen here; choose one as well, protocol=drawn or sampled or seen",
+        "protocol.zzz=1: no protocol is chosen; add protocol=drawn or sampled or seen",
     ),
     ("count=5", "count=5: an option of pipeline=sample; this is pipeline=stage1"),
     (
         "model.quantiser.beta=1",
-        "model.quantiser.beta=1: unknown word 'quantiser' in model. Did you mean 'quantizer'? "
+        "model.quantiser.beta=1: unknown option 'quantiser' in model. Did you mean 'quantizer'? "
         "Known: discriminator, loss, prior, quantizer.",
     ),
-    ("model.loss.l2.weight=1", "model.loss.l2.weight=1: unknown word 'l2' in model.loss. Known: l1."),
-    ("log.evry=1", "log.evry=1: unknown word 'evry' in log. Did you mean 'every'? Known: every."),
+    ("model.loss.l2.weight=1", "model.loss.l2.weight=1: unknown option 'l2' in model.loss. Known: l1."),
+    ("log.evry=1", "log.evry=1: unknown option 'evry' in log. Did you mean 'every'? Known: every."),
     (
         "model.quantizer.betta=1",
         "model.quantizer.betta: unknown option 'betta'. Did you mean 'beta'? "
@@ -164,35 +164,35 @@ ONE_MISTAKE = [
         "data.root=x",
         "data.root: unknown option 'root'. data=folder has it. data 'emoji' (tests.test_errors.emoji) takes: none",
     ),
-    ("+foo=1", f"foo: unknown word 'foo'. {HELP}"),
-    ("~foo", "~foo: there is no such word to take away"),
+    ("+foo=1", f"foo: unknown option 'foo'. {HELP}"),
+    ("~foo", "~foo: no such option to remove"),
     # a value of the wrong type
-    ("steps=many", "steps=many: 'many' is not a whole number"),
-    ("model.quantizer.size=many", "model.quantizer.size=many: 'many' is not a whole number"),
-    ("model.quantizer.size=1.5", "model.quantizer.size=1.5: '1.5' is not a whole number"),
+    ("steps=many", "steps=many: 'many' is not an integer"),
+    ("model.quantizer.size=many", "model.quantizer.size=many: 'many' is not an integer"),
+    ("model.quantizer.size=1.5", "model.quantizer.size=1.5: '1.5' is not an integer"),
     ("model.quantizer.beta=big", "model.quantizer.beta=big: 'big' is not a number"),
-    ("model.quantizer.beta=null", "model.quantizer.beta=null: null is not possible here"),
+    ("model.quantizer.beta=null", "model.quantizer.beta=null: null is not allowed"),
     ("model.quantizer.cosine=maybe", "model.quantizer.cosine=maybe: 'maybe' is not true or false"),
     ("model.quantizer.mode=sotf", "model.quantizer.mode: unknown value 'sotf'. Did you mean 'soft'? Known: a, soft."),
     ("model/quantizer=ema model.quantizer.sizes=3", "model.quantizer.sizes=3: not a list; write it as [a,b]"),
-    ("model/quantizer=ema model.quantizer.sizes=[x]", "model.quantizer.sizes=[x]: 'x' is not a whole number"),
+    ("model/quantizer=ema model.quantizer.sizes=[x]", "model.quantizer.sizes=[x]: 'x' is not an integer"),
     (
         "model/quantizer=ema model.quantizer.extra=3",
         "model.quantizer.extra: '3' is not a mapping; write it as {a:1,b:2}",
     ),
-    ("pipeline=sample count=all", "count=all: 'all' is not a whole number"),
+    ("pipeline=sample count=all", "count=all: 'all' is not an integer"),
     ("model.quantizer=ema", "model.quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
     ("model.loss=l1", "model.loss=l1: a loss is chosen with model/loss=l1"),
     # a value that is not there
     ("data=folder", "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=..."),
-    ("model/discriminator=null", "model/discriminator=null: write model.discriminator=null to do without"),
-    ("metric=null", "metric=null: write metric=[] to do without"),
-    ("data=null", "data=null: write ~data to do without"),
+    ("model/discriminator=null", "model/discriminator=null: write model.discriminator=null to choose none"),
+    ("metric=null", "metric=null: write metric=[] to choose none"),
+    ("data=null", "data=null: write ~data to choose none"),
     # what cannot be read
     (
         "model.quantizer.sizes=[8,",
         "model.quantizer.sizes=[8,: cannot be read (no viable alternative at input '[8,'); "
-        "quote what holds spaces, brackets or commas: 'key=[1, 2]'",
+        "quote a value with spaces, brackets or commas: 'key=[1, 2]'",
     ),
     (
         "quickstat",
@@ -200,9 +200,12 @@ ONE_MISTAKE = [
         "A flag begins with --, as in --help.",
     ),
     ("zzz", "zzz: an argument has the form key=value. A flag begins with --, as in --help."),
-    ("model/quantizer.size=3", "model/quantizer.size=3: a slash chooses, a dot sets: write model.quantizer.size=3"),
-    ("+steps=5", "+steps=5: it is there already; leave out the +"),
-    ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; a list is written steps=[1,2]"),
+    (
+        "model/quantizer.size=3",
+        "model/quantizer.size=3: a slash chooses a component, a dot sets an option: write model.quantizer.size=3",
+    ),
+    ("+steps=5", "+steps=5: this option exists already; remove the +"),
+    ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; write a list as steps=[1,2]"),
     ("-cp /nowhere", "--config-path /nowhere: no such folder"),
     ("--config-dir /nowhere", "--config-dir /nowhere: no such folder"),
     # what a file says
@@ -247,19 +250,19 @@ def test_what_is_right_passes(world: Path, command: str) -> None:
 def test_every_mistake_is_told_at_once(world: Path) -> None:
     assert said(world, "modle=small stepz=3 model/quantizer=vqq model.quantizer.beta=big seed=1") == [
         "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
-        f"modle=small: unknown word 'modle'. Did you mean 'model'? {HELP}",
-        f"stepz=3: unknown word 'stepz'. Did you mean 'steps'? {HELP}",
+        f"modle=small: unknown option 'modle'. Did you mean 'model'? {HELP}",
+        f"stepz=3: unknown option 'stepz'. Did you mean 'steps'? {HELP}",
         "model.quantizer.beta=big: 'big' is not a number",
     ]
     assert said(world, "seed=x steps=y data=folder") == [
-        "seed=x: 'x' is not a whole number",
-        "steps=y: 'y' is not a whole number",
+        "seed=x: 'x' is not an integer",
+        "steps=y: 'y' is not an integer",
         "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=...",
     ]
     assert said(world, "zzz a=[ steps=1") == [
         "zzz: an argument has the form key=value. A flag begins with --, as in --help.",
         "a=[: cannot be read (no viable alternative at input '['); "
-        "quote what holds spaces, brackets or commas: 'key=[1, 2]'",
+        "quote a value with spaces, brackets or commas: 'key=[1, 2]'",
     ]
 
 
@@ -268,7 +271,7 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_job(world: Path) 
         "model/quantizer=emma: unknown quantizer 'emma'. Did you mean 'ema'? Known: ema, vq, vq_16k.",
         "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
     ]
-    assert said(world, "-m model/quantizer=vq,ema steps=1,2,3,many") == ["steps=many: 'many' is not a whole number"]
+    assert said(world, "-m model/quantizer=vq,ema steps=1,2,3,many") == ["steps=many: 'many' is not an integer"]
     assert said(world, "-m model/quantizer=vq,ema model.quantizer.beta=0.5")[0].startswith(
         "model.quantizer.beta: unknown option 'beta'. model/quantizer=vq has it. quantizer 'ema'"
     )
@@ -276,9 +279,9 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_job(world: Path) 
 
 def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
     assert said(world, "experiment=misspelt") == [
-        "model.quantiser: unknown word 'quantiser' in model. Did you mean 'quantizer'? Known: "
+        "model.quantiser: unknown option 'quantiser' in model. Did you mean 'quantizer'? Known: "
         "adversary, conditioner, decoder, discriminator, encoder, loss, prior, quantizer, regularizer.",
-        f"stepz: unknown word 'stepz'. Did you mean 'steps'? {HELP}",
+        f"stepz: unknown option 'stepz'. Did you mean 'steps'? {HELP}",
     ]
 
 
@@ -323,8 +326,8 @@ def test_words_for_what_is_unknown() -> None:
     assert closest_match("stepz", ["seed", "steps"]) == "steps" and closest_match("x", ["seed"]) is None
     assert unknown_message("fruit", "aple", ["apple"]) == "unknown fruit 'aple'. Did you mean 'apple'? Known: apple."
     assert unknown_message("fruit", 3, []) == "unknown fruit '3'. Known: none."
-    assert unknown_key_message("a.x", ["a.b", "a.c"]) == "unknown word 'x' in a. Known: b, c."
+    assert unknown_key_message("a.x", ["a.b", "a.c"]) == "unknown option 'x' in a. Known: b, c."
     assert (
         unknown_key_message("b", [*(f"w{i}" for i in range(20)), "a.b"])
-        == f"unknown word 'b'. Did you mean 'a.b'? {HELP}"
+        == f"unknown option 'b'. Did you mean 'a.b'? {HELP}"
     )

@@ -107,7 +107,7 @@ def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
 def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
     ended = chorus(tmp_path, "steps=many")
     assert [each.status for each in ended] == [2, 2]
-    assert "".join(each.err for each in ended) == "steps=many: 'many' is not a whole number\n"
+    assert "".join(each.err for each in ended) == "steps=many: 'many' is not an integer\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +120,7 @@ def test_a_bug_keeps_its_traceback_and_nobody_hangs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("pipeline=sample", "pipeline=sample works in one process; start it without torchrun"),
+        ("pipeline=sample", "pipeline=sample runs in one process; start it without torchrun"),
         pytest.param(
             "engine=single", "engine=single: 2 processes were started; engine=ddp or fsdp2 uses them", marks=SLOW
         ),
@@ -142,7 +142,7 @@ def test_what_several_processes_do_not_do(tmp_path: Path, argument: str, words: 
 
 def test_a_sweep_is_not_started_twice(tmp_path: Path) -> None:
     ended = chorus(tmp_path, "-m", "seed=1,2")
-    words = "-m: the jobs of a sweep start processes of their own; start it without torchrun\n"
+    words = "-m: a sweep starts its own processes; run it without torchrun\n"
     assert [each.status for each in ended] == [2, 2] and "".join(each.err for each in ended) == words
 
 
@@ -168,7 +168,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     assert ended.status == 2 and not list(tmp_path.iterdir())
     assert ended.err.startswith(f"{starter} has started 4 processes ({variable}) that cannot find each other: ")
     monkeypatch.setenv(variable, "1")
-    assert command(str(tmp_path), ["steps=many"]).err == "steps=many: 'many' is not a whole number\n"
+    assert command(str(tmp_path), ["steps=many"]).err == "steps=many: 'many' is not an integer\n"
 
 
 def test_processes_of_torchrun_in_a_step_of_srun_know_of_each_other(

@@ -131,7 +131,7 @@ def test_plugins_are_read_from_the_command_line(arguments: list[str], modules: l
 
 
 def test_plugins_are_not_swept() -> None:
-    with pytest.raises(UserError, match=r"name every module of the sweep at once, plugins=\[a,b\]"):
+    with pytest.raises(UserError, match=r"plugins: cannot be swept; list every module, plugins=\[a,b\]"):
         plugins_from_cli(["plugins=a,b"])
     with pytest.raises(UserError, match="plugins: '3' is not a module"):
         plugins_from_cli(["plugins=[a,3]"])

@@ -146,10 +146,10 @@ def test_a_function_is_a_component_too() -> None:
     [
         ("quantiser", "x", Toy, "unknown component kind 'quantiser'. Did you mean 'quantizer'?"),
         ("quantizer", "Toy-1", Toy, "quantizer name 'Toy-1' is not lower_snake_case"),
-        ("quantizer", "bad", lambda *args: None, "quantizer 'bad': spell out what *args may hold"),
-        ("quantizer", "bad", lambda **kwargs: None, "quantizer 'bad': spell out what *kwargs may hold"),
-        ("quantizer", "bad", lambda name="x": None, "'name' has a meaning of its own; rename the parameter"),
-        ("quantizer", "bad", lambda defaults="x": None, "'defaults' has a meaning of its own; rename the parameter"),
+        ("quantizer", "bad", lambda *args: None, "quantizer 'bad': *args is not possible; name every parameter"),
+        ("quantizer", "bad", lambda **kwargs: None, "quantizer 'bad': *kwargs is not possible; name every parameter"),
+        ("quantizer", "bad", lambda name="x": None, "'name' is reserved; rename the parameter"),
+        ("quantizer", "bad", lambda defaults="x": None, "'defaults' is reserved; rename the parameter"),
         ("quantizer", "vq", Toy, "test_registry.Toy) clashes with quantizer 'vq' (vqf.quantizers.vq.VectorQuantiz"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_node_of_a_whole_config_says_where_it_stands() -> None:
 
 
 def test_building_without_a_wired_value_says_what_there_is() -> None:
-    with pytest.raises(RegistryError, match="asks for 'in_channels'; a encoder is given dim, image_size"):
+    with pytest.raises(RegistryError, match="'in_channels' has no default; a encoder is built with dim, image_size"):
         build("encoder", {"name": "conv"}, dim=1, image_size=2)
 
 
@@ -374,5 +374,5 @@ def test_options_that_no_base_class_takes_are_refused() -> None:
         def __init__(self, **options):
             super().__init__(**options)
 
-    with pytest.raises(RegistryError, match=r"^quantizer 'open': spell out what \*args may hold"):
+    with pytest.raises(RegistryError, match=r"^quantizer 'open': \*args is not possible; name every parameter"):
         register("quantizer", "open")(Open)

@@ -1,4 +1,8 @@
-"""Files and folders that are either whole or not there, also when the process is killed or the disk is full."""
+"""Atomic writes: a file or folder appears complete or not at all, also if the process is killed or the disk is full.
+
+`atomic_folder` and `atomic_path` write under a temporary name and rename; `write_weights` and `write_torch` turn the
+errors of safetensors and torch into `OSError`.
+"""
 
 import os
 import re
@@ -13,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-TEMPORARY_SUFFIX = ".tmp"  # of `atomic_path`: .NAME.PID.tmp
+TEMPORARY_SUFFIX = ".tmp"  # `atomic_path` writes .NAME.PID.tmp
 
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name, flush it, and rename it when it is complete.
+    """Yield a temporary folder, which is flushed to disk and renamed to `final` when the block ends.
 
-    Where there is one of that name, it stays as `backup_path` until the new one is there.
+    An existing folder `final` is kept as `backup_path(final)` until the new one has its name.
 
     Raises:
-        OSError: If it cannot be written; nothing of it is left then.
+        OSError: If it cannot be written; the temporary folder is deleted.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -33,7 +37,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             fsync(file)
-        if final.exists():  # the same step again: at no moment there is none
+        if final.exists():  # renamed, not deleted: at every moment one of the two is on disk
             shutil.rmtree(backup_path(final), ignore_errors=True)
             final.rename(backup_path(final))
         temporary.rename(final)
@@ -45,35 +49,40 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def backup_path(final: Path) -> Path:
-    """Return where a folder stays while another takes its name."""
+    """Name of the old folder while a new one replaces it."""
     return final.with_name(f".{final.name}.former")
 
 
 def recover_interrupted(folder: Path, pattern: str) -> None:
-    """Clear what killed writers left of the folders of a pattern inside of a folder."""
-    for left in folder.glob(f".{pattern}.former"):
-        final = folder / left.name[1:].removesuffix(".former")
+    """Clean up after killed writers: restore backups whose replacement is missing, delete temporary folders.
+
+    Args:
+        folder: Parent of the folders that `atomic_folder` wrote.
+        pattern: Glob pattern of their names.
+    """
+    for backup in folder.glob(f".{pattern}.former"):
+        final = folder / backup.name[1:].removesuffix(".former")
         if final.exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(backup, ignore_errors=True)
         else:
-            left.rename(final)
+            backup.rename(final)
     for unfinished in folder.glob(f".{pattern}.tmp-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield the path of a temporary file in the same folder, which takes the name `path` when the block ends.
+    """Yield the path of a temporary file in the same folder, which is renamed to `path` when the block ends.
 
-    A process that is killed leaves the old file or the new one. A block that deletes the temporary file keeps the old
-    one. The mode follows the umask, whatever the writer makes of it.
+    A killed process leaves either the old file or the new one. If the block deletes the temporary file, the old one is
+    kept. The file mode follows the umask, even if the writer sets another.
 
     Args:
-        path: The final name; its folder is made where it is missing.
-        durable: Flush file and folder to disk, so that the new file also outlives a crash of the machine.
+        path: Final name; its folder is made if missing.
+        durable: Flush file and folder to disk, so that the new file survives a crash of the machine.
 
     Raises:
-        OSError: If it cannot be written; nothing of it is left then.
+        OSError: If it cannot be written; the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -94,13 +103,13 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace a text file by a whole one, in UTF-8; see `atomic_path`."""
+    """Replace a text file (UTF-8); see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; a copy of it, where the disk knows no such thing.
+    """Hard-link a file; copy it where the file system has no hard links.
 
     Raises:
         OSError: If it cannot be written.
@@ -112,39 +121,39 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, and flush it to disk.
+    """Write a safetensors file and flush it to disk.
 
     Raises:
         OSError: If it cannot be written.
     """
     try:
         path.touch()
-        mode = path.stat().st_mode  # safetensors would leave a file that only its owner can read
-        save_file({key: each.detach().contiguous() for key, each in tensors.items()}, path, metadata)
+        mode = path.stat().st_mode  # safetensors makes files that only their owner can read
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path, metadata)
         path.chmod(mode)
         fsync(path)
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):  # the number is all it keeps of an OSError
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if match := re.search(r"os error (\d+)", str(error)):  # all that safetensors keeps of an OSError
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
         raise
 
 
 def write_torch(states: Mapping[str, Any], path: Path) -> None:
-    """Write what `torch.load` reads.
+    """Write a dict for `torch.load`.
 
     Raises:
         OSError: If it cannot be written.
     """
     with path.open("wb") as file:
-        kept = _ErrorRecordingFile(file)
+        recorder = _ErrorRecordingFile(file)
         try:
-            torch.save(dict(states), kept)  # type: ignore[arg-type]
+            torch.save(dict(states), recorder)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise kept.error or error from None
+            raise recorder.error or error from None
 
 
 class _ErrorRecordingFile:
-    """A file that remembers why it could not be written: torch tells that in words of its own."""
+    """Remembers the OSError of a failed write, which torch.save replaces by a RuntimeError of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -162,7 +171,7 @@ class _ErrorRecordingFile:
 
 
 def fsync(path: Path) -> None:
-    """See to it that a file or folder outlives the machine."""
+    """Flush a file or folder to disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Mistakes of the person at the keyboard, and the words for them."""
+"""`UserError` and the wording of common error messages: unknown names, close matches."""
 
 import difflib
 from collections.abc import Iterable
 
-MAX_LISTED = 16  # names that fit into a line
+MAX_LISTED = 16  # names in one message
 
 
 class UserError(ValueError):
@@ -11,39 +11,39 @@ class UserError(ValueError):
 
 
 class EmptySplitError(UserError):
-    """A part of a data source that has no image, and that a pipeline for both parts goes without."""
+    """A split without images; a pipeline that can use the other split alone catches it."""
 
 
 def quote_name(name: str) -> str:
-    """Quote a name that a file may have: what would begin another line, or move the cursor, is written out."""
+    """Quote a file name; characters that would break the line or move the cursor are escaped."""
     return "'" + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name) + "'"
 
 
 def closest_match(name: str, known: Iterable[object]) -> str | None:
-    """Return the known name that `name` was probably meant to be."""
+    """The known name most similar to `name`; None if none is similar."""
     close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
     return close[0] if close else None
 
 
 def unknown_message(what: str, name: object, known: Iterable[object]) -> str:
-    """Word the mistake of naming something that does not exist."""
-    words = [str(item) for item in known]
-    close = closest_match(str(name), words)
+    """Error message for a name that does not exist: "unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq."."""
+    names = [str(item) for item in known]
+    close = closest_match(str(name), names)
     hint = f" Did you mean '{close}'?" if close else ""
-    return f"unknown {what} '{name}'.{hint} Known: {', '.join(words) or 'none'}."
+    return f"unknown {what} '{name}'.{hint} Known: {', '.join(names) or 'none'}."
 
 
 def unknown_key_message(config_key: str, known: Iterable[str]) -> str:
-    """Word the mistake of a dotted key that is not among the known ones."""
-    known, before, parts = list(known), "", config_key.split(".")
-    while any(each.startswith(f"{before}{parts[0]}.") for each in known) and len(parts) > 1:
-        before += f"{parts.pop(0)}."
-    siblings = sorted({each.removeprefix(before).split(".")[0] for each in known if each.startswith(before)})
-    inside = f" in {before[:-1]}" if before else ""
-    close = closest_match(parts[0], siblings)
-    if close is None and config_key == parts[0]:  # codebook_size=512, without the place of its component
-        close = min((each for each in known if each.rpartition(".")[2] == config_key), key=len, default=None)
+    """Error message for a dotted key that is not among the known ones; it names the first part that is wrong."""
+    known, prefix, rest = list(known), "", config_key.split(".")
+    while any(key.startswith(f"{prefix}{rest[0]}.") for key in known) and len(rest) > 1:
+        prefix += f"{rest.pop(0)}."
+    siblings = sorted({key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)})
+    group = f" in {prefix[:-1]}" if prefix else ""
+    close = closest_match(rest[0], siblings)
+    if close is None and config_key == rest[0]:  # codebook_size=512 without model.quantizer in front
+        close = min((key for key in known if key.rpartition(".")[2] == config_key), key=len, default=None)
     hint = f" Did you mean '{close}'?" if close else ""
     many = len(siblings) > MAX_LISTED
     names = "python -m vqf.run --help lists them" if many else f"Known: {', '.join(siblings)}"
-    return f"unknown word '{parts[0]}'{inside}.{hint} {names}."
+    return f"unknown option '{rest[0]}'{group}.{hint} {names}."

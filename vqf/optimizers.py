@@ -50,8 +50,8 @@ def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | floa
         steps: Steps of the run.
         warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
     """
-    rise = to_steps(warmup, steps)
-    return LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
+    warmup_steps = to_steps(warmup, steps)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / (warmup_steps + 1), 1.0))
 
 
 @register("schedule", "cosine")
@@ -64,12 +64,12 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float 
         warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
         end: Multiplier of the learning rate at the last step.
     """
-    rise = to_steps(warmup, steps)
+    warmup_steps = to_steps(warmup, steps)
 
     def multiplier(step: int) -> float:
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        t = min((step - rise) / max(steps - rise, 1), 1.0)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        t = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
         return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * t))
 
     return LambdaLR(optimizer, multiplier)

@@ -1,14 +1,13 @@
-"""Register components by name, offer their options to Hydra, and build them.
+"""Registers components by name, offers their options to Hydra, checks config nodes and builds components from them.
 
-A component is any callable, and its signature is its whole contract:
+A component is any callable. Its signature says all there is to know:
 
 * a positional parameter without a default is *wired*: the pipeline passes it to `build`;
-* every other parameter is an *option*: it appears in the config with its default, or as
-  `???` where it has none;
+* every other parameter is an *option*: it appears in the config with its default, or as `???` if it has none;
 * `**options` stands for the parameters of the base class, which need not be repeated.
 
-So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all it takes for
-`model/quantizer=fsq "model.quantizer.levels=[8,8,8]"` to work.
+So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all that
+`model/quantizer=fsq "model.quantizer.levels=[8,8,8]"` needs.
 """
 
 import inspect
@@ -31,15 +30,22 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Kind:
-    """Where the components of one kind stand in the config.
+    """Where the config holds the components of one kind.
 
-    `multiple`: a run uses several at once; `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
-    `flat`: the options are words of their own on the command line, as in `pipeline=sample count=16`.
+    Args:
+        group: Config group: "model/quantizer" for the node `model.quantizer`.
+        multiple: A run uses several at once: `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
+        flat: The options are top-level keys, as in `pipeline=sample count=16`.
     """
 
     group: str
     multiple: bool = False
     flat: bool = False
+
+    @property
+    def key(self) -> str:
+        """Dotted key of the node: "model.quantizer"."""
+        return self.group.replace("/", ".")
 
 
 KINDS = {
@@ -65,12 +71,12 @@ KINDS = {
 
 
 class RegistryError(UserError):
-    """A component was declared, named or configured wrongly."""
+    """A component is registered, named or configured wrongly."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """A registered callable, its parameters split into wired ones and options."""
+    """A registered callable, with its parameters split into wired ones and options."""
 
     kind: str
     name: str
@@ -84,7 +90,7 @@ class Component:
 
     @property
     def signature(self) -> str:
-        """The options as one line of Python."""
+        """The options as Python source in one line."""
         line = ", ".join(str(parameter) for parameter in self.options.values()) or "none"
         return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", line)  # Sequence, not collections.abc.Sequence
 
@@ -93,12 +99,12 @@ _components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
 
 
 def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[[T], T]:
-    """Offer a class or function as option `name` of the config group of `kind`.
+    """Decorator: register a class or function under a name.
 
     Args:
         kind: One of `KINDS`.
-        name: What the user writes; lower_snake_case.
-        defaults: Entries of a Hydra defaults list that choosing this component brings along.
+        name: Name on the command line; lower_snake_case.
+        defaults: Entries of a Hydra defaults list that take effect when this component is chosen.
 
     Raises:
         RegistryError: For an unknown kind, an unusable name or signature, or a name that is taken.
@@ -111,7 +117,7 @@ def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[
     def decorator(target: T) -> T:
         component = _parse_signature(kind, name, target)
         taken = _components[kind].get(name)
-        if taken and str(taken) != str(component):  # the same class again is a notebook's reload
+        if taken and str(taken) != str(component):  # a notebook that reloads a module registers the same class again
             raise RegistryError(f"{component} clashes with {taken}; pick another name")
         _components[kind][name] = component
         _store_in_hydra(component, defaults)
@@ -121,25 +127,25 @@ def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[
 
 
 def component_names(kind: str) -> list[str]:
-    """List what is registered under a kind."""
+    """Registered names of a kind, sorted."""
     return sorted(_components[kind])
 
 
 def components(kind: str) -> list[Component]:
-    """List the registered components of a kind, sorted by name."""
+    """Registered components of a kind, sorted by name."""
     return [_components[kind][name] for name in component_names(kind)]
 
 
 def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None = None) -> dict[str, Any]:
-    """Return the options that `config` sets for the component it names.
+    """Check the options in a component's config node and return them, tuples where the default is one.
 
     Args:
         kind: One of `KINDS`.
         config: A node `{name: ..., option: value, ...}`.
-        where: What an error calls the node; its place in the config by default.
+        where: Key of the node in error messages; by default its key in the config.
 
     Raises:
-        RegistryError: One line that names the place, what is close, and what is known.
+        RegistryError: In one line, with the key, the closest match and the known names.
     """
     config = _as_node(kind, config, where)
     where = where or config._get_full_key(None) or kind
@@ -149,8 +155,8 @@ def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str 
     for key, parameter in component.options.items():
         absent = key not in config and parameter.default is parameter.empty
         if absent or OmegaConf.is_missing(config, key):
-            place = _option_key(component, key, where)
-            raise RegistryError(f"{place}: {component} needs a value; give {place}=...")
+            option_key = _option_key(component, key, where)
+            raise RegistryError(f"{option_key}: {component} needs a value; give {option_key}=...")
     try:
         options = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
@@ -160,22 +166,32 @@ def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str 
 
 
 def find_component(kind: str, name: Any, where: str | None = None) -> Component:
-    """Return the component registered under a name."""
+    """The component registered under a name.
+
+    Raises:
+        RegistryError: If there is none.
+    """
     if name not in _components[kind]:
         raise RegistryError(f"{where or kind}: {unknown_message(kind, name, component_names(kind))}")
     return _components[kind][name]
 
 
 def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) -> Any:
-    """Construct the component that `config` names from its options and the wired values it asks for.
+    """Build the component of a config node.
+
+    Args:
+        kind: One of `KINDS`.
+        config: A node `{name: ..., option: value, ...}`.
+        **wired: Values that the pipeline offers; the component gets those that its signature names.
 
     Raises:
-        RegistryError: If the node is wrong, or the component itself refuses a value with a `ValueError`.
+        RegistryError: If the node is wrong, or the component refuses a value with a `ValueError`.
     """
     options = check_options(kind, config)
     component = find_component(kind, config["name"])
     if absent := [key for key in component.wired if key not in wired]:
-        raise RegistryError(f"{component} asks for '{absent[0]}'; a {kind} is given {', '.join(wired) or 'nothing'}")
+        offered = ", ".join(wired) or "nothing"
+        raise RegistryError(f"{component}: parameter '{absent[0]}' has no default; a {kind} is built with {offered}")
     try:
         return component.target(**{key: wired[key] for key in component.wired}, **options)
     except UserError:
@@ -185,22 +201,23 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
 
 
 def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, where: str | None = None) -> Any:
-    """Call a function of a component's class with those of its options that it takes; None if it has no such function.
+    """Call a static method of a component's class with the options it takes, without building the component.
 
-    Nothing is built.
+    Returns:
+        The result; None if the class has no such method.
 
     Raises:
         RegistryError: If the node is wrong.
     """
-    answer = getattr(find_component(kind, config.get("name"), where).target, method, None)
-    if answer is None:
+    function = getattr(find_component(kind, config.get("name"), where).target, method, None)
+    if function is None:
         return None
     options = check_options(kind, config, where)
-    return answer(**{key: options[key] for key in inspect.signature(answer).parameters if key in options})
+    return function(**{key: options[key] for key in inspect.signature(function).parameters if key in options})
 
 
 def flat_component(kind: str, config: DictConfig) -> DictConfig:
-    """Gather the node of a flat kind, whose options stand at the top level of `config`."""
+    """Collect the node of a flat kind, whose options are top-level keys of `config`."""
     name = config[kind]["name"]
     component = find_component(kind, name, kind)
     options = {key: config[key] for key in component.options if key in config and not OmegaConf.is_missing(config, key)}
@@ -208,34 +225,33 @@ def flat_component(kind: str, config: DictConfig) -> DictConfig:
 
 
 def chosen_components(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
-    """Yield (kind, node, place) for every component that a composed config chooses."""
-    for kind, facts in KINDS.items():
-        place = facts.group.replace("/", ".")
-        node = OmegaConf.select(config, place)
+    """Yield (kind, node, dotted key) for every component that a composed config chooses."""
+    for name, kind in KINDS.items():
+        node = OmegaConf.select(config, kind.key)
         if node is None:
             continue
-        if facts.flat:
-            yield kind, flat_component(kind, config), place
-        elif facts.multiple and isinstance(node, DictConfig):
-            yield from ((kind, each, f"{place}.{key!s}") for key, each in node.items() if each is not None)
+        if kind.flat:
+            yield name, flat_component(name, config), kind.key
+        elif kind.multiple and isinstance(node, DictConfig):
+            yield from ((name, child, f"{kind.key}.{key!s}") for key, child in node.items() if child is not None)
         else:
-            yield kind, node, place
+            yield name, node, kind.key
 
 
 def config_errors(config: DictConfig, prefix: str = "") -> list[str]:
-    """Check every component that a composed config chooses, before anything is built; a line for each mistake.
+    """Check every component that a composed config chooses; one line for each mistake, nothing is built.
 
     Args:
-        config: A composed config, or a part of it that chooses some of the components again.
-        prefix: The place of that part.
+        config: A composed config, or a section of it that chooses components again, such as `stage2`.
+        prefix: Key of that section, with a dot at the end.
     """
-    mistakes = []
-    for kind, node, place in chosen_components(config):
+    errors = []
+    for kind, node, key in chosen_components(config):
         try:
-            check_options(kind, node, prefix + place)
+            check_options(kind, node, prefix + key)
         except RegistryError as error:
-            mistakes.append(str(error))
-    return mistakes
+            errors.append(str(error))
+    return errors
 
 
 def _as_node(kind: str, config: Any, where: str | None) -> DictConfig:
@@ -252,9 +268,9 @@ def _parse_signature(kind: str, name: str, target: Callable[..., Any]) -> Compon
     wired, options = [], {}
     for parameter in parameters_of(target).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise RegistryError(f"{kind} '{name}': spell out what *{parameter.name} may hold")
+            raise RegistryError(f"{kind} '{name}': *{parameter.name} is not possible; name every parameter")
         if parameter.name in ("name", "defaults"):
-            raise RegistryError(f"{kind} '{name}': '{parameter.name}' has a meaning of its own; rename the parameter")
+            raise RegistryError(f"{kind} '{name}': '{parameter.name}' is reserved; rename the parameter")
         if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
             wired.append(parameter.name)
         else:
@@ -263,12 +279,11 @@ def _parse_signature(kind: str, name: str, target: Callable[..., Any]) -> Compon
 
 
 def _store_in_hydra(component: Component, defaults: Sequence[Any]) -> None:
-    facts = KINDS[component.kind]
-    place = facts.group.replace("/", ".")
+    kind = KINDS[component.kind]
     content = _typed_options(component)
-    package = f"{place}.{component.name}" if facts.multiple else None
-    if facts.flat:
-        content = {place: {"name": component.name}, **content}
+    package = f"{kind.key}.{component.name}" if kind.multiple else None
+    if kind.flat:
+        content = {kind.key: {"name": component.name}, **content}
         package = "_global_"
     else:
         content = {"name": component.name, **content}
@@ -278,15 +293,15 @@ def _store_in_hydra(component: Component, defaults: Sequence[Any]) -> None:
     node = DictConfig(content, flags={"struct": False})
     provider = component.target.__module__
     store = ConfigStore.instance()
-    store.store(group=facts.group, name=component.name, node=node, package=package, provider=provider)
-    folder = reduce(lambda at, part: at[part], facts.group.split("/"), store.repo)
+    store.store(group=kind.group, name=component.name, node=node, package=package, provider=provider)
+    folder = reduce(lambda parent, name: parent[name], kind.group.split("/"), store.repo)
     folder[f"{component.name}.yaml"] = _SharedNode(**vars(folder[f"{component.name}.yaml"]))
 
 
 class _SharedNode(ConfigNode):
-    """What Hydra stores, but not copied with the whole store, as Hydra does for every group that it lists.
+    """A stored node that is not copied when Hydra deep-copies the whole store, once for every group it lists.
 
-    Nothing changes a stored node: Hydra copies its content again before it composes.
+    Sharing is safe: Hydra copies the content of a node again before it composes.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedNode":
@@ -294,10 +309,10 @@ class _SharedNode(ConfigNode):
 
 
 def _typed_options(component: Component) -> dict[str, Any]:
-    """Hold the options in typed OmegaConf nodes.
+    """The options as typed OmegaConf nodes.
 
-    Plain containers, not a generated dataclass: launchers pickle the ConfigStore into worker
-    processes, where a class made here could not be found.
+    Not a generated dataclass: launchers pickle the ConfigStore into worker processes, where a class made here could
+    not be imported.
     """
     hints = type_hints_of(component.target)
     content: dict[str, Any] = {}

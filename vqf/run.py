@@ -1,4 +1,8 @@
-"""Train, sample, evaluate: `python -m vqf.run model=vqgan data=ffhq`."""
+"""The command line: `python -m vqf.run model=vqgan data=ffhq pipeline=stage1`.
+
+`main` imports plugins, checks the arguments, locks the run's folder and calls Hydra; Hydra composes the config and
+calls `run`, once per job, which builds the pipeline and runs it.
+"""
 
 import errno
 import logging
@@ -24,17 +28,17 @@ from vqf.distributed.peer_errors import peer_failure, report_once
 from vqf.distributed.process_group import process_group
 from vqf.errors import UserError
 from vqf.plugins import load_plugins, plugins_from_cli
-from vqf.registry import build, components, flat_component
+from vqf.registry import build, find_component, flat_component
 from vqf.runs import run_dir
 from vqf.runs.lock import folder_lock, unwritable_message
 from vqf.terminal import muted
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # exit status
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # exit codes
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
-BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # the other launchers start processes
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process
 
-# Of several processes each composes the config; only the first may write Hydra's files.
+# Every process composes the config, but only the main one may write Hydra's files.
 NON_MAIN_OVERRIDES = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -43,39 +47,39 @@ NON_MAIN_OVERRIDES = (
 )
 
 
-_job_started = False  # whether Hydra has made its folder, and the job runs
+_job_started = False  # Hydra has made the folder of the job and called `run`
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def run(config: DictConfig) -> float | None:
-    """Run the pipeline that a composed config chooses."""
+    """Run the pipeline of a composed config; Hydra calls this once per job."""
     global _job_started
     _job_started = True
     try:
-        load_plugins(config.plugins)  # a launcher may have started this job in a fresh process
+        load_plugins(config.plugins)  # again: a launcher may run this job in a new process
         check_config(config)
         with process_group():
             pipeline = _build_pipeline(fill_missing_groups(config), comm.broadcast_object(run_dir.hydra_output_dir()))
-            sweeps = HydraConfig.get().mode == RunMode.MULTIRUN  # a single run is admitted before Hydra begins
-            with _locked_run_dir(pipeline if sweeps else None):
+            is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # for a single run `main` holds the lock
+            with _locked_run_dir(pipeline if is_sweep else None):
                 return pipeline.run()
     except UserError as error:
         _fail_job(str(error))
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        _fail_job(f"no room left on the disk: {error}; make some, and go on with resume=true")
+        _fail_job(f"disk full: {error}; free disk space and continue with resume=true")
     except RuntimeError:
-        if words := peer_failure():  # what broke is the connection to the process that said so
-            _fail_job(words)
+        if message := peer_failure():  # a collective failed because another process ended with this message
+            _fail_job(message)
         raise
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends it with one line and status 2."""
+    """Run the command line. A `UserError` ends it with one line and exit code 2, without a traceback."""
     global _job_started
     _job_started = False
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its whole traceback
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its full traceback
     try:
         with process_group():
             sys.argv[1:] = arguments = _cli_arguments()
@@ -86,8 +90,8 @@ def main() -> None:
     except UserError as error:
         _exit(EXIT_USER_ERROR, str(error))
     except InterpolationResolutionError as error:
-        if mistake := _find_user_error(error):  # of the folder that Hydra asks for
-            _exit(EXIT_USER_ERROR, str(mistake))
+        if user_error := _find_user_error(error):  # raised by the resolver of hydra.run.dir, `choose_run_dir`
+            _exit(EXIT_USER_ERROR, str(user_error))
         raise
     except OSError as error:
         if _job_started:
@@ -98,7 +102,10 @@ def main() -> None:
 
 
 def _build_early(arguments: Sequence[str]) -> Any:
-    """Build the pipeline of a command that may meet a run in its folder, before Hydra writes there."""
+    """Build the pipeline before Hydra writes into the run's folder, if that folder may hold a run already.
+
+    Returns None if the folder is new or the pipeline does not check its start.
+    """
     config = compose_job(arguments)
     if config is None or (config.run_dir is None and config.resume is False):
         return None
@@ -106,57 +113,57 @@ def _build_early(arguments: Sequence[str]) -> Any:
         if config.run_dir is not None:
             run_dir.check_same_pipeline(Path(config.run_dir).expanduser(), config.pipeline.name)
         return None
-    HydraConfig.instance().set_config(config)  # which `hydra.run.dir` is composed from
+    HydraConfig.instance().set_config(config)  # `hydra.run.dir` is resolved from it
     folder = comm.broadcast_object(Path(config.hydra.run.dir))
     if config.run_dir is None and not folder.exists():
-        return None  # a new one, named by the time
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return _build_pipeline(fill_missing_groups(own), folder)
+        return None  # a new folder, named by the time
+    without_hydra = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return _build_pipeline(fill_missing_groups(without_hydra), folder)
 
 
 def _checks_start(name: str) -> bool:
-    return any(each.name == name and hasattr(each.target, "check_can_start") for each in components("pipeline"))
+    return hasattr(find_component("pipeline", name).target, "check_can_start")
 
 
 @contextmanager
 def _locked_run_dir(pipeline: Any) -> Iterator[None]:
-    """Let a pipeline that trains have its folder for itself, and refuse what would spoil the run in it."""
+    """Lock the folder of a pipeline that trains, and let it refuse to start before anything is written."""
     with ExitStack() as stack:
         if hasattr(pipeline, "check_can_start"):
             _lock_on_main(pipeline.run_dir, stack)
-            with muted():  # the run says it again
+            with muted():  # the same warnings are logged when the run starts
                 pipeline.check_can_start()
         yield
 
 
 def _lock_on_main(folder: Path, stack: ExitStack) -> None:
-    """Hold a folder in the first process; all end if it cannot."""
-    words = None
+    """Lock a folder in the main process; raise in all processes if that fails."""
+    message = None
     try:
         if comm.is_main():
             stack.enter_context(folder_lock(folder))
     except UserError as error:
-        words = str(error)
-    if words := comm.broadcast_object(words):
-        raise UserError(words)
+        message = str(error)
+    if message := comm.broadcast_object(message):
+        raise UserError(message)
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:
-    """Find the mistake that is behind an error of OmegaConf's."""
+    """The UserError that caused an error of OmegaConf; None if another error did."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error
 
 
 def _cli_arguments() -> list[str]:
-    """Return the command line as Hydra wants it."""
-    given = flags_first(sys.argv[1:])
-    if comm.world_size() > 1 and {"-m", "--multirun"} & {*given}:
-        raise UserError("-m: the jobs of a sweep start processes of their own; start it without torchrun")
+    """The command line with flags first; all processes but the main one get `NON_MAIN_OVERRIDES`."""
+    arguments = flags_first(sys.argv[1:])
+    if comm.world_size() > 1 and {"-m", "--multirun"} & {*arguments}:
+        raise UserError("-m: a sweep starts its own processes; run it without torchrun")
     if comm.is_main():
-        return given
+        return arguments
     _silence_process()
-    return [*given, *NON_MAIN_OVERRIDES]
+    return [*arguments, *NON_MAIN_OVERRIDES]
 
 
 def _build_pipeline(config: DictConfig, folder: Path) -> Any:
@@ -164,35 +171,35 @@ def _build_pipeline(config: DictConfig, folder: Path) -> Any:
         _silence_process()
     pipeline = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
     if comm.world_size() > 1 and not getattr(pipeline, "distributed", False):
-        raise UserError(f"pipeline={config.pipeline.name} works in one process; start it without torchrun")
+        raise UserError(f"pipeline={config.pipeline.name} runs in one process; start it without torchrun")
     return pipeline
 
 
 def _silence_process() -> None:
-    """Let this process say nothing but warnings of its own, to the terminal."""
+    """Print nothing from this process but its own log messages from WARNING up, with its rank in front."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    warnings.simplefilter("ignore")  # the first process shows them
-    log, said = logging.getLogger("vqf"), logging.StreamHandler()
-    said.setFormatter(logging.Formatter(f"[process {comm.rank()}] %(message)s"))
-    log.handlers, log.propagate, log.disabled = [said], False, False
+    warnings.simplefilter("ignore")  # the main process shows them
+    log, handler = logging.getLogger("vqf"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[process {comm.rank()}] %(message)s"))
+    log.handlers, log.propagate, log.disabled = [handler], False, False
     log.setLevel(logging.WARNING)
 
 
 def _fail_job(message: str) -> NoReturn:
-    """End a job whose mistake showed only while it ran."""
+    """End a running job because of a UserError."""
     job = HydraConfig.get()
-    where = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
+    prefix = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
     if comm.is_main():
-        flush_relayed()  # what led to it, in the others
-        logging.getLogger("vqf.failure").error("%s", message)  # for log.txt alone
-    if where and job.launcher._target_ != BASIC_LAUNCHER:
-        raise UserError(f"{where}{message}")  # which the launcher carries to the process that said -m
-    _exit(EXIT_USER_ERROR, message, where)
+        flush_relayed()  # log records of the other processes
+        logging.getLogger("vqf.failure").error("%s", message)  # goes to log.txt only
+    if prefix and job.launcher._target_ != BASIC_LAUNCHER:
+        raise UserError(f"{prefix}{message}")  # the launcher re-raises it in the process of the sweep
+    _exit(EXIT_USER_ERROR, message, prefix)
 
 
-def _exit(status: int, message: str, where: str = "") -> NoReturn:
-    """Say why a command ends, in the first process that comes here."""
-    report_once(lambda: print(f"{where}{message}", file=sys.stderr, flush=True), message)
+def _exit(status: int, message: str, prefix: str = "") -> NoReturn:
+    """Print why the command ends, in the first process that gets here, and exit."""
+    report_once(lambda: print(f"{prefix}{message}", file=sys.stderr, flush=True), message)
     sys.exit(status)
 
 

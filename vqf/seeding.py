@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for, so that no state has to be saved or kept in step."""
+"""Seeds as a pure function of their purpose, such as (seed, epoch, index): no generator state to save or sync."""
 
 import hashlib
 
@@ -6,16 +6,19 @@ import torch
 
 
 def hash_seed(*parts: int | str) -> int:
-    """Hash numbers and words into 63 bits. Neighbouring numbers give unrelated results, which a sum would not."""
+    """Hash numbers and strings into a 63-bit seed; unlike sums, neighboring numbers give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
-    """Return a generator on the CPU that depends on the parts alone, as in `generator(seed, epoch, index)`."""
+    """CPU generator seeded by the parts: `seeded_generator(seed, epoch, index)`."""
     return torch.Generator().manual_seed(hash_seed(*parts))
 
 
 def hash_fraction(text: str) -> float:
-    """Place a text, which need not be valid Unicode, in [0, 1): a split by it stays when images are added."""
+    """Hash a string into [0, 1). A train/validation split by it does not change when images are added.
+
+    Surrogates are allowed: a file name need not be valid Unicode.
+    """
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48

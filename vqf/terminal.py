@@ -1,7 +1,7 @@
-"""What a person sees while vqf works: one console, progress bars with rate and time left, tables.
+"""Terminal output: the console, log handlers, progress bars, tables, and the format of numbers, durations and sizes.
 
-On a terminal a bar is drawn in place; elsewhere (a log file, a batch system) a plain line says the same
-every few seconds, so that logs stay readable.
+On a terminal a progress bar is updated in place; elsewhere (a log file, a batch system) a plain line is logged every
+`LOG_INTERVAL_SECONDS`.
 """
 
 import logging
@@ -20,11 +20,11 @@ console = Console(highlight=False)
 log = logging.getLogger("vqf")
 
 BINARY_PREFIXES = "KMGT"
-LOG_INTERVAL_SECONDS = 15.0  # between two lines where there is no terminal
+LOG_INTERVAL_SECONDS = 15.0  # between two lines of progress without a terminal
 
 
 class TerminalHandler(logging.Handler):
-    """Print log records through the console, so that they do not tear a progress bar."""
+    """Prints log records through the console, which keeps a progress bar intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -32,17 +32,17 @@ class TerminalHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that is done without where it cannot be written, as on a full disk."""
+    """A log file that skips records it cannot write, as on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Leave a record out; a bug keeps its traceback."""
+        """Ignore an OSError; any other error is a bug and keeps its traceback."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Say nothing."""
+    """Disable the log of vqf inside the block."""
     before, log.disabled = log.disabled, True
     try:
         yield
@@ -56,7 +56,7 @@ class _RateColumn(ProgressColumn):
 
 
 class ProgressBar:
-    """The progress of one long job."""
+    """Progress of one long job: a bar on a terminal, else log lines."""
 
     def __init__(self, title: str, total: int, done: int, progress: Progress | None) -> None:
         self.title, self.total, self.done, self.progress = title, total, done, progress
@@ -67,11 +67,11 @@ class ProgressBar:
 
     @property
     def remaining(self) -> int:
-        """How much is still to do."""
+        """Number of items left to do."""
         return self.total - self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Say that `count` more of the job is done; `format_metrics` stands behind the bar."""
+        """Count `count` more items as done and show `note` behind the bar."""
         self.done += count
         self.note = note or self.note
         if self.progress is not None and self.task is not None:
@@ -88,7 +88,7 @@ class ProgressBar:
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-    """Show the progress of a job of `total` parts, of which `done` were done in an earlier process."""
+    """Show the progress of `total` items, `done` of them by an earlier process, which the rate leaves out."""
     if not console.is_terminal:
         yield ProgressBar(title, total, done, None)
         return
@@ -105,26 +105,26 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
-    """Word a few numbers for the end of a bar."""
+    """Format metrics for the end of a progress bar."""
     return "  ".join(f"{key} {value:.3g}" for key, value in values.items())
 
 
 def format_number(value: float, digits: int = 4) -> str:
-    """Write a number with as many significant digits, whole and large ones without decimals: 0.1235, 22.1, 12,345."""
+    """Format with `digits` significant digits; integers and large numbers without decimals: 0.1235, 22.1, 12,345."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Format a duration: 45 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_bytes(size: float) -> str:
-    """Write a size with four significant digits: 512 bytes, 1.5 KiB, 23.75 GiB."""
+    """Format a size with four significant digits: 512 bytes, 1.5 KiB, 23.75 GiB."""
     if size < 2**10:
         return f"{round(size)} bytes"
     power = min(int(math.log2(size)) // 10, len(BINARY_PREFIXES))
@@ -132,15 +132,15 @@ def format_bytes(size: float) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: first column left, the others right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    """Print a table, the first column aligned left, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        drawn.add_column(Text(name), justify="right" if i else "left")
+        table.add_column(Text(name), justify="right" if i else "left")
     for row in rows:
-        drawn.add_row(*(Text(printable(each)) for each in row))  # as they are: rich would take [l1] for a style
-    console.print(drawn)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text, since rich reads [l1] in a str as a style
+    console.print(table)
 
 
 def printable(text: str) -> str:
-    """Return text with an escape for what is no character: names of files may hold any byte."""
+    """Escape bytes that are not valid UTF-8, which file names may contain."""
     return text.encode("utf-8", "backslashreplace").decode()

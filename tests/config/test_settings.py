@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.support.composing import compose
 from vqf.config.compose import config_dir
-from vqf.config.settings import SECTIONS, SETTINGS, check_config, fill_missing_groups
+from vqf.config.settings import OPTIONS, SECTIONS, check_config, fill_missing_groups
 from vqf.errors import UserError
 from vqf.registry import KINDS, component_names, find_component, register
 
@@ -40,9 +40,9 @@ def test_every_word_of_the_config_has_its_rule() -> None:
     own = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"))
     assert isinstance(own, dict)
     words = {key: value for key, value in own.items() if key not in ("defaults", "hydra", *SECTIONS)}
-    assert leaves(words) == set(SETTINGS)
+    assert leaves(words) == set(OPTIONS)
     for name in SECTIONS:
-        assert leaves(own[name]) <= set(SETTINGS)
+        assert leaves(own[name]) <= set(OPTIONS)
 
 
 def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
@@ -52,23 +52,23 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("steps", "many", "steps=many: 'many' is not a whole number"),
-        ("steps", 1.5, "steps=1.5: '1.5' is not a whole number"),
-        ("steps", True, "steps=true: 'true' is not a whole number"),
-        ("steps", None, "steps=null: 'null' is not a whole number"),
+        ("steps", "many", "steps=many: 'many' is not an integer"),
+        ("steps", 1.5, "steps=1.5: '1.5' is not an integer"),
+        ("steps", True, "steps=true: 'true' is not an integer"),
+        ("steps", None, "steps=null: 'null' is not an integer"),
         ("steps", "???", "steps: Missing mandatory value: steps; give steps=..."),
         ("steps", "${stepz}", "steps: Interpolation key 'stepz' not found; give steps=..."),
-        ("steps", -1, "steps=-1: must be a whole number of at least 0"),
-        ("batch_size", 0, "batch_size=0: must be a whole number of at least 1"),
-        ("image_size", "big", "image_size=big: 'big' is not a whole number or a list"),
-        ("image_size", [64, "x"], "image_size=[64,x]: must be a whole number of at least 1"),
-        ("image_size", [64, 0.5], "image_size=[64,0.5]: must be a whole number of at least 1"),
-        ("image_size", [], "image_size=[]: a list of 0; give height and width, or one number for both"),
-        ("image_size", [8, 8, 3], "image_size=[8,8,3]: a list of 3; give height and width, or one number for both"),
-        ("image_size", 0, "image_size=0: must be a whole number of at least 1"),
+        ("steps", -1, "steps=-1: must be an integer of at least 0"),
+        ("batch_size", 0, "batch_size=0: must be an integer of at least 1"),
+        ("image_size", "big", "image_size=big: 'big' is not an integer or a list"),
+        ("image_size", [64, "x"], "image_size=[64,x]: must be an integer of at least 1"),
+        ("image_size", [64, 0.5], "image_size=[64,0.5]: must be an integer of at least 1"),
+        ("image_size", [], "image_size=[]: has 0 elements; give [height,width] or one number for both"),
+        ("image_size", [8, 8, 3], "image_size=[8,8,3]: has 3 elements; give [height,width] or one number for both"),
+        ("image_size", 0, "image_size=0: must be an integer of at least 1"),
         ("compile", "maybe", "compile=maybe: 'maybe' is not true or false"),
         ("compile", 1, "compile=1: '1' is not true or false"),
-        ("device", 0, "device=0: '0' is not a word"),
+        ("device", 0, "device=0: '0' is not a string"),
         ("clip", "x", "clip=x: 'x' is not a number or null"),
         ("clip", -1.0, "clip=-1.0: must be a number of at least 0"),
         ("ema", 1, "ema=1: must be below 1"),
@@ -77,27 +77,27 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
         ("run", "nowhere", "run=nowhere: no such folder in {cwd}"),
         ("resume", "nowhere", "resume=nowhere: no such folder in {cwd}"),
         ("resume", None, "resume=null: 'null' is not true or false or a path"),
-        ("checkpoint.every", 0, "checkpoint.every=0: must be a whole number of at least 1"),
+        ("checkpoint.every", 0, "checkpoint.every=0: must be an integer of at least 1"),
         (
             "nonfinite.action",
             "skipp",
             "nonfinite.action=skipp: unknown value 'skipp'. Did you mean 'skip'? Known: stop, skip, rollback.",
         ),
         ("checkpoint.on_failure", "wait", "checkpoint.on_failure=wait: unknown value 'wait'. Known: stop, continue."),
-        ("evaluate.count", 0, "evaluate.count=0: must be a whole number of at least 1"),
-        ("stage2.steps", "x", "stage2.steps=x: 'x' is not a whole number"),
-        ("plugins", 3, "plugins=3: '3' is not a list or a word"),
+        ("evaluate.count", 0, "evaluate.count=0: must be an integer of at least 1"),
+        ("stage2.steps", "x", "stage2.steps=x: 'x' is not an integer"),
+        ("plugins", 3, "plugins=3: '3' is not a list or a string"),
         (
             "checkpoint",
             5,
-            "checkpoint=5: 'checkpoint' is not a word by itself; give checkpoint.background=... or the like",
+            "checkpoint=5: 'checkpoint' is a group of options; set one of them, as in checkpoint.background=...",
         ),
-        ("stepz", 5, "stepz: unknown word 'stepz'. Did you mean 'steps'? python -m vqf.run --help lists them."),
-        ("log.evry", 5, "log.evry: unknown word 'evry' in log. Did you mean 'every'? Known: every."),
+        ("stepz", 5, "stepz: unknown option 'stepz'. Did you mean 'steps'? python -m vqf.run --help lists them."),
+        ("log.evry", 5, "log.evry: unknown option 'evry' in log. Did you mean 'every'? Known: every."),
         (
             "count",
             5,
-            "count: unknown word 'count'. Did you mean 'evaluate.count'? python -m vqf.run --help lists them.",
+            "count: unknown option 'count'. Did you mean 'evaluate.count'? python -m vqf.run --help lists them.",
         ),
     ],
 )
@@ -149,10 +149,10 @@ def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
         def __init__(self, config: DictConfig, *, steps: int = 3, run: int = 4, count: int = 5) -> None: ...
 
     register("pipeline", "greedy")(Greedy)
-    lines = [line for line in mistakes(compose("pipeline=greedy")) if "every run has a word" in line]
-    assert sorted(line.split("word ")[1] for line in lines) == [
-        "'run'; give this option another name",
-        "'steps'; give this option another name",
+    lines = [line for line in mistakes(compose("pipeline=greedy")) if "every run has an option" in line]
+    assert sorted(line.split("option ")[1] for line in lines) == [
+        "'run'; rename this one",
+        "'steps'; rename this one",
     ]
 
 

@@ -120,7 +120,7 @@ def test_a_command_with_wandb_can_be_resumed(command_line: test_run.Run) -> None
 def test_any_other_link_out_of_a_run_is_refused(tmp_path: Path, link: str) -> None:
     (tmp_path / "run" / link).parent.mkdir(parents=True)
     os.symlink(tmp_path / "outside", tmp_path / "run" / link)
-    with pytest.raises(UserError, match=f"'{link}' is a link to"):
+    with pytest.raises(UserError, match=f"'{link}' is a symbolic link to"):
         check_symlinks(tmp_path / "run")
 
 

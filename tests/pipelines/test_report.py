@@ -39,7 +39,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     victim.write_text("mine")
     os.symlink(victim, run / "report.html")
     config = compose("pipeline=report", f"run={run}")
-    with pytest.raises(UserError, match="is a link to"):
+    with pytest.raises(UserError, match="is a symbolic link to"):
         Report(config, tmp_path).run()
     refresh_page(run, config)
     assert victim.read_text() == "mine"

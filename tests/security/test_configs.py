@@ -119,7 +119,7 @@ def test_a_primary_config_of_theirs_is_looked_at_as_well(say: Say, tmp_path: Pat
     folder.mkdir()
     text = "defaults: [_self_, {pipeline: stage1}, {experiment: null}]\nhydra: {run: {dir: /tmp/elsewhere}}\n"
     (folder / "config.yaml").write_text(text)
-    assert any("hydra.run: a config file sets it" in line for line in say({}, flag="--config-path"))
+    assert any("hydra.run: set by a config file" in line for line in say({}, flag="--config-path"))
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_run_with_a_link_out_of_it_is_not_written(tmp_path: Path, link: str, h
     os.symlink(outside if "." not in link or link == ".hydra" else outside / "file", run / link)
     key, _, path = how.format(run).partition("=")
     given = {"run_dir": None, "resume": False, key: path}
-    with pytest.raises(UserError, match=f"run: '{link}' is a link to {outside}"):
+    with pytest.raises(UserError, match=f"run: '{link}' is a symbolic link to {outside}"):
         choose_run_dir(given["run_dir"], None, given["resume"], "small-emoji", "stage1")
 
 
@@ -186,7 +186,7 @@ def test_a_link_is_one_line_of_the_command_and_nothing_is_written_through_it(
     for sweep in ([], ["-m"]):
         assert command("run_dir=run", *sweep) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("run: 'log.txt' is a link to ")
+        assert line.startswith("run: 'log.txt' is a symbolic link to ")
     assert not (tmp_path / "canary").exists()
 
 

@@ -1,4 +1,4 @@
-"""Small things that every pipeline does."""
+"""Reads of a composed config that need more than `config.key`."""
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -8,11 +8,11 @@ DEFAULT_IMAGE_SIZE = 256
 
 
 def image_size(config: DictConfig) -> Size:
-    """Read the image size of a config as height and width."""
+    """`image_size` as (height, width) in pixels."""
     size = config.image_size
     return pair(OmegaConf.to_container(size) if OmegaConf.is_list(size) else size)  # type: ignore[arg-type]
 
 
 def group_nodes(config: DictConfig, group: str) -> dict[str, DictConfig]:
-    """Return the nodes of a group of which several are used at once; none where none is chosen."""
+    """Nodes of a group that holds several components, such as metric or logger, by name."""
     return {str(name): node for name, node in (config.get(group) or {}).items() if node is not None}

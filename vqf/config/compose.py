@@ -1,7 +1,7 @@
-"""Reads the command line before Hydra acts on it, so that a slip costs a second and a line, not a run.
+"""Checks the command line before Hydra acts on it and reports every mistake in one line each.
 
 Hydra stops at the first mistake, with advice such as "to append to your config use +stepz=5" that makes it worse.
-This composes the same config, and where that fails tries the arguments one by one to say which of them is at fault.
+`Composer` composes the same config as Hydra; if that fails, it tries the arguments one by one to find the wrong ones.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from vqf.config.settings import check_config
 from vqf.config.untrusted import cli_only_violations
 from vqf.errors import UserError, unknown_message
 
-# What composing raises; the ValueError is Hydra's, for a group set to null.
+# Raised while composing; Hydra raises ValueError for a group set to null.
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 UNKNOWN_KEY_ERRORS = (ConfigKeyError, ConfigAttributeError)
 
 
 def config_dir() -> Path:
-    """The presets lie beside the package in a checkout, inside it in an installed wheel."""
+    """Folder of the presets: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
@@ -42,35 +42,35 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     """Put flags before overrides, since argparse refuses `model=vqgan -m seed=1,2`."""
     parsed = get_args_parser().parse_intermixed_args(list(arguments))
     flags = list(arguments)
-    for each in parsed.overrides:
-        flags.remove(each)
+    for override in parsed.overrides:
+        flags.remove(override)
     if parsed.config_path:  # Hydra would look for it beside this file
-        flags = [str(Path(each).absolute()) if each == parsed.config_path else each for each in flags]
+        flags = [str(Path(flag).absolute()) if flag == parsed.config_path else flag for flag in flags]
     return [*flags, *parsed.overrides]
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Compose what the arguments ask for, every choice of a sweep included, and check it.
+    """Compose and check the config of the arguments, for a sweep with every choice at least once.
 
     Raises:
-        UserError: All the mistakes, a line each.
+        UserError: With one line for each mistake.
     """
     flags = get_args_parser().parse_args(list(arguments))
     if flags.shell_completion or flags.hydra_help or flags.info is not None:
         return
     composer = Composer(flags)
-    overrides, mistakes = _parse(flags.overrides, composer)
+    overrides, errors = _parse(flags.overrides, composer)
     sweep = [each for each in overrides if each.is_sweep_override()]
     if sweep and not flags.multirun and not composer.is_sweep(overrides):
-        mistakes += [messages.sweep_hint(each) for each in sweep]
-    for job in [] if mistakes else _jobs(overrides):
-        mistakes += composer.find_errors(job, runs=not flags.help and not flags.cfg)
-    if mistakes:
-        raise UserError("\n".join(dict.fromkeys(mistakes)))
+        errors += [messages.sweep_hint(override) for override in sweep]
+    for job in [] if errors else _jobs(overrides):
+        errors += composer.find_errors(job, runs=not flags.help and not flags.cfg)
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
 
 
 def compose_job(arguments: Sequence[str]) -> DictConfig | None:
-    """Compose the config of checked arguments, its `hydra` node included; None if they do not ask for one job."""
+    """Compose the config of checked arguments, with its `hydra` node; None if they do not start exactly one job."""
     flags = get_args_parser().parse_args(list(arguments))
     if flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg:
         return None
@@ -79,16 +79,14 @@ def compose_job(arguments: Sequence[str]) -> DictConfig | None:
 
 
 class Composer:
-    """Composes configs as `hydra.main` does, and words what goes wrong."""
+    """Composes configs as `hydra.main` does and explains errors."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         setup_globals()
         if flags.config_path and not Path(flags.config_path).is_dir():
             raise UserError(f"--config-path {flags.config_path}: no such folder")
         path = create_config_search_path(str(Path(flags.config_path or config_dir()).absolute()))
-        self.has_foreign_files = bool(
-            flags.config_path or flags.config_dir
-        )  # whether files that are not vqf's may be chosen
+        self.has_foreign_files = bool(flags.config_path or flags.config_dir)  # config files that are not vqf's
         if flags.config_dir:
             extra = Path(flags.config_dir).absolute()
             if not extra.is_dir():
@@ -98,11 +96,11 @@ class Composer:
         self.loader = ConfigLoaderImpl(path)
 
     def compose(self, lines: Sequence[str]) -> DictConfig:
-        """Compose a config, its `hydra` node included."""
+        """Compose a config, with its `hydra` node."""
         return self.loader.load_configuration(self.name, list(lines), RunMode.RUN, from_shell=False)
 
     def is_sweep(self, overrides: Sequence[Override]) -> bool:
-        """Tell whether the config asks for a sweep by itself (`hydra.mode: MULTIRUN`), without `-m`."""
+        """Tell whether the config itself sets `hydra.mode: MULTIRUN`, which needs no `-m`."""
         try:
             config = self.compose([_input_line(each) for each in overrides if not each.is_sweep_override()])
         except COMPOSE_ERRORS:
@@ -110,47 +108,46 @@ class Composer:
         return config.hydra.mode == RunMode.MULTIRUN
 
     def find_errors(self, lines: Sequence[str], runs: bool) -> list[str]:
-        """Return a line for each mistake of one job; only one that `runs` must have every value."""
+        """One line for each mistake of one job; required values may be missing unless it `runs`."""
         try:
             config = self.compose(lines)
         except COMPOSE_ERRORS as error:
             return self._argument_errors(lines) or [messages.explain(error)]
-        found = list(self._cli_only_violations(config, lines))
+        errors = list(self._cli_only_violations(config, lines))
         try:
             if runs:
                 check_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
         except UserError as error:
-            found += str(error).splitlines()
-        return found
+            errors += str(error).splitlines()
+        return errors
 
     def _cli_only_violations(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
-        """Yield a line for every word that a file of others may not set."""
+        """Yield a message for every option that a config file must not set."""
         if not self.has_foreign_files:
             return
-        given = OverridesParser.create().parse_overrides(list(lines))
-        yield from cli_only_violations(
-            config, _default_configs(), [each.key_or_group.replace("/", ".") for each in given]
-        )
+        overrides = OverridesParser.create().parse_overrides(list(lines))
+        cli_keys = [override.key_or_group.replace("/", ".") for override in overrides]
+        yield from cli_only_violations(config, _default_configs(), cli_keys)
 
     def group_choices(self) -> dict[str, str]:
-        """Return every name that a group offers, and how to choose it."""
-        groups = [each for each in self._groups() if not each.startswith("hydra")]
+        """The argument that chooses each name: {"vqgan": "model=vqgan"}."""
+        groups = [group for group in self._groups() if not group.startswith("hydra")]
         return {name: f"{group}={name}" for group in groups for name in self.loader.get_group_options(group)}
 
     def _argument_errors(self, lines: Sequence[str]) -> list[str]:
-        """Try every argument beside the choices that hold, and word those that fail."""
-        groups, held, mistakes = list(self._groups()), list[str](), list[str]()
-        parsed = OverridesParser.create().parse_overrides(list(lines))
-        for each in sorted(parsed, key=lambda each: not _is_choice(each, groups)):
-            is_choice = _is_choice(each, groups)
-            fault = self._choice_error(each, groups, held) if is_choice else self._value_error(each, groups, held)
-            if fault:
-                mistakes.append(f"{_input_line(each)}: {fault}")
+        """Compose with each argument alone, on top of the valid choices of components; one line for each that fails."""
+        groups, valid, errors = list(self._groups()), list[str](), list[str]()
+        overrides = OverridesParser.create().parse_overrides(list(lines))
+        for override in sorted(overrides, key=lambda each: not _is_choice(each, groups)):
+            is_choice = _is_choice(override, groups)
+            find = self._choice_error if is_choice else self._value_error
+            if message := find(override, groups, valid):
+                errors.append(f"{_input_line(override)}: {message}")
             elif is_choice:
-                held.append(_input_line(each))
-        return mistakes
+                valid.append(_input_line(override))
+        return errors
 
-    def _choice_error(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
+    def _choice_error(self, override: Override, groups: Sequence[str], valid: list[str]) -> str | None:
         group, value = override.key_or_group, override.value()
         if group not in groups:
             return messages.unknown_group(group, groups)
@@ -158,16 +155,16 @@ class Composer:
             return messages.null_hint(group)
         for name in [] if override.is_delete() else value if isinstance(value, list) else [value]:
             folder, _, file = f"{group}/{name}".rpartition("/")
-            options = self.loader.get_group_options(folder, ObjectType.CONFIG, self.name, held)
+            options = self.loader.get_group_options(folder, ObjectType.CONFIG, self.name, valid)
             if file not in options:
                 return unknown_message(group.rpartition("/")[2], name, options)
-        error = self._compose_error([*held, _input_line(override)])
+        error = self._compose_error([*valid, _input_line(override)])
         return messages.explain(error) if error else None
 
-    def _value_error(self, override: Override, groups: Sequence[str], held: list[str]) -> str | None:
-        error = self._compose_error([*held, _input_line(override)])
+    def _value_error(self, override: Override, groups: Sequence[str], valid: list[str]) -> str | None:
+        error = self._compose_error([*valid, _input_line(override)])
         if error and isinstance(error.__cause__, UNKNOWN_KEY_ERRORS):
-            return messages.unknown_key(override, self.compose(held), groups)
+            return messages.unknown_key(override, self.compose(valid), groups)
         return messages.explain(error) if error else None
 
     def _compose_error(self, lines: Sequence[str]) -> Exception | None:
@@ -185,7 +182,7 @@ class Composer:
 
 
 def _default_configs() -> list[DictConfig]:
-    """Return what Hydra says by itself, and what vqf's own files make of it."""
+    """Hydra's own default config, and the same with vqf's config.yaml."""
     loader = ConfigLoaderImpl(create_config_search_path(None))
     plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
     config = OmegaConf.create({"hydra": OmegaConf.to_container(plain.hydra, resolve=False)})
@@ -196,17 +193,17 @@ def _default_configs() -> list[DictConfig]:
 
 def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], list[str]]:
     parser = OverridesParser.create(config_loader=composer.loader)
-    overrides, mistakes = [], []
+    overrides, errors = [], []
     for line in lines:
         try:
             overrides += parser.parse_overrides([line])
         except OverrideParseException as error:
-            mistakes.append(messages.syntax_hint(line, error, composer.group_choices()))
-    return overrides, mistakes
+            errors.append(messages.syntax_hint(line, error, composer.group_choices()))
+    return overrides, errors
 
 
 def _jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """Yield the arguments of as many jobs as it takes to see every choice of a sweep once."""
+    """Yield the arguments of as few jobs as show every choice of a sweep once."""
     columns = [_sweep_choices(each) for each in overrides]
     if not columns:
         yield []

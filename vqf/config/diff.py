@@ -1,4 +1,4 @@
-"""What runs were configured with differently, in the words of the command line."""
+"""Compares the configs of runs: the options in which they differ, as written on the command line."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,40 +10,40 @@ from omegaconf.errors import OmegaConfBaseException
 from vqf.config.settings import SECTIONS, to_cli
 from vqf.registry import KINDS
 
-# What says where, on what and how often a run did something, not what it did; steps have a column of their own.
+# Keys that say where, on which device or how often, not what was trained; the table has its own column for steps.
 IGNORED_KEYS = {
     *("run", "run_dir", "resume", "plugins", "device", "workers", "steps", "minutes", "allow_changes"),
     *("log", "checkpoint", "evaluate", "logger", "pipeline", "metric", "protocol", "hydra"),
 }
 MISSING = "–"
 
-COMPONENT_KINDS = {facts.group.replace("/", "."): facts for facts in KINDS.values()}
+COMPONENT_KINDS = {kind.key: kind for kind in KINDS.values()}
 
 
 def differing_options(configs: Sequence[DictConfig | None]) -> dict[str, list[str]]:
-    """Return the options in which runs differ, each with its value in every run.
+    """The options in which runs differ, each with its value in every run.
 
-    Components are told by name. An option of a component counts only where two runs that have this component differ
-    in it: the others never had the choice.
+    A component is compared by name. An option of a component is listed only if two runs with this component differ in
+    it; the other runs show `MISSING`.
 
     Args:
-        configs: As composed; None where it is not known.
+        configs: Composed config of each run; None if unknown.
     """
     flat = [{} if config is None else dict(_flatten(config)) for config in configs]
-    found: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for values in flat for key in values):
         if len({values[key] for values in flat if key in values}) > 1:
-            column = found.setdefault(_cli_key(key), [MISSING] * len(flat))
+            column = columns.setdefault(_cli_key(key), [MISSING] * len(flat))
             for i, values in enumerate(flat):
                 column[i] = values.get(key, column[i])
-    return found
+    return columns
 
 
 def _flatten(config: DictConfig) -> Iterator[tuple[str, str]]:
-    """Yield place and value of everything that makes a difference.
+    """Yield key and value of every option that matters.
 
-    A component's options stand behind its name, `model.quantizer.ema.decay`, so that those of one are never compared
-    with those of another.
+    The key of a component's option includes its name, `model.quantizer.ema.decay`, so that options of different
+    components are never compared.
     """
     content = _to_container(config)
     for key, value in content.items():
@@ -54,7 +54,7 @@ def _flatten(config: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _section(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what a section says differently from the run around it."""
+    """Yield the options of a section of pipeline=full that differ from those outside it."""
     if (config.get("pipeline") or {}).get("name") == "full":
         for key, value in values.items():
             if key not in IGNORED_KEYS and value != config.get(key):
@@ -62,19 +62,19 @@ def _section(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 
 def _flatten_key(key: str, value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    facts = COMPONENT_KINDS.get(key)
-    if facts is not None and facts.multiple:
+    kind = COMPONENT_KINDS.get(key)
+    if kind is not None and kind.multiple:
         members = {name: node for name, node in (value or {}).items() if node}
         yield f"{prefix}{key}", f"[{','.join(sorted(members))}]"
         for name, node in members.items():
             yield from _flatten_component(f"{prefix}{key}.{name}", node)
-    elif facts is not None:
+    elif kind is not None:
         name = (value or {}).get("name")
         yield f"{prefix}{key}", _to_text(name)
         yield from _flatten_component(f"{prefix}{key}.{name}", value or {})
     elif isinstance(value, Mapping):
-        for part, each in value.items():
-            yield from _flatten_key(f"{key}.{part}", each, prefix)
+        for name, child in value.items():
+            yield from _flatten_key(f"{key}.{name}", child, prefix)
     else:
         yield f"{prefix}{key}", _to_text(value)
 
@@ -86,7 +86,7 @@ def _flatten_component(prefix: str, node: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _cli_key(key: str) -> str:
-    """Write a place as the command line does: model/quantizer, model.quantizer.decay, model.loss.l1.weight."""
+    """Write a key as on the command line: model/quantizer, model.quantizer.decay, model.loss.l1.weight."""
     if key in COMPONENT_KINDS:
         return COMPONENT_KINDS[key].group
     owner = next(
@@ -97,10 +97,10 @@ def _cli_key(key: str) -> str:
 
 
 def _to_container(config: DictConfig) -> dict[str, Any]:
-    """Resolve what can be: of a run that never began there is only what was composed for it."""
+    """Resolve the config if possible; that of a run that never started may refer to what no longer exists."""
     try:
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException:  # it refers to what is not there any more
+    except OmegaConfBaseException:
         return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 

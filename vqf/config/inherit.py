@@ -1,4 +1,4 @@
-"""What a pipeline that acts on a run takes from that run, and what from the command line."""
+"""Which options a pipeline with `run=` takes from that run, and which from the command line."""
 
 from collections.abc import Sequence
 
@@ -8,44 +8,44 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf.config.untrusted import CLI_ONLY_KEYS
 
-WHOLE_CONFIG_GROUPS = {"model", "experiment"}  # choices that decide every place
+WHOLE_CONFIG_GROUPS = {"model", "experiment"}  # their presets set every key
 
 
 def inherit(config: DictConfig, run_config: DictConfig, keys: Sequence[str]) -> DictConfig:
-    """Return `config` with some places taken from the config of a run, unless the command line names them.
+    """Copy `config` with the nodes at `keys` taken from the config of a run, unless the command line sets them.
 
-    A group that is chosen (`data=folder`) replaces the run's node; a value that is set (`model.prior.layers=4`)
-    changes the run's node; whatever is not named stays as the run had it, but for where files are written.
+    A component chosen on the command line (`data=folder`) replaces the run's node; an option that is set
+    (`model.prior.layers=4`) changes the run's node; everything else is as in the run, except output paths.
 
     Args:
-        config: As composed for this command.
-        run_config: As composed for the run, from its checkpoint.
+        config: Composed config of this command.
+        run_config: Config of the run, from its checkpoint.
         keys: Dotted keys, such as "data" and "model.prior".
     """
     result = config.copy()
-    named = cli_keys()
-    if WHOLE_CONFIG_GROUPS & set(named):
+    set_keys = cli_keys()
+    if WHOLE_CONFIG_GROUPS & set(set_keys):
         return result
     with open_dict(result):
-        for place in keys:
-            if place not in named:
-                OmegaConf.update(result, place, OmegaConf.select(run_config, place), merge=False, force_add=True)
-                _drop_output_keys(result, place)
-        for key in named:
-            if any(key.startswith(f"{place}.") and place not in named for place in keys):
-                OmegaConf.update(result, key, OmegaConf.select(config, key), merge=False, force_add=True)
+        for key in keys:
+            if key not in set_keys:
+                OmegaConf.update(result, key, OmegaConf.select(run_config, key), merge=False, force_add=True)
+                _drop_output_keys(result, key)
+        for option in set_keys:
+            if any(option.startswith(f"{key}.") and key not in set_keys for key in keys):
+                OmegaConf.update(result, option, OmegaConf.select(config, option), merge=False, force_add=True)
     return result
 
 
 def _drop_output_keys(config: DictConfig, config_key: str) -> None:
-    """Take away where the run had files written, such as data.index: it may be somebody else's."""
-    for word in CLI_ONLY_KEYS:
-        if word.startswith(f"{config_key}.") and OmegaConf.select(config, word) is not None:
-            OmegaConf.update(config, word, None)
+    """Reset output paths such as data.index: the run may be somebody else's, and must not choose where to write."""
+    for key in CLI_ONLY_KEYS:
+        if key.startswith(f"{config_key}.") and OmegaConf.select(config, key) is not None:
+            OmegaConf.update(config, key, None)
 
 
 def cli_keys() -> list[str]:
-    """List the dotted keys that the command line sets; none outside of a Hydra job."""
+    """Dotted keys that the command line sets; none outside a Hydra job."""
     if not HydraConfig.initialized():
         return []
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))

@@ -1,6 +1,7 @@
-"""The words of the command line that belong to no component: `steps`, `batch_size`, `run`, ...
+"""The options of every run that belong to no component (`steps`, `batch_size`, `run`, ...), and the check of a config.
 
-Their defaults stand in conf/config.yaml; here is what each may be, so that a slip is caught before anything starts.
+Their defaults are in conf/config.yaml; `OPTIONS` has their types and ranges, so that a mistake is found before data or
+weights load.
 """
 
 import re
@@ -16,170 +17,179 @@ from vqf.errors import UserError, unknown_key_message, unknown_message
 from vqf.registry import KINDS, components, config_errors
 
 TYPE_NAMES = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a word",
+    str: "a string",
     Path: "a path",
     list: "a list",
 }
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one word may be: of one of `types`, and null if `optional`; numbers from `minimum`, and `below` another.
+class Option:
+    """Allowed values of one option.
 
-    A list that is more than some words has so many `element_names`, each with a name.
+    Args:
+        types: Of any of these types; the first is that of the elements of a list.
+        optional: null is allowed.
+        minimum: Smallest number allowed.
+        below: Numbers must be smaller than this.
+        must_exist: A path that must be an existing folder.
+        choices: The only values allowed.
+        element_names: Names of the elements of a list, which fix its length.
     """
 
     types: tuple[type, ...]
     optional: bool = False
     minimum: float | None = None
     below: float | None = None
-    must_exist: bool = False  # a path that must be there already
+    must_exist: bool = False
     choices: tuple[str, ...] = ()
     element_names: tuple[str, ...] = ()
 
 
-SETTINGS = {
-    "plugins": Setting((list, str)),
-    "seed": Setting((int,), minimum=0),
-    "image_size": Setting((int, list), minimum=1, element_names=("height", "width")),
-    "target": Setting((str,)),
-    "device": Setting((str,)),
-    "precision": Setting((str,)),
-    "engine": Setting((str,)),
-    "compile": Setting((bool,)),
-    "deterministic": Setting((bool,)),
-    "steps": Setting((int,), minimum=0),
-    "minutes": Setting((float,), optional=True, minimum=0),
-    "batch_size": Setting((int,), minimum=1),
-    "accumulate": Setting((int,), minimum=1),
-    "clip": Setting((float,), optional=True, minimum=0),
-    "ema": Setting((float,), optional=True, minimum=0, below=1),
-    "workers": Setting((int,), minimum=0),
-    "worker_timeout": Setting((float,), minimum=1),
-    "run": Setting((Path,), optional=True, must_exist=True),
-    "run_dir": Setting((Path,), optional=True),
-    "resume": Setting((bool, Path), must_exist=True),
-    "checkpoint.every": Setting((int,), minimum=1),
-    "allow_changes": Setting((bool,)),
-    "checkpoint.keep": Setting((int,), minimum=0),
-    "checkpoint.best": Setting((str,), optional=True),
-    "checkpoint.background": Setting((bool,)),
-    "checkpoint.on_failure": Setting((str,), choices=("stop", "continue")),
-    "nonfinite.action": Setting((str,), choices=("stop", "skip", "rollback")),
-    "nonfinite.limit": Setting((int,), minimum=0),
-    "log.every": Setting((int,), minimum=1),
-    "evaluate.every": Setting((int,), minimum=1),
-    "evaluate.count": Setting((int,), optional=True, minimum=1),
-    "evaluate.samples": Setting((int,), minimum=0),
-    "tokens.root": Setting((Path,), optional=True),
-    "tokens.augmentations": Setting((int,), minimum=1),
+OPTIONS = {
+    "plugins": Option((list, str)),
+    "seed": Option((int,), minimum=0),
+    "image_size": Option((int, list), minimum=1, element_names=("height", "width")),
+    "target": Option((str,)),
+    "device": Option((str,)),
+    "precision": Option((str,)),
+    "engine": Option((str,)),
+    "compile": Option((bool,)),
+    "deterministic": Option((bool,)),
+    "steps": Option((int,), minimum=0),
+    "minutes": Option((float,), optional=True, minimum=0),
+    "batch_size": Option((int,), minimum=1),
+    "accumulate": Option((int,), minimum=1),
+    "clip": Option((float,), optional=True, minimum=0),
+    "ema": Option((float,), optional=True, minimum=0, below=1),
+    "workers": Option((int,), minimum=0),
+    "worker_timeout": Option((float,), minimum=1),
+    "run": Option((Path,), optional=True, must_exist=True),
+    "run_dir": Option((Path,), optional=True),
+    "resume": Option((bool, Path), must_exist=True),
+    "checkpoint.every": Option((int,), minimum=1),
+    "allow_changes": Option((bool,)),
+    "checkpoint.keep": Option((int,), minimum=0),
+    "checkpoint.best": Option((str,), optional=True),
+    "checkpoint.background": Option((bool,)),
+    "checkpoint.on_failure": Option((str,), choices=("stop", "continue")),
+    "nonfinite.action": Option((str,), choices=("stop", "skip", "rollback")),
+    "nonfinite.limit": Option((int,), minimum=0),
+    "log.every": Option((int,), minimum=1),
+    "evaluate.every": Option((int,), minimum=1),
+    "evaluate.count": Option((int,), optional=True, minimum=1),
+    "evaluate.samples": Option((int,), minimum=0),
+    "tokens.root": Option((Path,), optional=True),
+    "tokens.augmentations": Option((int,), minimum=1),
 }
 
-SECTIONS = ("stage2", "maps")  # hold some of the words again, for one part of pipeline=full
+SECTIONS = ("stage2", "maps")  # repeat some of the options, for one run within pipeline=full
 
 
 def check_config(config: DictConfig) -> None:
-    """Check everything that a composed config says, before data or weights load.
+    """Check a composed config: unknown keys, values of `OPTIONS`, every chosen component.
 
     Raises:
-        UserError: All the mistakes, a line each.
+        UserError: With one line for each mistake.
     """
-    mistakes = [
+    messages = [
         *_name_clashes(config),
         *_unknown_keys(config, known_keys(config)),
         *_invalid_values(config),
         *config_errors(config),
     ]
     for name in SECTIONS:
-        if isinstance(part := config.get(name), DictConfig):
-            mistakes += [*_invalid_values(part, f"{name}."), *config_errors(part, f"{name}.")]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+        if isinstance(section := config.get(name), DictConfig):
+            messages += [*_invalid_values(section, f"{name}."), *config_errors(section, f"{name}.")]
+    if messages:
+        raise UserError("\n".join(messages))
 
 
 def fill_missing_groups(config: DictConfig) -> DictConfig:
-    """Return a config that has every group: null, or an empty mapping, where nothing is chosen."""
+    """Copy a config with every group present: null, or an empty mapping, where nothing is chosen."""
     config = config.copy()
     with open_dict(config):
-        for facts in KINDS.values():
-            place = facts.group.replace("/", ".")
-            if OmegaConf.select(config, place) is None:
-                OmegaConf.update(config, place, {} if facts.multiple else None)
+        for kind in KINDS.values():
+            key = kind.key
+            if OmegaConf.select(config, key) is None:
+                OmegaConf.update(config, key, {} if kind.multiple else None)
     return config
 
 
 def known_keys(config: DictConfig) -> set[str]:
-    """List the dotted keys that something reads: words, groups, and the options of the pipeline that is chosen."""
+    """Dotted keys that something reads: `OPTIONS`, config groups, and the options of the chosen pipeline."""
     name = OmegaConf.select(config, "pipeline.name")
-    options = {key for each in components("pipeline") if each.name == name for key in each.options}
-    groups = {kind.group.replace("/", ".") for kind in KINDS.values()}
-    return {*SETTINGS, *groups, *options, *(f"{part}.{each}" for part in SECTIONS for each in (*SETTINGS, *groups))}
+    pipeline_options = {key for pipeline in components("pipeline") if pipeline.name == name for key in pipeline.options}
+    groups = {kind.key for kind in KINDS.values()}
+    in_sections = {f"{section}.{key}" for section in SECTIONS for key in (*OPTIONS, *groups)}
+    return {*OPTIONS, *groups, *pipeline_options, *in_sections}
 
 
 def _name_clashes(config: DictConfig) -> Iterator[str]:
-    """Yield a line for every option of the pipeline that would replace a word that every run has."""
+    """Yield a message for every option of the pipeline that has the name of an option of every run."""
     name = OmegaConf.select(config, "pipeline.name")
     taken = {each.split(".")[0] for each in known_keys(OmegaConf.create())}
     for component in components("pipeline"):
         for key in taken & component.options.keys() if component.name == name else ():
-            yield f"{component}: every run has a word '{key}'; give this option another name"
+            yield f"{component}: every run has an option '{key}'; rename this one"
 
 
 def _unknown_keys(config: Mapping[Any, Any], known: set[str], prefix: str = "") -> Iterator[str]:
-    """Yield a line for every key that nothing reads, which only a file or a `+` can bring in."""
+    """Yield a message for every key that nothing reads; only a config file or a `+` can bring one in."""
     for key in config:
-        place = f"{prefix}{key}"
-        if place in known:
+        path = f"{prefix}{key}"
+        if path in known:
             continue
-        if place == "experiment":  # its file stands under its own name
+        if path == "experiment":  # without the package line, the content of an experiment file lands under its group
             yield "experiment: the first line of its file must be '# @package _global_'"
             continue
-        if not any(each.startswith(f"{place}.") for each in known):
-            yield f"{place}: {unknown_key_message(place, known)}"
+        options = sorted(option for option in known if option.startswith(f"{path}."))
+        if not options:
+            yield f"{path}: {unknown_key_message(path, known)}"
         elif isinstance(config[key], Mapping):
-            yield from _unknown_keys(config[key], known, f"{place}.")
+            yield from _unknown_keys(config[key], known, f"{path}.")
         else:
-            parts = sorted(each for each in known if each.startswith(f"{place}."))
-            yield f"{place}={to_cli(config[key])}: '{place}' is not a word by itself; give {parts[0]}=... or the like"
+            value = to_cli(config[key])
+            yield f"{path}={value}: '{path}' is a group of options; set one of them, as in {options[0]}=..."
 
 
 def _invalid_values(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield a line for every word whose value is not what it may be; absent ones are left alone."""
-    for key, setting in SETTINGS.items():
+    """Yield a message for every option with a wrong value; absent options are not checked."""
+    for key, option in OPTIONS.items():
         try:
             if prefix and OmegaConf.is_interpolation(config, key):
-                continue  # a copy of a word that is checked by itself
-            value = OmegaConf.select(config, key, default=setting, throw_on_missing=True)
+                continue  # refers to the option outside the section, which is checked there
+            value = OmegaConf.select(config, key, default=option, throw_on_missing=True)
         except (ConfigKeyError, ConfigAttributeError):
             continue
         except OmegaConfBaseException as error:
             yield f"{prefix}{key}: {str(error).splitlines()[0]}; give {prefix}{key}=..."
             continue
-        if value is not setting and (fault := _value_error(setting, value)):
-            yield f"{prefix}{key}={to_cli(value)}: {fault}"
+        if value is not option and (message := _value_error(option, value)):
+            yield f"{prefix}{key}={to_cli(value)}: {message}"
 
 
-def _value_error(setting: Setting, value: Any) -> str | None:
-    if value is None and setting.optional:
+def _value_error(option: Option, value: Any) -> str | None:
+    if value is None and option.optional:
         return None
-    if not any(_is_type(value, each) for each in setting.types):
-        kinds = [TYPE_NAMES[each] for each in setting.types] + ["null"] * setting.optional
-        return f"'{to_cli(value)}' is not {' or '.join(kinds)}"
-    if setting.choices and value not in setting.choices:
-        return unknown_message("value", value, setting.choices)
+    if not any(_is_type(value, kind) for kind in option.types):
+        allowed = [TYPE_NAMES[kind] for kind in option.types] + ["null"] * option.optional
+        return f"'{to_cli(value)}' is not {' or '.join(allowed)}"
+    if option.choices and value not in option.choices:
+        return unknown_message("value", value, option.choices)
     numbers = value if isinstance(value, ListConfig) else [value]
-    if setting.element_names and isinstance(value, ListConfig) and len(value) != len(setting.element_names):
-        return f"a list of {len(value)}; give {' and '.join(setting.element_names)}, or one number for both"
-    if setting.minimum is not None and not all(
-        _is_type(each, setting.types[0]) and each >= setting.minimum for each in numbers
+    if option.element_names and isinstance(value, ListConfig) and len(value) != len(option.element_names):
+        return f"has {len(value)} elements; give [{','.join(option.element_names)}] or one number for both"
+    if option.minimum is not None and not all(
+        _is_type(number, option.types[0]) and number >= option.minimum for number in numbers
     ):
-        return f"must be {TYPE_NAMES[setting.types[0]]} of at least {setting.minimum}"
-    if setting.below is not None and value >= setting.below:
-        return f"must be below {setting.below}"
-    if setting.must_exist and isinstance(value, str) and not Path(value).expanduser().is_dir():
+        return f"must be {TYPE_NAMES[option.types[0]]} of at least {option.minimum}"
+    if option.below is not None and value >= option.below:
+        return f"must be below {option.below}"
+    if option.must_exist and isinstance(value, str) and not Path(value).expanduser().is_dir():
         return f"no such folder in {Path.cwd()}"
     return None
 
@@ -195,7 +205,7 @@ def _is_type(value: Any, kind: type) -> bool:
 
 
 def to_cli(value: Any) -> str:
-    """Write a value as it stands on the command line."""
+    """Write a value as on the command line: null, true, [1,2]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return re.sub(r"[' ]", "", str(value)) if isinstance(value, ListConfig) else str(value)

@@ -1,4 +1,8 @@
-"""What a file of somebody else may not say: which code runs, and where it writes. Only the command line does."""
+"""Rules for configs and folders of other people.
+
+A config file must not choose code to run or paths to write: only the command line may set those options. Configs in
+checkpoints must not contain interpolations, run folders no symbolic links that lead out of them.
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
 
-# The words that name code, or where a run writes.
+# Options that choose code to run, or paths to write.
 CLI_ONLY_KEYS = (
     *("plugins", "run_dir", "resume", "tokens.root", "out", "statistics", "data.index"),
     *("hydra.callbacks", "hydra.hydra_logging", "hydra.job_logging", "hydra.launcher", "hydra.sweeper._target_"),
@@ -16,45 +20,42 @@ CLI_ONLY_KEYS = (
     "hydra.searchpath",
 )
 
-WANDB_LOG_LINK = "wandb/*run-*/logs/debug-core.log"  # made once, by name, and never opened for writing through the link
+WANDB_LOG_LINK = "wandb/*run-*/logs/debug-core.log"  # wandb links its own log, and never writes through the link
 
 
 def cli_only_violations(config: DictConfig, defaults: Sequence[DictConfig], cli_keys: Collection[str]) -> Iterator[str]:
-    """Yield a line for every word that a file sets, and only the command line may.
+    """Yield a message for every option of `CLI_ONLY_KEYS` that a config file sets.
 
     Args:
-        config: As composed, its `hydra` node included.
-        defaults: As it may be without anybody's files.
-        cli_keys: The dotted keys that the command line sets.
+        config: Composed config, its `hydra` node included.
+        defaults: Configs without files of other people; their values are allowed.
+        cli_keys: Dotted keys that the command line sets.
     """
-    for place in CLI_ONLY_KEYS:
-        told = _raw_value(config, place)
-        if (
-            told is not None
-            and told not in [_raw_value(each, place) for each in defaults]
-            and not _is_set_on_cli(place, cli_keys)
-        ):
+    for key in CLI_ONLY_KEYS:
+        value = _raw_value(config, key)
+        allowed = [None, *(_raw_value(default, key) for default in defaults)]
+        if value not in allowed and not _is_set_on_cli(key, cli_keys):
             yield (
-                f"{place}: a config file sets it; which code runs and where it writes is said on the command line "
-                f"alone, {place}=..."
+                f"{key}: set by a config file, but it chooses code to run or a path to write; "
+                f"give it on the command line, {key}=..."
             )
 
 
 def check_no_interpolations(content: Any, path: Path) -> None:
-    """Refuse interpolations, which could read the environment of whoever opens a file.
+    """Refuse interpolations in the config of a file: resolving one could read the environment.
 
     Raises:
-        UserError: If there is one in a string, however deep.
+        UserError: If any string in it, however deep, contains one.
     """
-    for each in _strings(content):
-        if "${" in each:
-            raise UserError(f"{path}: holds '{each}', to be looked up where it is read; vqf writes no such thing")
+    for text in _strings(content):
+        if "${" in text:
+            raise UserError(f"{path}: refused because of the interpolation '{text}'; vqf writes none into checkpoints")
 
 
 def check_symlinks(folder: Path) -> None:
-    """Refuse a folder to write in that has a link out of it: what a run writes would land there.
+    """Refuse an output folder with a symbolic link that leads out of it: the run would write through the link.
 
-    The link that wandb itself makes is none of them: to a log that its service keeps elsewhere, and writes there.
+    The link that wandb makes to the log of its own service is allowed.
 
     Raises:
         UserError: Naming the link.
@@ -63,19 +64,19 @@ def check_symlinks(folder: Path) -> None:
     for path in folder.rglob("*") if folder.is_dir() else ():
         if path.is_symlink() and not path.resolve().is_relative_to(root) and not path.match(WANDB_LOG_LINK):
             raise UserError(
-                f"{folder}: '{path.relative_to(folder)}' is a link to {path.resolve()}, outside of this folder, and a "
-                "run would write there; take it away, or name another run_dir"
+                f"{folder}: '{path.relative_to(folder)}' is a symbolic link to {path.resolve()}, outside this folder, "
+                "and the run would write there; remove the link, or give another run_dir"
             )
 
 
 def _is_set_on_cli(config_key: str, cli_keys: Collection[str]) -> bool:
-    """Tell whether the command line sets a place, a part of it, or chooses the part of Hydra's that it is in."""
-    chosen = {config_key, config_key.rpartition(".")[0]} if config_key.startswith("hydra.") else {config_key}
-    return any(key in chosen or key.startswith(f"{config_key}.") for key in cli_keys)
+    """Tell whether the command line sets a key, a key below it, or, in the `hydra` node, the group it belongs to."""
+    sufficient = {config_key, config_key.rpartition(".")[0]} if config_key.startswith("hydra.") else {config_key}
+    return any(key in sufficient or key.startswith(f"{config_key}.") for key in cli_keys)
 
 
 def _raw_value(config: DictConfig, config_key: str) -> Any:
-    """Return what a config says at a place, not looked up; None for nothing."""
+    """Unresolved value of a key; None if it is absent or empty."""
     *parents, last = config_key.split(".")
     node: Any = config
     for parent in parents:

@@ -388,12 +388,12 @@ def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
         (
             ["model.decoder.blocks=2"],
             "diffusers",
-            "model.encoder.blocks=1 and model.decoder.blocks=2 must be the same there",
+            "model.encoder.blocks=1 and model.decoder.blocks=2 must be equal",
         ),
         (
             [f"model.{part}.patch_size=2" for part in ("encoder", "decoder")],
             "taming",
-            "there is no place for 'decoder.unfold.conv.weight'; only model/encoder=conv, patch_size=1 has one",
+            "cannot export 'decoder.unfold.conv.weight'; only model/encoder=conv with patch_size=1 can be exported",
         ),
     ],
 )

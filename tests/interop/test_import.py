@@ -174,9 +174,9 @@ def test_without_optimizers_and_discriminator_both_start_afresh(tmp_path: Path) 
     path = weights_only(tmp_path / "weights.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
-    assert "no optimizer state of the tokenizer in the file; a resumed run starts it afresh" in text
+    assert "no optimizer state of the tokenizer in the file; a resumed run initializes it" in text
     assert "no discriminator in the checkpoint: the run has a newly initialized one" in text
-    assert "256 px assumed, image_size= says otherwise" in text
+    assert "256 px assumed, give image_size= if it is another" in text
     found = latest_checkpoint(tmp_path / "run")
     assert found is not None
     assert found.step == 0 and found.has_weights("discriminator")
@@ -230,7 +230,7 @@ def test_a_discriminator_that_vqf_has_not_is_left_by_name(tmp_path: Path) -> Non
     path = weights_only(tmp_path / "last.ckpt", **{"loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4)})
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
-    assert "loss.discriminator.main.0.weight: a discriminator that is no PatchGAN with batch norm" in text
+    assert "loss.discriminator.main.0.weight: a discriminator other than PatchGAN with batch norm" in text
 
 
 def test_a_foreign_optimizer_is_left_with_a_reason(trained: Any, tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_a_foreign_optimizer_is_left_with_a_reason(trained: Any, tmp_path: Path)
     torch.save(whole, tmp_path / "last.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={tmp_path / 'last.ckpt'}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
-    assert "the optimizer state of the tokenizer is left: it is of" in text
-    assert "the optimizer state of the discriminator is left: its 'exp_avg' of" in text
+    assert "the optimizer state of the tokenizer is skipped: it is of" in text
+    assert "the optimizer state of the discriminator is skipped: its 'exp_avg' of" in text
 
 
 @pytest.mark.parametrize(("version", "step"), [("1.0.8", 40), ("1.5.10", 40), ("1.6.0", 20), ("1.9.4", 20), (None, 40)])

@@ -132,9 +132,7 @@ def test_what_the_settings_say(tmp_path: Path) -> None:
 def test_heads_that_nobody_tells(tmp_path: Path) -> None:
     found = import_checkpoint(save(net2net(UNCONDITIONAL, N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
     assert found.nodes["prior"]["heads"] == 16
-    assert (
-        "nothing says how many heads the transformer has: 16 are assumed, heads= says otherwise" in found.report.notes
-    )
+    assert "number of attention heads unknown: 16 assumed, give heads= if it is another" in found.report.notes
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     report = import_checkpoint(
         save(model, tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL), options=ImportOptions(HEADS, CLASSES)
     ).report
-    assert set(report.taken) | set(report.skipped) == set(model.state_dict())
+    assert set(report.loaded) | set(report.skipped) == set(model.state_dict())
     assert set(report.skipped.values()) == {"causal mask"}
 
 
@@ -193,7 +191,7 @@ def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> No
         assert difference(generator.prior(codes, told), expected) <= TOLERANCE[torch.float32]
     assert generator.prior.bidirectional_prefix == unmasked  # type: ignore[attr-defined]
     text = (tmp_path / "run" / "import-report.txt").read_text()
-    assert "1 of 32 positions are left: no token ever stands there" in text
+    assert "1 of 32 positions are skipped: no token is ever there" in text
     assert generator.sample(4, conditions=maps).shape == (4, 3, NOMINAL, NOMINAL)
     shutil.rmtree(tmp_path / "run-condition")  # the run holds all that it needs
     again = vqf.load(tmp_path / "run")
@@ -206,7 +204,7 @@ def test_a_condition_that_the_file_does_not_hold_is_kept_as_it_is(tmp_path: Path
     torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={tmp_path / 'last.ckpt'}", *TINY)
     assert (
-        "the prior reads 16 tokens of a condition that the file does not hold"
+        "the file does not hold the tokenizer of the prior's condition (16 tokens)"
         in (tmp_path / "run" / "import-report.txt").read_text()
     )
     found = latest_checkpoint(tmp_path / "run")
@@ -227,7 +225,7 @@ def spatial() -> dict[str, Any]:
         ({"transformer.head.weight": torch.zeros(CODES + 1, 16)}, r"'head.weight' is \[13, 16\], not \[12, 16\]"),
         (
             {"transformer.pos_emb": torch.zeros(1, N - 2, 16)},
-            "its prior has 14 positions, and images of 16 x 16 px need 16: give image_size= as it was trained",
+            "its prior has 14 positions, but images of 16 x 16 px need 16; give image_size= as in its training",
         ),
         ({"permuter.forward_shuffle_idx": torch.arange(N).flip(0)}, "in an order of its own"),
     ],

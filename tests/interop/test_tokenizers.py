@@ -50,7 +50,7 @@ def test_same_codes_and_images(name: str, tmp_path: Path) -> None:
     found = import_checkpoint(save(peer.model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
     assert found.report.layout in (peer.source, "taming")  # latent-diffusion's names are taming's
     assert found.report.unknown_tensors == []
-    assert set(found.report.taken) | set(found.report.skipped) == set(peer.model.state_dict())
+    assert set(found.report.loaded) | set(found.report.skipped) == set(peer.model.state_dict())
     for dtype in (torch.float32, torch.float64):
         check(rebuilt(found), peer, dtype)
 
@@ -134,7 +134,7 @@ def test_a_file_of_llamagen(tmp_path: Path) -> None:
     found = import_checkpoint(path, size=SIZE)
     assert found.step == 11
     assert torch.equal(found.tokenizer.ema_weights["quant_conv.weight"], state["quant_conv.weight"] * 2)
-    assert found.report.skipped == {"quantize.codebook_used": "record of the codes used last"}
+    assert found.report.skipped == {"quantize.codebook_used": "record of recently used codes"}
     check(rebuilt(found), peer, torch.float32)
 
 
@@ -160,7 +160,7 @@ def test_training_state_of_llamagen(tmp_path: Path) -> None:
         assert part.optimizer_state is not None
         assert part.optimizer_state.options["betas"] == [0.9, 0.95]
         for name, parameter in parameters.items():
-            entry = part.optimizer_state.entries[found.report.taken[name]]
+            entry = part.optimizer_state.entries[found.report.loaded[name]]
             assert torch.equal(entry["exp_avg"], optimizer.state[parameter]["exp_avg"]), name
 
 
@@ -186,7 +186,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
         "loss.perceptual_loss.lin0.model.1.weight": "LPIPS: calibrated heads",
         "loss.perceptual_loss.net.slice1.0.weight": "LPIPS: VGG16",
         "loss.perceptual_loss.scaling_layer.shift": "LPIPS: scaling of its input",
-        "colorize": "random colours of label maps",
+        "colorize": "random colors of label maps",
         "encoder.adapter.weight": "unknown to vqf",
     }
     tensors = {**vqgan().model.state_dict(), **{name: torch.zeros(1) for name in extra}}
@@ -227,7 +227,7 @@ def broken(change: str) -> dict[str, Tensor]:
             "misfit",
             "does not fit the model that its own sizes describe: 'decoder.mid.block_1.conv1.bias' is [5], not [64]",
         ),
-        ("codes", "no codebook in it; is it an autoencoder without codes?"),
+        ("codes", "no codebook in it; is it an autoencoder without a quantizer?"),
         ("entrance", "no 'encoder.conv_in.weight' in it"),
         ("two", "several tokenizers (, other.) in it"),
         (
@@ -238,7 +238,7 @@ def broken(change: str) -> dict[str, Tensor]:
         (
             "other",
             "no tokenizer in it whose layout vqf knows (diffusers, llamagen, janus, ldm, taming); "
-            "its tensors begin with layers.0.weight",
+            "its first tensors are layers.0.weight",
         ),
     ],
 )
@@ -260,8 +260,8 @@ def test_another_layout_than_the_one_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"norm_num_groups": 8}, "group norms of 8 groups, where vqf has 32 for these widths"),
-        ({"act_fn": "mish"}, "act_fn=mish in its settings: vqf's encoder has silu"),
+        ({"norm_num_groups": 8}, "group norms of 8 groups, but vqf has 32 for these widths"),
+        ({"act_fn": "mish"}, "act_fn=mish in its settings, but vqf's encoder has silu"),
     ],
 )
 def test_settings_that_change_what_the_weights_mean(settings: dict[str, object], words: str, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_code_is_refused_by_name(name: str, nested: bool, tmp_path: Path) -> Non
         load_untrusted(path)
     assert not touched.exists()
     assert str(caught.value) == (
-        f"{path}: names '{refused}', which no file of weights needs and which could run code: refused"
+        f"{path}: names '{refused}', which no weight file needs and which could run code: refused"
     )
 
 

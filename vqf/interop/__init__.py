@@ -1,5 +1,5 @@
-"""Checkpoints of other projects, read and written.
+"""Imports and exports checkpoints of taming-transformers, latent-diffusion, diffusers, LlamaGen and Janus.
 
-`layouts` says which of their names is which of vqf's, `geometry` reads the sizes off the tensors, `reading` and
-`writing` put both together; `unpickle` opens their files without running what is in them.
+`key_tables` maps their tensor names to vqf's, `infer_config` reads the model's sizes from the tensors, `import_model`
+and `export_model` combine the two; `unpickle` opens pickled files without running code in them.
 """

@@ -1,4 +1,4 @@
-"""A run of vqf's as a checkpoint of another project: the tables of `layouts`, read the other way."""
+"""Exports models of vqf with the tensor names and the config of another project, by the tables of `key_tables`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from vqf.interop.key_tables import (
 from vqf.interop.meta_models import Weights, shapes_of
 from vqf.models.tokenizer import Tokenizer
 
-TAMING_NORM_GROUPS = 32  # of taming-transformers' group norms, whatever the width
-# Only training needs them.
+TAMING_NORM_GROUPS = 32  # fixed in taming-transformers
+# State that only training needs; it is not exported.
 TRAINING_ONLY_KEYS = (
     *("quantizer.N", "quantizer.m", "quantizer.initialized", "quantizer.updates", "quantizer.steps"),
     *("quantizer.revival.N", "quantizer.revival.initialized"),
@@ -33,24 +33,24 @@ TRAINING_ONLY_KEYS = (
 
 @dataclass
 class ExportedModel:
-    """Tensors by another project's names, the settings of a model that they fit, and what to say about them."""
+    """Tensors with another project's names, and the config that builds the model there."""
 
     tensors: Weights
     settings: dict[str, Any]
-    key_mapping: dict[str, str] = field(default_factory=dict)  # from vqf's names to theirs
-    notes: list[str] = field(default_factory=list)
+    key_mapping: dict[str, str] = field(default_factory=dict)  # exported name of each vqf name
+    notes: list[str] = field(default_factory=list)  # for the log
 
 
 def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: CheckpointLayout) -> ExportedModel:
-    """Write a tokenizer by another project's names.
+    """Export a tokenizer.
 
     Args:
-        tokenizer: To write.
-        quantizer: The name of its quantizer.
-        layout: Of the other project.
+        tokenizer: The tokenizer to export.
+        quantizer: Registered name of its quantizer.
+        layout: Layout of the other project.
 
     Raises:
-        UserError: If that project has no such tokenizer.
+        UserError: If that project cannot express the tokenizer.
     """
     if quantizer not in EXPORT_QUANTIZER_RULES or (quantizer == "gumbel" and layout.name != "taming"):
         raise UserError(f"model.quantizer={quantizer}: {layout.name} has no such quantizer")
@@ -58,36 +58,41 @@ def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: CheckpointLayo
     notes = []
     if quantizer == "cosine":
         weights["quantizer.codebook.weight"] = F.normalize(weights["quantizer.codebook.weight"], dim=1)
-        notes.append("codes are written at length 1, where the nearest one is the one of the smallest angle")
-    if held := [name for name in TRAINING_ONLY_KEYS if weights.pop(name, None) is not None]:
-        notes.append(f"left out, since only training needs them: {', '.join(held)}")
+        notes.append("code vectors are written with norm 1: there the nearest is the one with the smallest angle")
+    if dropped := [name for name in TRAINING_ONLY_KEYS if weights.pop(name, None) is not None]:
+        notes.append(f"not exported, since only training needs them: {', '.join(dropped)}")
     tensors, names = _translate(weights, [*layout.rules, *EXPORT_QUANTIZER_RULES[quantizer]], layout.name)
-    network = _network(weights, min(tokenizer.image_size))
+    network = _shared_node(weights, min(tokenizer.image_size))
     make = _taming_settings if layout.name == "taming" else _diffusers_settings
     return ExportedModel(tensors, make(tokenizer, quantizer, network), names, notes)
 
 
 def write_discriminator(weights: Mapping[str, Tensor]) -> ExportedModel:
-    """Write a PatchGAN with batch norm by taming-transformers' names."""
+    """Export a PatchGAN with batch norm to taming-transformers."""
     tensors, names = _translate(weights, DISCRIMINATOR_RULES, "taming")
     return ExportedModel(tensors, {}, names)
 
 
 def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> ExportedModel:
-    """Write a GPT by taming-transformers' names, causal masks included.
+    """Export a GPT to taming-transformers, causal masks included.
+
+    Args:
+        prior: The prior to export.
+        node: Its config node.
+        unmasked: Tokens of the condition that see each other in both directions.
 
     Raises:
-        UserError: If it is another kind of prior, or embeds its condition by a table of its own.
+        UserError: If it is another prior, or embeds its condition by a table of its own.
     """
     if node["name"] != "gpt" or not node.get("shared_vocabulary"):
-        raise UserError("to=taming: of priors only model/prior=gpt with shared_vocabulary=true has a place there")
+        raise UserError("to=taming: can only export the prior model/prior=gpt with shared_vocabulary=true")
     weights = {name: each.detach().cpu() for name, each in prior.state_dict().items()}
     tensors, names = _translate(weights, GPT_RULES, "taming")
     rows, layers = tensors["pos_emb"].shape[1], infer_config.count_blocks(weights, "blocks")
     mask = torch.ones(rows, rows).tril()
     mask[:unmasked, :unmasked] = 1
     tensors |= {CAUSAL_MASK_KEY.replace("{i}", str(i)): mask[None, None].clone() for i in range(layers)}
-    rate = node.get("dropout", 0.0)
+    dropout = node.get("dropout", 0.0)
     settings = {
         "vocab_size": tensors["tok_emb.weight"].shape[0],
         "block_size": rows,
@@ -95,7 +100,7 @@ def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> Exp
         "n_head": node["heads"],
         "n_embd": tensors["tok_emb.weight"].shape[1],
         "n_unmasked": unmasked,
-        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), rate),
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout),
     }
     return ExportedModel(tensors, {"target": "taming.modules.transformer.mingpt.GPT", "params": settings}, names)
 
@@ -104,25 +109,23 @@ def _translate(weights: Mapping[str, Tensor], rules: Iterable[KeyRule], layout: 
     table = KeyMapping.for_export(list(rules), weights)
     tensors, names = {}, {}
     for name, tensor in weights.items():
-        found = table.to_source(name)
-        if found is None:
+        translation = table.to_source(name)
+        if translation is None:
             raise UserError(
-                f"to={layout}: there is no place for '{name}'; only model/encoder=conv, patch_size=1 has one"
+                f"to={layout}: cannot export '{name}'; only model/encoder=conv with patch_size=1 can be exported"
             )
-        names[name], rule = found
+        names[name], rule = translation
         tensors[names[name]] = to_linear(tensor, rule).contiguous()
     return tensors, names
 
 
-def _network(weights: Weights, nominal: int) -> Node:
-    """Describe the one network that both halves have to be."""
-    encoder = infer_config.encoder_node(shapes_of(weights), nominal)
-    decoder = infer_config.decoder_node(shapes_of(weights), nominal)
+def _shared_node(weights: Weights, image_size: int) -> Node:
+    """Node of encoder and decoder, which must have the same sizes: the other projects have one config for both."""
+    encoder = infer_config.encoder_node(shapes_of(weights), image_size)
+    decoder = infer_config.decoder_node(shapes_of(weights), image_size)
     for key, value in decoder.items():
         if encoder[key] != value:
-            raise UserError(
-                f"model.encoder.{key}={encoder[key]} and model.decoder.{key}={value} must be the same there"
-            )
+            raise UserError(f"model.encoder.{key}={encoder[key]} and model.decoder.{key}={value} must be equal")
     return encoder
 
 
@@ -140,7 +143,7 @@ def _taming_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dic
         "attn_resolutions": network["attention"],
         "dropout": 0.0,
     }
-    if not network["middle_attention"]:  # which only latent-diffusion's class can leave out
+    if not network["middle_attention"]:  # only latent-diffusion's class can leave it out
         ddconfig["attn_type"] = "none"
     params = {
         "embed_dim": tokenizer.quantizer.dim,
@@ -191,13 +194,13 @@ def _diffusers_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> 
     }
 
 
-def _check_groups(tokenizer: Tokenizer, wanted: set[int] | None, layout: str) -> set[int]:
-    found = {each.num_groups for each in tokenizer.modules() if isinstance(each, nn.GroupNorm)}
-    if len(found) != 1 or (wanted is not None and found != wanted):
+def _check_groups(tokenizer: Tokenizer, allowed: set[int] | None, layout: str) -> set[int]:
+    groups = {each.num_groups for each in tokenizer.modules() if isinstance(each, nn.GroupNorm)}
+    if len(groups) != 1 or (allowed is not None and groups != allowed):
         raise UserError(
-            f"to={layout}: group norms of {sorted(found)} groups; widths must be multiples of {TAMING_NORM_GROUPS}"
+            f"to={layout}: group norms of {sorted(groups)} groups; widths must be multiples of {TAMING_NORM_GROUPS}"
         )
-    return found
+    return groups
 
 
 EXPORT_LAYOUTS = {name: LAYOUTS[name] for name in ("taming", "diffusers")}

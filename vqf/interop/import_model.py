@@ -1,4 +1,4 @@
-"""A checkpoint of another project as a run of vqf's: which models, of which sizes, with which weights."""
+"""Imports a checkpoint of another project: tokenizer, discriminator, prior and their configs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,16 +24,14 @@ from vqf.interop.tokenizers import (
     read_tokenizer,
 )
 
-FIRST_STAGE_PREFIX, CONDITION_STAGE_PREFIX, PERMUTER_KEY = (
-    "first_stage_model.",
-    "cond_stage_model.",
-    "permuter.forward_shuffle_idx",
-)
+FIRST_STAGE_PREFIX = "first_stage_model."  # of the tokenizer in a prior's checkpoint
+CONDITION_STAGE_PREFIX = "cond_stage_model."  # of the tokenizer of its condition
+PERMUTER_KEY = "permuter.forward_shuffle_idx"
 
 
 @dataclass
 class ImportedCheckpoint:
-    """What a checkpoint holds."""
+    """The models of a checkpoint, with vqf's config nodes and tensor names."""
 
     tokenizer: ImportedModule
     report: ImportReport
@@ -41,28 +39,28 @@ class ImportedCheckpoint:
     step: int
     discriminator: ImportedModule | None = None
     prior: ImportedModule | None = None
-    condition: "ImportedCheckpoint | None" = None  # the tokenizer of a prior's condition
-    adversary: dict[str, Any] = field(default_factory=dict)
-    ema_decay: float | None = None  # of the averaged weights
+    condition: "ImportedCheckpoint | None" = None  # tokenizer of the prior's condition maps
+    adversary: dict[str, Any] = field(default_factory=dict)  # options
+    ema_decay: float | None = None  # None: the file has no EMA weights
     classes: Sequence[str] = ()
 
     @property
     def kind(self) -> str:
-        """The kind of run it makes: "stage1" or "stage2"."""
+        """ "stage1" or "stage2": the kind of run it becomes."""
         return "stage1" if self.prior is None else "stage2"
 
     @property
     def nodes(self) -> Nodes:
-        """The config nodes of every model in it."""
-        return {key: node for part in self._modules for key, node in part.nodes.items()}
+        """Config nodes of all its models."""
+        return {key: node for module in self._modules for key, node in module.nodes.items()}
 
     def nonfinite_tensors(self) -> list[str]:
-        """Name the tensors that hold numbers which are not finite, by vqf's names."""
+        """vqf's names of the tensors with NaN or infinite values."""
         return [
             name
-            for part in self._modules
-            for name, each in part.weights.items()
-            if each.is_floating_point() and not each.isfinite().all()
+            for module in self._modules
+            for name, tensor in module.weights.items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
         ]
 
     @property
@@ -78,29 +76,29 @@ def import_checkpoint(
     size: Size | None = None,
     options: ImportOptions | None = None,
 ) -> ImportedCheckpoint:
-    """Read a checkpoint.
+    """Import a checkpoint.
 
     Args:
-        path: A file, or the folder of a model of diffusers or transformers.
-        source: Whose layout it has; "auto" tells by the names.
-        yaml: The settings that describe it; by default a file beside it under a usual name.
-        size: Height and width of the images that its tokenizer is for, in pixels.
-        options: What is not in the file about its prior.
+        path: A file, or the folder of a diffusers or transformers model.
+        source: Name of its layout in `LAYOUTS`; "auto" infers it from the tensor names.
+        yaml: The config that describes it; by default a file beside it with a usual name.
+        size: Height and width of the images that its tokenizer was trained on, in pixels; None: from the config.
+        options: Facts about its prior that the file does not hold.
 
     Raises:
-        UserError: In one line, if it cannot be read whole.
+        UserError: If a tensor is missing or does not fit, or vqf cannot build such a model.
     """
     contents = open_checkpoint_file(path, yaml)
     layout = find_layout(contents, source)
     report = ImportReport(path, layout.name)
     if contents.settings_path:
         report.note(f"settings from {contents.settings_path}")
-    staged = f"{TRANSFORMER_PREFIX}tok_emb.weight" in contents.tensors
-    prefix = FIRST_STAGE_PREFIX if staged else find_prefix(contents)
-    frozen = replace(contents, optimizers=[]) if staged else contents
+    has_prior = f"{TRANSFORMER_PREFIX}tok_emb.weight" in contents.tensors
+    prefix = FIRST_STAGE_PREFIX if has_prior else find_prefix(contents)
+    frozen = replace(contents, optimizers=[]) if has_prior else contents  # its optimizer state is the prior's
     tokenizer = read_tokenizer(frozen, prefix, layout, size, report)
     result = ImportedCheckpoint(tokenizer, report, tokenizer.image_size, contents.step)
-    if staged:
+    if has_prior:
         _read_second_stage(contents, layout, result, options or ImportOptions())
     else:
         result.discriminator = read_discriminator(contents, prefix, report)
@@ -111,59 +109,59 @@ def import_checkpoint(
 
 
 def _read_second_stage(
-    contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint, asked: ImportOptions
+    contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint, options: ImportOptions
 ) -> None:
     _check_order(contents)
     blank = meta_tokenizer(result.tokenizer.nodes, result.image_size, result.tokenizer.channels)
     result.condition = _read_condition(contents, layout, result)
-    result.classes = [str(i) for i in range(num_classes(contents, asked))]
+    result.classes = [str(i) for i in range(num_classes(contents, options))]
     length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.grid[0] * blank.grid[1])
     node = _conditioner(contents, result) if length == 1 or result.condition else None
     codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"] if result.condition else blank.vocab_size
     prefix = PrefixSpec(len(result.classes) or 1, 1) if length == 1 else PrefixSpec(codes, length)
-    result.prior = read_prior(contents, blank, prefix, asked, result.report)
+    result.prior = read_prior(contents, blank, prefix, options, result.report)
     result.prior.nodes["conditioner"] = node
     if node is None:
         result.report.note(
-            f"the prior reads {length} tokens of a condition that the file does not hold: it is kept in the run, "
-            "which can reconstruct but not sample"
+            f"the file does not hold the tokenizer of the prior's condition ({length} tokens): the run "
+            "can reconstruct but not sample"
         )
 
 
 def _conditioner(contents: CheckpointContents, result: ImportedCheckpoint) -> Nodes:
-    """Return the nodes of the condition; which run holds the tokenizer of a map is not known yet."""
+    """Config nodes of the conditioner; the run of a map's tokenizer is filled in when that run is written."""
     if result.condition is None:
         name = "label" if result.classes else "none"
         return {name: {"name": name}}
-    small = source_config.condition_size(contents.settings)
-    downsample = result.image_size[0] // small if small else 1
+    map_size = source_config.condition_size(contents.settings)
+    downsample = result.image_size[0] // map_size if map_size else 1
     return {"spatial": {"name": "spatial", "run": None, "downsample": downsample}}
 
 
 def _condition_tokens(contents: CheckpointContents, condition: ImportedCheckpoint | None) -> int | None:
     if condition is None:
         return None
-    small = source_config.condition_size(contents.settings)
+    map_size = source_config.condition_size(contents.settings)
     stride = meta_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels).stride
-    height, width = (small, small) if small else condition.image_size
+    height, width = (map_size, map_size) if map_size else condition.image_size
     return (height // stride) * (width // stride)
 
 
 def _read_condition(
     contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint
 ) -> ImportedCheckpoint | None:
-    """Read the tokenizer of the condition; None, with a note, where it is none or none that vqf can build."""
+    """Read the tokenizer of the condition; None if there is none, or, with a note, if vqf cannot build it."""
     if f"{CONDITION_STAGE_PREFIX}{FIRST_CONV_KEY}" not in contents.tensors:
         return None
     report, frozen = ImportReport(contents.path, layout.name), replace(contents, optimizers=[])
     try:
-        part = read_tokenizer(frozen, CONDITION_STAGE_PREFIX, layout, result.image_size, report)
+        tokenizer = read_tokenizer(frozen, CONDITION_STAGE_PREFIX, layout, result.image_size, report)
     except UserError as error:
         reason = str(error).removeprefix(f"{contents.path}: ")
-        result.report.note(f"the tokenizer of the condition is left: {reason}")
+        result.report.note(f"the tokenizer of the condition is skipped: {reason}")
         return None
-    result.report.taken |= report.taken
-    return ImportedCheckpoint(part, report, result.image_size, contents.step)
+    result.report.loaded |= report.loaded
+    return ImportedCheckpoint(tokenizer, report, result.image_size, contents.step)
 
 
 def _check_order(contents: CheckpointContents) -> None:

@@ -1,4 +1,4 @@
-"""What became of every tensor of a file."""
+"""The report of an import: under which name each tensor was loaded, or why it was skipped."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,64 +8,64 @@ from vqf.interop.key_tables import CAUSAL_MASK_KEY, IGNORED_KEYS
 
 
 class ImportReport:
-    """Collects, tensor by tensor, what was taken under which name and what was left, and why.
+    """Collects loaded tensors, skipped tensors and notes.
 
     Args:
-        path: The file.
-        layout: Of whose names it was read.
+        path: The imported file.
+        layout: Name of its `CheckpointLayout`.
     """
 
     def __init__(self, path: Path, layout: str) -> None:
         self.path, self.layout = path, layout
-        self.taken: dict[str, str] = {}  # their name -> vqf's
-        self.skipped: dict[str, str] = {}  # their name -> why
+        self.loaded: dict[str, str] = {}  # source name -> vqf name
+        self.skipped: dict[str, str] = {}  # source name -> reason
         self.notes: list[str] = []
 
-    def add_taken(self, theirs: str, ours: str) -> None:
-        """Note a tensor that is used."""
-        self.taken[theirs] = ours
+    def add_loaded(self, source_name: str, vqf_name: str) -> None:
+        """Note a tensor that is loaded."""
+        self.loaded[source_name] = vqf_name
 
-    def add_skipped(self, theirs: str, why: str) -> None:
-        """Note a tensor that is not used."""
-        self.skipped[theirs] = why
+    def add_skipped(self, source_name: str, reason: str) -> None:
+        """Note a tensor that is not loaded."""
+        self.skipped[source_name] = reason
 
     def note(self, text: str) -> None:
-        """Note what is not about a tensor: a guess, a default, a state that starts afresh."""
+        """Note anything else: an assumption, a default, a state that is initialized anew."""
         self.notes.append(text)
 
     def finalize(self, names: Iterable[str]) -> None:
-        """Account for every tensor that nobody noted."""
+        """Add every tensor that was not noted as skipped, with its reason."""
         for name in names:
-            if name not in self.taken and name not in self.skipped:
+            if name not in self.loaded and name not in self.skipped:
                 self.add_skipped(name, skip_reason(name))
 
     @property
     def unknown_tensors(self) -> list[str]:
-        """Names of tensors that were left without anyone knowing what they are."""
-        return [name for name, why in self.skipped.items() if why == UNKNOWN_TENSOR]
+        """Names of skipped tensors that no rule knows."""
+        return [name for name, reason in self.skipped.items() if reason == UNKNOWN_TENSOR]
 
     def summary(self) -> list[str]:
-        """Return a few lines for the log."""
+        """A few lines for the log: counts of tensors by reason, and the notes."""
         counts: dict[str, int] = {}
-        for why in self.skipped.values():
-            counts[why] = counts.get(why, 0) + 1
-        lines = [f"{self.path}: read as {self.layout}; {len(self.taken)} tensors taken, {len(self.skipped)} left"]
-        lines += [f"  left: {number} ({why})" for why, number in counts.items()]
+        for reason in self.skipped.values():
+            counts[reason] = counts.get(reason, 0) + 1
+        lines = [f"{self.path}: read as {self.layout}; {len(self.loaded)} tensors loaded, {len(self.skipped)} skipped"]
+        lines += [f"  skipped: {number} ({reason})" for reason, number in counts.items()]
         return lines + [f"  {note}" for note in self.notes]
 
     def text(self) -> str:
-        """Return all of it, a line for every tensor."""
-        lines = [*self.summary(), "", "left:"]
-        lines += [f"  {name}: {why}" for name, why in self.skipped.items()] or ["  nothing"]
-        return "\n".join([*lines, "", "taken:", *(f"  {name} -> {new}" for name, new in self.taken.items()), ""])
+        """The full report, with one line for every tensor."""
+        lines = [*self.summary(), "", "skipped:"]
+        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()] or ["  nothing"]
+        return "\n".join([*lines, "", "loaded:", *(f"  {name} -> {new}" for name, new in self.loaded.items()), ""])
 
 
 UNKNOWN_TENSOR = "unknown to vqf"
 
 
 def skip_reason(name: str) -> str:
-    """Say what a tensor is that is not taken."""
+    """Why a tensor is not loaded."""
     short = name.removeprefix("first_stage_model.").removeprefix("transformer.")
     if matches(CAUSAL_MASK_KEY, short):
         return "causal mask"
-    return next((why for template, why in IGNORED_KEYS if matches(template, short)), UNKNOWN_TENSOR)
+    return next((reason for template, reason in IGNORED_KEYS if matches(template, short)), UNKNOWN_TENSOR)

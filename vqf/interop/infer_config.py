@@ -1,4 +1,4 @@
-"""The sizes of a model, read off its tensors: config nodes that build one of the same shapes."""
+"""Reads the sizes of a model from its tensors and returns config nodes that build a model of the same shapes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ Node = dict[str, Any]
 
 
 def encoder_node(shapes: Shapes, image_size: int) -> Node:
-    """Describe the encoder of a tokenizer."""
+    """Config node of a tokenizer's encoder; `image_size` is the side that its attention resolutions refer to."""
     channels = _shape(shapes, "encoder.conv_in.weight")[0]
     return {
         "name": "conv",
@@ -24,39 +24,39 @@ def encoder_node(shapes: Shapes, image_size: int) -> Node:
 
 
 def decoder_node(shapes: Shapes, image_size: int) -> Node:
-    """Describe the decoder of a tokenizer."""
+    """Config node of a tokenizer's decoder."""
     channels = _shape(shapes, "encoder.conv_in.weight")[0]
     node = _levels(shapes, "decoder.up", channels, image_size)
     return {
         "name": "conv",
         **node,
-        "blocks": node["blocks"] - 1,  # one more than the encoder's
+        "blocks": node["blocks"] - 1,  # the decoder has one more block a level than the encoder
         "middle_attention": "decoder.mid.2.norm1.weight" in shapes,
     }
 
 
 def image_channels(shapes: Shapes) -> int:
-    """Return the channels of the images of a tokenizer: 3, 1 of depth, or one for every class of a segmentation."""
+    """Channels of a tokenizer's images: 3 for RGB, 1 for depth, one for each class of a segmentation."""
     return _shape(shapes, "encoder.conv_in.weight")[1]
 
 
 def quantizer_node(shapes: Shapes, name: str) -> Node:
-    """Describe the sizes of the quantizer that was called `name`."""
+    """Config node of a quantizer: its name, vector size and codebook size."""
     codebook = shapes.get("quantizer.codebook.weight") or _shape(shapes, "quantizer.codebook")
     return {"name": name, "dim": codebook[1], "codebook_size": codebook[0]}
 
 
 def discriminator_node(shapes: Shapes) -> Node | None:
-    """Describe a PatchGAN with batch norm; None for any other discriminator."""
-    found = [int(each[1]) for name in shapes if (each := re.fullmatch(r"discriminator\.main\.(\d+)\.weight", name))]
-    if not found or "discriminator.main.3.running_mean" not in shapes:
+    """Config node of a PatchGAN with batch norm; None for any other discriminator."""
+    indices = [int(match[1]) for name in shapes if (match := re.fullmatch(r"discriminator\.main\.(\d+)\.weight", name))]
+    if not indices or "discriminator.main.3.running_mean" not in shapes:
         return None
     channels = shapes["discriminator.main.0.weight"][0]
-    return {"name": "patchgan", "channels": channels, "layers": (max(found) - 2) // 3, "norm": "batch"}
+    return {"name": "patchgan", "channels": channels, "layers": (max(indices) - 2) // 3, "norm": "batch"}
 
 
 def prior_node(shapes: Shapes, heads: int) -> Node:
-    """Describe a GPT, of which the tensors tell all but the number of heads."""
+    """Config node of a GPT; the tensors tell everything but the number of heads."""
     return {
         "name": "gpt",
         "layers": count_blocks(shapes, "blocks"),
@@ -66,25 +66,25 @@ def prior_node(shapes: Shapes, heads: int) -> Node:
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """Count how many numbered parts there are under `prefix`."""
-    return len({each[1] for name in names if (each := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
+    """Number of distinct indices i in names that begin with `{prefix}.{i}.`."""
+    return len({match[1] for name in names if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 
 def _levels(shapes: Shapes, prefix: str, channels: int, image_size: int) -> Node:
     levels = range(count_blocks(shapes, prefix))
     widths = [_shape(shapes, f"{prefix}.{i}.block.0.conv1.weight")[0] for i in levels]
     if any(width % channels for width in widths):
-        raise UserError(f"widths {widths} of {prefix} are no multiples of the first, {channels}: not supported")
+        raise UserError(f"widths {widths} of {prefix} are not multiples of the first, {channels}: not supported")
     return {
         "channels": channels,
         "multipliers": [width // channels for width in widths],
         "blocks": count_blocks(shapes, f"{prefix}.0.block"),
-        # vqf places attention by the resolution that an image of the training size has on a level.
+        # The config names attention levels by their resolution, for an image of the training size.
         "attention": [image_size // 2**i for i in levels if f"{prefix}.{i}.attn.0.norm.weight" in shapes],
     }
 
 
 def _shape(shapes: Shapes, name: str) -> Size:
     if name not in shapes:
-        raise UserError(f"'{name}' (by vqf's names) is missing")
+        raise UserError(f"'{name}' (vqf's name) is missing")
     return shapes[name]

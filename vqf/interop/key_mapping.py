@@ -1,4 +1,4 @@
-"""Names of weights, translated by a table that is read both ways."""
+"""Translates tensor names between a project and vqf by rules that work in both directions."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,30 +7,36 @@ from functools import cache
 
 from torch import Tensor
 
-# What may stand in the braces of a rule.
+# Placeholders of a rule and what they match.
 PLACEHOLDERS = {
     "i": r"\d+",
-    "-i": r"\d+",  # a level, counted from the other end than `{i}` counts it
+    "-i": r"\d+",  # a level, counted from the opposite end of `{i}`
     "j": r"\d+",
     "part": r"encoder|decoder",
     "qkv": r"[qkv]",
     "*": r".+",
 }
-MIDDLE_ATTENTION = "{part}.mid.1."  # how vqf's names of the attention between the two middle blocks begin
-SECOND_BLOCK = "{last}"  # the second of those blocks: 2 behind an attention, 1 without
+MIDDLE_ATTENTION = "{part}.mid.1."  # vqf's prefix of the attention between the two middle blocks
+SECOND_BLOCK = "{last}"  # index of the second middle block: 2 with an attention between them, else 1
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One row of a table: their name and vqf's, with the same places in braces."""
+    """One row of a table: the source name and vqf's name, with the same placeholders."""
 
     source_key: str
     vqf_key: str
-    is_linear: bool = False  # their weight is a matrix where vqf's is a 1x1 convolution
+    is_linear: bool = False  # a matrix in the source, a 1x1 convolution in vqf
 
 
 class KeyMapping:
-    """The rules of a layout for one set of names; of several rules that fit, the first counts."""
+    """The rules of a layout, adapted to one set of names. The first rule that matches a name applies.
+
+    Args:
+        rules: With `{last}` and `{-i}` still in their names.
+        levels: Resolution levels of the model, to invert `{-i}`.
+        last: Index of the second middle block, for `{last}`.
+    """
 
     def __init__(self, rules: Sequence[KeyRule], levels: int, last: int) -> None:
         self.levels = levels
@@ -45,7 +51,7 @@ class KeyMapping:
 
     @classmethod
     def for_import(cls, rules: Sequence[KeyRule], names: Iterable[str]) -> "KeyMapping":
-        """Make the table for their names."""
+        """Make the table for a set of source names."""
         names = list(names)
         counted = [rule.source_key for rule in rules if "{-i}" in rule.source_key]
         attends = any(
@@ -55,50 +61,50 @@ class KeyMapping:
 
     @classmethod
     def for_export(cls, rules: Sequence[KeyRule], names: Iterable[str]) -> "KeyMapping":
-        """Make the table for vqf's names."""
+        """Make the table for a set of vqf's names."""
         names = list(names)
         counted = [rule.vqf_key for rule in rules if "{-i}" in rule.source_key]
         return cls(rules, _count_levels(counted, names), 2 if _any_matches("{part}.mid.2.{*}", names) else 1)
 
     def to_vqf(self, name: str) -> tuple[str, KeyRule] | None:
-        """Translate a name of theirs."""
+        """vqf's name of a source name, and the rule that applied; None if none does."""
         return next(
             ((new, rule) for rule in self.rules if (new := self._translate(name, rule.source_key, rule.vqf_key))), None
         )
 
     def to_source(self, name: str) -> tuple[str, KeyRule] | None:
-        """Translate a name of vqf's."""
+        """Source name of a vqf name, and the rule that applied; None if none does."""
         return next(
             ((new, rule) for rule in self.rules if (new := self._translate(name, rule.vqf_key, rule.source_key))), None
         )
 
     def _translate(self, name: str, here: str, there: str) -> str | None:
-        found = parse(here, name)
-        if found is None:
+        values = parse(here, name)
+        if values is None:
             return None
         if ("{-i}" in here) != ("{-i}" in there):
-            found["i"] = str(self.levels - 1 - int(found["i"]))
-        return re.sub(r"\{(.+?)\}", lambda place: found[_group_name(place[1])], there)
+            values["i"] = str(self.levels - 1 - int(values["i"]))
+        return re.sub(r"\{(.+?)\}", lambda match: values[_group_name(match[1])], there)
 
 
 def parse(template: str, name: str) -> dict[str, str] | None:
-    """Fit a name into a template; returns what stands in each of its places."""
-    found = _template_regex(template).fullmatch(name)
-    return None if found is None else found.groupdict()
+    """Values of the placeholders of a template in a name; None if the name does not match."""
+    match = _template_regex(template).fullmatch(name)
+    return None if match is None else match.groupdict()
 
 
 def matches(template: str, name: str) -> bool:
-    """Tell whether a name fits into a template."""
+    """Tell whether a name matches a template."""
     return parse(template, name) is not None
 
 
 def to_conv(tensor: Tensor, rule: KeyRule) -> Tensor:
-    """Turn a tensor of theirs into vqf's form."""
+    """Reshape a source tensor to vqf's: (out, in) to (out, in, 1, 1) where the rule says so."""
     return tensor[..., None, None] if rule.is_linear and tensor.ndim == 2 else tensor
 
 
 def to_linear(tensor: Tensor, rule: KeyRule) -> Tensor:
-    """Turn a tensor of vqf's into their form."""
+    """Reshape a vqf tensor to the source's: (out, in, 1, 1) to (out, in) where the rule says so."""
     return tensor.flatten(1) if rule.is_linear and tensor.ndim == 4 else tensor
 
 
@@ -110,8 +116,8 @@ def _template_regex(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _group_name(place: str) -> str:
-    return {"-i": "i", "*": "rest"}.get(place, place)
+def _group_name(placeholder: str) -> str:
+    return {"-i": "i", "*": "rest"}.get(placeholder, placeholder)
 
 
 def _any_matches(template: str, names: Iterable[str]) -> bool:
@@ -119,5 +125,5 @@ def _any_matches(template: str, names: Iterable[str]) -> bool:
 
 
 def _count_levels(templates: Sequence[str], names: Sequence[str]) -> int:
-    found = (parse(template, name) for template in templates for name in names)
-    return 1 + max((int(each["i"]) for each in found if each), default=-1)
+    parsed = (parse(template, name) for template in templates for name in names)
+    return 1 + max((int(values["i"]) for values in parsed if values), default=-1)

@@ -1,7 +1,7 @@
-"""Which name of which project is which name of vqf's: tables, and nothing but tables.
+"""Tables of tensor names: other projects' names and vqf's. No code.
 
-Every table is read both ways, for import and for export. `{i}` is a level counted from full resolution; where a
-project stores its decoder in the order it runs, `{-i}` says so.
+Every table is used in both directions, for import and export. `{i}` is a level counted from full resolution; a project
+that numbers its decoder levels in the order they run has `{-i}`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ CONV_RULES = (
 NORM_RULES = (KeyRule("{part}.norm_out.{*}", "{part}.norm_out.{*}"),)
 
 
-def _level_rules(theirs: str, ours: str, block: str, resample: str) -> tuple[KeyRule, ...]:
-    """Return the rules of one side's levels, whose attention is stored as vqf stores it."""
+def _level_rules(source: str, vqf: str, block: str, resample: str) -> tuple[KeyRule, ...]:
+    """Rules of the levels of encoder or decoder, for attention stored as in vqf."""
     return (
-        KeyRule(f"{theirs}.{block}.{{j}}.nin_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
-        KeyRule(f"{theirs}.{block}.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
-        KeyRule(f"{theirs}.attn.{{j}}.{{*}}", f"{ours}.attn.{{j}}.{{*}}"),
-        KeyRule(f"{theirs}.{resample}.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
+        KeyRule(f"{source}.{block}.{{j}}.nin_shortcut.{{*}}", f"{vqf}.block.{{j}}.shortcut.{{*}}"),
+        KeyRule(f"{source}.{block}.{{j}}.{{*}}", f"{vqf}.block.{{j}}.{{*}}"),
+        KeyRule(f"{source}.attn.{{j}}.{{*}}", f"{vqf}.attn.{{j}}.{{*}}"),
+        KeyRule(f"{source}.{resample}.conv.{{*}}", f"{vqf}.resample.conv.{{*}}"),
     )
 
 
@@ -58,25 +58,25 @@ LLAMAGEN_RULES = (
 )
 
 
-def _attention_rules(theirs: str, ours: str) -> tuple[KeyRule, ...]:
-    """Return the rules of an attention block of diffusers, today's names first, those of before 0.13 behind."""
+def _attention_rules(source: str, vqf: str) -> tuple[KeyRule, ...]:
+    """Rules of an attention block of diffusers: current names first, then those before version 0.13."""
     return (
-        KeyRule(f"{theirs}.group_norm.{{*}}", f"{ours}.norm.{{*}}"),
-        KeyRule(f"{theirs}.to_{{qkv}}.{{*}}", f"{ours}.{{qkv}}.{{*}}", is_linear=True),
-        KeyRule(f"{theirs}.to_out.0.{{*}}", f"{ours}.proj_out.{{*}}", is_linear=True),
-        KeyRule(f"{theirs}.query.{{*}}", f"{ours}.q.{{*}}", is_linear=True),
-        KeyRule(f"{theirs}.key.{{*}}", f"{ours}.k.{{*}}", is_linear=True),
-        KeyRule(f"{theirs}.value.{{*}}", f"{ours}.v.{{*}}", is_linear=True),
-        KeyRule(f"{theirs}.proj_attn.{{*}}", f"{ours}.proj_out.{{*}}", is_linear=True),
+        KeyRule(f"{source}.group_norm.{{*}}", f"{vqf}.norm.{{*}}"),
+        KeyRule(f"{source}.to_{{qkv}}.{{*}}", f"{vqf}.{{qkv}}.{{*}}", is_linear=True),
+        KeyRule(f"{source}.to_out.0.{{*}}", f"{vqf}.proj_out.{{*}}", is_linear=True),
+        KeyRule(f"{source}.query.{{*}}", f"{vqf}.q.{{*}}", is_linear=True),
+        KeyRule(f"{source}.key.{{*}}", f"{vqf}.k.{{*}}", is_linear=True),
+        KeyRule(f"{source}.value.{{*}}", f"{vqf}.v.{{*}}", is_linear=True),
+        KeyRule(f"{source}.proj_attn.{{*}}", f"{vqf}.proj_out.{{*}}", is_linear=True),
     )
 
 
-def _side_rules(theirs: str, ours: str, resample: str) -> tuple[KeyRule, ...]:
+def _side_rules(source: str, vqf: str, resample: str) -> tuple[KeyRule, ...]:
     return (
-        KeyRule(f"{theirs}.resnets.{{j}}.conv_shortcut.{{*}}", f"{ours}.block.{{j}}.shortcut.{{*}}"),
-        KeyRule(f"{theirs}.resnets.{{j}}.{{*}}", f"{ours}.block.{{j}}.{{*}}"),
-        *_attention_rules(f"{theirs}.attentions.{{j}}", f"{ours}.attn.{{j}}"),
-        KeyRule(f"{theirs}.{resample}.0.conv.{{*}}", f"{ours}.resample.conv.{{*}}"),
+        KeyRule(f"{source}.resnets.{{j}}.conv_shortcut.{{*}}", f"{vqf}.block.{{j}}.shortcut.{{*}}"),
+        KeyRule(f"{source}.resnets.{{j}}.{{*}}", f"{vqf}.block.{{j}}.{{*}}"),
+        *_attention_rules(f"{source}.attentions.{{j}}", f"{vqf}.attn.{{j}}"),
+        KeyRule(f"{source}.{resample}.0.conv.{{*}}", f"{vqf}.resample.conv.{{*}}"),
     )
 
 
@@ -95,7 +95,7 @@ GUMBEL_RULES = (
     KeyRule("quantize.proj.{*}", "quantizer.proj.{*}"),
     KeyRule("quantize.embed.weight", "quantizer.codebook.weight"),
 )
-# How each of vqf's quantizers is written; what it keeps beside its codes (averages, counters) has no place there.
+# How each quantizer of vqf is exported; its averages and counters have no counterpart there.
 EXPORT_QUANTIZER_RULES: Mapping[str, Sequence[KeyRule]] = {
     "vq": EMBEDDING_RULES,
     "rotation": EMBEDDING_RULES,
@@ -117,34 +117,35 @@ GPT_RULES = (
 )
 CAUSAL_MASK_KEY = "blocks.{i}.attn.mask"
 
-# What files hold beside the weights of a model, and why it is not taken.
+# Tensors in files that are not weights of a model vqf loads, and why they are skipped.
 IGNORED_KEYS = (
     ("loss.perceptual_loss.scaling_layer.{*}", "LPIPS: scaling of its input"),
     ("loss.perceptual_loss.net.{*}", "LPIPS: VGG16"),
     ("loss.perceptual_loss.{*}", "LPIPS: calibrated heads"),
-    ("loss.{*}", "of a training loss"),
-    ("quantize.codebook_used", "record of the codes used last"),
+    ("loss.{*}", "part of a training loss"),
+    ("quantize.codebook_used", "record of recently used codes"),
     ("quantize.used", "list of codes in use; vqf numbers all codes"),
-    ("colorize", "random colours of label maps"),
-    ("model_ema.decay", "of the average of the weights"),
-    ("model_ema.num_updates", "of the average of the weights"),
-    ("model_ema.loss{*}", "average of weights of the loss"),
-    ("model_ema.{*}", "average of weights that are not taken"),
-    ("cond_stage_model.{*}", "of the condition"),
+    ("colorize", "random colors of label maps"),
+    ("model_ema.decay", "bookkeeping of the EMA"),
+    ("model_ema.num_updates", "bookkeeping of the EMA"),
+    ("model_ema.loss{*}", "EMA of the loss"),
+    ("model_ema.{*}", "EMA of weights that are skipped"),
+    ("cond_stage_model.{*}", "part of the conditioner"),
     ("permuter.{*}", "order of the tokens: row by row"),
-    ("model.diffusion_model.{*}", "a diffusion model"),
+    ("model.diffusion_model.{*}", "part of a diffusion model"),
 )
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """How one project writes a tokenizer.
+    """Tensor names of a tokenizer in one project.
 
     Args:
-        name: What `source=` calls it.
-        marker: A piece of a name that all of its files have and none of the layouts before it in `LAYOUTS`.
-        rules: Of encoder and decoder.
-        quantizers: The quantizers of vqf that its codebook may be, with the rules of each.
+        name: Value of `source=`.
+        marker: Substring of a tensor name that all files of this layout have, and none of the layouts before it in
+            `LAYOUTS`.
+        rules: Rules of encoder and decoder.
+        quantizers: vqf's names of the quantizers it may have, with their rules.
     """
 
     name: str

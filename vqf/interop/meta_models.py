@@ -1,4 +1,4 @@
-"""Models without memory: what names and shapes do weights have to have?"""
+"""Models on the meta device: the names and shapes of the weights that a config needs, without memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from vqf.protocols import Prior
 from vqf.registry import build
 
 Weights = dict[str, Tensor]
-Nodes = dict[str, Any]  # a mapping for every part of a model; null for one that it lacks
-MAX_LISTED = 3  # faults that an error names
+Nodes = dict[str, Any]  # config node of each component; None if there is none
+MAX_LISTED = 3  # mismatches in one message
 
 
 def meta_tokenizer(nodes: Nodes, size: Size, channels: int = 3) -> Tokenizer:
@@ -29,14 +29,14 @@ def meta_tokenizer(nodes: Nodes, size: Size, channels: int = 3) -> Tokenizer:
 
 
 def meta_discriminator(node: Node, channels: int = 3) -> nn.Module:
-    """Build a discriminator on the meta device, under the names of a run's checkpoint."""
+    """Build a discriminator on the meta device, with the names of a run's checkpoint."""
     with torch.device("meta"):
         return nn.ModuleDict({"discriminator": build("discriminator", node, in_channels=channels)})
 
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """What a prior has to know of its conditioner."""
+    """Tokens of the condition before the codes: size of their vocabulary and their number."""
 
     vocab_size: int
     length: int
@@ -57,37 +57,37 @@ def meta_prior(node: Node, vocab_size: int, grid: Size, prefix: PrefixSpec) -> P
 
 
 def convert_tensor(tensor: Tensor, rule: KeyRule | None = None) -> Tensor:
-    """Bring a tensor into vqf's form and precision."""
+    """Reshape a tensor to vqf's shape and convert floats to float32."""
     tensor = tensor if rule is None else to_conv(tensor, rule)
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Return the shapes of tensors."""
+    """Shape of each tensor by name."""
     return {name: each.shape for name, each in tensors.items()}
 
 
 def check_shapes(path: Path, weights: Weights, blank: nn.Module, table: KeyMapping) -> None:
-    """Compare what was read with what the model needs.
+    """Compare the imported weights with those of the model.
 
     Raises:
-        UserError: Naming the first tensors that are missing, too many, or of another shape.
+        UserError: Naming the first tensors that are missing, unexpected, or of another shape.
     """
-    wanted, found = shapes_of(blank.state_dict()), shapes_of(weights)
-    faults = [f"{_source_name(table, name)} is missing" for name in wanted if name not in found]
-    faults += [f"{_source_name(table, name)} has no place" for name in found if name not in wanted]
-    faults += [
-        f"{_source_name(table, name)} is {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+    expected, actual = shapes_of(blank.state_dict()), shapes_of(weights)
+    mismatches = [f"{_source_name(table, name)} is missing" for name in expected if name not in actual]
+    mismatches += [f"{_source_name(table, name)} is unexpected" for name in actual if name not in expected]
+    mismatches += [
+        f"{_source_name(table, name)} is {list(actual[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in actual and actual[name] != shape
     ]
-    if faults:
-        more = f", and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+    if mismatches:
+        more = f", and {len(mismatches) - MAX_LISTED} more" if len(mismatches) > MAX_LISTED else ""
         raise UserError(
-            f"{path}: does not fit the model that its own sizes describe: {'; '.join(faults[:MAX_LISTED])}{more}"
+            f"{path}: does not fit the model that its own sizes describe: {'; '.join(mismatches[:MAX_LISTED])}{more}"
         )
 
 
 def _source_name(table: KeyMapping, name: str) -> str:
-    found = table.to_source(name)
-    return f"'{found[0] if found else name}'"
+    translation = table.to_source(name)
+    return f"'{translation[0] if translation else name}'"

@@ -1,4 +1,4 @@
-"""The state of Adam, from a list in somebody's order to names, and back to the order of an optimizer of vqf's."""
+"""Translates Adam states between projects, whose order of parameters differs, by parameter names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 @dataclass
 class OptimizerState:
-    """What an optimizer remembers of every parameter, by name, and what it was set to."""
+    """State of an optimizer by parameter name, and its hyperparameters."""
 
     entries: dict[str, dict[str, Tensor]]
-    options: dict[str, Any]  # of its first group
+    options: dict[str, Any]  # hyperparameters of its first group
 
 
 def name_state(
@@ -29,48 +29,48 @@ def name_state(
     """Name the entries of a saved state.
 
     Args:
-        saved: As `state_dict()` of the optimizer gives it.
-        groups: The names of its parameters, in its order.
-        renamed: From those names to vqf's.
-        shapes: Of vqf's parameters.
+        saved: `state_dict()` of the optimizer.
+        groups: Source names of its parameters, by group, in its order.
+        renamed: vqf's name of each source name.
+        shapes: Shapes of vqf's parameters.
 
     Raises:
-        ValueError: If it is of another number of parameters, or of others.
+        ValueError: If the number or the shapes of the parameters differ.
     """
     names = [name for group in groups for name in group]
     try:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        found, options = saved["state"], _options(saved["param_groups"][0])
+        states, options = saved["state"], _options(saved["param_groups"][0])
     except (LookupError, TypeError) as error:
-        raise ValueError("it is not a state of an optimizer of torch's") from error
+        raise ValueError("it is not a state of a torch optimizer") from error
     if len(numbers) != len(names):
-        raise ValueError(f"it is of {len(numbers)} parameters and the model has {len(names)}")
+        raise ValueError(f"it is of {len(numbers)} parameters, but the model has {len(names)}")
     entries = {}
     for number, name in zip(numbers, names, strict=True):
-        if number in found:
+        if number in states:
             new = renamed[name]
-            entries[new] = _entry(found[number], name, shapes[new])
+            entries[new] = _entry(states[number], name, shapes[new])
     return OptimizerState(entries, options)
 
 
 def load_named_state(optimizer: Optimizer, module: nn.Module, state: OptimizerState) -> None:
-    """Give an optimizer over the parameters of a module a state by their names."""
+    """Load a named state into an optimizer over the parameters of a module."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    whole = optimizer.state_dict()
+    state_dict = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         if entry := state.entries.get(names[id(parameter)]):
-            whole["state"][number] = entry
-    optimizer.load_state_dict(whole)
+            state_dict["state"][number] = entry
+    optimizer.load_state_dict(state_dict)
 
 
 def reorder_state(saved: Mapping[str, Any], order: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Turn a state of vqf's into one in another order.
+    """Reorder the parameters of an optimizer's state.
 
     Args:
-        saved: As `state_dict()` gives it.
-        order: The names of its parameters, in its order.
-        groups: The same names, in the groups and the order that are wanted.
+        saved: `state_dict()` of the optimizer.
+        order: Names of its parameters, in its order.
+        groups: The same names, in the groups and order to produce.
     """
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     entries = {name: saved["state"].get(number) for number, name in zip(numbers, order, strict=True)}
@@ -89,7 +89,8 @@ def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor
     entry = {}
     for key in ADAM_MOMENTS:
         if isinstance(tensor := saved.get(key), Tensor):
-            tensor = tensor[:, : shape[1]] if tensor.ndim == 3 else tensor  # positions that no token takes
+            if tensor.ndim == 3:  # a position embedding, without the rows that no token reaches
+                tensor = tensor[:, : shape[1]]
             if tensor.shape != shape:
                 raise ValueError(f"its '{key}' of '{name}' has another shape than the parameter")
             entry[key] = tensor.float().clone()
@@ -98,8 +99,8 @@ def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: group[key] for key in HYPERPARAMETERS if isinstance(group.get(key), int | float | list | tuple)}
+    values = {key: group[key] for key in HYPERPARAMETERS if isinstance(group.get(key), int | float | list | tuple)}
     return {
         key: [float(each) for each in value] if isinstance(value, list | tuple) else float(value)
-        for key, value in found.items()
+        for key, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""Reads a tokenizer, and the discriminator that it was trained against."""
+"""Imports a tokenizer and the discriminator that was trained with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,67 +27,72 @@ from vqf.interop.optimizers import OptimizerState, name_state
 from vqf.models.tokenizer import Tokenizer
 
 FIRST_CONV_KEY = "encoder.conv_in.weight"  # every layout has it
-# In the order in which taming-transformers and its relatives hand their parameters to Adam.
+# Order in which taming-transformers and its descendants pass their parameters to Adam.
 PARAMETER_PREFIXES = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-STEP_COUNTER = "quantizer.steps"  # of a temperature, which no file keeps
-ASSUMED_IMAGE_SIZE = 256  # pixels, where nothing says otherwise
+STEP_COUNTER = "quantizer.steps"  # of the Gumbel temperature; no file has it
+ASSUMED_IMAGE_SIZE = 256  # pixels, if neither config nor user tells
 
 
 @dataclass
 class ImportedModule:
-    """One model that was read."""
+    """One imported model, with vqf's config nodes and tensor names."""
 
     nodes: Nodes
     weights: Weights
-    ema_weights: Weights = field(default_factory=dict)
-    optimizer_state: OptimizerState | None = None  # of its optimizer
+    ema_weights: Weights = field(default_factory=dict)  # empty: none in the file
+    optimizer_state: OptimizerState | None = None
     image_size: Size = (ASSUMED_IMAGE_SIZE, ASSUMED_IMAGE_SIZE)
     channels: int = 3  # of its images
 
 
 def find_layout(contents: CheckpointContents, source: str) -> CheckpointLayout:
-    """Tell whose names these are.
+    """Find the layout of a file by its tensor names.
+
+    Args:
+        contents: Content of the file.
+        source: Expected layout, or "auto".
 
     Raises:
-        UserError: If nobody's that vqf knows, or not those of `source`.
+        UserError: If no layout matches, or another one than `source`.
     """
-    found = next((each for each in LAYOUTS.values() if any(each.marker in name for name in contents.tensors)), None)
-    if found is None:
-        shown = ", ".join(list(contents.tensors)[:3])
+    matching = (layout for layout in LAYOUTS.values() if any(layout.marker in name for name in contents.tensors))
+    layout = next(matching, None)
+    if layout is None:
+        first_names = ", ".join(list(contents.tensors)[:3])
         raise UserError(
             f"{contents.path}: no tokenizer in it whose layout vqf knows ({', '.join(LAYOUTS)}); "
-            f"its tensors begin with {shown}"
+            f"its first tensors are {first_names}"
         )
-    wanted = found if source == "auto" else LAYOUTS[source]
-    if wanted.rules is not found.rules:
-        raise UserError(f"source={source}: the names in {contents.path} are those of '{found.name}'")
-    return wanted
+    chosen = layout if source == "auto" else LAYOUTS[source]
+    if chosen.rules is not layout.rules:
+        raise UserError(f"source={source}: the names in {contents.path} are those of '{layout.name}'")
+    return chosen
 
 
 def find_prefix(contents: CheckpointContents) -> str:
-    """Find what stands in front of the names of the one tokenizer in a file.
+    """Find the prefix of the tensor names of the tokenizer in a file.
 
     Raises:
-        UserError: If there are several.
+        UserError: If there is not exactly one tokenizer.
     """
-    found = [name.removesuffix(FIRST_CONV_KEY) for name in contents.tensors if name.endswith(FIRST_CONV_KEY)]
-    if len(found) != 1:
-        several = f"several tokenizers ({', '.join(found)})" if found else f"no '{FIRST_CONV_KEY}'"
-        raise UserError(f"{contents.path}: {several} in it")
-    return found[0]
+    prefixes = [name.removesuffix(FIRST_CONV_KEY) for name in contents.tensors if name.endswith(FIRST_CONV_KEY)]
+    if len(prefixes) != 1:
+        problem = f"several tokenizers ({', '.join(prefixes)})" if prefixes else f"no '{FIRST_CONV_KEY}'"
+        raise UserError(f"{contents.path}: {problem} in it")
+    return prefixes[0]
 
 
 def read_tokenizer(
     contents: CheckpointContents, prefix: str, layout: CheckpointLayout, size: Size | None, report: ImportReport
 ) -> ImportedModule:
-    """Read the tokenizer whose names begin with `prefix`.
+    """Import the tokenizer whose tensor names begin with `prefix`.
 
     Args:
-        contents: Of the file.
-        prefix: In front of its names.
-        layout: Of its names.
-        size: Of the images it was made for; None: what the settings beside the file say, else 256.
-        report: Where to note what became of every tensor.
+        contents: Content of the file.
+        prefix: Prefix of its tensor names.
+        layout: Layout of its tensor names.
+        size: Height and width of its training images; None: from the config, else 256.
+        report: Collects what is loaded and skipped.
 
     Raises:
         UserError: If a tensor is missing or has another shape, or vqf cannot build such a tokenizer.
@@ -95,8 +100,8 @@ def read_tokenizer(
     names = [name.removeprefix(prefix) for name in contents.tensors if name.startswith(prefix)]
     kind, rules = _quantizer(layout, names, contents)
     table = KeyMapping.for_import([*layout.rules, *rules], names)
-    moved = {name: found for name in names if (found := table.to_vqf(name))}
-    weights = {new: convert_tensor(contents.tensors[prefix + name], rule) for name, (new, rule) in moved.items()}
+    translated = {name: match for name in names if (match := table.to_vqf(name))}
+    weights = {new: convert_tensor(contents.tensors[prefix + name], rule) for name, (new, rule) in translated.items()}
     try:
         size = size or _size(contents, weights, report)
         nodes = _nodes(contents, kind, weights, min(size))
@@ -108,28 +113,28 @@ def read_tokenizer(
     if STEP_COUNTER in blank.state_dict():
         weights[STEP_COUNTER] = torch.tensor(contents.step)
     check_shapes(contents.path, weights, blank, table)
-    for name, (new, _) in moved.items():
-        report.add_taken(prefix + name, new)
-    renamed = {name: new for name, (new, _) in moved.items()}
-    ordered = [name for start in PARAMETER_PREFIXES for name in renamed if name.startswith(start)]
-    state = read_optimizer_state(contents, 0, [ordered], renamed, blank, "tokenizer", report)
-    return ImportedModule(nodes, weights, _ema_weights(contents, prefix, moved, weights), state, size, channels)
+    for name, (new, _) in translated.items():
+        report.add_loaded(prefix + name, new)
+    renamed = {name: new for name, (new, _) in translated.items()}
+    order = [name for start in PARAMETER_PREFIXES for name in renamed if name.startswith(start)]
+    state = read_optimizer_state(contents, 0, [order], renamed, blank, "tokenizer", report)
+    return ImportedModule(nodes, weights, _ema_weights(contents, prefix, translated, weights), state, size, channels)
 
 
 def read_discriminator(contents: CheckpointContents, prefix: str, report: ImportReport) -> ImportedModule | None:
-    """Read the discriminator beside a tokenizer; None where there is none that vqf has."""
+    """Import the discriminator of a tokenizer; None if there is none that vqf can build."""
     names = [name.removeprefix(prefix) for name in contents.tensors if name.startswith(prefix + DISCRIMINATOR_PREFIX)]
     table = KeyMapping.for_import(DISCRIMINATOR_RULES, names)
-    renamed = {name: found[0] for name in names if (found := table.to_vqf(name))}
+    renamed = {name: match[0] for name in names if (match := table.to_vqf(name))}
     weights = {new: convert_tensor(contents.tensors[prefix + name]) for name, new in renamed.items()}
     node = infer_config.discriminator_node(shapes_of(weights))
     blank = None if node is None else meta_discriminator(node, weights["discriminator.main.0.weight"].shape[1])
     if node is None or blank is None or shapes_of(blank.state_dict()) != shapes_of(weights):
         for name in names:
-            report.add_skipped(prefix + name, "a discriminator that is no PatchGAN with batch norm")
+            report.add_skipped(prefix + name, "a discriminator other than PatchGAN with batch norm")
         return None
     for name, new in renamed.items():
-        report.add_taken(prefix + name, new)
+        report.add_loaded(prefix + name, new)
     state = read_optimizer_state(contents, 1, [list(renamed)], renamed, blank, "discriminator", report)
     return ImportedModule({"discriminator": node}, weights, optimizer_state=state)
 
@@ -143,51 +148,49 @@ def read_optimizer_state(
     what: str,
     report: ImportReport,
 ) -> OptimizerState | None:
-    """Return the state of a file's optimizer by vqf's names; None, with a note, where there is none that fits.
+    """Import the state of an optimizer; None, with a note, if there is none that fits.
 
     Args:
-        contents: Of the file.
-        index: Of the optimizer in it.
-        groups: Names in the order in which the optimizer knows them; those of buffers are passed over.
-        renamed: From those names to vqf's.
-        blank: The model that is optimized.
-        what: What the note calls it.
-        report: Where to note it.
+        contents: Content of the file.
+        index: Index of the optimizer in the file.
+        groups: Source names by group, in the order of the optimizer; names of buffers are ignored.
+        renamed: vqf's name of each source name.
+        blank: The optimized model.
+        what: Name of the model in the note.
+        report: Collects the note.
     """
     parameters = shapes_of(dict(blank.named_parameters()))
     if index >= len(contents.optimizers):
-        report.note(f"no optimizer state of the {what} in the file; a resumed run starts it afresh")
+        report.note(f"no optimizer state of the {what} in the file; a resumed run initializes it")
         return None
     trained = [[name for name in group if renamed[name] in parameters] for group in groups]
     try:
         return name_state(contents.optimizers[index], trained, renamed, parameters)
     except ValueError as error:
-        report.note(f"the optimizer state of the {what} is left: {error}; a resumed run starts it afresh")
+        report.note(f"the optimizer state of the {what} is skipped: {error}; a resumed run initializes it")
         return None
 
 
 def _size(contents: CheckpointContents, weights: Weights, report: ImportReport) -> Size:
     stride = 2 ** (infer_config.count_blocks(weights, "encoder.down") - 1)
-    told = source_config.image_size(contents.settings, stride)
-    if told is None:
-        report.note(
-            f"nothing says which size of images it is for: {ASSUMED_IMAGE_SIZE} px assumed, image_size= says otherwise"
-        )
-    return told or ASSUMED_IMAGE_SIZE, told or ASSUMED_IMAGE_SIZE
+    side = source_config.image_size(contents.settings, stride)
+    if side is None:
+        report.note(f"image size unknown: {ASSUMED_IMAGE_SIZE} px assumed, give image_size= if it is another")
+    return side or ASSUMED_IMAGE_SIZE, side or ASSUMED_IMAGE_SIZE
 
 
-def _nodes(contents: CheckpointContents, kind: str, weights: Weights, nominal: int) -> Nodes:
-    found = shapes_of(weights)
+def _nodes(contents: CheckpointContents, kind: str, weights: Weights, image_size: int) -> Nodes:
+    shapes = shapes_of(weights)
     return {
-        "encoder": infer_config.encoder_node(found, nominal),
-        "decoder": infer_config.decoder_node(found, nominal),
-        "quantizer": {**infer_config.quantizer_node(found, kind), **_options(kind, contents)},
+        "encoder": infer_config.encoder_node(shapes, image_size),
+        "decoder": infer_config.decoder_node(shapes, image_size),
+        "quantizer": {**infer_config.quantizer_node(shapes, kind), **_options(kind, contents)},
     }
 
 
 def _options(kind: str, contents: CheckpointContents) -> dict[str, Any]:
     if kind == "vq":
-        return {"beta_placement": "codebook"}  # as all of these projects train
+        return {"beta_placement": "codebook"}  # of all these projects
     return source_config.quantizer(contents.settings) if kind == "gumbel" else {}
 
 
@@ -200,23 +203,26 @@ def _quantizer(
             return kind, rules
     if any(name.startswith("quantize.") for name in names):
         raise UserError(f"{contents.path}: a quantizer that '{layout.name}' does not have")
-    raise UserError(f"{contents.path}: no codebook in it; is it an autoencoder without codes?")
+    raise UserError(f"{contents.path}: no codebook in it; is it an autoencoder without a quantizer?")
 
 
 def _ema_weights(
-    contents: CheckpointContents, prefix: str, moved: Mapping[str, tuple[str, KeyRule]], weights: Weights
+    contents: CheckpointContents, prefix: str, translated: Mapping[str, tuple[str, KeyRule]], weights: Weights
 ) -> Weights:
-    """Return the averaged weights, if the file has them; buffers are not averaged."""
-    found = {new: (prefix + name, rule) for name, (new, rule) in moved.items() if prefix + name in contents.ema_tensors}
-    average = {new: convert_tensor(contents.ema_tensors[name], rule) for new, (name, rule) in found.items()}
-    return {**weights, **average} if average else {}
+    """EMA weights, with the buffers of `weights`, which have no EMA; empty if the file has none."""
+    ema_weights = {
+        new: convert_tensor(contents.ema_tensors[prefix + name], rule)
+        for name, (new, rule) in translated.items()
+        if prefix + name in contents.ema_tensors
+    }
+    return {**weights, **ema_weights} if ema_weights else {}
 
 
 def _check_norms(contents: CheckpointContents, blank: Tokenizer) -> None:
-    told = source_config.num_norm_groups(contents.settings)
-    found = {each.num_groups for each in blank.modules() if isinstance(each, nn.GroupNorm)}
-    if found - {told}:
+    theirs = source_config.num_norm_groups(contents.settings)
+    ours = {each.num_groups for each in blank.modules() if isinstance(each, nn.GroupNorm)}
+    if ours - {theirs}:
         raise UserError(
-            f"{contents.path}: group norms of {told} groups, where vqf has {max(found - {told})} for these widths"
+            f"{contents.path}: group norms of {theirs} groups, but vqf has {max(ours - {theirs})} for these widths"
         )
     source_config.check_activation(contents.settings)

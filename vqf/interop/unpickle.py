@@ -1,8 +1,8 @@
-"""Opens other people's pickles without running what is in them.
+"""Opens untrusted pickles without running code in them.
 
-A pickle is a program: it may name any function of any module and call it. Here it may call the few functions that
-make tensors and containers, and those are vqf's own. Classes that no weight needs, such as a trainer's callbacks,
-become stand-ins that keep their name and do nothing. Whatever else a file names is refused, and nothing is imported.
+A pickle is a program that may call any function of any module. Here it can call only vqf's own replacements of the few
+functions that make tensors and containers (`SAFE_FUNCTIONS`). Classes that weights do not need, such as a trainer's
+callbacks, become `OpaqueObject`s, which keep their name and do nothing. Any other name is refused. Nothing is imported.
 """
 
 import math
@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # the names of Python 2, which protocol 2 writes
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2 names, which pickle protocol 2 writes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
 }
 DTYPES = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
-# Of the standard library and of numpy, what checkpoints do hold beside weights: settings of OmegaConf with their types,
-# dates, arrays of a callback. They become stand-ins as well; none of these is ever called.
+# Names of the standard library and numpy in real checkpoints besides weights: OmegaConf settings with their types,
+# dates, arrays of a callback. They become opaque objects, too; none is ever called.
 OPAQUE_NAMES = {
     "_codecs.encode",
     "argparse.Namespace",
@@ -58,14 +58,14 @@ OPAQUE_NAMES = {
     *(f"builtins.{name}" for name in ("list", "object", "range", "set", "slice", "str", "tuple", "type")),
 }
 ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")
-CLASS_NAME = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # what is written like a class, nested ones included
+CLASS_NAME = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # spelled like a class, possibly nested
 
 
 def load_untrusted(path: Path) -> Any:
-    """Read a file of torch.save: tensors on the CPU, in containers.
+    """Read a file of torch.save: containers of tensors on the CPU.
 
     Raises:
-        UserError: If it is no such file, or names a function that no file of weights needs.
+        UserError: If it is not such a file, or names a function that no weight file needs.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -74,7 +74,7 @@ def load_untrusted(path: Path) -> Any:
     except Exception as error:
         if not zipfile.is_zipfile(path):
             raise UserError(
-                f"{path}: not a file of weights, or one of torch before 1.6 with more than tensors in it; "
+                f"{path}: not a weight file, or one of torch before 1.6 with more than tensors in it; "
                 f"save its state_dict alone with a newer torch ({_first_line(error)})"
             ) from error
     return _load_restricted(path)
@@ -84,29 +84,29 @@ def _load_restricted(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             unpickler = RestrictedUnpickler(archive)
-            found = unpickler.load()
+            content = unpickler.load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
-        raise UserError(f"{path}: damaged, or not a file of weights ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged, or not a weight file ({_first_line(error)})") from error
     if unpickler.opaque_types:
-        log.info("%s: not loaded, since no weight needs them: %s", path, ", ".join(sorted(unpickler.opaque_types)))
-    return found
+        log.info("%s: not loaded, since weights do not need them: %s", path, ", ".join(sorted(unpickler.opaque_types)))
+    return content
 
 
 class OpaqueType(type):
-    """The type of a class that is not loaded: its objects take everything and do nothing."""
+    """Metaclass of classes that are not loaded: calling one with any arguments gives an object that does nothing."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        stranger: Any = cls
-        return object.__new__(stranger)  # whatever a pickle calls it with
+        opaque: Any = cls
+        return object.__new__(opaque)  # without __init__: the arguments are the pickle's
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"a pickle may not change {cls.__qualname__}")
 
 
 class OpaqueObject(metaclass=OpaqueType):
-    """An object of a class that is not loaded."""
+    """An object of a class that is not loaded; it ignores its state and items."""
 
     def __new__(cls, *args: Any, **options: Any) -> "OpaqueObject":
         return object.__new__(cls)
@@ -123,7 +123,7 @@ class OpaqueObject(metaclass=OpaqueType):
 
 
 class SafeFunction:
-    """A function that a pickle may call. Unlike a plain function, it has nothing that a pickle could set."""
+    """A function that a pickle may call. Unlike a plain function, it has no attributes that a pickle could set."""
 
     __slots__ = ("__function",)
 
@@ -138,7 +138,7 @@ class SafeFunction:
 
 
 class PlainDict(dict[Any, Any]):
-    """An OrderedDict without what a pickle sets on one: torch's `_metadata`, or a method of the pickle's own."""
+    """Replaces OrderedDict; ignores attributes that a pickle sets, such as torch's `_metadata` or a method."""
 
     def __setstate__(self, state: Any) -> None: ...
 
@@ -146,7 +146,7 @@ class PlainDict(dict[Any, Any]):
 def _tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     if math.prod(size) > flat.numel():
         raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} in a storage of {flat.numel()} numbers")
-    return flat.as_strided(size, stride, offset)  # which refuses what lies outside
+    return flat.as_strided(size, stride, offset)  # raises if it reaches beyond the storage
 
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
@@ -154,7 +154,7 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def _empty_defaultdict(*_: Any) -> PlainDict:
-    """Make a defaultdict without its factory; its items come afterwards."""
+    """A defaultdict without its factory; the pickle adds the items afterwards."""
     return PlainDict()
 
 
@@ -169,7 +169,7 @@ SAFE_FUNCTIONS = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads torch's zip format: `data.pkl`, and a record `data/<key>` for every storage."""
+    """Reads torch's zip format: `data.pkl`, and one record `data/<key>` for every storage."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -179,10 +179,10 @@ class RestrictedUnpickler(pickle.Unpickler):
         super().__init__(archive.open(pickled))
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a global that the pickle names.
+        """The replacement of a global that the pickle names.
 
         Raises:
-            UserError: If nothing does.
+            UserError: If it has none: it could run code.
         """
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
@@ -195,10 +195,10 @@ class RestrictedUnpickler(pickle.Unpickler):
         standard = module.partition(".")[0] in sys.stdlib_module_names
         if full in OPAQUE_NAMES or ((module == "typing" or not standard) and CLASS_NAME.fullmatch(name)):
             return self.opaque_types.setdefault(full, OpaqueType(name, (OpaqueObject,), {}))
-        raise UserError(f"names '{full}', which no file of weights needs and which could run code: refused")
+        raise UserError(f"names '{full}', which no weight file needs and which could run code: refused")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Read the storage that the pickle points to, flat."""
+        """Read the storage that the pickle refers to as a flat tensor."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"an unknown reference {kind!r}")

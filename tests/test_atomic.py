@@ -1,4 +1,4 @@
-"""Files are either whole or not there, and everybody may read them that the umask lets read."""
+"""Atomic writes leave the old file or the new one; file modes follow the umask."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from vqf.atomic import atomic_path, atomic_write_text, write_weights
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A umask for the time of a test."""
+    """Set the umask for a test."""
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
@@ -41,7 +41,7 @@ def write_and_fail(path: Path, error: Exception, durable: bool = True) -> None:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, durable: bool) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(RuntimeError):

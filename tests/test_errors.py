@@ -1,4 +1,4 @@
-"""What a person reads after a slip on the command line: one line for each, that says what to do."""
+"""Messages for mistakes on the command line: one line each, with the cure."""
 
 import shlex
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def sample(config: Any, run_dir: Path, *, count: int = 4) -> None: ...
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A vqf with a few toys for components, so that what is known can be listed here; yields its conf/."""
+    """A registry with a few toy components, so that the lists of known names are short; yields its conf/."""
     Plugins.instance()
     conf = tmp_path_factory.mktemp("conf")
     store = ConfigStore.instance()
@@ -94,8 +94,8 @@ def _register() -> None:
     register("pipeline", "sample")(sample)
 
 
-def said(conf: Path, line: str) -> list[str]:
-    """What the check of a command line says, and that it composes where it says nothing."""
+def errors(conf: Path, line: str) -> list[str]:
+    """The messages of `check_command` for a command line."""
     try:
         check_command(flags_first(["-cp", str(conf), *shlex.split(line)]))
     except UserError as error:
@@ -106,7 +106,7 @@ def said(conf: Path, line: str) -> list[str]:
 HELP = "python -m vqf.run --help lists them."
 
 ONE_MISTAKE = [
-    # a name that is not there
+    # unknown names
     ("model/quantizer=vqq", "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k."),
     ("model/quantizer=xyz", "model/quantizer=xyz: unknown quantizer 'xyz'. Known: ema, vq, vq_16k."),
     ("model/quantizer=", "model/quantizer=: unknown quantizer ''. Known: ema, vq, vq_16k."),
@@ -122,7 +122,7 @@ ONE_MISTAKE = [
         "hydra/launcher=slurm",
         "hydra/launcher=slurm: unknown launcher 'slurm'. Known: basic, joblib, submitit_local, submitit_slurm.",
     ),
-    # a group or word that is not there
+    # unknown groups and options
     ("modle=small", f"modle=small: unknown option 'modle'. Did you mean 'model'? {HELP}"),
     (
         "modle/quantizer=vq",
@@ -183,12 +183,12 @@ ONE_MISTAKE = [
     ("pipeline=sample count=all", "count=all: 'all' is not an integer"),
     ("model.quantizer=ema", "model.quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
     ("model.loss=l1", "model.loss=l1: a loss is chosen with model/loss=l1"),
-    # a value that is not there
+    # missing values
     ("data=folder", "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=..."),
     ("model/discriminator=null", "model/discriminator=null: write model.discriminator=null to choose none"),
     ("metric=null", "metric=null: write metric=[] to choose none"),
     ("data=null", "data=null: write ~data to choose none"),
-    # what cannot be read
+    # syntax errors
     (
         "model.quantizer.sizes=[8,",
         "model.quantizer.sizes=[8,: cannot be read (no viable alternative at input '[8,'); "
@@ -208,7 +208,7 @@ ONE_MISTAKE = [
     ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; write a list as steps=[1,2]"),
     ("-cp /nowhere", "--config-path /nowhere: no such folder"),
     ("--config-dir /nowhere", "--config-dir /nowhere: no such folder"),
-    # what a file says
+    # mistakes in files
     (
         "experiment=stale",
         "experiment=stale: unknown quantizer 'vq_17k'. Did you mean 'vq_16k'? Known: ema, vq, vq_16k.",
@@ -219,7 +219,7 @@ ONE_MISTAKE = [
 
 @pytest.mark.parametrize(("command", "line"), ONE_MISTAKE, ids=[command for command, _ in ONE_MISTAKE])
 def test_a_mistake_is_one_line(world: Path, command: str, line: str) -> None:
-    assert said(world, command) == [line]
+    assert errors(world, command) == [line]
 
 
 @pytest.mark.parametrize(
@@ -244,41 +244,41 @@ def test_a_mistake_is_one_line(world: Path, command: str, line: str) -> None:
     ],
 )
 def test_what_is_right_passes(world: Path, command: str) -> None:
-    assert said(world, command) == []
+    assert errors(world, command) == []
 
 
-def test_every_mistake_is_told_at_once(world: Path) -> None:
-    assert said(world, "modle=small stepz=3 model/quantizer=vqq model.quantizer.beta=big seed=1") == [
+def test_every_mistake_is_reported_at_once(world: Path) -> None:
+    assert errors(world, "modle=small stepz=3 model/quantizer=vqq model.quantizer.beta=big seed=1") == [
         "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
         f"modle=small: unknown option 'modle'. Did you mean 'model'? {HELP}",
         f"stepz=3: unknown option 'stepz'. Did you mean 'steps'? {HELP}",
         "model.quantizer.beta=big: 'big' is not a number",
     ]
-    assert said(world, "seed=x steps=y data=folder") == [
+    assert errors(world, "seed=x steps=y data=folder") == [
         "seed=x: 'x' is not an integer",
         "steps=y: 'y' is not an integer",
         "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=...",
     ]
-    assert said(world, "zzz a=[ steps=1") == [
+    assert errors(world, "zzz a=[ steps=1") == [
         "zzz: an argument has the form key=value. A flag begins with --, as in --help.",
         "a=[: cannot be read (no viable alternative at input '['); "
         "quote a value with spaces, brackets or commas: 'key=[1, 2]'",
     ]
 
 
-def test_every_choice_of_a_sweep_is_looked_at_before_the_first_job(world: Path) -> None:
-    assert said(world, "-m model/quantizer=vq,emma,vqq steps=1,2,3,many") == [
+def test_every_choice_of_a_sweep_is_checked_before_the_first_job(world: Path) -> None:
+    assert errors(world, "-m model/quantizer=vq,emma,vqq steps=1,2,3,many") == [
         "model/quantizer=emma: unknown quantizer 'emma'. Did you mean 'ema'? Known: ema, vq, vq_16k.",
         "model/quantizer=vqq: unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq, vq_16k.",
     ]
-    assert said(world, "-m model/quantizer=vq,ema steps=1,2,3,many") == ["steps=many: 'many' is not an integer"]
-    assert said(world, "-m model/quantizer=vq,ema model.quantizer.beta=0.5")[0].startswith(
+    assert errors(world, "-m model/quantizer=vq,ema steps=1,2,3,many") == ["steps=many: 'many' is not an integer"]
+    assert errors(world, "-m model/quantizer=vq,ema model.quantizer.beta=0.5")[0].startswith(
         "model.quantizer.beta: unknown option 'beta'. model/quantizer=vq has it. quantizer 'ema'"
     )
 
 
 def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
-    assert said(world, "experiment=misspelt") == [
+    assert errors(world, "experiment=misspelt") == [
         "model.quantiser: unknown option 'quantiser' in model. Did you mean 'quantizer'? Known: "
         "adversary, conditioner, decoder, discriminator, encoder, loss, prior, quantizer, regularizer.",
         f"stepz: unknown option 'stepz'. Did you mean 'steps'? {HELP}",
@@ -286,9 +286,9 @@ def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
 
 
 def test_a_file_that_is_no_config_is_named(world: Path) -> None:
-    (line,) = said(world, "experiment=broken")
+    (line,) = errors(world, "experiment=broken")
     assert line.startswith("experiment=broken: while parsing a flow ") and '/experiment/broken.yaml", line 3' in line
-    (line,) = said(world, "experiment=listed")
+    (line,) = errors(world, "experiment=listed")
     assert line == (
         "experiment=listed: In 'experiment/listed': ConfigTypeError raised while composing config: "
         "Cannot merge DictConfig with ListConfig"
@@ -298,7 +298,7 @@ def test_a_file_that_is_no_config_is_named(world: Path) -> None:
 def test_an_experiment_without_its_package_is_told_what_it_lacks(world: Path, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("steps: 7\n")
-    assert said(world, f"--config-dir {tmp_path} experiment=mine") == [
+    assert errors(world, f"--config-dir {tmp_path} experiment=mine") == [
         "experiment: the first line of its file must be '# @package _global_'"
     ]
 
@@ -306,8 +306,8 @@ def test_an_experiment_without_its_package_is_told_what_it_lacks(world: Path, tm
 def test_a_folder_of_ones_own_presets_is_searched(world: Path, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 7\n")
-    assert said(world, f"--config-dir {tmp_path} experiment=mine") == []
-    assert "Known: broken, listed, mine, misspelt" in said(world, f"--config-dir {tmp_path} experiment=main")[0]
+    assert errors(world, f"--config-dir {tmp_path} experiment=mine") == []
+    assert "Known: broken, listed, mine, misspelt" in errors(world, f"--config-dir {tmp_path} experiment=main")[0]
 
 
 def test_flags_may_stand_anywhere() -> None:
@@ -322,7 +322,7 @@ def test_an_unknown_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) 
     assert caught.value.code == 2 and "unrecognized arguments: --halp" in capsys.readouterr().err
 
 
-def test_words_for_what_is_unknown() -> None:
+def test_messages_for_unknown_names() -> None:
     assert closest_match("stepz", ["seed", "steps"]) == "steps" and closest_match("x", ["seed"]) is None
     assert unknown_message("fruit", "aple", ["apple"]) == "unknown fruit 'aple'. Did you mean 'apple'? Known: apple."
     assert unknown_message("fruit", 3, []) == "unknown fruit '3'. Known: none."

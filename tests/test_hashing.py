@@ -1,4 +1,4 @@
-"""Hashes tell apart what differs, and nothing else."""
+"""Hashes differ exactly if the content does."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ def test_a_file_has_the_hash_of_its_bytes(tmp_path: Path) -> None:
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"a" * 100_000).hexdigest()
 
 
-def test_facts_and_tensors_are_told_apart() -> None:
+def test_values_and_tensors_are_distinguished() -> None:
     a, b = torch.arange(6.0), torch.arange(3)
     same = [{"a": a, "b": b}, {"b": b, "a": a}, {"a": a.view(2, 3).t().contiguous().t().reshape(6), "b": b}]
     assert len({sha256_of_tensors(each) for each in same}) == 1

@@ -1,4 +1,4 @@
-"""The command line in several processes: who writes, who speaks, how it ends."""
+"""The command line in several processes: only the main one writes and prints; errors end all of them."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def chorus(folder: Path, *arguments: str) -> list[Ended]:
     )
 
 
-def test_the_first_process_chooses_the_folder_and_speaks(tmp_path: Path) -> None:
+def test_the_main_process_chooses_the_folder_and_prints(tmp_path: Path) -> None:
     first, second = chorus(tmp_path, "do=warn", "who=1")
     (folder,) = tmp_path.glob("*/*/*")
     assert first == Ended(0, f"singing in {folder.name}\n", "")
@@ -99,7 +99,7 @@ def test_a_mistake_is_one_line_whoever_makes_it(tmp_path: Path, who: str) -> Non
 
 
 def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
-    """One that frees a tensor while the interpreter ends aborts a process that has done all of its work."""
+    """A thread that frees a tensor while the interpreter exits would abort a finished process."""
     words = [*SMALL, "pipeline=stage1", "steps=1", "logger=[]", "engine=ddp", "device=cpu"]
     assert run_processes(2, threads_left, str(tmp_path), words, initialized=False) == [[], []]
 
@@ -134,7 +134,7 @@ def test_a_bug_keeps_its_traceback_and_nobody_hangs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_several_processes_do_not_do(tmp_path: Path, argument: str, words: str) -> None:
+def test_pipelines_of_one_process_refuse_several(tmp_path: Path, argument: str, words: str) -> None:
     ended = chorus(tmp_path, *(["pipeline=stage1"] * ("pipeline" not in argument)), argument)
     assert [each.status for each in ended] == [2, 2]
     assert "".join(each.err for each in ended).splitlines() == [words]
@@ -161,7 +161,7 @@ def test_processes_without_a_meeting_place_are_named(tmp_path: Path, monkeypatch
 def test_processes_that_do_not_know_of_each_other_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, starter: str
 ) -> None:
-    """Each would run all of it, in one folder."""
+    """Each would run the full job in the same folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, "4")
     ended = command(str(tmp_path), ["run_dir=run"])

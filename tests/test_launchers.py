@@ -56,7 +56,7 @@ def steps_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_a_sweep_with_plugins_trains_and_goes_on(launcher: str, tmp_path: Path) -> None:
+def test_a_sweep_with_plugins_trains_and_resumes(launcher: str, tmp_path: Path) -> None:
     plugins = f"plugins=[{EXAMPLES}/lattice.py,my_components.losses]"
     sweep = ["-m", *LAUNCHERS[launcher], plugins, "model/quantizer=lattice", "model.quantizer.levels=3,5", *SMALL]
     first = vqf(*sweep, "run_dir=sweep", "steps=2", folder=tmp_path)
@@ -100,7 +100,7 @@ def test_the_page_shows_the_script_for_slurm_as_it_is() -> None:
     assert f"```bash\n{script}```\n" in (ROOT / "docs" / "scale.md").read_text()
 
 
-def test_the_script_for_slurm_trains_and_goes_on(tmp_path: Path) -> None:
+def test_the_script_for_slurm_trains_and_resumes(tmp_path: Path) -> None:
     """On one node of two processes, with stand-ins for the two commands of SLURM that it calls."""
     commands = tmp_path / "bin"
     commands.mkdir()

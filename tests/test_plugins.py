@@ -1,4 +1,4 @@
-"""Components from outside: a file, a module, an installed package; and the three examples of the repository."""
+"""Plugins as a file, a module and an installed package, and the three examples of the repository."""
 
 import importlib
 import subprocess
@@ -33,7 +33,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated: None) -> Iterator[Write]:
-    """Write a module below a folder that is the current one, and forget its import afterwards."""
+    """Write a module into the current folder, and undo its import afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     before = set(sys.modules)
@@ -67,7 +67,7 @@ def test_a_module_of_a_package_registers_what_is_in_it(write: Write) -> None:
     assert "inner" in component_names("quantizer")
 
 
-def test_an_installed_package_needs_no_word(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_needs_no_option(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("site/installed_one.py", COMPONENT.format(name="installed"))
     write("site/installed_one-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: installed-one\nVersion: 1.0\n")
     write("site/installed_one-1.0.dist-info/entry_points.txt", "[vqf.components]\nany = installed_one\n")
@@ -84,7 +84,7 @@ def test_an_installed_package_needs_no_word(write: Write, tmp_path: Path, monkey
     )
 
 
-def test_what_cannot_be_loaded_is_said_in_a_line(write: Write, tmp_path: Path) -> None:
+def test_a_plugin_that_cannot_be_loaded_is_reported_in_a_line(write: Write, tmp_path: Path) -> None:
     write("json.py", "")
     write("statistics_of_mine.py", "")
     for module, message in {

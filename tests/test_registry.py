@@ -1,4 +1,4 @@
-"""From a signature to options of the command line, and from a config to an object."""
+"""The registry: from a signature to options on the command line, from a config node to an object."""
 
 import copy
 import pickle
@@ -210,22 +210,22 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),
     ],
 )
-def test_check_names_the_place_and_the_cure(kind: str, node: Any, message: str) -> None:
+def test_check_names_the_key_and_the_cure(kind: str, node: Any, message: str) -> None:
     with pytest.raises(RegistryError) as caught:
         check_options(kind, node)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_node_of_a_whole_config_says_where_it_stands() -> None:
+def test_errors_of_a_full_config_name_the_key() -> None:
     config = compose("model.quantizer.betta=1", "model.loss.l1.wait=2", "metric.psnr.peak=1", "optimizer.lrr=1")
     mistakes = config_errors(config)
-    places = ["model.quantizer.betta", "model.loss.l1.wait", "metric.psnr.peak", "optimizer.lrr"]
-    assert [line.split(":")[0] for line in mistakes] == places
+    keys = ["model.quantizer.betta", "model.loss.l1.wait", "metric.psnr.peak", "optimizer.lrr"]
+    assert [line.split(":")[0] for line in mistakes] == keys
     assert config_errors(compose()) == []
 
 
-def test_building_without_a_wired_value_says_what_there_is() -> None:
+def test_building_without_a_wired_value_names_the_offered_ones() -> None:
     with pytest.raises(RegistryError, match="'in_channels' has no default; a encoder is built with dim, image_size"):
         build("encoder", {"name": "conv"}, dim=1, image_size=2)
 
@@ -257,7 +257,7 @@ def test_a_constructor_refuses_in_its_own_words_and_bugs_stay_bugs(
     assert type(caught.value) is expected and str(caught.value) == message
 
 
-def test_several_at_once_stand_under_their_names() -> None:
+def test_several_components_are_nodes_by_name() -> None:
     config = compose("model/loss=[l1,l2]", "model.loss.l2.weight=0.5", "metric=[psnr]")
     assert OmegaConf.to_container(config.model.loss) == {
         "l1": {"name": "l1", "weight": 1.0},
@@ -271,7 +271,7 @@ class Draw:
         self.given = (count, label)
 
 
-def test_options_of_a_pipeline_are_words_of_their_own() -> None:
+def test_options_of_a_pipeline_are_top_level_keys() -> None:
     register("pipeline", "draw")(Draw)
     config = compose("pipeline=draw", "count=16")
     assert (config.pipeline, config.count, config.label) == ({"name": "draw"}, 16, None)

@@ -1,4 +1,4 @@
-"""The command line from end to end: where a run writes, how it ends, what it says."""
+"""The command line from end to end: the folder of a run, exit codes, output."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_a_plugin_that_is_not_there_ends_with_a_line(run: Run, capsys: pytest.Ca
     assert capsys.readouterr().err == f"plugins: no file 'nowhere.py' in {Path.cwd()}\n"
 
 
-def test_a_mistake_that_shows_late_ends_with_a_line_too(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_found_late_ends_with_a_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run("pipeline=toy", "do=refuse", "count=2")
     assert caught.value.code == 2
@@ -112,13 +112,13 @@ def test_a_sweep_runs_every_job_and_names_the_one_that_fails(run: Run, capsys: p
     assert jobs[0].parent == jobs[1].parent and jobs[0].parent.parent == Path("outputs/sweeps")
 
 
-def test_a_sweep_goes_where_it_is_told(run: Run) -> None:
+def test_a_sweep_writes_into_its_run_dir(run: Run) -> None:
     run("-m", "pipeline=toy", "count=4,6", "run_dir=all")
     assert [Path(folder, "count").read_text() for folder in folders(Path("all"))] == ["4", "6"]
 
 
 @pytest.mark.parametrize(("do", "bug"), [("break", IndexError), ("misread", ConfigAttributeError)])
-def test_a_bug_is_not_taken_for_a_mistake(run: Run, do: str, bug: type[Exception]) -> None:
+def test_a_bug_is_not_reported_as_a_mistake(run: Run, do: str, bug: type[Exception]) -> None:
     with pytest.raises(bug):
         run("pipeline=toy", f"do={do}")
 
@@ -150,9 +150,7 @@ def facts(folder: Path, pipeline: str) -> Path:
     return folder
 
 
-def test_resume_goes_on_with_the_newest_run_of_the_same_pipeline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_continues_the_newest_run_of_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base = Path("outputs/vqgan-ffhq")
     old, new, samples = facts(base / "1", "stage1"), facts(base / "2", "stage1"), facts(base / "3", "sample")
@@ -182,7 +180,9 @@ def test_resume_finds_a_run_of_which_half_of_hydras_file_is_left(
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints/step-00000010"])
-def test_what_acts_on_a_run_writes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+def test_a_pipeline_with_run_writes_beside_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "outputs" / "small-ffhq" / "now"
     for spelling in (run / inside, (run / inside).relative_to(tmp_path)):
@@ -191,7 +191,7 @@ def test_what_acts_on_a_run_writes_beside_it(tmp_path: Path, monkeypatch: pytest
 
 
 class Process:
-    """`python -m vqf.run` in a folder of its own."""
+    """`python -m vqf.run` in a separate process and folder."""
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         folder.mkdir()
@@ -207,14 +207,14 @@ class Process:
         )
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for it; gives status, stdout and stderr."""
+        """Wait for the process; returns exit code, stdout and stderr."""
         out, err = self.popen.communicate(timeout=120)
         return self.popen.returncode, out, err
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Process]]:
-    """Several commands at once; each costs seconds that are mostly torch's import."""
+    """Several commands at once, since each spends seconds on importing torch."""
     base = tmp_path_factory.mktemp("processes")
     commands = {"bug": ["do=break"], "refusal": ["do=refuse", "count=2"], "long": ["do=wait"]}
     started = {name: Process(base / name, arguments) for name, arguments in commands.items()}

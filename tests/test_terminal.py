@@ -1,4 +1,4 @@
-"""What a person sees: whatever a name holds, it can be shown."""
+"""Terminal output: names with any bytes can be printed; format of numbers, durations and sizes."""
 
 import logging
 

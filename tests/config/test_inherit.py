@@ -1,4 +1,4 @@
-"""A pipeline that acts on a run takes from it what the command line does not name."""
+"""A pipeline with run= takes the options of that run unless the command line sets them."""
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +37,7 @@ PLACES = ["data", "image_size", "model.prior"]
         (["steps", "run"], 64, "emoji", (4, 64)),
     ],
 )
-def test_what_is_named_wins(
+def test_options_of_the_command_line_win(
     monkeypatch: pytest.MonkeyPatch, named: list[str], size: int, data: str, prior: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(module, "cli_keys", lambda: named)
@@ -48,6 +48,6 @@ def test_what_is_named_wins(
     assert NOW.image_size == 256
 
 
-def test_outside_of_a_job_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_job_no_option_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # another test may have run a job in this process
     assert module.cli_keys() == []

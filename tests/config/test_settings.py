@@ -1,4 +1,4 @@
-"""The words of every run: what each may be, and that nothing is said in vain."""
+"""Options of every run: every one has a type and range, wrong values and unknown keys are reported."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def composed() -> DictConfig:
 
 
 def mistakes(config: DictConfig, **values: Any) -> list[str]:
-    """The lines about a config with some of its values replaced."""
+    """The messages about a config with some values replaced."""
     config = config.copy()
     with open_dict(config):
         for key, value in values.items():
@@ -36,16 +36,16 @@ def leaves(node: Any, prefix: str = "") -> set[str]:
     return {leaf for key, value in node.items() for leaf in leaves(value, f"{prefix}{key}.")}
 
 
-def test_every_word_of_the_config_has_its_rule() -> None:
+def test_every_option_of_the_config_has_a_type() -> None:
     own = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"))
     assert isinstance(own, dict)
-    words = {key: value for key, value in own.items() if key not in ("defaults", "hydra", *SECTIONS)}
-    assert leaves(words) == set(OPTIONS)
+    options = {key: value for key, value in own.items() if key not in ("defaults", "hydra", *SECTIONS)}
+    assert leaves(options) == set(OPTIONS)
     for name in SECTIONS:
         assert leaves(own[name]) <= set(OPTIONS)
 
 
-def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
+def test_the_default_config_is_valid(composed: DictConfig) -> None:
     assert mistakes(composed) == []
 
 
@@ -101,7 +101,7 @@ def test_what_is_composed_by_default_is_in_order(composed: DictConfig) -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_worded(
+def test_a_wrong_value_is_reported(
     composed: DictConfig, key: str, value: Any, line: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,13 +138,13 @@ def test_every_mistake_has_its_line(composed: DictConfig) -> None:
     assert len(lines) == 5
 
 
-def test_a_copy_of_a_wrong_word_is_not_told_twice(composed: DictConfig) -> None:
+def test_a_reference_to_a_wrong_value_is_not_reported_again(composed: DictConfig) -> None:
     assert OmegaConf.is_interpolation(composed.stage2, "steps")
     assert len(mistakes(composed, steps="many")) == 1
 
 
 @pytest.mark.usefixtures("isolated")
-def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
+def test_a_pipeline_may_not_have_an_option_of_every_run() -> None:
     class Greedy:
         def __init__(self, config: DictConfig, *, steps: int = 3, run: int = 4, count: int = 5) -> None: ...
 
@@ -157,7 +157,7 @@ def test_a_pipeline_may_not_take_a_word_that_every_run_has() -> None:
 
 
 @pytest.mark.parametrize("name", component_names("pipeline"))
-def test_options_of_the_pipelines_here_are_words_of_their_own(name: str) -> None:
+def test_options_of_the_pipelines_differ_from_those_of_every_run(name: str) -> None:
     needed = [each.name for each in find_component("pipeline", name).options.values() if each.default is each.empty]
     assert mistakes(compose(f"pipeline={name}", *(f"{option}=x" for option in needed))) == []
 
@@ -169,7 +169,7 @@ def presets() -> list[str]:
 
 
 @pytest.mark.parametrize("preset", presets())
-def test_every_preset_is_in_order(preset: str) -> None:
+def test_every_preset_is_valid(preset: str) -> None:
     several = any(facts.multiple for facts in KINDS.values() if preset.startswith(f"{facts.group}="))
     group, name = preset.split("=")
     assert mistakes(compose(f"{group}=[{name}]" if several else preset)) == []

@@ -1,4 +1,4 @@
-"""Saving beside the training: what a step waits for, what is kept, and what happens where the disk is full."""
+"""AsyncCheckpointer: training does not wait for the disk, retention, and a full disk."""
 
 import errno
 import logging
@@ -58,7 +58,7 @@ def saved(run: Path) -> list[int]:
 
 
 class Gate:
-    """A disk that writes when it is told to."""
+    """A disk whose writes the test releases one by one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.writes = threading.Event(), 0
@@ -84,14 +84,14 @@ def test_a_step_does_not_wait_for_the_disk(
     assert saved(tmp_path) == [1]
 
 
-def test_without_a_background_it_waits(tmp_path: Path) -> None:
+def test_without_background_a_save_waits(tmp_path: Path) -> None:
     saver = make(tmp_path, background=False)
     saver.save(snapshot(1))
     assert saved(tmp_path) == [1]
     saver.close()
 
 
-def test_a_slow_disk_passes_over_what_is_not_the_newest(
+def test_on_a_slow_disk_the_newest_snapshot_replaces_a_queued_one(
     saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate(monkeypatch)
@@ -105,8 +105,8 @@ def test_a_slow_disk_passes_over_what_is_not_the_newest(
     ]
 
 
-def test_a_slow_disk_does_not_pass_over_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for it but looks, of which any may be the best."""
+def test_on_a_slow_disk_the_best_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a validation waits for the disk, since its checkpoint may be the best."""
     words = ["evaluate.every=2", "checkpoint.every=1", "checkpoint.best=psnr", "checkpoint.keep=1"]
     original = checkpoint_writer.write_checkpoint
 
@@ -121,7 +121,7 @@ def test_a_slow_disk_does_not_pass_over_the_best(tmp_path: Path, monkeypatch: py
     assert saved(tmp_path) == sorted({max(seen, key=lambda step: seen[step]), 6})
 
 
-def test_a_look_is_noted_in_the_checkpoint_before_it(saver: AsyncCheckpointer, tmp_path: Path) -> None:
+def test_a_validation_is_stored_in_the_checkpoint_before_it(saver: AsyncCheckpointer, tmp_path: Path) -> None:
     saver.save(snapshot(1))
     saver.update_state(snapshot(1, psnr=30.0).state)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -130,9 +130,7 @@ def test_a_look_is_noted_in_the_checkpoint_before_it(saver: AsyncCheckpointer, t
     assert torch.equal(found.load_weights("model")["a"], torch.ones(3))
 
 
-def test_a_look_whose_checkpoint_found_no_room_is_noted_when_it_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_is_stored_when_a_failed_write_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = make(tmp_path, on_failure="continue")
     with monkeypatch.context() as patch:
         fill(patch)
@@ -144,7 +142,7 @@ def test_a_look_whose_checkpoint_found_no_room_is_noted_when_it_is_tried_again(
     saver.close()
 
 
-def test_a_look_that_cannot_be_noted_leaves_the_checkpoint_as_it_was(
+def test_a_validation_that_cannot_be_stored_leaves_the_checkpoint_unchanged(
     saver: AsyncCheckpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver.save(snapshot(1))
@@ -160,7 +158,7 @@ def test_a_look_that_cannot_be_noted_leaves_the_checkpoint_as_it_was(
     assert found and found.state["last_validation"] is None
 
 
-def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -171,7 +169,7 @@ def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("every", "kept"), [(None, [5, 7]), (4, [4, 5, 7])])
-def test_what_a_rollback_goes_back_to_is_kept(tmp_path: Path, every: int | None, kept: list[int]) -> None:
+def test_the_checkpoint_for_a_rollback_is_kept(tmp_path: Path, every: int | None, kept: list[int]) -> None:
     words = OmegaConf.create({**WORDS, "background": False})
     saver = AsyncCheckpointer(tmp_path, words, None, before_write=lambda: None, every=every)
     for step in (3, 4, 5, 7):
@@ -180,8 +178,8 @@ def test_what_a_rollback_goes_back_to_is_kept(tmp_path: Path, every: int | None,
     saver.close()
 
 
-def test_what_is_saved_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run goes on while the thread has not begun: neither weights nor moments of a later step get in."""
+def test_a_snapshot_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training continues before the thread starts: it must write neither weights nor moments of a later step."""
     gate = Gate(monkeypatch)
     kept: dict[int, Any] = {}
     step = TokenizerTask.step
@@ -217,13 +215,13 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, higher: bool, kept: 
     saver.close()
 
 
-def test_a_look_of_an_earlier_step_is_not_this_ones() -> None:
+def test_a_validation_of_an_earlier_step_does_not_count() -> None:
     state = {"step": 4, "last_validation": {"step": 2, "values": {"psnr": 30.0}}}
     assert BestCriterion("psnr", True).score(state) == -float("inf")
     assert BestCriterion("psnr", False).score({**state, "step": 2}) == -30.0
 
 
-def test_only_held_out_numbers_with_a_sense_can_be_best() -> None:
+def test_only_validation_metrics_with_a_direction_can_be_best() -> None:
     assert parse_best_criterion(None, {}) is None
     assert parse_best_criterion("dead", {"usage": True, "dead": False}) == BestCriterion("dead", higher_is_better=False)
     with pytest.raises(UserError) as caught:
@@ -245,13 +243,13 @@ def test_each_stage_has_the_best_that_it_can_measure(
 
 
 @pytest.mark.parametrize("pipeline", [Full, Stage2])
-def test_a_slip_in_the_best_shows_before_anything_is_made(tmp_path: Path, pipeline: type) -> None:
+def test_a_mistake_in_checkpoint_best_is_reported_before_anything_is_made(tmp_path: Path, pipeline: type) -> None:
     with pytest.raises(UserError, match=r"^checkpoint\.best: unknown validation metric 'ndb'\."):
         pipeline(compose("checkpoint.best=ndb"), tmp_path).run()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_best_look_is_saved_at_once_and_kept(tmp_path: Path) -> None:
+def test_a_new_best_validation_is_saved_at_once_and_kept(tmp_path: Path) -> None:
     words = ["evaluate.every=1", "checkpoint.every=50", "checkpoint.best=psnr", "checkpoint.keep=1", "steps=8"]
     Stage1(compose(*TINY, *words, "checkpoint.background=false"), tmp_path).run()
     seen = {line["step"]: line["validation/psnr"] for line in lines(tmp_path) if "validation/psnr" in line}
@@ -295,7 +293,7 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "save_file", full)
 
 
-def test_a_full_disk_can_be_gone_on_with(
+def test_training_can_continue_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = make(tmp_path, on_failure="continue")
@@ -316,7 +314,7 @@ def test_a_full_disk_can_be_gone_on_with(
     saver.close()
 
 
-def test_the_last_checkpoint_is_tried_again_and_is_never_lost_in_silence(
+def test_the_last_checkpoint_is_retried_and_never_lost_silently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = make(tmp_path, on_failure="continue")
@@ -330,7 +328,9 @@ def test_the_last_checkpoint_is_tried_again_and_is_never_lost_in_silence(
     saver.close()
 
 
-def test_a_bug_in_the_thread_is_no_full_disk(saver: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_the_thread_is_not_taken_for_a_full_disk(
+    saver: AsyncCheckpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(atomic, "save_file", lambda *_: {}["a bug"])
     saver.save(snapshot(1))
     with pytest.raises(KeyError, match="a bug"):
@@ -339,7 +339,7 @@ def test_a_bug_in_the_thread_is_no_full_disk(saver: AsyncCheckpointer, monkeypat
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "manifest.json"])
 def test_a_file_that_may_not_grow_is_a_full_disk_for_every_writer(tmp_path: Path, name: str) -> None:
-    """The operating system refuses, not a stand-in: safetensors and torch word that in ways of their own."""
+    """The operating system refuses the write: safetensors and torch report that in different ways."""
     path, big = tmp_path / name, torch.zeros(100_000)
     writers = {
         "model.safetensors": lambda: atomic.write_weights({"a": big}, path),
@@ -352,7 +352,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk_for_every_writer(tmp_path: Path
 
 
 class limited:  # noqa: N801
-    """Let no file grow beyond so many bytes."""
+    """Limit the size of every file, in bytes."""
 
     def __init__(self, size: int) -> None:
         self.size, self.before = size, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -370,7 +370,7 @@ class limited:  # noqa: N801
 def test_a_run_on_a_disk_that_is_full_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: str
 ) -> None:
-    """Steps 3 and 4 find no room, for checkpoints, log and images; the log loses no line of it."""
+    """The disk is full at steps 3 and 4, for checkpoints, log and images; the log loses no line."""
     caplog.set_level(logging.INFO, "vqf")
     Stage1(compose(*TINY), tmp_path / "whole").run()
     limit = limited(500)
@@ -414,7 +414,7 @@ print(done.returncode, *names, done.stderr, sep="\\n")
 
 
 def mounts() -> bool:
-    """Tell whether a process may mount a small disk of its own here."""
+    """Tell whether a process may mount a small file system here."""
     return subprocess.run([*OWN_DISKS, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: every fault is made for real."""
+"""The checkpoint format: damaged, foreign and half-written checkpoints are found; nothing in one runs code."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "state.json", "config.yaml", "manifest.json"])
 @pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, name: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -87,7 +87,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert open_checkpoint(save(tmp_path, 3)).step == 3
 
 
-def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_deleted(tmp_path: Path) -> None:
     save(tmp_path, 1)
     left = tmp_path / "checkpoints" / ".step-00000002.tmp-1234"
     left.mkdir()
@@ -99,10 +99,10 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", ["rename to its name", "delete what was there"])
-def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
+def test_while_one_checkpoint_replaces_another_one_is_always_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
-    """The only one, written anew by a process that dies in between."""
+    """The only checkpoint, written again by a process that is killed."""
     save(tmp_path, 3, keep=1)
 
     def killed(self: Path, target: Path) -> Path:
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_replaces_another_leaves_no_moment_without_one(
     assert found and torch.equal(found.load_weights("model")["a"], WEIGHTS["a"])
 
 
-def test_those_after_a_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoints_after_a_step_are_archived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step)
     checkpoint_writer.archive_later(tmp_path, 4)
@@ -139,7 +139,7 @@ def test_those_after_a_step_are_set_aside(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_nothing_in_a_checkpoint_runs_code(tmp_path: Path) -> None:
-    """Not even where the manifest was made to fit."""
+    """Not even if the manifest fits the changed file."""
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -155,7 +155,7 @@ def test_nothing_in_a_checkpoint_runs_code(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"optimizers\.pt has no optimizer states"):
         found.load_optimizers()
     assert not (tmp_path / "ran").exists()
-    torch.load(file, weights_only=False)  # it would have
+    torch.load(file, weights_only=False)  # without weights_only it runs
     assert (tmp_path / "ran").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_manifest_must_list_what_is_read(tmp_path: Path, name: str, there: boo
 
 
 def test_a_checkpoint_of_format_1_is_named_with_the_cure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In one line, where it is opened by name and where it is skipped."""
+    """In one line, both when it is opened by its path and when it is skipped."""
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_format_1_is_named_with_the_cure(tmp_path: Path, caplog:
     assert [record.getMessage() for record in caplog.records] == [f"skipping a broken checkpoint: {message}"]
 
 
-def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) -> None:
+def test_weights_that_are_not_in_the_manifest_are_not_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "ema.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(BrokenCheckpointError, match=r"ema\.safetensors is not in its manifest"):
@@ -207,14 +207,14 @@ def test_weights_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [None, "large", [16], [16, 16.5], [16, 0], [True, True]])
-def test_a_state_that_does_not_say_how_large_its_images_are(tmp_path: Path, size: Any) -> None:
+def test_a_state_without_a_valid_image_size(tmp_path: Path, size: Any) -> None:
     found = checkpoints.Checkpoint(tmp_path, {"image_size": size}, OmegaConf.create({}))
     with pytest.raises(BrokenCheckpointError, match=r"state\.json has no valid image_size"):
         _ = found.image_size
 
 
 @pytest.mark.parametrize(("key", "value"), [("channels", "3"), ("channels", 0), ("classes", None), ("classes", [1])])
-def test_a_state_with_something_else_in_place_of_a_fact(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_state_with_invalid_channels_or_classes(tmp_path: Path, key: str, value: Any) -> None:
     found = checkpoints.Checkpoint(tmp_path, {key: value}, OmegaConf.create({}))
     with pytest.raises(BrokenCheckpointError, match=r"state\.json has no valid"):
         getattr(found, key)
@@ -224,7 +224,7 @@ def find(path: object) -> checkpoints.Checkpoint:
     return find_checkpoint(path, lambda each: each.kind == "stage2", "the run of a prior", "train one")  # type: ignore[arg-type]
 
 
-def test_locate_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: Path) -> None:
+def test_find_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: Path) -> None:
     save(tmp_path / "stage1", 1)
     inside = save(tmp_path / "stage2", 2, kind="stage2")
     assert find(tmp_path).path == find(tmp_path / "stage2").path == find(inside).path == inside
@@ -242,7 +242,7 @@ def test_locate_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: 
         ),
     ],
 )
-def test_locate_says_what_is_wrong(tmp_path: Path, make: object, words: str) -> None:
+def test_find_reports_what_is_wrong(tmp_path: Path, make: object, words: str) -> None:
     with pytest.raises(UserError) as caught:
         find(make(tmp_path))  # type: ignore[operator]
     assert str(caught.value) == words.format(root=tmp_path)

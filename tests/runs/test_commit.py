@@ -1,4 +1,4 @@
-"""The commit of the working directory, asked for in a way that runs nothing of a foreign folder."""
+"""The commit of the working directory is read without running commands that the repository's config names."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def repository(folder: Path) -> str:
 
 
 @needs_git
-def test_the_commit_is_told_and_nothing_of_the_folder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_read_and_no_command_of_the_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = repository(tmp_path)
     (tmp_path / "canary").unlink(missing_ok=True)
     (tmp_path / "below").mkdir()
@@ -39,7 +39,7 @@ def test_the_commit_is_told_and_nothing_of_the_folder_runs(tmp_path: Path, monke
     assert not list(tmp_path.rglob("canary"))
 
 
-def test_without_a_repository_or_git_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_repository_or_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_commit() == {}

@@ -1,4 +1,4 @@
-"""What a run costs, as the clock and the operating system say."""
+"""ResourceMeter against the clock and the operating system."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from vqf.runs.provenance import ResourceMeter
 STATUS = Path("/proc/self/status")
 
 
-def test_work_and_waiting_are_told_apart() -> None:
+def test_cpu_time_excludes_waiting() -> None:
     meter = ResourceMeter()
     time.sleep(0.3)
     before = time.process_time()
@@ -24,7 +24,7 @@ def test_work_and_waiting_are_told_apart() -> None:
     assert 0.25 <= facts["processor_seconds"] <= facts["wall_seconds"] - 0.2
 
 
-def test_processes_that_have_ended_are_counted() -> None:
+def test_cpu_time_of_ended_processes_counts() -> None:
     meter = ResourceMeter()
     work = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", work], check=True)
@@ -32,7 +32,7 @@ def test_processes_that_have_ended_are_counted() -> None:
 
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="only Linux says so in a file")
-def test_memory_is_the_most_that_was_held() -> None:
+def test_memory_is_the_peak() -> None:
     block = bytearray(2**26)
     del block
     said = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())

@@ -1,4 +1,4 @@
-"""Going on: only as the run that was, and without a run being lost by a command that was not meant so."""
+"""Resuming: only with the same config and data, and no command overwrites a run by mistake. Out-of-memory messages."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_another_config_is_refused_with_every_difference(run: Path, words: list[
     )
 
 
-def test_other_images_are_another_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_training_images_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())["data"]
     monkeypatch.setattr(EmojiSplit, "_fingerprint", lambda self: "0123456789")
     assert f"the training images ({facts[:8]} → 01234567)" in refused(run)
@@ -78,18 +78,20 @@ def test_other_images_are_another_run(run: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "words", [["log.every=2", "evaluate.every=1", "checkpoint.keep=1", "metric=[psnr]", "nonfinite.action=skip"]]
 )
-def test_what_does_not_make_the_run_may_change(run: Path, words: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_options_that_do_not_affect_training_may_change(
+    run: Path, words: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     Stage1(compose(*SHORT, "resume=true", *words), run).run()
     assert "not bit for bit" not in caplog.text
 
 
-def test_what_changes_the_last_bits_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_that_change_rounding_are_logged(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     Stage1(compose(*SHORT, "resume=true", "steps=3", "accumulate=2"), run).run()
     assert "not bit for bit the run that was saved: steps 2 → 3, accumulate 1 → 2" in caplog.text
     assert lines(run)[-1]["step"] == 3
 
 
-def test_changes_that_are_wanted_take_effect(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_allowed_changes_take_effect(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["steps=4", "optimizer.lr=0.25", "schedule=constant", "allow_changes=true"]
     Stage1(compose(*SHORT, "resume=true", *words), run).run()
     assert "optimizer.lr 0.001 → 0.25, schedule cosine → constant, steps 2 → 4" in caplog.text
@@ -106,7 +108,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(run: Path) -> None:
     assert "size mismatch for quantizer" in line
 
 
-def test_a_discriminator_that_the_run_did_not_have_is_named(tmp_path: Path) -> None:
+def test_a_discriminator_that_the_run_does_not_have_is_named(tmp_path: Path) -> None:
     Stage1(compose(*SHORT, "model.discriminator=null", "model.adversary=null"), tmp_path).run()
     assert "its 'discriminator' does not fit this config: " in refused(tmp_path, "allow_changes=true")
 
@@ -124,7 +126,7 @@ def test_a_run_beyond_the_end_is_refused(run: Path) -> None:
     )
 
 
-def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
+def test_a_new_run_over_an_old_one_is_refused(run: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
         Stage1(compose(*SHORT), run).run()
@@ -135,8 +137,8 @@ def test_starting_anew_over_a_run_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", ["true", "false", "{run}"])
-def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(run: Path, resume: str) -> None:
-    """Neither begun anew nor cleared: a copy of the checkpoints may exist."""
+def test_a_run_without_an_intact_checkpoint_is_not_changed(run: Path, resume: str) -> None:
+    """Neither restarted nor deleted: the user may have a backup of the checkpoints."""
     (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000001")
     shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002")
     for folder in (run / "checkpoints").iterdir():
@@ -154,7 +156,7 @@ def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(run: Path, resume: st
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_what_is_refused_leaves_a_run_as_it_was(run: Path) -> None:
+def test_a_refused_command_does_not_change_the_run(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     refused(run, "optimizer.lr=0.1")
     refused(run, "model.quantizer.codebook_size=32", "allow_changes=true")
@@ -162,15 +164,15 @@ def test_what_is_refused_leaves_a_run_as_it_was(run: Path) -> None:
 
 
 class EndedError(Exception):
-    """Stands for a process that a scheduler ends while it looks at held-out images."""
+    """Raised in place of a scheduler's kill during validation."""
 
 
 @pytest.mark.parametrize(("every", "step"), [(2, 2), (50, 6)])
 @pytest.mark.parametrize("told", [False, True])
-def test_a_process_that_ends_in_a_look_loses_nothing(
+def test_a_process_killed_during_validation_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int, told: bool
 ) -> None:
-    """Neither in one between two steps nor in the last, be it in the middle or when the log has its numbers."""
+    """In a validation between two steps and in the last one, before and after its metrics are logged."""
     words = [*TINY, f"evaluate.every={every}", "checkpoint.every=50", "checkpoint.best=psnr"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     Stage1(compose(*words), whole).run()
@@ -190,8 +192,8 @@ def test_a_process_that_ends_in_a_look_loses_nothing(
     assert left and right and left.state == right.state and not left.state["validation_due"]
 
 
-def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the folder of another run, which has no checkpoint to note it in."""
+def test_a_pending_validation_is_done_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of another run, which has no checkpoint to store it in."""
     words = [*TINY, "checkpoint.every=50"]
     Stage1(compose(*words), tmp_path / "whole").run()
 
@@ -207,7 +209,7 @@ def test_a_look_that_is_due_is_taken_where_the_run_goes_on(tmp_path: Path, monke
     assert found and whole and found.state == whole.state
 
 
-def test_going_on_from_another_run_does_not_write_over_one(run: Path, tmp_path: Path) -> None:
+def test_resuming_from_another_run_does_not_overwrite_one(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     with pytest.raises(UserError, match="holds a run at step 2"):
         Stage1(compose(*SHORT, f"resume={other}"), run).run()
@@ -220,7 +222,9 @@ def test_a_finished_run_is_not_run_again(run: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_going_back_in_time_sets_the_later_ones_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_an_earlier_step_archives_the_later_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Stage1(compose(*TINY, "checkpoint.keep=2"), tmp_path).run()
     names = [f"step-0000000{step}" for step in (4, 6)]
     checkpoints = tmp_path / "checkpoints"
@@ -233,8 +237,8 @@ def test_going_back_in_time_sets_the_later_ones_aside(tmp_path: Path, caplog: py
     assert (checkpoints / "aside-step-00000006" / "model.safetensors").read_bytes() == before
 
 
-def test_a_damaged_one_does_not_push_out_those_that_count(tmp_path: Path) -> None:
-    """The newest is broken, only one is kept: the run must go on from the one before, and keep what it then saves."""
+def test_a_damaged_checkpoint_does_not_displace_intact_ones(tmp_path: Path) -> None:
+    """The newest is broken and keep=1: the run must resume from the one before, and keep what it saves next."""
     Stage1(compose(*TINY), tmp_path).run()
     (tmp_path / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
     whole = lines(tmp_path)
@@ -305,14 +309,14 @@ def test_an_allocation_that_this_machine_refuses() -> None:
         torch.empty(2**60)
 
 
-def test_what_cannot_be_lowered_is_not_offered() -> None:
+def test_options_that_cannot_be_lowered_are_not_suggested() -> None:
     with pytest.raises(UserError) as caught, explain_oom("here", "stage2", config(batch_size=1, precision="bf16")):
         raise MemoryError
     assert "accumulate" not in str(caught.value) and "batch_size" not in str(caught.value)
     assert "bf16" not in str(caught.value)
 
 
-def test_a_bug_is_no_lack_of_memory() -> None:
+def test_a_bug_is_not_reported_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match=r"^a bug$"), explain_oom("here", "stage2", config()):
         raise RuntimeError("a bug")
 

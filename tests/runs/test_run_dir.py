@@ -1,4 +1,4 @@
-"""A folder belongs to one run at a time; where it cannot be written that is one line, before anything is made."""
+"""One process at a time in a run's folder; an unwritable folder is reported in one line before anything is made."""
 
 import multiprocessing
 import os
@@ -39,14 +39,14 @@ def holding(folder: Path, seconds: float = 60) -> Process:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[Process]:
-    """Another process that runs in a folder."""
+    """Another process that holds the lock of a folder."""
     process = holding(tmp_path)
     yield process
     process.kill()
     process.join()
 
 
-def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: Process) -> None:
+def test_one_process_holds_the_lock_until_it_ends(tmp_path: Path, other: Process) -> None:
     with pytest.raises(UserError) as caught, folder_lock(tmp_path):
         pass
     assert str(caught.value) == (
@@ -59,8 +59,8 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path, other: Pr
         pass
 
 
-def test_a_process_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
-    """As one that loads images does for a moment."""
+def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """As a worker of a data loader does for a moment."""
     with folder_lock(tmp_path):
         if (child := os.fork()) == 0:
             time.sleep(60)
@@ -73,7 +73,7 @@ def test_a_process_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> Non
 
 
 def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that is refused; returns its only line."""
+    """Run a command that is refused and return its only line."""
     sys.argv[1:] = list(arguments)
     with pytest.raises(SystemExit) as caught:
         main()
@@ -94,7 +94,7 @@ def trained(run: Run, tmp_path: Path) -> Path:  # noqa: F811
     return tmp_path / "run"
 
 
-def test_what_is_refused_leaves_the_record_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_command_does_not_change_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, words = contents(trained), [*TINY, "logger=[report]", f"run_dir={trained}"]
     assert {"config.yaml", "summary.json", "report.html", "log.txt"} <= {Path(name).name for name in before}
     capsys.readouterr()
@@ -123,7 +123,7 @@ def test_two_commands_do_not_share_a_run(tmp_path: Path, other: Process, capsys:
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("words", [TINY, ["pipeline=sample", "run=."]])
-def test_a_folder_that_cannot_be_one(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_cannot_be_a_folder(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         assert "cannot be written (" in ends(capsys, *words, f"run_dir={place}")

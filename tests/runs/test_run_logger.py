@@ -1,4 +1,4 @@
-"""The record of a run: only whole lines, none twice, and none lost where a disk is full for a while."""
+"""RunLogger: metrics.jsonl has only complete lines, none twice, and loses none while the disk is full."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from vqf.runs.run_logger import RunLogger
 
 
 class Recorder:
-    """A logger that remembers, or that finds no room."""
+    """A logger that records calls, or raises an error."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.seen = error, list[Any]()
@@ -41,42 +41,44 @@ def steps(run: Path) -> list[int]:
 
 
 @given(st.integers(0, 6), st.integers(0, 300))
-def test_a_log_cut_anywhere_goes_on_with_whole_lines(
+def test_a_log_truncated_anywhere_continues_with_complete_lines(
     tmp_path_factory: pytest.TempPathFactory, at: int, cut: int
 ) -> None:
-    """A process is killed in the middle of a line, and another goes on from step `at`."""
+    """A process is killed in the middle of a line, and another resumes from step `at`."""
     run = tmp_path_factory.mktemp("run")
-    journal = RunLogger(run, [])
+    run_logger = RunLogger(run, [])
     for step in range(1, 7):
-        journal.scalars(step, {"loss": step / 7})
+        run_logger.scalars(step, {"loss": step / 7})
     path = run / "metrics.jsonl"
     whole = path.read_bytes()
     kept = whole[: len(whole) - cut]
     path.write_bytes(kept)
     found = kept.count(b"\n") + (not kept.endswith(b"\n") and kept.endswith(b"}"))
-    journal = RunLogger(run, [])
-    journal.truncate_after(at)
+    run_logger = RunLogger(run, [])
+    run_logger.truncate_after(at)
     assert steps(run) == list(range(1, min(at, found) + 1))
-    journal.scalars(9, {"loss": 1.0})
+    run_logger.scalars(9, {"loss": 1.0})
     assert steps(run)[-1] == 9 and len(steps(run)) == min(at, found) + 1
 
 
-@pytest.mark.parametrize(("looked", "left"), [(True, ["loss", "validation/psnr"]), (False, ["loss"])])
-def test_a_look_that_the_checkpoint_does_not_know_is_forgotten(tmp_path: Path, looked: bool, left: list[str]) -> None:
-    journal = RunLogger(tmp_path, [])
+@pytest.mark.parametrize(("validated", "expected"), [(True, ["loss", "validation/psnr"]), (False, ["loss"])])
+def test_a_validation_that_the_checkpoint_lacks_is_deleted(
+    tmp_path: Path, validated: bool, expected: list[str]
+) -> None:
+    run_logger = RunLogger(tmp_path, [])
     for step in (1, 2):
-        journal.scalars(step, {"loss": 1.0})
-        journal.scalars(step, {"validation/psnr": 30.0})
-    journal.truncate_after(2, looked)
+        run_logger.scalars(step, {"loss": 1.0})
+        run_logger.scalars(step, {"validation/psnr": 30.0})
+    run_logger.truncate_after(2, validated)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [key for line in found if line["step"] == 1 for key in list(line)[2:]] == ["loss", "validation/psnr"]
-    assert [key for line in found if line["step"] == 2 for key in list(line)[2:]] == left
+    assert [key for line in found if line["step"] == 2 for key in list(line)[2:]] == expected
 
 
-def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = RunLogger(tmp_path, [])
-    journal.scalars(1, {"loss": 1.0})
-    journal.scalars(2, {"loss": 2.0})
+def test_a_process_killed_while_it_truncates_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_logger = RunLogger(tmp_path, [])
+    run_logger.scalars(1, {"loss": 1.0})
+    run_logger.scalars(2, {"loss": 2.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def killed(*_: Any) -> None:
@@ -84,15 +86,15 @@ def test_a_process_killed_while_it_rewinds_loses_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        journal.truncate_after(1)
+        run_logger.truncate_after(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_lines_wait_for_room_and_half_of_one_is_taken_back(
+def test_lines_wait_for_disk_space_and_half_a_line_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = RunLogger(tmp_path, [])
-    journal.scalars(1, {"loss": 1.0})
+    run_logger = RunLogger(tmp_path, [])
+    run_logger.scalars(1, {"loss": 1.0})
     opened = Path.open
 
     class Full:
@@ -112,35 +114,35 @@ def test_lines_wait_for_room_and_half_of_one_is_taken_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda self, *mode: Full(opened(self, *mode)))
-        journal.scalars(2, {"loss": 2.0})
-        journal.scalars(3, {"loss": 3.0})
+        run_logger.scalars(2, {"loss": 2.0})
+        run_logger.scalars(3, {"loss": 3.0})
     assert steps(tmp_path) == [1]
-    journal.scalars(4, {"loss": 4.0})
+    run_logger.scalars(4, {"loss": 4.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
     assert [record.getMessage() for record in caplog.records] == [
         "metrics.jsonl cannot be written: No space left on device; the run continues"
     ]
 
 
-def test_a_logger_without_room_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_on_a_full_disk_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full, good = Recorder(OSError(errno.ENOSPC, "No space left on device")), Recorder()
-    journal = RunLogger(tmp_path, [full, good])
-    journal.scalars(1, {"loss": 1.0})
-    journal.images(1, "samples", torch.zeros(1, 3, 1, 1))
-    journal.close()
+    run_logger = RunLogger(tmp_path, [full, good])
+    run_logger.scalars(1, {"loss": 1.0})
+    run_logger.images(1, "samples", torch.zeros(1, 3, 1, 1))
+    run_logger.close()
     assert good.seen == [1, "samples", "close"]
     assert len(caplog.records) == 1
 
 
-def test_a_bug_in_a_logger_is_no_full_disk(tmp_path: Path) -> None:
-    journal = RunLogger(tmp_path, [Recorder(KeyError("a bug"))])
+def test_a_bug_in_a_logger_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    run_logger = RunLogger(tmp_path, [Recorder(KeyError("a bug"))])
     with pytest.raises(KeyError, match="a bug"):
-        journal.scalars(1, {"loss": 1.0})
+        run_logger.scalars(1, {"loss": 1.0})
 
 
 def test_details_keep_the_newest_of_every_name(tmp_path: Path) -> None:
-    journal = RunLogger(tmp_path, [])
-    journal.write_details({"codes": {"counts": [1]}, "best": {}})
-    journal.write_details({"codes": {"counts": [2]}})
-    journal.write_details({})
+    run_logger = RunLogger(tmp_path, [])
+    run_logger.write_details({"codes": {"counts": [1]}, "best": {}})
+    run_logger.write_details({"codes": {"counts": [2]}})
+    run_logger.write_details({})
     assert json.loads((tmp_path / "details.json").read_text()) == {"codes": {"counts": [2]}, "best": {}}

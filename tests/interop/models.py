@@ -1,4 +1,4 @@
-"""Models of other projects with random weights, and what each makes of an image."""
+"""Models of other projects with random weights, and their codes and images for comparison."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def run_vqgan(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spread(codes: Tensor, latents: Tensor, unit: bool = False) -> None:
-    """Move codes among latents (B, d, h, w), so that many are chosen and none by a hair."""
+    """Move code vectors among latents (B, d, h, w), so that many codes are used and no two are nearly equidistant."""
     with torch.no_grad():
         flat = rearrange(latents, "b d h w -> (b h w) d")
         moved = flat[torch.randint(len(flat), (len(codes),))] + 0.1 * flat.std() * torch.randn_like(codes)
@@ -72,7 +72,7 @@ def gumbel() -> Peer:
 
 
 def latent_diffusion(attention: bool) -> Peer:
-    """The reference's classes in the shapes of latent-diffusion: few channels, and no attention but in the middle."""
+    """The reference's classes with latent-diffusion's sizes: few channels, attention in the middle only."""
     peer = vqgan(attn_resolutions=[], z_channels=CODE_DIM)
     if not attention:
         peer.model.encoder.mid.attn_1 = peer.model.decoder.mid.attn_1 = nn.Identity()
@@ -173,7 +173,7 @@ def llamagen() -> Peer:
 
 
 def janus() -> Peer:
-    """transformers' JanusVQVAE. It searches without normalising and looks up with: codes of length 1 agree on both."""
+    """transformers' JanusVQVAE. It searches without normalizing and looks up with: codes of length 1 agree on both."""
     transformers = need("transformers")
     config = transformers.models.janus.JanusVQVAEConfig(
         embed_dim=CODE_DIM,

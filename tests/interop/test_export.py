@@ -1,4 +1,4 @@
-"""`pipeline=export`: the peers' own classes load what vqf writes, whole, and compute the same; and it comes back."""
+"""`pipeline=export`: the other projects load the export strictly and compute the same; re-importing it is exact."""
 
 import copy
 import json
@@ -93,7 +93,7 @@ def reimport(folder: Path, path: Path) -> Any:
 
 
 def taming_model(path: Path, prefix: str = "") -> Any:
-    """Build what the yaml beside a checkpoint describes, and fill it strictly."""
+    """Build the model of the yaml beside a checkpoint and load the weights strictly."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(path.with_suffix(".yaml")).model)
     module, name = settings["target"].rsplit(".", 1)
     model = getattr(taming(module.removeprefix("taming.")), name)(**settings["params"])
@@ -150,7 +150,7 @@ def test_diffusers_loads_it_and_computes_the_same(codebook: str, attention: bool
 @pytest.mark.parametrize(
     ("codebook", "to"), [*((each, "taming") for each in CODEBOOKS), *((each, "diffusers") for each in CODEBOOKS[:-1])]
 )
-def test_round_trip_is_equal_to_the_bit(codebook: str, to: str, tmp_path: Path) -> None:
+def test_round_trip_is_bitwise_equal(codebook: str, to: str, tmp_path: Path) -> None:
     save(tmp_path / "run", f"model/quantizer={codebook}", *(["model.encoder.dim=8"] if codebook == "gumbel" else []))
     path = export(tmp_path / "run", to, tmp_path / ("out.ckpt" if to == "taming" else "out"))
     found, original = reimport(tmp_path / "back", path), latest_checkpoint(tmp_path / "run")
@@ -192,7 +192,7 @@ def test_discriminator_and_optimizers_make_the_round_trip(tmp_path: Path) -> Non
 
 
 def test_the_order_of_adam_is_the_reference_s(tmp_path: Path) -> None:
-    """The reference's own optimizer takes the state, and every entry lies with the parameter of its shape and name."""
+    """The reference's optimizer loads the state, and every entry belongs to the parameter of its shape and name."""
     save(tmp_path / "run", "model/quantizer=vq_published")
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     model, original = taming_model(path), latest_checkpoint(tmp_path / "run")
@@ -209,7 +209,7 @@ def test_the_order_of_adam_is_the_reference_s(tmp_path: Path) -> None:
         assert torch.equal(from_vq_model(moments)[name], ours[number]["exp_avg"]), name
 
 
-def test_averaged_weights_are_what_is_written(tmp_path: Path) -> None:
+def test_ema_weights_are_exported(tmp_path: Path) -> None:
     save(tmp_path / "run", ema=True)
     path = export(tmp_path / "run", "taming", tmp_path / "out.ckpt")
     whole, original = torch.load(path, weights_only=True), latest_checkpoint(tmp_path / "run")
@@ -249,7 +249,7 @@ def save_prior(folder: Path, tokenizer: Tokenizer, *words: str, classes: int = 0
 
 
 def check_back(folder: Path, path: Path, generator: Generator) -> Generator:
-    """Import what was exported: every weight, and all that AdamW remembers, is equal to the bit."""
+    """Import an export: every weight and every state of AdamW is bitwise equal."""
     found, original = reimport(folder, path), latest_checkpoint(path.parent / "run")
     assert original is not None
     again = vqf.load(folder)
@@ -308,8 +308,8 @@ def test_adamw_of_a_transformer_in_the_reference_s_order(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("downsample", [1, 2])
 @pytest.mark.parametrize("quantizer", ["vq_published", "ema"])
-def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_path: Path) -> None:
-    """With the tokenizer of the maps as the first stage of its own that the reference calls cond_stage_model."""
+def test_a_transformer_conditioned_on_maps(downsample: int, quantizer: str, tmp_path: Path) -> None:
+    """With the tokenizer of the maps as the reference's cond_stage_model."""
     words = ["model/quantizer=vq_published", "model/conditioner=spatial"]
     words.append(f"model.conditioner.spatial.downsample={downsample}")
     tokenizer = save(tmp_path / "first", "model/quantizer=vq_published")
@@ -351,7 +351,7 @@ def test_a_transformer_that_draws_by_maps(downsample: int, quantizer: str, tmp_p
         (["model/conditioner=coordinates"], "to=taming: model/conditioner=coordinates: it knows none, label, or"),
     ],
 )
-def test_a_condition_that_has_no_place_there(words: list[str], message: str, tmp_path: Path) -> None:
+def test_a_condition_that_taming_does_not_have(words: list[str], message: str, tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "first", "model/quantizer=vq_published")
     save(tmp_path / "maps", "model/quantizer=vq_published")
     words = ["model/quantizer=vq_published", "model.prior.shared_vocabulary=false", *words]
@@ -361,7 +361,7 @@ def test_a_condition_that_has_no_place_there(words: list[str], message: str, tmp
     assert not (tmp_path / "out.ckpt").exists()
 
 
-def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
+def test_ema_weights_of_a_transformer_are_exported_without_an_optimizer_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -397,7 +397,7 @@ def test_averaged_weights_of_a_transformer_go_without_an_optimizer_state(
         ),
     ],
 )
-def test_what_has_no_place_there(words: list[str], to: str, message: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_exported(words: list[str], to: str, message: str, tmp_path: Path) -> None:
     save(tmp_path / "run", *words)
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", to, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""`pipeline=import`: a checkpoint of the reference's own classes becomes a run that everything else accepts."""
+"""`pipeline=import`: a checkpoint written by the reference's classes becomes a run that other pipelines accept."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Optimizer], Path]:
-    """The reference's model after four steps of both players, its optimizers, and the file that Lightning writes."""
+    """The reference's model after four steps of both optimizers, the optimizers, and a file as Lightning writes it."""
     torch.manual_seed(0)
     taming_lpips()
     target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
@@ -91,7 +91,7 @@ def test_vqf_load_gives_the_reference_s_codes_and_images(trained: Any, imported:
         assert difference(tokenizer.decode(indices), expected.clamp(-1, 1)) <= 1e-5
 
 
-def test_the_run_says_what_it_is(trained: Any, imported: Path) -> None:
+def test_the_run_has_config_and_report(trained: Any, imported: Path) -> None:
     found = latest_checkpoint(imported)
     assert found is not None
     assert (found.kind, found.step, found.state["image_size"]) == ("stage1", STEPS, [NOMINAL, NOMINAL])
@@ -141,7 +141,7 @@ def test_both_optimizers_take_the_step_that_the_reference_s_take(trained: Any, i
             torch.testing.assert_close(parameter, named[key], rtol=0, atol=1e-7, msg=key)
 
 
-def test_training_goes_on(imported: Path, image_folder: Path) -> None:
+def test_training_continues(imported: Path, image_folder: Path) -> None:
     """By the presets in the run's folder, as `--config-dir` finds them."""
     conf = f"hydra.searchpath=[file://{imported}/conf]"
     words = ["experiment=imported", "model/loss=[l1]", f"steps={STEPS + 2}", "checkpoint.keep=0"]
@@ -170,7 +170,7 @@ def weights_only(path: Path, **changes: Tensor) -> Path:
     return path
 
 
-def test_without_optimizers_and_discriminator_both_start_afresh(tmp_path: Path) -> None:
+def test_missing_optimizers_and_discriminator_are_initialized(tmp_path: Path) -> None:
     path = weights_only(tmp_path / "weights.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
@@ -191,7 +191,7 @@ def test_names_that_ddp_has_wrapped(tmp_path: Path) -> None:
     assert torch.equal(tokenizer.last_layer.weight, state["decoder.conv_out.weight"])
 
 
-def test_numbers_that_are_not_finite_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nonfinite_tensors_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bias = torch.tensor([0.0, float("nan"), 0.0])
     path = weights_only(tmp_path / "last.ckpt", **{"decoder.conv_out.bias": bias})
     run(tmp_path / "run", "pipeline=import", f"path={path}")
@@ -211,7 +211,7 @@ def test_a_run_is_not_mixed_with_another(taken: str, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / taken).rglob("*") if path.is_file()} == before
 
 
-def test_averages_become_the_run_s(tmp_path: Path) -> None:
+def test_ema_weights_are_imported(tmp_path: Path) -> None:
     state = vq_model(torch.float32).state_dict()
     path = tmp_path / "last.ckpt"
     average = {f"model_ema.{name.replace('.', '')}": each + 1 for name, each in state.items()}
@@ -226,14 +226,14 @@ def test_averages_become_the_run_s(tmp_path: Path) -> None:
     assert torch.equal(tokenizer.quantizer.codebook.weight, state["quantize.embedding.weight"] + 1)
 
 
-def test_a_discriminator_that_vqf_has_not_is_left_by_name(tmp_path: Path) -> None:
+def test_an_unknown_discriminator_is_skipped_by_name(tmp_path: Path) -> None:
     path = weights_only(tmp_path / "last.ckpt", **{"loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4)})
     run(tmp_path / "run", "pipeline=import", f"path={path}")
     text = (tmp_path / "run" / "import-report.txt").read_text()
     assert "loss.discriminator.main.0.weight: a discriminator other than PatchGAN with batch norm" in text
 
 
-def test_a_foreign_optimizer_is_left_with_a_reason(trained: Any, tmp_path: Path) -> None:
+def test_a_foreign_optimizer_state_is_skipped_with_a_reason(trained: Any, tmp_path: Path) -> None:
     whole = torch.load(trained[2], weights_only=True)
     whole["optimizer_states"][0]["param_groups"][0]["params"].pop()
     whole["optimizer_states"][1]["state"][0]["exp_avg"] = torch.zeros(1)

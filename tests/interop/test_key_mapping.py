@@ -1,4 +1,4 @@
-"""The tables, read both ways: names of tokenizers of any shape go to every layout and come back."""
+"""The tables of tensor names work in both directions, for models of any shape and every layout."""
 
 from typing import Any
 

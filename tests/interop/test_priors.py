@@ -1,4 +1,4 @@
-"""The reference's transformers with their first stage, imported: the same logits, and runs that sample."""
+"""Imported transformers of the reference give the same logits, and their runs can sample."""
 
 import shutil
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_class_conditional(dtype: torch.dtype, tmp_path: Path) -> None:
     assert generator.sample(2, label=3).shape == (2, 3, NOMINAL, NOMINAL)
 
 
-def test_training_does_not_go_on_with_other_classes(tmp_path: Path) -> None:
+def test_training_does_not_continue_with_other_classes(tmp_path: Path) -> None:
     imported(save(net2net(LABELLED, N), tmp_path / "last.ckpt"), f"classes={CLASSES}")
     found = latest_checkpoint(tmp_path / "run")
     assert found is not None
@@ -101,7 +101,7 @@ def test_training_does_not_go_on_with_other_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_unconditional(start: int, tmp_path: Path) -> None:
-    """The published start token is embedded like code 0; another one gets a table of its own."""
+    """The published start token shares the embedding of code 0; another one gets its own table."""
     model = net2net(UNCONDITIONAL, N, sos_token=start)
     path = save(model, tmp_path / "last.ckpt")
     write_settings(path, sos_token=start)
@@ -114,7 +114,7 @@ def test_unconditional(start: int, tmp_path: Path) -> None:
     assert generator.sample(2).shape == (2, 3, NOMINAL, NOMINAL)
 
 
-def test_what_the_settings_say(tmp_path: Path) -> None:
+def test_options_from_the_settings(tmp_path: Path) -> None:
     path = save(net2net(LABELLED, N), tmp_path / "last.ckpt")
     transformer = {"params": {"n_head": 4, **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1)}}
     first = {"params": {"ddconfig": {"resolution": NOMINAL}}}
@@ -129,7 +129,7 @@ def test_what_the_settings_say(tmp_path: Path) -> None:
     assert import_checkpoint(path, options=ImportOptions(heads=8, classes=2)).nodes["prior"]["heads"] == 8
 
 
-def test_heads_that_nobody_tells(tmp_path: Path) -> None:
+def test_heads_are_assumed_if_unknown(tmp_path: Path) -> None:
     found = import_checkpoint(save(net2net(UNCONDITIONAL, N), tmp_path / "last.ckpt"), size=(NOMINAL, NOMINAL))
     assert found.nodes["prior"]["heads"] == 16
     assert "number of attention heads unknown: 16 assumed, give heads= if it is another" in found.report.notes
@@ -173,7 +173,7 @@ def test_its_optimizer_takes_the_step_that_the_reference_s_takes(tmp_path: Path)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("unmasked", [0, 3])
 def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> None:
-    """Its tokenizer becomes a run of its own, of depth (1 channel), images or classes; the prior draws by maps."""
+    """The tokenizer of the maps (depth, images or classes) becomes a separate run; the prior samples from maps."""
     condition = {"target": "taming.models.vqgan.VQModel", "params": network(channels)}
     model = net2net(condition, 2 * N, n_unmasked=unmasked)
     generator = imported(save(model, tmp_path / "last.ckpt"))
@@ -183,7 +183,7 @@ def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> No
     x, maps = make_images(), torch.rand(4, channels, NOMINAL, NOMINAL) * 2 - 1
     with torch.no_grad():
         _, codes = model.encode_to_z(x)
-        # Not encode_to_c: with a map it fails on the flat indices of its own tokenizer (their issue 110).
+        # Not encode_to_c: with a map it fails on the flat indices of its own tokenizer (taming-transformers issue 110).
         prefix = model.cond_stage_model.encode(maps)[2][2].reshape(4, N)
         expected = model.transformer(torch.cat((prefix, codes), 1)[:, :-1])[0][:, N - 1 :]
         told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=maps)))
@@ -193,13 +193,13 @@ def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> No
     text = (tmp_path / "run" / "import-report.txt").read_text()
     assert "1 of 32 positions are skipped: no token is ever there" in text
     assert generator.sample(4, conditions=maps).shape == (4, 3, NOMINAL, NOMINAL)
-    shutil.rmtree(tmp_path / "run-condition")  # the run holds all that it needs
+    shutil.rmtree(tmp_path / "run-condition")  # the run itself has all weights
     again = vqf.load(tmp_path / "run")
     assert torch.equal(again.sample(4, conditions=maps), generator.sample(4, conditions=maps))  # type: ignore[union-attr]
 
 
-def test_a_condition_that_the_file_does_not_hold_is_kept_as_it_is(tmp_path: Path) -> None:
-    """Coordinates, say: the weights stay, and the run reconstructs."""
+def test_a_condition_whose_tokenizer_is_not_in_the_file(tmp_path: Path) -> None:
+    """For example coordinates: the weights are imported, and the run can reconstruct."""
     tensors = {name: each for name, each in net2net(spatial(), 2 * N).state_dict().items() if "cond_stage" not in name}
     torch.save({"state_dict": tensors}, tmp_path / "last.ckpt")
     run(tmp_path / "run", "pipeline=import", f"path={tmp_path / 'last.ckpt'}", *TINY)

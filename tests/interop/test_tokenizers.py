@@ -1,4 +1,4 @@
-"""Tokenizers of other projects, written by their own classes: imported, they give the same codes and images."""
+"""Imported tokenizers of other projects give the same codes and images as their own classes."""
 
 import json
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ def test_same_codes_and_images(name: str, tmp_path: Path) -> None:
         check(rebuilt(found), peer, dtype)
 
 
-def test_sizes_are_read_off_the_tensors(tmp_path: Path) -> None:
+def test_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
     found = import_checkpoint(save(vqgan(num_res_blocks=1).model.state_dict(), tmp_path / "last.ckpt"), size=SIZE)
     sizes = {
         "channels": SHAPE["ch"],
@@ -115,7 +115,7 @@ def test_a_model_inside_a_larger_one_in_several_files(tmp_path: Path) -> None:
     check(rebuilt(found), peer, torch.float32)
 
 
-def test_averages_of_latent_diffusion(tmp_path: Path) -> None:
+def test_ema_weights_of_latent_diffusion(tmp_path: Path) -> None:
     peer = PEERS["ldm"]()
     shadow = {f"model_ema.{name.replace('.', '')}": each + 1 for name, each in peer.model.named_parameters()}
     more = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
@@ -139,7 +139,7 @@ def test_a_file_of_llamagen(tmp_path: Path) -> None:
 
 
 def test_training_state_of_llamagen(tmp_path: Path) -> None:
-    """Both Adams, over the parameters in the order in which the modules register them."""
+    """Two Adam states, over the parameters in the order in which the modules register them."""
     model, judge = PEERS["llamagen"]().model, taming("modules.discriminator.model").NLayerDiscriminator(ndf=8)
     optimizers = [torch.optim.Adam(each.parameters(), lr=1e-4, betas=(0.9, 0.95)) for each in (model, judge)]
     for optimizer in optimizers:
@@ -170,7 +170,7 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert {each.dtype for each in found.tokenizer.weights.values()} == {torch.float32}
 
 
-def test_a_gumbel_quantizer_goes_on_with_its_temperature(tmp_path: Path) -> None:
+def test_a_gumbel_quantizer_continues_with_its_temperature(tmp_path: Path) -> None:
     path = save(gumbel().model.state_dict(), tmp_path / "last.ckpt")
     schedule = {"lr_max": 0.9, "lr_min": 1e-6, "max_decay_steps": 1000001}
     params = {"kl_weight": 1e-8, "temperature_scheduler_config": {"params": schedule}}
@@ -242,7 +242,7 @@ def broken(change: str) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_what_cannot_be_read_whole_is_refused(change: str, words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_imported_completely_is_refused(change: str, words: str, tmp_path: Path) -> None:
     path = save(broken(change), tmp_path / "last.ckpt")
     with pytest.raises(UserError) as caught:
         import_checkpoint(path, size=SIZE)

@@ -1,4 +1,4 @@
-"""Other people's pickles: weights come out, code does not run. Every payload would touch a file if it ran."""
+"""Untrusted pickles: weights are read, code does not run. Every payload would create a file if it ran."""
 
 import argparse
 import builtins
@@ -44,7 +44,7 @@ def saved(path: Path, found: Any) -> Path:
 
 
 def written(path: Path, pickled: bytes) -> Path:
-    """A file in torch's zip format with a pickle of our own."""
+    """A file in torch's zip format with a given pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3")
@@ -52,7 +52,7 @@ def written(path: Path, pickled: bytes) -> Path:
 
 
 def callback(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A class of a package that is not there when the file is read."""
+    """A class of a package that is not installed when the file is read."""
     for name in ("lightning_of_old", "lightning_of_old.callbacks"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     made = type("ModelCheckpoint", (), {"__module__": "lightning_of_old.callbacks"})
@@ -93,8 +93,8 @@ def test_a_checkpoint_of_lightning(
     assert "lightning_of_old.callbacks.ModelCheckpoint" in caplog.text
 
 
-def test_what_lightning_keeps_beside_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Settings of OmegaConf, nested and typed, dates, arrays and numbers of numpy, types, containers."""
+def test_what_lightning_saves_besides_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nested and typed OmegaConf settings, dates, numpy arrays and numbers, types, containers."""
     caplog.set_level("INFO")
 
     settings = OmegaConf.create({"model": {"params": {"lr": 1e-4, "sizes": [1, 2], "name": "vq"}}, "none": None})
@@ -139,8 +139,8 @@ def test_a_checkpoint_with_settings_is_imported(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "import-report.txt").is_file()
 
 
-def test_a_stand_in_never_calls_anything() -> None:
-    """Whatever a pickle hands to a stand-in is not called, indexed, iterated, compared or asked for an attribute."""
+def test_an_opaque_object_never_calls_anything() -> None:
+    """An opaque object does not call, index, iterate, compare or read attributes of what a pickle passes to it."""
 
     class Trap:
         def __getattribute__(self, name: str) -> typing.Any:
@@ -170,11 +170,11 @@ def test_a_stand_in_never_calls_anything() -> None:
         made = RestrictedUnpickler.find_class(unpickler, *full.rsplit(".", 1))
         assert isinstance(made, OpaqueType)
         for arguments in ((), (trap,), (trap, trap, trap)):
-            stranger = made(*arguments)
-            assert isinstance(stranger, OpaqueObject)
-            stranger.__setstate__(trap)
-            stranger.append(trap), stranger.extend(trap), stranger.add(trap)
-            stranger[trap] = trap
+            opaque = made(*arguments)
+            assert isinstance(opaque, OpaqueObject)
+            opaque.__setstate__(trap)
+            opaque.append(trap), opaque.extend(trap), opaque.add(trap)
+            opaque[trap] = trap
             assert isinstance(made.__new__(made, *arguments), OpaqueObject)
 
 
@@ -197,7 +197,7 @@ def partial_of_system(path: str) -> Any:
 
 
 def through_a_method(path: str) -> Any:
-    """The attribute of a class that would be a stand-in, by a nested name."""
+    """An attribute of a class that would become an opaque object, by a nested name."""
     return Calls(types.SimpleNamespace, f"touch {path}")
 
 
@@ -263,7 +263,7 @@ SYSTEM = b"cposix\nsystem\n"
         # a function of the pickle reader's own module, and a path through a class
         (PROTOCOL + b"cvqf.interop.unpickle\n_tensor\n.", "names 'vqf.interop.unpickle._tensor'"),
         (b"\x80\x04\x8c\x03lib\x8c\x12Class.__init__.x\x93.".replace(b"\x12", b"\x10"), "names 'lib.Class.__init__.x'"),
-        # BUILD on what may be called, on a stand-in class, and on a container's class
+        # BUILD on what may be called, on an opaque class, and on a container's class
         (PROTOCOL + b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "may not change"),
         (PROTOCOL + b"clib\nClass\nN}X\x01\x00\x00\x00aK\x01s\x86b.", "damaged"),
         (PROTOCOL + b"ccollections\nOrderedDict\nN}X\x01\x00\x00\x00aK\x01s\x86b.", "may not change"),
@@ -279,7 +279,7 @@ def test_pickles_by_hand(pickled: bytes, words: str, tmp_path: Path) -> None:
         load_untrusted(written(tmp_path / "last.ckpt", pickled))
 
 
-def test_a_stand_in_takes_everything_and_does_nothing(tmp_path: Path) -> None:
+def test_an_opaque_object_takes_everything_and_does_nothing(tmp_path: Path) -> None:
     """Called, built, filled: a class of a package, with arguments and a state that would change it if it could."""
     pickled = (
         PROTOCOL
@@ -294,19 +294,19 @@ def test_a_stand_in_takes_everything_and_does_nothing(tmp_path: Path) -> None:
 
 def test_a_mapping_cannot_bring_methods_of_its_own(tmp_path: Path) -> None:
     """BUILD sets attributes on an OrderedDict; `items` would be one."""
-    stranger = b"clib\nClass\n0"  # so that torch's own reader leaves it to vqf's
+    opaque = b"clib\nClass\n0"  # torch's own reader refuses it, so vqf's is used
     filled = b"ccollections\nOrderedDict\n)RX\x01\x00\x00\x00aK\x02s"
     found = load_untrusted(
-        written(tmp_path / "last.ckpt", PROTOCOL + stranger + filled + b"}X\x05\x00\x00\x00itemsK\x01sb.")
+        written(tmp_path / "last.ckpt", PROTOCOL + opaque + filled + b"}X\x05\x00\x00\x00itemsK\x01sb.")
     )
     assert list(found.items()) == [("a", 2)]
 
 
 def tensor_of(size: bytes, offset: bytes = b"K\x00", stride: bytes = b"K\x01\x85") -> bytes:
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
-    stranger = b"clib\nClass\n0"  # so that torch's own reader leaves it to vqf's
+    opaque = b"clib\nClass\n0"  # torch's own reader refuses it, so vqf's is used
     arguments = b"(" + storage + offset + size + stride + b"\x89ccollections\nOrderedDict\n)Rt"
-    return PROTOCOL + stranger + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
+    return PROTOCOL + opaque + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
 
 
 def with_storage(path: Path, pickled: bytes, bytes_of_it: int = 16, compression: int = zipfile.ZIP_STORED) -> Path:

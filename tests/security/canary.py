@@ -1,4 +1,4 @@
-"""Payloads that leave a trace if anything runs them."""
+"""Payloads that create a file if they run."""
 
 import os
 import pickle
@@ -17,18 +17,18 @@ class Runs:
 
 
 class Canary:
-    """A file that must not come to be."""
+    """A file that must never exist."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "canary"
 
     @property
     def command(self) -> str:
-        """A shell command that makes it."""
+        """A shell command that creates it."""
         return f"touch {self.path}"
 
     def payloads(self) -> dict[str, Runs]:
-        """Objects whose pickles make it, each in its own way."""
+        """Objects whose pickles create it, each in another way."""
         write = f"open({str(self.path)!r}, 'w')"
         return {
             "system": Runs(os.system, self.command),

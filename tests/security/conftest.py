@@ -1,4 +1,4 @@
-"""A trace that attacks would leave, and a run to attack with."""
+"""The canary file that an attack would create, and a run to attack with."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ TINY = [
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Canary]:
-    """What must not happen; looked for when the test ends."""
+    """Fails the test at its end if a payload has run."""
     watched = Canary(tmp_path)
     yield watched
     watched.check()
@@ -37,7 +37,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path, config: DictConfig) -> MakeRun:
-    """Write a run of a tokenizer; returns its checkpoint, whose manifest fits whatever was changed in it."""
+    """Write a run of a tokenizer and return its checkpoint, with a manifest that fits the changed files."""
 
     def made(name: str = "run", *, state: Any = None, optimizers: Any = None, **values: Any) -> Path:
         changed = config.copy()
@@ -59,7 +59,7 @@ def make_run(tmp_path: Path, config: DictConfig) -> MakeRun:
 
 
 def seal(checkpoint: Path) -> Path:
-    """Write the manifest of a checkpoint anew, as whoever changed it would."""
+    """Rewrite the manifest of a checkpoint, as an attacker would."""
     (checkpoint / checkpoint_writer.MANIFEST).unlink(missing_ok=True)
     checkpoint_writer._write_manifest(checkpoint, {"kind": "stage1", "step": 1})
     return checkpoint

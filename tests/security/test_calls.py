@@ -1,4 +1,4 @@
-"""No line of vqf opens a file in a way that could run it: read from the source, so that new lines are seen as well."""
+"""No line of vqf opens a file in a way that could run code in it; checked in the source, for new lines, too."""
 
 import ast
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def faults(source: str) -> Iterator[str]:
-    """Yield what a source does that it should not."""
+    """Yield the unsafe calls of a source."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = dotted(call.func)
         if name in NEVER or (name.rpartition(".")[2] in METHODS and name.count(".")):
@@ -46,7 +46,7 @@ def faults(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_is_opened_carelessly(path: Path) -> None:
+def test_the_source_has_no_unsafe_calls(path: Path) -> None:
     assert list(faults(path.read_text())) == []
 
 
@@ -65,5 +65,5 @@ def test_nothing_is_opened_carelessly(path: Path) -> None:
         ("model.eval(); re.compile('x')", 0),
     ],
 )
-def test_it_sees_what_it_should(source: str, count: int) -> None:
+def test_unsafe_calls_are_found(source: str, count: int) -> None:
     assert len(list(faults(source))) == count

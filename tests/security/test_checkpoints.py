@@ -1,4 +1,4 @@
-"""Somebody else's checkpoint: nothing in it runs, nothing in it is looked up, and nothing is written beside it."""
+"""Untrusted checkpoints: no code runs, no interpolation is resolved, nothing is written outside."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def files_of(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_an_honest_one_opens(make_run: MakeRun, tmp_path: Path) -> None:
+def test_an_unchanged_checkpoint_opens(make_run: MakeRun, tmp_path: Path) -> None:
     path = seal(make_run())
     before = files_of(tmp_path)
     assert isinstance(vqf.load(path), Tokenizer)
@@ -49,7 +49,7 @@ def test_weights_that_are_a_pickle(make_run: MakeRun, canary: Canary, payload: s
 
 
 def tensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file of safetensors, its header as it is given."""
+    """A safetensors file with a given header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -82,7 +82,7 @@ def test_headers_that_lie(make_run: MakeRun, content: bytes) -> None:
         vqf.load(seal(path))
 
 
-def test_weights_of_another_shape_are_a_line(make_run: MakeRun) -> None:
+def test_weights_of_another_shape_are_reported_in_a_line(make_run: MakeRun) -> None:
     path = make_run()
     (path / "model.safetensors").write_bytes(tensors(entry(0, 16, [4]), bytes(16)))
     with pytest.raises(UserError, match=r"does not fit the model in config\.yaml \(Missing key") as caught:
@@ -167,7 +167,7 @@ def test_a_config_imports_nothing(make_run: MakeRun, canary: Canary, tmp_path: P
 
 
 @pytest.mark.parametrize("place", ["image_size", "model.encoder.channels", "wandb"])
-def test_a_config_looks_nothing_up(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_config_resolves_nothing(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("VQF_TEST_SECRET", "s3cr3t")
     path = make_run()
     config = OmegaConf.load(path / "config.yaml")
@@ -179,8 +179,8 @@ def test_a_config_looks_nothing_up(make_run: MakeRun, monkeypatch: pytest.Monkey
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_a_state_looks_nothing_up(make_run: MakeRun) -> None:
-    """What it says of the tokenizers of conditions becomes config."""
+def test_a_state_resolves_nothing(make_run: MakeRun) -> None:
+    """Its entries about condition tokenizers are used as configs."""
     path = make_run(state={"condition_tokenizers": {"run": {"model": {"encoder": {"name": "${oc.env:HOME}"}}}}})
     with pytest.raises(UserError, match=r"state.json: holds '\$\{oc.env:HOME\}'"):
         open_checkpoint(path)

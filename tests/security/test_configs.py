@@ -1,4 +1,4 @@
-"""Somebody else's config files, and folders to write in: what code runs and where it writes is the user's word."""
+"""Untrusted config files and output folders: only the command line chooses code to run and paths to write."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ Say = Callable[..., list[str]]
 
 @pytest.fixture
 def say(tmp_path: Path) -> Say:
-    """What a command line is told whose folder of presets holds one experiment."""
+    """The messages for a command line with a folder of presets that holds one experiment."""
 
     def said(content: dict[str, Any], *arguments: str, flag: str = "--config-dir") -> list[str]:
         folder = tmp_path / "theirs"
@@ -67,7 +67,7 @@ def nested(place: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", HOSTILE)
-def test_a_file_names_neither_code_nor_places(say: Say, place: str) -> None:
+def test_a_file_sets_neither_code_nor_output_paths(say: Say, place: str) -> None:
     content = nested(place, HOSTILE[place])
     data = ["data=shards"] if place.startswith("data.") else []
     told = [line.split(":")[0] for line in say(content, *data)]
@@ -76,13 +76,13 @@ def test_a_file_names_neither_code_nor_places(say: Say, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", OF_PIPELINES)
-def test_nor_where_a_pipeline_writes(say: Say, place: str) -> None:
+def test_a_file_does_not_set_where_a_pipeline_writes(say: Say, place: str) -> None:
     pipeline = f"pipeline={OF_PIPELINES[place]}"
     assert [line.split(":")[0] for line in say({place: "/tmp/elsewhere"}, pipeline)] == [place]
     assert say({place: "/tmp/elsewhere"}, pipeline, f"{place}=here") == []
 
 
-def test_every_word_is_tried() -> None:
+def test_every_option_is_covered() -> None:
     assert set(CLI_ONLY_KEYS) - {*HOSTILE, *OF_PIPELINES} == {"hydra.searchpath"}
 
 
@@ -105,7 +105,7 @@ def test_the_command_line_has_the_last_word(say: Say, content: dict[str, Any], a
     assert say(content, *arguments) == []
 
 
-def test_a_launcher_of_theirs_is_refused_unless_it_is_named(say: Say, tmp_path: Path) -> None:
+def test_a_foreign_launcher_is_refused(say: Say, tmp_path: Path) -> None:
     folder = tmp_path / "theirs" / "hydra" / "launcher"
     folder.mkdir(parents=True)
     (folder / "evil.yaml").write_text("_target_: os.system\nsetup: [touch evil]\n")
@@ -114,7 +114,7 @@ def test_a_launcher_of_theirs_is_refused_unless_it_is_named(say: Say, tmp_path: 
     assert say({}, "hydra/launcher=joblib") == []
 
 
-def test_a_primary_config_of_theirs_is_looked_at_as_well(say: Say, tmp_path: Path) -> None:
+def test_a_foreign_primary_config_is_checked_as_well(say: Say, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
     text = "defaults: [_self_, {pipeline: stage1}, {experiment: null}]\nhydra: {run: {dir: /tmp/elsewhere}}\n"
@@ -169,7 +169,7 @@ def test_a_run_with_a_link_out_of_it_is_not_written(tmp_path: Path, link: str, h
         choose_run_dir(given["run_dir"], None, given["resume"], "small-emoji", "stage1")
 
 
-def test_links_within_a_run_are_its_own(tmp_path: Path) -> None:
+def test_links_within_a_run_are_allowed(tmp_path: Path) -> None:
     (tmp_path / "run" / "images").mkdir(parents=True)
     os.symlink("images", tmp_path / "run" / "samples")
     os.symlink(tmp_path / "run", tmp_path / "alias")
@@ -178,7 +178,7 @@ def test_links_within_a_run_are_its_own(tmp_path: Path) -> None:
     check_symlinks(tmp_path / "not there")
 
 
-def test_a_link_is_one_line_of_the_command_and_nothing_is_written_through_it(
+def test_a_link_is_reported_in_one_line_and_not_written_through(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -191,7 +191,7 @@ def test_a_link_is_one_line_of_the_command_and_nothing_is_written_through_it(
 
 
 @pytest.mark.parametrize("name", ["../../evil-x", "/evil-x", "../evil/../x-y"])
-def test_a_run_stays_below_outputs_whatever_its_presets_are_called(
+def test_a_run_stays_below_outputs_for_any_name_of_a_preset(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -199,7 +199,7 @@ def test_a_run_stays_below_outputs_whatever_its_presets_are_called(
     assert chosen.resolve().is_relative_to(tmp_path / "outputs")
 
 
-def test_a_run_of_theirs_does_not_say_where_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_run_does_not_set_output_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     now = OmegaConf.create({"data": {"name": "emoji"}, "tokens": {"root": None}})
     run = OmegaConf.create({"data": {"name": "shards", "root": "x", "index": "/elsewhere"}, "tokens": {"root": "/y"}})
     monkeypatch.setattr(inheriting, "cli_keys", list)

@@ -1,4 +1,4 @@
-"""Somebody else's weights, tars, indices and images: read as what they say they are, or refused in a line."""
+"""Untrusted weights, tars, indices and images: read safely or refused in one line."""
 
 import importlib
 import io
@@ -42,7 +42,7 @@ def test_weights_that_would_run_code(tmp_path: Path, canary: Canary, payload: st
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_every_place_that_takes_a_file_of_weights(tmp_path: Path, canary: Canary, payload: str) -> None:
+def test_every_option_that_takes_a_weight_file(tmp_path: Path, canary: Canary, payload: str) -> None:
     path = tmp_path / "vgg.pth"
     torch.save(canary.payloads()[payload], path)
     with pytest.raises(UserError):
@@ -76,7 +76,7 @@ def a_image(size: int = 8) -> bytes:
 
 
 def pack(path: Path, *members: tuple[str, bytes, bytes, str]) -> None:
-    """Write a tar of members: name, type, content, where a link leads."""
+    """Write a tar of members: name, type, content, link target."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, kind, content, link in members:
             info = tarfile.TarInfo(name)
@@ -154,14 +154,14 @@ LIES: dict[str, Callable[[list[Any]], list[Any]]] = {
 
 
 def rewrite(place: Path, change: Callable[[dict[str, list[Any]]], Any]) -> None:
-    """Replace what an index says of its members, column by column."""
+    """Change the columns of an index."""
     content = json.loads(place.read_text())
     content["members"] = change(content["members"])
     place.write_text(json.dumps(content))
 
 
 def as_row(change: Callable[[list[Any]], list[Any]]) -> Callable[[dict[str, list[Any]]], Any]:
-    """Let a change of the one member's row act on columns."""
+    """Apply a change of the single row to the columns."""
     return lambda columns: dict(zip(columns, ([v] for v in change([c[0] for c in columns.values()])), strict=True))
 
 
@@ -187,7 +187,7 @@ ANYTHING: dict[str, Callable[[dict[str, list[Any]]], Any]] = {
 
 
 @pytest.mark.parametrize("content", ANYTHING)
-def test_an_index_of_anything_is_made_again(indexed: Path, content: str) -> None:
+def test_an_invalid_index_is_rebuilt(indexed: Path, content: str) -> None:
     place = indexed / "train-0.tar.idx"
     before = place.read_bytes()
     rewrite(place, ANYTHING[content])
@@ -196,7 +196,7 @@ def test_an_index_of_anything_is_made_again(indexed: Path, content: str) -> None
 
 
 @pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", "Pipe:"])
-def test_an_address_that_is_a_command_needs_a_word_of_the_user(
+def test_an_address_that_is_a_command_needs_an_option(
     canary: Canary, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VQF_ALLOW_PIPES", raising=False)
@@ -235,7 +235,7 @@ def other_format(name: str) -> bytes:
 
 
 def both_readers(content: bytes, path: Path) -> None:
-    """Try a file as an image of data, and as one that a person hands in."""
+    """Open a file as an image of a dataset and as one that a user gives."""
     path.write_bytes(content)
     with pytest.raises(UnreadableError):
         decode.read_crop(io.BytesIO(content), (8, 8), decode.CENTER_CROP)
@@ -252,12 +252,12 @@ def test_postscript_is_never_handed_to_ghostscript(
 
 
 @pytest.mark.parametrize("name", ["PCX", "TGA", "ICO", "PDF", "EPS", "SGI", "IM", "DDS", "JPEG2000", "AVIF"])
-def test_formats_that_nobody_asked_for(tmp_path: Path, name: str) -> None:
+def test_other_image_formats_are_refused(tmp_path: Path, name: str) -> None:
     both_readers(other_format(name), tmp_path / "image.png")
 
 
-def test_a_plugin_for_images_is_not_asked(tmp_path: Path) -> None:
-    """Whatever else is installed may teach Pillow formats of its own."""
+def test_an_image_plugin_is_not_used(tmp_path: Path) -> None:
+    """Other installed packages may register formats with Pillow."""
     asked = []
 
     def accept(prefix: bytes) -> bool:

@@ -54,7 +54,7 @@ def typed_node(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
 
 
 def strip_none(hint: Any) -> tuple[Any, bool]:
-    """Return what an annotation allows besides None, and whether it allows None."""
+    """Split an annotation into what it allows besides None, and whether it allows None."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     rest = [each for each in typing.get_args(hint) if each is not type(None)]
@@ -62,16 +62,16 @@ def strip_none(hint: Any) -> tuple[Any, bool]:
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a Literal lists; none for any other annotation."""
+    """The values of a Literal; empty for any other annotation."""
     hint, _ = strip_none(hint)
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a component: its own, then those that its `**options` passes on to its base class.
+    """The parameters of a component: its own, then those that its `**options` passes on to its base class.
 
     A parameter of the subclass hides one of the same name in the base. `*args`, and `**options` that no base class
-    takes, stay in the answer.
+    takes, stay in the result.
     """
     _, *bases = _constructors(target)
     parameters = dict(inspect.signature(target).parameters)
@@ -83,7 +83,7 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a component's parameters, those of `parameters_of`."""
+    """The annotations of the parameters that `parameters_of` returns."""
     hints: dict[str, Any] = {}
     for constructor in _constructors(target):
         try:
@@ -94,13 +94,13 @@ def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Return the `__init__` of a class, and of its bases as long as each passes `**options` on to the next."""
+    """The `__init__` of a class, and of its bases as long as each passes `**options` on to the next."""
     if not inspect.isclass(target):
         return [target]
-    found: list[Callable[..., Any]] = []
+    constructors: list[Callable[..., Any]] = []
     for owner in target.__mro__[:-1]:  # without object, which takes nothing
         if constructor := vars(owner).get("__init__"):
-            found.append(constructor)
+            constructors.append(constructor)
             if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(constructor).parameters.values()):
                 break
-    return found or [target.__init__]
+    return constructors or [target.__init__]

@@ -174,7 +174,7 @@ def test_a_config_resolves_nothing(make_run: MakeRun, monkeypatch: pytest.Monkey
     OmegaConf.set_struct(config, False)
     OmegaConf.update(config, place, "${oc.env:VQF_TEST_SECRET}", force_add=True)
     OmegaConf.save(config, path / "config.yaml")
-    with pytest.raises(UserError, match=r"holds '\$\{oc.env:VQF_TEST_SECRET\}'") as caught:
+    with pytest.raises(UserError, match=r"contains the interpolation '\$\{oc.env:VQF_TEST_SECRET\}'") as caught:
         vqf.load(seal(path))
     assert "s3cr3t" not in str(caught.value)
 
@@ -182,7 +182,7 @@ def test_a_config_resolves_nothing(make_run: MakeRun, monkeypatch: pytest.Monkey
 def test_a_state_resolves_nothing(make_run: MakeRun) -> None:
     """Its entries about condition tokenizers are used as configs."""
     path = make_run(state={"condition_tokenizers": {"run": {"model": {"encoder": {"name": "${oc.env:HOME}"}}}}})
-    with pytest.raises(UserError, match=r"state.json: holds '\$\{oc.env:HOME\}'"):
+    with pytest.raises(UserError, match=r"state.json: contains the interpolation '\$\{oc.env:HOME\}'"):
         open_checkpoint(path)
 
 

@@ -49,7 +49,7 @@ def check_no_interpolations(content: Any, path: Path) -> None:
     """
     for text in _strings(content):
         if "${" in text:
-            raise UserError(f"{path}: refused because of the interpolation '{text}'; vqf writes none into checkpoints")
+            raise UserError(f"{path}: contains the interpolation '{text}'; vqf writes none into checkpoints")
 
 
 def check_symlinks(folder: Path) -> None:

@@ -204,9 +204,7 @@ def test_a_run_is_not_mixed_with_another(taken: str, tmp_path: Path) -> None:
     first, second = (weights_only(tmp_path / name) for name in ("first.ckpt", "second.ckpt"))
     run(tmp_path / taken, "pipeline=import", f"path={first}")
     before = {path: path.read_bytes() for path in (tmp_path / taken).rglob("*") if path.is_file()}
-    with pytest.raises(
-        UserError, match=rf"run_dir=.*{taken}: holds a run at step 0; .* another run_dir to start a new"
-    ):
+    with pytest.raises(UserError, match=rf"run_dir=.*{taken}: holds a run at step 0; .* another run_dir for a new run"):
         run(tmp_path / "run", "pipeline=import", f"path={second}")
     assert {path: path.read_bytes() for path in (tmp_path / taken).rglob("*") if path.is_file()} == before
 

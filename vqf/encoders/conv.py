@@ -91,16 +91,17 @@ class ConvDecoder(nn.Module):
         dim: Channels of the latents.
         out_channels: Channels of the images.
         image_size: Nominal side of the images in pixels, by which `attention` is placed.
-        channels: As for the encoder.
-        multipliers: As for the encoder, from full resolution down.
+        channels: Width at full resolution (ch).
+        multipliers: Width of each resolution, from full resolution down, as a multiple of `channels` (ch_mult).
         blocks: Residual blocks a resolution, without the extra one.
-        attention: As for the encoder.
-        middle_attention: As for the encoder.
-        dropout: As for the encoder.
+        attention: Sides in pixels of the resolutions with attention (attn_resolutions).
+        middle_attention: Whether the blocks next to the codebook have attention.
+        dropout: Rate inside the residual blocks, in [0, 1).
         patch_size: Pixel-shuffle channels into patches of this side at the end; the encoder's value.
         head_channels: Channels at full resolution after the pixel-shuffle, if `patch_size` is above 1. The last
             convolution maps them to colors, and can smooth the borders of patches.
-        gradient_checkpointing: As for the encoder.
+        gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
+            memory, up to a third more work, the same gradients.
     """
 
     def __init__(

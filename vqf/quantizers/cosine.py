@@ -31,8 +31,10 @@ class CosineQuantizer(nn.Module):
         weight: Weight of both terms in the total loss.
         entropy: Weight of the entropy term, 0 in both papers. It keeps a matrix of all latents by all codes.
         entropy_temperature: Divides -|ẑ - ê|², the logits of the entropy term; above 0.
-        revive: As for `vq`.
-        init: As for `vq`; k-means centers are normalized.
+        revive: A code is moved to a random latent of the batch if the moving average of its occurrences a step is below
+            this, at least 0; 0 never revives.
+        init: Initial codes, set after the first step: `latents` of its batch, or `kmeans` centers of them, normalized;
+            by default random, as published.
     """
 
     def __init__(

@@ -105,7 +105,8 @@ class Llama(CausalTransformer):
         base: Base of the rotation frequencies, above 0.
         qk_norm: Normalize queries and keys of each head, which keeps large models stable; LlamaGen does not.
         dropout: Rate in [0, 1) at the embeddings, the attention weights and both residual branches; 0.1 in LlamaGen.
-        gradient_checkpointing: As for `gpt`.
+        gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
+            memory, up to a third more work, the same gradients.
     """
 
     rotation: Tensor

@@ -93,21 +93,27 @@ class Trainer:
 
     def run(self, batch_source: BatchSource, run_logger: RunLogger) -> ValidationResult:
         """Train to the last step; returns the final validation."""
+        # Rollbacks use checkpoints at multiples of checkpoint.every only, so the newest of these is never pruned.
         every = self.config.checkpoint.every if self.rollback_enabled else None
         self.run_logger = run_logger
         self.checkpointer = AsyncCheckpointer(
             self.run_dir, self.config.checkpoint, self.best_criterion, before_write=run_logger.sync, every=every
         )
         with closing(self.checkpointer), self.preemption:
+            # Resume: `resume` has loaded the checkpoint; here the folder is brought to the same step.
             self._discard_later()
             # Rollback needs a checkpoint at step 0. A pending validation needs one in this folder to store its result
             # in, which a run resumed from another folder does not have yet.
             needs_target = self.progress.validation_due and not self._resumes_in_place()
             if needs_target or (self.rollback_enabled and self.resumed_from is None):
                 self._save(self.progress.validation_due)
+
+            # Train.
             with terminal.progress(self.task.kind, self.config.steps, self.progress.step) as bar:
                 while self.progress.step < self.config.steps:  # once, and once more after each rollback
                     self._train_until_rollback(batch_source, bar)
+
+            # Finish: save and validate the final weights.
             return self._finish()
 
     def _train_until_rollback(self, batch_source: BatchSource, bar: terminal.ProgressBar) -> None:

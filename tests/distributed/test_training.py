@@ -142,12 +142,12 @@ def prior_stage(config: Any) -> PriorTask:
     tokenizer = build_tokenizer(config.model, 16)
     classes = build("data", config.data, image_size=16, seed=0).classes
     generator = build_generator(config, tokenizer, classes)
-    drawn = torch.Generator().manual_seed(1)
+    noise = torch.Generator().manual_seed(1)
     shape = (IMAGES, tokenizer.grid[0] * tokenizer.grid[1])
-    tokens = torch.randint(CODES, shape, generator=drawn, dtype=torch.int32)
-    labels = torch.randint(len(classes), (IMAGES,), generator=drawn)
-    held = TokenDataset([{"tokens": tokens, "labels": labels}], IMAGES)
-    return PriorTask(generator, held, {"classes": list(classes)}, config, make_engine(config))
+    tokens = torch.randint(CODES, shape, generator=noise, dtype=torch.int32)
+    labels = torch.randint(len(classes), (IMAGES,), generator=noise)
+    dataset = TokenDataset([{"tokens": tokens, "labels": labels}], IMAGES)
+    return PriorTask(generator, dataset, {"classes": list(classes)}, config, make_engine(config))
 
 
 def stage2_gradients(*overrides: str) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def test_stage1_has_the_gradients_of_one_process_with_the_full_batch(overrides: 
 
 
 STAGE2 = [
-    pytest.param([], id="whole"),
+    pytest.param([], id="plain"),
     pytest.param(["accumulate=2"], id="micro-batches", marks=SLOW),
     pytest.param(["engine=fsdp2", "model.prior.gradient_checkpointing=true"], id="shards", marks=SLOW),
 ]
@@ -235,14 +235,14 @@ def normalized(norm: type[nn.BatchNorm2d]) -> dict[str, Tensor]:
     layer = norm(3).double()
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    whole, onward = (torch.randn(8, 3, 4, 5, dtype=torch.float64) for _ in range(2))
-    x = whole.chunk(comm.world_size())[comm.rank()].clone().requires_grad_()
+    x_all, weights = (torch.randn(8, 3, 4, 5, dtype=torch.float64) for _ in range(2))
+    x = x_all.chunk(comm.world_size())[comm.rank()].clone().requires_grad_()
     y = layer(3 * x + 1)
-    (slope,) = torch.autograd.grad((y * onward.chunk(comm.world_size())[comm.rank()]).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad((y * weights.chunk(comm.world_size())[comm.rank()]).sum(), x, create_graph=True)
     slope.square().sum().backward()
     assert x.grad is not None and layer.weight.grad is not None
-    by_part = {"y": y.detach(), "slope": slope.detach(), "curvature": x.grad}
-    gathered = {key: torch.cat(torch_all(each)) for key, each in by_part.items()}
+    per_rank = {"y": y.detach(), "slope": slope.detach(), "curvature": x.grad}
+    gathered = {key: torch.cat(torch_all(each)) for key, each in per_rank.items()}
     return {**gathered, "weight": comm.all_reduce_sum(layer.weight.grad), **dict(layer.named_buffers())}
 
 
@@ -369,20 +369,20 @@ def interrupted(folder: str, what: int, *overrides: str) -> None:
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_lost_a_process_resumes_bit_for_bit(what: signal.Signals, tmp_path: Path) -> None:
     long = ["steps=6", "model.discriminator.norm=batch"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_processes(2, trained, str(whole), *long)
-    first, second = run_processes(2, interrupted, str(cut), int(what), *long, may_die=True)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    run_processes(2, trained, str(uninterrupted), *long)
+    first, second = run_processes(2, interrupted, str(resumed), int(what), *long, may_die=True)
     if what == signal.SIGKILL:
         assert "RuntimeError" in first and second == "", "the other process ends as well"
     else:
         assert "SystemExit: 143" in first and "SystemExit: 143" in second
-        assert (cut / "checkpoints" / "step-00000004").is_dir()
-    run_processes(2, trained, str(cut), *long, "resume=true")
-    expected, found = saved(whole, 6), saved(cut, 6)
+        assert (resumed / "checkpoints" / "step-00000004").is_dir()
+    run_processes(2, trained, str(resumed), *long, "resume=true")
+    expected, found = saved(uninterrupted, 6), saved(resumed, 6)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert lines(cut) == lines(whole)
+    assert lines(resumed) == lines(uninterrupted)
 
 
 def killed(folder: str, who: int, after: float, *overrides: str) -> None:
@@ -396,14 +396,14 @@ def killed(folder: str, who: int, after: float, *overrides: str) -> None:
 def test_a_run_that_loses_processes_again_and_again_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Either of them, at a random moment: at the start, in a step, while it saves or validates."""
     long = ["steps=40", "checkpoint.every=2", "checkpoint.keep=2", "evaluate.every=3", "checkpoint.best=psnr"]
-    whole, cut, random = tmp_path / "whole", tmp_path / "cut", Random(5)
-    run_processes(2, trained, str(whole), *long)
+    uninterrupted, resumed, random = tmp_path / "uninterrupted", tmp_path / "resumed", Random(5)
+    run_processes(2, trained, str(uninterrupted), *long)
     ended = []
     for kill in range(4):
         after = random.uniform(0.05, 1 + kill / 2)
-        ended += run_processes(2, killed, str(cut), random.randrange(2), after, *long, "resume=true", may_die=True)
+        ended += run_processes(2, killed, str(resumed), random.randrange(2), after, *long, "resume=true", may_die=True)
     assert ended.count("") >= 3, "they were killed"
-    run_processes(2, trained, str(cut), *long, "resume=true")
-    expected, found = saved(whole, 40), saved(cut, 40)
+    run_processes(2, trained, str(resumed), *long, "resume=true")
+    expected, found = saved(uninterrupted, 40), saved(resumed, 40)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    assert lines(cut) == lines(whole)
+    assert lines(resumed) == lines(uninterrupted)

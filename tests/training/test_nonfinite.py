@@ -222,15 +222,15 @@ def test_rollback_to_step_0(tmp_path: Path, spoil: Any) -> None:
 def test_a_run_with_rollbacks_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     spoil(L1, "forward", {1, 5}, nan)
     words = [*GAN, "nonfinite.action=rollback"]
-    Stage1(compose(*words), tmp_path / "whole").run()
+    Stage1(compose(*words), tmp_path / "uninterrupted").run()
     for kill in range(8):
         with monkeypatch.context() as patch:
             end_after(kill, patch)
             with pytest.raises(KeyboardInterrupt):
-                Stage1(compose(*words, "resume=true"), tmp_path / "cut").run()
-    Stage1(compose(*words, "resume=true"), tmp_path / "cut").run()
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+                Stage1(compose(*words, "resume=true"), tmp_path / "resumed").run()
+    Stage1(compose(*words, "resume=true"), tmp_path / "resumed").run()
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "uninterrupted")
 
 
 def end_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

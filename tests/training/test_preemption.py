@@ -43,16 +43,16 @@ def during(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
-    run = tmp_path_factory.mktemp("whole")
+    run = tmp_path_factory.mktemp("uninterrupted")
     Stage1(compose(*LONG), run).run()
     return run
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
 def test_sigterm_saves_after_the_step_and_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, step: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, step: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "vqf")
     with monkeypatch.context() as patch:
@@ -63,16 +63,16 @@ def test_sigterm_saves_after_the_step_and_stops(
     assert saved(tmp_path) == [f"step-{step + 1:08d}"]
     assert f"stopped by SIGTERM; saved at step {step + 1}, continue with resume=true" in caplog.text
     Stage1(compose(*LONG, "resume=true"), tmp_path).run()
-    assert lines(tmp_path) == lines(whole)
-    assert weights(tmp_path) == weights(whole)
+    assert lines(tmp_path) == lines(uninterrupted)
+    assert weights(tmp_path) == weights(uninterrupted)
 
 
-def test_sigusr1_saves_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+def test_sigusr1_saves_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path) -> None:
     during(2, monkeypatch, signal.SIGUSR1, signal.SIGUSR1)
     Stage1(compose(*LONG), tmp_path).run()
     assert saved(tmp_path) == ["step-00000003", "step-00000006"]
-    assert lines(tmp_path) == lines(whole)
-    assert weights(tmp_path) == weights(whole)
+    assert lines(tmp_path) == lines(uninterrupted)
+    assert weights(tmp_path) == weights(uninterrupted)
 
 
 def test_sigterm_in_the_last_validation_keeps_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,10 +115,10 @@ def test_nothing_of_the_discriminator_happens_before_its_start(monkeypatch: pyte
 
 
 def test_accumulation_of_a_plain_loss_equals_the_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, pieces = stage("accumulate=1"), stage("accumulate=4")
-    pieces.model.load_state_dict(whole.model.state_dict())
-    expected, _, _ = gradients_of_step(whole, 0, images(), monkeypatch)
-    got, _, _ = gradients_of_step(pieces, 0, images(), monkeypatch)
+    full, micro = stage("accumulate=1"), stage("accumulate=4")
+    micro.model.load_state_dict(full.model.state_dict())
+    expected, _, _ = gradients_of_step(full, 0, images(), monkeypatch)
+    got, _, _ = gradients_of_step(micro, 0, images(), monkeypatch)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -183,12 +183,12 @@ def test_batch_norm_of_a_single_value_is_refused_too() -> None:
 
 
 def test_the_check_on_blank_images_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged, drawn = stage(), torch.rand(1)
+    checked, noise = stage(), torch.rand(1)
     monkeypatch.setattr("vqf.training.tokenizer_task.check_discriminator_input", lambda *_: None)
     plain = stage()
-    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(noise, torch.rand(1))
     for name, each in plain.gan.state_dict().items():
-        assert torch.equal(each, judged.gan.state_dict()[name]), name
+        assert torch.equal(each, checked.gan.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

@@ -71,30 +71,30 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch, stage: str) -> 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_stage1_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    Stage1(compose(*TINY), whole).run()
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    Stage1(compose(*TINY), uninterrupted).run()
     with monkeypatch.context() as patch:
         interrupt_after(at, patch, "stage1")
         with pytest.raises(KilledError):
-            Stage1(compose(*TINY), cut).run()
+            Stage1(compose(*TINY), resumed).run()
     torch.manual_seed(12345)  # another process, another state of the generator
-    Stage1(compose(*TINY, "resume=true"), cut).run()
-    assert lines(cut) == lines(whole)
-    assert weights(cut) == weights(whole)
+    Stage1(compose(*TINY, "resume=true"), resumed).run()
+    assert lines(resumed) == lines(uninterrupted)
+    assert weights(resumed) == weights(uninterrupted)
 
 
 def test_stage2_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tmp_path / "tokenizer"
     Stage1(compose(*TINY), tokenizer).run()
     options = [*TINY, "pipeline=stage2", f"run={tokenizer}"]
-    Stage2(compose(*options), tmp_path / "whole").run()
+    Stage2(compose(*options), tmp_path / "uninterrupted").run()
     with monkeypatch.context() as patch:
         interrupt_after(3, patch, "stage2")
         with pytest.raises(KilledError):
-            Stage2(compose(*options), tmp_path / "cut").run()
-    Stage2(compose(*options, "resume=true"), tmp_path / "cut").run()
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+            Stage2(compose(*options), tmp_path / "resumed").run()
+    Stage2(compose(*options, "resume=true"), tmp_path / "resumed").run()
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "uninterrupted")
 
 
 def test_a_non_finite_loss_stops_the_run_with_one_line(tmp_path: Path) -> None:

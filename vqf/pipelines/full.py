@@ -43,7 +43,7 @@ class Full:
         """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         Stage1(self._stage_config(stage1), stage1).check_can_start()
-        if checkpoint_names(stage2):
+        if checkpoint_names(stage2):  # else there is nothing to damage, and maybe no stage 1 to inherit from
             Stage2(self._stage_config(stage2, run=stage1, **self._stage2_overrides()), stage2).check_can_start()
 
     def run(self) -> float | None:

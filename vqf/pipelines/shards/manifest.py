@@ -18,7 +18,8 @@ from vqf.terminal import log, progress
 VERSION = 3
 MANIFEST_NAME = "manifest.json"
 HASH_THREADS = 4  # shards hashed at a time; hashing waits for the disk and releases the GIL
-SAVE_INTERVAL_FACTOR = 20  # saving may take at most 1/20 of the time: with many thousand shards it is slow
+QUICK_SAVE_SECONDS = 0.1  # the manifest is saved after every shard as long as that takes less
+SAVE_INTERVAL_FACTOR = 20  # after that saving takes at most 1/20 of the time: with many thousand shards it is slow
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class ShardManifest:
         content = {**self.provenance, "finished": finished, "images": dict(images), "shards": shards}
         atomic_write_text(self.path, json.dumps(content, indent=1))
         self.last_saved = time.monotonic()
-        self.save_interval = SAVE_INTERVAL_FACTOR * (self.last_saved - began)
+        seconds = self.last_saved - began
+        self.save_interval = SAVE_INTERVAL_FACTOR * seconds if seconds > QUICK_SAVE_SECONDS else 0.0
 
     def _read(self) -> list[ShardRecord]:
         try:

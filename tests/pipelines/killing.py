@@ -51,7 +51,7 @@ class Killer:
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.run = job, folder / job.name
         self.random = random.Random(job.seed)
-        self.took = 1.0  # seconds of the last start
+        self.took = 0.5  # seconds of the last start
         self.sessions: list[int] = []
         self.read = (0, 0)  # bytes of the log and the step that they come to
 
@@ -92,7 +92,8 @@ class Killer:
         }[moment]
         self.wait(pid, reached)
         if moment == "start":
-            time.sleep(self.random.uniform(0, self.took))
+            until = began + self.random.uniform(0, self.took)
+            self.wait(pid, lambda: time.monotonic() >= until)
         else:
             self.took = min(time.monotonic() - began, 5.0)
             time.sleep(self.random.uniform(0, {"step": 0.05, "save": 0.005, "end": 0.3}[moment]))
@@ -100,6 +101,7 @@ class Killer:
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if not os.WIFSIGNALED(status):
+            self.took = (time.monotonic() - began) / 2  # a finished run ends soon after its start
             return False
         self.job.killed.append(f"{during} at step {self.steps()}")
         return True

@@ -295,7 +295,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named_once(flat, caplog
         "the next image takes its place",
         "data.root: cannot read '04.png' (image file is truncated); the next image takes its place",
     ]
-    assert split.unreadable.nonzero().flatten().tolist() == [3, 4]
+    assert split.read_errors.flags.nonzero().flatten().tolist() == [3, 4]
 
 
 def test_the_last_image_is_replaced_by_the_first(flat):
@@ -383,8 +383,8 @@ def test_mistakes_are_worded(tmp_path, flat, monkeypatch):
         "data.validation: cannot read the list 'none.txt' (no such file or directory)"
     )
     assert worded(lambda: Folder(16, 0, root=".", validation_fraction=0).split("validation")) == (
-        "data.root: of the 40 images in '.' none is for validation; "
-        "see data.validation_fraction, data.validation_last and the lists data.train and data.validation"
+        "data.root: no validation images among the 40 in '.'; see data.validation_fraction, "
+        "data.validation_last and the lists data.train and data.validation"
     )
     assert worded(lambda: Folder(16, 0, root=".").split("test")) == "unknown split 'test'. Known: train, validation."
 

@@ -258,7 +258,7 @@ def test_many_images_without_a_map_stop_the_run_at_its_start(root, count):
         (root / "conditions" / f"{i % 2}" / f"{i}.bmp").unlink()
     words = worded(lambda: pairs(root).split("train"))
     assert words.startswith(f"data.conditions: {count} of the 6 images in '{root / 'images'}' have no map in ")
-    assert words.endswith("looked for '0/0' with any ending for '0/0.png'")
+    assert words.endswith("looked for '0/0' with any extension for '0/0.png'")
 
 
 def test_a_pair_is_a_function_of_seed_epoch_and_index(root):
@@ -304,7 +304,7 @@ def test_mistakes_are_worded(root):
 
 def test_a_colour_image_is_no_map_of_labels(root):
     words = worded(lambda: items(pairs(root, maps="labels", labels=256)))
-    assert "RGB pixels; a map of labels is grey, or has a palette" in words
+    assert "RGB pixels; a map of labels is grayscale, or has a palette" in words
 
 
 PRESETS = {

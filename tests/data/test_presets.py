@@ -2,8 +2,8 @@ import pytest
 from PIL import Image
 
 from tests.support.composing import compose
-from vqf.data.files.listing import split_files
 from vqf.data.files.packed import File
+from vqf.data.files.train_validation import split_files
 from vqf.data.folder import COUNT_LABELS
 from vqf.data.labels import class_numbers
 from vqf.errors import UserError

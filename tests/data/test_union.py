@@ -58,9 +58,7 @@ def test_a_source_that_holds_nothing_out_is_missing_from_validation_alone(folder
     held_out = data.split("validation")
     assert colours(held_out) == [(1, i, 200) for i in (6, 7, 8)]
     assert held_out.labels.tolist() == [1, 1, 1] and held_out.names[0] == "many/006.png"
-    with pytest.raises(
-        EmptySplitError, match=r"^data\.parts\.many\.root: of the 9 images in .* none is for validation; "
-    ):
+    with pytest.raises(EmptySplitError, match=r"^data\.parts\.many\.root: no validation images among the 9 in .*; "):
         union(0, 0).split("validation")
 
 
@@ -165,7 +163,7 @@ def test_maps_are_read_as_all_sources_read_theirs():
     assert reader({"name": "emoji"}, {"name": "emoji"}) is None
     for others in ((pairs, grey), (pairs, {"name": "emoji"}), ({"name": "emoji"}, pairs)):
         with pytest.raises(
-            ValueError, match=r"data\.parts: 'a' and 'b' have maps of different kinds, or one of them none"
+            ValueError, match=r"data\.parts: 'a' and 'b' have condition maps of different kinds, or only one has maps"
         ):
             reader(*others)
 

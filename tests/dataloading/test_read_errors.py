@@ -48,7 +48,7 @@ def train_and_collect(root, max_unreadable, workers, steps, every):
             taken += 1
     except UserError as error:
         message = str(error)
-    return taken, message, collector.lines, split.unreadable.nonzero().flatten().tolist()
+    return taken, message, collector.lines, split.read_errors.flags.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,7 +86,7 @@ def validate_and_collect(root):
     split = Folder(16, 0, root=root, validation_fraction=1, max_unreadable=0.5).split("validation")
     for _ in sequential_batches(split, 4):
         pass
-    return collector.lines, int(split.unreadable.sum())
+    return collector.lines, int(split.read_errors.flags.sum())
 
 
 def test_unreadable_validation_images_are_counted_too(image_folder):

@@ -1,4 +1,4 @@
-"""A folder of images: any number of subfolders, any size, any mode."""
+"""A folder of images, with subfolders; images of any size and mode."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,9 @@ import torch
 
 from vqf.batch import Size, pair
 from vqf.data.files.dataset import ImageSplit
-from vqf.data.files.listing import scan, split_by_lists, split_files
+from vqf.data.files.listing import scan
 from vqf.data.files.packed import File, PackedStrings, gc_paused
+from vqf.data.files.train_validation import split_by_lists, split_files
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
 from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.images.maps import MapDecoder
@@ -26,37 +27,39 @@ COUNT_LABELS = {"train": "training images", "validation": "validation images", "
 class Folder:
     """Every image below a folder, scaled until it covers the image size, then cropped to it.
 
-    What is held out for validation: what the lists say; else the last `validation_last` images by path; else what
-    lies in a folder `val`, `valid`, `validation` or `test`, if there is a folder `train` beside it; else a share of the
-    images that a hash of their paths picks, so that adding images moves none to the other side. The folders below
-    the root (or below `train` and `val`) name the classes, if every image lies in one.
+    Validation images are, in this order: those of the lists; the last `validation_last` by path; those in a folder
+    `val`, `valid`, `validation` or `test` if there is a folder `train` beside it; a fraction picked by a hash of each
+    path, so that adding images moves none from one split to the other. The folders below the root (or below `train`
+    and `val`) are the classes, if every image lies in one.
 
-    An image that cannot be read is replaced by the next one of its part that can, and named once in the log.
+    An unreadable image is replaced by the next readable one of its split, and named once in the log.
 
     Args:
         root: The folder.
-        train: A text file with the path of a training image per line, relative to the root, or a table `.csv` with a
-            column `path` and, for labels, a column `label`. The name of the file alone will do if no other has it.
-            Where only one part has a list, the other is every other image below the root.
+        train: A text file with the path of a training image per line, or a table `.csv` with the column `path` and,
+            for labels, `label`. Paths are relative to the folder of the images; a file name alone is enough if it is
+            unique. If only one split has a list, the other gets all other images.
         validation: The same for validation.
-        validation_fraction: How much is held out by the hash; at least one image unless 0, every image if 1.
-        validation_last: How many images, the last by path, are held out instead.
-        labels: Whether folders, or tables, name classes.
-        crop: Where training images are cropped; validation images are cropped at the centre. "resized" shows a part
-            of random area and shape, stretched to the image size, as torchvision's RandomResizedCrop does.
-        crop_area: The least and the largest share of an image that "resized" shows.
-        crop_ratio: The least and the largest ratio of width to height of that part, 1 being the one of the image size.
-        flip: Mirror every other training image.
-        jitter: How far brightness, contrast and saturation of training images are changed, as a share, and the hue,
-            as a share of its circle.
-        resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
-        animated: Whether an animation counts as unreadable, or its first frame as an image.
-        extensions: Endings of the files that count as images, in either case.
-        max_pixels: The largest image that is decoded, width times height.
-        max_unreadable: The share of unreadable images, one at least unless 0, above which the run stops.
-        source_hint: What to say of the data, and where it is had, when the folder is missing.
-        expected_counts: What there should be, `train` and `validation` images and `classes`; a warning says what
-            differs.
+        validation_fraction: Fraction in [0, 1] that the hash picks for validation: at least one image unless 0, all
+            images if 1.
+        validation_last: Number of images, the last by path, that are for validation instead.
+        labels: Whether folders, or tables, give labels.
+        crop: Where training images are cropped; validation images are center-cropped. "resized" crops a region of
+            random area and aspect ratio and stretches it to the image size, like torchvision's RandomResizedCrop.
+        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area in (0, 1].
+        crop_ratio: Smallest and largest aspect ratio (width / height) of a "resized" crop, relative to that of the
+            image size.
+        flip: Mirror each training image with probability 1/2.
+        jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
+            training images, as in torchvision's ColorJitter.
+        resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
+        animated: Whether an animation counts as unreadable, or its first frame is the image.
+        extensions: File name extensions of images, in any case.
+        max_pixels: Largest image that is decoded, width times height.
+        max_unreadable: Fraction of unreadable images in [0, 1] above which the run stops; one is allowed unless 0.
+        source_hint: Name and URL of the data set, for the error message when the folder is missing.
+        expected_counts: Expected numbers of `train` and `validation` images and of `classes`; a difference is a
+            warning.
     """
 
     def __init__(
@@ -96,71 +99,82 @@ class Folder:
         with gc_paused():
             if train is None and validation is None:
                 files = [file for file in _scan_images(self.root, extensions, source_hint) if self.is_image(file.name)]
-                division = split_files(files, validation_fraction, validation_last)
+                partition = split_files(files, validation_fraction, validation_last)
             else:
-                division = split_by_lists(self.root, train, validation, extensions)
-            self.classes, self.class_numbers = class_numbers(division.labels if labels else ())
-            self.partition = division.pack()
+                partition = split_by_lists(self.root, train, validation, extensions)
+            self.classes, self.class_numbers = class_numbers(partition.labels if labels else ())
+            self.partition = partition.pack()
         self._check_expected_counts(expected_counts or {}, source_hint)
 
     @staticmethod
     def image_reader() -> MapDecoder:
-        """Return what reads an image whole, in any folder: upright, its transparency on white."""
+        """Return the reader of a full image outside the source: upright, transparency on white."""
         return MapDecoder("rgb")
 
-    def _check_expected_counts(self, expected: Mapping[str, int], hint: str | None) -> None:
-        """Warn of numbers that are not those of the whole set."""
-        found = {"train": len(self.partition.train), "validation": len(self.partition.validation)}
-        found["classes"] = len(self.classes)
-        if wrong := sorted(set(expected) - set(found)):
-            raise ValueError(f"expected_counts.{wrong[0]}: only {', '.join(found)} can be expected")
-        differ = [
-            f"{found[key]:,} {COUNT_LABELS[key]} where {count:,} are expected"
-            for key, count in expected.items()
-            if found[key] != count
-        ]
-        if differ:
-            name = f"{hint.partition(':')[0]} in " if hint else ""
-            log.warning(f"data.root: {name}'{self.root}': {'; '.join(differ)}")
-
     def is_image(self, name: str) -> bool:
-        """Say whether a file that was found is one of the images, by its path below the root."""
+        """Whether a file of the folder is an image, by its path below the root."""
         return True
 
     def split(self, name: str) -> ImageSplit:
-        """Return "train" or "validation"."""
-        parts = {"train": self.partition.train, "validation": self.partition.validation}
-        if name not in parts:
-            raise UserError(unknown_message("split", name, parts))
-        if not parts[name]:
-            count = len(self.partition.train) + len(self.partition.validation)
-            raise EmptySplitError(
-                f"data.root: of the {count} images in '{self.root}' none is for {name}; "
-                "see data.validation_fraction, data.validation_last and the lists data.train and data.validation"
-            )
-        files = parts[name]
+        """Return the "train" or the "validation" split.
+
+        Raises:
+            EmptySplitError: If it has no images.
+        """
+        files = self._files(name)
         content = (tuple(file) for file in files)
         return ImageSplit(self, name, PackedStrings(file.name for file in files), self._labels(files), content)
+
+    def _files(self, name: str) -> Sequence[File]:
+        splits = {"train": self.partition.train, "validation": self.partition.validation}
+        if name not in splits:
+            raise UserError(unknown_message("split", name, splits))
+        if not splits[name]:
+            count = len(self.partition.train) + len(self.partition.validation)
+            raise EmptySplitError(
+                f"data.root: no {name} images among the {count} in '{self.root}'; see data.validation_fraction, "
+                "data.validation_last and the lists data.train and data.validation"
+            )
+        return splits[name]
 
     def _labels(self, files: Sequence[File]) -> torch.Tensor | None:
         if not self.classes:
             return None
         return torch.tensor([self.class_numbers[self.partition.label(file)] for file in files])
 
+    def _check_expected_counts(self, expected: Mapping[str, int], hint: str | None) -> None:
+        """Warn if the counts are not those of the complete data set."""
+        counts = {
+            "train": len(self.partition.train),
+            "validation": len(self.partition.validation),
+            "classes": len(self.classes),
+        }
+        if unknown := sorted(set(expected) - set(counts)):
+            raise ValueError(f"expected_counts.{unknown[0]}: only {', '.join(counts)} can be expected")
+        differences = [
+            f"{counts[key]:,} {COUNT_LABELS[key]} where {count:,} are expected"
+            for key, count in expected.items()
+            if counts[key] != count
+        ]
+        if differences:
+            data_set = f"{hint.partition(':')[0]} in " if hint else ""
+            log.warning(f"data.root: {data_set}'{self.root}': {'; '.join(differences)}")
+
 
 def _check_folder(root: Path, hint: str | None) -> None:
     if not root.is_dir():
-        what = f"'{root}' is a file, not a folder" if root.exists() else f"no folder '{root}'"
-        raise UserError(f"data.root: {what}{_source_hint(hint)}")
+        problem = f"'{root}' is a file, not a folder" if root.exists() else f"no folder '{root}'"
+        raise UserError(f"data.root: {problem}{_cure(hint)}")
 
 
 def _scan_images(root: Path, extensions: Sequence[str], hint: str | None) -> list[File]:
     files = scan(root, extensions)
     if not files:
-        raise UserError(f"data.root: no images ({', '.join(extensions)}) in the folder '{root}'{_source_hint(hint)}")
+        raise UserError(f"data.root: no images ({', '.join(extensions)}) in the folder '{root}'{_cure(hint)}")
     return files
 
 
-def _source_hint(hint: str | None) -> str:
-    where = f" ({hint}); point data.root to it, or to any" if hint else "; point data.root to a"
-    return f"{where} folder of images"
+def _cure(hint: str | None) -> str:
+    if hint is None:
+        return "; point data.root to a folder of images"
+    return f" ({hint}); point data.root to it, or to any folder of images"

@@ -1,4 +1,4 @@
-"""The labels of samples in shards, and the names of their classes."""
+"""Labels of images in shards and tables, and the class numbers that they become."""
 
 import json
 import re
@@ -12,10 +12,15 @@ MAX_CLASSES = 1_000_000
 
 
 def parse_label(text: str, key: str | None, name: str) -> int | str:
-    """Return the label that a `.cls` holds, or a field of a `.json`: a number, or the name of a class.
+    """Parse the content of a `.cls` file, or the field `key` of a `.json` file: a class number or a class name.
+
+    Args:
+        text: The content.
+        key: The field; None for `.cls`.
+        name: The image, for messages.
 
     Raises:
-        UserError: If it has none, or one that cannot be.
+        UserError: If the label is missing or invalid.
     """
     try:
         label: Any = text.strip() if key is None else json.loads(text)[key]
@@ -23,31 +28,32 @@ def parse_label(text: str, key: str | None, name: str) -> int | str:
         raise UserError(f"data.label_key={key}: no such field in the .json beside '{name}'") from error
     except ValueError as error:
         raise UserError(f"data.root: the label beside '{name}' cannot be read ({error})") from error
-    label = parse(label) if isinstance(label, str) else label
+    label = int_or_str(label) if isinstance(label, str) else label
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise UserError(f"data.root: the label beside '{name}' is {label!r}, neither a number nor a word")
+        raise UserError(f"data.root: the label beside '{name}' is {label!r}, neither a class number nor a class name")
     if isinstance(label, int) and not 0 <= label < MAX_CLASSES:
-        raise UserError(f"data.root: the label beside '{name}' is {label}, not a number from 0 on")
+        raise UserError(f"data.root: the label beside '{name}' is {label}, not in 0..{MAX_CLASSES - 1}")
     return label
 
 
-@lru_cache(maxsize=2**16)
-def parse(label: str) -> int | str:
-    """Read a label: a number, if it is one, or a word."""
+@lru_cache(maxsize=2**16)  # the words of a table repeat; equal ones become one object
+def int_or_str(label: str) -> int | str:
+    """Convert a label of up to 9 digits to a class number; leave any other as it is."""
     return int(label) if re.fullmatch("[0-9]{1,9}", label) else label
 
 
 def class_numbers(
     labels: Iterable[int | str], names: Sequence[str] = ()
 ) -> tuple[list[str], dict[int | str | None, int]]:
-    """Return the names of the classes, and the number of each label; nothing where there are no labels.
+    """Return the class names, and the class number of every label. Both are empty if there are no labels.
 
-    Numbers stay what they are, and are named by `names` if there are enough; words are counted in their order.
+    If all labels are numbers they are the class numbers, and `names` names them if it is long enough. Otherwise labels
+    are numbered in sorted order.
     """
-    found = set(labels)
-    if found and all(isinstance(each, int) for each in found):
-        count = max(int(each) for each in found) + 1
-        named = list(names) if len(names) >= count else [str(i) for i in range(count)]
-        return named, {i: i for i in range(count)}
-    ordered = sorted(found, key=str)
-    return [str(each) for each in ordered], {each: i for i, each in enumerate(ordered)}
+    distinct = set(labels)
+    if distinct and all(isinstance(label, int) for label in distinct):
+        count = max(int(label) for label in distinct) + 1
+        class_names = list(names) if len(names) >= count else [str(i) for i in range(count)]
+        return class_names, {i: i for i in range(count)}
+    ordered = sorted(distinct, key=str)
+    return [str(label) for label in ordered], {label: i for i, label in enumerate(ordered)}

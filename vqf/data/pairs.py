@@ -1,18 +1,18 @@
-"""Images with a map each: two folders, or one, in which names say which map belongs to which image."""
+"""Images with condition maps in a folder, paired by file name."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from vqf.batch import Size
-from vqf.data.files.dataset import allowed_unreadable
 from vqf.data.files.listing import scan
 from vqf.data.files.packed import File, PackedStrings
 from vqf.data.files.pair_dataset import PairedImageSplit
+from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.folder import Folder
-from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Crop, Resize
-from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
+from vqf.data.images.decode import EXTENSIONS
 from vqf.data.images.maps import MapDecoder, MapKind
 from vqf.errors import UserError
 from vqf.registry import register
@@ -22,38 +22,23 @@ log = logging.getLogger("vqf")
 
 @register("data", "pairs")
 class Pairs(Folder):
-    """Images of a folder, each with a map of the same place: `Sample.condition` (C, H, W).
+    """Images of a folder, each with an aligned condition map: `Sample.condition` (C, H, W).
 
-    The map of `images/a/b.jpg` is `conditions/a/b.png`, whatever its ending. A map has the shape of its image, at any
-    scale; it is cut where its image is cut, and mirrored with it. What is held out is decided by the images, as in
-    `data=folder`. An image without a map, or with one that cannot be read, counts as an image that cannot be read.
+    The map of `images/a/b.jpg` is `conditions/a/b.png`, with any extension. It has the aspect ratio of its image, at
+    any scale, and is cropped and flipped with it; jitter changes the image alone, and resize=cv2, too: `rgb` and `grey`
+    maps are always antialiased. Pairs are split as `data=folder` splits the images. An image whose map is missing or
+    unreadable counts as unreadable.
 
     Args:
         root: The folder of both.
-        images: The folder of the images, below the root or absolute.
-        conditions: The folder of the maps; it may be that of the images.
-        suffix: What the name of a map has between that of its image and the ending: `_depth` in `a_depth.png`.
-        maps: What a map is. `rgb` and `grey`: an image of 3 channels or 1, scaled as images are. `palette`: an
-            image of 3 channels whose colours mean something, so that none are mixed. `labels`: every pixel is the
-            number of a class; `labels` channels, 1 where a pixel is of the class and 0 elsewhere.
-        labels: The number of classes.
-        unlabelled: The number that stands for no class. It becomes class 0, and every other moves up by one.
-        train: As in `data=folder`, with paths below the folder of the images.
-        validation: The same for validation.
-        validation_fraction: As in `data=folder`.
-        validation_last: As in `data=folder`.
-        crop: As in `data=folder`.
-        crop_area: As in `data=folder`.
-        crop_ratio: As in `data=folder`.
-        flip: Mirror every other training pair.
-        jitter: As in `data=folder`; maps keep their colours.
-        resize: As in `data=folder`; `rgb` and `grey` maps are always antialiased.
-        animated: As in `data=folder`.
-        extensions: Endings of the files that count as images.
-        max_pixels: The largest image or map that is decoded, width times height.
-        max_unreadable: The share of unreadable pairs, one at least unless 0, above which the run stops.
-        source_hint: What to say of the data, and where it is had, when a folder is missing.
-        expected_counts: As in `data=folder`.
+        images: The folder of the images, relative to the root or absolute.
+        conditions: The folder of the maps; may be that of the images.
+        suffix: What the name of a map has between the image's name and the extension: `_depth` in `a_depth.png`.
+        maps: What a map holds. `rgb` and `grey`: an image of 3 channels or 1, resized like images. `palette`: an image
+            of 3 channels whose colors are codes, resized without mixing them. `labels`: a class number per pixel,
+            one-hot encoded into `labels` channels.
+        labels: Number of classes of maps=labels, at least 2.
+        unlabelled: The number of pixels without a class. It becomes class 0, and every other number moves up by one.
     """
 
     def __init__(
@@ -68,22 +53,8 @@ class Pairs(Folder):
         maps: MapKind = "rgb",
         labels: int = 0,
         unlabelled: int | None = None,
-        train: str | None = None,
-        validation: str | None = None,
-        validation_fraction: float = 0.05,
-        validation_last: int | None = None,
-        crop: Crop = "random",
-        crop_area: Sequence[float] = DEFAULT_CROP_AREA,
-        crop_ratio: Sequence[float] = DEFAULT_CROP_RATIO,
-        flip: bool = True,
-        jitter: Sequence[float] = NO_JITTER,
-        resize: Resize = "antialias",
-        animated: Animated = "refuse",
-        extensions: Sequence[str] = EXTENSIONS,
-        max_pixels: int = MAX_PIXELS,
-        max_unreadable: float = 0.01,
         source_hint: str | None = None,
-        expected_counts: Mapping[str, int] | None = None,
+        **options: Any,
     ) -> None:
         base = Path(root).expanduser()
         self.map_decoder = self.condition_reader(maps, labels, unlabelled)
@@ -91,86 +62,65 @@ class Pairs(Folder):
         self.same_folder = self.maps_folder.resolve() == (base / images).resolve()
         if self.same_folder and not suffix:
             raise ValueError(f"images and conditions are both '{images}'; give data.suffix, which tells them apart")
-        super().__init__(
-            image_size,
-            seed,
-            root=str(base / images),
-            train=train,
-            validation=validation,
-            validation_fraction=validation_fraction,
-            validation_last=validation_last,
-            labels=False,
-            crop=crop,
-            crop_area=crop_area,
-            crop_ratio=crop_ratio,
-            flip=flip,
-            jitter=jitter,
-            resize=resize,
-            animated=animated,
-            extensions=extensions,
-            max_pixels=max_pixels,
-            max_unreadable=max_unreadable,
-            source_hint=source_hint,
-            expected_counts=expected_counts,
-        )
+        super().__init__(image_size, seed, root=str(base / images), labels=False, source_hint=source_hint, **options)
         self.maps_by_stem = _maps_by_stem(self.maps_folder, suffix, source_hint)
 
     @staticmethod
     def condition_reader(maps: MapKind = "rgb", labels: int = 0, unlabelled: int | None = None) -> MapDecoder:
-        """Return what reads a map that lies in no folder of pairs; see `vqf.protocols.Data`."""
+        """Return the reader of a map outside the source; see `vqf.protocols.Data`."""
         return MapDecoder(maps, labels, unlabelled)
 
     def is_image(self, name: str) -> bool:
-        """Say whether a file is an image, and no map in the same folder."""
+        """Whether a file is an image, and not a map in the same folder."""
         return not self.same_folder or not _stem(name).endswith(self.suffix)
 
     def split(self, name: str) -> "PairSplit":
-        """Return "train" or "validation".
+        """Return the "train" or the "validation" split.
 
         Raises:
             UserError: If it is empty, or too many of its images have no map.
         """
-        super().split(name)  # refuses what is no part, and an empty one
-        files = [file for file in getattr(self.partition, name) if self.is_image(file.name)]
+        files = [file for file in self._files(name) if self.is_image(file.name)]
         maps = [self.maps_by_stem.get(_stem(file.name)) for file in files]
-        self._check_missing([file.name for file, found in zip(files, maps, strict=True) if not found], len(files))
+        unpaired = [file.name for file, map_file in zip(files, maps, strict=True) if map_file is None]
+        self._check_missing(unpaired, len(files))
         return PairSplit(self, name, files, maps)
 
     def _check_missing(self, names: Sequence[str], count: int) -> None:
         if not names:
             return
-        what = f"{len(names)} of the {count} images in '{self.root}' have no map in '{self.maps_folder}'"
-        where = f"'{_stem(names[0])}{self.suffix}' with any ending for '{names[0]}'"
+        problem = f"{len(names)} of the {count} images in '{self.root}' have no map in '{self.maps_folder}'"
+        expected = f"'{_stem(names[0])}{self.suffix}' with any extension for '{names[0]}'"
         if len(names) > allowed_unreadable(self.max_unreadable, count) or len(names) == count:
-            raise UserError(f"data.conditions: {what}; looked for {where}")
-        log.warning(f"data.conditions: {what}; other pairs take their places. Looked for {where}")
+            raise UserError(f"data.conditions: {problem}; looked for {expected}")
+        log.warning(f"data.conditions: {problem}; the next pairs take their places. Looked for {expected}")
 
 
 class PairSplit(PairedImageSplit):
-    """The pairs of two folders."""
+    """The training or the validation pairs of two folders."""
 
     def __init__(self, data: Pairs, split_name: str, files: Sequence[File], maps: Sequence[File | None]) -> None:
-        self.map_names = PackedStrings(each.name if each else "" for each in maps)
+        self.map_names = PackedStrings(file.name if file else "" for file in maps)
         self.maps_folder, self.map_decoder = data.maps_folder, data.map_decoder
-        content = [astuple(data.map_decoder), *map(tuple, files), *(each and tuple(each) for each in maps)]
+        content = [astuple(data.map_decoder), *map(tuple, files), *(file and tuple(file) for file in maps)]
         super().__init__(data, split_name, PackedStrings(file.name for file in files), None, content)
 
     def open_map(self, index: int) -> Path:
-        """Return the file of a map."""
+        """Return the path of a map."""
         return self.maps_folder / self.map_names[index]
 
 
 def _maps_by_stem(folder: Path, suffix: str, hint: str | None) -> dict[str, File]:
-    """List the maps of a folder by the path of the image that each belongs to, without its ending."""
+    """Map the path of an image, without its extension, to the file of its condition map."""
     if not folder.is_dir():
         raise UserError(f"data.conditions: no folder '{folder}'{f' ({hint})' if hint else ''}; it holds the maps")
-    found: dict[str, File] = {}
+    maps: dict[str, File] = {}
     for file in _with_suffix(scan(folder, EXTENSIONS), suffix):
         stem = _stem(file.name).removesuffix(suffix)
-        if stem in found:
-            raise UserError(f"data.conditions: '{found[stem].name}' and '{file.name}' are maps of the same image")
-        found[stem] = file
-    return found
+        if stem in maps:
+            raise UserError(f"data.conditions: '{maps[stem].name}' and '{file.name}' are maps of the same image")
+        maps[stem] = file
+    return maps
 
 
 def _with_suffix(files: Iterable[File], suffix: str) -> list[File]:
@@ -178,6 +128,6 @@ def _with_suffix(files: Iterable[File], suffix: str) -> list[File]:
 
 
 def _stem(name: str) -> str:
-    """Return a path without the ending of its file, whose name alone may have one."""
+    """Return a path without the extension of its file; a dot in a folder's name stays."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Several data sources as one."""
+"""Several data sources, concatenated."""
 
 import re
 from bisect import bisect_right
@@ -19,16 +19,16 @@ from vqf.protocols import ConditionReader, Data, Split, StreamingSplit
 from vqf.registry import build, call_static, check_options, register
 from vqf.seeding import hash_seed
 
-OPTIONAL_FIELDS = ("mask", "condition", "crop_box")  # an image
-OPTION_PATTERN = r"(?<![\w/.'])data\."  # where an error names an option of a source, and no file
+OPTIONAL_FIELDS = ("mask", "condition", "crop_box")  # of a Sample
+OPTION_PATTERN = r"(?<![\w/.'])data\."  # an option of a source in an error message, not a file name
 
 
 @register("data", "union")
 class Union:
-    """Data sources side by side; the label of an image is the source that it is from.
+    """Several data sources as one; the label of an image is the number of its source.
 
-    What a source holds out stays held out. An epoch is every image of every source. Maps and places are there if
-    every source has them.
+    Each split is the concatenation of the sources' splits. An epoch is every image of every source. Condition maps,
+    masks and crop boxes are there if every source has them, in the same shape.
 
     Args:
         parts: The sources by name, each a node of `data` as in `{name: folder, root: faces}`.
@@ -38,7 +38,7 @@ class Union:
         if not parts:
             raise ValueError("parts is empty; name sources, as in data.parts.faces={name:folder,root:faces}")
         self.classes = list(parts)
-        for name, node in parts.items():
+        for name, node in parts.items():  # all options, before any source opens its files
             check_options("data", node, f"data.parts.{name}")
         self.sources = {
             name: _build_source(name, node, image_size, hash_seed(seed, name)) for name, node in parts.items()
@@ -46,127 +46,129 @@ class Union:
 
     @staticmethod
     def condition_reader(parts: Mapping[str, Any]) -> ConditionReader | None:
-        """Return what reads a map as every source reads its own; None if none of them says how.
+        """Return the reader of condition maps that all sources share; None if no source has maps.
 
         Raises:
-            ValueError: If they do not read alike.
+            ValueError: If the sources read maps differently.
         """
         readers = {
             name: call_static("data", node, "condition_reader", f"data.parts.{name}") for name, node in parts.items()
         }
         first, reader = next(iter(readers.items()))
-        if other := next((name for name, each in readers.items() if each != reader), None):
-            raise ValueError(f"data.parts: '{first}' and '{other}' have maps of different kinds, or one of them none")
+        if other := next((name for name, candidate in readers.items() if candidate != reader), None):
+            raise ValueError(
+                f"data.parts: '{first}' and '{other}' have condition maps of different kinds, or only one has maps"
+            )
         return reader
 
     def split(self, name: str) -> "UnionSplit":
-        """Return "train" or "validation", of the sources that have one.
+        """Return the "train" or the "validation" split, of the sources that have one.
 
         Raises:
-            EmptyPartError: If none has.
+            EmptySplitError: If no source has one.
         """
-        parts, empty = self._open_splits(name, self.sources)
-        if not parts:
-            raise empty or AssertionError("a part or a mistake")
-        others, _ = self._open_splits(
-            "train" if name == "validation" else "validation", self.sources.keys() - parts.keys()
-        )
-        kind = ImageFileUnionSplit if all(hasattr(part, "file") for part in parts.values()) else UnionSplit
-        return kind(parts, self.classes, others)
+        splits, error = self._open_splits(name, self.sources)
+        if not splits:
+            raise error or AssertionError("no split and no error")
+        other_name = "train" if name == "validation" else "validation"
+        others, _ = self._open_splits(other_name, self.sources.keys() - splits.keys())
+        kind = ImageFileUnionSplit if all(hasattr(split, "file") for split in splits.values()) else UnionSplit
+        return kind(splits, self.classes, others)
 
     def _open_splits(self, name: str, sources: Iterable[str]) -> tuple[dict[str, Split], EmptySplitError | None]:
-        """Return a part of each source that has one, and what another says that has none."""
-        parts, empty = {}, None
+        """Return the split of each source that has one, and the last error of one that has none."""
+        splits, last_error = {}, None
         for source in sources:
             try:
                 with _prefix_errors(source):
-                    parts[source] = self.sources[source].split(name)
+                    splits[source] = self.sources[source].split(name)
             except EmptySplitError as error:
-                empty = error
-        return parts, empty
+                last_error = error
+        return splits, last_error
 
 
 class UnionSplit:
-    """The training parts of all sources, or the validation parts, one after the other.
+    """The training splits of all sources, or the validation splits, concatenated.
 
     Args:
-        splits: By source.
-        classes: All sources.
-        others: The other parts of sources that have none of these.
+        splits: Split by source name.
+        classes: Names of all sources.
+        others: The other split of each source that has none of this kind. Its samples, too, decide which optional
+            fields all sources have: training and validation batches then have the same fields.
     """
 
     def __init__(self, splits: Mapping[str, Split], classes: Sequence[str], others: Mapping[str, Split]) -> None:
-        if stream := next((name for name, part in splits.items() if isinstance(part, StreamingSplit)), None):
+        if stream := next((name for name, split in splits.items() if isinstance(split, StreamingSplit)), None):
             raise UserError(
                 f"data.parts.{stream}: a stream cannot be one of several sources; copy its shards to a folder"
             )
         self.source_names, self.splits, self.all_splits = list(splits), list(splits.values()), {**splits, **others}
-        counts = [len(part) for part in self.splits]
+        counts = [len(split) for split in self.splits]
         self.ends = list(accumulate(counts))
         self.source_labels = [classes.index(name) for name in splits]
         self.labels = torch.tensor(self.source_labels).repeat_interleave(torch.tensor(counts))
-        facts = [(name, len(part), part.fingerprint) for name, part in splits.items()]
-        self.fingerprint = sha256_of(facts)
+        self.fingerprint = sha256_of([(name, len(split), split.fingerprint) for name, split in splits.items()])
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return an image as it looks in an epoch, labelled with the number of its source."""
-        source, place = self.locate(index)
+        """Read an image with the augmentation of an epoch, labelled with the number of its source."""
+        source, local_index = self.locate(index)
         with _prefix_errors(self.source_names[source]):
-            return replace(
-                self.splits[source].item(epoch, place), label=self.source_labels[source], **self.absent_fields
-            )
+            sample = self.splits[source].item(epoch, local_index)
+        return replace(sample, label=self.source_labels[source], **self.absent_fields)
 
     @cached_property
     def absent_fields(self) -> dict[str, Any]:
-        """What not every source has beside its images, or not in one shape: a batch cannot have that."""
-        firsts = [self._first_sample(source) for source in self.all_splits]
-        shapes = {field: {getattr(getattr(each, field), "shape", None) for each in firsts} for field in OPTIONAL_FIELDS}
-        return {field: None for field, found in shapes.items() if len(found) > 1}
+        """None for each optional field that not all sources have in one shape: such samples do not collate."""
+        samples = [self._first_sample(source) for source in self.all_splits]
+        shapes = {
+            field: {getattr(getattr(sample, field), "shape", None) for sample in samples} for field in OPTIONAL_FIELDS
+        }
+        return {field: None for field, distinct in shapes.items() if len(distinct) > 1}
 
     def _first_sample(self, source: str) -> Sample:
         with _prefix_errors(source):
             return self.all_splits[source].item(0, 0)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return which of the sources that are here an image is of, and the image's number there."""
+        """Convert an index into (position of the source in `splits`, index in that source)."""
         index = range(len(self))[index]
         source = bisect_right(self.ends, index)
         return source, index - (self.ends[source - 1] if source else 0)
 
     def read_error_flags(self) -> list[torch.Tensor]:
-        """Return which images cannot be read, source by source, as far as anybody has looked."""
-        return [flags for part in self.splits for flags in getattr(part, "read_error_flags", list)()]
+        """Return the flags of unreadable images of all sources, in order."""
+        return [flags for split in self.splits for flags in getattr(split, "read_error_flags", list)()]
 
     def check_read_errors(self) -> None:
-        """Stop if they are too many of a source.
+        """Raise if too many images of a source are unreadable.
 
         Raises:
             UserError: If so.
         """
-        for name, part in zip(self.source_names, self.splits, strict=True):
+        for name, split in zip(self.source_names, self.splits, strict=True):
             with _prefix_errors(name):
-                getattr(part, "check_read_errors", lambda: None)()
+                getattr(split, "check_read_errors", lambda: None)()
 
 
 class ImageFileUnionSplit(UnionSplit):
-    """Of sources that all have files."""
+    """A union of sources whose images are all files."""
 
     def __init__(self, splits: Mapping[str, Any], classes: Sequence[str], others: Mapping[str, Split]) -> None:
         super().__init__(splits, classes, others)
         self.names = _UnionNames(self)
 
     def file(self, index: int) -> ImageFile:
-        """Return an image as the file that it is in its source."""
-        source, place = self.locate(index)
-        file: ImageFile = self.splits[source].file(place)  # type: ignore[attr-defined]
+        """Return the original file of an image."""
+        source, local_index = self.locate(index)
+        file: ImageFile = self.splits[source].file(local_index)  # type: ignore[attr-defined]
         return file
 
 
 class _UnionNames(Sequence[str]):
-    """The names of the images of a union, behind those of their sources."""
+    """Image names of a union, SOURCE/NAME, made on access."""
 
     def __init__(self, split: ImageFileUnionSplit) -> None:
         self.split = split
@@ -181,13 +183,13 @@ class _UnionNames(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        source, place = self.split.locate(index)
-        return f"{self.split.source_names[source]}/{self.split.splits[source].names[place]}"  # type: ignore[attr-defined]
+        source, local_index = self.split.locate(index)
+        return f"{self.split.source_names[source]}/{self.split.splits[source].names[local_index]}"  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _prefix_errors(name: str) -> Iterator[None]:
-    """Let a mistake name the options of the source that makes it."""
+    """Let error messages name the options of a source: `data.root` becomes `data.parts.NAME.root`."""
     try:
         yield
     except UserError as error:

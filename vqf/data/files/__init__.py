@@ -1,1 +1,1 @@
-"""Images in folders: listing, datasets and pairs of an image and its condition map."""
+"""Images that are files: listing, train/validation split, datasets, and pairs of image and condition map."""

@@ -1,4 +1,4 @@
-"""An image of a source as the file that it is, for what copies, checks or crops files: none in place of another."""
+"""One image of a source as the file that it is, for pipelines that copy, check or crop files. Nothing is replaced."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vqf.data.images.decode import Animated, UnreadableError, image_format, open
 from vqf.data.images.maps import MapDecoder
 from vqf.errors import quote_name
 
-Opener = Callable[[], Path | IO[bytes]]  # raises an UnreadableError where there is nothing, or not what there was
+Opener = Callable[[], Path | IO[bytes]]  # raises UnreadableError if the file is missing or has changed
 
 
 class DecodeLimits(Protocol):
@@ -24,7 +24,7 @@ class DecodeLimits(Protocol):
 
 
 class ImageInfo(NamedTuple):
-    """What a file turned out to hold; the size is that of the upright image."""
+    """Format, mode and size of a decoded file; the size is that of the upright image."""
 
     format: str
     mode: str
@@ -34,7 +34,7 @@ class ImageInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image. All that its methods raise is an UnreadableError."""
+    """An image file with its name and class number. Its methods raise UnreadableError and nothing else."""
 
     limits: DecodeLimits
     name: str
@@ -42,15 +42,15 @@ class ImageFile:
     open: Opener
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of the file."""
+        """Read the file."""
         return read_content(self.open)
 
     def load_image(self) -> Image.Image:
-        """Return the whole image, upright and in RGB."""
+        """Decode the full image, upright, RGB."""
         return to_rgb(self._decode(self.open()))
 
     def probe(self, content: bytes) -> ImageInfo:
-        """Decode what `read_bytes` returned, and say what it is."""
+        """Decode the bytes that `read_bytes` returned, and describe them."""
         image = self._decode(io.BytesIO(content))
         to_rgb(image)
         return ImageInfo(image.format or "?", image.mode, *image.size)
@@ -61,17 +61,17 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class PairFile(ImageFile):
-    """An image and its map."""
+    """An image file and the file of its condition map."""
 
     map_decoder: MapDecoder
     map_name: str
     open_map: Opener
 
     def probe(self, content: bytes) -> ImageInfo:
-        """See above; the map is looked at, too."""
-        facts = super().probe(content)
-        self.decode_map((facts.height, facts.width))
-        return facts
+        """Describe the image, and decode its map."""
+        info = super().probe(content)
+        self.decode_map((info.height, info.width))
+        return info
 
     def read_map(self) -> tuple[bytes, str]:
         """Return the bytes of the map's file, and its format."""
@@ -79,45 +79,46 @@ class PairFile(ImageFile):
         return content, image_format(content)
 
     def decode_map(self, shape: Size) -> Image.Image:
-        """Return the map of an image of so many rows and columns: see `MapDecoder.decode`."""
+        """Decode the map of an image of `shape` (H, W) with `MapDecoder.decode`."""
         return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.decode, self.limits.max_pixels)
 
     def load_map(self, shape: Size) -> Image.Image:
-        """Return it in a mode that PNG keeps: see `MapDecoder.to_png`."""
+        """Decode the map of an image of `shape` (H, W) with `MapDecoder.to_png`."""
         return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.to_png, self.limits.max_pixels)
 
 
 def decode_matching_map(
     shape: Size, opener: Opener, name: str, convert: Callable[[Image.Image], Image.Image], max_pixels: int
 ) -> Image.Image:
-    """Return the map of an image of so many rows and columns.
+    """Decode a condition map, and check that its aspect ratio is that of its image.
 
     Args:
-        shape: Of the image.
+        shape: (H, W) of the image.
         opener: Opens the map.
-        name: Of the map; empty where there is none.
-        convert: Makes of what is in the file what it means.
-        max_pixels: The most that is decoded.
+        name: Name of the map; empty if there is none.
+        convert: `MapDecoder.decode` or `MapDecoder.to_png`.
+        max_pixels: The largest map that is decoded, width times height.
 
     Raises:
-        UnreadableError: If there is none that could be trained on, or it has another shape.
+        UnreadableError: If the map is missing, broken, or of another shape.
     """
     try:
-        found = convert(open_image(opener(), max_pixels=max_pixels))
+        decoded = convert(open_image(opener(), max_pixels=max_pixels))
     except UnreadableError as error:
         raise UnreadableError(f"its map {quote_name(name)}: {error}" if name else str(error)) from error
     rows, columns = shape
-    if abs(found.width * rows - found.height * columns) > max(*found.size, *shape):  # beyond rounding
-        shapes = f"{found.width} x {found.height} and {columns} x {rows}"
-        raise UnreadableError(f"its map {quote_name(name)} has another shape: {shapes}")
-    return found
+    # A map at another scale may be off by the rounding of one of its sides.
+    if abs(decoded.width * rows - decoded.height * columns) > max(*decoded.size, *shape):
+        sizes = f"{decoded.width} x {decoded.height} and {columns} x {rows}"
+        raise UnreadableError(f"its map {quote_name(name)} has another shape: {sizes}")
+    return decoded
 
 
 def read_content(opener: Opener) -> bytes:
-    """Return the bytes of a file.
+    """Read all bytes of a file.
 
     Raises:
-        UnreadableError: If they cannot be had.
+        UnreadableError: If it cannot be read.
     """
     source = opener()
     try:

@@ -1,4 +1,7 @@
-"""Many images in little memory, all of which worker processes share: a list would be copied into each of them."""
+"""File names and sizes in numpy arrays.
+
+Forked worker processes share arrays. A list would be copied into each of them, because reference counts are written.
+"""
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,17 +13,18 @@ import numpy as np
 
 
 class File(NamedTuple):
-    """An image: its path below the root, with slashes, its length in bytes, and the label that a table gives it."""
+    """An image file."""
 
-    name: str
-    size: int  # -1 where there is no such file
-    label: int | str | None = None
+    name: str  # path below the root, with slashes
+    size: int  # bytes; -1 for a missing file
+    label: int | str | None = None  # from a table
 
 
 class PackedStrings(Sequence[str]):
-    """Many strings in two arrays."""
+    """A sequence of strings in two arrays: all characters, and the end of each string."""
 
     def __init__(self, names: Iterable[str]) -> None:
+        # surrogateescape: file names on Linux are bytes, and need not be UTF-8.
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
         self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.ends = np.cumsum([len(each) for each in encoded], dtype=np.int64)
@@ -47,13 +51,13 @@ class PackedStrings(Sequence[str]):
 
 
 class PackedFiles(Sequence[File]):
-    """Many images in arrays, see `PackedStrings`; labels of tables are few words, and shared."""
+    """A sequence of files in arrays. Labels stay a list: they repeat, and equal ones are one object."""
 
     def __init__(self, files: Sequence[File]) -> None:
         self.names = PackedStrings(file.name for file in files)
         self.sizes = np.array([file.size for file in files], dtype=np.int64)
-        told = any(file.label is not None for file in files)
-        self.labels = [file.label for file in files] if told else None
+        labelled = any(file.label is not None for file in files)
+        self.labels = [file.label for file in files] if labelled else None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,7 +77,10 @@ class PackedFiles(Sequence[File]):
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Make millions of objects, none of which is rubbish yet: looking for some takes more time than making them."""
+    """Pause the garbage collector while millions of objects are made, none of which is garbage.
+
+    Its passes would take longer than making the objects.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

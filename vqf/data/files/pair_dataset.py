@@ -1,4 +1,4 @@
-"""Images with a map each, wherever both lie: they are cut and mirrored alike, and one that is broken spoils both."""
+"""The split of a source with condition maps: image and map are cropped and flipped alike."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from vqf.data.images.resize import Box, resize_box
 
 
 class PairedImageSplit(ImageSplit, ABC):
-    """The pairs of a source that are for training, or for validation.
+    """The training or the validation pairs of a source. A pair with an unreadable map is an unreadable pair.
 
-    A class that derives from it sets `map_decoder` and `map_names`, the names of the maps, before it calls this one's
-    constructor; the name is empty where an image has no map.
+    Subclasses set `map_decoder` and `map_names` before they call this constructor, which reads both. The name of a
+    missing map is empty.
     """
 
     map_decoder: MapDecoder
@@ -31,14 +31,14 @@ class PairedImageSplit(ImageSplit, ABC):
 
     @abstractmethod
     def open_map(self, index: int) -> Path | IO[bytes]:
-        """Return where a map is read from.
+        """Return the path of a map, or a stream of its bytes.
 
         Raises:
-            UnreadableError: If it is not there.
+            UnreadableError: If the map is missing.
         """
 
     def file(self, index: int) -> PairFile:
-        """Return a pair as the files that it is."""
+        """Return the original files of a pair."""
         file = super().file(index)
         return PairFile(
             **vars(file),
@@ -48,7 +48,7 @@ class PairedImageSplit(ImageSplit, ABC):
         )
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a pair as it looks in an epoch, or the next readable one.
+        """Read a pair with the augmentation of an epoch; an unreadable one is replaced by the next.
 
         Raises:
             UserError: If too many pairs cannot be read.
@@ -56,8 +56,8 @@ class PairedImageSplit(ImageSplit, ABC):
         return unstack_map(super().item(epoch, index), self.map_decoder)
 
     def _read_crop(self, index: int, view: ViewParams) -> CroppedImage:
-        shown = super()._read_crop(index, view)
-        return stack_map(shown, self.file(index).decode_map(shown.shape), self.data.size, self.map_decoder)
+        crop = super()._read_crop(index, view)
+        return stack_map(crop, self.file(index).decode_map(crop.shape), self.data.size, self.map_decoder)
 
     def _open_named_map(self, index: int) -> Path | IO[bytes]:
         if not self.map_names[index]:
@@ -65,19 +65,19 @@ class PairedImageSplit(ImageSplit, ABC):
         return self.open_map(index)
 
 
-def stack_map(shown: CroppedImage, whole: Image.Image, size: Size, reading: MapDecoder) -> CroppedImage:
-    """Return image and map on top of each other, (4, H, W) or (6, H, W), so that both are mirrored alike."""
-    part = resize_box(whole, size, _map_box(whole, shown), reading.resampling)
-    return shown._replace(image=torch.cat([shown.image, reading.to_tensor(part)]))
+def stack_map(crop: CroppedImage, full_map: Image.Image, size: Size, decoder: MapDecoder) -> CroppedImage:
+    """Crop a map like its image, and append its channels: (4, H, W) or (6, H, W). One flip then flips both."""
+    map_crop = resize_box(full_map, size, _map_box(full_map, crop), decoder.resampling)
+    return crop._replace(image=torch.cat([crop.image, decoder.to_tensor(map_crop)]))
 
 
-def unstack_map(sample: Sample, reading: MapDecoder) -> Sample:
-    """Take the two apart again."""
-    return replace(sample, image=sample.image[:3], condition=reading.to_condition(sample.image[3:]))
+def unstack_map(sample: Sample, decoder: MapDecoder) -> Sample:
+    """Split the channels of `stack_map` into image and condition."""
+    return replace(sample, image=sample.image[:3], condition=decoder.to_condition(sample.image[3:]))
 
 
-def _map_box(whole: Image.Image, shown: CroppedImage) -> Box:
-    """Return the part of a map that shows what is shown of its image."""
-    rows, columns = shown.shape
-    box = shown.box.scale_by(whole.height / rows, whole.width / columns)
-    return Box(box.left, box.top, min(box.right, whole.width), min(box.bottom, whole.height))
+def _map_box(full_map: Image.Image, crop: CroppedImage) -> Box:
+    """Convert the crop box of an image into pixels of its map, which may have another scale."""
+    rows, columns = crop.shape
+    box = crop.box.scale_by(full_map.height / rows, full_map.width / columns)
+    return Box(box.left, box.top, min(box.right, full_map.width), min(box.bottom, full_map.height))

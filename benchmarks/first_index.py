@@ -16,7 +16,7 @@ from unittest import mock
 
 from vqf import terminal
 from vqf.data.tar.contents import load_indices
-from vqf.data.tar.index import INDEX_SUFFIX
+from vqf.data.tar.index_file import INDEX_SUFFIX
 from vqf.distributed import comm
 from vqf.distributed.process_group import process_group
 

@@ -15,7 +15,7 @@ from vqf.data.files.listing import scan
 from vqf.data.folder import Folder
 from vqf.data.images.decode import EXTENSIONS
 from vqf.data.shards import Shards
-from vqf.data.tar.index import TarIndex, TarMember, _index_path, _write_index
+from vqf.data.tar.index_file import TarIndex, TarMember, index_path, write_index
 
 CLASSES = 100
 SHARD = 2500  # samples
@@ -38,7 +38,7 @@ def make_indices(root: Path, count: int) -> None:
         tar.write_bytes(bytes(1024))
         state = tar.stat()
         members = [member for i in range(first, first + SHARD) for member in _sample(i)]
-        _write_index(TarIndex(state.st_size, state.st_mtime_ns, True, members), _index_path(tar, None))
+        write_index(TarIndex(state.st_size, state.st_mtime_ns, True, members), index_path(tar, None))
 
 
 def _sample(number: int) -> list[TarMember]:

@@ -245,7 +245,7 @@ def test_shards_are_read_as_their_manifest_says(tmp_path, where):
     assert len(where(tmp_path, "unlabelled")) == COUNT
     for kind in ("rgb", "labels"):
         assert worded(lambda kind=kind: where(tmp_path, kind)) == (
-            f"data.maps={kind}: manifest.json says how the maps of these shards are read: "
+            f"data.maps={kind}: the maps of these shards were written for other options, says manifest.json; give "
             "data.maps=labels data.labels=6 data.unlabelled=255"
         )
 
@@ -269,7 +269,7 @@ def test_what_a_manifest_says_is_no_way_to_the_terminal(tmp_path):
     said = {"maps": "labels", "labels": 5, "unlabelled": "\x1b[2J\nall is well"}
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"maps": said}))
     message = worded(lambda: packed(tmp_path))
-    assert message.endswith("are read: data.maps=labels data.labels=5 data.unlabelled=null") and message.isprintable()
+    assert message.endswith("; give data.maps=labels data.labels=5 data.unlabelled=null") and message.isprintable()
 
 
 def test_the_fingerprint_follows_maps_and_how_they_are_read(tmp_path):
@@ -306,6 +306,6 @@ def test_mistakes_are_worded(tmp_path):
         {"image": "condition.png"},
         {"condition": "depth", "image": ".Depth.tif"},
     ):
-        assert said(**options).endswith(": give the ending of a map, and another of its image")
+        assert said(**options).endswith(": give the extension of the map, and another one of its image")
     assert "labels=0, but maps=labels needs the number of classes" in said(maps="labels")
     assert said(root=str(tmp_path / "none")).startswith("data.root: no folder")

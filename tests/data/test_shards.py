@@ -155,15 +155,14 @@ def test_a_shard_that_the_manifest_lists_and_that_is_missing_keeps_its_places(fo
     assert reds(split) == [*range(30), *[0] * 10]
     assert split.item(0, 35).label == 0
     assert (
-        f"data.root: 10 of the 40 train images that manifest.json in '{folder}' names are not there: "
-        "10 in 'train-003.tar'; others take their places"
+        f"data.root: 10 of the 40 train images in manifest.json of '{folder}' are missing: "
+        "10 in 'train-003.tar'; the next images take their places"
     ) in caplog.text
-    assert "cannot read 'train-003.tar/missing-0' (it is not in its shard)" in caplog.text
+    assert "cannot read 'train-003.tar/missing-0' (missing in its shard)" in caplog.text
     assert make(folder, max_unreadable=0.3).classes == [str(i) for i in range(7)]
     for pattern in ("train-*.tar", "train-{000..003}.tar"):
         assert worded(lambda pattern=pattern: make(folder, train=pattern, max_unreadable=0.2)) == (
-            f"data.max_unreadable=0.2: 10 of the 40 train images that manifest.json in '{folder}' names are "
-            f"not there: "
+            f"data.max_unreadable=0.2: 10 of the 40 train images in manifest.json of '{folder}' are missing: "
             "10 in 'train-003.tar'"
         )
     assert len(make(folder, train="train-00{0,2}.tar", max_unreadable=0).split("train")) == 20
@@ -174,8 +173,8 @@ def test_a_shard_with_fewer_images_than_the_manifest_says(folder, caplog):
     split = make(folder, max_unreadable=0.2).split("train")
     assert reds(split) == [*range(20), 20, 20, *range(20, 30)]
     assert "2 of the 32 train images" in caplog.text and "2 in 'train-001.tar'" in caplog.text
-    assert f"manifest.json in '{folder}' has 9 images, not 10, of the shard 'train-002.tar'" in caplog.text
-    assert f"manifest.json in '{folder}' does not know the shard 'validation-000.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' lists 9 images, not 10, of the shard 'train-002.tar'" in caplog.text
+    assert f"manifest.json in '{folder}' does not list the shard 'validation-000.tar'" in caplog.text
     assert f"manifest.json in '{folder}' says that pipeline=shard has not finished writing it" in caplog.text
 
 
@@ -199,7 +198,7 @@ def test_patterns(folder):
     assert find_shards(folder, "train-*.tar", "x") == [folder / f"train-{i:03}.tar" for i in range(3)]
     only = make(folder, train=None)
     assert len(only.split("validation")) == 5
-    assert worded(lambda: only.split("train")) == f"data.train=None: no images in such shards of '{folder}'"
+    assert worded(lambda: only.split("train")) == f"data.train=None: no images in matching shards of '{folder}'"
     assert worded(lambda: make(folder, train="train-{0..")) == (
         "data.train=train-{0..: unbalanced braces: 'train-{0..'; write it as in train-{0000..0146}.tar"
     )
@@ -243,8 +242,8 @@ def test_a_shard_that_vanishes_or_shrinks_keeps_every_place(folder, caplog):
     assert "is missing; its 20 members count as unreadable" in caplog.text
     expected = [10] * 11 + [*range(11, 19), 20, *range(20, 30)]
     assert reds(after) == expected
-    assert "cannot read 'train-001.tar/0019.png' (train-001.tar ends early)" in caplog.text
-    assert int(after.unreadable.sum()) == 11
+    assert "cannot read 'train-001.tar/0019.png' (train-001.tar is truncated)" in caplog.text
+    assert int(after.read_errors.flags.sum()) == 11
     loaded = torch.cat([each.images for each in keyed_batches(after, [[(0, i)] for i in range(30)], workers=2)])
     assert [red(type("S", (), {"image": each})) for each in loaded] == expected
 
@@ -272,9 +271,9 @@ def test_a_shard_that_was_never_whole(folder, caplog):
     for _ in range(2):  # without an index, and with one
         caplog.clear()
         assert reds(make(folder).split("train")) == [*range(10), *range(10, 14), *range(20, 30)]
-        assert f"the shard '{path}' is cut short or damaged; what follows is left out" in caplog.text
+        assert f"the shard '{path}' is truncated or damaged; only its intact samples are used" in caplog.text
     assert worded(lambda: make(folder, max_unreadable=0)) == (
-        f"data.max_unreadable=0: 1 of 3 shards are cut short or damaged; the last is '{path}'"
+        f"data.max_unreadable=0: 1 of 3 shards are truncated or damaged; the last is '{path}'"
     )
 
 
@@ -312,7 +311,7 @@ def test_the_fingerprint_follows_images_and_labels_but_not_the_place(folder, tmp
 
 def test_the_number_of_classes_may_be_given(folder):
     assert make(folder, classes=9).classes == [str(i) for i in range(9)]
-    message = "data.classes=6: there is a label 6, no number below that"
+    message = "data.classes=6: the label 6 is not a number below 6"
     assert worded(lambda: make(folder, classes=6)) == message
 
 

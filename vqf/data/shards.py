@@ -1,88 +1,73 @@
-"""Tar shards in the layout of webdataset (https://github.com/webdataset/webdataset), read as if they were a folder.
+"""Tar shards in the layout of webdataset (https://github.com/webdataset/webdataset).
 
-Members that share a name up to the first dot of it are one sample: `0001.jpg` and `0001.cls`. An index beside each
-shard says where its members lie, so that any image can be read at any time: the order is the one of every data
-source, the same for any number of worker processes and ranks, and a run goes on where it stopped. Shards that are not
-in a folder are read from end to end: see `vqf.data.tar.streaming`.
+Members whose names agree up to the first dot are one sample: `0001.jpg` and `0001.cls`. An index beside each shard says
+where its members are, so that any image can be read at any time: the order of images is exact and independent of the
+numbers of workers and ranks, as for every source, and a run resumes exactly. Shards at URLs are read from start to end:
+see `vqf.data.tar.streaming`.
 """
 
-import io
-import itertools
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from vqf.batch import Size, pair
-from vqf.data.files.dataset import ImageSplit, allowed_unreadable
-from vqf.data.files.packed import gc_paused
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
-from vqf.data.images.decode import MAX_PIXELS, Animated, UnreadableError
-from vqf.data.labels import class_numbers
-from vqf.data.tar.contents import (
-    CRC_MISSING,
-    CRC_NO_LABEL,
-    LOST_LABEL,
-    IndexedShards,
-    SampleIndexBuilder,
-    iter_samples,
-    load_indices,
-)
-from vqf.data.tar.index import TarReader
-from vqf.data.tar.manifest import MANIFEST_NAME, class_names, listed_shards, read_manifest
+from vqf.data.images.decode import MAX_PIXELS, Animated
+from vqf.data.tar.contents import IndexedShards
+from vqf.data.tar.dataset import ShardSplit
 from vqf.data.tar.members import SampleMembers
-from vqf.data.tar.patterns import find_shards, is_streamed
-from vqf.data.tar.remote import RemoteShards
-from vqf.data.tar.streaming import StreamedShards, StreamSplit
+from vqf.data.tar.patterns import is_streamed
+from vqf.data.tar.remote import RemoteShards, StreamedShards
+from vqf.data.tar.shard_folder import ShardFolder
+from vqf.data.tar.streaming import StreamSplit
 from vqf.errors import EmptySplitError, UserError, unknown_message
 from vqf.registry import register
-
-log = logging.getLogger("vqf")
-
-MAX_LISTED = 5  # shards that a line names
 
 
 @register("data", "shards")
 class Shards:
     """Tar shards of webdataset: images with labels from `.cls`, from a field of `.json`, or none.
 
-    Each shard gets an index beside it, `name.tar.idx`, on first use. A shard that is missing although its index is
-    there, one cut short, an image whose checksum is not the indexed one and one that cannot be decoded follow the
-    rule of `data=folder`: the next image that can be read takes the place, up to `max_unreadable`.
+    Each shard gets an index beside it, `name.tar.idx`, on first use. Missing shards whose index is left, truncated
+    shards, images with a wrong checksum and undecodable images follow the rule of `data=folder`: the next readable
+    image takes the place of an unreadable one, up to `max_unreadable`.
 
-    Shards at an address that webdataset opens are streamed, without an index: validation in order, training shuffled,
-    in an order that depends on the number of ranks and workers.
+    Shards at a URL that webdataset opens are streamed without an index: validation in order, training shuffled, in an
+    order that depends on the numbers of ranks and workers.
 
     Args:
-        root: The folder of the shards, or its address.
-        train: The shards to train on, below the root, or addresses: webdataset's braces, such as
-            `train-{0000..0146}.tar`, or wildcards, such as `train-*.tar`; several of them divided by `::`.
+        root: The folder of the shards, or its URL.
+        train: The training shards, relative to the root, or URLs: webdataset's braces, such as
+            `train-{0000..0146}.tar`, or wildcards, such as `train-*.tar`; several patterns are joined by `::`.
         validation: The same for validation.
-        train_images: How many images the training shards hold, if they are streamed and the `manifest.json` of
-            pipeline=shard is not beside them.
+        train_images: Number of images in streamed training shards, if there is no `manifest.json` of pipeline=shard
+            beside them.
         validation_images: The same for validation.
-        buffer: Images that each process which loads a stream holds, to shuffle them.
+        buffer: Size of the shuffle buffer of a stream, in images per loading process; at least 1.
         labels: Whether labels are read.
-        label_key: The field of `.json` that holds the label; by default it is all that `.cls` holds.
-        classes: How many classes there are, where labels are numbers; by default what the shards or the manifest say.
-        image: The ending of the image, where samples hold several; by default the first that is an image.
-        index: A folder for the indices, where there are to be none beside the shards.
-        crop: See `data=folder`, as for the following.
-        crop_area: The least and the largest share of an image that crop=resized shows.
-        crop_ratio: The least and the largest ratio of width to height of that part.
-        flip: Mirror every other training image.
-        jitter: How far brightness, contrast, saturation and hue of training images are changed.
-        resize: "antialias" is bicubic; "cv2" the bilinear without antialiasing that taming-transformers scales with.
-        animated: Whether an animation counts as unreadable, or its first frame as an image.
-        max_pixels: The largest image that is decoded, width times height.
-        max_unreadable: The share of unreadable and of missing images, and of shards cut short, one at least unless 0,
-            above which the run stops.
+        label_key: The field of `.json` with the label; by default the label is the content of `.cls`.
+        classes: Number of classes, where labels are numbers; by default from the shards or the manifest. 0 ignores the
+            labels of a stream.
+        image: Extension of the image, where samples have several; by default the first that is an image format.
+        index: Folder of the indices; by default that of each shard.
+        crop: Where training images are cropped; validation images are center-cropped. "resized" is torchvision's
+            RandomResizedCrop.
+        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area in (0, 1].
+        crop_ratio: Smallest and largest aspect ratio (width / height) of a "resized" crop, relative to that of the
+            image size.
+        flip: Mirror each training image with probability 1/2.
+        jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
+            training images.
+        resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
+        animated: Whether an animation counts as unreadable, or its first frame is the image.
+        max_pixels: Largest image that is decoded, width times height.
+        max_unreadable: Fraction of unreadable or missing images, and of truncated shards, in [0, 1] above which the run
+            stops; one is allowed unless 0.
     """
 
-    condition: str | None = None  # the ending of maps
+    condition: str | None = None  # extension of condition maps; set by subclasses
 
     def __init__(
         self,
@@ -116,174 +101,58 @@ class Shards:
             raise ValueError(f"buffer={buffer} is not a number of images from 1 on")
         self.size, self.seed = pair(image_size), seed
         self.augmentation = Augmentation(crop, crop_area, crop_ratio, flip, jitter, resize)
-        self.animated, self.max_pixels, self.max_unreadable, self.shuffle_buffer = (
-            animated,
-            max_pixels,
-            max_unreadable,
-            buffer,
-        )
+        self.animated, self.max_pixels, self.max_unreadable = animated, max_pixels, max_unreadable
+        self.shuffle_buffer = buffer
         self.member_roles = SampleMembers(normalize_extension(image), label_key, self.condition)
-        self.index = None if index is None else Path(index).expanduser()
         self.patterns = {"train": train, "validation": validation}
         self.remote: RemoteShards | None = None
-        self.classes: list[str]
-        if any(is_streamed(root, pattern, f"data.{part}") for part, pattern in self.patterns.items() if pattern):
+        self.folder: ShardFolder | None = None
+        if any(is_streamed(root, pattern, f"data.{name}") for name, pattern in self.patterns.items() if pattern):
             lengths = {"train": train_images, "validation": validation_images}
             self.remote = RemoteShards(root, self.patterns, lengths, classes if labels else 0)
             self.classes = self.remote.classes
             self.check_manifest(self.remote.manifest)
         else:
-            self._index_shards(root, labels, classes)
+            index_folder = None if index is None else Path(index).expanduser()
+            self.folder = ShardFolder(root, index_folder, self.member_roles, max_unreadable)
+            self.root = self.folder.root
+            self.check_manifest(self.folder.manifest)  # before the long work
+            self.folder.index_splits(self.patterns, labels)
+            self.classes, self.class_numbers = self.folder.class_numbers(classes)
 
-    def split(self, name: str) -> "ShardSplit | StreamSplit":
-        """Return "train" or "validation"."""
+    def split(self, name: str) -> ShardSplit | StreamSplit:
+        """Return the "train" or the "validation" split.
+
+        Raises:
+            EmptySplitError: If it has no images.
+        """
         if name not in self.patterns:
             raise UserError(unknown_message("split", name, self.patterns))
         if self.remote is not None:
             return self.streamed_split(name, self.remote.shards_of(name))
-        part = self.contents[name]
-        if not part.names:
-            raise EmptySplitError(f"data.{name}={self.patterns[name]}: no images in such shards of '{self.root}'")
-        labels = torch.tensor([self.class_numbers[each] for each in part.labels]) if self.classes else None
-        return self.indexed_split(name, part, labels)
+        assert self.folder is not None, "shards are in a folder or at a URL"
+        contents = self.folder.contents[name]
+        if not contents.names:
+            raise EmptySplitError(f"data.{name}={self.patterns[name]}: no images in matching shards of '{self.root}'")
+        labels = torch.tensor([self.class_numbers[label] for label in contents.labels]) if self.classes else None
+        return self.indexed_split(name, contents, labels)
 
-    def indexed_split(self, name: str, part: IndexedShards, labels: torch.Tensor | None) -> "ShardSplit":
-        """Return a part whose shards are in a folder."""
-        return ShardSplit(self, name, part, labels)
+    def indexed_split(self, name: str, contents: IndexedShards, labels: torch.Tensor | None) -> ShardSplit:
+        """Build the split of shards in a folder; a hook for subclasses."""
+        return ShardSplit(self, name, contents, labels)
 
     def streamed_split(self, name: str, stream: StreamedShards) -> StreamSplit:
-        """Return a part whose shards are not."""
+        """Build the split of shards at URLs; a hook for subclasses."""
         return StreamSplit(self, name, stream)
 
     def check_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Refuse shards that are read in another way than they were written."""
-
-    def _index_shards(self, root: str | None, labels: bool, classes: int | None) -> None:
-        """Find out what the shards of a folder hold."""
-        if root is None:
-            raise UserError("data.root: give the folder of the shards, or its address")
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
-        self.manifest = read_manifest(self.root)
-        self.check_manifest(self.manifest)
-        self.manifest_shards = listed_shards(self.manifest)
-        if self.manifest.get("finished") is False:
-            log.warning(
-                f"data.root: {MANIFEST_NAME} in '{self.root}' says that pipeline=shard has not finished writing it"
-            )
-        with gc_paused():
-            self.contents = {part: self._index_split(part, pattern, labels) for part, pattern in self.patterns.items()}
-        if not any(part.names for part in self.contents.values()):
-            named = " and ".join(f"data.{part}={pattern}" for part, pattern in self.patterns.items())
-            raise UserError(f"data.root: no images in shards of '{self.root}'; {named}")
-        self.classes, self.class_numbers = self._class_numbers(classes)
+        """Refuse shards that were written for other options; a hook for subclasses."""
 
     def digests(self) -> dict[Path, str]:
-        """Return what the manifest says of the shards that are there: the sha256 of each."""
-        paths = [] if self.remote else [path for part in self.contents.values() for path in part.tar_reader.paths]
-        found = {
-            path: self.manifest_shards[path.name].get("sha256") for path in paths if path.name in self.manifest_shards
-        }
-        return {path: known for path, known in found.items() if isinstance(known, str) and path.is_file()}
-
-    def _index_split(self, name: str, pattern: str | None, labels: bool) -> IndexedShards:
-        paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{name}", self.manifest_shards)
-        tars, found = TarReader(paths), SampleIndexBuilder(self.member_roles)
-        cut, short = [], []
-        for shard, (path, index) in enumerate(
-            zip(paths, load_indices(paths, self.index, self.manifest_shards), strict=True)
-        ):
-            before = len(found.names)
-            for picked in iter_samples(path, index, self.member_roles):
-                found.add(tars, shard, picked, labels)
-            if missing := self._count_missing(path, len(found.names) - before):
-                found.add_missing(path.name, shard, missing)
-                short.append(f"{missing} in '{path.name}'")
-            elif not index.intact:
-                cut.append(path)
-        self._check_truncated(cut, len(paths))
-        self._check_missing(short, found.missing_count, len(found.names), name)
-        return found.build(tars, labels)
-
-    def _count_missing(self, path: Path, count: int) -> int:
-        """Return how many images the manifest has of a shard that are not in it."""
-        if not self.manifest_shards:
-            return 0
-        known = self.manifest_shards.get(path.name)
-        if known is None or known["images"] < count:
-            said = "does not know" if known is None else f"has {known['images']} images, not {count}, of"
-            log.warning(f"data.root: {MANIFEST_NAME} in '{self.root}' {said} the shard '{path.name}'")
-            return 0
-        missing: int = known["images"] - count
-        return missing
-
-    def _check_missing(self, short: list[str], missing: int, count: int, part: str) -> None:
-        if not short:
-            return
-        what = f"{missing} of the {count} {part} images that {MANIFEST_NAME} in '{self.root}' names are not there: "
-        what += ", ".join(short[:MAX_LISTED]) + (", and more" if len(short) > MAX_LISTED else "")
-        if missing > allowed_unreadable(self.max_unreadable, count):
-            raise UserError(f"data.max_unreadable={self.max_unreadable:g}: {what}")
-        log.warning(f"data.root: {what}; others take their places")
-
-    def _check_truncated(self, cut: list[Path], count: int) -> None:
-        if len(cut) > allowed_unreadable(self.max_unreadable, count):
-            raise UserError(
-                f"data.max_unreadable={self.max_unreadable:g}: {len(cut)} of {count} shards are cut short or damaged; "
-                f"the last is '{cut[-1]}'"
-            )
-        for path in cut:
-            log.warning(f"data.root: the shard '{path}' is cut short or damaged; what follows is left out")
-
-    def _class_numbers(self, count: int | None) -> tuple[list[str], dict[int | str | None, int]]:
-        """Return the names of the classes, and the number of each label."""
-        parts = [part for part in self.contents.values() if part.names]
-        if not all(part.labels for part in parts):
-            return [], {}
-        found = {label for part in parts for label in part.labels} - {LOST_LABEL}
-        if count is not None and (wrong := [each for each in found if isinstance(each, str) or each >= count]):
-            raise UserError(f"data.classes={count}: there is a label {max(wrong, key=str)!r}, no number below that")
-        names = class_names(self.manifest)
-        plain = [str(i) for i in range(count or 0)]
-        classes, numbers = class_numbers(found, names if len(names) >= len(plain) else plain)
-        return classes, {LOST_LABEL: 0, **numbers}
-
-
-class ShardSplit(ImageSplit):
-    """The images of the shards of a part."""
-
-    def __init__(
-        self, data: Shards, name: str, part: IndexedShards, labels: torch.Tensor | None, more: Iterable[object] = ()
-    ) -> None:
-        self.tar_reader, self.shard_indices, self.locations = part.tar_reader, part.shard_indices, part.locations
-        content = content_key(part.names, part.locations)
-        told = [] if labels is None else [labels.tolist(), *data.classes]
-        super().__init__(data, name, part.names, labels, itertools.chain(content, told, more))
-
-    def open(self, index: int) -> IO[bytes]:
-        """Return the bytes of an image."""
-        return self.read_member(index, self.locations)
-
-    def read_member(self, index: int, locations: np.ndarray) -> IO[bytes]:
-        """Return the bytes of a member of a sample.
-
-        Raises:
-            UnreadableError: If they are not there, or not those that were indexed.
-        """
-        offset, size, crc = locations[index].tolist()
-        if crc == CRC_MISSING:
-            raise UnreadableError("it is not in its shard")
-        if crc == CRC_NO_LABEL:
-            raise UnreadableError("its label cannot be read")
-        return io.BytesIO(self.tar_reader.read(int(self.shard_indices[index]), offset, size, crc))
-
-
-def content_key(names: Sequence[str], locations: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yield what tells members from others, wherever in their shards they lie: name, size and checksum."""
-    return ((name, size, crc) for name, (_, size, crc) in zip(names, locations.tolist(), strict=True))
+        """Return the sha256 that the manifest gives for each existing shard of a folder."""
+        return self.folder.digests() if self.folder else {}
 
 
 def normalize_extension(option: str | None) -> str | None:
-    """Return an ending as members have it."""
+    """Convert an extension to the form of member names: lower case, without a leading dot."""
     return None if option is None else option.lower().lstrip(".")

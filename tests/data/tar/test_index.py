@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from tests.data.packing import pack
 from vqf.data.images.decode import UnreadableError
 from vqf.data.tar import index as tar_index
-from vqf.data.tar.index import TarReader, build_index, load_index, split_member_name
+from vqf.data.tar import reader as tar_reader
+from vqf.data.tar.index import build_index, load_index
+from vqf.data.tar.members import split_member_name
+from vqf.data.tar.reader import TarReader
 from vqf.errors import UserError
 
 MEMBERS = [("a.jpg", b"x" * 700), ("a.cls", b"3"), ("sub/b.left.PNG", bytes(range(256)) * 5), ("c.txt", b"")]
@@ -121,7 +124,7 @@ def test_an_index_elsewhere_or_in_memory(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.INFO, "vqf"):
         assert len(load_index(two, tmp_path / "file").members) == 2
-    assert "the index is made again for every run" in caplog.text
+    assert "the index is rebuilt in every run" in caplog.text
 
 
 def test_a_tar_cut_short_or_gone_keeps_its_index(tmp_path, caplog):
@@ -129,11 +132,11 @@ def test_a_tar_cut_short_or_gone_keeps_its_index(tmp_path, caplog):
     whole = load_index(path)
     os.truncate(path, whole.members[2].offset + 10)
     assert load_index(path) == whole
-    assert f"'{path}' ends early, after {whole.members[2].offset + 10} of {whole.size} bytes" in caplog.text
+    assert f"'{path}' is truncated: {whole.members[2].offset + 10} of {whole.size} bytes" in caplog.text
     tars = TarReader([path])
     for member, content in zip(whole.members[:2], (b"x" * 700, b"3"), strict=True):
         assert tars.read(0, member.offset, member.size, member.crc) == content
-    with pytest.raises(UnreadableError, match=r"^x.tar ends early$"):
+    with pytest.raises(UnreadableError, match=r"^x.tar is truncated$"):
         tars.read(0, *whole.members[2][2:5])
     path.unlink()
     assert load_index(path) == whole
@@ -160,7 +163,7 @@ def test_a_flipped_bit_is_seen(tmp_path):
 
 
 def test_many_tars_do_not_use_up_the_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_index, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(tar_reader, "MAX_OPEN_FILES", 3)
     paths = [pack(tmp_path / f"{i}.tar", [("a.bin", bytes([i]) * 9)]) for i in range(8)]
     places = [build_index(path).members[0][2:5] for path in paths]
     tars = TarReader(paths)
@@ -178,7 +181,7 @@ def test_many_tars_do_not_use_up_the_open_files(tmp_path, monkeypatch):
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     path = pack(tmp_path / "x.tar", [("fine.png", b"1"), (name, b"2")])
     message = worded(lambda: load_index(path))
-    assert message == f"data.root: the shard '{path}' has a member {name!a}, which no data set should have"
+    assert message == f"data.root: the shard '{path}' has a member with the unsafe name {name!a}"
     assert [each.name for each in tmp_path.iterdir()] == ["x.tar"]
 
 

@@ -25,8 +25,8 @@ from tests.support.composing import compose
 from tests.training.test_trainer import TINY
 from vqf.data.shards import Shards
 from vqf.data.tar import remote_io
-from vqf.data.tar.remote_io import is_url, redact_url
-from vqf.data.tar.replay import RawSample, ReplayableStream
+from vqf.data.tar.remote_io import RawSample, is_url, redact_url
+from vqf.data.tar.replay import ReplayableStream
 from vqf.dataloading.loader import keyed_batches, sequential_batches, train_batches
 from vqf.dataloading.order import ShuffledBatches
 from vqf.errors import UserError
@@ -256,7 +256,7 @@ def test_without_a_manifest_there_is_a_word_for_what_is_missing(folder, serve, c
         "data.validation: no validation shards are named or listed"
     )
     assert worded(lambda: Shards(16, 0, root=root, train=None, validation=None)).startswith("data.root: no folder")
-    assert worded(lambda: Shards(16, 0)) == "data.root: give the folder of the shards, or its address"
+    assert worded(lambda: Shards(16, 0)) == "data.root: give the folder of the shards, or its URL"
 
 
 def test_an_address_without_a_manifest_says_why(folder, serve, caplog):
@@ -287,7 +287,7 @@ def test_a_label_that_cannot_be(folder):
     )
     pack(folder / "none.tar", [("a.png", png())])
     assert worded(lambda: streamed("none.tar", root=f"file:{folder}").split("train").item(0, 0)) == (
-        "data.root: 'none.tar/a.png' has no label beside it; data.classes=0 goes on without"
+        "data.root: 'none.tar/a.png' has no label beside it; data.classes=0 trains without labels"
     )
 
 
@@ -320,7 +320,7 @@ def test_a_broken_image_is_counted_once_however_often_it_is_read(private, worker
     )
     for _ in range(3):
         assert of_batches(sequential_batches(split, 4, workers=workers)) == [0, 1, 2, 4, 4, 5]
-    assert int(split.unreadable.sum()) == 1
+    assert int(split.image_errors.flags.sum()) == 1
     assert len(caplog.records) == 1
 
 
@@ -361,7 +361,7 @@ def test_a_shard_that_ends_early_or_is_missing(private, serve, monkeypatch, capl
     assert record.getMessage().startswith(f"data.root: cannot read the shard '{root}/train-01.tar' to its end (")
     reason = {
         "cut": "unexpected end of data",
-        "block": "it ends early",
+        "block": "it is truncated",
         "missing": "no such file" if kind == "file" else "the command that fetches it ended with status",
         "junk": "",
     }[damage]
@@ -405,7 +405,7 @@ def test_names_that_lead_elsewhere_are_refused(private):
     pack(private / "train-00.tar", [("fine.png", png()), ("../x.png", png())])
     message = worded(lambda: streamed(root=f"file:{private}", classes=0).split("train").item(0, 0))
     assert message == (
-        f"data.root: the shard 'file:{private}/train-00.tar' has a member '../x.png', which no data set should have"
+        f"data.root: the shard 'file:{private}/train-00.tar' has a member with the unsafe name '../x.png'"
     )
     pack(private / "train-00.tar", [("a.png", png()), ("a.png", png())])
     message = worded(lambda: streamed(root=f"file:{private}", classes=0).split("train").item(0, 0))
@@ -437,7 +437,7 @@ def test_a_command_runs_only_if_it_is_allowed(folder, monkeypatch, tmp_path):
     monkeypatch.delenv(remote_io.ALLOW_PIPES_VARIABLE, raising=False)
     command = f"pipe:touch {tmp_path}/ran; cat {folder}/train-00.tar"
     assert worded(lambda: streamed(command)) == (
-        f"data.train={command}: pipe: runs a command of the shell; if you trust it, set the variable "
+        f"data.train={command}: pipe: runs a shell command; if you trust it, set the environment variable "
         "VQF_ALLOW_PIPES=1 first"
     )
     assert "VQF_ALLOW_PIPES=1" in worded(lambda: streamed(root=command))
@@ -449,7 +449,8 @@ def test_a_command_runs_only_if_it_is_allowed(folder, monkeypatch, tmp_path):
 
 def test_addresses_that_nothing_opens():
     assert worded(lambda: streamed("s3://bucket/{0..3}.tar")).startswith(
-        "data.train=s3://bucket/0.tar: webdataset opens no s3: (but ais, file, ftps, gs, hf, htgs, http, https, pipe, "
+        "data.train=s3://bucket/0.tar: webdataset cannot open s3: (only ais, file, ftps, gs, hf, htgs, http, https, "
+        "pipe, "
     )
     split = streamed("http://127.0.0.1:9/a.tar", max_unreadable=1).split("train")  # nobody listens there
     assert worded(lambda: split.item(0, 0)).startswith("data.train: no image in 1 shards can be read")

@@ -1,4 +1,4 @@
-"""What indexed shards hold: which samples, where in which shard, and their labels."""
+"""Collect the samples of indexed shards into arrays: names, locations and labels."""
 
 import logging
 from array import array
@@ -13,37 +13,38 @@ import numpy as np
 from vqf.data.files.packed import PackedStrings
 from vqf.data.images.decode import UnreadableError
 from vqf.data.labels import parse_label
-from vqf.data.tar.index import TarIndex, TarMember, TarReader, load_index
+from vqf.data.tar.index import load_index
+from vqf.data.tar.index_file import TarIndex, TarMember
 from vqf.data.tar.members import SampleMembers
+from vqf.data.tar.reader import TarReader
 from vqf.distributed import comm
 from vqf.errors import UserError
 from vqf.terminal import progress
 
 log = logging.getLogger("vqf")
 
-INDEX_THREADS = 8  # shards that are indexed side by side
-LOST_LABEL = ""  # in place of a label
-CRC_NO_LABEL, CRC_MISSING = (
-    -1,
-    -2,
-)  # in place of a checksum: an image whose label is lost, or which is not there, is unreadable
+INDEX_THREADS = 8  # shards that are indexed at a time
+LOST_LABEL = ""  # stands for an unreadable label
+# In place of a CRC-32, for images that are known to be unreadable:
+CRC_NO_LABEL = -1  # the label is unreadable
+CRC_MISSING = -2  # the member is not in its shard
 
 
 @dataclass
 class IndexedShards:
-    """The samples of the shards of a part: in arrays, of which worker processes share one copy."""
+    """The N samples of one split, in arrays, which forked worker processes share."""
 
     tar_reader: TarReader
-    names: PackedStrings
-    shard_indices: np.ndarray  # which shard each lies in
-    locations: np.ndarray  # (images, 3): offset, size and checksum in it
-    labels: list[int | str]  # one each, or none at all
-    map_names: PackedStrings  # the names of their maps, empty where there is none
-    map_locations: np.ndarray  # (images, 3)
+    names: PackedStrings  # SHARD/KEY.EXTENSION of the images
+    shard_indices: np.ndarray  # (N,), into `tar_reader.paths`
+    locations: np.ndarray  # (N, 3): offset, size and CRC-32 of the image
+    labels: list[int | str]  # N, or none
+    map_names: PackedStrings  # of the condition maps, empty for a missing one; none if there are no maps
+    map_locations: np.ndarray  # (N, 3), or (0, 3)
 
 
 class MemberSet(NamedTuple):
-    """The members of a sample."""
+    """The members of one sample."""
 
     image: TarMember
     label: TarMember | None
@@ -51,7 +52,7 @@ class MemberSet(NamedTuple):
 
 
 class SampleIndexBuilder:
-    """What is found in shards, sample by sample."""
+    """Collects samples, shard by shard, for `IndexedShards`."""
 
     def __init__(self, roles: SampleMembers) -> None:
         self.member_roles = roles
@@ -62,29 +63,30 @@ class SampleIndexBuilder:
         self.first_unlabelled: str | None = None
         self.missing_count = 0
 
-    def add(self, tars: TarReader, shard: int, picked: MemberSet, labels: bool) -> None:
-        image, crc = picked.image, picked.image.crc
+    def add(self, tars: TarReader, shard: int, sample: MemberSet, labels: bool) -> None:
+        """Add a sample of shard number `shard`, and read its label if `labels`."""
+        image, crc = sample.image, sample.image.crc
         name = f"{tars.paths[shard].name}/{image.key}.{image.extension}"
         self.names.append(name)
         self.shard_indices.append(shard)
-        if not labels or picked.label is None:
+        if not labels or sample.label is None:
             self.first_unlabelled = self.first_unlabelled or name
         else:
             try:
-                self.labels.append(read_label(tars, shard, picked.label, self.member_roles.label_key, name))
+                self.labels.append(read_label(tars, shard, sample.label, self.member_roles.label_key, name))
             except UnreadableError:
                 self.labels.append(LOST_LABEL)
                 crc = CRC_NO_LABEL
         self.locations.extend((image.offset, image.size, crc))
         if self.member_roles.condition:
-            self._add_map(picked.map)
+            self._add_map(sample.map)
 
     def _add_map(self, member: TarMember | None) -> None:
         self.map_names.append(f"{member.key}.{member.extension}" if member else "")
         self.map_locations.extend((member.offset, member.size, member.crc) if member else (0, 0, CRC_MISSING))
 
     def add_missing(self, name: str, shard: int, count: int) -> None:
-        """Keep the places of images that a shard should hold, and does not."""
+        """Add unreadable samples for images that the shard `name` has lost, so that the indices of others stay."""
         self.names += [f"{name}/missing-{i}" for i in range(count)]
         self.shard_indices.extend([shard] * count)
         self.locations.extend((0, 0, CRC_MISSING) * count)
@@ -95,22 +97,21 @@ class SampleIndexBuilder:
         self.missing_count += count
 
     def build(self, tars: TarReader, labels: bool) -> IndexedShards:
-        told = len(self.labels) > self.missing_count
-        if labels and self.first_unlabelled and (told or self.member_roles.label_key):
+        """Convert to arrays. Labels are kept if every image has one."""
+        has_labels = len(self.labels) > self.missing_count
+        if labels and self.first_unlabelled and (has_labels or self.member_roles.label_key):
             log.warning(
                 f"data.root: no labels, because '{self.first_unlabelled}' has no "
                 f".{self.member_roles.label_extension} beside it"
             )
-        kept = self.labels if told and not self.first_unlabelled else []
-        shards, places, maps = (np.array(each) for each in (self.shard_indices, self.locations, self.map_locations))
         return IndexedShards(
             tars,
             PackedStrings(self.names),
-            shards,
-            places.reshape(-1, 3),
-            kept,
+            np.array(self.shard_indices),
+            np.array(self.locations).reshape(-1, 3),
+            self.labels if has_labels and not self.first_unlabelled else [],
             PackedStrings(self.map_names),
-            maps.reshape(-1, 3),
+            np.array(self.map_locations).reshape(-1, 3),
         )
 
 
@@ -118,50 +119,56 @@ def iter_samples(path: Path, index: TarIndex, roles: SampleMembers) -> Iterator[
     """Yield the members of every sample of a shard that has an image.
 
     Raises:
-        UserError: If a sample has two members of one ending.
+        UserError: If a sample has two members of one extension.
     """
-    groups: dict[str, dict[str, TarMember]] = {}
+    samples: dict[str, dict[str, TarMember]] = {}
     for member in index.members:
-        group = groups.setdefault(member.key, {})
-        if member.extension in group:
+        sample = samples.setdefault(member.key, {})
+        if member.extension in sample:
             raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.extension}' twice")
-        group[member.extension] = member
-    if groups and not index.intact:
-        groups.popitem()  # cut short, or perhaps its label is
-    for group in groups.values():
-        if (ending := roles.find_image(group)) is not None:
-            yield MemberSet(group[ending], group.get(roles.label_extension), group.get(roles.find_map(group) or ""))
+        sample[member.extension] = member
+    if samples and not index.intact:
+        samples.popitem()  # truncated, or its label may be lost
+    for sample in samples.values():
+        if (extension := roles.find_image(sample)) is not None:
+            label, condition = sample.get(roles.label_extension), sample.get(roles.find_map(sample) or "")
+            yield MemberSet(sample[extension], label, condition)
 
 
 def load_indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> list[TarIndex]:
-    """Return the index of every shard; one without members where a listed one is missing.
+    """Load or build the index of every shard, `INDEX_THREADS` at a time.
 
-    Several are made at a time. Every process of a run begins at another shard, and finds those of the others made when
-    it comes to them: so the first time costs each of them its share only.
+    Each rank begins at another shard, and later finds the indices that other ranks have built: the first time costs
+    each rank only its share.
+
+    Args:
+        paths: The shards.
+        folder: Folder of the indices; by default that of each shard.
+        listed: Names of shards in the manifest; a missing one of them has an empty index.
 
     Raises:
         UserError: See `load_index`.
     """
 
-    def made(path: Path) -> TarIndex:
+    def load(path: Path) -> TarIndex:
         return load_index(path, folder, missing_ok=path.name in listed)
 
     first = len(paths) * comm.rank() // comm.world_size()
-    found: list[TarIndex] = []
+    indices: list[TarIndex] = []
     with ThreadPoolExecutor(INDEX_THREADS) as pool, progress("index shards", len(paths)) as bar:
-        for index in pool.map(made, [*paths[first:], *paths[:first]]):
-            found.append(index)
+        for index in pool.map(load, [*paths[first:], *paths[:first]]):
+            indices.append(index)
             bar.advance()
     rest = len(paths) - first
-    return [*found[rest:], *found[:rest]]
+    return [*indices[rest:], *indices[:rest]]
 
 
 def read_label(tars: TarReader, shard: int, member: TarMember, key: str | None, name: str) -> int | str:
-    """Return the label of a sample: a number, or the name of a class.
+    """Read the label of a sample: a class number or a class name.
 
     Raises:
-        UnreadableError: If its bytes cannot be had.
-        UserError: If it has none, or one that cannot be.
+        UnreadableError: If its bytes cannot be read.
+        UserError: If it is missing or invalid.
     """
     text = member.text
     if text is None:

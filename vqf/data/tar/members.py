@@ -1,19 +1,25 @@
-"""Which member of a sample in a shard is what, by their endings: all that follows the first dot of their names."""
+"""Names of tar members: which are safe, which sample they belong to, and which member is its image, label or map.
 
+The extension of a member is everything after the first dot of its file name: `left.png` of `0001.left.png`.
+"""
+
+import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vqf.data.images.decode import EXTENSIONS
+from vqf.errors import UserError
 
 
 @dataclass(frozen=True)
 class SampleMembers:
-    """The endings that members have.
+    """The extensions of the members of a sample.
 
     Args:
-        image: Of the image; by default it is the first member that is one.
-        label_key: The field of `.json` that is the label; by default it is what `.cls` holds.
-        condition: Of the map, if there are maps: `depth` is `depth.png`, `depth.tif` or `depth` itself.
+        image: Extension of the image; by default the first one that is an image format.
+        label_key: Field of `.json` with the label; by default the label is the content of `.cls`.
+        condition: Extension of the condition map, if there are maps: `depth` matches `depth.png`, `depth.tif`, `depth`.
     """
 
     image: str | None = None
@@ -22,25 +28,55 @@ class SampleMembers:
 
     @property
     def label_extension(self) -> str:
-        """The ending of the member that holds the label."""
+        """The extension of the member with the label."""
         return "json" if self.label_key else "cls"
 
-    def find_image(self, endings: Iterable[str]) -> str | None:
-        """Return which member is the image."""
-        for ending in endings:
-            if ending == self.image if self.image else _is_image(ending) and not self.is_map(ending):
-                return ending
+    def find_image(self, extensions: Iterable[str]) -> str | None:
+        """Return the extension of the image; None if there is none."""
+        for extension in extensions:
+            if extension == self.image if self.image else _is_image(extension) and not self.is_map(extension):
+                return extension
         return None
 
-    def find_map(self, endings: Iterable[str]) -> str | None:
-        """Return which member is the map; None where there are to be none."""
-        return next(filter(self.is_map, endings), None) if self.condition else None
+    def find_map(self, extensions: Iterable[str]) -> str | None:
+        """Return the extension of the condition map; None if there is none."""
+        return next(filter(self.is_map, extensions), None) if self.condition else None
 
-    def is_map(self, ending: str) -> bool:
-        """Say whether a member is a map, by its ending."""
-        wanted = self.condition
-        return wanted is not None and (ending == wanted or (ending.startswith(f"{wanted}.") and _is_image(ending)))
+    def is_map(self, extension: str) -> bool:
+        """Whether a member is a condition map."""
+        prefix = self.condition
+        return prefix is not None and (
+            extension == prefix or (extension.startswith(f"{prefix}.") and _is_image(extension))
+        )
 
 
-def _is_image(ending: str) -> bool:
-    return f".{ending.rpartition('.')[2]}" in EXTENSIONS
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Split a name at the first dot after the last slash into key and lower-case extension.
+
+    None for hidden files, and for files without an extension.
+    """
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
+
+
+def check_member(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Return key and extension of a member; None if it belongs to no sample.
+
+    No name is ever used as a path. Names that would leave a folder are refused all the same: no data set has them.
+
+    Raises:
+        UserError: If the name is absolute, has `..`, a drive or control characters, or the member is sparse.
+    """
+    name = info.name.removeprefix("./")
+    parts = name.split("/")
+    has_control = any(ord(character) < 32 or ord(character) == 127 for character in name)
+    if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or has_control:
+        raise UserError(f"data.root: the shard '{tar}' has a member with the unsafe name {info.name!a}")
+    if info.isreg() and info.issparse():
+        raise UserError(f"data.root: the shard '{tar}' has a sparse member '{name}'; pack it again without --sparse")
+    return split_member_name(name)
+
+
+def _is_image(extension: str) -> bool:
+    return f".{extension.rpartition('.')[2]}" in EXTENSIONS

@@ -1,19 +1,19 @@
-"""Which shards a pattern names: files below a folder, or addresses."""
+"""Expand patterns of shard names, such as `train-{0000..0146}.tar`, to paths or URLs."""
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vqf.data.tar.index import INDEX_SUFFIX
+from vqf.data.tar.index_file import INDEX_SUFFIX
 from vqf.data.tar.remote_io import check_url, is_url, redact_url
 from vqf.errors import UserError
 
 
 def expand_pattern(pattern: str, option: str) -> list[str]:
-    """Write out webdataset's braces, and divide at `::`.
+    """Expand webdataset's braces, and split at `::`. Wildcards stay.
 
     Raises:
-        UserError: For a pattern that is none.
+        UserError: If the braces are invalid; `option` is the config key of the pattern.
     """
     from webdataset.shardlists import expand_urls
 
@@ -24,55 +24,55 @@ def expand_pattern(pattern: str, option: str) -> list[str]:
 
 
 def find_shards(root: Path, pattern: str, option: str, listed: Collection[str] = ()) -> list[Path]:
-    """Return the shards that a pattern names: those of braces all, whether they are there or not.
+    """Return the paths of the shards of a pattern. Braces name all their shards, existing or not.
 
     Args:
-        root: What names are below.
+        root: Folder of the shards.
         pattern: Braces or wildcards.
-        option: Where the pattern was given.
-        listed: Names of shards below the root that should be there.
+        option: Config key of the pattern.
+        listed: Names of shards in the manifest; wildcards match them, too.
 
     Raises:
-        UserError: For a pattern that is none.
+        UserError: If the braces are invalid.
     """
     names = expand_pattern(pattern, option)
-    found = [path for name in names for path in (_glob_shards(root, name, listed) if _is_wild(name) else [root / name])]
-    return list(dict.fromkeys(found))
+    paths = [path for name in names for path in (_glob_shards(root, name, listed) if _is_wild(name) else [root / name])]
+    return list(dict.fromkeys(paths))
 
 
 def is_streamed(root: str | None, pattern: str, option: str) -> bool:
-    """Say whether a pattern names shards that are not in a folder."""
+    """Whether a pattern names shards at a URL."""
     return any(is_url(name) for name in (root or "", *expand_pattern(pattern, option)))
 
 
 def find_urls(root: str | None, pattern: str, option: str, listed: Sequence[str]) -> list[str]:
-    """Return the addresses of the shards that a pattern names.
+    """Return the URLs of the shards of a pattern.
 
     Args:
-        root: What a name without an address is below: an address or a folder.
-        pattern: Braces, or wildcards among the names that are `listed`.
-        option: Where the pattern was given.
-        listed: Names of shards below the root.
+        root: URL or folder of names that are no URLs.
+        pattern: Braces, or wildcards that match `listed`.
+        option: Config key of the pattern.
+        listed: Names of shards in the manifest.
 
     Raises:
-        UserError: For wildcards where nothing is listed, and for addresses that cannot, or must not, be opened.
+        UserError: If there are wildcards and no manifest, or a URL cannot, or must not, be opened.
     """
-    found: list[str] = []
+    urls: list[str] = []
     for name in expand_pattern(pattern, option):
         if is_url(name):
             check_url(name, option)
-            found.append(name)
+            urls.append(name)
         elif root is None:
-            raise UserError(f"{option}={pattern}: '{name}' is no address; data.root says what it is below")
+            raise UserError(f"{option}={pattern}: '{name}' is not a URL; give the URL of its folder as data.root")
         elif _is_wild(name) and not listed:
             raise UserError(
                 f"{option}={pattern}: '{redact_url(root)}' cannot be searched; name the shards as in "
                 f"train-{{0000..0146}}.tar ({option}=null for none), or put the manifest.json of pipeline=shard there"
             )
         else:
-            names = [each for each in listed if fnmatchcase(each, name)] if _is_wild(name) else [name]
-            found += [f"{root.rstrip('/')}/{each}" for each in names]
-    return list(dict.fromkeys(found))
+            names = [shard for shard in listed if fnmatchcase(shard, name)] if _is_wild(name) else [name]
+            urls += [f"{root.rstrip('/')}/{shard}" for shard in names]
+    return list(dict.fromkeys(urls))
 
 
 def _is_wild(name: str) -> bool:
@@ -80,7 +80,7 @@ def _is_wild(name: str) -> bool:
 
 
 def _glob_shards(root: Path, wildcard: str, listed: Collection[str]) -> list[Path]:
-    """Find shards; the index of one that is missing stands for it."""
+    """Match existing shards, and missing ones that an index or the manifest still names."""
     indexed = (path.with_name(path.name.removesuffix(INDEX_SUFFIX)) for path in root.glob(wildcard + INDEX_SUFFIX))
-    known = (root / name for name in listed if fnmatchcase(name, wildcard))
-    return sorted({*root.glob(wildcard), *indexed, *known})
+    in_manifest = (root / name for name in listed if fnmatchcase(name, wildcard))
+    return sorted({*root.glob(wildcard), *indexed, *in_manifest})

@@ -1,27 +1,36 @@
-"""What is known of shards at addresses before they are read: which there are, how many images, which classes."""
+"""Shards at URLs: find them, and their image counts and class names, before any is read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vqf.data.tar.manifest import class_names, listed_shards
 from vqf.data.tar.patterns import find_urls
 from vqf.data.tar.remote_io import check_url, is_url, read_remote_manifest, redact_url
-from vqf.data.tar.streaming import StreamedShards
 from vqf.errors import EmptySplitError, UserError
 from vqf.terminal import log
 
 
+@dataclass(frozen=True)
+class StreamedShards:
+    """The shards of one split."""
+
+    urls: list[str]
+    length: int  # number of images
+    hashes: tuple[object, ...] = ()  # sha256 per shard, from the manifest, or None
+
+
 class RemoteShards:
-    """The shards of both parts, with what the manifest beside them says, if there is one.
+    """The shards of both splits, and the manifest beside them, if there is one.
 
     Args:
-        root: The address, or the folder, that names are below.
-        patterns: Of the shards of each part.
-        lengths: How many images each part has; by default what the manifest says.
-        classes: How many there are, 0 for no labels; by default what the manifest says.
+        root: URL or folder of the shards.
+        patterns: Pattern of each split.
+        lengths: Number of images of each split; by default from the manifest.
+        classes: Number of classes, 0 for no labels; by default from the manifest.
 
     Raises:
-        UserError: If shards cannot be named, or nobody says how many images they hold.
+        UserError: If shards cannot be found, or their number of images is unknown.
     """
 
     def __init__(
@@ -37,42 +46,42 @@ class RemoteShards:
             self.manifest = read_remote_manifest(root)
         self.root, self.manifest_shards = root, listed_shards(self.manifest)
         self.shards_by_split = {
-            part: self._find_shards(part, pattern, lengths[part]) for part, pattern in patterns.items()
+            name: self._find_shards(name, pattern, lengths[name]) for name, pattern in patterns.items()
         }
-        if not any(stream.urls for stream in self.shards_by_split.values()):
-            named = " and ".join(f"data.{part}={pattern}" for part, pattern in patterns.items())
-            raise UserError(f"data.root: no shards at '{redact_url(root or '')}'; {named}")
+        if not any(shards.urls for shards in self.shards_by_split.values()):
+            options = " and ".join(f"data.{name}={pattern}" for name, pattern in patterns.items())
+            raise UserError(f"data.root: no shards at '{redact_url(root or '')}'; {options}")
         self.classes = _class_names(class_names(self.manifest), classes)
 
-    def shards_of(self, part: str) -> StreamedShards:
-        """Return the shards of a part.
+    def shards_of(self, split_name: str) -> StreamedShards:
+        """Return the shards of a split.
 
         Raises:
-            EmptyPartError: If there are none.
+            EmptySplitError: If there are none.
         """
-        if not self.shards_by_split[part].urls:
-            raise EmptySplitError(f"data.{part}: no {part} shards are named or listed")
-        return self.shards_by_split[part]
+        if not self.shards_by_split[split_name].urls:
+            raise EmptySplitError(f"data.{split_name}: no {split_name} shards are named or listed")
+        return self.shards_by_split[split_name]
 
-    def _find_shards(self, part: str, pattern: str | None, length: int | None) -> StreamedShards:
-        option = f"data.{part}"
+    def _find_shards(self, split_name: str, pattern: str | None, length: int | None) -> StreamedShards:
+        option = f"data.{split_name}"
         urls = [] if pattern is None else find_urls(self.root, pattern, option, sorted(self.manifest_shards))
         if not urls:
             return StreamedShards([], 0)
-        below = f"{(self.root or '').rstrip('/')}/"
-        found = [self.manifest_shards.get(url.removeprefix(below)) for url in urls]
-        if length is None and None in found:
+        folder = f"{(self.root or '').rstrip('/')}/"
+        entries = [self.manifest_shards.get(url.removeprefix(folder)) for url in urls]
+        if length is None and None in entries:
             raise UserError(
                 f"{option}={pattern}: streamed shards do not say how many images they hold; give "
                 f"{option}_images=..., or put the manifest.json of pipeline=shard beside them"
             )
-        known = tuple(each and each.get("sha256") for each in found)
-        counted = sum(each["images"] for each in found if each) if length is None else length
-        return StreamedShards(urls, counted, known)
+        hashes = tuple(entry and entry.get("sha256") for entry in entries)
+        count = sum(entry["images"] for entry in entries if entry) if length is None else length
+        return StreamedShards(urls, count, hashes)
 
 
 def _class_names(listed: Sequence[str], count: int | None) -> list[str]:
-    """Return the names of the classes: those that are listed, if they are enough."""
+    """Return the class names of the manifest if there are enough, else numbers."""
     if count is None or (count and len(listed) >= count):
         names = list(listed)
     else:

@@ -1,7 +1,7 @@
-"""Shards that lie elsewhere: their addresses, and reading one from end to end.
+"""Shards at URLs: which URLs are allowed, and reading a shard from start to end.
 
-webdataset opens the address (https:, gs:, hf:, file:, the output of a command, ...) and groups the members; what is in
-a shard is no more trusted than on a disk. Nothing is extracted, and nothing but images is decoded.
+webdataset opens the URL (https:, gs:, hf:, file:, the output of a command, ...) and groups members into samples. A
+remote shard is trusted no more than a local one: nothing is extracted, and nothing but images is decoded.
 """
 
 import json
@@ -13,59 +13,73 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from vqf.data.tar.index import BLOCK, MAX_MEMBER_BYTES, check_member
+from vqf.data.tar.index import BLOCK
+from vqf.data.tar.members import SampleMembers, check_member
+from vqf.data.tar.reader import MAX_MEMBER_BYTES
 from vqf.errors import UserError
 
 log = logging.getLogger("vqf")
 
 ALLOW_PIPES_VARIABLE = "VQF_ALLOW_PIPES"
 URL_PATTERN = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-MAX_MANIFEST_BYTES = 2**28  # bytes
-EXIT_TIMEOUT = 1.0  # seconds that a command has to end by itself
+MAX_MANIFEST_BYTES = 2**28
+EXIT_TIMEOUT = 1.0  # seconds in which a command must exit by itself
 
-TarSample = dict[str, Any]  # `__key__` and, by the endings of the members, their bytes
+TarSample = dict[str, Any]  # `__key__`, `__url__`, and the bytes of each member by extension
 
 
 class BrokenShardError(ValueError):
-    """A shard that cannot be opened, is none, or ends early."""
+    """A shard that cannot be opened, is no tar, or is truncated."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The undecoded members of a sample."""
+
+    name: str  # SHARD/KEY.EXTENSION of the image
+    content: bytes
+    label: bytes | None
+    map_name: str = ""  # empty if there is no condition map
+    map_content: bytes = b""
 
 
 def is_url(name: str) -> bool:
-    """Tell an address from a path."""
+    """Whether a name is a URL and no path."""
     return bool(URL_PATTERN.match(name))
 
 
 def check_url(url: str, option: str) -> None:
-    """Refuse what webdataset cannot open, and commands that nobody has allowed.
+    """Refuse URLs that webdataset cannot open, and commands that were not allowed.
 
-    A checkpoint keeps the config of its run, addresses included: without this, looking at a checkpoint of somebody
+    A checkpoint stores the config of its run, with its URLs: without this check, opening the checkpoint of somebody
     else could run their command.
 
     Raises:
-        UserError: With what to do.
+        UserError: With the cure; `option` is the config key of the URL.
     """
     from webdataset.gopen import gopen_schemes
 
     scheme = url.partition(":")[0].lower()
     if scheme == "pipe" and os.environ.get(ALLOW_PIPES_VARIABLE) != "1":
         raise UserError(
-            f"{option}={url}: pipe: runs a command of the shell; if you trust it, set the variable "
+            f"{option}={url}: pipe: runs a shell command; if you trust it, set the environment variable "
             f"{ALLOW_PIPES_VARIABLE}=1 first"
         )
     if scheme not in (*gopen_schemes, "file") or scheme == "__default__":
         known = ", ".join(sorted({*gopen_schemes, "file"} - {"__default__"}))
         raise UserError(
-            f"{option}={redact_url(url)}: webdataset opens no {scheme}: (but {known}); "
-            "pipe: takes what a command writes, as in 'pipe:aws s3 cp s3://bucket/a.tar -'"
+            f"{option}={redact_url(url)}: webdataset cannot open {scheme}: (only {known}); "
+            "pipe: reads the output of a command, as in 'pipe:aws s3 cp s3://bucket/a.tar -'"
         )
 
 
 def redact_url(url: str) -> str:
-    """Return an address without what may be a password or a token in it."""
+    """Remove user, password, query and fragment, which may be secret, from a URL."""
     if url.startswith("pipe:") or "://" not in url:
         return url
     parts = urlsplit(url)
@@ -73,33 +87,52 @@ def redact_url(url: str) -> str:
 
 
 def shard_name(url: str) -> str:
-    """Return what a shard is called: the last part of its address."""
+    """Return the file name of a URL; a command as it is."""
     return url if url.startswith("pipe:") else PurePosixPath(urlsplit(url).path).name
 
 
 def read_remote_manifest(root: str) -> dict[str, Any]:
-    """Read the manifest that pipeline=shard left beside the shards at an address; empty where there is none."""
+    """Read the manifest of pipeline=shard in a remote folder; empty if there is none."""
     try:
         with _open_url(f"{root.rstrip('/')}/manifest.json") as stream:
             if not (text := stream.read(MAX_MANIFEST_BYTES)):
                 raise EOFError("empty")
             content = json.loads(text)
-    except ValueError as error:  # a BrokenShardError among them
+    except ValueError as error:  # includes BrokenShardError
         log.info(f"data.root: no manifest.json at '{redact_url(root)}' ({error})")
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("shards"), list) else {}
 
 
-def iter_samples(url: str) -> Iterator[TarSample]:
-    """Yield what a shard holds, sample by sample.
+def iter_raw_samples(url: str, roles: SampleMembers) -> Iterator[RawSample]:
+    """Yield the samples of a shard that have an image.
 
     Raises:
-        BrokenShardError: After the samples that can be had, with a reason in a few words.
-        UserError: If it is not to be trusted, or holds a name twice.
+        BrokenShardError: After the last readable sample.
+        UserError: See `iter_samples`.
+    """
+    for sample in iter_samples(url):
+        key = sample.pop("__key__")
+        extensions = [extension for extension in sample if extension != "__url__"]
+        if (image := roles.find_image(extensions)) is None:
+            continue
+        extension = roles.find_map(extensions)
+        condition = (f"{key}.{extension}", sample[extension]) if extension else ("", b"")
+        name = f"{shard_name(url)}/{key}.{image}"
+        yield RawSample(name, sample[image], sample.get(roles.label_extension), *condition)
+
+
+def iter_samples(url: str) -> Iterator[TarSample]:
+    """Yield all samples of a shard.
+
+    Raises:
+        BrokenShardError: After the last readable sample, with the reason.
+        UserError: If a member has an unsafe name, or occurs twice.
     """
     from webdataset.tariterators import group_by_keys
 
     try:
+        # Key and extension travel as one name, joined by a character that no safe name has.
         yield from group_by_keys(_members(url), keys=lambda name: tuple(name.split("\0")))
     except (BrokenShardError, UserError):
         raise
@@ -109,16 +142,16 @@ def iter_samples(url: str) -> Iterator[TarSample]:
 
 
 def _members(url: str) -> Iterator[dict[str, Any]]:
-    """Yield the files of a tar as webdataset groups them; one that does not end as a tar does is broken."""
+    """Yield the files of a tar as webdataset's `group_by_keys` expects them."""
     ends: list[bool] = []
     with _open_url(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_end_marker_header(ends)) as tar:
         for info in tar:
-            named = check_member(redact_url(url), info)
-            if info.isreg() and named is not None:
-                yield {"fname": "\0".join(named), "data": _content(tar, info), "__url__": url}
-            tar.members = []  # type: ignore[attr-defined]  # they would add up
+            key_and_extension = check_member(redact_url(url), info)
+            if info.isreg() and key_and_extension is not None:
+                yield {"fname": "\0".join(key_and_extension), "data": _content(tar, info), "__url__": url}
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
         if not ends:
-            raise tarfile.ReadError("it ends early")
+            raise tarfile.ReadError("it is truncated")
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -130,7 +163,7 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def _end_marker_header(ends: list[bool]) -> type[tarfile.TarInfo]:
-    """Return a kind of header that notes the block of zeros which ends every tar; tarfile itself does without one."""
+    """Make a header class that notes the end marker, a block of zeros: tarfile accepts a tar without one."""
 
     class Header(tarfile.TarInfo):
         @classmethod
@@ -144,7 +177,7 @@ def _end_marker_header(ends: list[bool]) -> type[tarfile.TarInfo]:
 
 @contextmanager
 def _open_url(url: str) -> Iterator[IO[bytes]]:
-    """Open an address; whatever goes wrong while it is read becomes a BrokenShardError."""
+    """Open a URL; any error while it is read becomes a BrokenShardError."""
     from webdataset.gopen import gopen
 
     try:
@@ -157,31 +190,31 @@ def _open_url(url: str) -> Iterator[IO[bytes]]:
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise BrokenShardError(_command_failure(stream) or _reason(error, url)) from error
     finally:
-        if process == os.getpid():  # a worker process that was forked meanwhile leaves it to its parent
+        if process == os.getpid():  # a worker process forked in between must not close its parent's stream
             _close(stream)
 
 
 def _command_failure(stream: IO[bytes]) -> str | None:
-    """Say why the command that fetches a shard failed, if it did; what it wrote is only a consequence of that."""
+    """Return how the command that fetches a shard failed, if it did: its broken output is only a consequence."""
     if (process := getattr(stream, "proc", None)) is None:
         return None
     try:
         status = process.wait(EXIT_TIMEOUT)
-    except subprocess.TimeoutExpired:  # it goes on writing what cannot be read
+    except subprocess.TimeoutExpired:  # it still writes; the output itself is broken
         return None
     return f"the command that fetches it ended with status {status}" if status else None
 
 
 def _close(stream: IO[bytes]) -> None:
     if (process := getattr(stream, "proc", None)) is not None:
-        process.kill()  # it may wait for a server that says nothing
+        process.kill()  # it may wait for a silent server
     with suppress(OSError):
         stream.close()
 
 
 def _reason(error: Exception, url: str) -> str:
-    """Word an error; that of a command would quote the whole of it, tokens included, and that of a file its address."""
+    """Word an error without repeating the URL: the error of a command would quote all of it, tokens included."""
     if isinstance(error, OSError):
-        what = f"'{error.filename}': " if error.filename and not url.endswith(str(error.filename)) else ""
-        return what + (error.strerror or "the command that fetches it failed").lower()
+        file = f"'{error.filename}': " if error.filename and not url.endswith(str(error.filename)) else ""
+        return file + (error.strerror or "the command that fetches it failed").lower()
     return " ".join(str(error).split()).lower() or type(error).__name__

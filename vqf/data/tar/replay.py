@@ -1,33 +1,27 @@
-"""Going through something that can only be read from its beginning, by numbers."""
+"""Random access to a stream that can only be read from its start: a buffer, and a restart to go back."""
 
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class RawSample:
-    """An image as it comes, not yet decoded."""
-
-    name: str
-    content: bytes
-    label: bytes | None
-    map_name: str = ""  # empty where it has no map
-    map_content: bytes = b""
+from vqf.data.tar.remote_io import RawSample
 
 
 class ReplayableStream:
-    """Something that can be read from its beginning alone, remembered only as far ahead as somebody has looked."""
+    """Indexes a stream of samples. It keeps only those between the last index and the farthest one read.
+
+    Args:
+        begin: Opens the stream at its start.
+    """
 
     def __init__(self, begin: Callable[[], Iterator[RawSample]]) -> None:
         self.factory, self.pid = begin, os.getpid()
-        self.length: int | None = None  # known once it was read to its end
+        self.length: int | None = None  # known once the end was reached
         self._rewind()
 
     def iter_from(self, index: int) -> Iterator[RawSample]:
-        """Yield what comes from a place on, to the end; places beyond the end begin again."""
+        """Yield the samples from `index` to the end; beyond a known end, the index wraps around."""
         index = index % self.length if self.length else index
         if index < self.buffer_start:
             self._rewind()
@@ -42,7 +36,7 @@ class ReplayableStream:
             yield self.buffer[i]
 
     def _fill_buffer(self, count: int) -> bool:
-        """Look so many ahead, if there are."""
+        """Read on until the buffer holds `count` samples; False at the end of the stream."""
         while len(self.buffer) < count:
             try:
                 self.buffer.append(next(self.iterator))

@@ -1,0 +1,136 @@
+"""Shards in a folder: index them, and compare them with the manifest of pipeline=shard."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from vqf.data.files.packed import gc_paused
+from vqf.data.files.read_errors import allowed_unreadable
+from vqf.data.labels import class_numbers
+from vqf.data.tar.contents import LOST_LABEL, IndexedShards, SampleIndexBuilder, iter_samples, load_indices
+from vqf.data.tar.manifest import MANIFEST_NAME, class_names, listed_shards, read_manifest
+from vqf.data.tar.members import SampleMembers
+from vqf.data.tar.patterns import find_shards
+from vqf.data.tar.reader import TarReader
+from vqf.errors import UserError
+
+log = logging.getLogger("vqf")
+
+MAX_LISTED = 5  # shards in one log line
+
+
+class ShardFolder:
+    """A folder of shards with its manifest.
+
+    Args:
+        root: The folder.
+        index: Folder of the indices; by default that of each shard.
+        roles: Which members are image, label and condition map.
+        max_unreadable: Fraction of missing images, and of damaged shards, above which `index_splits` raises.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+
+    def __init__(self, root: str | None, index: Path | None, roles: SampleMembers, max_unreadable: float) -> None:
+        if root is None:
+            raise UserError("data.root: give the folder of the shards, or its URL")
+        self.root, self.index, self.member_roles = Path(root).expanduser(), index, roles
+        self.max_unreadable = max_unreadable
+        if not self.root.is_dir():
+            raise UserError(f"data.root: no folder '{root}'; point data.root to a folder of tar shards")
+        self.manifest = read_manifest(self.root)
+        self.manifest_shards = listed_shards(self.manifest)
+        self.contents: dict[str, IndexedShards] = {}
+
+    def index_splits(self, patterns: Mapping[str, str | None], labels: bool) -> None:
+        """Set `contents`: the samples of each split.
+
+        Raises:
+            UserError: If no split has images, or too many images or shards are missing or damaged.
+        """
+        if self.manifest.get("finished") is False:
+            log.warning(
+                f"data.root: {MANIFEST_NAME} in '{self.root}' says that pipeline=shard has not finished writing it"
+            )
+        with gc_paused():
+            self.contents = {name: self._index_split(name, pattern, labels) for name, pattern in patterns.items()}
+        if not any(content.names for content in self.contents.values()):
+            options = " and ".join(f"data.{name}={pattern}" for name, pattern in patterns.items())
+            raise UserError(f"data.root: no images in shards of '{self.root}'; {options}")
+
+    def class_numbers(self, count: int | None) -> tuple[list[str], dict[int | str | None, int]]:
+        """Return class names, and the class number of every label; empty unless all splits with images have labels.
+
+        Args:
+            count: Number of classes, where labels are numbers; by default from the labels.
+
+        Raises:
+            UserError: If a label is not below `count`.
+        """
+        contents = [content for content in self.contents.values() if content.names]
+        if not all(content.labels for content in contents):
+            return [], {}
+        labels = {label for content in contents for label in content.labels} - {LOST_LABEL}
+        if count is not None and (wrong := [label for label in labels if isinstance(label, str) or label >= count]):
+            raise UserError(f"data.classes={count}: the label {max(wrong, key=str)!r} is not a number below {count}")
+        names = class_names(self.manifest)
+        numbers_as_names = [str(i) for i in range(count or 0)]
+        classes, numbers = class_numbers(labels, names if len(names) >= len(numbers_as_names) else numbers_as_names)
+        return classes, {LOST_LABEL: 0, **numbers}  # the number of a lost label is never seen: its image is unreadable
+
+    def digests(self) -> dict[Path, str]:
+        """Return the sha256 that the manifest gives for each existing shard."""
+        paths = [path for content in self.contents.values() for path in content.tar_reader.paths]
+        hashes = {
+            path: self.manifest_shards[path.name].get("sha256") for path in paths if path.name in self.manifest_shards
+        }
+        return {path: digest for path, digest in hashes.items() if isinstance(digest, str) and path.is_file()}
+
+    def _index_split(self, split_name: str, pattern: str | None, labels: bool) -> IndexedShards:
+        paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{split_name}", self.manifest_shards)
+        tars, builder = TarReader(paths), SampleIndexBuilder(self.member_roles)
+        truncated, incomplete = [], []
+        indices = load_indices(paths, self.index, self.manifest_shards)
+        for shard, (path, index) in enumerate(zip(paths, indices, strict=True)):
+            before = len(builder.names)
+            for sample in iter_samples(path, index, self.member_roles):
+                builder.add(tars, shard, sample, labels)
+            if missing := self._count_missing(path, len(builder.names) - before):
+                builder.add_missing(path.name, shard, missing)
+                incomplete.append(f"{missing} in '{path.name}'")
+            elif not index.intact:
+                truncated.append(path)
+        self._check_truncated(truncated, len(paths))
+        self._check_missing(incomplete, builder.missing_count, len(builder.names), split_name)
+        return builder.build(tars, labels)
+
+    def _count_missing(self, path: Path, count: int) -> int:
+        """Return how many images of the manifest a shard with `count` images lacks; 0 if the manifest is outdated."""
+        if not self.manifest_shards:
+            return 0
+        entry = self.manifest_shards.get(path.name)
+        if entry is None or entry["images"] < count:
+            problem = "does not list" if entry is None else f"lists {entry['images']} images, not {count}, of"
+            log.warning(f"data.root: {MANIFEST_NAME} in '{self.root}' {problem} the shard '{path.name}'")
+            return 0
+        missing: int = entry["images"] - count
+        return missing
+
+    def _check_missing(self, incomplete: list[str], missing: int, count: int, split_name: str) -> None:
+        if not incomplete:
+            return
+        problem = f"{missing} of the {count} {split_name} images in {MANIFEST_NAME} of '{self.root}' are missing: "
+        problem += ", ".join(incomplete[:MAX_LISTED]) + (", and more" if len(incomplete) > MAX_LISTED else "")
+        if missing > allowed_unreadable(self.max_unreadable, count):
+            raise UserError(f"data.max_unreadable={self.max_unreadable:g}: {problem}")
+        log.warning(f"data.root: {problem}; the next images take their places")
+
+    def _check_truncated(self, truncated: list[Path], count: int) -> None:
+        if len(truncated) > allowed_unreadable(self.max_unreadable, count):
+            raise UserError(
+                f"data.max_unreadable={self.max_unreadable:g}: {len(truncated)} of {count} shards are truncated or "
+                f"damaged; the last is '{truncated[-1]}'"
+            )
+        for path in truncated:
+            log.warning(f"data.root: the shard '{path}' is truncated or damaged; only its intact samples are used")

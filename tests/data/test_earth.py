@@ -22,7 +22,7 @@ from vqf.data.earth import (
     WATER_COLOR,
     WIDTH,
     Earth,
-    Window,
+    MapCrop,
     render_crop,
     render_map,
     world_maps,
@@ -98,7 +98,7 @@ def test_scaled_crops_keep_to_their_side(zoom: float, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("left", [0, 1500, WIDTH - 64, WIDTH - 63, WIDTH - 20, WIDTH - 1, WIDTH, WIDTH + 700])
 def test_crops_wrap_round_in_longitude(left: int) -> None:
-    image = render_crop(Window(200, left, 48, 64), (48, 64)).image
+    image = render_crop(MapCrop(200, left, 48, 64), (48, 64)).image
     pixels = np.asarray(Image.open(ASSETS / "earth-2048.jpg"))
     expected = np.empty((3, 48, 64))
     for y in range(48):

@@ -1,7 +1,7 @@
-"""The earth from above, with a map of its heights and waters: pairs to train "map to image" on, nothing to download.
+"""Satellite images of the earth with maps of elevation and water, which ship with vqf: pairs without a download.
 
-Three aligned maps of 2048 x 1024 pixels that ship with vqf (assets/earth/NOTICE). They are equirectangular: a pixel is
-0.176 degrees in both directions, wherever it lies. It is one image of one planet: results say nothing about others.
+Three aligned equirectangular maps of 2048 x 1024 pixels (assets/earth/NOTICE): a pixel is 0.176 degrees in both
+directions, at any latitude. It is one image of one planet: results do not generalize.
 """
 
 import hashlib
@@ -27,16 +27,14 @@ ASSETS = Path(__file__).parent / "assets" / "earth"
 FILES = ("earth-2048.jpg", "elevation-2048.png", "water-2048.png")
 HEIGHT, WIDTH = 1024, 2048
 FIRST_ROW = math.ceil((90 - 75) / 180 * HEIGHT)  # the first row south of 75 N
-LAST_ROW = math.floor((90 + 60) / 180 * HEIGHT)  # the last row north of 60 S ends here
-WATER_COLOR = (0, 0, 255)  # water on a map, in RGB: this very colour, so that anybody can draw with it
-ELEVATION_EXPONENT = (
-    0.5  # half of all land is in the lowest 6 % of the heights; their square root spreads it over the greys
-)
-LAND_ATTEMPTS = 64  # places that are drawn for a crop that is to lie on land, of which every third does
+LAST_ROW = math.floor((90 + 60) / 180 * HEIGHT)  # end of the rows north of 60 S, exclusive
+WATER_COLOR = (0, 0, 255)  # water on a map, RGB: one exact color, so that users can draw it
+ELEVATION_EXPONENT = 0.5  # half of all land is in the lowest 6 % of elevations; the root spreads it over the grays
+LAND_ATTEMPTS = 64  # positions drawn for a crop on land; about a third of them are
 
 
-class Window(NamedTuple):
-    """A crop, in pixels of the whole map; what lies right of the last column is at the left again."""
+class MapCrop(NamedTuple):
+    """A crop of the full map, in pixels; columns wrap around at 180 E."""
 
     top: int
     left: int
@@ -46,23 +44,24 @@ class Window(NamedTuple):
 
 @register("data", "earth")
 class Earth:
-    """Crops of a satellite image of the earth, each with the map that one would draw of it.
+    """Crops of a satellite image of the earth, each with a condition map of elevation and water.
 
-    `Sample.condition` (3, H, W) is that map: water blue (`WATER_COLOR`), land grey, black at sea level and white on the
-    highest mountains, brightness being the square root of the height. `Sample.crop_box` is where the crop lies, from
-    75 N (0) to 60 S (1); its right side is above 1 where it crosses 180 E, and left and right change places where it is
-    mirrored.
+    `Sample.condition` (3, H, W) shows water in blue (`WATER_COLOR`) and land in gray, black at sea level and white on
+    the highest mountains; brightness is the square root of the elevation. `Sample.crop_box` is the crop's position from
+    75 N (0) to 60 S (1) and from 180 W (0) to 180 E (1). Its right side is above 1 where the crop crosses 180 E; left
+    and right are swapped where it is mirrored.
 
-    A band of longitude is for validation: no training crop reaches into it, and no validation crop out of it. What is
-    south of 60 S or north of 75 N is left out. Validation is a grid of crops that overlap by half.
+    A band of longitudes is for validation: no training crop reaches into it, and no validation crop out of it.
+    Validation is a grid of crops that overlap by half. No crop shows anything north of 75 N or south of 60 S.
 
     Args:
-        crops: Training crops per epoch, drawn anew in each.
-        zoom: Pixels of the result per pixel of the map: 0.5 shows an area twice as wide and high.
-        scale: Training crops show an area up to so many times as wide and high, or as narrow and low.
-        land: Share of the training crops that have land at their centre; the others lie anywhere, mostly at sea.
-        flip: Mirror every other training crop from left to right.
-        band: The meridians between which validation lies, in degrees east.
+        crops: Number of random training crops per epoch, at least 1.
+        zoom: Pixels of the result per pixel of the map, positive: 0.5 shows an area twice as wide and high.
+        scale: Largest factor, at least 1, by which the width and height of a training crop's area vary: 1.25 is from
+            0.8 to 1.25 times.
+        land: Fraction in [0, 1] of training crops with land at their center; the others are anywhere, mostly at sea.
+        flip: Mirror each training crop with probability 1/2.
+        band: The meridians between which validation lies, in degrees east, the western one first.
     """
 
     def __init__(
@@ -94,96 +93,96 @@ class Earth:
 
     @staticmethod
     def condition_reader() -> MapDecoder:
-        """Return what reads a drawn map: its colours as they are."""
+        """Return the reader of a map outside the source: colors unmixed."""
         return MapDecoder("palette")
 
     def split(self, name: str) -> "EarthSplit":
-        """Return "train" or "validation"."""
+        """Return the "train" or the "validation" split."""
         if name not in ("train", "validation"):
             raise UserError(unknown_message("split", name, ("train", "validation")))
         return EarthSplit(self, name == "train")
 
     def crop_extent(self, factor: float = 1.0) -> Size:
-        """Return how many rows and columns of the map a crop shows, that many times as large as usual."""
+        """Return rows and columns of the map that a crop shows, times `factor`."""
         height, width = self.size
         return max(round(height / self.zoom * factor), 1), max(round(width / self.zoom * factor), 1)
 
 
 class EarthSplit:
-    """The part of the earth that is for training, or for validation."""
+    """The training or the validation crops."""
 
     def __init__(self, data: Earth, training: bool) -> None:
         self.data, self.training = data, training
-        self.grid = _validation_windows(data.crop_extent(), data.band_start, data.band_stop)
+        self.grid = _validation_crops(data.crop_extent(), data.band_start, data.band_stop)
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return self.data.crops if self.training else len(self.grid)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a crop and its map; validation crops are the same in every epoch."""
+        """Return a crop and its condition map; validation crops are the same in every epoch."""
         if not self.training:
             return render_crop(self.grid[index], self.data.size)
         random = seeded_generator(self.data.seed, epoch, index)
         stretch, mirror, inland = torch.rand(3, generator=random).tolist()
         extent = self.data.crop_extent(self.data.scale ** (2 * stretch - 1))
-        window = self._random_window(extent, inland < self.data.land, random)
-        return render_crop(window, self.data.size, mirrored=self.data.flip and mirror < 0.5)
+        crop = self._random_crop(extent, inland < self.data.land, random)
+        return render_crop(crop, self.data.size, mirrored=self.data.flip and mirror < 0.5)
 
-    def _random_window(self, extent: Size, inland: bool, random: torch.Generator) -> Window:
+    def _random_crop(self, extent: Size, inland: bool, random: torch.Generator) -> MapCrop:
         height, width = extent
         tops = torch.randint(FIRST_ROW, LAST_ROW - height + 1, (LAND_ATTEMPTS,), generator=random)
         lefts = torch.randint(
             self.data.band_stop, self.data.band_start + WIDTH - width + 1, (LAND_ATTEMPTS,), generator=random
         )
-        centres = world_maps()[-1, tops + height // 2, (lefts + width // 2) % WIDTH]
-        pick = int((centres < 128).int().argmax()) if inland else 0  # the first on land
-        return Window(int(tops[pick]), int(lefts[pick]), height, width)
+        water = world_maps()[-1, tops + height // 2, (lefts + width // 2) % WIDTH]
+        pick = int((water < 128).int().argmax()) if inland else 0  # the first with land at its center
+        return MapCrop(int(tops[pick]), int(lefts[pick]), height, width)
 
     def _fingerprint(self) -> str:
         data = self.data
-        facts: list[object] = [data.size, data.zoom, data.band_start, data.band_stop, self.training]
+        fields: list[object] = [data.size, data.zoom, data.band_start, data.band_stop, self.training]
         if self.training:
-            facts += [data.seed, data.crops, data.scale, data.land, data.flip]
-        digest = hashlib.sha256(repr(facts).encode())
+            fields += [data.seed, data.crops, data.scale, data.land, data.flip]
+        digest = hashlib.sha256(repr(fields).encode())
         for name in FILES:
             digest.update((ASSETS / name).read_bytes())
         return digest.hexdigest()
 
 
-def render_crop(window: Window, size: Size, mirrored: bool = False) -> Sample:
-    """Show a part of the earth at a size, with its map."""
-    columns = torch.arange(window.left, window.left + window.width) % WIDTH
-    pixels = world_maps()[:, window.top : window.top + window.height, columns].float() / 255
+def render_crop(crop: MapCrop, size: Size, mirrored: bool = False) -> Sample:
+    """Resize a crop to `size` (H, W), and render its condition map."""
+    columns = torch.arange(crop.left, crop.left + crop.width) % WIDTH
+    pixels = world_maps()[:, crop.top : crop.top + crop.height, columns].float() / 255
     if pixels.shape[1:] != size:
         pixels = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, bottom = ((row - FIRST_ROW) / (LAST_ROW - FIRST_ROW) for row in (window.top, window.top + window.height))
-    left = window.left % WIDTH / WIDTH
-    sides = [left, left + window.width / WIDTH]
+    top, bottom = ((row - FIRST_ROW) / (LAST_ROW - FIRST_ROW) for row in (crop.top, crop.top + crop.height))
+    left = crop.left % WIDTH / WIDTH
+    sides = [left, left + crop.width / WIDTH]
     if mirrored:
         pixels, sides = pixels.flip(-1), sides[::-1]
-    place = torch.tensor([top, sides[0], bottom, sides[1]])
-    return Sample(pixels[:3] * 2 - 1, condition=render_map(pixels[3], pixels[4]), crop_box=place)
+    crop_box = torch.tensor([top, sides[0], bottom, sides[1]])
+    return Sample(pixels[:3] * 2 - 1, condition=render_map(pixels[3], pixels[4]), crop_box=crop_box)
 
 
 def render_map(elevation: Tensor, water: Tensor) -> Tensor:
-    """Draw the map of a region from its heights and its share of water, each (H, W) in [0, 1]. -> (3, H, W)."""
+    """Render a condition map from elevation and water, each (H, W) in [0, 1]. -> (3, H, W) in [-1, 1]."""
     blue = torch.tensor(WATER_COLOR).view(3, 1, 1) / 255
     return torch.where(water < 128 / 255, elevation**ELEVATION_EXPONENT, blue) * 2 - 1
 
 
 @lru_cache(maxsize=1)
 def world_maps() -> Tensor:
-    """Return red, green, blue, elevation and water of every place, uint8 (5, 1024, 2048).
+    """Return red, green, blue, elevation and water of the earth, uint8 (5, 1024, 2048).
 
-    Decoded once per process; worker processes that are forked afterwards share it.
+    Decoded once per process; worker processes forked later share it.
     """
     pixels = [torch.from_numpy(np.array(open_image(ASSETS / name))).view(HEIGHT, WIDTH, -1) for name in FILES]
     return torch.cat(pixels, dim=2).permute(2, 0, 1).contiguous()
 
 
 def _band_columns(band: Sequence[float]) -> tuple[int, int]:
-    """Return the first column of a band of longitude, and the one after its last."""
+    """Return the first column of a band of longitudes, and the one after its last."""
     if len(band) != 2 or not 0 < band[1] - band[0] < 360:
         raise ValueError(f"band={list(band)} is not two meridians, the western one first, as in [60,100] or [170,190]")
     return tuple(round((east + 180) / 360 * WIDTH) for east in band)  # type: ignore[return-value]
@@ -198,16 +197,16 @@ def _check_fits(what: str, extent: Size, columns: int) -> None:
         )
 
 
-def _validation_windows(extent: Size, start: int, stop: int) -> list[Window]:
+def _validation_crops(extent: Size, start: int, stop: int) -> list[MapCrop]:
     height, width = extent
     rows, columns = (
         _overlapping_starts(FIRST_ROW, LAST_ROW - height, height),
         _overlapping_starts(start, stop - width, width),
     )
-    return [Window(top, left, height, width) for top in rows for left in columns]
+    return [MapCrop(top, left, height, width) for top in rows for left in columns]
 
 
 def _overlapping_starts(first: int, last: int, length: int) -> list[int]:
-    """Place the fewest pieces evenly from `first` to `last` that overlap by half of their length or more."""
+    """Return evenly spaced starts from `first` to `last`, as few as overlap by at least half of `length`."""
     steps = math.ceil((last - first) / max(length / 2, 1))
     return [first + round((last - first) * i / max(steps, 1)) for i in range(steps + 1)]

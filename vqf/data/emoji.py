@@ -1,7 +1,7 @@
-"""1,636 emoji that ship with vqf: images to train on at once, with nothing to download.
+"""1,636 emoji that ship with vqf: training data without a download.
 
-Noto Emoji by Google, Apache-2.0 (https://github.com/googlefonts/noto-emoji), 64 x 64 pixels with transparency;
-flags and skin-tone variants are left out. Results on drawings say nothing about photographs.
+Noto Emoji by Google, Apache-2.0 (https://github.com/googlefonts/noto-emoji), 64 x 64 pixels with transparency, without
+flags and skin-tone variants. Results on drawings say nothing about photographs.
 """
 
 import csv
@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from vqf.batch import Sample, Size, pair
-from vqf.data.images.decode import composite, contain, open_image, premultiply
+from vqf.data.images.alpha import composite, contain, premultiply
+from vqf.data.images.decode import open_image
 from vqf.errors import UserError, unknown_message
 from vqf.hashing import sha256_of
 from vqf.registry import register
@@ -25,24 +26,24 @@ from vqf.seeding import hash_fraction, seeded_generator
 Color = tuple[float, float, float]  # red, green and blue in [0, 1]
 
 ASSETS = Path(__file__).parent / "assets" / "emoji"
-CELL_SIZE = 64
-COLUMNS = 41
+CELL_SIZE = 64  # pixels of one emoji in the atlas
+COLUMNS = 41  # of the atlas
 VALIDATION_FRACTION = 0.15
 COLORS: dict[str, Color] = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "grey": (0.5, 0.5, 0.5)}
 
 
 @register("data", "emoji")
 class Emoji:
-    """Emoji on a plain background, labelled with their category; `Sample.mask` is their opacity.
+    """Emoji on a plain background, labelled with their category; `Sample.mask` is their opacity (1, H, W) in [0, 1].
 
-    About 15 % of them, picked by a hash of the code point, are for validation; images that look exactly
-    alike are on the same side.
+    About 15 % of them, picked by a hash of the code point, are for validation; images with equal pixels are in the same
+    split.
 
     Args:
-        background: What shows through. "random" draws a colour per image and epoch in training; validation
-            is always on white, or on the colour that is named.
-        flip: Mirror every other training image.
-        shift: Move training images by up to so many pixels of the result in both directions.
+        background: Color of transparent pixels. "random" draws a color per training image and epoch, and is white in
+            validation.
+        flip: Mirror each training image with probability 1/2.
+        shift: Move training images by up to this many pixels, at least 0, in each direction.
     """
 
     def __init__(
@@ -61,15 +62,16 @@ class Emoji:
         self.classes = sorted({row["category"] for row in catalogue()})
 
     def split(self, name: str) -> "EmojiSplit":
-        """Return "train" or "validation"."""
+        """Return the "train" or the "validation" split."""
         if name not in ("train", "validation"):
             raise UserError(unknown_message("split", name, ("train", "validation")))
-        wanted = name == "validation"
-        return EmojiSplit(self, [i for i, held_out in enumerate(validation_mask()) if held_out == wanted], not wanted)
+        validation = name == "validation"
+        cells = [cell for cell, is_validation in enumerate(validation_mask()) if is_validation == validation]
+        return EmojiSplit(self, cells, not validation)
 
 
 class EmojiSplit:
-    """One part of the emoji; `names` are those of the Unicode standard, in capitals."""
+    """The training or the validation emoji; `names` are those of the Unicode standard, in capitals."""
 
     def __init__(self, data: Emoji, cells: list[int], training: bool) -> None:
         self.data, self.cells, self.training = data, cells, training
@@ -82,7 +84,7 @@ class EmojiSplit:
         return len(self.cells)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return an image as it looks in an epoch; validation images look the same in all of them."""
+        """Return an image with the augmentation of an epoch; validation images are the same in every epoch."""
         image = contain(premultiply(atlas()[self.cells[index]]), self.data.size)
         color = COLORS.get(self.background, COLORS["white"])
         if self._is_random:
@@ -90,6 +92,7 @@ class EmojiSplit:
         return Sample(composite(image, color), label=self.labels[index], mask=image[3:])
 
     def _augment(self, image: Tensor, color: Color, random: torch.Generator) -> tuple[Tensor, Color]:
+        # All numbers are drawn whatever the options: each option leaves the choices of the others as they were.
         red, green, blue = torch.rand(3, generator=random).tolist()
         mirrored = torch.rand((), generator=random).item() < 0.5
         down, right = torch.randint(-self.data.shift, self.data.shift + 1, (2,), generator=random).tolist()
@@ -102,23 +105,23 @@ class EmojiSplit:
         return self.training and (self.background == "random" or self.data.flip or self.data.shift > 0)
 
     def _fingerprint(self) -> str:
-        facts: list[object] = [[pixel_hashes()[cell] for cell in self.cells], self.data.size, self.background]
+        fields: list[object] = [[pixel_hashes()[cell] for cell in self.cells], self.data.size, self.background]
         if self._is_random:
-            facts += [self.data.seed, self.data.flip, self.data.shift]
-        return sha256_of(facts)
+            fields += [self.data.seed, self.data.flip, self.data.shift]
+        return sha256_of(fields)
 
 
 @lru_cache(maxsize=1)
 def catalogue() -> list[dict[str, str]]:
-    """Return code point, name, category and subcategory of every image, in the order of the atlas."""
+    """Return code point, name, category and subcategory of every emoji, in the order of the atlas."""
     return list(csv.DictReader((ASSETS / "emoji-64.csv").read_text(encoding="utf-8").splitlines()))
 
 
 @lru_cache(maxsize=1)
 def atlas() -> Tensor:
-    """Return every image, uint8 (1636, 4, 64, 64), colour not multiplied by opacity and black where nothing is drawn.
+    """Return all emoji, RGBA uint8 (1636, 4, 64, 64), not premultiplied, black where transparent.
 
-    Decoded once per process; worker processes that are forked afterwards share it.
+    Decoded once per process; worker processes forked later share it.
     """
     sheet = torch.from_numpy(np.array(open_image(ASSETS / "emoji-64.webp")))
     cells = rearrange(sheet, "(row y) (column x) c -> (row column) c y x", y=CELL_SIZE, column=COLUMNS)
@@ -128,22 +131,23 @@ def atlas() -> Tensor:
 
 @lru_cache(maxsize=1)
 def validation_mask() -> list[bool]:
-    """Say of every image of the atlas whether it is for validation."""
+    """Whether each emoji of the atlas is for validation."""
     groups: dict[str, list[str]] = {}
-    for look, row in zip(pixel_hashes(), catalogue(), strict=True):
-        groups.setdefault(look, []).append(row["codepoint"])
-    return [hash_fraction(min(groups[look])) < VALIDATION_FRACTION for look in pixel_hashes()]
+    for pixels, row in zip(pixel_hashes(), catalogue(), strict=True):
+        groups.setdefault(pixels, []).append(row["codepoint"])
+    return [hash_fraction(min(groups[pixels])) < VALIDATION_FRACTION for pixels in pixel_hashes()]
 
 
 @lru_cache(maxsize=1)
 def pixel_hashes() -> list[str]:
-    """Return a hash of every image's pixels."""
+    """Return the sha256 of the pixels of each emoji."""
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in atlas()]
 
 
 def _shift(image: Tensor, down: int, right: int) -> Tensor:
-    moved = torch.zeros_like(image)
+    """Move an image (C, H, W), and fill up with zeros: transparent."""
+    shifted = torch.zeros_like(image)
     height, width = image.shape[1:]
     source = image[:, max(-down, 0) : max(height - down, 0), max(-right, 0) : max(width - right, 0)]
-    moved[:, max(down, 0) : max(height + down, 0), max(right, 0) : max(width + right, 0)] = source
-    return moved
+    shifted[:, max(down, 0) : max(height + down, 0), max(right, 0) : max(width + right, 0)] = source
+    return shifted

@@ -130,9 +130,9 @@ def test_the_facts_are_those_that_change_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"area": (0.0, 1.0)}, "crop_area=[0.0, 1.0] is not two shares of an image, the smaller one first"),
-        ({"area": (0.9, 0.5)}, "crop_area=[0.9, 0.5] is not two shares of an image, the smaller one first"),
-        ({"area": (0.5,)}, "crop_area=[0.5] is not two shares of an image, the smaller one first"),
+        ({"area": (0.0, 1.0)}, "crop_area=[0.0, 1.0] is not two fractions of an area, the smaller one first"),
+        ({"area": (0.9, 0.5)}, "crop_area=[0.9, 0.5] is not two fractions of an area, the smaller one first"),
+        ({"area": (0.5,)}, "crop_area=[0.5] is not two fractions of an area, the smaller one first"),
         ({"ratio": (2, 1)}, "crop_ratio=[2, 1] is not two positive numbers, the smaller one first"),
         ({"ratio": (0, 1)}, "crop_ratio=[0, 1] is not two positive numbers, the smaller one first"),
         (

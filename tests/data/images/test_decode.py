@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps
 
 from vqf.data.images import decode
+from vqf.data.images.alpha import contain
 from vqf.data.images.augment import ViewParams
-from vqf.data.images.decode import UnreadableError, contain, open_image, to_rgb, to_tensor
+from vqf.data.images.decode import UnreadableError, open_image, to_rgb, to_tensor
 from vqf.data.images.resize import compute_crop_box, crop_and_resize, resize_box
 
 COLORS = np.array([[[200, 30, 60], [0, 0, 0], [255, 255, 255]], [[10, 120, 240], [90, 90, 90], [255, 0, 0]]], np.uint8)

@@ -1,7 +1,7 @@
-"""How images vary in training: which part is shown, whether it is mirrored, how its colours change.
+"""Random augmentation of training images: crop, flip and color jitter.
 
-Everything random is drawn here, from a generator that depends on (seed, epoch, index); the rest is arithmetic, so that
-no number of worker processes changes what is seen.
+All random numbers are drawn here, from a generator seeded by (seed, epoch, index); the rest is arithmetic. So the
+number of worker processes changes nothing.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 Crop = Literal["center", "random", "resized"]
 Resize = Literal["antialias", "cv2"]
 
-CROP_ATTEMPTS = 10  # regions that are drawn for an image, of which the first that fits into it is shown
+CROP_ATTEMPTS = 10  # regions drawn per image; the first that fits into it is used
 JITTER_PROPERTIES = ("brightness", "contrast", "saturation", "hue")
 DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 NO_JITTER = (0.0, 0.0, 0.0, 0.0)
@@ -23,27 +23,27 @@ NO_JITTER = (0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class ViewParams:
-    """How one image is shown.
+    """The augmentation of one image.
 
-    Without `regions` it is scaled until it covers the size that is wanted, and what is too much is cut off. With them,
-    the first that fits is cut out and stretched to that size; `crop_x` and `crop_y` say where it lies.
+    Without `regions` the image is scaled until it covers the image size, then cropped to it. With them, the first
+    region that fits is cropped, and stretched to the image size. `crop_x` and `crop_y` position the crop.
     """
 
-    crop_x: float | None = None  # in [0, 1], from left to right; None is the middle
+    crop_x: float | None = None  # in [0, 1], from left to right; None is the center
     crop_y: float | None = None
-    regions: tuple[tuple[float, float], ...] = ()  # share of the image's area; width to height, 1 being that wanted
+    regions: tuple[tuple[float, float], ...] = ()  # (area as a fraction of the image's, aspect ratio), see `crop_ratio`
     flipped: bool = False
-    color_factors: tuple[tuple[str, float], ...] = ()  # what is changed, one after the other, by which factor
+    color_factors: tuple[tuple[str, float], ...] = ()  # (property, factor), in the order of application
 
     def apply(self, image: Tensor) -> Tensor:
-        """Mirror an image (C, H, W) in [-1, 1], and change the colours of the first three channels."""
+        """Flip an image (C, H, W) in [-1, 1], and jitter its first three channels: further ones are a map's."""
         if self.color_factors:
             image = torch.cat([adjust_colors(image[:3], self.color_factors), image[3:]])
         return image.flip(-1) if self.flipped else image
 
-    def flip_box(self, place: Tensor) -> Tensor:
-        """Return the place (4,) of a finished image: mirrored, its left side is the right one of the whole."""
-        return place[[0, 3, 2, 1]] if self.flipped else place
+    def flip_box(self, crop_box: Tensor) -> Tensor:
+        """Swap left and right of a crop box (top, left, bottom, right), if the image is flipped."""
+        return crop_box[[0, 3, 2, 1]] if self.flipped else crop_box
 
 
 CENTER_CROP = ViewParams()
@@ -51,7 +51,7 @@ CENTER_CROP = ViewParams()
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The ways in which a source shows its images; the words are those of `data=folder`."""
+    """The distribution of `ViewParams`; for the options see `data=folder`."""
 
     crop: Crop = "center"
     area: Sequence[float] = DEFAULT_CROP_AREA
@@ -62,60 +62,63 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"crop_area={list(self.area)} is not two shares of an image, the smaller one first")
+            raise ValueError(f"crop_area={list(self.area)} is not two fractions of an area, the smaller one first")
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"crop_ratio={list(self.ratio)} is not two positive numbers, the smaller one first")
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            what = f"{', '.join(JITTER_PROPERTIES)}, the last at most 0.5"
-            raise ValueError(f"jitter={list(self.jitter)} is not four numbers from 0 on: {what}")
+            expected = f"{', '.join(JITTER_PROPERTIES)}, the last at most 0.5"
+            raise ValueError(f"jitter={list(self.jitter)} is not four numbers from 0 on: {expected}")
 
     @property
     def is_random(self) -> bool:
-        """Whether an image looks different in another epoch."""
+        """Whether an image differs from epoch to epoch."""
         return self.crop != "center" or self.flip or any(self.jitter)
 
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
-        """What decides how images look, for fingerprints."""
+        """The options that change images."""
         regions = (*self.area, *self.ratio) if self.crop == "resized" else ()
         return self.crop, self.flip, tuple(self.jitter), self.resize, regions
 
     def deterministic(self) -> "Augmentation":
-        """Return the way in which images are shown for validation."""
+        """Return the augmentation of validation images: center crop only."""
         return replace(self, crop="center", flip=False, jitter=NO_JITTER)
 
     def sample(self, random: torch.Generator) -> ViewParams:
-        """Draw how one image is shown."""
-        across, down, mirror = torch.rand(3, generator=random).tolist()
-        placed = ViewParams() if self.crop == "center" else ViewParams(across, down)
+        """Draw the augmentation of one image."""
+        # Always three numbers, so that turning crop or flip off leaves the choices of the other as they were.
+        crop_x, crop_y, mirror = torch.rand(3, generator=random).tolist()
+        view = ViewParams() if self.crop == "center" else ViewParams(crop_x, crop_y)
         regions = self._regions(random) if self.crop == "resized" else ()
         colors = self._colors(random) if any(self.jitter) else ()
-        return replace(placed, regions=regions, flipped=self.flip and mirror < 0.5, color_factors=colors)
+        return replace(view, regions=regions, flipped=self.flip and mirror < 0.5, color_factors=colors)
 
     def _regions(self, random: torch.Generator) -> tuple[tuple[float, float], ...]:
-        shares = torch.rand(CROP_ATTEMPTS, 2, generator=random, dtype=torch.float64)
-        areas = self.area[0] + shares[:, 0] * (self.area[1] - self.area[0])
-        low, high = (math.log(each) for each in self.ratio)
-        ratios = (low + shares[:, 1] * (high - low)).exp()
+        """Draw areas uniformly and aspect ratios log-uniformly, like torchvision's RandomResizedCrop."""
+        uniform = torch.rand(CROP_ATTEMPTS, 2, generator=random, dtype=torch.float64)
+        areas = self.area[0] + uniform[:, 0] * (self.area[1] - self.area[0])
+        low, high = (math.log(bound) for bound in self.ratio)
+        ratios = (low + uniform[:, 1] * (high - low)).exp()
         return tuple(zip(areas.tolist(), ratios.tolist(), strict=True))
 
     def _colors(self, random: torch.Generator) -> tuple[tuple[str, float], ...]:
-        """Draw a factor each, and the order in which they are applied, as torchvision's ColorJitter does."""
+        """Draw a factor per property, and their order, like torchvision's ColorJitter."""
         signed = (torch.rand(4, generator=random, dtype=torch.float64) * 2 - 1).tolist()
         order = torch.randperm(4, generator=random).tolist()
-        changes = [(JITTER_PROPERTIES[i], self._factor(i, signed[i])) for i in order]
-        return tuple((name, factor) for name, factor in changes if self.jitter[JITTER_PROPERTIES.index(name)])
+        factors = [(JITTER_PROPERTIES[i], self._factor(i, signed[i])) for i in order]
+        return tuple((name, factor) for name, factor in factors if self.jitter[JITTER_PROPERTIES.index(name)])
 
-    def _factor(self, which: int, signed: float) -> float:
-        most = self.jitter[which]
-        if JITTER_PROPERTIES[which] == "hue":
-            return signed * most
-        low, high = max(1 - most, 0.0), 1 + most
+    def _factor(self, index: int, signed: float) -> float:
+        """Scale a number in [-1, 1] to the range of property `index`: hue is an offset, the others multiply."""
+        strength = self.jitter[index]
+        if JITTER_PROPERTIES[index] == "hue":
+            return signed * strength
+        low, high = max(1 - strength, 0.0), 1 + strength
         return (low + high) / 2 + signed * (high - low) / 2
 
 
 def adjust_colors(image: Tensor, color_factors: Sequence[tuple[str, float]]) -> Tensor:
-    """Change the colours of an image (3, H, W) in [-1, 1]: see torchvision's `adjust_brightness` and so on."""
+    """Change the colors of an image (3, H, W) in [-1, 1] by torchvision's `adjust_brightness`, `adjust_hue`, ..."""
     from torchvision.transforms.v2 import functional as F
 
     values = (image + 1) / 2

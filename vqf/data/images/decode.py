@@ -1,7 +1,7 @@
-"""Images from files nobody vouches for, and the arithmetic of transparency.
+"""Decode untrusted image files.
 
-A file may hold anything: only the formats listed here are decoded, none above a number of pixels, and
-whatever a decoder trips over becomes one exception, `UnreadableError`.
+Only the formats of `FORMATS` are decoded, only up to a number of pixels, and every error of a decoder becomes an
+`UnreadableError`.
 """
 
 import io
@@ -12,7 +12,6 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -24,14 +23,13 @@ Animated = Literal["refuse", "first"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")  # the pages of a TIFF, and the previews in a JPEG of a phone, are no frames
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")  # the pages of a TIFF and the previews in a phone's JPEG are not frames
 MAX_PIXELS = 2**26
-DRAFT_MARGIN = (
-    3  # times the wanted size that a JPEG is decoded at, at least; what that changes is in docs/data.md, measured
-)
+# A JPEG is decoded at a reduced size of at least this many times the wanted one. The error is measured in docs/data.md.
+DRAFT_MARGIN = 3
 
-EXIF_ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
-EXIF_TRANSPOSE = {
+EXIF_ORIENTATION = 0x0112  # the EXIF tag
+EXIF_TRANSPOSE = {  # what undoes each value
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,11 +38,10 @@ EXIF_TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ROTATED_90 = (5, 6, 7, 8)  # by 90 degrees
-REVERSED_COLUMNS, REVERSED_ROWS = (
-    (2, 3, 6, 7),
-    (3, 4, 7, 8),
-)  # where the last pixels of a row or column are, once it is upright
+ROTATED_90 = (5, 6, 7, 8)  # by 90 degrees: width and height are swapped
+# Values for which the last stored pixels come first in the upright image.
+REVERSED_COLUMNS = (2, 3, 6, 7)
+REVERSED_ROWS = (3, 4, 7, 8)
 
 
 # `max_pixels` is checked against the header of every image, and is stricter.
@@ -52,19 +49,19 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableError(ValueError):
-    """A file that is no image, a broken one, or one too large to decode."""
+    """An image file that is missing, broken, of an unknown format, or too large."""
 
 
 class CroppedImage(NamedTuple):
-    """A part of an image, and which one it is."""
+    """A crop, and where in its image it lies."""
 
     image: Tensor  # (3, H, W) float in [-1, 1]
-    box: Box  # in pixels of the whole
-    shape: Size  # rows and columns of the whole, as it is stored
+    box: Box  # in pixels of the full image
+    shape: Size  # (H, W) of the full image, upright
 
     @property
     def crop_box(self) -> Tensor:
-        """Top, left, bottom and right (4,) as shares of the whole."""
+        """Top, left, bottom and right (4,) as fractions of the full image."""
         return self.box.normalized(self.shape)
 
 
@@ -76,18 +73,18 @@ def open_image(
     view: ViewParams = CENTER_CROP,
     animated: Animated = "first",
 ) -> Image.Image:
-    """Decode an image and turn it upright, as its EXIF orientation says.
+    """Decode an image and turn it upright by its EXIF orientation.
 
     Args:
-        source: A file's path or its content.
-        size: Height and width at which what `view` shows is wanted. A much larger JPEG is then decoded at a fraction
-            of its size, at least `DRAFT_MARGIN` times the wanted one, which is faster.
-        max_pixels: The most that is decoded, checked against the header.
-        view: What will be shown of it.
-        animated: Whether an animation is refused, or its first frame taken.
+        source: Path or content of the file.
+        size: (H, W) to which the crop of `view` will be resized. A much larger JPEG is then decoded at a reduced size,
+            at least `DRAFT_MARGIN` times this one, which is faster.
+        max_pixels: Largest image that is decoded, checked against the header.
+        view: The crop that will be taken.
+        animated: Whether an animation is refused, or its first frame decoded.
 
     Raises:
-        UnreadableError: With a reason in a few words.
+        UnreadableError: With a short reason.
     """
     return _decode(source, size, max_pixels, view, animated)[0]
 
@@ -101,22 +98,22 @@ def read_crop(
     max_pixels: int = MAX_PIXELS,
     animated: Animated = "first",
 ) -> CroppedImage:
-    """Read the part of an image of any mode and size that a view shows, transparency on white.
+    """Read the crop of an image, of any mode and size, that a view shows, transparency on white.
 
     Raises:
         UnreadableError: See `open_image`.
     """
-    roughly = size if resize == "antialias" else None  # cv2 has to see every pixel
-    image, extent = _decode(source, roughly, max_pixels, view, animated)
+    draft_size = size if resize == "antialias" else None  # cv2 needs every pixel
+    image, extent = _decode(source, draft_size, max_pixels, view, animated)
     pixels = normalize_pixels(crop_and_resize(to_rgb(image), size, view, resize, extent))
     return CroppedImage(pixels, compute_crop_box(extent.shape, size, view, resize), extent.shape)
 
 
 def image_format(content: bytes) -> str:
-    """Return the format of an image by its header; what a phone puts previews into is the JPEG that it begins with.
+    """Return the format of an image from its header. MPO, a phone's JPEG with previews, is JPEG.
 
     Raises:
-        UnreadableError: With a reason in a few words.
+        UnreadableError: With a short reason.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -126,13 +123,13 @@ def image_format(content: bytes) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; 16 bits are cut to 8, transparency is put on white.
+    """Convert an image of any mode to RGB. 16 bits are reduced to 8; transparency becomes white.
 
     Raises:
-        UnreadableError: For floating-point images, whose range no format states.
+        UnreadableError: If the pixels are floating-point numbers, whose range no format defines.
     """
     if image.mode == "F":
-        raise UnreadableError("floating-point pixels, which have no agreed range")
+        raise UnreadableError("floating-point pixels, which have no defined range")
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535)
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
@@ -143,58 +140,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Turn an RGB image into float (3, H, W) in [-1, 1]."""
+    """Convert an RGB image to float (3, H, W) in [-1, 1]."""
     return normalize_pixels(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1))
 
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
-    """Turn levels, uint8 (C, H, W), into float in [-1, 1]."""
+    """Convert uint8 (C, H, W) to float in [-1, 1]."""
     return pixels.contiguous().float().div_(127.5).sub_(1)
-
-
-def premultiply(pixels: Tensor) -> Tensor:
-    """Turn RGBA uint8 (4, H, W) into float in [0, 1], colour multiplied by opacity, as resizing needs it."""
-    values = pixels.float() / 255
-    return torch.cat([values[:3] * values[3:], values[3:]])
-
-
-def contain(image: Tensor, size: Size) -> Tensor:
-    """Scale premultiplied RGBA (4, h, w) until it just fits into `size`, centred, nothing drawn around it."""
-    height, width = size
-    scale = min(height / image.shape[1], width / image.shape[2])
-    inner = max(round(image.shape[1] * scale), 1), max(round(image.shape[2] * scale), 1)
-    if inner != tuple(image.shape[1:]):
-        image = F.interpolate(image[None], size=inner, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        image = torch.minimum(image, image[3:])  # a cubic overshoots; no colour exceeds its opacity
-    left, top = (width - inner[1]) // 2, (height - inner[0]) // 2
-    return F.pad(image, (left, width - inner[1] - left, top, height - inner[0] - top))
-
-
-def composite(image: Tensor, color: tuple[float, ...]) -> Tensor:
-    """Put premultiplied RGBA (4, H, W) on a colour in [0, 1]. -> (3, H, W) in [-1, 1]."""
-    behind = torch.tensor(color).view(3, 1, 1) * (1 - image[3:])
-    return (image[:3] + behind) * 2 - 1
 
 
 def _decode(
     source: Path | IO[bytes], size: Size | None, max_pixels: int, view: ViewParams, animated: Animated
 ) -> tuple[Image.Image, DecodedExtent]:
-    """Return an image upright, and how what is stored lies in it."""
+    """Return an upright image, and the extent of the full-size image in its pixels."""
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise UnreadableError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
             if animated == "refuse" and image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
                 raise UnreadableError("animated; data.animated=first takes the first frame")
-            stored = _upright_shape(image)
-            factor = 1 if size is None else _draft_jpeg(image, compute_crop_box(stored, size, view), size)
+            shape = _upright_shape(image)
+            factor = 1 if size is None else _draft_jpeg(image, compute_crop_box(shape, size, view), size)
             image.load()
             upright = _transpose_upright(image)
             upright.format = _format(image)
-            return upright, _decoded_extent(stored, factor, upright, _orientation(image))
+            return upright, _decoded_extent(shape, factor, upright, _orientation(image))
     except (UnreadableError, MemoryError):
         raise
-    except Exception as error:  # a decoder fed with garbage may raise anything
+    except Exception as error:  # a decoder may raise anything on garbage
         raise UnreadableError(_reason(error)) from error
 
 
@@ -203,26 +176,26 @@ def _format(image: Image.Image) -> str | None:
 
 
 def _draft_jpeg(image: Image.Image, box: Box, size: Size) -> int:
-    """Have a JPEG decoded at a fraction of its size, if a part of it is wanted that small; returns which."""
+    """Let libjpeg decode at 1/2, 1/4 or 1/8 if the resized crop is that small; return the factor."""
     scale = DRAFT_MARGIN * max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
     width, wanted = image.width, (math.ceil(scale * image.width), math.ceil(scale * image.height))
-    done = image.draft(None, wanted)
-    return 1 if done is None else round(width / done[1][2])  # what the image fills of a row; image.width is rounded
+    draft = image.draft(None, wanted)
+    return 1 if draft is None else round(width / draft[1][2])  # not image.width, which is rounded up to whole pixels
 
 
-def _decoded_extent(stored: Size, factor: int, upright: Image.Image, orientation: int) -> DecodedExtent:
-    top, left = upright.height - stored[0] / factor, upright.width - stored[1] / factor
-    return DecodedExtent(stored, factor, top * (orientation in REVERSED_ROWS), left * (orientation in REVERSED_COLUMNS))
+def _decoded_extent(shape: Size, factor: int, upright: Image.Image, orientation: int) -> DecodedExtent:
+    top, left = upright.height - shape[0] / factor, upright.width - shape[1] / factor
+    return DecodedExtent(shape, factor, top * (orientation in REVERSED_ROWS), left * (orientation in REVERSED_COLUMNS))
 
 
 def _upright_shape(image: Image.Image) -> Size:
-    """Return rows and columns of an image once it is upright."""
+    """Return (H, W) of the upright image."""
     return (image.width, image.height) if _orientation(image) in ROTATED_90 else (image.height, image.width)
 
 
 def _transpose_upright(image: Image.Image) -> Image.Image:
-    turn = EXIF_TRANSPOSE.get(_orientation(image))
-    return image.transpose(turn) if turn is not None else image.copy()
+    transpose = EXIF_TRANSPOSE.get(_orientation(image))
+    return image.transpose(transpose) if transpose is not None else image.copy()
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""What the pixels of a map mean: colours, brightness, or numbers of classes."""
+"""Decode condition maps: colors, brightness, or class numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ MapKind = Literal["rgb", "grey", "palette", "labels"]
 
 @dataclass(frozen=True)
 class MapDecoder:
-    """How maps are read.
+    """Decodes the condition maps of a source.
 
     Args:
-        kind: `palette` is `rgb` whose colours are not to be mixed.
-        labels: How many classes there are.
-        unlabelled: The number that stands for no class; read as 0, while every other number moves up by one.
+        kind: `palette` is `rgb` whose colors must not be mixed, `labels` a class number per pixel.
+        labels: Number of classes, for `labels`.
+        unlabelled: The number of pixels without a class: read as 0, while every other number moves up by one.
     """
 
     kind: MapKind = "rgb"
@@ -36,76 +36,76 @@ class MapDecoder:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, each with a channel of its own; 0 where a map is an image."""
+        """Number of classes, one channel each; 0 for maps of colors."""
         return self.labels
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `data=pairs` that make this decoder."""
+        class_options = {"labels": self.labels, "unlabelled": self.unlabelled} if self.kind == "labels" else {}
+        return {"maps": self.kind, **class_options}
+
+    @property
+    def resampling(self) -> Image.Resampling:
+        """The filter for resizing a map: NEAREST where values must not be mixed."""
+        return Image.Resampling.BICUBIC if self.kind in ("rgb", "grey") else Image.Resampling.NEAREST
+
     def __call__(self, path: Path) -> Tensor:
-        """Read a map whole, as stage 2 is shown it: (C, H, W), a pixel of the file for a pixel.
+        """Read a full map as a condition (C, H, W), not resized.
 
         Raises:
             UnreadableError: See `open_image` and `decode`.
         """
         return self.to_condition(self.to_tensor(self.open(path)))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of `data=pairs` that read maps so."""
-        of_classes = {"labels": self.labels, "unlabelled": self.unlabelled} if self.kind == "labels" else {}
-        return {"maps": self.kind, **of_classes}
-
     def open(self, path: Path | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """Open a map and understand it.
+        """Open a map and `decode` it.
 
         Raises:
             UnreadableError: See `open_image` and `decode`.
         """
         return self.decode(open_image(path, max_pixels=max_pixels))
 
-    @property
-    def resampling(self) -> Image.Resampling:
-        """What maps are scaled with."""
-        return Image.Resampling.BICUBIC if self.kind in ("rgb", "grey") else Image.Resampling.NEAREST
-
     def decode(self, image: Image.Image) -> Image.Image:
-        """Turn a map into RGB, into 8 bits of grey, or into 32-bit numbers of classes.
+        """Convert a map to RGB, to 8-bit grayscale, or to 32-bit class numbers.
 
         Raises:
-            UnreadableError: If it holds no numbers, or one that is no class.
+            UnreadableError: If it holds no class numbers, or invalid ones.
         """
         if self.kind == "labels":
             return Image.fromarray(self._class_indices(image))
         return to_rgb(image).convert("L") if self.kind == "grey" else to_rgb(image)
 
     def to_png(self, image: Image.Image) -> Image.Image:
-        """Return what `decode` does in a mode that PNG keeps; read again, classes need no `unlabelled`.
+        """`decode`, in a mode that PNG can store. `unlabelled` is applied: the file is read without it.
 
         Raises:
             UnreadableError: See `decode`.
         """
-        found = self.decode(image)
+        decoded = self.decode(image)
         if self.kind != "labels":
-            return found
-        return Image.fromarray(np.asarray(found).astype(np.uint8 if self.labels <= 256 else np.uint16))
+            return decoded
+        return Image.fromarray(np.asarray(decoded).astype(np.uint8 if self.labels <= 256 else np.uint16))
 
     def to_tensor(self, image: Image.Image) -> Tensor:
-        """Turn what `decode` returned into (1, H, W) or (3, H, W): in [-1, 1], or numbers of classes."""
+        """Convert a decoded map to (3, H, W) or (1, H, W) in [-1, 1], or to class numbers (1, H, W), all float32."""
         if self.kind == "labels":
             return torch.from_numpy(np.array(image, dtype=np.float32))[None]
         return to_tensor(image.convert("RGB"))[: 1 if self.kind == "grey" else 3]
 
     def to_condition(self, values: Tensor) -> Tensor:
-        """Turn values into what stage 2 is shown, (C, H, W): the same, or a channel of 0 and 1 for every class."""
+        """Convert the values of `to_tensor` to a condition (C, H, W): class numbers become one-hot channels."""
         if self.kind != "labels":
             return values
         return torch.zeros(self.labels, *values.shape[1:]).scatter_(0, values.long(), 1.0)
 
     def _class_indices(self, image: Image.Image) -> np.ndarray:
         if len(image.getbands()) > 1 or image.mode == "F":
-            raise UnreadableError(f"{image.mode} pixels; a map of labels is grey, or has a palette")
+            raise UnreadableError(f"{image.mode} pixels; a map of labels is grayscale, or has a palette")
         numbers = np.asarray(image).astype(np.int32)
-        moved = ""
+        shifted = ""
         if self.unlabelled is not None:
-            numbers, moved = np.where(numbers == self.unlabelled, 0, numbers + 1), ", once moved up,"
+            numbers, shifted = np.where(numbers == self.unlabelled, 0, numbers + 1), ", once moved up by unlabelled,"
         if (wrong := numbers[(numbers < 0) | (numbers >= self.labels)]).size:
-            raise UnreadableError(f"the label {wrong.max()}{moved} is not below data.labels={self.labels}")
+            raise UnreadableError(f"the label {wrong.max()}{shifted} is not below data.labels={self.labels}")
         return numbers

@@ -1,6 +1,6 @@
-"""Images at the size that is wanted: which part of them, and how their pixels become fewer or more.
+"""Crop and resize images.
 
-All of it is exact to the bit, whatever the machine: integer arithmetic over weights that are rounded first.
+Results are the same to the bit on every machine: integer arithmetic with weights that are rounded first.
 """
 
 import math
@@ -15,61 +15,63 @@ from torch import Tensor
 from vqf.batch import Size
 from vqf.data.images.augment import CENTER_CROP, Resize, ViewParams
 
-MAX_OVERSIZE = 2.0  # how much larger a scaled image may be than the part of it that stays
-CV2_WEIGHT_BITS = 11  # of the weights of cv2
+MAX_OVERSIZE = 2.0  # pixels of the resized full image per pixel of the crop, up to which resizing all of it is faster
+CV2_WEIGHT_BITS = 11  # precision of the interpolation weights in OpenCV
 
-WeightedIndices = tuple[Tensor, Tensor]  # which pixels, and how much each counts, in units of 2**-BITS
+WeightedIndices = tuple[Tensor, Tensor]  # pixel indices and their weights, in units of 2**-CV2_WEIGHT_BITS
 
 
 class Box(NamedTuple):
-    """A part of an image, in its pixels."""
+    """A rectangle of an image, in pixels."""
 
     left: float
     top: float
     right: float
     bottom: float
 
-    def scale_by(self, down: float, across: float) -> "Box":
-        """Return the same part of an image that is so many times as high and wide."""
-        return Box(self.left * across, self.top * down, self.right * across, self.bottom * down)
+    def scale_by(self, y_scale: float, x_scale: float) -> "Box":
+        """Return the same rectangle of a resized image."""
+        return Box(self.left * x_scale, self.top * y_scale, self.right * x_scale, self.bottom * y_scale)
 
     def normalized(self, shape: Size) -> Tensor:
-        """Return top, left, bottom, right (4,) as shares of the image's height and width."""
+        """Return top, left, bottom, right (4,) as fractions of the image's height and width."""
         rows, columns = shape
         return torch.tensor([self.top / rows, self.left / columns, self.bottom / rows, self.right / columns])
 
 
 class DecodedExtent(NamedTuple):
-    """How an image lies in the pixels that were decoded of it: of a JPEG, perhaps, at a fraction of its size.
+    """Where a full-size image lies in the pixels of its reduced decoding (JPEG draft mode).
 
-    What is left over of a side that the factor does not divide is a pixel by itself, which the image fills in part:
-    1025 pixels at a half are 513, and the image ends in the middle of the last, or begins in the middle of the first.
+    Draft mode rounds sizes up: 1025 pixels at 1/2 become 513, and the image ends in the middle of the last pixel, or,
+    if EXIF mirrors it, begins in the middle of the first.
     """
 
-    shape: Size  # rows and columns of the image as it is stored
-    factor: int = 1  # pixels of it, across and down, that became one
-    top: float = 0.0  # where it begins
+    shape: Size  # (H, W) of the full-size image
+    factor: int = 1  # full-size pixels per decoded pixel, along each axis
+    top: float = 0.0  # where the image begins, in decoded pixels
     left: float = 0.0
 
     def to_decoded(self, box: Box) -> Box:
-        """Return where a part of the image lies in what was decoded."""
-        small = box.scale_by(1 / self.factor, 1 / self.factor)
-        return Box(small.left + self.left, small.top + self.top, small.right + self.left, small.bottom + self.top)
+        """Convert a box from full-size pixels to decoded pixels."""
+        reduced = box.scale_by(1 / self.factor, 1 / self.factor)
+        left, top = self.left, self.top
+        return Box(reduced.left + left, reduced.top + top, reduced.right + left, reduced.bottom + top)
 
 
 def compute_crop_box(shape: Size, size: Size, view: ViewParams = CENTER_CROP, resize: Resize = "antialias") -> Box:
-    """Return the part of an image, of so many rows and columns, that a view shows at some height and width.
+    """Return the box of an image of `shape` (H, W) that a view crops and resizes to `size` (H, W).
 
-    Where the image is scaled until it covers the size, the cut falls between pixels of the result: what needs no
-    scaling is cut without any loss. A region is whole pixels of the image.
+    Without regions, the image is scaled until it covers `size`, and the crop starts at a pixel of the result: an image
+    that needs no scaling is cropped without loss. A region starts and ends at pixels of the image.
     """
     if view.regions:
         return _resized_crop_box(shape, size, view)
     (rows, columns), (height, width) = shape, size
-    tall, wide = _covering_size(shape, size, resize)
-    top, left = crop_offset(tall - height, view.crop_y), crop_offset(wide - width, view.crop_x)
-    across, down = columns / wide, rows / tall
-    return Box(left * across, top * down, min((left + width) * across, columns), min((top + height) * down, rows))
+    scaled_height, scaled_width = _covering_size(shape, size, resize)
+    top, left = crop_offset(scaled_height - height, view.crop_y), crop_offset(scaled_width - width, view.crop_x)
+    x_scale, y_scale = columns / scaled_width, rows / scaled_height
+    right, bottom = min((left + width) * x_scale, columns), min((top + height) * y_scale, rows)
+    return Box(left * x_scale, top * y_scale, right, bottom)
 
 
 def crop_and_resize(
@@ -79,17 +81,23 @@ def crop_and_resize(
     resize: Resize = "antialias",
     extent: DecodedExtent | None = None,
 ) -> Tensor:
-    """Return what a view shows of an RGB image, uint8 (3, H, W). See `compute_crop_box`.
+    """Crop an RGB image as a view says (`compute_crop_box`), and resize the crop: uint8 (3, H, W).
 
-    "antialias" is the antialiased bicubic of Pillow, to within two levels: its two passes round in another place. "cv2"
-    is the bilinear of OpenCV, bit for bit: no antialiasing, so fine detail turns into noise, as it does in
-    taming-transformers.
+    "antialias" is Pillow's antialiased bicubic, to within two of 255 levels, because its two passes round elsewhere.
+    "cv2" is OpenCV's bilinear, bit for bit. Fine detail aliases to noise, as in taming-transformers.
+
+    Args:
+        image: The image, perhaps decoded at a reduced size.
+        size: (H, W) of the result.
+        view: The crop.
+        resize: The filter.
+        extent: Where the full-size image lies in `image`; by default they are the same.
     """
     extent = extent or DecodedExtent((image.height, image.width))
     box = compute_crop_box(extent.shape, size, view, resize)
     if view.regions and extent.factor == 1:
-        part = _pixels(image.crop(box))
-        return _cv2_bilinear(part, size) if resize == "cv2" else _bicubic(part, size)
+        region = _pixels(image.crop(box))
+        return _cv2_bilinear(region, size) if resize == "cv2" else _bicubic(region, size)
     if resize == "cv2":
         return _cv2_resize_then_crop(_pixels(image), size, view)
     if not view.regions and extent.top == extent.left == 0 and _full_resize_is_faster(extent.shape, size):
@@ -100,39 +108,39 @@ def crop_and_resize(
 def resize_box(
     image: Image.Image, size: Size, box: Box, filter: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-    """Scale a part of an image of any mode by Pillow, with antialiasing unless the filter is NEAREST.
+    """Crop and resize an image of any mode with Pillow, antialiased unless the filter is NEAREST.
 
-    Only the part is computed, so that no shape, however long, takes more memory than the result.
+    Only the crop is computed: an extremely long image takes no more memory than the result.
     """
     return image.resize(size[::-1], filter, box=box)
 
 
-def crop_offset(room: float, place: float | None) -> int:
-    """Pick one of the whole numbers from 0 to `room`, `normalized` in [0, 1]; None is the middle, the lower of two."""
-    steps = int(room + 1e-6)
-    return steps // 2 if place is None else min(int(place * (steps + 1)), steps)
+def crop_offset(slack: float, position: float | None) -> int:
+    """Convert a position in [0, 1] to an integer in 0..slack, each equally likely; None is the center, rounded down."""
+    steps = int(slack + 1e-6)  # a slack of 1 may have been computed as 0.9999999
+    return steps // 2 if position is None else min(int(position * (steps + 1)), steps)
 
 
 def _resized_crop_box(shape: Size, size: Size, view: ViewParams) -> Box:
-    """Return the first region that fits, in whole pixels; if none does, all that has the ratio that is wanted."""
+    """Return the first region that fits into the image; if none does, the largest box of the aspect ratio of `size`."""
     rows, columns = shape
-    wanted = size[1] / size[0]
+    aspect = size[1] / size[0]
     for area, ratio in view.regions:
-        width = round(math.sqrt(rows * columns * area * ratio * wanted))
-        height = round(math.sqrt(rows * columns * area / (ratio * wanted)))
+        width = round(math.sqrt(rows * columns * area * ratio * aspect))
+        height = round(math.sqrt(rows * columns * area / (ratio * aspect)))
         if 0 < width <= columns and 0 < height <= rows:
             break
     else:
-        width, height = max(round(min(columns, rows * wanted)), 1), max(round(min(rows, columns / wanted)), 1)
+        width, height = max(round(min(columns, rows * aspect)), 1), max(round(min(rows, columns / aspect)), 1)
     left, top = crop_offset(columns - width, view.crop_x), crop_offset(rows - height, view.crop_y)
     return Box(left, top, left + width, top + height)
 
 
 def _covering_size(shape: Size, size: Size, resize: Resize) -> tuple[float, float]:
-    """Return the height and width of an image that just covers a size; cv2 scales to whole numbers."""
+    """Return the smallest (H, W) of the scaled image that covers `size`; fractional, except for cv2."""
     scale = max(size[0] / shape[0], size[1] / shape[1])
-    tall, wide = shape[0] * scale, shape[1] * scale
-    return (tall, wide) if resize == "antialias" else (max(round(tall), size[0]), max(round(wide), size[1]))
+    height, width = shape[0] * scale, shape[1] * scale
+    return (height, width) if resize == "antialias" else (max(round(height), size[0]), max(round(width), size[1]))
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -140,26 +148,25 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _full_resize_is_faster(shape: Size, size: Size) -> bool:
-    """Say whether `_resize_then_crop` pays, which also computes what is then cut off."""
-    tall, wide = _covering_size(shape, size, "antialias")
-    return tall * wide <= MAX_OVERSIZE * size[0] * size[1]
+    """Whether `_resize_then_crop`, which also computes pixels outside the crop, is faster than Pillow."""
+    height, width = _covering_size(shape, size, "antialias")
+    return height * width <= MAX_OVERSIZE * size[0] * size[1]
 
 
 def _resize_then_crop(pixels: Tensor, size: Size, view: ViewParams, extent: DecodedExtent | None = None) -> Tensor:
-    """Scale the whole image and cut where `compute_crop_box` does; six times as fast as Pillow with AVX2.
+    """Resize the full image, then crop the box of `compute_crop_box`; six times as fast as Pillow with AVX2.
 
-    Within two levels of Pillow scaling the whole image first across, then down: each of the passes rounds.
-    Pillow by itself takes them in the order that costs less; where a cubic overshoots, that is some levels away.
+    Within two levels of Pillow when it resizes along rows first, because each pass rounds. Pillow picks the cheaper
+    order of the two passes; where bicubic overshoots, the other order differs by a few levels.
     """
     extent = extent or DecodedExtent((pixels.shape[1], pixels.shape[2]))
     (height, width), shape = size, extent.shape
-    tall, wide = _covering_size(shape, size, "antialias")
+    scaled_height, scaled_width = _covering_size(shape, size, "antialias")
     factor = max(height / shape[0], width / shape[1]) * extent.factor
-    whole = (
-        pixels if factor == 1 else _bicubic_by_factor(factor * (1 + 1e-9), pixels)
-    )  # or rounding might take the last row
-    top, left = crop_offset(tall - height, view.crop_y), crop_offset(wide - width, view.crop_x)
-    return whole[:, top : top + height, left : left + width]
+    # interpolate rounds sizes down: slightly more than `factor` keeps the last row and column.
+    resized = pixels if factor == 1 else _bicubic_by_factor(factor * (1 + 1e-9), pixels)
+    top, left = crop_offset(scaled_height - height, view.crop_y), crop_offset(scaled_width - width, view.crop_x)
+    return resized[:, top : top + height, left : left + width]
 
 
 def _bicubic_by_factor(factor: float, pixels: Tensor) -> Tensor:
@@ -172,18 +179,19 @@ def _bicubic(pixels: Tensor, size: Size) -> Tensor:
 
 def _cv2_resize_then_crop(pixels: Tensor, size: Size, view: ViewParams) -> Tensor:
     (height, width), shape = size, (pixels.shape[1], pixels.shape[2])
-    tall, wide = (int(each) for each in _covering_size(shape, size, "cv2"))
-    top, left = crop_offset(tall - height, view.crop_y), crop_offset(wide - width, view.crop_x)
-    return _cv2_bilinear(pixels, (tall, wide), slice(top, top + height), slice(left, left + width))
+    scaled_height, scaled_width = (int(side) for side in _covering_size(shape, size, "cv2"))
+    top, left = crop_offset(scaled_height - height, view.crop_y), crop_offset(scaled_width - width, view.crop_x)
+    scaled_size = (scaled_height, scaled_width)
+    return _cv2_bilinear(pixels, scaled_size, slice(top, top + height), slice(left, left + width))
 
 
 def _cv2_bilinear(pixels: Tensor, size: Size, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-    """Scale (C, H, W) to a size as `cv2.resize` does with INTER_LINEAR, and return a part of the result."""
+    """Resize (C, H, W) like `cv2.resize` with INTER_LINEAR; compute only some rows and columns of the result."""
     height, width = pixels.shape[1:]
-    upper, lower = _neighbour_weights(height, size[0], rows)
-    left, right = _neighbour_weights(width, size[1], columns)
+    upper, lower = _neighbor_weights(height, size[0], rows)
+    left, right = _neighbor_weights(width, size[1], columns)
     above, below = (_blend_columns(pixels[:, index], left, right) >> 4 for index, _ in (upper, lower))
-    # The rounding of cv2: 4 bits are dropped before the second pass, 16 of each product, and the last 2 to the nearest.
+    # OpenCV's rounding: 4 bits are dropped before the second pass, 16 of each product; the last 2 round to nearest.
     total = (above * upper[1][:, None] >> 16) + (below * lower[1][:, None] >> 16)
     return (total + 2 >> 2).clamp(0, 255).byte()
 
@@ -192,12 +200,12 @@ def _blend_columns(pixels: Tensor, left: WeightedIndices, right: WeightedIndices
     return pixels[..., left[0]].int() * left[1] + pixels[..., right[0]].int() * right[1]
 
 
-def _neighbour_weights(length: int, result: int, part: slice) -> tuple[WeightedIndices, WeightedIndices]:
-    """Return the two pixels between which each pixel of a result lies, both the same beyond the border."""
-    places = ((torch.arange(result, dtype=torch.float64)[part] + 0.5) * (length / result) - 0.5).float()
-    first = places.floor()
-    after = places - first
-    weights = ((1 - after) * 2**CV2_WEIGHT_BITS).round().int(), (after * 2**CV2_WEIGHT_BITS).round().int()
+def _neighbor_weights(length: int, result: int, part: slice) -> tuple[WeightedIndices, WeightedIndices]:
+    """Return the two source pixels around each pixel of `part` of a result; beyond the border both are the same."""
+    positions = ((torch.arange(result, dtype=torch.float64)[part] + 0.5) * (length / result) - 0.5).float()
+    first = positions.floor()
+    fraction = positions - first
+    weights = ((1 - fraction) * 2**CV2_WEIGHT_BITS).round().int(), (fraction * 2**CV2_WEIGHT_BITS).round().int()
     indices = (first.long() + offset for offset in (0, 1))
     near, far = ((index.clamp(0, length - 1), weight) for index, weight in zip(indices, weights, strict=True))
     return near, far

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from vqf.batch import Sample, Size
 from vqf.data.files.image_file import ImageFile
+from vqf.data.files.packed import LazySequence
 from vqf.errors import EmptySplitError, UserError
 from vqf.hashing import sha256_of
 from vqf.protocols import ConditionReader, Data, Split, StreamingSplit
@@ -167,7 +168,7 @@ class ImageFileUnionSplit(UnionSplit):
         return file
 
 
-class _UnionNames(Sequence[str]):
+class _UnionNames(LazySequence[str]):
     """Image names of a union, SOURCE/NAME, made on access."""
 
     def __init__(self, split: ImageFileUnionSplit) -> None:
@@ -176,13 +177,7 @@ class _UnionNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self.split)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _get(self, index: int) -> str:
         source, local_index = self.split.locate(index)
         return f"{self.split.source_names[source]}/{self.split.splits[source].names[local_index]}"  # type: ignore[attr-defined]
 

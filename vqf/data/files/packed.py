@@ -7,9 +7,11 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class File(NamedTuple):
@@ -20,7 +22,24 @@ class File(NamedTuple):
     label: int | str | None = None  # from a table
 
 
-class PackedStrings(Sequence[str]):
+class LazySequence(Sequence[T]):
+    """A sequence whose items are made on access. Subclasses define `__len__` and `_get`."""
+
+    def _get(self, index: int) -> T:
+        """Return an item; 0 <= index < length."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._get(i) for i in range(*index.indices(len(self)))]
+        return self._get(range(len(self))[index])
+
+
+class PackedStrings(LazySequence[str]):
     """A sequence of strings in two arrays: all characters, and the end of each string."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -38,19 +57,12 @@ class PackedStrings(Sequence[str]):
             yield text[start:end].decode("utf-8", "surrogateescape")
             start = end
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _get(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
-class PackedFiles(Sequence[File]):
+class PackedFiles(LazySequence[File]):
     """A sequence of files in arrays. Labels stay a list: they repeat, and equal ones are one object."""
 
     def __init__(self, files: Sequence[File]) -> None:
@@ -65,13 +77,7 @@ class PackedFiles(Sequence[File]):
     def __iter__(self) -> Iterator[File]:
         return map(File, self.names, self.sizes.tolist(), self.labels or repeat(None))
 
-    @overload
-    def __getitem__(self, index: int) -> File: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[File]: ...
-    def __getitem__(self, index: int | slice) -> File | list[File]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _get(self, index: int) -> File:
         return File(self.names[index], int(self.sizes[index]), self.labels[index] if self.labels else None)
 
 

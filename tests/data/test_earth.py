@@ -35,7 +35,7 @@ MAPS = Path(__file__).parents[2] / "examples" / "maps"
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planet whose colours say where they are: the column in red and green, the row in blue and in the elevation."""
+    """A planet whose colors encode position: the column in red and green, the row in blue and elevation."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     water = world_maps()[4].numpy()
     channels = np.stack([columns // 256, columns % 256, rows // 256, rows % 256, water]).astype(np.uint8)
@@ -74,7 +74,7 @@ def test_no_training_crop_reaches_into_the_band_and_no_validation_crop_out_of_it
 
 @pytest.mark.parametrize("band", [(60, 240), (160, 340), (-180, 0), (200.2, 380.2)])
 def test_training_and_validation_share_no_column_and_leave_none_out(traced: None, band: tuple[float, float]) -> None:
-    """With half the earth for each, a crop as wide as that shows all of a part."""
+    """With half the earth for each split, a crop of that width shows all of it."""
     source = Earth((8, WIDTH // 2), 3, band=band)
     train, validation = source.split("train"), source.split("validation")
     learned = {column for index in range(10) for column in origin(train.item(0, index))[1][0]}
@@ -85,7 +85,7 @@ def test_training_and_validation_share_no_column_and_leave_none_out(traced: None
 
 
 @pytest.mark.parametrize("zoom", [0.5, 2.0])
-def test_scaled_crops_keep_to_their_side(zoom: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_crops_keep_to_their_split(zoom: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the band in white and everything else in black, no training crop holds a trace of white, nor the reverse."""
     pixels = torch.zeros(5, HEIGHT, WIDTH, dtype=torch.uint8)
     pixels[:, :, round(240 / 360 * WIDTH) : round(280 / 360 * WIDTH)] = 255
@@ -122,7 +122,7 @@ def test_latitudes_reach_from_75_north_to_60_south() -> None:
         Earth((768, 8), 0)
 
 
-def test_the_place_is_where_the_crop_was_taken(traced: None) -> None:
+def test_the_crop_box_is_where_the_crop_was_taken(traced: None) -> None:
     split = Earth((32, 48), 5).split("train")
     mirrored = 0
     for index in range(100):

@@ -21,7 +21,7 @@ def test_the_split_is_frozen(splits):
     assert validation.names[1] == "FACE WITH STUCK-OUT TONGUE AND WINKING EYE"
 
 
-def test_every_image_is_on_one_side_and_twins_on_the_same(splits):
+def test_splits_are_disjoint_and_twins_are_in_the_same_split(splits):
     train, validation = splits
     assert sorted(train.cells + validation.cells) == list(range(1636))
     sides = [{tuple(atlas()[cell].flatten().tolist()) for cell in split.cells} for split in splits]

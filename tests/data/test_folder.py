@@ -58,7 +58,7 @@ def test_the_hash_split_is_frozen_and_disjoint(flat):
     assert data.split("train").item(0, 0).label is None
 
 
-def test_adding_images_moves_none_to_the_other_side(flat):
+def test_adding_images_moves_none_to_the_other_split(flat):
     before = Folder(16, 0, root=str(flat), validation_fraction=0.3)
     sides = set(names(before)), set(names(before, "validation"))
     for i in range(40, 80):
@@ -69,14 +69,14 @@ def test_adding_images_moves_none_to_the_other_side(flat):
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
-def test_a_tiny_folder_has_both_parts(tmp_path, share):
+def test_a_tiny_folder_has_both_splits(tmp_path, share):
     for i in range(3):
         paint(tmp_path / f"{i}.png")
     data = Folder(16, 0, root=str(tmp_path), validation_fraction=share)
     assert {len(data.split("train")), len(data.split("validation"))} == {1, 2}
 
 
-def test_a_share_of_one_is_everything_whatever_the_folders_are_called(tmp_path):
+def test_a_fraction_of_one_is_everything_whatever_the_folders_are_called(tmp_path):
     paint(tmp_path / "train" / "a.png")
     paint(tmp_path / "val" / "b.png")
     data = Folder(16, 0, root=str(tmp_path), validation_fraction=1.0)
@@ -238,7 +238,7 @@ def test_training_images_are_cropped_at_random_and_flipped_but_repeatably(tmp_pa
     assert torch.equal(plain.item(0, 0).image, plain.item(9, 0).image)
 
 
-def test_where_a_crop_lies_in_the_whole(tmp_path):
+def test_crop_boxes(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8), (16, 1))
     Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "0.png")
     Image.fromarray(np.dstack([ramp] * 3)).save(tmp_path / "1.png")

@@ -28,7 +28,7 @@ def smooth(height, width, phase=0.0):
 
 @pytest.fixture
 def root(tmp_path):
-    """Six images of random pixels, each with itself as its map."""
+    """Six images of random pixels, each its own map."""
     for i in range(6):
         pixels = RNG.integers(256, size=(24, 40 - i, 3))
         save(tmp_path / "images" / f"{i % 2}" / f"{i}.png", pixels)
@@ -52,13 +52,13 @@ def worded(action):
 
 
 def alike(sample):
-    """Whether image and map of random pixels show the same, to the rounding of two scalers."""
+    """Whether image and map of random pixels agree, up to the rounding of two resizers."""
     return (sample.image - sample.condition).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("crop", ["random", "center"])
 @pytest.mark.parametrize("size", [16, 30, (8, 32)])
-def test_a_map_is_cut_and_mirrored_with_its_image(root, size, crop):
+def test_a_map_is_cropped_and_flipped_with_its_image(root, size, crop):
     samples = items(pairs(root, size, crop=crop))
     assert all(alike(sample) for sample in samples)
     assert all(not alike(replace(sample, condition=sample.condition.roll(1, -1))) for sample in samples)
@@ -72,7 +72,7 @@ def test_a_map_is_cut_and_mirrored_with_its_image(root, size, crop):
 
 
 @pytest.mark.parametrize("maps", ["rgb", "palette"])
-def test_what_needs_no_scaling_is_cut_without_loss(root, maps):
+def test_without_resizing_a_crop_is_lossless(root, maps):
     samples = items(pairs(root, (24, 30), maps=maps), epochs=6)
     assert all(torch.equal(sample.image, sample.condition) for sample in samples)
     assert len({sample.image.numpy().tobytes() for sample in samples}) > 20
@@ -97,7 +97,7 @@ def test_the_image_is_the_one_that_a_folder_gives(root, maps):
 @pytest.mark.parametrize("crop", ["random", "resized"])
 @pytest.mark.parametrize("height", [60, 61, 200, 401])
 def test_a_map_of_another_scale_lies_on_its_image(tmp_path, height, crop):
-    """A large JPEG is decoded small, its map is whole, or smaller than the image: both show the same place."""
+    """A large JPEG is decoded at a reduced size, its map in full, or it is smaller: both crops agree."""
     for i in range(4):
         waves = smooth(401, 613, i)
         (tmp_path / "images").mkdir(exist_ok=True)

@@ -43,10 +43,10 @@ def test_missing_pairs_say_what_is_missing(name, tmp_path, monkeypatch):
 )
 def test_the_last_images_are_the_official_validation(name, folders):
     files = sorted(File(f"{folder}/{i:012}.jpg", 1) for folder, count in folders.items() for i in range(count))
-    division = split_files(files, 0.05, compose(f"data={name}").data.validation_last)
+    partition = split_files(files, 0.05, compose(f"data={name}").data.validation_last)
     train, validation = folders
-    assert {file.name.split("/")[0] for file in division.train} == {train}
-    assert {file.name.split("/")[0] for file in division.validation} == {validation}
+    assert {file.name.split("/")[0] for file in partition.train} == {train}
+    assert {file.name.split("/")[0] for file in partition.validation} == {validation}
 
 
 def test_imagenet_classes_are_numbered_as_everywhere():
@@ -70,7 +70,7 @@ def test_imagenet_classes_are_its_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*(each for each in PRESETS if each != "lsun"), *PAIRS])
-def test_a_set_that_is_not_whole_is_said_to_be_none(name, tmp_path, caplog):
+def test_an_incomplete_data_set_is_a_warning(name, tmp_path, caplog):
     node = compose(f"data={name}", f"data.root={tmp_path}").data
     for folder in {node.get("images", "."), node.get("conditions", ".")}:
         for part in ("train", "val"):

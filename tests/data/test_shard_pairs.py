@@ -1,4 +1,4 @@
-"""Pairs in shards against the same pairs in two folders: what is shown has to be the same to the bit."""
+"""Pairs in shards against the same pairs in two folders: equal to the bit."""
 
 import itertools
 import json
@@ -106,7 +106,7 @@ def test_a_pair_of_a_shard_is_the_pair_of_the_folders(root, kind, where, crop):
 
 
 def test_training_on_a_stream_shows_images_with_their_maps(tmp_path):
-    """Of pairs of random pixels no image has another's map."""
+    """With random pixels, no image can pass with the map of another."""
     written(tmp_path)
     plain = {"crop": "center", "flip": False}
     pairs = [folder(tmp_path, **plain).item(0, i) for i in range(COUNT)]
@@ -183,7 +183,7 @@ def test_a_pair_with_a_bad_map_is_replaced_by_the_next_and_named_once(tmp_path, 
 
 @pytest.mark.parametrize("where", [packed, streamed])
 def test_a_member_that_is_no_image_is_no_map(tmp_path, where):
-    """Such as `0001.depth.json`, what somebody noted of a depth."""
+    """Such as `0001.depth.json`, metadata of a depth map."""
     written(tmp_path, ending="depth.png")
     before = [where(tmp_path, condition="depth", **PLAIN).item(0, i).condition for i in range(3)]
     members = []

@@ -24,7 +24,7 @@ PLAIN = {"crop": "center", "flip": False}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards of ten to train on, one of five to validate on; the red of an image is its number."""
+    """Three training shards of ten images, one validation shard of five; the red of an image is its number."""
     for i in range(3):
         shard(tmp_path / f"train-{i:03}.tar", range(10 * i, 10 * i + 10), cls=lambda each: f"{each % 4}\n")
     shard(tmp_path / "validation-000.tar", range(200, 205), cls=lambda each: "6")
@@ -93,7 +93,7 @@ def seen(root):
 
 
 def test_twenty_shards_over_two_ranks_and_three_workers_show_every_image_once_in_an_epoch(tmp_path):
-    """In processes of their own that start at once, so that both make the indices, too."""
+    """In separate processes that start at once, so that both build the indices."""
     for i in range(20):
         shard(tmp_path / f"train-{i:02}.tar", range(12 * i, 12 * i + 12), cls=lambda each: "0")
     parts = run_processes(2, seen, tmp_path, may_fork=True)
@@ -263,7 +263,7 @@ def test_a_lost_label_counts_as_an_unreadable_image(tmp_path, caplog):
     assert "cannot read 'train-0.tar/0002.png' (its label cannot be read)" in caplog.text
 
 
-def test_a_shard_that_was_never_whole(folder, caplog):
+def test_a_shard_that_was_truncated_before_it_was_indexed(folder, caplog):
     path = folder / "train-001.tar"
     last = [each for each in load_index(path).members if each.extension == "png"][4]
     (folder / "train-001.tar.idx").unlink()
@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch, tmp_path_factory):
     assert not list(folder.glob("*.idx"))
 
 
-def test_the_fingerprint_follows_images_and_labels_but_not_the_place(folder, tmp_path_factory):
+def test_the_fingerprint_follows_images_and_labels_but_not_the_path(folder, tmp_path_factory):
     def fingerprint(root=folder, part="train", size=16, **options):
         return make(root, size, **options).split(part).fingerprint
 

@@ -63,7 +63,7 @@ def test_a_source_that_holds_nothing_out_is_missing_from_validation_alone(folder
 
 
 def test_a_source_shows_its_own_images(folders):
-    """Up to its random numbers, which are not those of its neighbours."""
+    """Up to random numbers, which differ from source to source."""
     validation = union(folders).split("validation")
     alone = Folder(16, 0, root=str(folders / "many"), validation_last=3).split("validation")
     assert all(torch.equal(validation.item(0, 2 + i).image, alone.item(0, i).image) for i in range(3))
@@ -112,7 +112,7 @@ def test_a_source_without_files_leaves_the_union_without(folders):
 
 
 def test_beside_its_image_a_sample_has_what_every_source_has(folders, tmp_path):
-    """A batch of samples of which some have a mask or a map could not be made."""
+    """Samples of which only some have a mask or a map do not collate."""
     for i in range(4):
         for part, name in (("images", f"{i}.jpg"), ("conditions", f"{i}.png")):
             (tmp_path / "pairs" / part).mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def test_beside_its_image_a_sample_has_what_every_source_has(folders, tmp_path):
 
 
 def test_validation_has_the_fields_of_training(folders, tmp_path):
-    """Though a source that lacks one holds nothing out."""
+    """Even if the source without maps has no validation images."""
     for part in ("images", "conditions"):
         paint(tmp_path / "pairs" / part, 6, 5)
     parts = {

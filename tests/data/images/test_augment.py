@@ -110,7 +110,7 @@ def test_more_options_leave_crop_and_flip_alone():
         assert [getattr(view, each) for view in plain] == [getattr(view, each) for view in wild]
 
 
-def test_the_facts_are_those_that_change_images():
+def test_fingerprint_fields_are_those_that_change_images():
     assert Augmentation(area=(0.5, 1)).fingerprint_fields == Augmentation().fingerprint_fields
     different = [
         Augmentation(),

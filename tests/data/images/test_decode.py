@@ -35,7 +35,7 @@ def pixels(tensor):
 
 
 def read(source, size, *given, **options):
-    """What is read of an image, without where it lies in it."""
+    """The pixels of a crop."""
     return decode.read_crop(source, size, *given, **options).image
 
 
@@ -45,7 +45,7 @@ def noise(height, width, smooth=8):
 
 
 def chunk(name, content):
-    """A part of a PNG file."""
+    """A chunk of a PNG file."""
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
@@ -193,7 +193,7 @@ def photograph(side):
 
 
 def off(kind, side, size, **options):
-    """How far a JPEG that is decoded small is from one that is not: the root of the mean square, in levels."""
+    """RMS difference in levels between reduced and full decoding of a JPEG."""
     file = saved(kind(side), "JPEG", quality=95, **options)
     full = to_rgb(open_image(file))
     file.seek(0)
@@ -252,7 +252,7 @@ def test_a_part_of_a_large_jpeg_is_decoded_as_large_as_it_is_needed():
     assert np.square(pixels(shown.image) - np.asarray(exact, dtype=float)).mean() < 4
 
 
-def test_what_is_shown_says_where_it_lies():
+def test_a_crop_knows_its_box():
     shown = decode.read_crop(saved(noise(64, 96), "PNG"), (32, 32), ViewParams(crop_x=0.999))
     assert (shown.shape, shown.box) == ((64, 96), (32, 0, 96, 64))
     torch.testing.assert_close(shown.crop_box, torch.tensor([0, 1 / 3, 1, 1]))
@@ -271,7 +271,7 @@ KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
-def test_a_file_that_ends_early_is_unreadable(kind, share):
+def test_a_truncated_file_is_unreadable(kind, share):
     content = saved(noise(64, 64), kind).getvalue()
     with pytest.raises(UnreadableError):
         read(io.BytesIO(content[: int(len(content) * share)]), (32, 32))
@@ -311,7 +311,7 @@ def test_paths_that_cannot_be_opened(tmp_path):
 
 
 def blank_png(width, height):
-    """The header of an image, and nothing behind it."""
+    """The header of an image without its pixels."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
 

@@ -38,7 +38,7 @@ def levels(pixels):
 
 
 @given(st.integers(0, 50), shares)
-def test_a_cut_is_one_of_the_places_there_are_and_the_middle_is_the_lower_of_two(room, place):
+def test_crop_offsets_are_in_range_and_the_center_rounds_down(room, place):
     assert 0 <= crop_offset(room, place) <= room
     assert crop_offset(room + 1e-9, place) == crop_offset(room - 1e-9, place) == crop_offset(room, place)
     assert crop_offset(room, None) == room // 2
@@ -105,7 +105,7 @@ fractions = st.sampled_from([(1, 2), (2, 3), (3, 4), (1, 1), (5, 4), (3, 2)])
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 12), st.booleans(), fractions, shares)
-def test_the_whole_is_scaled_as_pillow_does_it_first_across_then_down(short, more, upright, fraction, place):
+def test_resize_then_crop_matches_pillow_along_rows_first(short, more, upright, fraction, place):
     numerator, denominator = fraction
     sides = (short * denominator, (short + more) * denominator)
     height, width = sides[::-1] if upright else sides
@@ -129,7 +129,7 @@ def test_the_whole_is_scaled_as_pillow_does_it_first_across_then_down(short, mor
     st.tuples(st.integers(1, 60), st.integers(1, 60)),
     st.builds(ViewParams, crop_x=shares, crop_y=shares),
 )
-def test_every_way_cuts_at_the_same_place(have, size, view):
+def test_every_resize_crops_the_same_box(have, size, view):
     rows, columns = np.mgrid[: have[0], : have[1]]
     slopes = np.stack([rows * 250 / have[0], columns * 250 / have[1], (rows + columns) * 120 / sum(have)], axis=2)
     image = Image.fromarray(slopes.round().astype(np.uint8))
@@ -199,7 +199,7 @@ def test_as_cv2_is_bilinear_between_the_centres_of_pixels(sides):
 
 
 @pytest.mark.parametrize(("have", "tall", "wide"), [((50, 75), 32, 48), ((75, 50), 48, 32), ((37, 53), 32, 46)])
-def test_as_cv2_scales_to_whole_numbers_then_cuts(have, tall, wide):
+def test_as_cv2_scales_to_whole_numbers_then_crops(have, tall, wide):
     image = noise(*have)
     top, left = (tall - 32) // 2, (wide - 32) // 2
     expected = bilinear(image, (tall, wide))[top : top + 32, left : left + 32]
@@ -209,7 +209,7 @@ def test_as_cv2_scales_to_whole_numbers_then_cuts(have, tall, wide):
     assert box.right - box.left == pytest.approx(32 * have[1] / wide)
 
 
-def test_places_are_shares_of_the_whole():
+def test_crop_boxes_are_normalized():
     assert Box(10, 20, 30, 60).normalized((80, 40)).tolist() == [0.25, 0.25, 0.75, 0.75]
 
 

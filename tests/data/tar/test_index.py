@@ -66,7 +66,7 @@ def test_every_format_of_tar_and_what_is_no_file(tmp_path, form):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.binary(max_size=1500), max_size=6), st.data())
-def test_a_cut_anywhere_is_seen(tmp_path_factory, parts, data):
+def test_truncation_anywhere_is_detected(tmp_path_factory, parts, data):
     path = pack(tmp_path_factory.mktemp("cut") / "x.tar", [(f"{i}.bin", each) for i, each in enumerate(parts)])
     whole = build_index(path)
     assert whole.intact
@@ -127,7 +127,7 @@ def test_an_index_elsewhere_or_in_memory(tmp_path, monkeypatch, caplog):
     assert "the index is rebuilt in every run" in caplog.text
 
 
-def test_a_tar_cut_short_or_gone_keeps_its_index(tmp_path, caplog):
+def test_a_truncated_or_missing_tar_keeps_its_index(tmp_path, caplog):
     path = pack(tmp_path / "x.tar", MEMBERS)
     whole = load_index(path)
     os.truncate(path, whole.members[2].offset + 10)
@@ -178,7 +178,7 @@ def test_many_tars_do_not_use_up_the_open_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["../x.png", "a/../../x.png", "/x.png", "C:/x.png", "a\\x.png", "a\nb.png", "./../x.p"]
 )
-def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+def test_unsafe_member_names_are_refused(tmp_path, name):
     path = pack(tmp_path / "x.tar", [("fine.png", b"1"), (name, b"2")])
     message = worded(lambda: load_index(path))
     assert message == f"data.root: the shard '{path}' has a member with the unsafe name {name!a}"

@@ -1,4 +1,4 @@
-"""Shards at addresses: files, commands and a web server of the test's own, against the same shards in a folder."""
+"""Streamed shards (files, commands, a local web server) against the same shards in a folder."""
 
 import contextlib
 import functools
@@ -40,7 +40,7 @@ SHARDS, EACH = 20, 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty shards of six to train on, one of five to validate on; the red of an image is its number."""
+    """Twenty training shards of six images, one validation shard of five; the red of an image is its number."""
     root = tmp_path_factory.mktemp("shards")
     for i in range(SHARDS):
         shard(root / f"train-{i:02}.tar", range(EACH * i, EACH * i + EACH), cls=lambda each: f"{each % 4}\n")
@@ -61,7 +61,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Serve a folder; returns its address."""
+    """Serve a folder; return its URL."""
     servers = []
 
     def start(folder, handler=Handler):
@@ -152,8 +152,7 @@ def seen_by(split, ranks, workers, start=0, steps=10):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (2, 1), (2, 3)])
 def test_every_process_reads_its_shards_once_before_it_reads_one_again(folder, ranks, workers):
-    """Twenty shards over two ranks and three worker processes: every image is seen as often as every other that the
-    same process reads, or once less."""
+    """Twenty shards over ranks and workers: the counts of images that one process reads differ by one at most."""
     split = streamed(root=f"file:{folder}", buffer=5).split("train")
     steps = 40  # four times as many images as there are
     parts = seen_by(split, ranks, workers, steps=steps)
@@ -203,7 +202,7 @@ def test_how_an_image_is_varied_depends_on_its_name_and_the_reading_alone(tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_goes_on_begins_another_order(folder, workers):
+def test_a_resumed_run_has_another_order(folder, workers):
     split = streamed(root=f"file:{folder}").split("train")
     (whole,), (rest,) = (seen_by(split, 1, workers, start, steps) for start, steps in ((0, 6), (3, 3)))
     assert len(rest) == 36
@@ -239,7 +238,7 @@ def test_the_manifest_says_what_there_is(folder, tmp_path, serve):
     assert again.fingerprint != before
 
 
-def test_without_a_manifest_there_is_a_word_for_what_is_missing(folder, serve, caplog):
+def test_without_a_manifest_the_missing_options_are_named(folder, serve, caplog):
     root = serve(folder)
     assert worded(lambda: Shards(16, 0, root=root)) == (
         f"data.train=train-*.tar: '{root}' cannot be searched; name the shards as in train-{{0000..0146}}.tar "
@@ -259,7 +258,7 @@ def test_without_a_manifest_there_is_a_word_for_what_is_missing(folder, serve, c
     assert worded(lambda: Shards(16, 0)) == "data.root: give the folder of the shards, or its URL"
 
 
-def test_an_address_without_a_manifest_says_why(folder, serve, caplog):
+def test_a_url_without_a_manifest_says_why(folder, serve, caplog):
     root = serve(folder)
     with caplog.at_level(logging.INFO, "vqf"):
         streamed(root=root)
@@ -338,7 +337,7 @@ SAMPLE = 4 * 512  # bytes: two headers, a label and a small image
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "http"])
 @pytest.mark.parametrize("damage", ["cut", "block", "missing", "junk"])
-def test_a_shard_that_ends_early_or_is_missing(private, serve, monkeypatch, caplog, kind, damage):
+def test_a_truncated_or_missing_shard(private, serve, monkeypatch, caplog, kind, damage):
     path = private / "train-01.tar"
     if damage == "cut":
         os.truncate(path, 3 * SAMPLE + 700)
@@ -373,7 +372,7 @@ def test_a_shard_that_ends_early_or_is_missing(private, serve, monkeypatch, capl
     )
 
 
-def test_fewer_images_than_were_said(folder):
+def test_fewer_images_than_the_option_says(folder):
     split = streamed(root=f"file:{folder}", train_images=130).split("train")
     assert worded(lambda: [split.item(0, i) for i in range(130)]) == (
         "data.train_images=130: its 20 shards hold 120 images"
@@ -382,7 +381,7 @@ def test_fewer_images_than_were_said(folder):
     assert red(few.item(0, 120)) == 0
 
 
-def test_nothing_that_can_be_read(private):
+def test_no_readable_image(private):
     for path in private.glob("train-*"):
         path.unlink()
     split = streamed(root=f"file:{private}", max_unreadable=1).split("train")
@@ -401,7 +400,7 @@ def test_nothing_that_can_be_read(private):
         )
 
 
-def test_names_that_lead_elsewhere_are_refused(private):
+def test_unsafe_member_names_are_refused(private):
     pack(private / "train-00.tar", [("fine.png", png()), ("../x.png", png())])
     message = worded(lambda: streamed(root=f"file:{private}", classes=0).split("train").item(0, 0))
     assert message == (
@@ -447,7 +446,7 @@ def test_a_command_runs_only_if_it_is_allowed(folder, monkeypatch, tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_addresses_that_nothing_opens():
+def test_urls_that_nothing_opens():
     assert worded(lambda: streamed("s3://bucket/{0..3}.tar")).startswith(
         "data.train=s3://bucket/0.tar: webdataset cannot open s3: (only ais, file, ftps, gs, hf, htgs, http, https, "
         "pipe, "
@@ -466,12 +465,12 @@ def test_no_password_or_token_is_shown(caplog):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("C:/a.tar", False), ("a:b.tar", False), ("file:a", True)])
-def test_what_is_an_address(name, expected):
+def test_what_is_a_url(name, expected):
     assert is_url(name) is expected
 
 
 class Stalling(Handler):
-    """A server that sends half a shard, and then says nothing."""
+    """A server that sends half a shard, then nothing."""
 
     def do_GET(self):
         path = self.translate_path(self.path)
@@ -533,7 +532,7 @@ def test_a_tokenizer_is_trained_on_a_stream(folder, serve, tmp_path, workers, ca
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=12))
-def test_a_tape_gives_what_a_list_gives(length, indices):
+def test_a_replayable_stream_equals_a_list(length, indices):
     begun = []
     raws = [RawSample(str(i), b"", None) for i in range(length)]
     tape = ReplayableStream(lambda: begun.append(1) or iter(raws))

@@ -130,7 +130,7 @@ def test_shards_are_compared_with_their_manifest(image_folder, tmp_path, caplog,
     assert "shard 'train-000001.tar' is damaged: its sha256 differs from manifest.json" in caplog.text
     for path in out.glob("train-000002.tar*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"^data\.max_unreadable=0\.01: 2 of the 7 train images that manifest\.json in"):
+    with pytest.raises(UserError, match=r"^data\.max_unreadable=0\.01: 2 of the 7 train images in manifest\.json of"):
         Check(compose(*words), tmp_path / "run").run()
 
 

@@ -237,7 +237,8 @@ def test_maps_of_several_kinds_are_refused(root, tmp_path):
     with pytest.raises(UserError) as caught:
         written(config, tmp_path / "shards")
     assert str(caught.value) == (
-        "data.parts: 'a' and 'b' have maps of different kinds, or one of them none; images_only=true writes the "
+        "data.parts: 'a' and 'b' have condition maps of different kinds, or only one has maps; "
+        "images_only=true writes the "
         "images alone"
     )
     assert not (tmp_path / "shards").exists()

@@ -1,1 +1,1 @@
-"""Order of the data, loader processes, unreadable images, and cached token shards."""
+"""Loading of training images and tokens."""

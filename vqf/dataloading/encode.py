@@ -1,4 +1,4 @@
-"""Encode the splits of a data source into token shards, on any number of processes."""
+"""Encode the splits of a data source into token shards."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -41,23 +41,16 @@ def check_image_size(config: DictConfig, tokenizer: Tokenizer) -> None:
 
 
 class TokenEncoder:
-    """Encodes a batch of images into the columns of a token shard.
-
-    Args:
-        tokenizer: Encodes the images.
-        conditioner: Encodes the condition images.
-        engine: Device and precision.
-    """
+    """Encodes a batch of images into the columns of a token shard."""
 
     def __init__(self, tokenizer: Tokenizer, conditioner: ConditionerStack, engine: Engine) -> None:
         self.tokenizer, self.conditioner, self.engine = tokenizer.eval(), conditioner.eval(), engine
 
     def provenance(self) -> dict[str, str]:
-        """Return the hashes of everything that determines the tokens of an image."""
+        """Return the hashes of everything that determines the tokens."""
         return {"tokenizer": self.tokenizer.fingerprint(), "conditions": _fingerprint(self.conditioner)}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns of the batch's rows on the CPU, see `TokenDataset`."""
         batch = batch.to(self.engine.device)
         assert batch.images is not None
         with torch.no_grad(), self.engine.autocast():
@@ -69,7 +62,7 @@ class TokenEncoder:
 
 
 def token_folder(config: DictConfig, run_dir: Path) -> Path:
-    """Return the folder of the token shards: `tokens.root`, or `tokens` in the run's folder."""
+    """Return `tokens.root`, or `tokens` in the run's folder."""
     return run_dir / "tokens" if config.tokens.root is None else Path(config.tokens.root).expanduser()
 
 
@@ -79,12 +72,7 @@ def tokenize_split(
     """Open the token shards of a split, and write those that are missing. Collective: every rank must call it.
 
     Args:
-        encoder: Encodes images and conditions.
-        split: Images to encode.
-        split_name: "train" or "validation".
-        folder: Folder of the shards.
         config: Reads `tokens.augmentations`, `batch_size`, `workers` and `worker_timeout`.
-        rows: Rows per shard, see `TokenShardManifest`.
 
     Raises:
         UserError: If the folder holds tokens of another tokenizer, other conditions or other images.
@@ -101,7 +89,6 @@ def tokenize_split(
 def _write_missing(
     manifest: TokenShardManifest, missing: list[int], encoder: TokenEncoder, split: Split, config: DictConfig
 ) -> None:
-    """Write shards, one per rank at a time. Each round is recorded, so that a killed run loses one round at most."""
     own_numbers, world = missing[comm.rank() :: comm.world_size()], comm.world_size()
     # One loader for all shards of this rank: its workers start once, and load the next shard ahead.
     keys = (batch for number in own_numbers for batch in manifest.shard_keys(number, config.batch_size))
@@ -142,7 +129,6 @@ def _concat_columns(batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _fingerprint(stack: ConditionerStack) -> str:
-    """Hash the conditioners whose indices are cached: names, lengths and weights."""
     conditioners = {name: each for name, each in stack.conditioners.items() if hasattr(each, "prepare")}
     weights = nn.ModuleDict({name: each for name, each in conditioners.items() if isinstance(each, nn.Module)})
     return sha256_of_tensors(weights.state_dict(), *((name, each.length) for name, each in conditioners.items()))[:16]

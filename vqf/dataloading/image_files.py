@@ -1,4 +1,4 @@
-"""Protocols of splits whose images are files, and the file behind an index of a nested split."""
+"""Protocols of splits whose images are files."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from vqf.protocols import Split
 
 
 class ImageFileLike(Protocol):
-    """An image file. Methods raise a ValueError or an OSError if it cannot be read."""
+    """An image file; methods raise a ValueError or an OSError if it cannot be read."""
 
     @property
     def name(self) -> str: ...
@@ -29,7 +29,7 @@ class ImageFileLike(Protocol):
 
 @runtime_checkable
 class PairFileLike(ImageFileLike, Protocol):
-    """An image file with a condition map beside it."""
+    """An image file with a condition map."""
 
     def read_map(self) -> tuple[bytes, str]: ...  # content and format of the file
 
@@ -48,7 +48,7 @@ class ImageFileSplit(Protocol):
 
 @runtime_checkable
 class ConcatSplit(Protocol):
-    """A concatenation of splits; the label of an image is that of its source."""
+    """A concatenation of splits; labels are those of the sources."""
 
     source_names: Sequence[str]
     source_labels: Sequence[int]
@@ -59,7 +59,7 @@ class ConcatSplit(Protocol):
 
 @runtime_checkable
 class StreamedShardSplit(Protocol):
-    """A split of tar shards that can only be read sequentially."""
+    """A split of tar shards that are read sequentially."""
 
     urls: Sequence[str]
 
@@ -81,7 +81,7 @@ class SampleLocation(NamedTuple):
 
 
 def locate(split: Split, index: int) -> SampleLocation:
-    """Resolve an index through any number of concatenations."""
+    """Resolve an index through any concatenations."""
     if isinstance(split, ConcatSplit):
         source, local_index = split.locate(index)
         location = locate(split.splits[source], local_index)
@@ -93,7 +93,7 @@ def locate(split: Split, index: int) -> SampleLocation:
 
 
 def flatten_sources(split: Split, option: str = "data") -> list[tuple[str, Split]]:
-    """Return the innermost splits, each with the config key of its data source; `data` for a split by itself."""
+    """Return the innermost splits, each with its config key."""
     if not isinstance(split, ConcatSplit):
         return [(option, split)]
     sources = zip(split.source_names, split.splits, strict=True)

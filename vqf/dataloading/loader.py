@@ -1,4 +1,4 @@
-"""Load batches in worker processes; `vqf.dataloading.order` determines which images a batch holds."""
+"""Load batches in worker processes."""
 
 import logging
 import os
@@ -40,16 +40,12 @@ def train_batches(
     """Yield this rank's batches of steps `start` to `steps` - 1; a stream is read in its own order.
 
     Args:
-        split: Images to train on.
-        order: Batches of all steps.
-        start: First step.
-        steps: Step after the last.
         workers: Loader processes of this rank; 0 loads in this process.
-        timeout: Seconds to wait for a batch from a worker.
-        sync_every: Steps between two merges of the unreadable images of all ranks; there is always one at the end.
+        timeout: Seconds to wait for a batch.
+        sync_every: Steps between two merges of the unreadable images of all ranks.
 
     Raises:
-        UserError: As `keyed_batches`, and if all ranks together could not read too many images.
+        UserError: As `keyed_batches`, or if all ranks together could not read too many images.
     """
     if isinstance(split, StreamingSplit):
         batches = _stream_batches(split, order, start, steps, workers, timeout)
@@ -68,14 +64,11 @@ def sequential_batches(
     """Yield this rank's slices of a split in order, as augmented in epoch 0; the last batch may be smaller.
 
     Args:
-        split: Images to load.
-        batch_size: Images per batch, over all ranks.
+        batch_size: Over all ranks.
         count: Number of images, spread evenly over the split; all by default.
-        workers: Loader processes of this rank; 0 loads in this process.
-        timeout: Seconds to wait for a batch from a worker.
 
     Raises:
-        UserError: As `keyed_batches`, and if all ranks together could not read too many images.
+        UserError: As `train_batches`.
     """
     length = len(split)
     count = length if count is None else min(count, length)
@@ -90,7 +83,7 @@ def keyed_batches(
     """Yield one batch per list of keys.
 
     Raises:
-        UserError: If an image cannot be loaded or replaced, or a worker process hangs or dies.
+        UserError: If an image cannot be loaded or replaced, or a worker hangs or dies.
     """
     if isinstance(split, StreamingSplit):
         workers = min(workers, 1)  # every worker would read the full stream
@@ -129,11 +122,7 @@ def _build_loader(
 
 @contextmanager
 def _blocked_signals(numbers: set[signal.Signals]) -> Iterator[None]:
-    """Block signals in this thread meanwhile, and for good in the processes that it starts.
-
-    Child processes inherit the mask. Blocking in their first line would come too late for the threads that torch and
-    multiprocessing start before it.
-    """
+    """Block signals in this thread meanwhile, and for good in the processes that it starts, which inherit the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -147,7 +136,7 @@ def _init_worker(number: int) -> None:
 
 
 def _exit_on_parent_sigterm() -> None:
-    """Exit at a SIGTERM of the parent, which ends hanging workers so; ignore one of anybody else."""
+    """Exit at a SIGTERM of the parent only."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -155,8 +144,6 @@ def _exit_on_parent_sigterm() -> None:
 
 @dataclass
 class _LoadedBatch:
-    """Result of a worker: a batch or an error, and its log records."""
-
     batch: Batch | None = None
     error: UserError | None = None  # the loader would wrap an exception of a worker in a traceback
     records: LogRecords = field(default_factory=list)
@@ -168,8 +155,6 @@ class _LoadedBatch:
 
 
 class _SplitDataset(Dataset[_LoadedBatch]):
-    """Adapts a split to the data loader, which asks for a batch of keys at a time."""
-
     def __init__(self, split: Split) -> None:
         self.split = split
 
@@ -178,8 +163,6 @@ class _SplitDataset(Dataset[_LoadedBatch]):
 
 
 class _StreamDataset(IterableDataset[_LoadedBatch]):
-    """Adapts a stream to the data loader: yields this rank's slices of the batches without end."""
-
     def __init__(self, split: StreamingSplit, order: ShuffledBatches, start: int) -> None:
         self.split, self.order, self.start = split, order, start
 
@@ -191,7 +174,6 @@ class _StreamDataset(IterableDataset[_LoadedBatch]):
 
 
 def _collate(samples: Callable[[], list[Sample]]) -> _LoadedBatch:
-    """Load samples into a batch; capture their log records and a UserError."""
     with capture_logs() as records:
         try:
             return _LoadedBatch(Batch.collate(samples()), records=records)
@@ -216,7 +198,7 @@ def _unwrap(loaded: Iterator[_LoadedBatch], workers: int, timeout: float) -> Ite
 
 
 def _worker_error_message(text: str, workers: int, timeout: float) -> str | None:
-    """Explain a RuntimeError of torch's loader, which has no types of its own for these; None for any other."""
+    """Explain a RuntimeError of torch's loader; None for any other."""
     if "timed out after" in text:
         return (
             f"workers={workers}: no batch came for {timeout:g} s; a worker hangs (a network disk?); "

@@ -1,7 +1,7 @@
 """The order of the training images, as a pure function of seed and step.
 
-Batch k of epoch e is a slice of permutation(seed, e), and an augmented image depends on (seed, epoch, index). The
-position of a run is therefore its step, and the order is the same for any number of ranks and worker processes.
+Batch k of epoch e is a slice of permutation(seed, e), for any number of ranks and workers; an augmented image depends
+on (seed, epoch, index).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,12 @@ class ShuffledBatches:
     """Batches of a shuffled split.
 
     Args:
-        length: Number of images in the split.
-        batch_size: Images per step, over all ranks. The incomplete last batch of an epoch is dropped; every epoch
-            drops other images.
-        seed: Seed of the permutations.
-        rank: This process.
+        batch_size: Over all ranks. The incomplete last batch of an epoch is dropped.
         world_size: Number of processes; each takes an equal slice of every micro-batch.
         accumulate: Micro-batches per step; their images do not depend on `world_size`.
 
     Raises:
-        UserError: If the split is smaller than a batch, or a batch cannot be divided among the ranks.
+        UserError: If the split is smaller than a batch, or a batch is not divisible.
     """
 
     def __init__(
@@ -75,8 +71,7 @@ class BatchKeys:
 def batches_for_rank(keys: Sequence[K], batch_size: int) -> list[list[K]]:
     """Split keys into batches, the last of which may be smaller, and return this rank's slice of each.
 
-    Slices of a batch are equally long on all ranks, so that they can be gathered: the last key pads the last batch, and
-    `comm.gather_rows` removes the padding.
+    Slices are equally long on all ranks: the last key pads them, and `comm.gather_rows` removes the padding.
     """
     batch_size = -(-batch_size // comm.world_size()) * comm.world_size()
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]

@@ -1,4 +1,4 @@
-"""Unreadable images, counted over all ranks and logged on rank 0."""
+"""Unreadable images, counted over all ranks."""
 
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ from vqf.protocols import Split
 
 @runtime_checkable
 class TracksReadErrors(Protocol):
-    """A split that records which of its images cannot be read."""
+    """A split that records its unreadable images."""
 
     def read_error_flags(self) -> list[Tensor]: ...  # bool, in memory shared with the loader's workers
 

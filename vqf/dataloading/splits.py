@@ -1,4 +1,4 @@
-"""Build a data source and open its train and validation splits."""
+"""Build a data source and its splits."""
 
 from omegaconf import DictConfig
 
@@ -12,10 +12,10 @@ SPLITS = ("train", "validation")
 
 
 def open_splits(config: DictConfig) -> tuple[Data, dict[str, Split]]:
-    """Build the data source of a config, and those of its splits that are not empty.
+    """Build the data source of a config, and its splits that are not empty.
 
     Raises:
-        UserError: If no data source is configured, or all splits are empty.
+        UserError: If there is no data source, or all splits are empty.
     """
     if config.data is None:
         raise UserError("data: none is chosen; give data=folder data.root=... or another")

@@ -1,7 +1,6 @@
 """Cached tokens on disk, which stage 2 trains on.
 
-Row r holds the tokens of image r % num_images in view r // num_images; a view is the augmentation of one epoch. Shards
-of equally many rows are memory-mapped, so that a split may be larger than the memory.
+Row r holds the tokens of image r % num_images in view r // num_images; a view is the augmentation of one epoch.
 """
 
 import json
@@ -29,11 +28,10 @@ CONDITION_COLUMN_PREFIX = "condition_indices."  # before the name of a condition
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """The cached tokens of a split; epoch e trains on view e % num_augmentations.
+    """The memory-mapped tokens of a split; epoch e trains on view e % num_augmentations.
 
-    Columns of a shard of R rows: "tokens" (R, N) int32, half the size of int64 and enough for any vocabulary; if the
-    data has them, "labels" (R,) int64 and "crop_boxes" (R, 4) float; for each conditioner of images
-    "condition_indices.<name>" (R, h, w) int32. All shards but the last have the same R.
+    Columns of a shard of R rows: "tokens" (R, N) int32; if the data has them, "labels" (R,) int64 and "crop_boxes"
+    (R, 4) float; for each conditioner of images "condition_indices.<name>" (R, h, w) int32.
     """
 
     shards: Sequence[Mapping[str, Tensor]]
@@ -44,12 +42,10 @@ class TokenDataset:
 
     @property
     def num_augmentations(self) -> int:
-        """Views per image."""
         return sum(len(shard["tokens"]) for shard in self.shards) // self.num_images
 
     @property
     def condition_names(self) -> list[str]:
-        """Names of the conditioners with cached indices."""
         return [
             name.removeprefix(CONDITION_COLUMN_PREFIX)
             for name in self.shards[0]
@@ -57,7 +53,7 @@ class TokenDataset:
         ]
 
     def mean_crop_extent(self) -> list[float] | None:
-        """Return the mean height and width of the crop boxes, as fractions of the full image; None without boxes."""
+        """Return mean height and width of the crop boxes, as fractions of the image; None without boxes."""
         if "crop_boxes" not in self.shards[0]:
             return None
         sums = [(shard["crop_boxes"][:, 2:] - shard["crop_boxes"][:, :2]).abs().sum(0) for shard in self.shards]
@@ -66,7 +62,6 @@ class TokenDataset:
         return mean
 
     def batches(self, order: ShuffledBatches, start: int, stop: int) -> Iterator[Batch]:
-        """Yield this rank's batches of steps `start` to `stop` - 1."""
         for step in range(start, stop):
             keys = order.batch(step)
             yield self.gather([epoch for epoch, _ in keys], [index for _, index in keys])
@@ -94,18 +89,15 @@ class TokenDataset:
 
 
 class TokenShardManifest:
-    """Manifest `<split>.json` of a split's token shards: their provenance, number and hashes.
+    """Manifest `<split>.json` of the token shards `<split>-00000.safetensors` and so on.
 
     Args:
-        folder: Folder of the shards `<split>-00000.safetensors` and so on.
-        split_name: "train" or "validation".
         provenance: Hashes of everything that determines the tokens.
-        num_images: Images of the split.
         num_augmentations: Views per image.
-        rows: Rows per shard; by default as in the existing manifest, or `DEFAULT_ROWS_PER_SHARD`.
+        rows: Rows per shard; by default as in the manifest, or `DEFAULT_ROWS_PER_SHARD`.
 
     Raises:
-        UserError: If the existing manifest has another provenance or shard size, or is damaged.
+        UserError: If the manifest has another provenance or shard size, or is damaged.
     """
 
     def __init__(
@@ -126,22 +118,19 @@ class TokenShardManifest:
         self.num_shards = -(-self.num_rows // self.rows_per_shard)
 
     def shard_path(self, number: int) -> Path:
-        """Return the path of a shard."""
         return self.folder / f"{self.split_name}-{number:05d}.safetensors"
 
     def shard_rows(self, number: int) -> int:
-        """Return the number of rows of a shard; the last may have fewer."""
         return min(self.rows_per_shard, self.num_rows - number * self.rows_per_shard)
 
     def shard_keys(self, number: int, batch_size: int) -> Iterator[list[SampleKey]]:
-        """Yield the keys (view, index) of a shard's rows in batches; the last may be smaller."""
         first = number * self.rows_per_shard
         stop = first + self.shard_rows(number)
         for start in range(first, stop, batch_size):
             yield [divmod(row, self.num_images) for row in range(start, min(start + batch_size, stop))]
 
     def missing_shards(self) -> list[int]:
-        """Return the numbers of the shards that are missing or differ from their hash, and forget these."""
+        """Return the shards that are missing or differ from their hash, and forget these."""
         missing = []
         for number in range(self.num_shards):
             path = self.shard_path(number)
@@ -155,14 +144,12 @@ class TokenShardManifest:
         return missing
 
     def write(self, number: int, columns: Mapping[str, Tensor]) -> str:
-        """Write a shard atomically and return its sha256."""
         path = self.shard_path(number)
         with _explain_disk_errors(path), atomic_path(path) as temporary:
             write_weights(columns, temporary)
             return sha256_of_file(temporary)
 
     def add(self, hashes: Mapping[int, str]) -> None:
-        """Record written shards: their hashes by number."""
         for number, digest in hashes.items():
             self.shards[self.shard_path(number).name] = {"rows": self.shard_rows(number), "sha256": digest}
         finished = len(self.shards) == self.num_shards
@@ -175,7 +162,7 @@ class TokenShardManifest:
         """Memory-map all shards.
 
         Raises:
-            UserError: If a shard cannot be opened, or has other columns or rows than expected.
+            UserError: If a shard cannot be opened, or has unexpected columns or rows.
         """
         shards = [_mmap_shard(self.shard_path(number)) for number in range(self.num_shards)]
         for number, shard in enumerate(shards):

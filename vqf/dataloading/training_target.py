@@ -1,4 +1,4 @@
-"""The option `target`: stage 1 learns the images of a data source, or the condition maps beside them."""
+"""The option `target`: stage 1 learns images or condition maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ TRAINING_TARGETS = ("image", "condition")
 
 
 def build_target_data(config: DictConfig, size: Size) -> Data:
-    """Build the data source of a config; with `target=condition` its samples are the condition maps.
+    """Build the data source; with `target=condition` its samples are the condition maps.
 
     Raises:
         UserError: If `target` is neither image nor condition.
@@ -27,25 +27,24 @@ def build_target_data(config: DictConfig, size: Size) -> Data:
 
 
 def target_is_class_map(config: DictConfig) -> bool:
-    """Tell whether stage 1 learns class maps, which have one channel per class."""
+    """Tell whether stage 1 learns class maps (one channel per class)."""
     reader = None if config.target == "image" else condition_reader(config.data)
     return reader is not None and reader.num_classes > 0
 
 
 def data_channels(data: Data) -> int:
-    """Return the number of channels of the first training image."""
+    """Return the channels of the first training image."""
     return data.split("train").item(0, 0).image.shape[0]
 
 
 class ConditionMapsAsImages:
-    """A data source that serves the condition maps of another one as its images."""
+    """A data source that serves condition maps as images."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
         self.classes: Sequence[str] = data.classes
 
     def split(self, name: str) -> Split:
-        """Return the maps of split "train" or "validation"."""
         return _ConditionMapSplit(self.data.split(name), self.name)
 
 

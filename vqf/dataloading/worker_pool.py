@@ -20,8 +20,7 @@ def process_map(function: Callable[[T], R], tasks: Sequence[T], workers: int) ->
     """Yield the result of each task as soon as it is done, in no fixed order.
 
     Args:
-        function: Called with each task; must be picklable.
-        tasks: Arguments of the calls.
+        function: Must be picklable.
         workers: Worker processes; 0 runs the tasks in this process.
 
     Raises:
@@ -52,7 +51,7 @@ def _init_worker(function: Callable[[Any], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent is killed: it would finish its tasks, or wait for more for ever."""
+    """End this worker when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker of the pool"
     parent.join()

@@ -1,4 +1,4 @@
-"""Decode a data set before training on it, and report sizes, formats, unreadable images and duplicates."""
+"""Check a data set before training on it."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ MAX_LISTED = 5  # unreadable and duplicate images that the terminal names; check
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Hash, format and size of an image; only `error` is set if the image cannot be read."""
+    """Facts of an image; only `error` is set if it cannot be read."""
 
     split_name: str
     name: str
@@ -54,7 +54,7 @@ class Check:
         """Print a table and write `check.json`.
 
         Raises:
-            UserError: If the data source does not read its images from files.
+            UserError: If the data source has no image files.
         """
         data, splits = open_splits(self.config)
         report = summarize(self._inspect_images(splits), list(splits), image_size(self.config))
@@ -83,7 +83,6 @@ class Check:
         return facts
 
     def _damaged_shards(self, expected: Mapping[Path, str]) -> list[str]:
-        """Return the names of the shards whose sha256 differs from their manifest."""
         damaged = []
         with progress("verify shards", len(expected)) as bar:
             for path, digest in process_map(_path_and_sha256, list(expected), self.config.workers):
@@ -126,11 +125,9 @@ class ImageChecker:
 
 
 def summarize(images: Iterable[ImageFacts], split_names: Iterable[str], size: Size) -> dict[str, Any]:
-    """Summarize each split, and list the images that occur more than once, within a split or across both.
+    """Summarize each split, and list duplicates across all.
 
     Args:
-        images: Facts of all images, in any order.
-        split_names: Splits to summarize.
         size: Height and width of training; smaller images count as upscaled.
     """
     ordered = sorted(images, key=lambda facts: (facts.split_name, facts.name))
@@ -150,7 +147,6 @@ def summarize(images: Iterable[ImageFacts], split_names: Iterable[str], size: Si
 
 
 def _class_counts(split: Split, names: Sequence[str]) -> dict[str, int]:
-    """Count the images of each class; empty for a split without labels."""
     labels = getattr(split, "labels", None)
     if labels is None:
         return {}

@@ -1,4 +1,4 @@
-"""Compare runs: a table of metrics, and a page of the same validation images reconstructed by every run."""
+"""Compare the metrics and reconstructions of runs."""
 
 import shlex
 from collections.abc import Sequence
@@ -24,8 +24,7 @@ DEFAULT_COUNT = 8  # reconstructions per run
 class Compare:
     """Compare runs in one table, best first, and on one page of their reconstructions of the same validation images.
 
-    Writes `comparison.md`, `comparison.csv` and `comparison.html`. Metrics of different protocols get columns of their
-    own.
+    Metrics of different protocols get columns of their own.
 
     Args:
         runs: Folders or checkpoints of runs, or a folder that holds runs, such as a sweep's.
@@ -48,7 +47,6 @@ class Compare:
             raise UserError(f"count={count}: a comparison shows at least one image")
 
     def run(self) -> None:
-        """Write the files and print the table."""
         comparison = compare(find_runs(self.runs), self.sort, self.count, make_engine(self.config), [command_line()])
         page = comparison.write(self.run_dir)
         comparison.print_table()
@@ -60,15 +58,8 @@ def compare(
 ) -> ComparisonReport:
     """Read the runs, reconstruct validation images with each, and rank them.
 
-    Args:
-        paths: Run folders.
-        sort: Column to sort by, see `Compare`.
-        count: Images per run.
-        engine: Where the tokenizers run.
-        commands: Command lines that the page shows.
-
     Raises:
-        UserError: If no run has a checkpoint or metrics yet, or `sort` is not a column or ambiguous.
+        UserError: If no run has a checkpoint or metrics, or `sort` is no column or ambiguous.
     """
     runs = read_runs(paths)
     comparable = [run for run in runs if run.checkpoints or run.metrics]
@@ -82,10 +73,9 @@ def compare(
 
 
 class SweepTable(Callback):
-    """Hydra callback that writes the comparison of a sweep's runs into the sweep's folder when it ends."""
+    """Hydra callback that compares the runs of a finished sweep; a failure is only logged."""
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Compare the trained runs. A failure is only logged, since the runs themselves are finished."""
         if config.pipeline.name not in TRAINING_PIPELINES:
             return
         folder = Path(config.hydra.sweep.dir)

@@ -1,4 +1,4 @@
-"""Complete images: keep some of their codes and sample the others (inpainting, outpainting).
+"""Keep some codes of images and sample the others.
 
 VQGAN, https://arxiv.org/abs/2012.09841, section 4.2.
 """
@@ -71,7 +71,6 @@ class Complete:
         self.captions: list[str] = []
 
     def run(self) -> None:
-        """Write `completions/*.png` and a grid of originals, their kept pixels, and completions."""
         meter = ResourceMeter()
         opened = open_run(self.config)
         config, generator = opened.config, opened.generator
@@ -103,7 +102,7 @@ class Complete:
         return read_mask(Path(self.mask).expanduser(), generator)
 
     def _complete(self, generator: Generator, mask: Tensor, config: DictConfig, settings: Mapping[str, Any]) -> Tensor:
-        """Complete and save; return the first rows (B, 3, 3, H, W): originals, kept pixels on gray, completions."""
+        """Return the first rows (B, 3, 3, H, W): originals, kept pixels on gray, completions."""
         data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
         loading = {"workers": config.workers, "timeout": config.worker_timeout}
         batches = sequential_batches(data.split("validation"), config.batch_size, count=self.count, **loading)
@@ -125,7 +124,6 @@ class Complete:
         return torch.cat(rows)[:PREVIEW_ROWS]
 
     def _prepare_batch(self, batch: Batch, generator: Generator) -> Batch:
-        """Set the chosen label, collect the captions, and drop the masks, which are no condition."""
         if self.label is not None:
             batch = replace(batch, labels=torch.full((len(batch),), generator.class_index(self.label)))
         if batch.labels is not None and generator.classes:

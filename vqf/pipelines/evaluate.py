@@ -1,4 +1,4 @@
-"""Evaluate a finished run by a named protocol, and save the metrics with everything that they depend on."""
+"""Evaluate a finished run by a named protocol."""
 
 import os
 from collections.abc import Iterator
@@ -67,7 +67,6 @@ class Evaluate:
         self.feature_cache = FeatureStatisticsCache(folder)
 
     def run(self) -> None:
-        """Evaluate, print a table, write `metrics.json` and refresh the run's report."""
         meter = ResourceMeter()
         checkpoints, node = self._open_checkpoints()
         config = inherit(self.config, checkpoints[0].config, INHERITED_KEYS)
@@ -84,7 +83,6 @@ class Evaluate:
             refresh_page(run_dir_of(checkpoints[-1].path), config)
 
     def _open_checkpoints(self) -> tuple[list[Checkpoint], DictConfig]:
-        """Find the checkpoints, and the protocol's node: the chosen one, or the default for the run's kind."""
         path, node = self.config.run, self.config.protocol
         if node is None:
             checkpoint = find_checkpoint(path, lambda _: True, "a run of vqf", "train one with python -m vqf.run")
@@ -97,7 +95,6 @@ class Evaluate:
         return all_checkpoints(run_dir_of(checkpoint.path)), node
 
     def _evaluate(self, checkpoint: Checkpoint, config: DictConfig, engine: Engine) -> EvaluationResult:
-        """Evaluate one checkpoint, and save the result on rank 0."""
         meter = ResourceMeter()
         protocol: EvaluationProtocol = build("protocol", config.protocol)
         if protocol.task == "reconstruction":
@@ -135,7 +132,7 @@ class Evaluate:
 def evaluate_reconstructions(context: EvaluationContext) -> EvaluationResult:
     """Reconstruct the protocol's images; compare them pairwise and as a set.
 
-    Every rank reconstructs its slice of each batch; only rank 0 returns metrics, the others an empty result.
+    Ranks share each batch; only rank 0 returns metrics.
     """
     protocol, metrics, tokenizer = context.protocol, EvaluationResult(), context.tokenizer
     reference, images = context.reference(), context.images(protocol.part, protocol.count)
@@ -168,14 +165,9 @@ def evaluate_reconstructions(context: EvaluationContext) -> EvaluationResult:
 
 
 def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoint_sha256: str) -> EvaluationResult:
-    """Sample by the protocol and compare with the reference as a set; measure nats per token on validation images.
+    """Sample and compare with the reference as a set; measure nats per token on validation images.
 
-    Every rank samples its slice of each batch; only rank 0 returns metrics, the others an empty result.
-
-    Args:
-        context: Protocol, metrics and caches.
-        generator: Model to sample from.
-        checkpoint_sha256: Hash of its checkpoint; part of the key of cached samples.
+    Ranks share each batch; only rank 0 returns metrics.
     """
     protocol: Any = context.protocol
     metrics, reference = EvaluationResult(), context.reference()
@@ -212,7 +204,6 @@ def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoin
 
 
 def _index_metrics(context: EvaluationContext) -> dict[str, Any]:
-    """Return the metrics of indices alone; log the others, which need originals."""
     batch_metrics = context.batch_metrics
     index_metrics = {name: each for name, each in batch_metrics.items() if getattr(each, "indices_only", False)}
     for name in batch_metrics.keys() - index_metrics.keys():
@@ -227,7 +218,7 @@ def _sample_cache(
     validation_images: EvaluationImages,
     sampler_lines: dict[str, Any],
 ) -> generation.SampleCache:
-    """Open the cache of samples; its key holds everything that changes a sample, the number of ranks included."""
+    """Open the cache; its key holds everything that changes a sample, the number of ranks included."""
     batch_size, device = validation_images.batch_size, context.engine.device.type
     key = {"checkpoint": checkpoint_sha256, "count": count, "batch": batch_size, "world": comm.world_size()}
     key |= {"device": device, "images": validation_images.source_hash, **sampler_lines}

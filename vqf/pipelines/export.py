@@ -1,4 +1,4 @@
-"""Write a run as a checkpoint of taming-transformers or diffusers; `import_` is the way back."""
+"""Write a run as a checkpoint of another project."""
 
 import json
 from pathlib import Path
@@ -41,10 +41,10 @@ class Export:
         self.config, self.run_dir, self.to, self.path = config, run_dir, to, Path(path).expanduser()
 
     def run(self) -> None:
-        """Write the checkpoint, with EMA weights where the run has them.
+        """Write the checkpoint, preferably with EMA weights.
 
         Raises:
-            UserError: If a file is there already, or the other project cannot build the model.
+            UserError: If a file exists, or the other project cannot build the model.
         """
         if self.path == self._config_path:
             raise UserError(f"path={self.path}: the config is written there; name the weights, as in path=vqgan.ckpt")
@@ -98,7 +98,6 @@ class Export:
         self._save(tensors, checkpoint.step, self._exportable_states(checkpoint, states), exported.settings)
 
     def _discriminator(self, checkpoint: Checkpoint) -> tuple[ExportedModel, dict[str, Any] | None]:
-        """Return the discriminator in the order of its layers, and its optimizer state in the same order."""
         weights = checkpoint.load_weights("discriminator")
         node = discriminator_node({name: tensor.shape for name, tensor in weights.items()})
         if node is None:
@@ -132,11 +131,6 @@ class Export:
         self._save(tensors | condition.tensors, checkpoint.step, self._exportable_states(checkpoint, [state]), settings)
 
     def _condition(self, checkpoint: Checkpoint, generator: Generator) -> ExportedModel:
-        """Return the condition stage: none, class labels, or the tokenizer of condition maps.
-
-        Raises:
-            UserError: If the prior has another condition.
-        """
         nodes, conditioners = checkpoint.config.model.conditioner, generator.conditioner.conditioners
         kinds = [node.name for node in nodes.values()]
         if kinds == ["none"]:
@@ -155,7 +149,6 @@ class Export:
         return ExportedModel(tensors, settings)
 
     def _exportable_states(self, checkpoint: Checkpoint, states: list[dict[str, Any] | None]) -> list[Any]:
-        """Return all optimizer states, or none of them and log why."""
         if checkpoint.has_weights("ema"):  # the states belong to the raw weights, which are not exported
             log.info("optimizer states are left out: the exported weights are the EMA")
         elif None in states:
@@ -178,14 +171,7 @@ class Export:
 def _reordered_state(
     checkpoint: Checkpoint, name: str, names: list[str], groups: list[list[str]]
 ) -> dict[str, Any] | None:
-    """Return an optimizer state with its parameters in another order; None unless it is Adam's.
-
-    Args:
-        checkpoint: Checkpoint of the run.
-        name: Name of the optimizer in the checkpoint.
-        names: Parameter names in the saved order.
-        groups: Parameter names in the wanted order, by parameter group; names of buffers are skipped.
-    """
+    """Return an optimizer state with parameters `names` reordered to `groups`; None unless it is Adam's."""
     saved = checkpoint.load_optimizers().get("optimizers", {}).get(name)
     if saved is None or any("exp_avg_sq" not in entry for entry in saved["state"].values()):
         return None
@@ -197,14 +183,12 @@ def _parameter_names(module: nn.Module) -> list[str]:
 
 
 def _optimizer_parameter_names(prior: nn.Module) -> list[str]:
-    """Return the names of a prior's parameters in the order of its optimizer."""
     names = {id(param): name for name, param in prior.named_parameters()}
     groups = param_groups_weight_decay(prior.requires_grad_(True))
     return [names[id(param)] for group in groups for param in group["params"]]
 
 
 def _downsample_setting(generator: Generator, downsample: int) -> dict[str, int]:
-    """Return the size that maps are scaled to; taming-transformers makes them square."""
     height, width = generator.tokenizer.image_size
     if downsample == 1:
         return {}

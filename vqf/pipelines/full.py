@@ -1,4 +1,4 @@
-"""Train both stages in one run: tokenizer, tokens, prior, samples, metrics and report."""
+"""Train both stages in one run."""
 
 import math
 from collections.abc import Mapping
@@ -30,8 +30,7 @@ CLASS_MAP_MODEL = {"loss": {"bce": {"name": "bce"}}, "discriminator": None, "adv
 class Full:
     """Train both stages one after the other; `stage2.*` holds the options that differ in stage 2.
 
-    A prior on condition maps whose `run` is not set gets a tokenizer of maps first, with the overrides of `maps.*`. For
-    class maps that one is trained with `bce`, without a discriminator.
+    A prior on condition maps without a `run` gets a tokenizer of maps first, with the overrides of `maps.*`.
     """
 
     distributed = True
@@ -40,14 +39,12 @@ class Full:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         Stage1(self._stage_config(stage1), stage1).check_can_start()
         if checkpoint_names(stage2):  # else there is nothing to damage, and maybe no stage 1 to inherit from
             Stage2(self._stage_config(stage2, run=stage1, **self._stage2_overrides()), stage2).check_can_start()
 
     def run(self) -> float | None:
-        """Train both stages, write `metrics.json` and the report; returns stage 2's nats per token."""
         meter = ResourceMeter()
         parse_best_criterion(self.config.checkpoint.best, {**metric_directions(self.config), **PRIOR_METRIC_DIRECTIONS})
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
@@ -60,7 +57,6 @@ class Full:
         return stage2_result.scalars["nats_per_token"]
 
     def _stage_config(self, run_dir: Path, **values: object) -> DictConfig:
-        """Return the config of one stage, with `values` set in it."""
         config = self.config.copy()
         with open_dict(config):
             config.run_dir = str(run_dir)
@@ -76,7 +72,6 @@ class Full:
         return config
 
     def _train_map_tokenizer(self, run_dir: Path) -> None:
-        """Train the tokenizer of condition maps if the prior needs one and the config names no run of it."""
         spatial = group_nodes(self.config.model, "conditioner").get("spatial")
         if spatial is None or spatial.run is not None:
             return
@@ -114,7 +109,6 @@ class Full:
         self._print_next_steps()
 
     def _finished_steps(self, stage: str) -> int:
-        """Return how many steps a stage took; with `minutes` the config does not say."""
         checkpoint = latest_checkpoint(self.run_dir / stage)
         return self.config.steps if checkpoint is None else checkpoint.step
 

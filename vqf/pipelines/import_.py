@@ -1,4 +1,4 @@
-"""Turn a checkpoint of another project into a run; `export` is the way back."""
+"""Turn a checkpoint of another project into a run."""
 
 from pathlib import Path
 from typing import Literal
@@ -49,10 +49,10 @@ class Import:
         self.options = ImportOptions(heads, classes)
 
     def run(self) -> None:
-        """Write the run, a report on every tensor, and a second run for the tokenizer of condition maps.
+        """Write the run, a report, and the run of the condition maps' tokenizer.
 
         Raises:
-            UserError: If either folder holds a run already, or the checkpoint cannot be imported.
+            UserError: If a folder holds a run, or the import fails.
         """
         check_not_overwriting(self.run_dir)
         check_not_overwriting(condition_run_dir(self.run_dir))
@@ -78,7 +78,6 @@ class Import:
             log.info("to continue training: python -m vqf.run %s steps=... data=...", arguments)
 
     def _size(self) -> Size | None:
-        """Return the image size if the user set it; None for the default, so that the checkpoint decides."""
         size = image_size(self.config)
         return size if "image_size" in cli_keys() or size != pair(DEFAULT_IMAGE_SIZE) else None
 

@@ -1,4 +1,4 @@
-"""Estimate what a run needs before it starts: parameters, memory per process, FLOPs and time."""
+"""Estimate what a run needs before it starts."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -39,8 +39,7 @@ MEMORY_KINDS = (
 class Plan:
     """Estimate what a run needs: parameters, memory per process, FLOPs and time. No data is read.
 
-    Runs one step of each stage on fake tensors, which have shapes but no data, for a `device` that need not be present.
-    Memory that kernels allocate internally is not counted.
+    One step of each stage runs on fake tensors; `device` need not be present. Memory inside of kernels is not counted.
 
     Args:
         world: Number of processes that share a batch, at least 1.
@@ -71,7 +70,6 @@ class Plan:
         self.device = _planned_device(config)
 
     def run(self) -> None:
-        """Print tables and write `plan.json`."""
         plan: dict[str, Any] = {"device": str(self.device), "precision": self.config.precision, "world": self.world}
         plan["image_size"] = list(image_size(self.config))
         for name in trainable_stages(self.config):
@@ -108,7 +106,6 @@ class Plan:
         return estimate(name, config, self.device, self.world, self.classes)
 
     def _suggest(self, name: str, estimated: Estimate, memory: float) -> dict[str, int]:
-        """Log whether a stage fits; if not, log and return the options that make it fit, with their peaks."""
         needs = estimated.peak(self._engine_name(self.config))
         if needs <= memory:
             log.info("%s fits into %s with %s to spare", name, format_bytes(memory), format_bytes(memory - needs))
@@ -122,7 +119,6 @@ class Plan:
         return fitting
 
     def _fitting_overrides(self, name: str, memory: float) -> Iterator[tuple[str, int]]:
-        """Yield the first override of each family that makes a stage fit, with its peak in bytes."""
         for family in suggestions(name, stage_config(self.config, name, self.world), self.world):
             for overrides in family:
                 config = with_overrides(self.config, name, overrides)
@@ -137,7 +133,6 @@ class Plan:
         return "fsdp2" if config.engine == "fsdp2" else "ddp"
 
     def _log_device_note(self) -> None:
-        """Log what the estimate leaves out, or that the device was chosen automatically."""
         if self.device.type == "cuda":
             log.info("%s", GPU_OVERHEAD_NOTE)
         elif str(self.config.device) == "auto":
@@ -178,7 +173,6 @@ def _peaks(estimated: Estimate) -> Mapping[str, int]:
 
 
 def _planned_device(config: DictConfig) -> torch.device:
-    """Return the device to plan for; a GPU need not be present."""
     if str(config.device).startswith("cuda"):
         return torch.device("cuda")
     config = config.copy()

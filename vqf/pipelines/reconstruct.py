@@ -1,4 +1,4 @@
-"""Reconstruct images with a trained tokenizer, save them, and measure the error."""
+"""Reconstruct images and measure the error."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,6 @@ class Reconstruct:
         self.config, self.run_dir, self.images, self.count = config, run_dir, images, count
 
     def run(self) -> None:
-        """Write `reconstructions/*.png`, a grid of originals and reconstructions, and `metrics.json`."""
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "target", "image_size", "batch_size"])
         if self.images is not None:
@@ -73,8 +72,6 @@ class Reconstruct:
 
 
 class _ImageWriter:
-    """A metric that saves the reconstructions as numbered PNG files."""
-
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
 

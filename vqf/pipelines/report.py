@@ -1,4 +1,4 @@
-"""Write the HTML report of a run from the files on disk, whether it is running, finished or was killed."""
+"""Write the HTML report of a run."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Report:
         """Write the page.
 
         Raises:
-            UserError: If `run` is missing, is no run's folder, or has a symbolic link out of it.
+            UserError: If `run` is missing or no run's folder, or a symbolic link leaves it.
         """
         if self.config.run is None:
             raise UserError("run: give run=FOLDER, the run to report on")
@@ -36,12 +36,12 @@ class Report:
 
 
 def write_page(folder: Path, config: DictConfig) -> None:
-    """Write the page of a run; the logger logs a failure instead of raising."""
+    """Write the page of a run; a failure is only logged."""
     build("logger", {"name": "report"}, run_dir=folder, config=config, subrun="").close()
 
 
 def refresh_page(folder: Path, config: DictConfig) -> None:
-    """Rewrite the page of a run, and of the run that it is a stage of, where there is one."""
+    """Rewrite the page of a run, and of the run that it is a stage of."""
     for run_dir in (folder, folder.parent):
         if (run_dir / REPORT_FILE).is_file():
             try:

@@ -38,7 +38,7 @@ MAX_PREVIEW_IMAGES = 64  # images in the grid
 
 @dataclass
 class PreviewGrid:
-    """The first images of a condition source, for the grid."""
+    """The first images and conditions, for the grid."""
 
     images: list[Tensor] = field(default_factory=list)  # (3, H, W)
     conditions: list[Batch | None] = field(default_factory=list)  # one row per image
@@ -48,8 +48,7 @@ class PreviewGrid:
 class SamplePipeline:
     """Sample new images from the prior of a run.
 
-    `resume=true` continues an interrupted run and keeps its images. Every PNG stores the settings that determine it;
-    a folder with other settings is refused.
+    `resume=true` keeps the images of an interrupted run; a folder with other settings is refused.
 
     Args:
         count: Number of images, at least 1; by default 64, or one per condition.
@@ -93,7 +92,6 @@ class SamplePipeline:
         self.condition: ConditionOption | None = condition
 
     def run(self) -> None:
-        """Write `samples/*.png` and a grid of them."""
         meter = ResourceMeter()
         opened = open_run(self.config)
         config, generator = opened.config, opened.generator
@@ -127,7 +125,6 @@ class SamplePipeline:
     def _sample_all(
         self, generator: Generator, source: ConditionSource, settings: Mapping[str, Any], batch_size: int
     ) -> PreviewGrid:
-        """Sample and save `count` images batch by batch; return the first of them."""
         folder, preview = ResumableImageFolder(self.run_dir / "samples", bool(self.config.resume)), PreviewGrid()
         with terminal.progress("sample", self.count) as bar:
             for first in range(0, self.count, batch_size):
@@ -162,7 +159,6 @@ class SamplePipeline:
         )
 
     def _label_metadata(self, generator: Generator, label: str | None, count: int) -> dict[str, Any]:
-        """Return the class names of the preview images; empty unless the prior is conditional on the class alone."""
         names, probe = generator.classes, Batch(labels=torch.zeros(1, dtype=torch.int64, device=generator.device))
         if generator.conditioner.channels is not None or not is_class_conditional(generator, probe):
             return {}
@@ -170,7 +166,7 @@ class SamplePipeline:
 
 
 def with_conditions(preview: PreviewGrid, generator: Generator) -> Tensor:
-    """Return the images (B, 3, H, W), each after its condition images if it has any."""
+    """Return the images (B, 3, H, W), each after its condition images."""
     images = torch.stack(preview.images)
     columns = []
     for field_name in dict.fromkeys(image_fields(generator.conditioner).values()):

@@ -1,4 +1,4 @@
-"""Write a data source into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
+"""Write tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,10 +28,8 @@ from vqf.terminal import log, progress
 class Shard:
     """Write the images of `data` into tar shards with a manifest, for `data=shards` and webdataset.
 
-    Beside an image `00000012.jpg` lie its label as `.cls`, its name as `.json`, and its condition map, if there is one,
-    as `.condition.png` for `data=shard_pairs`. Unreadable images are skipped and listed in the manifest, up to
-    `data.max_unreadable`. Shards of an earlier run are kept; a killed run leaves no partial shard. `workers` shards are
-    written at a time. A streamed source keeps its shards and their order.
+    Beside `00000012.jpg` lie label (`.cls`), name (`.json`) and condition map (`.condition.png`). Up to
+    `data.max_unreadable` images are skipped. Existing shards are kept. A streamed source keeps its shards and order.
 
     Args:
         out: Folder of the shards; by default `shards/` in the run's folder.
@@ -70,7 +68,6 @@ class Shard:
         self.folder = run_dir / "shards" if out is None else Path(out).expanduser()
 
     def run(self) -> None:
-        """Write `<split>-000000.tar` and so on, and `manifest.json`."""
         data, splits = open_splits(self.config)
         if self.format == "original" and not all(
             isinstance(split, ImageFileSplit | StreamedShardSplit) for split in splits.values()

@@ -38,21 +38,14 @@ class Stage1:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         check_can_start(self.config, self.run_dir, "stage1")
 
     def run(self) -> float | None:
-        """Train, validate and save; returns -PSNR, or None without that metric."""
         validation = self.train()
         save_metrics(self.run_dir, {"held-out images": validation.scalars})
         return -validation.scalars["psnr"] if "psnr" in validation.scalars else None
 
     def train(self, subrun: str = "") -> ValidationResult:
-        """Train to the end and return the last validation.
-
-        Args:
-            subrun: Name of this run within `pipeline=full`, for loggers.
-        """
         config, engine = self.config, make_engine(self.config)
         data = build_target_data(config, image_size(config))
         split = data.split("train")

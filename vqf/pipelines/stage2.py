@@ -55,22 +55,15 @@ class Stage2:
         self.config, self.run_dir = config, run_dir
 
     def check_can_start(self) -> None:
-        """Raise a UserError if training would damage a run that is in the folder; nothing is written yet."""
         config = self._inherited_config(find_tokenizer_checkpoint(self.config.run).config)
         check_can_start(config, self.run_dir, "stage2")
 
     def run(self) -> float | None:
-        """Train, validate and save; returns nats per token."""
         scalars = self.train().scalars
         save_metrics(self.run_dir, {"codes": scalars})
         return scalars["nats_per_token"]
 
     def train(self, subrun: str = "") -> ValidationResult:
-        """Train to the end and return the last validation.
-
-        Args:
-            subrun: Name of this run within `pipeline=full`, for loggers.
-        """
         # First of all: a wrong name must not show after hours of tokenizing.
         parse_best_criterion(self.config.checkpoint.best, PRIOR_METRIC_DIRECTIONS)
         checkpoint = find_tokenizer_checkpoint(self.config.run)

@@ -1,4 +1,4 @@
-"""Encode a data source into token shards ahead of stage 2, on any number of processes."""
+"""Encode a data source into token shards."""
 
 from pathlib import Path
 
@@ -18,9 +18,7 @@ from vqf.terminal import log
 class Tokenize:
     """Write the tokens of `data` into shards in `tokens.root`; `pipeline=stage2 tokens.root=...` trains on them.
 
-    `run` is the run of the tokenizer; data and conditioners are inherited from it unless the command line sets them.
-    The processes share the shards. Shards of an earlier run are kept if their hash is right; a killed run leaves no
-    partial shard.
+    Data and conditioners are those of `run` unless the command line sets them. Intact shards are kept.
 
     Args:
         rows: Rows (augmented views of images) per shard, at least 1; by default 4096, or as in the folder's shards.
@@ -34,7 +32,6 @@ class Tokenize:
         self.config, self.run_dir, self.rows = config, run_dir, rows
 
     def run(self) -> None:
-        """Write `<split>-00000.safetensors` and so on, and `<split>.json`, for train and validation."""
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "model.conditioner"])
         engine = make_engine(config)

@@ -1,1 +1,1 @@
-"""Helpers of `pipeline=compare`: read runs, rank them, reconstruct images, write the table and the page."""
+"""Helpers of `pipeline=compare`."""

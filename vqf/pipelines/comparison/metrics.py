@@ -1,4 +1,4 @@
-"""Metrics of a run, each with the protocol that it was measured by: of its training, and of evaluations."""
+"""Metrics of a run, each with its protocol."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,12 +40,7 @@ class MetricValue:
 
 
 def training_metrics(checkpoint: Checkpoint, records: Iterable[Mapping[str, Any]]) -> MetricValues:
-    """Yield the metrics of the last validation of a training, up to a checkpoint.
-
-    Args:
-        checkpoint: Of the run.
-        records: Lines of its `metrics.jsonl`.
-    """
+    """Yield the metrics of the last validation up to a checkpoint."""
     validations = [
         record
         for record in records
@@ -66,12 +61,10 @@ def training_metrics(checkpoint: Checkpoint, records: Iterable[Mapping[str, Any]
 
 
 def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_step: bool) -> MetricValues:
-    """Yield the metrics by `pipeline=evaluate`: for each metric and protocol, the value of the newest weights.
+    """Yield, for each metric and protocol, the value by `pipeline=evaluate` of the newest weights.
 
     Args:
-        folder: The run's.
-        checkpoints: Of the run, one for each stage. Values of later weights, or of other weights at the same step, are
-            left out.
+        checkpoints: One for each stage; values of later weights, or of others at the same step, are left out.
         same_step: Leave out values of earlier weights, too.
     """
     by_kind = {checkpoint.kind: checkpoint for checkpoint in checkpoints}
@@ -89,7 +82,7 @@ def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_ste
 
 
 def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoint | None, same_step: bool) -> bool:
-    """Tell whether the evaluated weights are those of a checkpoint, or, unless `same_step`, earlier ones."""
+    """Tell whether the evaluated weights are a checkpoint's, or, unless `same_step`, earlier ones."""
     step = checkpoint_info.get("step")
     if checkpoint is None or step == checkpoint.step:
         return checkpoint is None or checkpoint_info.get("sha256") == manifest_sha256(checkpoint)
@@ -97,7 +90,6 @@ def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoi
 
 
 def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> MetricValues:
-    """Yield the metrics in a file by `pipeline=evaluate`."""
     lines = {key: _to_text(value) for key, value in _section(content, "protocol").items() if key != "hash"}
     intervals, floors = _section(content, "intervals"), _section(content, "floors")
     settings, directions = _section(content, "settings"), _section(content, "higher_is_better")
@@ -120,7 +112,6 @@ def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) ->
 
 
 def _metric_directions(config: DictConfig) -> Mapping[str, bool]:
-    """Return whether higher is better, by metric; a metric of a plugin that is not loaded says nothing."""
     try:
         return metric_directions(config) | PRIOR_METRIC_DIRECTIONS
     except UserError:
@@ -141,13 +132,11 @@ def _training_protocol(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _metric_lines(key: str, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """Return further lines of one metric: nats per token depend on the tokenizer that defines the tokens."""
     tokenizer = checkpoint.state.get("tokenizer") if checkpoint is not None and key == "nats_per_token" else None
     return {"tokenizer": tokenizer[:12]} if tokenizer else {}
 
 
 def _metric_options(config: DictConfig) -> dict[str, str]:
-    """Return the options of metrics that differ from their defaults, as lines of a protocol."""
     defaults = {
         component.name: {key: option.default for key, option in component.options.items()}
         for component in components("metric")

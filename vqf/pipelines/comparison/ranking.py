@@ -1,4 +1,4 @@
-"""Ranks runs in one table, whose columns never mix values of two protocols."""
+"""Ranks runs in a table that never mixes protocols in a column."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,24 +32,20 @@ class Column:
 
     @property
     def name(self) -> str:
-        """The unique name: label, metric, suffix."""
         return f"{self.label}/{self.metric}{self.suffix}"
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether lower is better, by the metric's own declaration or else by its name."""
         declared = [value.higher_is_better for value in self.values.values() if value.higher_is_better is not None]
         return not declared[0] if declared else bool(LOWER_IS_BETTER.search(self.metric))
 
     @property
     def best(self) -> float:
-        """The best of the values."""
         values = [value.value for value in self.values.values()]
         return min(values) if self.lower_is_better else max(values)
 
     @property
     def from_evaluation(self) -> bool:
-        """Whether the values are by pipeline=evaluate; else by training."""
         return next(iter(self.values.values())).from_evaluation
 
 
@@ -58,14 +54,10 @@ class Ranking:
     """Runs in order, with the columns of their table.
 
     Attributes:
-        runs: In any order.
-        parameters: Parameter count of each run; None if it is unknown.
         order: Indices of runs, best first.
-        columns: Metrics by protocol; with two runs or more, each has values of at least two.
-        options: Config options in which the runs differ, each with the value of every run.
+        columns: Metrics by protocol; with several runs, each has values of at least two.
+        options: Config options in which the runs differ, with the value of every run.
         not_comparable: A sentence for each run with values that no other run has by the same protocol.
-        sort_description: The order in words.
-        sort_column: The column that defines the order, if one does.
         protocols: By label, the lines that all columns of a protocol share.
     """
 
@@ -80,12 +72,11 @@ class Ranking:
     sort_column: Column | None = None
 
     def heading(self, column: Column) -> str:
-        """Return the shortest unique name of a column: the metric alone, if no other column has it."""
+        """Return the metric if it is unambiguous, or the unique name."""
         ambiguous = sum(other.metric == column.metric for other in self.columns) > 1
         return column.name if ambiguous else column.metric
 
     def protocol_differences(self) -> list[str]:
-        """Explain why a metric has several columns: the lines in which each protocol differs from the first one."""
         first_columns: dict[str, Column] = {}
         sentences = []
         for column in self.columns:
@@ -101,13 +92,11 @@ def rank(runs: Sequence[Run], parameters: Sequence[int | None], sort: str | None
     """Rank runs.
 
     Args:
-        runs: In any order.
-        parameters: Parameter count of each run, if it is known.
-        sort: A metric, `protocol/metric` if several protocols measured it, or one of `SORT_KEYS`; by default the
-            first metric of the protocol that most runs share. A leading minus reverses the order.
+        sort: A metric, `protocol/metric`, or one of `SORT_KEYS`, with a leading minus to reverse; by default the first
+            metric of the protocol that most runs share.
 
     Raises:
-        UserError: If there is no such column, or if it would mix values of two protocols.
+        UserError: If there is no such column, or several protocols measured it.
     """
     columns = _build_columns(runs)
     shared = [column for column in columns if len(column.values) > 1 or len(runs) == 1]
@@ -127,10 +116,7 @@ def describe_difference(first: Mapping[str, str], second: Mapping[str, str]) -> 
 
 
 def _build_columns(runs: Sequence[Run]) -> list[Column]:
-    """Return a column for every metric and protocol, evaluations first.
-
-    Metrics of trainings are left out if every run has an evaluation.
-    """
+    """Return the columns, evaluations first; without trainings if every run has an evaluation."""
     all_evaluated = all(
         any(value.from_evaluation for values in run.metrics.values() for value in values) for run in runs
     )
@@ -147,8 +133,7 @@ def _build_columns(runs: Sequence[Run]) -> list[Column]:
 def _label_protocols(columns: Sequence[Column]) -> dict[str, Mapping[str, str]]:
     """Set label and suffix of columns; returns the lines of each protocol by label.
 
-    Columns that differ only in lines about one metric (`METRIC_LINE_PREFIXES`) have the same label. Labels are names
-    of protocols, with a hash where two protocols have the same name.
+    Columns that differ only in `METRIC_LINE_PREFIXES` share a label.
     """
     groups: dict[str, list[Column]] = {}
     for column in columns:
@@ -168,7 +153,6 @@ def _shared_lines(protocol: Mapping[str, str]) -> dict[str, str]:
 
 
 def _suffix(column: Column, same_metric: Sequence[Column]) -> str:
-    """Return the lines that distinguish a column from others of its metric and label; "" if it is the only one."""
     differ = [
         key for key, value in column.protocol.items() if any(other.protocol.get(key) != value for other in same_metric)
     ]
@@ -178,7 +162,6 @@ def _suffix(column: Column, same_metric: Sequence[Column]) -> str:
 def _describe_not_comparable(
     runs: Sequence[Run], single_run_columns: Sequence[Column], columns: Sequence[Column]
 ) -> list[str]:
-    """Explain, for values that only one run has, which line of the protocol differs from the other runs'."""
     values_by_reason: dict[tuple[int, str], list[str]] = {}
     for column in single_run_columns:
         ((i, value),) = column.values.items()
@@ -194,7 +177,6 @@ def _describe_not_comparable(
 
 
 def _set_order(ranking: Ranking, columns: Sequence[Column], sort: str | None) -> None:
-    """Set order, description and column; runs without a value come last."""
     reverse = sort is not None and sort.startswith("-")
     key = None if sort is None else sort.removeprefix("-")
     indices = range(len(ranking.runs))
@@ -218,11 +200,6 @@ def _default_column(columns: Sequence[Column]) -> Column:
 
 
 def _find_column(ranking: Ranking, columns: Sequence[Column], name: str) -> Column:
-    """Find a column by its unique name, or by its metric.
-
-    Raises:
-        UserError: If there is none, or if several protocols measured the metric.
-    """
     by_name = {column.name: column for column in ranking.columns}
     if name in by_name:
         return by_name[name]

@@ -1,4 +1,4 @@
-"""Reconstructions of the same validation images by the tokenizer of every run."""
+"""Reconstructions of the same validation images by every run."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ GAP = 2  # white pixels between images
 
 @dataclass
 class Panel:
-    """Validation images, and their reconstructions by all runs with the same data."""
+    """Validation images, and reconstructions by all runs with the same data."""
 
     title: str
     originals: Image.Image
@@ -38,13 +38,7 @@ class Panel:
 
 @dataclass
 class ReconstructionPanels:
-    """Reconstructions by all runs.
-
-    Attributes:
-        panels: One for each set of validation images.
-        skipped: For each run without reconstructions, its name and the reason.
-        parameters: Parameter count of each run; None if it is unknown.
-    """
+    """Reconstructions by all runs; a panel for each set of validation images."""
 
     panels: list[Panel] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -52,17 +46,17 @@ class ReconstructionPanels:
 
 
 class ValidationImages:
-    """Validation images by data source; runs with the same one share them."""
+    """Validation images, shared by runs with the same data source."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.splits: dict[str, Split] = {}
 
     def batch_for(self, checkpoint: Checkpoint, size: Size) -> tuple[str, Batch]:
-        """Return a description that is unique to the images, and `count` of them, spread evenly over the split.
+        """Return a unique description, and `count` images, spread evenly over the split.
 
         Raises:
-            UserError: If the data is missing, or changed since training.
+            UserError: If the data is missing or changed.
         """
         config = OmegaConf.merge({"target": "image"}, checkpoint.config)
         assert isinstance(config, DictConfig)
@@ -106,7 +100,7 @@ def reconstruct_runs(runs: Sequence[Run], count: int, engine: Engine) -> Reconst
 
 
 def latest_samples_uri(run: Run) -> str | None:
-    """Return the newest grid of samples of a run as a data: URI; None if there is none."""
+    """Return the newest samples of a run as a data: URI; None without any."""
     for folder in (run.folder, run.folder / "stage2"):
         path = folder / "images" / "samples-latest.png"
         if path.is_file():
@@ -115,10 +109,7 @@ def latest_samples_uri(run: Run) -> str | None:
 
 
 def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
-    """Count the parameters of a run's tokenizer and prior; None if the prior cannot be built on the meta device.
-
-    The weights of the prior are not loaded.
-    """
+    """Count parameters; None if the prior cannot be built on the meta device."""
     count = sum(param.numel() for param in tokenizer.parameters())
     if run.prior is None:
         return count
@@ -133,7 +124,7 @@ def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
 
 
 def image_row(images: Tensor) -> Image.Image:
-    """Lay images (B, C, H, W) in [-1, 1] out in one row, with white gaps."""
+    """Lay images (B, C, H, W) in [-1, 1] out in one row."""
     padded = F.pad(to_rgb(images).detach().float().cpu(), (0, GAP), value=1.0)
     return to_pil_image(rearrange(padded, "b c h w -> c h (b w)")[..., :-GAP])
 

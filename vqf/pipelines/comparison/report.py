@@ -1,4 +1,4 @@
-"""A comparison of runs as files: Markdown, CSV, and one self-contained HTML page."""
+"""A comparison as Markdown, CSV and HTML."""
 
 import csv
 import importlib.resources
@@ -21,7 +21,7 @@ MAX_SHORT_METRICS = 3  # on the terminal and in captions
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table: its text, whether it is a number, whether it is the best of its column."""
+    """A cell of the table."""
 
     text: str
     is_number: bool = False
@@ -33,9 +33,6 @@ class ComparisonReport:
     """Renders a ranking.
 
     Attributes:
-        ranking: The table.
-        reconstructions: Images by the runs.
-        skipped_runs: Runs without checkpoint and metrics; `status` says why.
         commands: The command of this comparison; after a sweep, the sweep's before it.
     """
 
@@ -45,17 +42,14 @@ class ComparisonReport:
     commands: Sequence[str]
 
     def header(self) -> list[str]:
-        """Return the headings of the table."""
         ranking = self.ranking
         names = ["", "run", *ranking.options, *_COST_HEADER, *map(ranking.heading, ranking.columns), *_SIZE_HEADER]
         return [*names, "state"] if self._unfinished() else names
 
     def rows(self) -> list[list[Cell]]:
-        """Return the cells, best run first."""
         return [self._row(rank, i) for rank, i in enumerate(self.ranking.order, 1)]
 
     def notes(self) -> list[str]:
-        """Return notes to the table: order, protocols, floors, and what is not comparable or left out."""
         ranking = self.ranking
         notes = [f"Sorted by {ranking.sort_description}."]
         for label, lines in ranking.protocols.items():
@@ -75,7 +69,6 @@ class ComparisonReport:
         return notes + [f"Left out: {run.name}, {run.status}." for run in self.skipped_runs]
 
     def write(self, folder: Path) -> Path:
-        """Write `comparison.md`, `.csv` and `.html` into a folder; returns the path of the page."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{FILE_STEM}.md").write_text(self.markdown(), encoding="utf-8")
         with (folder / f"{FILE_STEM}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -85,7 +78,6 @@ class ComparisonReport:
         return page
 
     def markdown(self) -> str:
-        """Return table, notes and commands as Markdown, with the best value of every column in bold."""
         rows = self.rows()
         numeric = [bool(rows) and rows[0][j].is_number for j in range(len(self.header()))]
         lines = [
@@ -98,7 +90,6 @@ class ComparisonReport:
         return "\n".join([*table, "", *notes, "", *commands, ""])
 
     def csv_rows(self) -> list[list[Any]]:
-        """Return the table with all digits; columns have unique names, intervals, and steps where they differ."""
         ranking = self.ranking
         with_interval = [column for column in ranking.columns if any(v.interval for v in column.values.values())]
         header = ["run", "folder", "state", "step", "steps", "seconds", "processor_seconds", "parameters"]
@@ -108,7 +99,6 @@ class ComparisonReport:
         return [header, *(self._csv_row(i, with_interval) for i in ranking.order)]
 
     def html(self) -> str:
-        """Return the page as HTML."""
         from jinja2 import Environment, StrictUndefined
 
         source = (importlib.resources.files("vqf.pipelines.comparison") / "report.html.j2").read_text(encoding="utf-8")
@@ -123,7 +113,6 @@ class ComparisonReport:
         )
 
     def print_table(self) -> None:
-        """Print the table with the most important columns, and the notes."""
         header, rows, columns = self.header(), self.rows(), self.ranking.columns
         first = 2 + len(self.ranking.options)
         metrics = [first + len(_COST_HEADER) + columns.index(column) for column in self._short_columns()]
@@ -155,7 +144,6 @@ class ComparisonReport:
         return [*facts, *values, *(end for interval in intervals for end in interval), *steps]
 
     def _columns_at_older_steps(self) -> list[Column]:
-        """Return the columns with a value of older weights than the newest of its run."""
         runs = self.ranking.runs
         return [
             column
@@ -198,7 +186,6 @@ class ComparisonReport:
         ]
 
     def _run_title(self, i: int) -> str:
-        """Name a run by its values of the options that differ, or by its folder if none does."""
         values = [values[i] for values in self.ranking.options.values() if values[i] != MISSING]
         return " · ".join(values) or self.ranking.runs[i].name
 

@@ -1,4 +1,4 @@
-"""Runs on disk, read for a comparison. A run with missing or truncated files is read as far as possible."""
+"""Runs on disk, read as far as possible."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -31,15 +31,13 @@ class Run:
     """A run, or what is left of it.
 
     Attributes:
-        folder: The run's folder.
         path: As given: the folder, or one of its checkpoints.
         status: Why the run is incomplete; "" for a finished one.
         step: Optimizer steps taken, over both stages.
-        steps: Optimizer steps planned, over both stages.
+        steps: As planned.
         seconds: Wall time.
-        processor_seconds: CPU time; None if it is unknown.
-        checkpoints: One for each stage, the tokenizer's first.
-        metrics: Values by metric, one for each protocol.
+        processor_seconds: CPU time; None if unknown.
+        checkpoints: The tokenizer's first.
     """
 
     folder: Path
@@ -56,25 +54,22 @@ class Run:
 
     @property
     def tokenizer(self) -> Checkpoint | None:
-        """The checkpoint to load the tokenizer from."""
         return next(iter(self.checkpoints), None)
 
     @property
     def prior(self) -> Checkpoint | None:
-        """The checkpoint of stage 2."""
         return next((checkpoint for checkpoint in self.checkpoints if checkpoint.kind == "stage2"), None)
 
     def add_metrics(self, values: MetricValues) -> None:
-        """Append values to `metrics`."""
         for key, metric in values:
             self.metrics.setdefault(key, []).append(metric)
 
 
 def find_runs(folders: str | Iterable[str]) -> list[Path]:
-    """Expand `runs=` into run folders and checkpoints: a folder that is no run stands for the runs in it.
+    """Expand folders into runs and checkpoints: a folder that is no run stands for the runs in it.
 
     Raises:
-        UserError: If a folder does not exist, or holds no run.
+        UserError: If a folder is missing, or holds no run.
     """
     specs = [folders] if isinstance(folders, str) else [str(folder) for folder in folders]
     paths = [path for spec in specs for path in _expand(spec)]
@@ -84,7 +79,7 @@ def find_runs(folders: str | Iterable[str]) -> list[Path]:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read runs; the name of each is the shortest end of its path that is unique."""
+    """Read runs; each is named by the shortest unique end of its path."""
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, _unique_names([run.path for run in runs]), strict=True):
         run.name = name
@@ -92,7 +87,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run with its newest checkpoint, or with the one that `path` is."""
+    """Read a run with its newest checkpoint, or the one that `path` is."""
     checkpoint_dir = path if (path / MANIFEST).is_file() else None
     run = Run(run_dir_of(path), path, config=_composed_config(run_dir_of(path)))
     subrun_dirs = [folder for folder in (run.folder / stage for stage in STAGES) if folder.is_dir()] or [run.folder]
@@ -106,7 +101,6 @@ def read_run(path: Path) -> Run:
 
 
 def _read_stage(run: Run, folder: Path, checkpoint_dir: Path | None) -> float | None:
-    """Add time, checkpoint, steps and training metrics of one stage to its run; returns its CPU time."""
     lines = list(read_metrics(folder / "metrics.jsonl"))
     times = log_times(lines)
     run.seconds += elapsed_seconds(times)
@@ -140,7 +134,6 @@ def _is_run(folder: Path) -> bool:
 
 
 def _natural_key(folder: Path) -> tuple[int, str]:
-    """Sort job 10 of a sweep after job 9."""
     return (int(folder.name), "") if folder.name.isdigit() else (0, folder.name)
 
 
@@ -162,13 +155,11 @@ def _open_checkpoint(run: Run, subrun_dir: Path, checkpoint_dir: Path | None) ->
 
 
 def _planned_steps(checkpoint: Checkpoint) -> int:
-    """Return the steps that a run was to take; an imported checkpoint was not trained here and plans no more."""
     planned = checkpoint.config.get("steps") if checkpoint.state.get("data") else None
     return max(planned, checkpoint.step) if isinstance(planned, int) else checkpoint.step
 
 
 def _status(run: Run, subrun_dirs: list[Path]) -> str:
-    """Explain why a run is incomplete: by the error in its log, or else by its steps; "" if it is finished."""
     has_stages = any((run.folder / stage).is_dir() for stage in STAGES)
     incomplete = len(run.checkpoints) < (len(STAGES) if has_stages else 1)
     if run.step >= run.steps and not incomplete:
@@ -182,7 +173,6 @@ def _status(run: Run, subrun_dirs: list[Path]) -> str:
 
 
 def _logged_error(path: Path) -> str:
-    """Return the error that ended a run: the last message of its log, if that is an error."""
     messages = [match for line in read_text(path).splitlines() if (match := LOG_LINE.match(line))]
     return messages[-1][2] if messages and messages[-1][1] == "ERROR" else ""
 

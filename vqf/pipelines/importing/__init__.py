@@ -1,1 +1,1 @@
-"""Helpers of `pipeline=import`: write an imported checkpoint as a run, with presets to continue its training."""
+"""Helpers of `pipeline=import`."""

@@ -1,4 +1,4 @@
-"""Presets in an imported run, with which its training can be continued."""
+"""Presets to continue the training of an imported run."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ def write_presets(config: DictConfig, run_dir: Path) -> None:
 
 
 def _write_variant(folder: Path, kind: Kind, node: DictConfig, key: str) -> str:
-    """Write a component's options as a preset of its group; return the preset's name."""
     name = f"imported_{key}" if key else "imported"
     options = {option: value for option, value in node.items() if option != "name"}
     header = f"# @package {kind.group.replace('/', '.')}.{key}\n" if key else ""

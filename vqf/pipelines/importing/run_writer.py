@@ -27,7 +27,7 @@ from vqf.training.prior_task import param_groups_weight_decay
 def save_run(imported: ImportedCheckpoint, config: DictConfig, run_dir: Path) -> None:
     """Write a run with the imported weights; `config` supplies what the checkpoint does not say.
 
-    The tokenizer of condition maps becomes a run beside it, in `condition_run_dir(run_dir)`.
+    The tokenizer of condition maps becomes a run in `condition_run_dir(run_dir)`.
     """
     user_config, config, condition_tokenizers = config, _config(imported, config), ConditionTokenizers()
     if imported.condition is not None:
@@ -57,7 +57,7 @@ def _trained_names(imported: ImportedCheckpoint) -> tuple[str, ...]:
 
 
 def condition_run_dir(run_dir: Path) -> Path:
-    """Return the folder of the run that holds the tokenizer of condition maps."""
+    """Return the folder of the condition maps' tokenizer."""
     return run_dir.with_name(f"{run_dir.name}-condition")
 
 
@@ -76,7 +76,6 @@ def _config(imported: ImportedCheckpoint, config: DictConfig) -> DictConfig:
 
 
 def _optimizer(imported: ImportedCheckpoint, config: DictConfig) -> Mapping[str, Any]:
-    """Return the optimizer's node: the options in the file, or else those of the command line or the preset."""
     module = imported.prior or imported.tokenizer
     if module.optimizer_state is not None:
         return {"name": "adamw" if imported.prior else "adam", **module.optimizer_state.options}
@@ -86,7 +85,6 @@ def _optimizer(imported: ImportedCheckpoint, config: DictConfig) -> Mapping[str,
 def _modules(
     imported: ImportedCheckpoint, config: DictConfig, condition_tokenizers: ConditionTokenizers
 ) -> dict[str, Any]:
-    """Build the modules of the checkpoint with the imported weights; a missing discriminator is initialized."""
     torch.manual_seed(config.seed)
     channels = imported.tokenizer.channels
     tokenizer = _load(build_tokenizer(config.model, imported.image_size, channels), imported.tokenizer)
@@ -114,7 +112,7 @@ def _load_discriminator(gan: GANModule, imported: ImportedCheckpoint) -> GANModu
 
 
 class _WeightsOnly(nn.Module):
-    """Weights of a prior without a conditioner in its config, which cannot be built yet."""
+    """Weights of a prior that cannot be built without a conditioner."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -132,7 +130,6 @@ def _load(module: Any, imported: ImportedModule) -> Any:
 def _optimizer_states(
     imported: ImportedCheckpoint, config: DictConfig, trained: Mapping[str, nn.Module]
 ) -> dict[str, Any]:
-    """Return the states of optimizers and schedules at the step of the checkpoint, to resume from."""
     sources = {"model": imported.prior or imported.tokenizer, "discriminator": imported.discriminator}
     result: dict[str, Any] = {"optimizers": {}, "schedules": {}}
     for name, module in trained.items():

@@ -1,1 +1,1 @@
-"""Helpers of `pipeline=plan`: memory, FLOPs and time of a training before it starts."""
+"""Helpers of `pipeline=plan`."""

@@ -1,4 +1,4 @@
-"""Time and peak memory of a few real training steps, measured on the device."""
+"""Measures time and peak memory of real training steps."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class StepBenchmark:
 
 
 def benchmark_step(name: str, config: DictConfig, engine: Engine, classes: int) -> StepBenchmark:
-    """Measure steps of a stage on images of noise, with untrained weights.
+    """Measure steps of a stage on noise, with untrained weights.
 
     Raises:
         UserError: If the weights of a frozen network are not available.
@@ -56,7 +56,7 @@ def _state_bytes(optimizer: Optimizer) -> int:
 
 
 def _peak_bytes(work: Callable[[], None], device: torch.device, held_bytes: int) -> int:
-    """Measure the peak of some work. CPU memory has no counter: add up the profiler's changes to what is held."""
+    """Measure the peak of some work; on CPU, sum the profiler's changes to what is held."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()

@@ -1,4 +1,4 @@
-"""Estimates memory, FLOPs and parameters of a training step by running it on fake tensors."""
+"""Estimates the cost of a training step on fake tensors."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -39,10 +39,6 @@ class Estimate:
     """The cost of a stage.
 
     Attributes:
-        name: "stage1" or "stage2".
-        parameters: Parameter counts by module.
-        trainable: Count of trainable parameters.
-        tokens_per_image: Length of the token sequence.
         peaks: For each engine, the bytes of one process by kind, at the peak of a step.
         flops: Floating-point operations of one process in one step.
     """
@@ -55,7 +51,6 @@ class Estimate:
     flops: int
 
     def peak(self, engine: str) -> int:
-        """Return the peak bytes of one process."""
         return round(sum(self.peaks[engine].values()))
 
 
@@ -70,12 +65,11 @@ class PlannedTask:
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """All modules, trained and frozen."""
         return {**self.task.modules, **self.frozen}
 
 
 def build_task(name: str, config: DictConfig, engine: Engine, classes: int) -> PlannedTask:
-    """Build "stage1" or "stage2" of a config, without data."""
+    """Build "stage1" or "stage2" without data."""
     if name == "stage1":
         stage1 = tokenizer_task(config, engine, classes)
         frozen = {f"loss {key}": loss for key, loss in stage1.losses.items() if isinstance(loss, nn.Module)}
@@ -89,10 +83,10 @@ def build_task(name: str, config: DictConfig, engine: Engine, classes: int) -> P
 
 
 def stage_config(config: DictConfig, name: str, world: int) -> DictConfig:
-    """Return the config of one process of a stage, as in pipeline=full, with the batch size of one process.
+    """Return the config of a stage, with the batch size of one process.
 
     Raises:
-        UserError: If the batch cannot be divided among processes and micro-batches.
+        UserError: If the batch is not divisible.
     """
     config = config.copy()
     with open_dict(config):
@@ -119,11 +113,7 @@ def estimate(name: str, config: DictConfig, device: torch.device, world: int = 1
     """Run two steps of a stage on fake tensors, and count.
 
     Args:
-        name: "stage1" or "stage2".
-        config: Of the run.
         device: To plan for; it need not exist.
-        world: Number of processes.
-        classes: Number of classes of a label conditioner.
     """
     config = stage_config(config, name, world)
     views: dict[str, Bytes] = {"single": {}}
@@ -144,10 +134,7 @@ def estimate(name: str, config: DictConfig, device: torch.device, world: int = 1
 
 
 def estimate_sampling(config: DictConfig, device: torch.device, classes: int = 1000) -> Bytes | None:
-    """Return the peak bytes of sampling `batch_size` images at once, by kind; None for priors without a KV cache.
-
-    As in pipeline=sample: in float32, with the weights of tokenizer and prior.
-    """
+    """Return the peak bytes, by kind, of sampling `batch_size` images in float32; None without a KV cache."""
     mode = FakeTensorMode()
     config = stage_config(config, "stage2", 1)
     planned, tracker = _build_fake_task("stage2", config, mode, classes), MemoryTracker({"single": {}})
@@ -175,9 +162,8 @@ def _build_fake_task(name: str, config: DictConfig, mode: FakeTensorMode, classe
 def _communication_bytes(engine: str, task: PlannedTask) -> Bytes:
     """Return the bytes that a process holds for communication, by kind.
 
-    DistributedDataParallel keeps gradients in its buckets, also between steps. `fully_shard` holds unsharded parameters
-    and gradients outside of blocks; and of the largest block four times its size: parameters, gradients, the buffer
-    that reduces them, and the prefetched next block.
+    DistributedDataParallel keeps buckets. `fully_shard` holds unsharded tensors outside of blocks, and four times the
+    largest block: parameters, gradients, reduce buffer, prefetched next block.
     """
     if engine == "single":
         return {}
@@ -194,7 +180,7 @@ def _trainable_bytes(module: nn.Module) -> int:
 
 
 def _run_steps(tracker: MemoryTracker, planned: PlannedTask, config: DictConfig) -> int:
-    """Run a usual step, which allocates optimizer state, and one with all periodic work; returns the first's FLOPs."""
+    """Run a usual step, and one with all periodic work; returns the first's FLOPs."""
     worst = (config.steps // LOG_STEP_MULTIPLE + 1) * LOG_STEP_MULTIPLE
     with ExitStack() as stack:
         for name, optimizer in planned.task.optimizers.items():
@@ -219,7 +205,7 @@ def _track_modules(tracker: MemoryTracker, planned: PlannedTask, config: DictCon
 
 
 def module_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters and buffers of a module."""
+    """Yield parameters and buffers."""
     return chain(module.parameters(), module.buffers())
 
 

@@ -1,4 +1,4 @@
-"""Training tasks on fake tensors (shape, dtype, no data), and emulation of CUDA's memory use on them."""
+"""Training tasks on fake tensors, and emulation of CUDA's memory use."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class FakeEngine(Engine):
-    """An engine that turns modules into fake ones. Their device is the CPU, whatever device is planned for."""
+    """An engine that makes modules fake; their device is always the CPU."""
 
     mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
@@ -52,7 +52,7 @@ class FakeEngine(Engine):
 
 
 class DummyData:
-    """A data source of one black image, for tasks that ask for classes and splits."""
+    """A data source of one black image."""
 
     fingerprint = "none"
 
@@ -61,14 +61,12 @@ class DummyData:
         self.classes: Sequence[str] = [str(i) for i in range(classes)]
 
     def split(self, name: str) -> "DummyData":
-        """Return itself for any split."""
         return self
 
     def __len__(self) -> int:
         return 1
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a black image."""
         return Sample(torch.zeros(CHANNELS, *self.size), label=0)
 
 
@@ -78,7 +76,7 @@ def tokenizer_task(config: DictConfig, engine: Engine, classes: int) -> Tokenize
 
 
 def prior_task(config: DictConfig, engine: Engine, classes: int) -> PriorTask:
-    """Build the task of stage 2 without data, on an untrained tokenizer."""
+    """Build the task of stage 2 on an untrained tokenizer."""
     tokenizer = build_tokenizer(config.model, image_size(config), CHANNELS).eval().requires_grad_(False)
     names = [str(i) for i in range(classes)]
     generator = engine.prepare(build_generator(config, engine.prepare(tokenizer), names))
@@ -86,14 +84,14 @@ def prior_task(config: DictConfig, engine: Engine, classes: int) -> PriorTask:
 
 
 def image_batch(count: int, size: Size, device: torch.device) -> Batch:
-    """Return a batch of noise with all fields that a data source may set."""
+    """Return a batch of noise with all fields."""
     noise = torch.rand(count, CHANNELS, *size, device=device) * 2 - 1
     labels = torch.zeros(count, dtype=torch.long, device=device)
     return Batch(images=noise, labels=labels, conditions=noise, crop_boxes=torch.zeros(count, 4, device=device))
 
 
 def token_batch(task: PriorTask, count: int, device: torch.device) -> Batch:
-    """Return a batch of random tokens, with conditions prepared by the conditioners."""
+    """Return a batch of random tokens and conditions."""
     tokenizer = task.generator.tokenizer
     conditions = task.generator.conditioner.prepare(image_batch(count, tokenizer.image_size, device))
     height, width = tokenizer.grid
@@ -114,7 +112,7 @@ AUTOCAST_TO_FLOAT32 = {
 class CudaAutocastEmulation(TorchFunctionMode):
     """Makes operations on fake CPU tensors save what they would save on CUDA.
 
-    There, autocast computes more operations in float32, dropout saves a mask of bytes, and attention saves none.
+    There, autocast computes more in float32, dropout saves a mask of bytes, and attention saves none.
     """
 
     def __torch_function__(
@@ -134,7 +132,7 @@ class CudaAutocastEmulation(TorchFunctionMode):
 def emulate_device(
     device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> AbstractContextManager[Any]:
-    """Return a context in which fake tensors use memory as on a device; sets `foreach` of optimizers as there."""
+    """Return a context in which fake tensors use memory as on a device; sets `foreach` of optimizers."""
     if device.type != "cuda":
         return nullcontext()
     for optimizer in optimizers.values():

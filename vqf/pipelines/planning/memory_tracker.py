@@ -1,8 +1,4 @@
-"""Counts the bytes of live tensors, and floating-point operations, while code runs.
-
-Not `torch.distributed._tools.mem_tracker.MemTracker`: that is private and has one peak of everything, while a plan
-needs one for each engine (with sharded kinds counted in part), kinds for discriminator and EMA, and FLOPs.
-"""
+"""Counts the bytes of live tensors, and floating-point operations, while code runs."""
 
 import weakref
 from collections import Counter
@@ -20,18 +16,15 @@ Bytes = Mapping[str, float]  # by kind: weights, gradients, ...
 
 
 class MemoryTracker(TorchDispatchMode):
-    """A context that counts every storage that operations allocate, by kind, until it is freed.
-
-    Storage that a kernel allocates and frees internally is not counted.
+    """A context that counts storages by kind; what a kernel allocates and frees internally is not counted.
 
     Args:
         kind_fractions: For each view (an engine), the fraction of each kind that one process holds; 1 by default.
 
     Attributes:
-        live_bytes: Bytes now, by kind, unscaled.
-        peaks: For each view, its bytes by kind at the moment when their sum is highest.
-        flops: Floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
-        kind: Kind of new storages.
+        live_bytes: By kind, unscaled.
+        peaks: For each view, its bytes by kind when their sum is highest.
+        flops: Of matrix products, convolutions and attention; a multiply-add is two.
     """
 
     def __init__(self, kind_fractions: Mapping[str, Bytes]) -> None:
@@ -56,14 +49,7 @@ class MemoryTracker(TorchDispatchMode):
     def tracking_optimizer(
         self, parameters: Iterable[Tensor], optimizer: Optimizer, gradients: str, states: str
     ) -> Iterator[None]:
-        """Count gradients of parameters, and the state of their optimizer, as kinds of their own.
-
-        Args:
-            parameters: Leaves.
-            optimizer: Theirs.
-            gradients: Kind of the gradients.
-            states: Kind of the optimizer's state.
-        """
+        """Count gradients and optimizer states as the given kinds."""
 
         def track_gradient(param: Tensor) -> None:
             assert param.grad is not None
@@ -113,7 +99,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _scalar(tensor: Tensor, func: Any) -> Any:
-    """Return the number in a tensor; 1 for a fake tensor, so that code which reads a loss goes on."""
+    """Return the number in a tensor; 1 for a fake tensor."""
     if type(tensor) is Tensor and not tensor.is_meta:
         return func(tensor)
     return 1.0 if tensor.is_floating_point() else 1

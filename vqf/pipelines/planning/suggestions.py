@@ -11,13 +11,7 @@ Overrides = Mapping[str, Any]  # values by dotted keys
 
 
 def suggestions(name: str, config: DictConfig, world: int) -> Iterator[list[Overrides]]:
-    """Yield families of overrides that lower the memory of a stage, each in the order of their cost in speed.
-
-    Args:
-        name: "stage1" or "stage2".
-        config: Of one process of the stage.
-        world: Number of processes.
-    """
+    """Yield families of overrides that lower the memory of a stage, each in the order of their cost in speed."""
     accumulate: list[Overrides] = [
         {"accumulate": n} for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0
     ]
@@ -43,7 +37,7 @@ def overrides_to_cli(overrides: Overrides) -> str:
 
 
 def with_overrides(config: DictConfig, name: str, overrides: Overrides) -> DictConfig:
-    """Return the config of a run with overrides for one stage."""
+    """Return the config with overrides for one stage."""
     config = config.copy()
     with open_dict(config):
         for key, value in overrides.items():

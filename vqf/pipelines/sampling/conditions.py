@@ -1,4 +1,4 @@
-"""Conditions to sample from: the user's images, or validation samples of the run's data."""
+"""Conditions from the user's images or validation samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +35,10 @@ def unconditional() -> ConditionSource:
 def from_files(
     condition: ConditionOption, place: Sequence[float] | None, generator: Generator, data: DictConfig
 ) -> list[ConditionSource]:
-    """Read conditions from the user's files, as the run's data source reads its own.
+    """Read conditions from files, as the run's data source reads its own.
 
     Args:
-        condition: A file or a folder, or one for each image conditioner by its name.
-        place: Crop box of all conditions: top, left, bottom, right as fractions of the full image.
-        generator: Generator of the run.
-        data: Data node of the run.
+        place: Crop box: top, left, bottom, right as fractions of the full image.
 
     Raises:
         UserError: If a file is missing or cannot be read.
@@ -64,7 +61,7 @@ def from_files(
 
 
 def from_validation(generator: Generator, config: DictConfig, count: int) -> ConditionSource:
-    """Take the conditions of `count` validation samples, spread evenly; none if the prior reads at most a class."""
+    """Take `count` validation conditions, spread evenly; none if the prior reads at most a class."""
     if not per_image_fields(generator.conditioner):
         return unconditional()
     data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
@@ -94,7 +91,7 @@ def _paths_by_conditioner(condition: ConditionOption, fields: Mapping[str, str])
 
 
 def _paths_by_sample(paths: Mapping[str, list[Path]]) -> Iterator[tuple[str, dict[str, Path]]]:
-    """Yield the name and the paths of each sample; files of several folders belong together if their stems agree."""
+    """Yield name and paths of each sample; files of several folders are paired by stem."""
     first = next(iter(paths.values()))
     if all(len(files) == 1 for files in paths.values()):
         yield first[0].stem, {name: files[0] for name, files in paths.items()}
@@ -110,7 +107,6 @@ def _paths_by_sample(paths: Mapping[str, list[Path]]) -> Iterator[tuple[str, dic
 
 
 def _crop_box(place: Sequence[float], generator: Generator) -> Tensor:
-    """Return the crop box (1, 4)."""
     if "crop_boxes" not in per_image_fields(generator.conditioner):
         raise UserError(
             "place: this prior is not conditioned on crop boxes; train one with model/conditioner=[...,coordinates]"

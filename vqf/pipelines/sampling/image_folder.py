@@ -1,4 +1,4 @@
-"""A folder of sampled images. Each PNG stores its sampling settings, so that a resumed run never mixes settings."""
+"""A folder of sampled images, each with its settings."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,12 +22,7 @@ PNG_SETTINGS_KEY = "vqf"  # text chunk of a PNG that stores the settings as JSON
 
 
 class ResumableImageFolder:
-    """Saves images by name, and keeps those of an interrupted run.
-
-    Args:
-        folder: Folder of the PNG files.
-        resume: Keep images that are there already; False overwrites them.
-    """
+    """Saves images by name; `resume` keeps existing ones."""
 
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.resume = folder, resume
@@ -36,7 +31,7 @@ class ResumableImageFolder:
         """Make sure that a batch of images is in the folder.
 
         Args:
-            images: Settings of each image, by its name.
+            images: Settings by name.
             sample: Samples the batch (B, C, H, W); called only if an image is missing.
 
         Raises:
@@ -71,14 +66,13 @@ class ResumableImageFolder:
 
 
 def sampling_settings(checkpoint: Checkpoint, config: DictConfig, **options: Any) -> dict[str, Any]:
-    """Return everything that determines a sampled image: weights, seed, sampler, scorer and `options`."""
+    """Return everything that determines a sampled image."""
     weights = sha256_of_file(checkpoint.path / MANIFEST)[:16]
     nodes = {kind: _without_speed_options(kind, config.get(kind)) for kind in ("sampler", "scorer")}
     return {"weights": weights, "seed": config.seed, **nodes, **options}
 
 
 def _without_speed_options(kind: str, node: DictConfig | None) -> dict[str, Any] | None:
-    """Drop the options that change the speed of a component, but no token."""
     if node is None:
         return None
     speed_options = getattr(find_component(kind, node.name).target, "speed_options", ())
@@ -88,7 +82,7 @@ def _without_speed_options(kind: str, node: DictConfig | None) -> dict[str, Any]
 
 
 def condition_digest(condition: Batch | None, row: int) -> str | None:
-    """Hash one row of a condition; None without a condition."""
+    """Hash one row of a condition; None without one."""
     if condition is None:
         return None
     return sha256_of_tensors(condition.slice(row, row + 1).tensors())[:16]

@@ -1,4 +1,4 @@
-"""Open a finished stage-2 run to sample from it."""
+"""Open a stage-2 run to sample from it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from vqf.runs.load import find_generator_checkpoint, load_generator
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run's generator on the configured device, with its checkpoint and config."""
+    """A run's generator, checkpoint and config."""
 
     checkpoint: Checkpoint
     config: DictConfig  # data, sampler and batch size are the run's unless the command line sets them
@@ -25,12 +25,11 @@ class OpenedRun:
         """Return the name of a class given by number or name.
 
         Raises:
-            UserError: If the run has no such class.
+            UserError: If there is no such class.
         """
         return None if label is None else self.generator.classes[self.generator.class_index(label)]
 
     def settings(self, **options: Any) -> dict[str, Any]:
-        """Return the settings stored in every image; `options` are those of the pipeline."""
         return sampling_settings(self.checkpoint, self.config, **options)
 
 

@@ -1,1 +1,1 @@
-"""Helpers of `pipeline=shard`: write, verify and resume tar shards."""
+"""Helpers of `pipeline=shard`."""

@@ -1,4 +1,4 @@
-"""`manifest.json`: the finished shards of a folder, and what they were made of."""
+"""`manifest.json`: the finished shards of a folder."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SAVE_INTERVAL_FACTOR = 20  # after that saving takes at most 1/20 of the time: w
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """An image that its shard lacks because it could not be read."""
+    """An image that could not be read."""
 
     key: str  # key that the sample would have: its index, or shard and index for a stream
     name: str
@@ -44,20 +44,14 @@ class ShardRecord:
 
     @property
     def split_name(self) -> str:
-        """Split of the shard's images."""
         return self.name.rpartition("-")[0]
 
 
 class ShardManifest:
     """Tracks which shards of a folder are finished.
 
-    Args:
-        folder: Folder of the shards.
-        provenance: Sources and options of the shards; shards of another provenance are refused.
-        names: File names of all shards to write.
-
     Raises:
-        UserError: If the folder holds shards that this command would not write. The folder is not changed then.
+        UserError: If the folder holds other shards; it is not changed then.
     """
 
     def __init__(self, folder: Path, provenance: dict[str, Any], names: Collection[str]) -> None:
@@ -75,7 +69,7 @@ class ShardManifest:
         self.names = names
 
     def start(self) -> None:
-        """Verify the recorded shards and delete temporary files. Only the process that holds the lock may call it."""
+        """Verify the shards and delete temporary files. The caller must hold the lock."""
         self._verify(self.recorded)
         for temporary in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
             if temporary.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in {*self.names, MANIFEST_NAME}:
@@ -84,19 +78,18 @@ class ShardManifest:
             self.save()
 
     def requeue(self, name: str) -> None:
-        """Have a finished shard written again; its file and record stay until then."""
+        """Have a shard written again; its file and record stay until then."""
         if name in self.shards:
             self.requeued[name] = self.shards.pop(name)
 
     def add(self, record: ShardRecord) -> None:
-        """Record a finished shard, and save if the last time is long ago."""
+        """Record a finished shard; save only if the last time is long ago."""
         self.requeued.pop(record.name, None)
         self.shards[record.name] = record
         if time.monotonic() > self.last_saved + self.save_interval:
             self.save()
 
     def save(self, finished: bool = False) -> None:
-        """Write the manifest; `finished` marks the set of shards as complete."""
         began = time.monotonic()
         images: Counter[str] = Counter()
         records = [record for _, record in sorted({**self.shards, **self.requeued}.items())]
@@ -127,7 +120,6 @@ class ShardManifest:
         return records
 
     def _verify(self, records: list[ShardRecord]) -> None:
-        """Keep the records whose file still has the recorded size and hash."""
         paths = [self.folder / record.name for record in records]
         with ThreadPoolExecutor(HASH_THREADS) as pool, progress("verify shards", len(records)) as bar:
             for record, path, intact in zip(records, paths, pool.map(_is_intact, paths, records), strict=True):
@@ -146,7 +138,7 @@ def _parse_record(entry: Mapping[str, Any]) -> ShardRecord:
     """Parse an untrusted manifest entry.
 
     Raises:
-        ValueError: If it has other fields or types, or its name is no plain name of a shard.
+        ValueError: If it is malformed.
     """
     match entry:
         case {

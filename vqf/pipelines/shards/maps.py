@@ -1,4 +1,4 @@
-"""Options of `data=shard_pairs` that read the condition maps of a data source from its shards."""
+"""Options of `data=shard_pairs` for the maps of a source."""
 
 from collections.abc import Collection
 from functools import partial
@@ -18,15 +18,13 @@ IMAGES_ONLY_HINT = "images_only=true writes the images alone"
 
 
 def map_options(data: DictConfig, splits: Collection[Split], format: ImageFormat) -> dict[str, Any] | None:
-    """Return the options that read the maps of a data source from its shards; None for a source without maps.
+    """Return the options that read the maps of a data source from its shards; None without maps.
 
     Args:
-        data: Config node of the data source.
-        splits: Its splits.
-        format: Format of the shards' images: maps are copied with "original", and PNG otherwise.
+        format: Format of the images; maps are PNG, or copied with "original".
 
     Raises:
-        UserError: If there are maps of several kinds, or of a kind that `data=shard_pairs` cannot read.
+        UserError: If maps are of several kinds, or unsupported.
     """
     sources = [source for split in splits for _, source in flatten_sources(split)]
     mapped = [source for source in sources if has_maps(source)]
@@ -43,7 +41,7 @@ def map_options(data: DictConfig, splits: Collection[Split], format: ImageFormat
 
 
 def _png_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of class maps as PNG, where unlabelled pixels are class 0 and the others one higher."""
+    """Return the options of class maps as PNG: unlabelled pixels are class 0, the others one higher."""
     if options["labels"] > 2**16:
         raise UserError(
             f"data.labels={options['labels']}: a PNG holds numbers below 65536; format=original, or {IMAGES_ONLY_HINT}"
@@ -64,7 +62,7 @@ def _options_by_channels(name: str, reader: ConditionReader | None, mapped: Coll
 
 
 def has_maps(split: Split) -> bool:
-    """Tell whether the images of a source have condition maps, judged by its first readable image."""
+    """Tell whether the first readable image has a condition map."""
     if isinstance(split, StreamedShardSplit):
         return getattr(split, "map_decoder", None) is not None
     return isinstance(_first_readable(split), PairFileLike)

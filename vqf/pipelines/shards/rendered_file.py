@@ -1,4 +1,4 @@
-"""Samples of a data source without image files, presented as image files."""
+"""Samples without files, presented as image files."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from vqf.protocols import Split
 
 
 def as_image_file(split: Split, index: int, classes: bool = False) -> ImageFileLike:
-    """Return the file of an image, or its sample in epoch 0 as a file; `classes` marks class maps, one channel each."""
+    """Return an image's file, or its sample in epoch 0 as one; `classes` marks class maps, one channel each."""
     if isinstance(split, ImageFileSplit):
         return split.file(index)
     sample = split.item(0, index)
@@ -21,7 +21,7 @@ def as_image_file(split: Split, index: int, classes: bool = False) -> ImageFileL
 
 @dataclass(frozen=True)
 class RenderedImageFile:
-    """An `ImageFileLike` of a sample; it can be loaded, but has no bytes to copy."""
+    """An `ImageFileLike` of a sample; it has no bytes to copy."""
 
     sample: Sample
     name: str = ""
@@ -42,7 +42,7 @@ class RenderedImageFile:
 
 @dataclass(frozen=True)
 class RenderedPairFile(RenderedImageFile):
-    """A `PairFileLike` of a sample with a condition map: RGB, gray, or with one channel per class."""
+    """A `PairFileLike` of a sample; its map is RGB, gray, or has one channel per class."""
 
     classes: bool = False
 

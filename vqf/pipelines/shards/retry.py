@@ -1,4 +1,4 @@
-"""Requeue shards that skipped images which can be read by now, for example after a disk or server was away."""
+"""Requeue shards whose skipped images can be read by now."""
 
 from functools import partial
 
@@ -15,8 +15,7 @@ SkippedRef = tuple[str, str, str]  # shard, split and key of a skipped image
 def mark_for_rewrite(manifest: ShardManifest, writer: ShardWriter, workers: int) -> None:
     """Requeue the finished shards that may become more complete.
 
-    An image of a streamed shard can be retried only by fetching the shard again. Streamed shards are therefore requeued
-    only if they broke off, or if their skipped images exceed the limit and would stop the run.
+    Streamed shards, which must be fetched again, only if they broke off or exceed the limit.
     """
     streamed = {name for name, split in writer.splits.items() if isinstance(split, StreamedShardSplit)}
     _drop_inconsistent(manifest, writer, streamed)
@@ -31,7 +30,6 @@ def mark_for_rewrite(manifest: ShardManifest, writer: ShardWriter, workers: int)
 
 
 def _drop_inconsistent(manifest: ShardManifest, writer: ShardWriter, streamed: set[str]) -> None:
-    """Forget shards whose manifest entry, possibly edited by hand, names images that do not exist."""
     for record in _file_backed_shards(manifest, streamed):
         if not all(writer.has(record.split_name, sample.key) for sample in record.skipped):
             del manifest.shards[record.name]

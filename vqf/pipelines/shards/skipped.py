@@ -1,4 +1,4 @@
-"""Count the images and streamed shards that could not be read, and stop if there are too many."""
+"""Count what could not be read, and stop if it is too much."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,12 +28,7 @@ class SkipCounter:
 
 
 class SkippedSamples:
-    """Counts skipped images, and streamed shards that broke off, for every data source of its own.
-
-    Args:
-        manifest: Records of the finished shards.
-        splits: The images that are written.
-    """
+    """Counts skipped images, and streamed shards that broke off, by data source."""
 
     def __init__(self, manifest: ShardManifest, splits: Mapping[str, Split]) -> None:
         self.manifest, self.splits = manifest, splits
@@ -53,7 +48,6 @@ class SkippedSamples:
             self.add_record(record)
 
     def add_record(self, record: ShardRecord) -> None:
-        """Count what a shard lacks."""
         split = self.splits[record.split_name]
         for sample in record.skipped:
             source = split if isinstance(split, StreamedShardSplit) else locate(split, int(sample.key)).split
@@ -62,10 +56,10 @@ class SkippedSamples:
             self.shard_counters[record.split_name].add(f"'{self._source_url(record)}' ({record.broken})")
 
     def check(self) -> None:
-        """Stop if no image of a source can be read, or more cannot than its limit; finished shards stay.
+        """Check the limits.
 
         Raises:
-            UserError: If so.
+            UserError: If no image of a source can be read, or too many cannot.
         """
         for counter in self.image_counters.values():
             if counter.skipped and counter.skipped == counter.total:
@@ -83,10 +77,10 @@ class SkippedSamples:
                 )
 
     def check_not_empty(self) -> None:
-        """Check that every split has an image, once all shards are written.
+        """Check the finished splits.
 
         Raises:
-            UserError: If a split has none.
+            UserError: If a split has no image.
         """
         for name in self.splits:
             if not any(record.images for record in self._records(name)):
@@ -95,13 +89,11 @@ class SkippedSamples:
                 raise UserError(f"data.{name}: none of its images can be read{last}")
 
     def exceeds_limit(self, split_name: str) -> bool:
-        """Tell whether more images of a split are skipped than allowed."""
         return any(
             counter.skipped > counter.limit for (name, _), counter in self.image_counters.items() if name == split_name
         )
 
     def log_summary(self) -> None:
-        """Log the skipped images, the incomplete shards and the totals."""
         skipped = [sample for name in self.splits for record in self._records(name) for sample in record.skipped]
         for sample in skipped[:MAX_LISTED]:
             log.warning("skipped: %s (%s)", quote_name(sample.name), sample.reason)

@@ -1,4 +1,4 @@
-"""Write samples into tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
+"""Write tar shards in the layout of webdataset (https://github.com/webdataset/webdataset)."""
 
 import io
 import json
@@ -39,7 +39,7 @@ Members = dict[str, bytes]  # files of a sample by extension
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to write: images of a split by index, or all images of one streamed shard."""
+    """Images of a split by index, or all images of one streamed shard."""
 
     name: str
     split_name: str
@@ -63,12 +63,10 @@ class ShardWriter:
     """Writes shards, in this process or in workers.
 
     Args:
-        folder: Folder of the shards.
-        splits: Images to write.
-        format: Format of the images; maps are copied with "original", and PNG otherwise.
-        size: Longer shorter sides are scaled down to this, of images and maps; None keeps sizes.
+        format: Format of the images; maps are PNG, or copied with "original".
+        size: Shorter sides above this are scaled down to it; None keeps sizes.
         quality: Quality of jpg and webp, in [1, 100].
-        maps: Options of `data=shard_pairs` that will read the maps; None leaves maps out.
+        maps: Options that will read the maps; None leaves maps out.
     """
 
     folder: Path
@@ -90,11 +88,9 @@ class ShardWriter:
         return ShardRecord(task.name, contents.images, size, digest, contents.skipped, contents.broken)
 
     def has(self, split_name: str, key: str) -> bool:
-        """Tell whether a split has an image of this key."""
         return key.isdecimal() and int(key) < len(self.splits[split_name])
 
     def can_read(self, split_name: str, key: str) -> bool:
-        """Tell whether an image can be read and converted now."""
         sample = self._sample_at(self.splits[split_name], int(key))
         return not isinstance(try_read(partial(self._members, sample)), ReadFailure)
 
@@ -131,7 +127,6 @@ class ShardWriter:
         return ShardSample(f"{index:08d}", location.name, open_file, location.source_label)
 
     def _members(self, sample: ShardSample) -> list[Members]:
-        """Return the members of a sample: image, label and name; then its map, if it has one."""
         file = sample.open()
         image, *maps = (
             self._copy_members(file) if self.format == "original" else self._render_members(file, self.format)
@@ -171,7 +166,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class ShardContents:
-    """What was written into a shard, and what was skipped; fields as in `ShardRecord`."""
+    """What was written and skipped; fields as in `ShardRecord`."""
 
     images: int = 0
     skipped: list[SkippedSample] = field(default_factory=list)
@@ -186,7 +181,7 @@ class ReadFailure:
 
 
 def try_read(read: Callable[[], T]) -> T | ReadFailure:
-    """Call `read` and turn a ValueError or OSError into a `ReadFailure`; let a UserError (a wrong option) pass."""
+    """Turn a ValueError or OSError of `read` into a `ReadFailure`; let a UserError pass."""
     try:
         return read()
     except UserError:
@@ -198,7 +193,6 @@ def try_read(read: Callable[[], T]) -> T | ReadFailure:
 
 
 def _shrink_size(size: Size, shorter: int | None) -> Size:
-    """Scale a width and height down so that the shorter side is at most `shorter`."""
     if shorter is None or min(size) <= shorter:
         return size
     width, height = (max(round(side * shorter / min(size)), 1) for side in size)
@@ -206,7 +200,6 @@ def _shrink_size(size: Size, shorter: int | None) -> Size:
 
 
 def _map_size(map_size: Size, image_size: Size, new_image_size: Size, shorter: int | None) -> Size:
-    """Return the new (width, height) of a map, which keeps the aspect ratio of its scaled image despite rounding."""
     if new_image_size == image_size:
         return map_size
     if shorter is not None and min(map_size) > shorter:

@@ -1,4 +1,4 @@
-"""Discriminators (images to real/fake logits) and their regularizers."""
+"""Discriminators and their regularizers."""
 
 from vqf.discriminators import patchgan, regularizers
 

@@ -1,7 +1,6 @@
-"""PatchGAN: a convolutional discriminator over overlapping patches.
+"""PatchGAN, a discriminator over overlapping patches.
 
 Image-to-Image Translation with Conditional Adversarial Networks, https://arxiv.org/abs/1611.07004.
-Layers, widths and initialization are those of pix2pix, as in VQGAN.
 """
 
 from typing import Literal
@@ -22,9 +21,9 @@ class PatchGAN(nn.Module):
         in_channels: Channels of the images.
         channels: Width of the first layer (ndf); it doubles with every layer, up to eight times.
         layers: Number of strided layers (n_layers).
-        norm: "batch" as published: each process normalizes by its own part of the batch. "sync_batch" uses the
-            statistics of all processes, as one process with the full batch would, with the same weights. "group"
-            keeps images of a batch independent: better for small batches and for gradient accumulation.
+        norm: "batch" as published: each process normalizes by its own images. "sync_batch" uses the statistics of all
+            processes, with the same weights. "group" keeps images independent: better for small batches and for
+            gradient accumulation.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class PatchGAN(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) -> logits (B, 1, h, w)."""
+        """(B, in_channels, H, W) -> logits (B, 1, h, w)."""
         return self.main(images)
 
 

@@ -1,4 +1,4 @@
-"""Regularizers of the discriminator, added to its loss."""
+"""Regularizers of the discriminator."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,7 @@ class LeCam(nn.Module):
     """LeCam regularization, https://arxiv.org/abs/2104.03310, equation 5.
 
     E[max(0, D(x) - α_F)²] + E[max(0, α_R - D(x̂))²], with α_R and α_F the moving averages of the logits of real
-    and of reconstructed images, over all ranks. They are updated before the term is computed; the first batch
-    initializes them.
+    and of reconstructed images, updated before.
 
     Args:
         weight: Factor in the discriminator's loss: 0.3 in the paper's StyleGAN2, 0.05 and 0.001 in later tokenizers.
@@ -32,7 +31,6 @@ class LeCam(nn.Module):
         self.register_buffer("initialized", torch.zeros(()))
 
     def forward(self, output: DiscriminatorOutput) -> Tensor:
-        """Compute the term (), unweighted."""
         self._update_averages(torch.stack([output.real_logits.detach().mean(), output.fake_logits.detach().mean()]))
         alpha_r, alpha_f = self.averages
         return (
@@ -57,8 +55,7 @@ class R1(nn.Module):
             https://arxiv.org/abs/1912.04958); at least 1.
 
     Attributes:
-        last_value: ½ E|∇ D(x)|² of the last step that computed it. Steps that log need not be such steps. A buffer,
-            so that a resumed run logs the same.
+        last_value: The last ½ E|∇ D(x)|²; a buffer, so that a resumed run logs the same.
     """
 
     last_value: Tensor
@@ -71,7 +68,6 @@ class R1(nn.Module):
         self.register_buffer("last_value", torch.zeros(()))
 
     def forward(self, output: DiscriminatorOutput) -> Tensor:
-        """Compute the term (), unweighted; 0 at the steps between."""
         if output.step % self.every:
             return output.real_logits.new_zeros(())
         images = output.images.detach().requires_grad_()

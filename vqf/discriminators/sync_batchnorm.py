@@ -1,6 +1,6 @@
 """Batch norm over the images of all processes.
 
-Batch Normalization, https://arxiv.org/abs/1502.03167, synchronized as in MegDet, https://arxiv.org/abs/1711.07240.
+Batch Normalization, https://arxiv.org/abs/1502.03167; MegDet, https://arxiv.org/abs/1711.07240.
 """
 
 import torch
@@ -10,13 +10,12 @@ from vqf.distributed import comm
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` (same weights and buffers) with training statistics over the batches of all processes.
+    """`nn.BatchNorm2d` with training statistics over equally many images of every process.
 
-    `torch.nn.SyncBatchNorm` needs a GPU and has no second derivative, which R1 takes.
+    `torch.nn.SyncBatchNorm` has no second derivative, which R1 takes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (B, C, H, W); all processes must have equally many images."""
         if not self.training or comm.world_size() == 1:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

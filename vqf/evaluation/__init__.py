@@ -1,4 +1,4 @@
-"""Evaluation: protocols, reconstruction and generation metrics, cached features, class accuracy."""
+"""Evaluation of tokenizers and priors."""
 
 from vqf.evaluation import protocols
 

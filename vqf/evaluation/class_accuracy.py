@@ -1,9 +1,7 @@
-"""Class accuracy of samples: how often a small classifier on frozen features predicts the class that was asked for.
+"""Class accuracy of samples: how often a classifier predicts the class that was asked for.
 
-The classifier is a ridge regression on EfficientNet-Lite0 features in closed form, so it is deterministic. It is fitted
-to every training image and its reconstruction; otherwise the blur of a tokenizer would shift predictions.
-Related to the Classification Accuracy Score (https://arxiv.org/abs/1905.10887), which trains on samples and tests on
-images.
+The classifier is fitted to every training image and its reconstruction; otherwise the blur of a tokenizer would shift
+predictions. Related to the Classification Accuracy Score (https://arxiv.org/abs/1905.10887).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,7 @@ RIDGE_PENALTY = 1.0  # on standardized features; a factor of 3 either way change
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """Accuracies of one classifier, each the mean over classes, so that chance is 1 / classes for any class sizes."""
+    """Accuracies, each the mean over classes."""
 
     samples: float
     real: float  # validation images
@@ -42,7 +40,6 @@ class ClassAccuracy:
     confusion: Tensor  # (classes, classes) counts of samples: row: class asked for, column: prediction
 
     def scalars(self) -> dict[str, float]:
-        """Return the accuracies by metric name."""
         return {
             "class_accuracy": self.samples,
             "class_accuracy_real": self.real,
@@ -52,7 +49,7 @@ class ClassAccuracy:
 
 
 class RidgeClassifier:
-    """Ridge regression from features (N, D) to labels (N,), with equal total weight for every class."""
+    """Ridge regression from features (N, D) to labels (N,) with equally weighted classes."""
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         features = features.double()
@@ -67,7 +64,6 @@ class RidgeClassifier:
         self.weights = torch.linalg.solve(normal, inputs.T @ (weights * targets))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Predict classes (N,)."""
         return (self._inputs(features.double()) @ self.weights).argmax(1)
 
     def _inputs(self, features: Tensor) -> Tensor:
@@ -82,11 +78,10 @@ class LabeledFeatures:
     labels: Tensor  # (N,)
 
     def concat(self, other: "LabeledFeatures") -> "LabeledFeatures":
-        """Concatenate two sets."""
         return LabeledFeatures(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
 
     def accuracy(self, classifier: RidgeClassifier) -> float:
-        """Return the share that is classified correctly, averaged over the classes that have images."""
+        """Return the mean over the classes that have images."""
         correct = (classifier(self.features) == self.labels).double()
         return float(torch.stack([correct[self.labels == label].mean() for label in self.labels.unique()]).mean())
 
@@ -102,7 +97,7 @@ class OriginalsAndDecoded:
 def score(
     train: OriginalsAndDecoded, validation: OriginalsAndDecoded, samples: LabeledFeatures, classes: int
 ) -> ClassAccuracy:
-    """Fit a classifier to training images, and apply it to validation images and samples."""
+    """Fit a classifier to training images, and apply it to the others."""
     fitted = train.originals.concat(train.decoded)
     classifier = RidgeClassifier(fitted.features, fitted.labels, classes)
     cells = samples.labels * classes + classifier(samples.features)
@@ -116,16 +111,7 @@ def score(
 
 
 class ClassAccuracyEvaluator:
-    """Samples every class, and measures how many samples are classified as it.
-
-    Every process extracts the features of its share of images and samples; the main process gathers and scores them.
-
-    Args:
-        data: Source of training and validation images.
-        token_datasets: Tokens of these images by split name.
-        config: With `evaluate.samples`, the number of samples, and `seed`.
-        engine: Device and precision.
-    """
+    """Measures how many samples are classified as their class."""
 
     def __init__(
         self, data: Data, token_datasets: Mapping[str, TokenDataset], config: DictConfig, engine: Engine
@@ -133,7 +119,7 @@ class ClassAccuracyEvaluator:
         self.data, self.token_datasets, self.config, self.engine = data, token_datasets, config, engine
 
     def __call__(self, generator: Generator) -> ClassAccuracy | None:
-        """Score a generator; None for `evaluate.samples=0`, images that are not RGB, or priors without classes."""
+        """Score a generator; None without samples, RGB or classes."""
         batch = self.token_datasets["validation"].gather([0], [0]).to(self.engine.device)
         possible = self.config.evaluate.samples and generator.tokenizer.channels == 3
         if not possible or not is_class_conditional(generator, batch):
@@ -149,7 +135,6 @@ class ClassAccuracyEvaluator:
     def _extract_split(
         self, generator: Generator, split_name: str, max_images: int, extractor: "FeatureExtractor"
     ) -> OriginalsAndDecoded | None:
-        """Return features of images spread evenly over a split; None in all processes but the main one."""
         split, tokens, config = self.data.split(split_name), self.token_datasets[split_name], self.config
         count = min(max_images, len(split))
         index_batches = batches_for_rank([i * len(split) // count for i in range(count)], config.batch_size)
@@ -171,7 +156,6 @@ class ClassAccuracyEvaluator:
         return OriginalsAndDecoded(LabeledFeatures(originals, labels), LabeledFeatures(decoded, labels))
 
     def _extract_samples(self, generator: Generator, extractor: "FeatureExtractor") -> LabeledFeatures | None:
-        """Return features of samples; None in all processes but the main one."""
         conditions, table = self._sample_conditions(len(generator.classes)), GatheredColumns()
         with terminal.progress("classes, samples", len(conditions)) as bar:
             for indices in batches_for_rank(range(len(conditions)), self.config.batch_size):
@@ -186,7 +170,6 @@ class ClassAccuracyEvaluator:
         return None if columns is None else LabeledFeatures(*columns)
 
     def _sample_conditions(self, classes: int) -> Batch:
-        """Return the conditions of the samples: balanced labels, or those of validation images if they have maps."""
         validation, count = self.token_datasets["validation"], self.config.evaluate.samples
         if validation.condition_names:
             count = min(count, len(validation))
@@ -199,14 +182,14 @@ class ClassAccuracyEvaluator:
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
-    """Return `count` labels, rounded down to a multiple of `classes`; fewer than `classes` are spread evenly."""
+    """Return `count` labels, rounded down to a multiple of `classes`; fewer are spread evenly."""
     if count < classes:
         return torch.arange(count) * classes // count
     return torch.arange(count // classes * classes) % classes
 
 
 def is_class_conditional(generator: Generator, batch: Batch) -> bool:
-    """Tell whether the prefix of a batch depends on its labels."""
+    """Tell whether a prefix depends on labels."""
     if batch.labels is None or len(generator.classes) < 2:
         return False
     other = replace(batch, labels=(batch.labels + 1) % len(generator.classes))
@@ -218,30 +201,28 @@ def _select(batch: Batch, indices: Sequence[int]) -> Batch:
 
 
 class GatheredColumns:
-    """Columns of a table, gathered from all processes to the CPU of the main one."""
+    """Columns of a table, gathered in the main process."""
 
     def __init__(self) -> None:
         self.chunks: list[list[Tensor]] = []
 
     def add(self, count: int, *columns: Tensor) -> None:
-        """Add `count` rows in all; every process passes its share of them."""
+        """Add `count` rows in all; every process passes its share."""
         gathered = [comm.gather_rows(column, count) for column in columns]
         self.chunks.append([column.cpu() for column in gathered if column is not None])
 
     def columns(self) -> list[Tensor] | None:
-        """Return the columns; None in all processes but the main one."""
         return [torch.cat(chunks) for chunks in zip(*self.chunks, strict=True)] if comm.is_main() else None
 
 
 class FeatureExtractor:
-    """Maps images (B, 3, H, W) to features (B, 1752): spatial means of a few EfficientNet-Lite0 layers."""
+    """Maps images (B, 3, H, W) in [-1, 1] to features (B, 1752), spatial means."""
 
     def __init__(self, engine: Engine) -> None:
         self.network, self.device = efficientnet_lite("lite0", TAPS).to(engine.device), engine.device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Extract features; values outside [-1, 1] are clamped."""
         images = images.to(self.device).float()
         if (longer := max(images.shape[2:])) > MAX_IMAGE_SIDE:
             size = [max(round(side * MAX_IMAGE_SIDE / longer), 1) for side in images.shape[2:]]

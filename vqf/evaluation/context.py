@@ -1,4 +1,4 @@
-"""The context of an evaluation: images of the protocol, metrics, reference set, lines of the result."""
+"""The context of an evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -32,13 +32,6 @@ from vqf.terminal import log
 class EvaluationContext:
     """Images, metrics and reference of one evaluation.
 
-    Args:
-        config: With data and metrics.
-        protocol: What is measured on which images.
-        tokenizer: Of the model; its image size is that of the evaluation.
-        engine: Device and precision.
-        feature_cache: Cache of the features of real images.
-
     Raises:
         UserError: If the data or a metric cannot be built.
     """
@@ -64,7 +57,7 @@ class EvaluationContext:
         self.data = build_target_data(self.config, tokenizer.image_size)
 
     def images(self, split_name: str, count: int | None = None) -> EvaluationImages:
-        """Return images of a split, cropped as the protocol says; all of them by default.
+        """Return images of a split.
 
         Raises:
             UserError: If there are fewer than two.
@@ -81,7 +74,6 @@ class EvaluationContext:
         return EvaluationImages(split, source_hash, count, protocol.rounding, *loading)
 
     def warn_if_validation_changed(self, checkpoint: Checkpoint) -> None:
-        """Warn if the validation images differ from those during training: the model may have been trained on them."""
         trained, part = checkpoint.state.get("validation_fingerprint"), "validation"
         if trained and self.protocol.part == part and trained != (current := self.data.split(part).fingerprint):
             message = (
@@ -91,7 +83,7 @@ class EvaluationContext:
             log.warning(message, trained[:8], current[:8])
 
     def reference(self) -> ReferenceSet | None:
-        """Return the features of the reference, from the cache if possible; None if the reference is the originals.
+        """Return the reference's features; None for the originals.
 
         Raises:
             UserError: If it names no split, and no file.
@@ -107,13 +99,7 @@ class EvaluationContext:
         return self.feature_cache.from_npz(path, self.feature_networks, self.config.batch_size, self.engine.device)
 
     def result_lines(self, images_hash: str, count: int, reference: ReferenceSet) -> dict[str, Any]:
-        """Return the lines of the protocol for the result file.
-
-        Args:
-            images_hash: Of the images that are reconstructed, or of the validation images.
-            count: Number of reconstructions or samples.
-            reference: The set that they are compared with.
-        """
+        """Return the lines of the protocol for the result file."""
         protocol = self.protocol
         measured = {
             "images": images_hash,
@@ -126,7 +112,6 @@ class EvaluationContext:
         return {**self.protocol_lines(), **measured}
 
     def protocol_lines(self) -> dict[str, Any]:
-        """Return the lines of the protocol that the config determines."""
         protocol, config = self.protocol, self.config
         lines = {"name": config.protocol.name, "task": protocol.task, "data": config.data.name}
         lines |= {"target": config.target, "precision": config.precision}
@@ -138,7 +123,7 @@ class EvaluationContext:
     def add_set_metrics(
         self, result: EvaluationResult, reference: ReferenceSet, generated: FeatureSets, count: int
     ) -> None:
-        """Add the set metrics of generated images, and their floors: the metrics of real images against real images."""
+        """Add set metrics and their floors, real against real images."""
         pairs = {
             key: real_vs_real(features, count, self.protocol.seed) for key, features in reference.feature_sets.items()
         }
@@ -150,13 +135,11 @@ class EvaluationContext:
             result.floors |= {f"{prefix}{name}": value for name, value in _real_vs_real(metric, pairs[key]).items()}
 
     def add_metrics(self, result: EvaluationResult, metrics: Mapping[str, Metric]) -> None:
-        """Add metrics that were updated batch by batch."""
         for name, metric in metrics.items():
             intervals = metric.intervals() if hasattr(metric, "intervals") else {}
             result.add(metric, SetMetricResult(metric.compute(), intervals), self.metric_settings(name, metric))
 
     def metric_settings(self, name: str, metric: Any) -> dict[str, Any]:
-        """Return the options of a metric, with a hash of its weights in place of their path."""
         node = OmegaConf.to_container(group_nodes(self.config, "metric")[name], resolve=True)
         assert isinstance(node, dict)
         options = {str(key): value for key, value in node.items() if key not in ("weights", "sha256")}

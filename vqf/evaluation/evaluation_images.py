@@ -1,4 +1,4 @@
-"""Images of a split as a protocol prepares them, in batches over all processes, and the hash of their pixels."""
+"""Images of a split as a protocol prepares them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,12 +17,9 @@ from vqf.protocols import Split
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """The images of a split, as a protocol prepares them.
+    """The images of a split.
 
-    Attributes:
-        source_hash: Of the split's fingerprint and its preprocessing; images are not opened for it.
-        count: Images, spread evenly over the split.
-        rounding: See `round_real_images`.
+    `source_hash` covers the split's fingerprint and its preprocessing, not the pixels.
     """
 
     split: Split
@@ -35,11 +32,7 @@ class EvaluationImages:
     timeout: float = DEFAULT_TIMEOUT
 
     def local_batches(self, description: str) -> Iterator[tuple[Batch, int]]:
-        """Yield this process's share of every batch, on the device, and the size of the batch over all processes.
-
-        Args:
-            description: Title of the progress bar.
-        """
+        """Yield this process's share of every batch, and the batch's full size."""
         with terminal.progress(description, self.count) as bar:
             batches = sequential_batches(
                 self.split, self.batch_size, count=self.count, workers=self.workers, timeout=self.timeout
@@ -50,7 +43,7 @@ class EvaluationImages:
                 bar.advance(total)
 
     def gathered_batches(self, description: str) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) of full batches in the main process; a collective, so all processes iterate."""
+        """Yield full batches in the main process; all processes must iterate."""
         for batch, count in self.local_batches(description):
             assert batch.images is not None
             images = comm.gather_rows(batch.images, count)
@@ -58,26 +51,24 @@ class EvaluationImages:
                 yield images
 
     def hashed_batches(self, pixel_hash: "PixelHash", description: str) -> Iterator[Tensor]:
-        """Yield `gathered_batches`, each added to a hash."""
         for images in self.gathered_batches(description):
             pixel_hash.update(images)
             yield images
 
 
 def round_real_images(batch: Batch, rounding: str) -> Batch:
-    """Round real images to the nearest 8-bit value, also for "truncate"; with "none", only clamp them."""
+    """Round real images to the nearest, also for "truncate"; "none" only clamps."""
     assert batch.images is not None
     return replace(batch, images=round_to_8bit(batch.images, "none" if rounding == "none" else "nearest"))
 
 
 class PixelHash:
-    """A hash of images in order, independent of the batch size: of 8-bit pixels, or of floats for rounding "none"."""
+    """Hash of images in order, of 8-bit pixels or, without rounding, of floats."""
 
     def __init__(self, rounding: str) -> None:
         self.hasher, self.unrounded, self.started = hashlib.sha256(), rounding == "none", False
 
     def update(self, images: Tensor) -> None:
-        """Add images (B, C, H, W) in [-1, 1]."""
         if not self.started:
             self.hasher.update(repr(tuple(images.shape[1:])).encode())
             self.started = True
@@ -85,5 +76,4 @@ class PixelHash:
         self.hasher.update(values.cpu().contiguous().numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """Return 16 hexadecimal digits."""
         return self.hasher.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Features of sets of real images, and their cache: a folder with a file for each hash of pixels and network."""
+"""Features of sets of real images, and their cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ FeatureSets = dict[str, FeatureSet]  # by the digest of the network
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """The features of a set of real images."""
+    """Features of a set of real images."""
 
     digest: str  # of the pixels, or of the .npz file
     count: int | None  # of images; None if an .npz file holds moments only
@@ -35,7 +35,7 @@ class ReferenceSet:
 
 
 class FeatureStatisticsCache:
-    """A folder of features, with a file for each set of images and network. A broken file is computed again."""
+    """A folder with a file for each set and network."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,8 +44,7 @@ class FeatureStatisticsCache:
     def from_split(self, images: EvaluationImages, networks: Networks) -> ReferenceSet:
         """Return features of images whose pixel hash is unknown.
 
-        New images are decoded once, for hash and networks. Images with a known `source_hash` are hashed first, because
-        files may have changed since; without networks, the hash of the last time is trusted.
+        Known images are hashed first, because files may have changed.
         """
         name = f"{images.source_hash}-{images.count}-{images.rounding}"
         hash_file, pixels = self.folder / f"{name}.txt", PixelHash(images.rounding)
@@ -67,14 +66,13 @@ class FeatureStatisticsCache:
         return reference
 
     def from_images(self, images: EvaluationImages, digest: str, networks: Networks) -> ReferenceSet:
-        """Return features of images whose pixel hash is known."""
         sets = self._load_or_extract(
             digest, networks, lambda: images.gathered_batches("reference features"), images.count
         )
         return ReferenceSet(digest, images.count, sets)
 
     def from_npz(self, path: Path, networks: Networks, batch_size: int, device: torch.device) -> ReferenceSet:
-        """Return features of an .npz file: Inception moments as `mu` and `sigma`, images as `arr_0`, or both.
+        """Return features of an .npz file.
 
         Raises:
             UserError: If the file cannot be read, or lacks what a network needs.
@@ -122,13 +120,7 @@ class FeatureStatisticsCache:
 
 
 def extract_features(batches: Iterable[Tensor], networks: Networks, count: int) -> FeatureSets:
-    """Extract features of images with every network, in the main process; {} in the others, which iterate, too.
-
-    Args:
-        batches: Images (B, C, H, W) in [-1, 1].
-        networks: By digest.
-        count: Images in all.
-    """
+    """Extract features of images (B, C, H, W) in [-1, 1]; {} outside the main process, though all iterate."""
     accumulators = {key: FeatureAccumulator(network, count) for key, network in networks.items()}
     for images in batches:
         for accumulator in accumulators.values():
@@ -137,11 +129,7 @@ def extract_features(batches: Iterable[Tensor], networks: Networks, count: int) 
 
 
 def real_vs_real(features: FeatureSet, count: int, seed: int) -> tuple[FeatureSet, FeatureSet] | None:
-    """Split real images at random into a reference and a stand-in for generated images; None if too few are kept.
-
-    The stand-in has `count` images, but at most half; the reference has the others. If the moments are of more images
-    than the set keeps features of, the reference has the moments of all.
-    """
+    """Split real images at random into a reference and a stand-in for `count` generated ones; None if too few."""
     kept = len(features.features)
     count = min(count, kept // 2)
     if count < 2:

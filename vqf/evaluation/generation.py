@@ -1,4 +1,4 @@
-"""Samples of a prior by a protocol, cached until the evaluation is done; likelihood of validation images."""
+"""Samples of a prior by a protocol."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from vqf.terminal import log
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """This rank's share of the conditions of one batch of samples."""
+    """This rank's share of a batch's conditions."""
 
     first_index: int  # of the first sample of the share, over all samples
     count: int  # samples of the batch over all ranks
@@ -39,7 +39,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """A batch of samples of all ranks, in the main process."""
+    """A batch of samples of all ranks."""
 
     indices: Tensor  # (B, h, w)
     images: Tensor  # (B, 3, H, W)
@@ -47,25 +47,21 @@ class GeneratedBatch:
 
 
 class SampleCache:
-    """Indices of generated batches on disk, so that an interrupted evaluation resumes; cleared at its end.
+    """Indices of generated batches on disk, to resume an evaluation.
 
-    Args:
-        folder: Parent of the caches of all evaluations.
-        facts: Everything that the samples depend on; their hash names the cache.
+    The hash of `facts`, everything that the samples depend on, names the cache.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.folder = folder / stable_hash(json.loads(json.dumps(facts, default=str)))
 
     def get(self, batch_index: int) -> Tensor | None:
-        """Return the indices of a batch; None if they are not cached."""
         try:
             return load_file(self._path(batch_index))["indices"].long()
         except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, batch_index: int, indices: Tensor) -> None:
-        """Store the indices of a batch; if the disk is full, an interrupted evaluation samples them again."""
         try:
             with atomic_path(self._path(batch_index)) as temporary:
                 write_weights({"indices": indices.int().cpu()}, temporary)
@@ -73,7 +69,6 @@ class SampleCache:
             log.debug("%s: %s", self.folder, error)
 
     def clear(self) -> None:
-        """Delete the cache."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, batch_index: int) -> Path:
@@ -88,16 +83,7 @@ def generate(
     engine: Engine,
     cache: SampleCache,
 ) -> Iterator[GeneratedBatch]:
-    """Draw `count` samples, batch by batch; every rank draws its share, and the main one yields them all.
-
-    Args:
-        protocol: A `GenerationProtocol`.
-        generator: Draws the samples.
-        validation_images: Source of conditions, for `labels="images"`.
-        count: Samples in all.
-        engine: Device and precision.
-        cache: Of this evaluation.
-    """
+    """Draw `count` samples; the main process yields those of all ranks."""
     for i, request in enumerate(sample_requests(protocol, generator, validation_images, count)):
         cached = cache.get(i) if comm.is_main() else None
         if comm.broadcast_object(cached is not None):
@@ -117,7 +103,7 @@ def generate(
 def sample_requests(
     protocol: Any, generator: Generator, validation_images: EvaluationImages, count: int
 ) -> Iterator[SampleRequest]:
-    """Yield this rank's share of the conditions of every batch."""
+    """Yield this rank's conditions."""
     index_batches = batches_for_rank(range(count), validation_images.batch_size)
     if protocol.labels == "images":
         size = len(validation_images.split)
@@ -144,7 +130,6 @@ def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def _sample_indices(generator: Generator, request: SampleRequest, seed: int, engine: Engine) -> Tensor:
-    """Draw indices (B, h, w)."""
     height, width = generator.tokenizer.grid
     with engine.autocast():
         tokens = generator.sample_tokens(request.batch, seed=seed, first=request.first_index)
@@ -153,14 +138,13 @@ def _sample_indices(generator: Generator, request: SampleRequest, seed: int, eng
 
 @torch.no_grad()
 def _decode(generator: Generator, indices: Tensor, engine: Engine) -> Tensor:
-    """Decode indices into images (B, 3, H, W)."""
     with engine.autocast():
         return generator.tokenizer.decode(indices).float()
 
 
 @torch.no_grad()
 def nats_per_token(generator: Generator, validation_images: EvaluationImages, engine: Engine) -> tuple[str, float]:
-    """Return the pixel hash of images, and the mean negative log-likelihood of their tokens given their conditions."""
+    """Return the pixel hash of images, and the mean negative log-likelihood per token."""
     pixels, total = PixelHash(validation_images.rounding), torch.zeros((), device=engine.device)
     seed_everything(0, "likelihood")  # the loss of a prior may be stochastic
     for batch, count in validation_images.local_batches("likelihood"):
@@ -180,7 +164,7 @@ def nats_per_token(generator: Generator, validation_images: EvaluationImages, en
 
 
 def class_counts(labels: Tensor, classes: int) -> str:
-    """Return the samples of a class in words: "100", "97 to 103", "no classes"."""
+    """Return the samples of a class, such as "97 to 103"."""
     if not len(labels) or not classes:
         return "no classes"
     counts = torch.bincount(labels, minlength=classes)
@@ -189,7 +173,7 @@ def class_counts(labels: Tensor, classes: int) -> str:
 
 
 def sampler_lines(node: DictConfig, sampler: object) -> dict[str, Any]:
-    """Return name and options of a sampler as protocol lines (sampler, sampler.top_k), without `speed_options`."""
+    """Return a sampler's options without `speed_options`."""
     options = OmegaConf.to_container(node, resolve=True)
     assert isinstance(options, dict)
     kept = {str(key): value for key, value in options.items() if key not in getattr(sampler, "speed_options", ())}

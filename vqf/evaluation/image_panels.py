@@ -1,4 +1,4 @@
-"""Images of an evaluation for the report: best and worst reconstructions, and a mosaic of the codes."""
+"""Images of an evaluation for the report."""
 
 from typing import Any
 
@@ -18,13 +18,7 @@ MAX_PSNR = 100.0  # dB, shown for identical images
 
 
 class ImagePanels:
-    """Collects images with the interface of a metric.
-
-    Args:
-        vocab_size: Of the tokenizer.
-        device: For counts and patches of codes.
-        top_k: Best and worst images to keep.
-    """
+    """Collects images like a metric."""
 
     def __init__(self, vocab_size: int, device: torch.device, top_k: int = TOP_ERRORS) -> None:
         self.has_class_logits = False  # whether images are class maps
@@ -32,7 +26,6 @@ class ImagePanels:
         self.code_mosaic = CodeMosaic(vocab_size, device) if vocab_size <= MAX_VOCAB else None
 
     def update(self, batch: Reconstruction) -> None:
-        """Add a batch."""
         self.has_class_logits = batch.images.shape[1] > 3
         errors = per_image_errors(batch)
         pairs = torch.stack([to_rgb(batch.images), to_rgb(batch.reconstructions)], dim=1)
@@ -42,17 +35,15 @@ class ImagePanels:
             self.code_mosaic.update(batch)
 
     def compute(self) -> dict[str, float]:
-        """Return {}: there are no scalars."""
         return {}
 
     def images(self) -> dict[str, Tensor]:
-        """Return images: "best" and "worst", each original before its reconstruction, and the mosaic "codes"."""
+        """Return "best", "worst" and "codes"."""
         images = {name: rearrange(top.pairs, "b two c h w -> (b two) c h w") for name, top in self._extremes().items()}
         mosaic = None if self.code_mosaic is None else self.code_mosaic.render()
         return images if mosaic is None else {**images, "codes": mosaic}
 
     def details(self) -> dict[str, Any]:
-        """Return captions of the images, and the counts of codes."""
         details: dict[str, Any] = {
             name: {"captions": top.captions(self.has_class_logits)} for name, top in self._extremes().items()
         }
@@ -65,7 +56,7 @@ class ImagePanels:
 
 
 class TopErrors:
-    """The `top_k` images with the largest or smallest errors, most extreme first."""
+    """The `top_k` images with the most extreme errors."""
 
     def __init__(self, top_k: int, *, largest: bool) -> None:
         self.top_k, self.largest = top_k, largest
@@ -73,18 +64,15 @@ class TopErrors:
 
     @property
     def count(self) -> int:
-        """Images so far, at most `top_k`."""
         return len(self.errors)
 
     def update(self, errors: Tensor, pairs: Tensor) -> None:
-        """Add pairs (B, 2, 3, H, W) with errors (B,); of equal errors, the earlier stays."""
         self.errors = torch.cat([self.errors.to(errors), errors])
         self.pairs = torch.cat([self.pairs.to(pairs).reshape(-1, *pairs.shape[1:]), pairs])
         order = self.errors.argsort(stable=True, descending=self.largest)[: self.top_k]
         self.errors, self.pairs = self.errors[order], self.pairs[order]
 
     def captions(self, has_class_logits: bool) -> list[str]:
-        """Return the PSNR of each image, or the percentage of pixels with a wrong class."""
         if has_class_logits:
             return [f"{100 * value:.1f} % wrong" for value in self.errors.tolist()]
         decibel = (-10 * self.errors.log10()).clamp(max=MAX_PSNR)
@@ -92,14 +80,13 @@ class TopErrors:
 
 
 class CodeMosaic:
-    """Counts of the codes, and the mean reconstruction under each code."""
+    """Counts of codes, and the mean reconstruction under each."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
         self.sums: Tensor | None = None
 
     def update(self, batch: Reconstruction) -> None:
-        """Add a batch; several codebooks of one vocabulary are counted together."""
         self.counts += torch.bincount(batch.indices.flatten(), minlength=len(self.counts))
         patches = _code_patches(batch)
         if patches is None or patches.shape[1:].numel() * len(self.counts) > MAX_MOSAIC_ELEMENTS:
@@ -111,10 +98,7 @@ class CodeMosaic:
             self.sums.index_add_(0, codebook_indices.flatten(), patches)
 
     def render(self) -> Tensor | None:
-        """Return one image (1, 3, H, W) of the mean patches by descending count; unused codes are white.
-
-        None if codes do not cover square patches, or before the first update.
-        """
+        """Return the mean patches by descending count (1, 3, H, W); None if they are not square."""
         if self.sums is None:
             return None
         order = self.counts.argsort(stable=True, descending=True)[:MAX_MOSAIC_CODES]
@@ -126,14 +110,13 @@ class CodeMosaic:
 
 
 def per_image_errors(batch: Reconstruction) -> Tensor:
-    """Return the mean squared error of each image (B,) on [0, 1]; of class logits, the share of wrong pixels."""
+    """Return mean squared errors on [0, 1], or shares of wrong pixels (B,)."""
     if batch.images.shape[1] > 3:
         return (batch.reconstructions.argmax(1) != batch.images.argmax(1)).float().flatten(1).mean(1)
     return ((batch.reconstructions - batch.images).float() / 2).square().flatten(1).mean(1)
 
 
 def _code_patches(batch: Reconstruction) -> Tensor | None:
-    """Split reconstructions into the patch under each code (B h w, 3, s, s); None if patches are not square."""
     if batch.indices.ndim < 3:
         return None
     rows, columns = batch.indices.shape[1:3]

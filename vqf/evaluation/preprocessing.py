@@ -1,4 +1,4 @@
-"""Preprocessing by a protocol: cropping to the image size, and rounding to 8 bits."""
+"""Preprocessing by a protocol: cropping and rounding to 8 bits."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,10 +18,10 @@ FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 
 def crop_split(split: Split, size: Size, crop: str, resize: str) -> Split:
-    """Return a split whose images are cropped as a protocol says, without augmentation.
+    """Return a split cropped as a protocol says.
 
     Raises:
-        UserError: If the split does not read files.
+        UserError: If it does not read files.
     """
     if crop == "source":
         return split
@@ -33,7 +33,7 @@ def crop_split(split: Split, size: Size, crop: str, resize: str) -> Split:
 
 
 class CroppedSplit:
-    """The image files of a split, each cropped by a function of (image, size)."""
+    """The image files of a split, cropped."""
 
     def __init__(self, files: ImageFileSplit, size: Size, crop: Callable[[Image.Image, Size], Image.Image]) -> None:
         self.files, self.size, self.crop = files, size, crop
@@ -44,10 +44,10 @@ class CroppedSplit:
         return len(self.files.names)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return an image; the same in every epoch.
+        """Return an image.
 
         Raises:
-            UserError: If it cannot be read: an evaluation must not replace images.
+            UserError: If it cannot be read.
         """
         try:
             pixels = np.array(self.crop(self.files.file(index).load_image(), self.size), dtype=np.uint8)
@@ -60,10 +60,7 @@ class CroppedSplit:
 
 
 def center_crop(image: Image.Image, size: Size, resize: str) -> Image.Image:
-    """Resize an RGB image so that it just covers `size`, then crop the center.
-
-    Equal to torchvision's Resize and CenterCrop in every pixel; these round the longer side down.
-    """
+    """Resize an image to just cover `size`, then crop the center, as torchvision does."""
     height, width = size
     # In integers: in floats, a side that is exact could round down to one less.
     resized = max(height * image.width // image.height, width), max(width * image.height // image.width, height)
@@ -73,10 +70,7 @@ def center_crop(image: Image.Image, size: Size, resize: str) -> Image.Image:
 
 
 def adm_center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """Halve an RGB image with a box filter while it is at least twice `size`; then resize bicubically, and crop.
-
-    Equal to center_crop_arr of guided-diffusion in every pixel; it rounds the longer side to the nearest.
-    """
+    """Halve an image while it is at least twice `size`, then resize and crop, as guided-diffusion's center_crop_arr."""
     height, width = size
     while min(image.width / width, image.height / height) >= 2:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -87,19 +81,19 @@ def adm_center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _resize_linear(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Interpolate bilinearly without antialiasing, as cv2 does."""
+    """Interpolate without antialiasing, as cv2 does."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     scaled = F.interpolate(pixels, size=(size[1], size[0]), mode="bilinear", align_corners=False)
     return Image.fromarray(scaled[0].round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def round_to_8bit(images: Tensor, rounding: str) -> Tensor:
-    """Quantize images to 8 bits, in [-1, 1] before and after; with "none", only clamp."""
+    """Quantize images in [-1, 1] to 8 bits; with "none", only clamp."""
     images = images.float().clamp(-1, 1)
     return images if rounding == "none" else to_uint8(images, rounding).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
-    """Convert images in [-1, 1] to uint8, rounding to the nearest or down ("truncate")."""
+    """Convert images in [-1, 1] to uint8, rounding to the nearest or down."""
     levels: Any = (images + 1) * 127.5
     return (levels if rounding == "truncate" else levels.round()).to(torch.uint8)

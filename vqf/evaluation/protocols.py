@@ -1,6 +1,6 @@
-"""Evaluation protocols: what is measured on which images. Every line is in the result file, and in its hash.
+"""Evaluation protocols: what is measured on which images.
 
-Crop, rounding and reference change an FID by more than two models differ; the presets are those of papers.
+Crop, rounding and reference change an FID by more than two models differ.
 """
 
 import hashlib
@@ -29,8 +29,7 @@ class ReconstructionProtocol:
         part: Split to reconstruct: `validation` or `train`.
         count: Number of images, at least 2, spread evenly over the split; all by default.
         crop: `source` keeps the crop of the data source; `center` resizes the shorter side to the image size and crops
-            the center; `adm` first halves the image with a box filter while it is at least twice as large, as
-            guided-diffusion's center_crop_arr.
+            the center; `adm` crops as guided-diffusion's center_crop_arr, which first halves large images.
         resize: The filter of `crop=center`: one of Pillow's, with antialiasing, or `linear`, without.
         rounding: How reconstructions become 8-bit pixels: `nearest`, `truncate` as guided-diffusion and
             taming-transformers, or `none`. Real images are rounded to the nearest, or with `none` not at all.
@@ -58,8 +57,7 @@ class ReconstructionProtocol:
 class RFIDValProtocol(ReconstructionProtocol):
     """rFID as tokenizer papers report it: all validation images, center-cropped, against their reconstructions.
 
-    1d-tokenizer crops as here, LlamaGen with `protocol.crop=adm`; originals of another crop cost whole points
-    (https://github.com/showlab/D-AR/issues/3).
+    1d-tokenizer crops as here, LlamaGen with `protocol.crop=adm` (https://github.com/showlab/D-AR/issues/3).
     """
 
     crop: Crop = "center"
@@ -140,9 +138,9 @@ class GFIDTrainProtocol(GenerationProtocol):
 class GFIDADMProtocol(GenerationProtocol):
     """50,000 samples of uniformly drawn classes against a reference batch of ADM, with pixels truncated as there.
 
-    Diffusion Models Beat GANs on Image Synthesis, https://arxiv.org/abs/2105.05233. Its batches, such as
-    VIRTUAL_imagenet256_labeled.npz (https://github.com/openai/guided-diffusion/tree/main/evaluations), hold moments of
-    the full training set, and 10,000 images for precision and recall. sFID is not offered.
+    Diffusion Models Beat GANs on Image Synthesis, https://arxiv.org/abs/2105.05233, whose batches
+    (https://github.com/openai/guided-diffusion/tree/main/evaluations) hold moments of the full training set and
+    10,000 images.
 
     Args:
         reference: The .npz file.
@@ -156,13 +154,13 @@ class GFIDADMProtocol(GenerationProtocol):
 
 
 def stable_hash(facts: Mapping[str, Any]) -> str:
-    """Hash the lines of a protocol, in any order, but for a line `hash`; returns 16 hexadecimal digits."""
+    """Hash lines in any order to 16 hexadecimal digits."""
     lines = json.dumps({key: value for key, value in facts.items() if key != "hash"}, sort_keys=True)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def preprocessing_lines(crop: str, resize: str) -> dict[str, str]:
-    """Return the lines for crop and resize filter; options without effect make no difference."""
+    """Return the lines for crop and resize filter."""
     return {"crop": crop, "resize": {"source": "by the data source", "adm": "box, bicubic"}.get(crop, resize)}
 
 

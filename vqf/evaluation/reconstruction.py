@@ -1,4 +1,4 @@
-"""Evaluates a tokenizer: metrics over reconstructions, and a preview of them."""
+"""Evaluates the reconstructions of a tokenizer."""
 
 from collections.abc import Iterable, Mapping
 
@@ -32,13 +32,13 @@ def build_metrics(config: DictConfig, vocab_size: int, engine: Engine) -> dict[s
 
 
 def metric_directions(config: DictConfig) -> dict[str, bool]:
-    """Return whether higher is better, by key, for the metrics of a config that declare it."""
+    """Return whether higher is better, by key."""
     metrics = [find_component("metric", node.name).target for node in group_nodes(config, "metric").values()]
     return {key: higher for metric in metrics for key, higher in getattr(metric, "higher_is_better", {}).items()}
 
 
 def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstruction:
-    """Encode and decode images; class maps are returned in the colors of their classes, for metrics of images."""
+    """Encode and decode images; class maps become colors."""
     assert batch.images is not None
     with torch.no_grad(), engine.autocast():
         indices = tokenizer.encode(batch.images)
@@ -49,11 +49,7 @@ def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstru
 def evaluate(
     tokenizer: Tokenizer, batches: Iterable[Batch], count: int, metrics: Mapping[str, Metric], engine: Engine
 ) -> dict[str, float]:
-    """Reconstruct `count` images and compute every metric over them; returns them in every process.
-
-    Every process reconstructs its share of a batch. The main process updates the metrics with the full batch, so that
-    metrics need no collectives.
-    """
+    """Reconstruct `count` images and compute every metric, in every process."""
     tokenizer.eval()
     with terminal.progress("evaluate", count) as bar:
         for batch in batches:
@@ -69,13 +65,13 @@ def evaluate(
 
 
 def gather_to_main(local: Reconstruction, count: int) -> Reconstruction | None:
-    """Gather the first `count` reconstructions of all processes in the main one; None in the others."""
+    """Gather the first `count` reconstructions; None outside the main process."""
     fields = {name: None if rows is None else comm.gather_rows(rows, count) for name, rows in vars(local).items()}
     return Reconstruction(**fields) if comm.is_main() else None  # type: ignore[arg-type]
 
 
 def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int = MAX_PREVIEW_PAIRS) -> Tensor:
-    """Return images spread evenly over a split, each before its reconstruction (2 * count, 3, H, W)."""
+    """Return originals, each before its reconstruction (2 * count, 3, H, W)."""
     count = min(count, len(split))
     samples = [split.item(0, i * len(split) // count) for i in range(count)]
     batch = reconstruct(tokenizer, Batch.collate(samples).to(engine.device), engine)
@@ -86,7 +82,7 @@ def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int 
 def evaluate_and_preview(
     tokenizer: Tokenizer, split: Split, batches: Iterable[Batch], count: int, config: DictConfig, engine: Engine
 ) -> ValidationResult:
-    """Evaluate the metrics of a config on `count` images of a split; the main process adds previews."""
+    """Evaluate `count` images, with previews in the main process."""
     metrics = build_metrics(config, tokenizer.vocab_size, engine)
     panels = ImagePanels(tokenizer.vocab_size, engine.device)
     scalars = evaluate(tokenizer, batches, count, {**metrics, "panels": panels}, engine)

@@ -1,4 +1,4 @@
-"""The result of an evaluation, and its file: metrics with everything that they depend on."""
+"""The result of an evaluation, and its file."""
 
 import json
 import math
@@ -43,14 +43,7 @@ class EvaluationResult:
     details: dict[str, Any] = field(default_factory=dict)  # JSON by name of images
 
     def add(self, metric: object, result: SetMetricResult, settings: dict[str, Any], prefix: str = "") -> None:
-        """Add the values of a metric.
-
-        Args:
-            metric: May declare `higher_is_better` by key.
-            result: Its values.
-            settings: Its options.
-            prefix: In front of keys: "r" for reconstructions, as in rfid.
-        """
+        """Add a metric; keys get the prefix, such as "r" in rfid."""
         directions: Mapping[str, bool] = getattr(metric, "higher_is_better", {})
         declared_prefix = getattr(metric, "reconstruction_prefix", "")  # keys are declared for reconstructions
         self.values |= {f"{prefix}{key}": value for key, value in result.values.items()}
@@ -61,16 +54,13 @@ class EvaluationResult:
                 self.higher_is_better[f"{prefix}{key}"] = higher
 
     def set_protocol(self, lines: dict[str, Any]) -> None:
-        """Set the lines of the protocol, and add their hash."""
         self.protocol = lines | {"hash": stable_hash(lines)}
 
     @property
     def folder_name(self) -> str:
-        """Folder of results by this protocol: its name and hash."""
         return f"{self.protocol['name']}-{self.protocol['hash'][:8]}"
 
     def print_table(self) -> None:
-        """Print values, intervals and floors."""
         rows = [
             (key, format_number(value), _format_interval(self.intervals.get(key)), _format_floor(self.floors.get(key)))
             for key, value in self.values.items()
@@ -80,18 +70,18 @@ class EvaluationResult:
 
 
 def checkpoint_info(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Identify the checkpoint that was evaluated."""
+    """Identify a checkpoint."""
     sha256 = manifest_sha256(checkpoint)
     return {"kind": checkpoint.kind, "step": checkpoint.step, "path": str(checkpoint.path), "sha256": sha256}
 
 
 def manifest_sha256(checkpoint: Checkpoint) -> str:
-    """Hash a checkpoint: its manifest, which has the hashes of all its files."""
+    """Hash a checkpoint's manifest."""
     return sha256_of_file(checkpoint.path / MANIFEST)
 
 
 def environment(seconds: float, device: str) -> dict[str, Any]:
-    """Return command, versions, device, time and commit for the result file."""
+    """Return command, versions, device and time."""
     return {
         "command": command_line(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -104,19 +94,12 @@ def environment(seconds: float, device: str) -> dict[str, Any]:
 def save(
     result: EvaluationResult, checkpoint: Checkpoint, environment_info: dict[str, Any], run: Path, run_dir: Path
 ) -> Path:
-    """Write `metrics.json` below the run that was evaluated, and a copy in the folder of this evaluation.
+    """Write `metrics.json` below the evaluated `run`, and a copy in the evaluation's `run_dir`.
 
-    Metrics of earlier evaluations of the same checkpoint by the same protocol are kept, with their commands.
-
-    Args:
-        result: To write.
-        checkpoint: That was evaluated.
-        environment_info: See `environment`.
-        run: Folder of the run that was evaluated.
-        run_dir: Folder of this evaluation.
+    Metrics of earlier evaluations of the same checkpoint by the same protocol are kept.
 
     Returns:
-        The path below the run, or that of the copy if the run's folder is not writable.
+        The path below the run, or that of the copy if the run is not writable.
     """
     content = {key: _json_safe(getattr(result, key)) for key in PER_METRIC_FIELDS}
     content["commands"] = [{"metrics": list(result.values), **environment_info}]
@@ -137,7 +120,6 @@ def save(
 
 
 def _merge(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two results; a metric that is in both has only the values of the new one."""
     replaced = new["values"].keys()
     fields = {
         key: {name: value for name, value in earlier.get(key, {}).items() if name not in replaced} | new[key]
@@ -155,7 +137,6 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _json_safe(value: Any) -> Any:
-    """Replace nan and the infinities, which JSON does not have, by null."""
     if isinstance(value, Mapping):
         return {key: _json_safe(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

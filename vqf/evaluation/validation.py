@@ -1,4 +1,4 @@
-"""The result of a validation, passed from a training task to the trainer."""
+"""The result of a validation."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,5 +15,4 @@ class ValidationResult:
     details: dict[str, Any] = field(default_factory=dict)  # JSON by name of images: captions, counts of codes
 
     def merge(self, other: "ValidationResult") -> "ValidationResult":
-        """Combine two results; on equal keys the other's has precedence."""
         return ValidationResult(self.scalars | other.scalars, self.images | other.images, self.details | other.details)

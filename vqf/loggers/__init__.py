@@ -1,4 +1,4 @@
-"""Loggers of scalars and images: console, image grids, report page, TensorBoard, Weights & Biases."""
+"""Loggers of scalars and images."""
 
 from vqf.loggers import console, images, tensorboard, wandb
 from vqf.loggers.report import page

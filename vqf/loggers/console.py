@@ -1,4 +1,4 @@
-"""The console logger: validation metrics on the terminal and in the run's log.txt."""
+"""The console logger."""
 
 import logging
 from collections.abc import Mapping
@@ -12,10 +12,9 @@ from vqf.terminal import format_number
 
 @register("logger", "console")
 class ConsoleLogger:
-    """Prints the metrics of every validation in one line; those of training are in the progress bar."""
+    """Prints the metrics of every validation in one line."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Print validation metrics."""
         metrics = "  ".join(
             f"{key.removeprefix(VALIDATION_PREFIX)} {format_number(value)}"
             for key, value in values.items()

@@ -1,4 +1,4 @@
-"""Grids of images, and PNG files of grids that can be split into the images again."""
+"""Grids of images that can be split again."""
 
 import json
 from pathlib import Path
@@ -20,17 +20,17 @@ IMAGES_PER_ITEM = {"reconstructions": 2, "best": 2, "worst": 2, "conditions": 2,
 
 
 def images_per_item(name: str) -> int:
-    """Return how many successive images belong together; a suffix, as in "conditions-map", does not matter."""
+    """Return how many images belong together."""
     return IMAGES_PER_ITEM.get(name.partition("-")[0], 1)
 
 
 def grid_columns(name: str) -> int:
-    """Return the images in a row: the largest number up to `COLUMNS` that keeps items in one row."""
+    """Return the images in a row, at most `COLUMNS`."""
     return COLUMNS - COLUMNS % images_per_item(name)
 
 
 def make_grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
-    """Lay images (B, 3, H, W) in [-1, 1] out row by row, rounded to 8 bits, with white gaps."""
+    """Lay images (B, 3, H, W) in [-1, 1] out row by row."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     scale = _scale(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -43,7 +43,7 @@ def make_grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
 
 
 def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
-    """Write a grid as a PNG file that `split_grid` can read."""
+    """Write a PNG file that `split_grid` can read."""
     layout = {
         "count": len(images),
         "columns": min(columns, len(images)),
@@ -57,7 +57,7 @@ def save_grid(images: Tensor, path: Path, columns: int = COLUMNS) -> None:
 
 
 def split_grid(path: Path) -> list[Image.Image]:
-    """Return the images of a grid in their original size; a PNG file without a layout is one image.
+    """Return the images of a grid; a file without a layout is one image.
 
     Raises:
         OSError, ValueError, LookupError, TypeError: If the file is broken.

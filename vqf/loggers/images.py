@@ -1,4 +1,4 @@
-"""The images logger: grids as PNG files."""
+"""The images logger."""
 
 import shutil
 from collections.abc import Mapping
@@ -28,7 +28,6 @@ class ImageLogger:
         """Ignore scalars."""
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Write a grid; slashes in the name become dashes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = name.replace("/", "-")
         path = self.folder / f"{name}-{step:08d}.png"
@@ -36,8 +35,7 @@ class ImageLogger:
         shutil.copyfile(path, self.folder / f"{name}-latest.png")
 
     def close(self) -> None:
-        """Do nothing: every grid is on disk already."""
+        """Do nothing."""
 
     def _max_images(self, name: str) -> int:
-        """Round the limit down to complete items, but to one item at least."""
         return max(self.limit // images_per_item(name), 1) * images_per_item(name)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TensorBoardLogger:
     """Writes scalars, images and the config into `tensorboard/` of the run's folder.
 
-    A resumed run continues the same curves; points that the interrupted process wrote after the checkpoint are hidden.
+    A resumed run continues the same curves.
 
     Args:
         run_dir: The run's folder.
@@ -36,22 +36,19 @@ class TensorBoardLogger:
         self.writer: SummaryWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars."""
         for key, value in values.items():
             self._open(step).add_scalar(key, value, step)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Write a grid of images."""
         self._open(step).add_image(name, np.asarray(make_grid(images)), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close the file."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
 
     def _open(self, step: int) -> "SummaryWriter":
-        """Open the event file. Only the first step that is logged tells which points of an earlier process to purge."""
+        """Open the file; later points of an earlier process are purged."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -24,9 +24,8 @@ ID_FILE = "wandb.json"  # in the run's folder: the id of the run at wandb
 class WandbLogger:
     """Sends a run to Weights & Biases, or keeps it in the run's folder for `wandb sync`.
 
-    The stages of pipeline=full share one run, with the prefixes `stage1/` and `stage2/`; a resumed run keeps its id.
-    After an error of wandb, the run continues without it, with one warning. The API key comes from `wandb login` or
-    the environment, never from the config.
+    The stages of pipeline=full share one run. After an error of wandb, the run continues without it. The config never
+    holds the API key.
 
     Args:
         run_dir: The run's folder.
@@ -67,12 +66,9 @@ class WandbLogger:
         self._try(lambda: self._init_run(config, {"mode": _resolve_mode(mode), **init_options}))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars."""
         self._try(lambda: self._log(step, values))
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Log a grid of images."""
-
         def send() -> None:
             import wandb
 
@@ -81,7 +77,7 @@ class WandbLogger:
         self._try(send)
 
     def close(self) -> None:
-        """Log the table of code counts as an artifact; finish the run, unless other stages follow."""
+        """Finish the run, unless other stages follow."""
         self._try(self._finish)
         self.disabled = True
 
@@ -171,7 +167,6 @@ def _resolve_mode(mode: str) -> str:
 
 
 def _has_key() -> bool:
-    """Tell whether `wandb login` or the environment provides a key; wandb itself could prompt for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -182,6 +177,5 @@ def _has_key() -> bool:
 
 
 def _code_counts(path: Path) -> list[int]:
-    """Return the counts of codes over the validation images; [] if they were not counted."""
     codes = read_json(path).get("codes")
     return codes.get("counts", []) if isinstance(codes, dict) else []

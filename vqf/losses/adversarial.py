@@ -1,7 +1,7 @@
-"""GAN objectives of a tokenizer, and the adaptive weight of the generator's loss.
+"""GAN objectives of a tokenizer.
 
 VQGAN, https://arxiv.org/abs/2012.09841, equations 5 to 7. The generator's loss is multiplied by
-λ = |∇ L_rec| / (|∇ L_GAN| + δ), with both gradients taken at the decoder's last layer.
+λ = |∇ L_rec| / (|∇ L_GAN| + δ), with gradients at the decoder's last layer.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from vqf.registry import register
 
 
 class AdversarialObjective:
-    """Schedule and weight of the GAN loss; subclasses add the two losses.
+    """Schedule and weight of the GAN loss.
 
     Args:
         steps: Steps of the run; options below 1 are fractions of it.
@@ -60,14 +60,14 @@ class AdversarialObjective:
         self.refresh_fakes = refresh_fakes
 
     def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
-        """Compute the weight () of the generator's loss from both gradients at the last layer, of any one shape."""
+        """Compute the weight () from gradients at the last layer."""
         if not self.adaptive:
             return torch.full((), self.base_weight, device=rec_grad.device)
         ratio = rec_grad.norm() / (gan_grad.norm() + self.delta)
         return self.base_weight * ratio.clamp(0, self.max_weight)
 
     def weight_at(self, step: int) -> float:
-        """Multiplier in [0, 1] of the generator's loss at a step; 0 until the warmup has ended."""
+        """Return the multiplier in [0, 1] of the generator's loss."""
         if step < self.generator_start_step:
             return 0.0
         return min((step - self.generator_start_step + 1) / (self.ramp_steps + 1), 1.0)
@@ -78,19 +78,17 @@ class Hinge(AdversarialObjective):
     """Hinge loss, https://arxiv.org/abs/1705.02894, as in the code of VQGAN."""
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """-E[D(x̂)], from logits."""
+        """-E[D(x̂)]."""
         return -fake.mean()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """½ (E[max(0, 1 - D(x))] + E[max(0, 1 + D(x̂))]), from logits."""
+        """½ (E[max(0, 1 - D(x))] + E[max(0, 1 + D(x̂))])."""
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 @register("adversary", "vanilla")
 class Vanilla(AdversarialObjective):
     """The original objective with logits, https://arxiv.org/abs/1406.2661, in VQGAN's `vanilla` form.
-
-    The discriminator maximizes log D(x) + log(1 - D(x̂)).
 
     Args:
         saturating: The generator minimizes log(1 - D(x̂)), as equation 5 is written, whose gradient vanishes where
@@ -106,5 +104,5 @@ class Vanilla(AdversarialObjective):
         return -F.softplus(fake).mean() if self.saturating else -fake.mean()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """-½ (E[log D(x)] + E[log(1 - D(x̂))]), from logits."""
+        """-½ (E[log D(x)] + E[log(1 - D(x̂))])."""
         return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())

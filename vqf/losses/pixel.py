@@ -1,4 +1,4 @@
-"""Pixel losses: mean absolute and mean squared error."""
+"""Pixel losses."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ class L1(nn.Module):
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, C, H, W) with (B, C, H, W) -> ()."""
         return F.l1_loss(reconstructions, images)
 
 
@@ -36,5 +35,4 @@ class L2(nn.Module):
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, C, H, W) with (B, C, H, W) -> ()."""
         return F.mse_loss(reconstructions, images)

@@ -1,4 +1,4 @@
-"""Losses for class maps, whose reconstructions are logits with one channel per class."""
+"""Losses for class maps, reconstructed as logits."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from vqf.registry import register
 class BCE(nn.Module):
     """Binary cross-entropy of every class at every pixel, from logits, as VQGAN trains segmentation maps.
 
-    `BCELossWithQuant` of taming-transformers. Maps are one-hot: 1 in the channel of a pixel's class, 0 elsewhere.
+    `BCELossWithQuant` of taming-transformers. Maps are one-hot.
 
     Args:
         weight: Factor in the total loss.
@@ -23,5 +23,5 @@ class BCE(nn.Module):
         self.weight = weight
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare logits (B, C, H, W) with maps (B, C, H, W) in [0, 1] -> ()."""
+        """Compare logits with maps in [0, 1], both (B, C, H, W)."""
         return F.binary_cross_entropy_with_logits(reconstructions, images)

@@ -1,4 +1,4 @@
-"""Metrics of reconstructions, of codebook usage, and of generated samples."""
+"""Metrics of reconstructions, codebooks and samples."""
 
 from vqf.metrics import codebook, distortion, fid, inception_score, kid, perceptual, prdc
 

@@ -13,8 +13,7 @@ from vqf.registry import register
 class Usage:
     """Codebook usage over all images; several codebooks with one vocabulary are counted together.
 
-    `usage` is the fraction of the codes that occur, `dead_codes` the number of codes that do not, and `perplexity`
-    exp(entropy): the number of evenly used codes with the same entropy.
+    `usage` is the fraction of the codes that occur, `dead_codes` the number that do not, `perplexity` exp(entropy).
     """
 
     indices_only = True
@@ -24,11 +23,9 @@ class Usage:
         self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
 
     def update(self, batch: Reconstruction) -> None:
-        """Count the indices of a batch."""
         self.counts += torch.bincount(batch.indices.flatten(), minlength=len(self.counts))
 
     def compute(self) -> dict[str, float]:
-        """Compute `usage`, `perplexity` and `dead_codes`."""
         frequencies = self.counts.to(accumulation_dtype(self.counts.device)) / self.counts.sum().clamp(min=1)
         used = int((self.counts > 0).sum())
         return {

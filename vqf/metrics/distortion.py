@@ -1,4 +1,4 @@
-"""PSNR and SSIM of reconstructions, on pixels in [0, 1], clamped and not rounded to 8 bits."""
+"""PSNR and SSIM, on pixels in [0, 1]."""
 
 from typing import ClassVar
 
@@ -19,9 +19,8 @@ WINDOW, SIGMA = 11, 1.5
 class PSNR:
     """Peak signal-to-noise ratio in dB, capped at 100.
 
-    `psnr` is the mean over images, as papers report it; `psnr_pooled` is the PSNR of the mean squared error over all
-    images. If the images have masks, `psnr_masked` is the mean over images of the PSNR inside the mask: pixels are
-    weighted by the mask, and images with an empty mask are skipped.
+    `psnr` is the mean over images, as papers report it; `psnr_pooled` is that of the overall mean squared error;
+    `psnr_masked` weights pixels by masks, and skips images with an empty one.
     """
 
     higher_is_better: ClassVar = {"psnr": True, "psnr_pooled": True, "psnr_masked": True}
@@ -30,7 +29,6 @@ class PSNR:
         self.psnr, self.mse, self.masked = RunningMean(device), RunningMean(device), RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
-        """Add a batch."""
         squares = (to_unit_range(batch.reconstructions) - to_unit_range(batch.images)).square()
         errors = squares.mean((1, 2, 3))
         self.mse.update(errors)
@@ -42,13 +40,11 @@ class PSNR:
             self.masked.update(_to_db(masked[mask_area > 0]))
 
     def compute(self) -> dict[str, float]:
-        """Compute `psnr`, `psnr_pooled` and, if there were masks, `psnr_masked`."""
         pooled = float(_to_db(self.mse.total / self.mse.count))
         values = {"psnr": self.psnr.compute(), "psnr_pooled": pooled}
         return values | ({"psnr_masked": self.masked.compute()} if self.masked.count else {})
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals of the means over images."""
         masked = {"psnr_masked": self.masked.interval()} if self.masked.count else {}
         return {"psnr": self.psnr.interval()} | masked
 
@@ -58,8 +54,8 @@ class SSIM:
     """Structural similarity, mean over color channels, positions and images.
 
     Image Quality Assessment: From Error Visibility to Structural Similarity,
-    https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: Gaussian window of 11 x 11, sigma 1.5,
-    K1 = 0.01, K2 = 0.03, evaluated only at positions where the window lies inside the image.
+    https://www.cns.nyu.edu/pub/eero/wang03-reprint.pdf: Gaussian window of 11 x 11 inside the image, sigma 1.5,
+    K1 = 0.01, K2 = 0.03.
     """
 
     higher_is_better: ClassVar = {"ssim": True}
@@ -71,23 +67,21 @@ class SSIM:
         """Add a batch.
 
         Raises:
-            UserError: If the images are smaller than 11 x 11.
+            UserError: If images are below 11 x 11.
         """
         if min(batch.images.shape[2:]) < WINDOW:
             raise UserError(f"metric 'ssim' needs images of {WINDOW} x {WINDOW} or more, not {_size(batch.images)}")
         self.mean.update(ssim(to_unit_range(batch.reconstructions), to_unit_range(batch.images)))
 
     def compute(self) -> dict[str, float]:
-        """Compute `ssim`."""
         return {"ssim": self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % interval of `ssim`."""
         return {"ssim": self.mean.interval()}
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of images (B, C, H, W) with (B, C, H, W), in [0, 1] -> (B,)."""
+    """Compare images (B, C, H, W) in [0, 1] -> (B,)."""
     moments = _gaussian_average(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2))
     mu_x, mu_y, xx, yy, xy = moments.unflatten(0, (5, *x.shape[:2]))
     c1, c2 = 0.01**2, 0.03**2
@@ -97,13 +91,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gaussian_average(planes: Tensor) -> Tensor:
-    """Filter planes (N, H, W) with the Gaussian window -> (N, H - 10, W - 10)."""
     height, width = planes.shape[1:]
     return _window_matrix(height, planes) @ planes @ _window_matrix(width, planes).T
 
 
 def _window_matrix(size: int, like: Tensor) -> Tensor:
-    """Filter matrix (size - 10, size) of one axis. A matrix product is faster than a float64 convolution."""
+    """Filter matrix (size - 10, size), faster than a float64 convolution."""
     offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
     weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), 0)
     return torch.stack([F.pad(weights, (i, size - WINDOW - i)) for i in range(size - WINDOW + 1)])

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to two sets of features.
+"""Frechet distance between two sets of features.
 
 GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (FID), https://arxiv.org/abs/1706.08500
 """
@@ -18,7 +18,6 @@ class FrechetDistance(BaseSetMetric):
     reconstruction_prefix = "r"
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
-        """Compute `fid`, or `fd_<network>` for other networks."""
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
         first, second = ({"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, real))

@@ -1,4 +1,4 @@
-"""Inception Score: how confident a classifier is per image, and how diverse its predictions are.
+"""Inception Score.
 
 Improved Techniques for Training GANs (IS), https://arxiv.org/abs/1606.03498
 """
@@ -20,7 +20,7 @@ TORCH_FIDELITY_SEED = 2020  # its default, which decides the splits
 class InceptionScore(BaseSetMetric):
     """Inception Score, by torch-fidelity; logged as `score_<network>` for other networks.
 
-    exp(mean KL(p(class | image) || p(class))). It depends on the generated images only.
+    exp(mean KL(p(class | image) || p(class))) of the generated images.
 
     Args:
         splits: The score is the mean over this many disjoint subsets of the images; at least 1.
@@ -38,7 +38,7 @@ class InceptionScore(BaseSetMetric):
         """Compute `is`.
 
         Raises:
-            UserError: If the network has no class logits, or there are fewer images than splits.
+            UserError: If there are no class logits, or fewer images than splits.
         """
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 

@@ -1,4 +1,4 @@
-"""Squared maximum mean discrepancy between two sets of features, with a cubic kernel.
+"""Squared maximum mean discrepancy between two sets of features.
 
 Demystifying MMD GANs (KID), https://arxiv.org/abs/1801.01401
 """
@@ -20,8 +20,7 @@ TORCH_FIDELITY_SEED = 2020  # its default, which decides the subsets
 class KID(BaseSetMetric):
     """Kernel Inception distance; logged as `kd_<network>` for other networks.
 
-    The estimator is unbiased: fewer images add noise, not bias. The value is the mean over random subsets, each by
-    torch-fidelity in float64. The interval covers 95 % of the subsets: the noise of a set of that size.
+    The unbiased mean over random subsets, in float64. The interval covers 95 % of them.
 
     Args:
         subsets: Number of random subsets; at least 1.
@@ -39,7 +38,6 @@ class KID(BaseSetMetric):
         self.subsets, self.subset_size = subsets, subset_size
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
-        """Compute `kid` with its interval."""
         from torch_fidelity.metric_kid import kernel_mmd
 
         first, second = (side.features.double().numpy() for side in (generated, real))

@@ -1,4 +1,4 @@
-"""Perceptual metrics of reconstructions, computed as the losses of the same names.
+"""Perceptual metrics of reconstructions.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
@@ -24,7 +24,7 @@ from vqf.registry import register
 
 
 class PerceptualMetric:
-    """Mean over images of a perceptual distance, logged under `name`."""
+    """Mean of a perceptual distance over images."""
 
     def __init__(self, name: str, distance: PerceptualDistance, device: torch.device | str) -> None:
         self.name, self.distance, self.mean = name, distance.to(device), RunningMean(device)
@@ -32,16 +32,13 @@ class PerceptualMetric:
 
     @torch.no_grad()
     def update(self, batch: Reconstruction) -> None:
-        """Add a batch."""
         with full_float32():
             self.mean.update(self.distance(batch.reconstructions.clamp(-1, 1), batch.images.clamp(-1, 1)))
 
     def compute(self) -> dict[str, float]:
-        """Compute the mean."""
         return {self.name: self.mean.compute()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % interval of the mean."""
         return {self.name: self.mean.interval()}
 
 

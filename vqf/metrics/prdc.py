@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how far the supports of two sets of features overlap.
+"""Precision, recall, density and coverage.
 
 Improved Precision and Recall Metric for Assessing Generative Models, https://arxiv.org/abs/1904.06991
 Reliable Fidelity and Diversity Metrics for Generative Models (density, coverage), https://arxiv.org/abs/2002.09797
@@ -22,13 +22,12 @@ CHUNK_ROWS = 1000  # rows of a distance matrix in memory at once
 class PRDC(BaseSetMetric):
     """Precision, recall, density and coverage, in float64; logged as `precision_<network>` for other networks.
 
-    Precision and recall are computed by torch-fidelity. All generated images are used, and at most `images` real
-    ones, as ADM's evaluation compares 50,000 samples with 10,000 images. Papers use Inception (ADM) or VGG16.
+    Papers use Inception (ADM) or VGG16.
 
     Args:
         neighbours: k of the nearest neighbors of precision and recall.
         wider: k of the nearest neighbors of density and coverage.
-        images: Maximum number of real images, spread evenly over a larger set.
+        images: Maximum number of real images, spread evenly over a larger set; 10,000 in ADM's evaluation.
     """
 
     higher_is_better: Mapping[str, bool] = {
@@ -53,7 +52,7 @@ class PRDC(BaseSetMetric):
         """Compute the four values.
 
         Raises:
-            UserError: If a set has too few images for that many neighbors.
+            UserError: If a set has too few images.
         """
         from torch_fidelity.metric_prc import calculate_precision_recall_part
 
@@ -75,8 +74,8 @@ class PRDC(BaseSetMetric):
 def density_coverage(real: Tensor, generated: Tensor, neighbours: int) -> tuple[float, float]:
     """Density and coverage of generated features (n, D) relative to real ones (m, D).
 
-    Every real image has a ball that reaches to its k-th nearest real neighbor. Density is the mean number of balls
-    that contain a generated image, divided by k; coverage is the fraction of balls that contain any.
+    Each real image has a ball up to its k-th nearest real neighbor. Density is the mean number of balls that contain a
+    generated image, divided by k; coverage is the fraction of balls that contain any.
     """
     inside, covered = 0, 0
     for chunk in real.split(CHUNK_ROWS):

@@ -1,4 +1,4 @@
-"""Mean over images, independent of the batch size, with a bootstrap interval."""
+"""Mean over images, with a bootstrap interval."""
 
 import numpy as np
 import torch
@@ -9,10 +9,7 @@ MAX_DRAWS_AT_ONCE = 2**18  # random indices in memory at once
 
 
 class RunningMean:
-    """Mean over all added values, summed in float64 on their device.
-
-    Totals stay on the device: reading one on the CPU would wait for the GPU at every batch.
-    """
+    """Mean over values, summed in float64 on their device."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.total = torch.zeros((), dtype=accumulation_dtype(device), device=device)
@@ -20,22 +17,20 @@ class RunningMean:
         self.values: list[Tensor] = []
 
     def update(self, values: Tensor) -> None:
-        """Add values (B,)."""
         self.total += values.sum(dtype=self.total.dtype)
         self.count += values.numel()
         self.values.append(values.detach())
 
     def compute(self) -> float:
-        """The mean; nan before the first value."""
+        """Return the mean, or nan without values."""
         return float(self.total / self.count)
 
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the mean; nan before the first value."""
         return bootstrap_interval(torch.cat(self.values).double().cpu().numpy()) if self.count else (np.nan, np.nan)
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (n,), with a fixed seed."""
+    """95 % percentile bootstrap interval of the mean of values (n,)."""
     random = np.random.default_rng(0)
     rows = min(-(-MAX_DRAWS_AT_ONCE // len(values)), RESAMPLES)
     draws = (random.integers(len(values), size=(rows, len(values))) for _ in range(0, RESAMPLES, rows))
@@ -45,10 +40,10 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """float64, or float32 on MPS, which has no float64."""
+    """float64, or float32 on MPS."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Scale images from [-1, 1] to [0, 1] in float64, clamped, not rounded to 8 bits."""
+    """Scale images from [-1, 1] to [0, 1] in float64, clamped."""
     return (images.to(accumulation_dtype(images.device)).clamp(-1, 1) + 1) / 2

@@ -1,4 +1,4 @@
-"""Base class of the metrics that compare two sets of images by features of a network."""
+"""Base class of the metrics that compare two sets of images."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from vqf.protocols import FeatureSet, Reconstruction, SetMetricResult
 
 
 class BaseSetMetric:
-    """Compares generated with real images; in the evaluation of a tokenizer, reconstructions with originals.
+    """Compares generated with real images, or reconstructions with originals.
 
     Args:
         device: Device of the feature network.
@@ -39,19 +39,16 @@ class BaseSetMetric:
         self.real, self.generated = FeatureAccumulator(self.network), FeatureAccumulator(self.network)
 
     def update(self, batch: Reconstruction) -> None:
-        """Add a batch of originals and reconstructions."""
         self.real.update(batch.images)
         self.generated.update(batch.reconstructions)
 
     def compute(self) -> dict[str, float]:
-        """Compare the reconstructions with the originals."""
         values = self.compare(self.real.compute(), self.generated.compute()).values
         return {f"{self.reconstruction_prefix}{key}": value for key, value in values.items()}
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:
-        """Compare two sets of features."""
         raise NotImplementedError
 
     def metric_name(self, inception_name: str, other_name: str) -> str:
-        """Log key of a value: the name in papers is reserved for the Inception network."""
+        """Return the name in papers for the Inception network only."""
         return inception_name if self.network.name == INCEPTION else f"{other_name}_{self.network.name}"

@@ -1,1 +1,1 @@
-"""Frozen networks: perceptual distances, feature extractors, and their weight files."""
+"""Frozen networks and their weight files."""

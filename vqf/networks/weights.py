@@ -1,4 +1,4 @@
-"""Weight files: download, checksum, and safe reading."""
+"""Weight files: download, checksum, safe reading."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from vqf.hashing import sha256_of_file, sha256_of_tensors
 
 
 def hub_file(url: str, description: str, hint: str) -> Path:
-    """Return the path of a file in torch's hub folder; download it if absent, and check the sha256 in its name.
+    """Return a file in torch's hub folder; download it if absent, and check the sha256 in its name.
 
     Raises:
         UserError: If it cannot be downloaded; the message ends with `hint`.
@@ -26,7 +26,7 @@ def hub_file(url: str, description: str, hint: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a weight file, .safetensors or torch's, without executing pickled code.
+    """Read a weight file without executing pickled code.
 
     Raises:
         UserError: If it is not a weight file.
@@ -42,7 +42,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def verify_checksum(path: Path) -> Path:
-    """Check that a file's sha256 begins with the digits at the end of its name; return the path."""
+    """Check that a file's sha256 begins with the digits in its name."""
     if not sha256_of_file(path).startswith(path.stem.rpartition("-")[2]):
         raise UserError(
             f"{path}: damaged (its sha256 differs from the one in its name); delete it or reinstall its package"
@@ -51,5 +51,5 @@ def verify_checksum(path: Path) -> Path:
 
 
 def fingerprint(module: nn.Module, *facts: object) -> str:
-    """Hash the weights of a network, and further values that decide its output, to 16 hex digits."""
+    """Hash weights and further facts to 16 hex digits."""
     return sha256_of_tensors(module.state_dict(), *facts)[:16]

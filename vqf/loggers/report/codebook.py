@@ -1,4 +1,4 @@
-"""The codebook and the confusion matrix of a run, for its page."""
+"""The codebook and the confusion matrix of a run."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ class CodebookSection:
 
 
 def codebook_section(parts: Iterable[RunPart]) -> CodebookSection | None:
-    """Render the codebook of the first part that counted its codes; None if no part did."""
+    """Render the codebook of the first part with counts."""
     mosaic_and_details = code_mosaic(parts)
     if mosaic_and_details is None:
         return None
@@ -39,7 +39,7 @@ def codebook_section(parts: Iterable[RunPart]) -> CodebookSection | None:
 
 
 def usage_heatmap(counts: Sequence[int]) -> Image.Image:
-    """Render a pixel for each code, row by row in a square, brighter with log(1 + count); unused codes are red."""
+    """Render a pixel for each code, brighter with log(1 + count); unused codes are red."""
     from matplotlib import colormaps
 
     side = math.ceil(math.sqrt(len(counts)))
@@ -62,10 +62,7 @@ def _caption(counts: Sequence[int]) -> str:
 
 
 def confusion_rows(details: Mapping[str, Any], max_classes: int = 16) -> list[tuple[str, list[int], int]]:
-    """Return the confusion matrix of samples as rows (class, samples by predicted class, samples in all).
-
-    Empty if there is none, or if it has more than `max_classes` classes.
-    """
+    """Return rows (class, samples by predicted class, samples in all); [] above `max_classes` classes."""
     classes = details.get("classes")
     if not isinstance(classes, Mapping) or not 0 < len(classes.get("names", ())) <= max_classes:
         return []

@@ -1,4 +1,4 @@
-"""Curves as inline SVG, in the text color and font of the page around them."""
+"""Curves as inline SVG."""
 
 import io
 import math
@@ -14,7 +14,7 @@ SMOOTH_FROM, BINS = 60, 40  # from so many points on, training curves are drawn 
 
 
 def curve(series: Mapping[str, Points]) -> str:
-    """Plot the series "training" and "validation" over steps; returns an SVG element."""
+    """Plot "training" and "validation" over steps as an SVG element."""
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
@@ -27,7 +27,7 @@ def curve(series: Mapping[str, Points]) -> str:
 
 
 def usage_curve(counts: Sequence[int]) -> str:
-    """Plot the counts of codes, given in descending order, against uniform usage; returns an SVG element."""
+    """Plot descending counts of codes as an SVG element."""
 
     def draw(axes: Any) -> None:
         axes.fill_between(range(len(counts)), counts, step="post", color=COLORS["training"], alpha=0.35, linewidth=0)
@@ -83,7 +83,7 @@ def _bin_means(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _inline(svg: str) -> str:
-    """Strip what matplotlib writes around the element and what the page decides: namespaces, size, color, font."""
+    """Strip what the page decides: size, color, font."""
     svg = svg[svg.index("<svg") :].replace(TEXT_COLOR, "currentColor")
     for unwanted in (
         r"<metadata>.*?</metadata>",

@@ -1,4 +1,4 @@
-"""The images of a run as its page shows them: grids split into single images, related images side by side."""
+"""The images of a run as its page shows them."""
 
 import base64
 import hashlib
@@ -37,7 +37,7 @@ SHOWN_ELSEWHERE = {"codes"}  # in the section about the codebook
 
 @dataclass
 class GalleryItem:
-    """Images that belong together, and the caption under them."""
+    """Images that belong together, with their caption."""
 
     images: list[str]  # data: URIs
     caption: str = ""
@@ -45,7 +45,7 @@ class GalleryItem:
 
 @dataclass
 class Group:
-    """The items of one class; without a title if the gallery has no classes."""
+    """The items of one class."""
 
     items: list[GalleryItem]
     title: str = ""
@@ -64,17 +64,15 @@ class Gallery:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the groups are classes."""
         return any(group.title for group in self.groups)
 
     @property
     def count(self) -> int:
-        """The number of items."""
         return sum(len(group.items) for group in self.groups)
 
 
 def read_galleries(run_dir: Path, parts: Iterable[RunPart]) -> list[Gallery]:
-    """Read the newest images of a run and its stages, without duplicates, in the order of `TITLES`."""
+    """Read the newest images of a run and its stages."""
     galleries = [
         gallery
         for name, part, path in _latest_images(run_dir, parts)
@@ -89,14 +87,7 @@ def read_galleries(run_dir: Path, parts: Iterable[RunPart]) -> list[Gallery]:
 
 
 def read_gallery(name: str, heading: str, path: Path, details: Mapping[str, Any]) -> Gallery | None:
-    """Split a grid into a gallery; None if the file is broken.
-
-    Args:
-        name: Of the images, such as "samples" or "conditions-map".
-        heading: Of the stage.
-        path: A PNG file, usually by `save_grid`.
-        details: Captions and labels by name, from `details.json`.
-    """
+    """Split a grid into a gallery; None if the file is broken."""
     try:
         tiles = [to_data_uri(tile) for tile in split_grid(path)]
     except (OSError, ValueError, LookupError, TypeError):  # truncated: its writer was killed
@@ -123,7 +114,7 @@ def to_data_uri(image: Image.Image) -> str:
 
 
 def code_mosaic(parts: Iterable[RunPart]) -> tuple[str, Mapping[str, Any]] | None:
-    """Return mosaic (a data: URI, or "") and details of the codes, of the first part that counted them."""
+    """Return a data: URI, or "", and details of the codes."""
     for part in parts:
         details = read_json(part.folder / "details.json").get("codes")
         if isinstance(details, dict) and details.get("counts"):
@@ -140,7 +131,7 @@ def _mosaic(path: Path) -> str:
 
 
 def _latest_images(run_dir: Path, parts: Iterable[RunPart]) -> Iterator[tuple[str, RunPart, Path]]:
-    """Yield name, part and newest file; stages come first, because their captions lie beside the file."""
+    """Yield name, part and newest file; stages come first, with their captions."""
     seen: set[str] = set()
     own = RunPart(run_dir, "", {}, {}, 0.0)
     for part in (*(part for part in parts if part.name), own):
@@ -152,7 +143,6 @@ def _latest_images(run_dir: Path, parts: Iterable[RunPart]) -> Iterator[tuple[st
 
 
 def _group_by_class(items: Sequence[GalleryItem], labels: Sequence[str]) -> list[Group]:
-    """Group items by class, in the order of first appearance; if each has its own class, make it the caption."""
     if len(labels) < len(items):
         return [Group(list(items))]
     if len(set(labels)) == len(items):

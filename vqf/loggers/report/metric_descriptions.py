@@ -1,4 +1,4 @@
-"""What each metric means, in a sentence for readers of the report."""
+"""What each metric means, in a sentence."""
 
 METRIC_DESCRIPTIONS = {
     "psnr": "peak signal-to-noise ratio in dB, mean over images; higher is better",
@@ -36,7 +36,7 @@ SET_METRIC_DESCRIPTIONS = {
 
 
 def describe_metric(key: str) -> str:
-    """Describe a metric; "" for metrics that are not listed here. A leading r means reconstructions, as in rfid."""
+    """Describe a metric; "" if unknown."""
     if key in METRIC_DESCRIPTIONS:
         return METRIC_DESCRIPTIONS[key]
     name = key.partition("_")[0]

@@ -1,4 +1,4 @@
-"""`report.html`, the report of a run: one self-contained page for a browser, a printer or a mail."""
+"""`report.html`, the report of a run."""
 
 import importlib.metadata
 import importlib.resources
@@ -39,10 +39,7 @@ class ReportLogger:
         self.has_new_images, self.next_write = False, time.monotonic() + FIRST_PAGE_SECONDS
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a page if images were logged since the last one, and enough time has passed.
-
-        The page reads its content from disk: at this call, the validation that logged the images is written.
-        """
+        """Write a page if there are new images, and enough time has passed."""
         began = time.monotonic()
         if self.has_new_images and began >= self.next_write:
             self.has_new_images = False
@@ -50,11 +47,10 @@ class ReportLogger:
             self.next_write = time.monotonic() + WRITE_INTERVAL_FACTOR * (time.monotonic() - began)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Note that the next page will differ; it reads the images from disk."""
         self.has_new_images = True
 
     def close(self) -> None:
-        """Write the page; an error is logged and does not end the run."""
+        """Write the page; errors are logged."""
         self._write(logging.INFO)
 
     def _write(self, level: int) -> None:
@@ -66,7 +62,7 @@ class ReportLogger:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` from the files of a run; files that are missing leave out their section."""
+    """Write `report.html` from the files that a run has."""
     from jinja2 import Environment, StrictUndefined
 
     source = (importlib.resources.files("vqf.loggers.report") / "page.html.j2").read_text(encoding="utf-8")
@@ -107,7 +103,7 @@ def page_context(run_dir: Path) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of Python and the main packages."""
+    """Return the versions of the main packages."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -118,7 +114,6 @@ def package_versions() -> dict[str, str]:
 
 
 def _draw_curves(part: RunPart) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Plot every key with more than one point; returns (key, SVG) of the first `MAX_CURVES`, and of the others."""
     series = {key: part.series(key) for key in part.keys}
     keys = [key for key, curves in series.items() if max(map(len, curves.values())) > 1]
     first = [key for key in keys if not _is_variant(key, keys)][:MAX_CURVES]
@@ -127,5 +122,4 @@ def _draw_curves(part: RunPart) -> tuple[list[tuple[str, str]], list[tuple[str, 
 
 
 def _is_variant(key: str, keys: Iterable[str]) -> bool:
-    """Tell whether a key is a learning rate, or a variant of another key, as psnr_pooled is of psnr."""
     return key.startswith("lr/") or any(key.startswith(f"{other}_") for other in keys)

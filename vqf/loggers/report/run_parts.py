@@ -1,4 +1,4 @@
-"""A run read for its report: the curves of each stage, evaluations, newest images, the command."""
+"""The files of a run, read for its report."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ Curves = dict[str, list[tuple[float, float]]]  # (step, value) by key
 
 @dataclass
 class RunPart:
-    """The curves of one `metrics.jsonl`: the run itself, or one of its stages."""
+    """The curves of a run or a stage."""
 
     folder: Path
     name: str  # "" for the run itself
@@ -36,25 +36,22 @@ class RunPart:
 
     @property
     def heading(self) -> str:
-        """Heading on the page."""
         own = "Training" if self.training else "Checkpoint by checkpoint"
         names = {"": own, "stage1": "Stage 1, the tokenizer", "stage2": "Stage 2, the prior"}
         return names.get(self.name, self.name.capitalize())
 
     @property
     def keys(self) -> list[str]:
-        """All keys: the loss, keys that also have validation values, the others, learning rates."""
         keys = list(dict.fromkeys([*self.validation, *self.training]))
         return sorted(keys, key=lambda key: (key.startswith("lr/"), key != "loss", key not in self.validation))
 
     def series(self, key: str) -> Curves:
-        """Return the curves of one key, by "training" and "validation"."""
         curves = {"training": self.training.get(key), "validation": self.validation.get(key)}
         return {name: points for name, points in curves.items() if points}
 
 
 def read_parts(run_dir: Path) -> list[RunPart]:
-    """Read the `metrics.jsonl` of a run and of its stages."""
+    """Read the curves of a run and its stages."""
     return [_read_part(path.parent, run_dir) for path in sorted(run_dir.rglob("metrics.jsonl"))]
 
 
@@ -73,7 +70,7 @@ def _read_part(folder: Path, run_dir: Path) -> RunPart:
 
 
 def read_evaluations(run_dir: Path) -> list[list[dict[str, Any]]]:
-    """Read the evaluations of a run and its stages: a list of files for each protocol, in the order of steps."""
+    """Read evaluations by protocol, in the order of steps."""
     by_protocol: dict[Path, list[dict[str, Any]]] = {}
     for folder in (run_dir, *(run_dir / stage for stage in STAGES)):
         for path in evaluation_files(folder):
@@ -83,12 +80,12 @@ def read_evaluations(run_dir: Path) -> list[list[dict[str, Any]]]:
 
 
 def is_evaluation(content: Mapping[str, Any]) -> bool:
-    """Tell whether a JSON file was written by pipeline=evaluate."""
+    """Tell whether pipeline=evaluate wrote a JSON file."""
     return isinstance(content.get("values"), dict) and isinstance(content.get("protocol"), dict)
 
 
 def checkpoint_curves(run_dir: Path) -> list[RunPart]:
-    """Return, for each protocol, the curves of its metrics over the checkpoints that it evaluated."""
+    """Return each protocol's metrics over checkpoints."""
     parts = []
     for files in read_evaluations(run_dir):
         curves: Curves = {}
@@ -102,18 +99,18 @@ def checkpoint_curves(run_dir: Path) -> list[RunPart]:
 
 
 def latest_images(folder: Path) -> dict[str, Path]:
-    """Return the newest file of every name in the `images/` of a folder."""
+    """Return the newest file of every name."""
     newest = [path for path in sorted((folder / "images").glob("*.png")) if not STEP_SUFFIX.search(path.stem)]
     return {path.stem.removesuffix("-latest"): path for path in newest}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a folder; it is not verified, because only its config is read."""
+    """Return the newest checkpoint, unverified."""
     return max(folder.glob("checkpoints/step-*"), default=None)
 
 
 def command(run_dir: Path, summary: Mapping[str, Any]) -> str:
-    """Return the command that made a run: as recorded in `summary.json`, or built from Hydra's overrides; else ""."""
+    """Return the command that made a run; else ""."""
     if recorded := summary.get("command"):
         return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
     from omegaconf import OmegaConf

@@ -1,4 +1,4 @@
-"""Facts about a run for its page: data, model, training length, time, cost."""
+"""Facts about a run for its page."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_")  # a run folder named by the time st
 
 
 def load_config(run_dir: Path) -> Mapping[str, Any]:
-    """Load the config of a run, unresolved, from Hydra's file or the newest checkpoint; {} if there is none."""
+    """Load the unresolved config; {} if there is none."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -41,30 +41,24 @@ def load_config(run_dir: Path) -> Mapping[str, Any]:
 
 
 def title(run_dir: Path) -> tuple[str, str]:
-    """Return title and subtitle of the page: the folder's name and its parent's, or the reverse for a timestamp."""
+    """Return title and subtitle, from the folder's name and its parent's."""
     folder = run_dir.absolute()
     return (folder.parent.name, folder.name) if TIMESTAMP.match(folder.name) else (folder.name, folder.parent.name)
 
 
 def description(config: Mapping[str, Any]) -> str:
-    """Describe the pipeline of a run in a sentence; "" if it is unknown."""
+    """Describe the pipeline; "" if unknown."""
     return PIPELINE_DESCRIPTIONS.get(_name(config.get("pipeline")), "")
 
 
 def cost_line(summary: Mapping[str, Any], seconds: Any) -> str:
-    """Describe duration and machine, as in "2 h 5 min on 8 × NVIDIA H200"; "" if the duration is unknown."""
+    """Describe duration and machine, as in "2 h 5 min on 8 × NVIDIA H200"."""
     duration, machine = _duration(seconds), _machine(summary)
     return " on ".join(filter(None, [duration, machine])) if duration else ""
 
 
 def facts(config: Mapping[str, Any], summary: Mapping[str, Any], seconds: Any) -> Facts:
-    """List the facts that are known.
-
-    Args:
-        config: Of the run, unresolved.
-        summary: Its `summary.json`.
-        seconds: Wall time of all its processes together.
-    """
+    """List the facts that are known."""
     known = [*_model_facts(config), *_cost_facts(summary, seconds)]
     return [(name, text) for name, text in known if text]
 
@@ -151,7 +145,6 @@ def _conditioned_on(conditioner: Any) -> str:
 
 
 def _names(node: Any) -> list[str]:
-    """Return the names in a group that holds several components, or the name of its only one."""
     if not isinstance(node, Mapping):
         return []
     return [_name(node)] if "name" in node else [str(name) for name, child in node.items() if child is not None]

@@ -1,4 +1,4 @@
-"""Tables of metrics: the last validation of a training, and each evaluation with its protocol."""
+"""Tables of metrics of a run."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,18 +21,16 @@ class MetricRow:
 
     @property
     def text(self) -> str:
-        """The value in words."""
         return format_metric(self.name, self.raw_value)
 
     @property
     def description(self) -> str:
-        """The meaning of the metric; see `describe_metric`."""
         return describe_metric(self.name)
 
 
 @dataclass
 class MetricTable:
-    """Metrics that were measured together, and the lines of their protocol, if any."""
+    """Metrics that were measured together."""
 
     title: str
     rows: list[MetricRow]
@@ -40,21 +38,21 @@ class MetricTable:
 
 
 def read_tables(run_dir: Path, run_parts: Iterable[RunPart]) -> list[MetricTable]:
-    """Return the run's own tables, then one for each protocol that evaluated it: of the newest checkpoint."""
+    """Return the run's own tables, then one for each protocol."""
     content = read_json(run_dir / "metrics.json")
     own = [_evaluation_table(content)] if is_evaluation(content) else list(_training_tables(content, run_parts))
     return [*own, *(_evaluation_table(files[-1]) for files in read_evaluations(run_dir))]
 
 
 def format_metric(key: str, value: Any) -> str:
-    """Write the value of a metric: some in percent, numbers with four significant digits, the rest as it is."""
+    """Write a value in percent or with four significant digits."""
     if key in PERCENT_METRICS and is_finite(value):
         return f"{100 * value:.1f}\u00a0%"
     return _to_text(value)
 
 
 def highlights(tables: Iterable[MetricTable]) -> list[tuple[str, str]]:
-    """Return the large figures on top of the page as (value, meaning); an earlier table has precedence."""
+    """Return the large figures of the page as (value, meaning)."""
     values: dict[str, Any] = {}
     for table in tables:
         values = {row.name: row.raw_value for row in table.rows} | values
@@ -66,7 +64,7 @@ def highlights(tables: Iterable[MetricTable]) -> list[tuple[str, str]]:
 
 
 def class_accuracy_sentence(tables: Iterable[MetricTable]) -> str:
-    """Compare the class accuracy of samples with that of validation images and of chance; "" if it is not known."""
+    """Compare class accuracies with chance; "" if unknown."""
     values = {row.name: row.text for table in tables for row in table.rows}
     names = [f"class_accuracy{suffix}" for suffix in ("", "_real", "_decoded", "_chance")]
     if not all(name in values for name in names):
@@ -79,7 +77,6 @@ def class_accuracy_sentence(tables: Iterable[MetricTable]) -> str:
 
 
 def _training_tables(content: Mapping[str, Any], run_parts: Iterable[RunPart]) -> Iterator[MetricTable]:
-    """Yield the tables that a training wrote at its end, or else the last validation of each part."""
     final = {title: row for title, row in content.items() if isinstance(row, dict)}
     last = {
         f"{part.heading}, step {format_number(points[-1][0])}": {
@@ -93,7 +90,6 @@ def _training_tables(content: Mapping[str, Any], run_parts: Iterable[RunPart]) -
 
 
 def _evaluation_table(content: Mapping[str, Any]) -> MetricTable:
-    """Return the table of one evaluation, each metric with its interval and its floor."""
     rows = []
     for key, value in content["values"].items():
         notes = []

@@ -1,7 +1,6 @@
-"""Collectives over the ranks (processes) of a run.
+"""Collectives over the ranks (processes) of a run; with one process each is the identity.
 
-Every rank computes on its own slice of each batch. With one process every function here is the identity, so callers
-need no special case. All ranks must call a collective, in the same order.
+All ranks must call a collective, in the same order.
 """
 
 import os
@@ -16,27 +15,27 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Return the number of ranks."""
+    """Number of ranks."""
     return dist.get_world_size() if is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes files and talks to the user."""
+    """Whether this is rank 0, which writes files."""
     return rank() == 0
 
 
 def is_initialized() -> bool:
-    """Whether there is a process group, which may be of one rank."""
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine: the index of its GPU."""
+    """Index of this process's GPU on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -55,7 +54,7 @@ def any_rank(condition: bool) -> bool:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return the values of all ranks, in order of rank. For small objects: they are pickled."""
+    """Return the small values of all ranks, in order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -64,7 +63,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """Return the value of rank 0. For small objects: they are pickled."""
+    """Return the small value of rank 0."""
     if world_size() == 1:
         return value
     box = [value]
@@ -73,7 +72,7 @@ def broadcast_object(value: T) -> T:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Return the tensor of rank 0. Shape and dtype must be the same on all ranks."""
+    """Return the tensor of rank 0; shape and dtype must be the same everywhere."""
     if world_size() == 1:
         return tensor
     result = tensor.detach().contiguous().clone()
@@ -82,22 +81,22 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Return the sum over ranks, without a gradient."""
+    """Return the sum over ranks, without gradient."""
     return tensor if world_size() == 1 else _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean over ranks, without a gradient."""
+    """Return the mean over ranks, without gradient."""
     return tensor if world_size() == 1 else _all_reduce(tensor, dist.ReduceOp.SUM) / world_size()
 
 
 def all_reduce_min(tensor: Tensor) -> Tensor:
-    """Return the elementwise minimum over ranks, without a gradient."""
+    """Return the elementwise minimum over ranks, without gradient."""
     return tensor if world_size() == 1 else _all_reduce(tensor, dist.ReduceOp.MIN)
 
 
 def all_reduce_scalars(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of each scalar over ranks, in one message. The keys must be the same on all ranks."""
+    """Return the mean of each scalar over ranks; all ranks need the same keys."""
     means = all_reduce_mean(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
     return dict(zip(values, means, strict=True))
 
@@ -105,14 +104,13 @@ def all_reduce_scalars(values: Mapping[str, float]) -> dict[str, float]:
 def all_reduce_mean_with_grad(tensor: Tensor) -> Tensor:
     """Return the mean over ranks; its gradient goes to this rank's tensor as if the mean were that tensor.
 
-    For a loss f(p) of a mean p = mean of p_r over ranks, such as an entropy of mean code probabilities. Rank r gets
-    f'(p) ∂p_r. DDP averages the gradients of the ranks, and the average of f'(p) ∂p_r is the gradient of f(p).
+    With a loss f(p) rank r gets f'(p) ∂p_r; DDP's average of these is the gradient of f(p).
     """
     return tensor if world_size() == 1 else all_reduce_mean(tensor.detach()) + (tensor - tensor.detach())
 
 
 def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
-    """Return the sum over ranks; its gradient is the sum of the ranks' gradients. Differentiable repeatedly."""
+    """Return the sum over ranks; its gradient is the sum of theirs, differentiable repeatedly."""
     return tensor if world_size() == 1 else _AllReduceSum.apply(tensor)
 
 
@@ -127,12 +125,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def gather_rows(tensor: Tensor, count: int) -> Tensor | None:
-    """Concatenate the tensors of all ranks and keep the first rows; returns None except on rank 0.
-
-    Args:
-        tensor: Has the same shape on every rank. Ranks pad theirs to a common number of rows.
-        count: Rows to keep.
-    """
+    """Concatenate the tensors of all ranks, of one shape, and keep `count` rows; None except on rank 0."""
     if world_size() == 1:
         return tensor[:count]
     tensor = tensor.contiguous()
@@ -142,13 +135,13 @@ def gather_rows(tensor: Tensor, count: int) -> Tensor | None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of which each rank holds a shard (fsdp2); any other tensor as it is."""
+    """Return the full tensor of a shard (fsdp2), or any other tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
-    """Copy a full value, the same on every rank, into a tensor of which each rank may hold a shard."""
+    """Copy a full value into a tensor that may be sharded."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

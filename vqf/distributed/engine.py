@@ -1,7 +1,4 @@
-"""The engine: device, precision and parallelism (single, DDP, FSDP2) of a run, and the seeds of its noise.
-
-The parallelism is torch's own: DistributedDataParallel, fully_shard, torchrun. This file only chooses between them.
-"""
+"""The engine of a run: device, precision, parallelism (single, DDP, FSDP2) and seeds."""
 
 import inspect
 import os
@@ -32,10 +29,9 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Engine:
-    """One device, one precision, and how weights are distributed over ranks.
+    """Device, precision, and how weights are distributed over ranks.
 
-    Under "ddp" every rank has all weights. Under "fsdp2" a rank keeps a shard of every weight, gradient and optimizer
-    state, and gathers the weights of one block while that block runs.
+    Under "ddp" every rank has all weights, under "fsdp2" a shard of weights, gradients and optimizer states.
     """
 
     device: torch.device
@@ -43,11 +39,10 @@ class Engine:
     kind: str = "single"  # "single", "ddp" or "fsdp2"
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Run operations in the engine's precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prepare(self, component: C) -> C:
-        """Move a module to the device, convolution weights in channels_last; return any other component as it is."""
+        """Move a module to the device, in channels_last; return any other component as it is."""
         if isinstance(component, nn.Module):
             component.to(self.device).to(memory_format=torch.channels_last)
         return component
@@ -57,13 +52,11 @@ class Engine:
     ) -> nn.Module:
         """Return a module to call in training in place of `module.method`: its backward averages gradients over ranks.
 
-        Under fsdp2 the module's parameters are replaced, so build the optimizer afterwards.
+        Under fsdp2 parameters are replaced, so build the optimizer afterwards.
 
         Args:
-            module: On the engine's device, the same on every rank.
-            method: Computes a loss, or outputs that a loss is computed from.
-            compiled: Compile it.
-            sharded: Whether fsdp2 shards the module. A small one is cheaper under DDP, as a copy on every rank.
+            module: The same on every rank.
+            sharded: Whether fsdp2 shards it; a small module is cheaper under DDP.
         """
         called = module if method == "forward" else _MethodModule(module, method)
         if self.kind == "fsdp2" and sharded:
@@ -80,42 +73,36 @@ class Engine:
         return DistributedDataParallel(called, devices, gradient_as_bucket_view=True, **options)
 
     def accumulating(self, module: nn.Module, more: bool) -> AbstractContextManager[None]:
-        """Under DDP, keep gradients local while `more` micro-batches follow; the last one sends their sum."""
+        """Under DDP, keep gradients local while `more` micro-batches follow."""
         if more and isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return nullcontext()
 
     def sync_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Broadcast the buffers of rank 0: every rank has updated its own from other images."""
         if comm.world_size() > 1:
             fsdp.sync_buffers(modules)
 
     def unsharded(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Gather all weights of a module on every rank, so that any of its methods can be called."""
         return fsdp.unsharded(module) if self.kind == "fsdp2" else nullcontext()
 
     # Checkpoints hold full tensors, not shards: any number of ranks, and a single process without torch.distributed,
     # can load them.
 
     def full_state(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Gather sharded tensors on rank 0, on the CPU; others stay as they are. Every rank must call this."""
+        """Gather sharded tensors on rank 0, on the CPU; every rank must call this."""
         return {name: fsdp.full_tensor_on_main(tensor) for name, tensor in tensors.items()}
 
     def shard_state(self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return this rank's shards of full tensors, where those of the same name in `like` are sharded."""
         return {name: fsdp.shard_tensor(tensor, like.get(name)) for name, tensor in tensors.items()}
 
     def load_weights(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Load full tensors into a module."""
         module.load_state_dict(self.shard_state(weights, module.state_dict()))
 
     def full_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state dict with full tensors, see `full_state`."""
         state = optimizer.state_dict()
         return {**state, "state": {number: self.full_state(entry) for number, entry in state["state"].items()}}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load a state dict of `full_optimizer_state`."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         entries = {
             number: {name: fsdp.shard_tensor(value, parameters[number]) for name, value in entry.items()}
@@ -125,8 +112,6 @@ class Engine:
 
 
 class _MethodModule(nn.Module):
-    """Calls a method of a module as its own `forward`, since DDP and torch.compile take modules."""
-
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
         self.module, self.method = module, method
@@ -136,23 +121,20 @@ class _MethodModule(nn.Module):
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Return a tensor in at least float32: losses and norms in half precision lose too many digits."""
+    """Return a tensor in at least float32, for losses and norms."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed torch by a hash of `parts` and the rank, so that no RNG state has to be saved.
-
-    Rank 0 draws what a single process would; the other ranks draw other numbers, since their images are others.
-    """
+    """Seed torch by a hash of `parts` and the rank; rank 0 draws what a single process would."""
     torch.manual_seed(hash_seed(*parts, *([f"rank {comm.rank()}"] if comm.rank() else [])))
 
 
 def make_engine(config: DictConfig) -> Engine:
-    """Build the engine from `device`, `precision`, `engine` and `deterministic` of a config.
+    """Build the engine of a config.
 
     Raises:
-        UserError: If a value is unknown, the device is not available, or the engine does not fit the process count.
+        UserError: If a value is unknown, or does not fit the machine or the process count.
     """
     kind = _engine_kind(config.engine)
     if config.precision not in PRECISIONS:
@@ -177,10 +159,6 @@ def _engine_kind(word: str) -> str:
 
 
 def _set_float32_precision(ieee: bool) -> None:
-    """Choose the arithmetic of float32 on a GPU: IEEE, or TF32 with 10 bits of mantissa in products.
-
-    Torch's own default is a mixture: IEEE for matrix products, TF32 for convolutions.
-    """
     # This function exists in every version of torch, and torch.compile reads its setting.
     torch.set_float32_matmul_precision("highest" if ieee else "high")
     cudnn = torch.backends.cudnn
@@ -193,10 +171,6 @@ def _set_float32_precision(ieee: bool) -> None:
 
 
 def _set_determinism(deterministic: bool) -> None:
-    """Use only kernels that give the same bits each time; an operation that has none warns.
-
-    https://docs.pytorch.org/docs/stable/notes/randomness.html
-    """
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -219,7 +193,6 @@ def _find_device(name: str) -> torch.device:
 
 
 def _rank_device(name: str) -> torch.device:
-    """Return the device of this rank: its own GPU, or the CPU that the ranks of a machine share."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name}: several processes need device=cuda, a GPU each, or device=cpu")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

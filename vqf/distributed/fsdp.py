@@ -1,10 +1,8 @@
-"""FSDP2: sharding a module's parameters over ranks with torch's `fully_shard`, and gathering them again.
+"""FSDP2: sharding a module's parameters over ranks with torch's `fully_shard`.
 
-PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, https://arxiv.org/abs/2304.11277. In the second
-version of the API a parameter is a DTensor.
+PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, https://arxiv.org/abs/2304.11277.
 
-torch.distributed.fsdp and .tensor take half a second to import, and only sharded runs need them. So they are imported
-in the functions, and a DTensor is recognized by its method `full_tensor`.
+torch.distributed.fsdp and .tensor, slow to import, are imported in functions.
 """
 
 from collections import defaultdict
@@ -19,14 +17,9 @@ from vqf.distributed import comm
 
 
 def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Shard a module's parameters in place, each block by itself, so that few are gathered at a time.
+    """Shard a module's parameters in place, block by block.
 
-    Afterwards only `forward` of the module and of its blocks may be called, except inside `unsharded`.
-
-    Args:
-        module: The same on every rank.
-        device: Of the mesh.
-        compiled: Compile each block.
+    Afterwards call only `forward` of the module and its blocks, except inside `unsharded`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -48,14 +41,14 @@ def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> Non
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the entries of the outermost `ModuleList`s of a module."""
+    """Yield the entries of a module's outermost `ModuleList`s."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Gather all parameters on every rank. Every rank must enter."""
+    """Gather all parameters on every rank; every rank must enter."""
     from torch.distributed.fsdp import FSDPModule
 
     sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
@@ -71,7 +64,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor_on_main(value: Any) -> Any:
-    """Gather a sharded tensor on rank 0, on the CPU; other ranks get an empty one. Any other value stays as it is."""
+    """Gather a sharded tensor on rank 0, on the CPU (elsewhere it is empty); other values stay."""
     if not hasattr(value, "full_tensor"):
         return value
     full = value.full_tensor().detach()
@@ -79,10 +72,7 @@ def full_tensor_on_main(value: Any) -> Any:
 
 
 def shard_tensor(value: Any, like: Any) -> Any:
-    """Return this rank's shard of a full tensor if `like` is sharded and has its shape; else the value as it is.
-
-    Every rank has the full tensor, so nothing is sent.
-    """
+    """Return this rank's shard of a full tensor if `like` is sharded and has its shape."""
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -92,7 +82,7 @@ def shard_tensor(value: Any, like: Any) -> Any:
 
 @torch.no_grad()
 def sync_buffers(modules: Iterable[nn.Module], parameters: bool = False) -> None:
-    """Broadcast the buffers of rank 0, and the parameters if asked to."""
+    """Broadcast the buffers, and perhaps the parameters, of rank 0."""
     tensors_by_kind: dict[Any, list[Tensor]] = defaultdict(list)
     for module in modules:
         for tensor in [*module.buffers(), *(module.parameters() if parameters else ())]:

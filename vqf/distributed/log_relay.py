@@ -15,7 +15,7 @@ LogRecords = list[tuple[int, str]]  # level, message
 
 
 def relay(records: LogRecords) -> None:
-    """Log records on rank 0; other ranks post them for its next `flush_relayed`."""
+    """Log records on rank 0; other ranks post them for `flush_relayed`."""
     for level, text in records:
         if comm.is_main():
             log.log(level, text)
@@ -24,7 +24,7 @@ def relay(records: LogRecords) -> None:
 
 
 def flush_relayed() -> None:
-    """Log on rank 0 what the other ranks have posted."""
+    """Log on rank 0 what the others have posted."""
     if comm.is_main():
         for line in read_lines():
             level, _, text = line.partition(" ")
@@ -33,7 +33,7 @@ def flush_relayed() -> None:
 
 @contextmanager
 def capture_logs() -> Iterator[LogRecords]:
-    """Collect log records where they cannot be shown: in data workers, and on all ranks but 0."""
+    """Collect log records in data workers and on all ranks but 0."""
     collector = _LogCollector()
     if get_worker_info() is None and comm.is_main():
         yield collector.records  # nothing is collected

@@ -1,10 +1,6 @@
 """Messages between ranks that do not wait for each other: why a rank fails, and log lines for rank 0.
 
-They go through the key-value store of the process group: when one rank has failed, a collective of the others hangs or
-breaks. Rank 0 holds the store, so every access may fail once that rank has ended; a message is then dropped.
-
-torchrun's own error files would say which rank failed first, but only after all have ended, and with a traceback. Here
-all ranks end with the one line of the first failure.
+They use the key-value store of rank 0, since collectives hang once a rank has failed.
 """
 
 import time
@@ -28,12 +24,7 @@ def connect(store: "dist.Store") -> None:
 
 
 def report_once(report: Callable[[], None], message: str) -> None:
-    """Call `report` on the first rank that comes here; the others wait until it has returned.
-
-    Args:
-        report: Shows the message to the user.
-        message: Returned by `peer_failure` on the other ranks.
-    """
+    """Call `report` on the first rank that comes here; the others wait; `message` becomes their `peer_failure`."""
     if _store is None:
         report()
         return
@@ -46,7 +37,7 @@ def report_once(report: Callable[[], None], message: str) -> None:
 
 
 def post_failure(message: str) -> None:
-    """Tell the other ranks why this one fails. Only the first message of all ranks is kept."""
+    """Tell the other ranks why this one fails; only the first message is kept."""
     global _failure_posted
     if _store is None or _failure_posted:
         return
@@ -57,7 +48,7 @@ def post_failure(message: str) -> None:
 
 
 def peer_failure() -> str | None:
-    """Return why another rank has failed, if one has: a RuntimeError of this rank is then only a consequence."""
+    """Return why another rank has failed, if one has."""
     with suppress(RuntimeError):
         if _store is not None and not _failure_posted and _store.check(["failure"]):
             message = _store.get("failure").decode()
@@ -67,7 +58,7 @@ def peer_failure() -> str | None:
 
 
 def wait_for_peers(world_size: int) -> None:
-    """After a failure of this rank, keep the store alive until all ranks know of it, at most `TIMEOUT`."""
+    """Keep the store alive until all ranks know of a failure, at most `TIMEOUT`."""
     if not _failure_posted:
         return
     deadline = time.monotonic() + TIMEOUT.total_seconds()
@@ -84,7 +75,7 @@ def post_line(line: str) -> None:
 
 
 def read_lines() -> list[str]:
-    """Return the lines that other ranks have posted since the last call. For rank 0."""
+    """Return, on rank 0, newly posted lines."""
     global _lines_read
     lines: list[str] = []
     with suppress(RuntimeError):

@@ -1,7 +1,6 @@
-"""Joining and leaving the process group that torchrun, or a launcher like it, starts.
+"""Joining and leaving the process group of torchrun, or a launcher like it.
 
-A launcher starts one process per GPU and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without these
-variables the process works alone.
+It sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them the process works alone.
 """
 
 import gc
@@ -23,10 +22,10 @@ LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the group of the launcher's processes, and leave it at the end. Does nothing without a launcher.
+    """Join the group of the launcher's processes, and leave it at the end.
 
     Raises:
-        UserError: If the launcher's variables are incomplete, or the processes do not find each other.
+        UserError: If variables are missing, or the processes do not find each other.
     """
     if comm.is_initialized() or not _is_launched():
         yield
@@ -55,11 +54,9 @@ def process_group() -> Iterator[None]:
 
 
 def _leave_group() -> None:
-    """Leave the group and end its threads.
+    """Leave the group and end its threads, which could abort the process at its exit.
 
-    A thread that still holds a tensor when the interpreter ends would abort the process. The threads end with the last
-    reference to the group. DDP holds one and is part of a reference cycle, hence the collection. FSDP2 keeps some for
-    good.
+    They end with the last reference to the group; DDP's is part of a cycle, hence the collection.
     """
     gc.collect()
     dist.destroy_process_group()
@@ -76,7 +73,6 @@ def _is_launched() -> bool:
 
 
 def _check_single_process() -> None:
-    """Refuse to be one of several processes that do not know of each other: all would write to the same run folder."""
     for variable, launcher in LAUNCHERS.items():
         if (count := os.environ.get(variable, "1")) not in ("", "1"):
             raise UserError(

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, lock, checkpoints, resume, log and provenance; loading a model from it."""
+"""A run on disk: its folder, lock, checkpoints, resume, log and provenance."""

@@ -1,7 +1,4 @@
-"""`AsyncCheckpointer`: saves checkpoints in a thread while training continues, and reports failed writes.
-
-`checkpoint_writer` does the writing.
-"""
+"""`AsyncCheckpointer`: saves checkpoints in a thread while training continues."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +21,10 @@ HINT = "Free disk space and continue with resume=true"
 class AsyncCheckpointer:
     """Writes one snapshot at a time in a background thread.
 
-    Training never waits for the disk. A snapshot that arrives during a write is queued; a newer one replaces it, so
-    that at most two are held in memory. An error of the thread is handled at the next step as
-    `checkpoint.on_failure` says.
+    A snapshot that arrives during a write is queued; a newer one replaces it, so at most two are held in memory. With
+    `checkpoint.on_failure=stop` every method but `close` raises a UserError after a failed write.
 
     Args:
-        run_dir: The run's folder.
-        config: The `checkpoint` group of the config: keep, background, on_failure.
-        best: Criterion of the checkpoint that is kept beside the newest.
         before_write: Called in the thread before each write.
         every: The newest checkpoint at a multiple of this step is kept, too.
     """
@@ -52,11 +45,7 @@ class AsyncCheckpointer:
         self.failed: Snapshot | None = None  # the last one that could not be written; `flush` retries it
 
     def save(self, snapshot: Snapshot) -> None:
-        """Start writing a snapshot, or queue it behind the one in progress.
-
-        Raises:
-            UserError: If an earlier write failed and checkpoint.on_failure=stop.
-        """
+        """Start writing a snapshot, or queue it."""
         self.check()
         if self.in_progress is None:
             self._submit(snapshot)
@@ -70,11 +59,7 @@ class AsyncCheckpointer:
             self.wait()
 
     def check(self) -> None:
-        """Handle the result of a finished write and start the queued one; return at once if none has finished.
-
-        Raises:
-            UserError: If it failed and checkpoint.on_failure=stop.
-        """
+        """Handle a finished write and start the queued one, without waiting."""
         if self.in_progress is None or not self.in_progress[1].done():
             return
         (snapshot, future), self.in_progress = self.in_progress, None
@@ -89,21 +74,12 @@ class AsyncCheckpointer:
             self._handle_error(_step_of(snapshot), error)
 
     def wait(self) -> None:
-        """Wait until nothing is in progress or queued.
-
-        Raises:
-            UserError: If a write failed and checkpoint.on_failure=stop.
-        """
         while self.in_progress is not None:
             self.in_progress[1].exception()
             self.check()
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the state of the checkpoint of `state["step"]`, to add the results of a validation.
-
-        Raises:
-            UserError: If a write failed and checkpoint.on_failure=stop.
-        """
+        """Replace the state of the checkpoint of `state["step"]`."""
         self.wait()
         if self.failed is not None and _step_of(self.failed) == state["step"]:
             self.failed = replace(self.failed, state=state)
@@ -114,10 +90,10 @@ class AsyncCheckpointer:
             self._handle_error(state["step"], error)
 
     def flush(self) -> None:
-        """Wait until everything is written, and retry the last snapshot once if its write failed.
+        """Wait until everything is written, and retry the last snapshot once.
 
         Raises:
-            UserError: If it fails again: the last steps of the run would be lost without a word.
+            UserError: If it fails again.
         """
         self.wait()
         if self.failed is None:
@@ -129,7 +105,7 @@ class AsyncCheckpointer:
         self.failed = None
 
     def close(self) -> None:
-        """Wait for the write in progress and drop the queued snapshot."""
+        """Wait for the write in progress; drop the queued snapshot."""
         self.queued = None
         self.executor.shutdown(wait=True)
 

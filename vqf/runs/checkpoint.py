@@ -2,20 +2,18 @@
 
 A run has one folder per saved step, `checkpoints/step-00001234/`:
 
-    model.safetensors           trained weights, as they are at this step
-    ema.safetensors             their exponential moving average, if the run has one
+    model.safetensors           trained weights
+    ema.safetensors             their exponential moving average, if any
     usage.safetensors           stage 1: steps since each code was last used
-    discriminator.safetensors   stage 1 with a discriminator: it and its regularizers
-    tokenizer.safetensors       stage 2: the frozen tokenizer it was trained on
+    discriminator.safetensors   stage 1: discriminator and regularizers, if any
+    tokenizer.safetensors       stage 2: the frozen tokenizer
     conditioner.safetensors     stage 2: the conditioners, if they have weights
-    optimizers.pt               states of optimizers and schedules: a dict that torch.load(weights_only=True) reads
+    optimizers.pt               optimizers and schedules, for torch.load(weights_only=True)
     state.json                  kind ("stage1" or "stage2"), step, position in the data, image size, classes, ...
-    config.yaml                 the composed config, every interpolation resolved
+    config.yaml                 the composed, resolved config
     manifest.json               format, kind, step; size and SHA-256 of every other file
 
-`checkpoint_writer` writes the folder under a temporary name and renames it when it is complete. `open_checkpoint`
-verifies every hash of the manifest, since neither safetensors nor torch notices a flipped byte.
-`async_checkpointer` calls the writer in a thread while training continues.
+The writer renames complete folders. The reader verifies hashes: safetensors and torch miss flipped bytes.
 """
 
 import json
@@ -53,7 +51,7 @@ class BrokenCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk; weights are read only on request."""
+    """A verified checkpoint; weights are read only on request."""
 
     path: Path
     state: Mapping[str, Any]
@@ -66,15 +64,14 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was written."""
         return self.state["step"]
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its images, in pixels.
+        """Height and width in pixels.
 
         Raises:
-            BrokenCheckpointError: If state.json has no two positive integers there.
+            BrokenCheckpointError: If state.json lacks them.
         """
         size = self.state.get("image_size")
         if not isinstance(size, list) or len(size) != 2 or any(type(each) is not int or each < 1 for each in size):
@@ -83,10 +80,10 @@ class Checkpoint:
 
     @property
     def channels(self) -> int:
-        """Channels of its images; 3 where state.json has no entry.
+        """Channels of its images, by default 3.
 
         Raises:
-            BrokenCheckpointError: If the entry is not a positive integer.
+            BrokenCheckpointError: If they are not a positive integer.
         """
         channels = self.state.get("channels", 3)
         if type(channels) is not int or channels < 1:
@@ -95,10 +92,10 @@ class Checkpoint:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes it was trained on, in the order of their numbers.
+        """Names of its classes, in the order of their numbers.
 
         Raises:
-            BrokenCheckpointError: If state.json has no list of names.
+            BrokenCheckpointError: If state.json lacks them.
         """
         classes = self.state.get("classes")
         if not isinstance(classes, list) or any(not isinstance(each, str) for each in classes):
@@ -106,14 +103,13 @@ class Checkpoint:
         return classes
 
     def has_weights(self, name: str) -> bool:
-        """Tell whether `{name}.safetensors` exists."""
         return (self.path / f"{name}.safetensors").is_file()
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
         """Read `{name}.safetensors`, on the CPU.
 
         Raises:
-            BrokenCheckpointError: If the file is not in safetensors format.
+            BrokenCheckpointError: If it has another format.
         """
         try:
             return load_file(self.path / f"{name}.safetensors")
@@ -121,10 +117,10 @@ class Checkpoint:
             raise BrokenCheckpointError(f"{self.path}: {name}.safetensors holds no weights ({error})") from error
 
     def load_optimizers(self) -> dict[str, Any]:
-        """Read the states of optimizers and schedules, on the CPU.
+        """Read optimizers.pt, on the CPU.
 
         Raises:
-            BrokenCheckpointError: If the file holds anything but tensors and plain containers.
+            BrokenCheckpointError: If it holds more than tensors and plain containers.
         """
         try:
             return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
@@ -137,7 +133,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every file of a checkpoint folder and open it.
 
     Raises:
-        BrokenCheckpointError: If a file is missing, changed or not in the manifest, or the format is not `FORMAT`.
+        BrokenCheckpointError: If a file is missing, changed or unlisted, or the format is not `FORMAT`.
     """
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -167,17 +163,12 @@ def _verify_files(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def checkpoint_names(run_dir: Path) -> list[str]:
-    """Names of the checkpoint folders of a run by step, intact or not."""
+    """Names of a run's checkpoint folders by step."""
     return [path.name for path in checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)]
 
 
 def latest_checkpoint(run_dir: Path, every: int = 1) -> Checkpoint | None:
-    """Open the newest intact checkpoint of a run; log the broken ones that are skipped.
-
-    Args:
-        run_dir: The run's folder.
-        every: Consider only steps that are multiples of this.
-    """
+    """Open the newest intact checkpoint of a run at a multiple of `every`; log broken ones."""
     for path in reversed(checkpoint_folders(run_dir / CHECKPOINTS_FOLDER)):
         if step_of(path) % every == 0 and (checkpoint := _open_or_warn(path)):
             return checkpoint
@@ -185,7 +176,7 @@ def latest_checkpoint(run_dir: Path, every: int = 1) -> Checkpoint | None:
 
 
 def all_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Open the intact checkpoints of a run by step; log the broken ones that are skipped."""
+    """Open the intact checkpoints of a run by step; log broken ones."""
     opened = map(_open_or_warn, checkpoint_folders(run_dir / CHECKPOINTS_FOLDER))
     return [checkpoint for checkpoint in opened if checkpoint]
 
@@ -204,13 +195,11 @@ def find_checkpoint(
     """Open the checkpoint that `run=PATH` names: the newest of a run's folder, or that checkpoint.
 
     Args:
-        path: Value of `run=`; None if it was not given.
-        accepts: Whether a checkpoint can be used.
-        description: What is needed, for the error: "the run of a tokenizer".
-        hint: How to get one, for the error.
+        description: For the error, what is needed: "the run of a tokenizer".
+        hint: For the error, how to get one.
 
     Raises:
-        UserError: If there is no such checkpoint.
+        UserError: If there is none that `accepts` takes.
     """
     if path is None:
         raise UserError(f"run: give run=FOLDER, {description}; {hint}")
@@ -231,17 +220,17 @@ def find_checkpoint(
 
 
 def run_dir_of(checkpoint: Path) -> Path:
-    """The run's folder of a checkpoint's folder; any other path is returned unchanged."""
+    """The run's folder of a checkpoint's folder; any other path as it is."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint
 
 
 def folder_name(step: int) -> str:
-    """Folder name of a step: step-00001234, so that names sort by step."""
+    """Folder name of a step: step-00001234."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """Step in the name of a checkpoint's folder; 0 if the folder was renamed."""
+    """Step in the name of a checkpoint's folder, else 0."""
     match = re.search(r"step-(\d+)", path.name)
     return int(match[1]) if match else 0
 
@@ -252,11 +241,7 @@ def file_entry(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """List checkpoint folders by step.
-
-    A writer that was killed between the two renames of `atomic_folder` leaves the previous folder under its backup
-    name; that one is listed then.
-    """
+    """List checkpoint folders by step, with backups of those that a killed `atomic_folder` has moved."""
     if not folder.is_dir():
         return []
     backups = {path.name[1:].removesuffix(".former"): path for path in folder.glob(".step-*.former")}
@@ -268,7 +253,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        BrokenCheckpointError: If the file cannot be read, or holds anything else.
+        BrokenCheckpointError: If it is none.
     """
     try:
         content = json.loads(path.read_text())
@@ -284,7 +269,6 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> DictConfig:
-    """Read config.yaml without resolving anything in it."""
     try:
         config = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:

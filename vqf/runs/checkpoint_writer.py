@@ -1,4 +1,4 @@
-"""Writes, updates, prunes and archives the checkpoint folders of a run. The format: see `checkpoint`."""
+"""Writes, updates, prunes and archives the checkpoint folders of a run."""
 
 import json
 import shutil
@@ -41,17 +41,13 @@ def write_checkpoint(
     """Write the checkpoint of `state["step"]`, then delete old ones.
 
     Args:
-        run_dir: The run's folder.
         state: Content of state.json; needs "kind" and "step".
-        config: The composed config.
         weights: State dicts by file name: {"model": ..., "ema": ...}.
-        optimizers: What `torch.load(weights_only=True)` can read back.
         keep: How many of the newest are kept; 0: all.
-        best: Criterion of the one that is kept beside them.
         every: The newest at a multiple of this step is kept, too.
 
     Raises:
-        OSError: If it cannot be written; earlier checkpoints are untouched then.
+        OSError: If it cannot be written; earlier ones are untouched.
     """
     final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
     with atomic_folder(final) as temporary:
@@ -68,10 +64,10 @@ def write_checkpoint(
 def update_state(
     run_dir: Path, state: Mapping[str, Any], *, keep: int, best: BestCriterion | None = None, every: int | None = None
 ) -> Path:
-    """Replace state.json of the checkpoint of `state["step"]`; its other files are hard-linked, not rewritten.
+    """Replace state.json of the checkpoint of `state["step"]`, hard-linking its other files.
 
     Raises:
-        OSError: If it cannot be written; the checkpoint is unchanged then.
+        OSError: If it cannot be written; the checkpoint is unchanged.
     """
     final = run_dir / CHECKPOINTS_FOLDER / folder_name(state["step"])
     manifest = read_json(final / MANIFEST)
@@ -92,11 +88,7 @@ def _prune(run_dir: Path, keep: int, best: BestCriterion | None, every: int | No
 
 
 def archive_later(run_dir: Path, step: int) -> None:
-    """Archive the checkpoints after `step`, from which a run resumes, and clean up after killed writers.
-
-    Later checkpoints are broken or belong to the abandoned continuation. Left in place they would be resumed as the
-    newest, and pruning would keep them instead of the new ones. They are renamed, not deleted.
-    """
+    """Rename the checkpoints after `step`, from which a run resumes, and clean up after killed writers."""
     folder = run_dir / CHECKPOINTS_FOLDER
     recover_interrupted(folder, "step-*")
     for later in checkpoint_folders(folder):

@@ -1,4 +1,4 @@
-"""Loads a model from a checkpoint: builds it from the checkpoint's own config and loads its weights."""
+"""Loads a model from a checkpoint, built from the checkpoint's own config."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,13 @@ TOKENIZER_COMPONENTS = ("encoder", "quantizer", "decoder")
 def load(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Generator:
     """Load a trained model: a tokenizer from a stage-1 run, a generator from a stage-2 run.
 
-    A checkpoint never makes Python import anything: if it was trained with a component of your own, import the
-    module that registers it first.
+    A checkpoint imports nothing: first import the module that registers your own components.
 
     Args:
         path: A run's folder or one of its checkpoints.
-        device: Device of the model.
 
     Raises:
-        UserError: If there is no intact checkpoint, or a component that it needs is not registered.
+        UserError: If there is no intact checkpoint, or a component is not registered.
     """
     checkpoint = find_checkpoint(path, lambda _: True, "a run of vqf", "train one with python -m vqf.run")
     if checkpoint.kind == "stage1":
@@ -39,7 +37,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Ge
 
 
 def find_tokenizer_checkpoint(path: str | Path | None) -> Checkpoint:
-    """Open a checkpoint that holds a tokenizer: of a stage-1 run, or of a stage-2 run, which includes its own."""
+    """Open a checkpoint of a stage-1 or stage-2 run; both hold a tokenizer."""
     return find_checkpoint(
         path,
         lambda checkpoint: checkpoint.kind == "stage1" or checkpoint.has_weights("tokenizer"),
@@ -59,7 +57,7 @@ def find_generator_checkpoint(path: str | Path | None) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load the tokenizer of a checkpoint in eval mode, without gradients; the EMA weights if it has them."""
+    """Load a frozen tokenizer in eval mode, with the EMA weights if any."""
     _check_registered(checkpoint, TOKENIZER_COMPONENTS)
     model = checkpoint.config.model
     tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels)
@@ -72,12 +70,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) -> Generator:
-    """Load tokenizer, conditioners, prior and sampler of a stage-2 checkpoint in eval mode, without gradients.
-
-    Args:
-        checkpoint: A checkpoint of a stage-2 run.
-        sampler: Config node that replaces the run's own sampler.
-    """
+    """Load a frozen generator in eval mode; `sampler` replaces its own."""
     config = checkpoint.config
     _check_registered(checkpoint, ("conditioner", "prior"))
     tokenizer = load_tokenizer(checkpoint)
@@ -92,20 +85,19 @@ def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) ->
 
 
 class ConditionTokenizers:
-    """Builds the tokenizers of conditioners, each named by the folder of the run that trained it.
+    """Builds the tokenizers of conditioners, each named by the folder of its run.
 
-    A stage-2 checkpoint stores their weights with the conditioner's and `specs` in state.json, so that it does not
-    need those folders any more.
+    A stage-2 checkpoint stores their weights and `specs`, so needs no such folder.
 
     Args:
-        specs: Config nodes, image size and number of channels of known tokenizers, by folder.
+        specs: Config nodes, image size and channels of known tokenizers, by folder.
     """
 
     def __init__(self, specs: Mapping[str, Any] | None = None) -> None:
         self.specs = dict(specs or {})
 
     def __call__(self, run: str) -> Tokenizer:
-        """Build the tokenizer of a run: untrained from `specs` (its weights are loaded later), else from the run."""
+        """Build the tokenizer of a run: untrained from `specs`, else trained."""
         if run in self.specs:
             spec = self.specs[run]
             size: Sequence[int] = spec["image_size"]
@@ -150,7 +142,7 @@ def build_conditioner_stack(
     """Build the conditioners of a config.
 
     Raises:
-        UserError: If none is chosen.
+        UserError: If it has none.
     """
     condition_tokenizers = condition_tokenizers or ConditionTokenizers()
     wired = {"num_classes": len(classes), "grid": tokenizer.grid, "tokenizer": tokenizer}
@@ -164,8 +156,6 @@ def build_conditioner_stack(
 
 
 def _tokenizer_opener(condition_tokenizers: ConditionTokenizers, name: str) -> Callable[[str], Tokenizer]:
-    """Wrap the tokenizers for one conditioner: an error names `model.conditioner.NAME.run`, not `run`."""
-
     def open_tokenizer(run: str) -> Tokenizer:
         try:
             return condition_tokenizers(run)

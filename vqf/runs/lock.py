@@ -1,4 +1,4 @@
-"""A file lock that keeps a second process out of a run's folder."""
+"""A file lock against a second process in a run's folder."""
 
 import errno
 import fcntl
@@ -18,14 +18,12 @@ LOCKED_ERRNOS = {errno.EACCES, errno.EAGAIN}  # another process holds the lock
 
 @contextmanager
 def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
-    """Hold the lock of a folder inside the block.
+    """Hold the POSIX lock of a folder inside the block; a missing folder is made.
 
-    A POSIX lock ends with its process, however that ends. Child processes, which may outlive it for a moment, do not
-    inherit it. On a network file system it works if the server supports locks (NFS 4); elsewhere nothing is locked.
+    It ends with its process; children do not inherit it. On a network file system without locks nothing is locked.
 
     Args:
-        folder: The folder to lock; it is made if missing.
-        option: Option that named the folder, for the error.
+        option: Names the folder in the error.
 
     Raises:
         UserError: If another process holds the lock, or the folder cannot be written.

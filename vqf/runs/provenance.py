@@ -1,4 +1,4 @@
-"""Where a result comes from: time, memory and hardware of a run, its command line and its git commit."""
+"""The provenance of a result: cost, hardware, command line and git commit."""
 
 import os
 import platform
@@ -15,18 +15,17 @@ from vqf.distributed import comm
 
 
 class ResourceMeter:
-    """Measures a run from its construction on. CPU time counts this process and the children it has waited for."""
+    """Measures a run from its construction on; CPU time includes finished children."""
 
     def __init__(self) -> None:
         self.start_time, self.start_cpu_seconds = time.monotonic(), _cpu_seconds()
 
     @property
     def elapsed_seconds(self) -> float:
-        """Wall time so far."""
         return time.monotonic() - self.start_time
 
     def summary(self) -> dict[str, Any]:
-        """Usage so far, for `summary.json`; the peak memory is that of the process since its own start."""
+        """Usage so far; peak memory since the start of the process."""
         usage: dict[str, Any] = {
             "wall_seconds": round(self.elapsed_seconds, 1),
             "processor_seconds": round(_cpu_seconds() - self.start_cpu_seconds, 1),
@@ -42,7 +41,7 @@ class ResourceMeter:
 
 
 def cpu_name() -> str:
-    """Model name of the CPU; its architecture where the system does not tell."""
+    """Model name of the CPU, or else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -50,15 +49,14 @@ def cpu_name() -> str:
 
 
 def command_line() -> str:
-    """The command that started this run, as one would type it, torchrun included."""
+    """The command that started this run, torchrun included."""
     return shlex.join([*_launcher(), "-m", "vqf.run", *sys.argv[1:]])
 
 
 def git_commit() -> dict[str, str]:
-    """{"commit": HEAD of the working directory}; empty without git or a repository.
+    """{"commit": HEAD of the working directory}; empty without git.
 
-    Uncommitted changes are not looked for: `git status` runs the filters that the repository's own config names, and
-    the folder may be somebody else's.
+    `git status` is avoided: it would run filters of a foreign repository's config.
     """
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     command = ["git", "-c", "core.fsmonitor=false", "rev-parse", "--verify", "--quiet", "HEAD"]

@@ -1,7 +1,6 @@
-"""Resuming a run: which checkpoint it starts from, and whether the config still describes the same run.
+"""Resuming a run: from which checkpoint, and whether the config still describes the same run.
 
-Three groups of options: those in `FIXED_KEYS` must not change, those in `BITWISE_KEYS` may change but then the result
-differs in rounding or length, all others (folders, logging, ...) are free.
+Options in `FIXED_KEYS` must not change; a change in `BITWISE_KEYS` changes rounding or length.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,8 +44,7 @@ ABSENT = object()
 def find_resume_checkpoint(resume: bool | str, run_dir: Path) -> Checkpoint | None:
     """Open the checkpoint that `resume=` names.
 
-    `true`: the newest of `run_dir`; None if there is none yet, so that one command starts and restarts a job.
-    A path: the newest of that run, or that checkpoint.
+    `true`: the newest of `run_dir`, if any. A path: the newest of that run, or that checkpoint.
 
     Raises:
         UserError: If a path holds no intact checkpoint.
@@ -62,7 +60,7 @@ def find_resume_checkpoint(resume: bool | str, run_dir: Path) -> Checkpoint | No
 
 
 def find_on_main(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """Find a checkpoint in the main process and open the same one in all; skipped ones are logged once."""
+    """Find a checkpoint in the main process and open it in all."""
     if not comm.is_main():
         path = comm.broadcast_object(None)
         return None if path is None else open_checkpoint(path)
@@ -72,10 +70,10 @@ def find_on_main(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
 
 
 def check_not_overwriting(run_dir: Path) -> None:
-    """Refuse to start a new run in the folder of another.
+    """Refuse to start a new run in another's folder.
 
     Raises:
-        UserError: If the folder has a checkpoint, intact or not.
+        UserError: If it has any checkpoint.
     """
     if other := find_on_main(lambda: latest_checkpoint(run_dir)):
         raise UserError(
@@ -90,10 +88,10 @@ def check_not_overwriting(run_dir: Path) -> None:
 
 
 def find_start_checkpoint(config: DictConfig, run_dir: Path, kind: str) -> Checkpoint | None:
-    """Find the checkpoint that a run of `kind` ("stage1" or "stage2") resumes from; None for a new run.
+    """Find the checkpoint that a run of `kind` ("stage1" or "stage2") resumes from, if any.
 
     Raises:
-        UserError: If a new run would overwrite another, or the checkpoint is of another kind or a later step.
+        UserError: If a new run would overwrite another, or it does not fit.
     """
     checkpoint = find_resume_checkpoint(config.resume, run_dir)
     if checkpoint is None or run_dir_of(checkpoint.path).resolve() != run_dir.resolve():
@@ -111,10 +109,10 @@ def find_start_checkpoint(config: DictConfig, run_dir: Path, kind: str) -> Check
 
 
 def check_can_start(config: DictConfig, run_dir: Path, kind: str) -> None:
-    """Check what can be checked of a resumed run by its config alone, before data and weights load.
+    """Check a resumed run by its config alone.
 
     Raises:
-        UserError: As `find_start_checkpoint` and `check_same_run` do.
+        UserError: If it cannot resume.
     """
     if checkpoint := find_start_checkpoint(config, run_dir, kind):
         check_same_run(checkpoint, config, {})
@@ -123,16 +121,10 @@ def check_can_start(config: DictConfig, run_dir: Path, kind: str) -> None:
 def check_same_run(checkpoint: Checkpoint, config: DictConfig, metadata: Mapping[str, Any]) -> None:
     """Compare the config and data of a run with the checkpoint it resumes from.
 
-    Options that one side lacks are of another version of vqf and are ignored. An imported checkpoint has no training
-    data and no config to compare; only the number of classes must agree.
-
-    Args:
-        checkpoint: The checkpoint it resumes from.
-        config: Config of this run.
-        metadata: What this run will write into `state.json`: fingerprints of data and tokenizer, classes.
+    Options that one side lacks are ignored. Of an imported checkpoint only the number of classes is compared.
 
     Raises:
-        UserError: If an option of `FIXED_KEYS` or a fingerprint differs and allow_changes is false.
+        UserError: If an option of `FIXED_KEYS` or a fingerprint differs without allow_changes.
     """
     if checkpoint.state.get("data") is None:
         _check_classes(checkpoint, metadata)
@@ -151,7 +143,6 @@ def check_same_run(checkpoint: Checkpoint, config: DictConfig, metadata: Mapping
 
 
 def _check_classes(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> None:
-    """Refuse to train an imported prior on another number of classes, which would shift its class tokens."""
     then: list[str] = checkpoint.state.get("classes") or []
     now = metadata.get("classes", then)
     if checkpoint.kind == "stage2" and then and len(now) != len(then):
@@ -176,7 +167,6 @@ def _compare_values(config_key: str, then: Any, now: Any) -> Iterator[str]:
 
 
 def _fingerprint_differences(state: Mapping[str, Any], metadata: Mapping[str, Any]) -> Iterator[str]:
-    """Compare the fingerprints of the training images and of the tokenizer of stage 2."""
     for key, what in (("data", "the training images"), ("tokenizer", "the tokenizer")):
         if key in state and key in metadata and state[key] != metadata[key]:
             yield f"{what} ({str(state[key])[:8]} → {str(metadata[key])[:8]})"
@@ -188,7 +178,6 @@ def _plain_value(config: DictConfig, config_key: str) -> Any:
 
 
 def _format_value(value: Any) -> str:
-    """A component by its name, any other value as on the command line."""
     if value is ABSENT:
         return "null"
     return str(value.get("name", sorted(value))) if isinstance(value, Mapping) else to_cli(value)

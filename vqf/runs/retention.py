@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, the best by a validation metric, and the last regular one."""
+"""Which checkpoints of a run are kept."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class BestCriterion:
     higher_is_better: bool
 
     def score(self, state: Mapping[str, Any]) -> float:
-        """Value of the metric in a state.json, negated if lower is better; -inf if not measured at that step."""
+        """Value of the metric in a state.json, negated if lower is better; -inf if not measured."""
         validation = state.get("last_validation") or {}
         value = validation.get("values", {}).get(self.metric, math.nan)
         if validation.get("step") != state["step"] or math.isnan(value):
@@ -31,11 +31,10 @@ def parse_best_criterion(metric: str | None, known: Mapping[str, bool]) -> BestC
     """Read `checkpoint.best`.
 
     Args:
-        metric: Value of the option; None: no checkpoint is kept as the best.
-        known: The validation metrics of the run, and whether higher is better.
+        known: Whether higher is better, by metric.
 
     Raises:
-        UserError: If the metric is not among them.
+        UserError: If the metric is unknown.
     """
     if metric is None:
         return None
@@ -55,7 +54,6 @@ def prune_checkpoints(
 
 
 def _best_folder(folders: Sequence[Path], best: BestCriterion) -> Path | None:
-    """The checkpoint with the best score, the earliest of equals; None if none was measured."""
     best_folder, top = None, -math.inf
     for folder in folders:
         try:

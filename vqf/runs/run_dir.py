@@ -1,6 +1,6 @@
 """Chooses the folder of a run: `outputs/<model>-<data>/<time>`, or that of the run it resumes.
 
-conf/config.yaml uses it as `${vqf.run_dir:...}`; importing this module registers that OmegaConf resolver.
+It registers the OmegaConf resolver `vqf.run_dir`.
 """
 
 from collections.abc import Iterator
@@ -28,14 +28,11 @@ def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, nam
 
     Args:
         run_dir: Value of `run_dir=`; overrides everything else.
-        run: Value of `run=`, the run that a pipeline acts on; the new folder is made beside it.
-        resume: Value of `resume=`: a run's folder or a checkpoint, or True for the newest run of this name and
-            pipeline.
-        name: Parent folder of this and similar runs, below `outputs/`.
-        pipeline: Name of the pipeline; resuming training must not pick a folder of samples.
+        run: Value of `run=`; the new folder is made beside it.
+        resume: A run's folder, a checkpoint, or True: the newest run of this name and pipeline.
 
     Raises:
-        UserError: If the folder has a symbolic link that leads out of it.
+        UserError: If a symbolic link leads out of the folder.
     """
     chosen = _resolve_run_dir(run_dir, run, resume, name, pipeline)
     check_symlinks(chosen.expanduser())
@@ -55,10 +52,10 @@ def _resolve_run_dir(run_dir: str | None, run: str | None, resume: bool | str, n
 
 
 def check_same_pipeline(folder: Path, pipeline: str) -> None:
-    """Refuse a folder in which another pipeline made a run.
+    """Refuse a folder of another pipeline.
 
     Raises:
-        UserError: If the files in `.hydra` or a checkpoint name another pipeline.
+        UserError: If `.hydra` or a checkpoint names one.
     """
     other = next(_recorded_pipelines(folder), None)
     if other not in (None, pipeline):
@@ -74,7 +71,6 @@ def hydra_output_dir() -> Path:
 
 
 def _sibling_name(run: str | None) -> str | None:
-    """Name of the folder below `outputs/` that holds `run`; None if it lies elsewhere."""
     if run is None:
         return None
     folder = run_dir_of(Path(run).expanduser().resolve())
@@ -87,10 +83,6 @@ def _latest_run(folder: Path, pipeline: str) -> Path | None:
 
 
 def _recorded_pipelines(run: Path) -> Iterator[str]:
-    """Yield the name of the pipeline of a run, from Hydra's file and from each checkpoint.
-
-    Both are asked because a process killed at its start may leave half a file of Hydra's.
-    """
     yield from _recorded_value(run / HYDRA_FILE, "hydra.runtime.choices.pipeline")
     for path in run.rglob(f"{CHECKPOINTS_FOLDER}/step-*/config.yaml"):
         yield from _recorded_value(path, "pipeline.name")

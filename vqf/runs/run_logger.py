@@ -1,8 +1,4 @@
-"""Records a run: appends to metrics.jsonl, passes scalars and images to the loggers, writes the final summaries.
-
-Files in the run's folder: `metrics.jsonl` (one line per call of `RunLogger.scalars`), `details.json` (what the report
-shows of images and codes), `summary.json` (command, cost, versions, commit), `metrics.json` (the last validation).
-"""
+"""Records a run in its folder: metrics.jsonl, details.json, summary.json and metrics.json."""
 
 import json
 import math
@@ -31,8 +27,7 @@ from vqf.terminal import log
 class RunLogger:
     """Appends scalars to `metrics.jsonl` and passes scalars and images to every logger.
 
-    A full disk does not stop the run: lines of `metrics.jsonl` are kept in memory and written later, what a logger
-    cannot write is lost.
+    While the disk is full, lines of `metrics.jsonl` wait in memory; what a logger cannot write is lost.
     """
 
     def __init__(self, run_dir: Path, loggers: Sequence[Logger]) -> None:
@@ -44,12 +39,7 @@ class RunLogger:
         self.failing: set[str | int] = set()  # files and loggers whose last write failed; they are reported once
 
     def truncate_after(self, step: int, validated: bool = True) -> None:
-        """Delete the lines that an interrupted process wrote after the checkpoint the run resumes from.
-
-        Args:
-            step: Step of the checkpoint.
-            validated: Whether the checkpoint includes the validation of its step, whose lines are kept then.
-        """
+        """Delete the lines after a step, and those of its validation unless `validated`."""
         if not self.path.is_file():
             return
         last = (step, validated)
@@ -57,7 +47,7 @@ class RunLogger:
         atomic_write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars of a step; NaN and infinity are written as strings, since JSON has neither."""
+        """Record scalars of a step; NaN and infinity become strings."""
         finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time() - self.start_time, 3), **finite})
         self._call_safely("metrics.jsonl", partial(self._append, line))
@@ -70,12 +60,10 @@ class RunLogger:
             self._call_safely(logger, partial(logger.images, step, name, images))
 
     def write_details(self, values: Mapping[str, Any]) -> None:
-        """Update `details.json`; a new value replaces an old one of the same key."""
         if values:
             self._call_safely("details.json", partial(self._update_details, values))
 
     def sync(self) -> None:
-        """Flush `metrics.jsonl` to disk, so that it survives a crash of the machine."""
         if self.path.is_file():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -109,13 +97,12 @@ class RunLogger:
             self.failing.add(key)
 
     def close(self) -> None:
-        """Close every logger."""
         for logger in self.loggers:
             self._call_safely(logger, logger.close)
 
 
 class NullRunLogger(RunLogger):
-    """The run logger of every process but the main one: does nothing."""
+    """The run logger of all processes but the main one."""
 
     def __init__(self) -> None:
         pass
@@ -143,15 +130,10 @@ class NullRunLogger(RunLogger):
 def start_run(
     config: DictConfig, run_dir: Path, meter: ResourceMeter | None = None, subrun: str = ""
 ) -> Iterator[RunLogger]:
-    """Yield the logger of a run; at the end write `summary.json` and close the loggers, also after an error.
-
-    Only the main process writes.
+    """Yield the logger of a run; at the end, even after an error, write `summary.json` and close the loggers.
 
     Args:
-        config: Chooses the loggers.
-        run_dir: The run's folder.
-        meter: Measures the cost of the run from its own start; by default from now.
-        subrun: "stage1" or "stage2" within pipeline=full, whose folder is the parent; empty for a run of its own.
+        subrun: "stage1" or "stage2" of pipeline=full.
     """
     if not comm.is_main():
         yield NullRunLogger()
@@ -171,13 +153,12 @@ def start_run(
 
 
 def save_metrics(run_dir: Path, tables: Mapping[str, Mapping[str, float]]) -> None:
-    """Write `metrics.json`, the tables of the last validation, in the main process."""
+    """Write `metrics.json` in the main process."""
     if comm.is_main():
         (run_dir / "metrics.json").write_text(json.dumps(tables, indent=1))
 
 
 def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
-    """Write the command, cost, versions and commit of a run, for its report."""
     versions = {name: version(name) for name in ("vqf", "torch", "hydra-core")}
     summary = {
         "command": command_line(),
@@ -189,7 +170,6 @@ def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
 
 
 def _step_of(line: str) -> tuple[float, bool]:
-    """Sort key of a line: its step, and whether it is of a validation, which comes last in a step."""
     try:
         values = json.loads(line)
         return values["step"], any(key.startswith(VALIDATION_PREFIX) for key in values)

@@ -1,4 +1,4 @@
-"""`Snapshot`: the content of one checkpoint in memory, handed from training to `async_checkpointer`."""
+"""`Snapshot`: the content of one checkpoint in memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run between two steps.
-
-    Tensors are copies on the CPU, so that training can change its own while they are written.
-    """
+    """The state of a run between two steps; tensors are copies on the CPU."""
 
     state: Mapping[str, Any]
     config: DictConfig

@@ -1,1 +1,1 @@
-"""Training: the trainer, the tokenizer and prior tasks, GAN, EMA, optimizer step, alarms, time budget."""
+"""Training: the trainer and its tasks, GAN, EMA, alarms and time budget."""

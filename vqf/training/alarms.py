@@ -1,8 +1,7 @@
 """Alarms: conditions on logged scalars that mean a tokenizer training fails, and which option helps.
 
-Users of VQGAN complain of two things first: codes that die, and reconstructions ruined when the discriminator starts
-(CompVis/taming-transformers#44, #93; thuanz123/enhancing-transformers#18). Both show in the scalars before they show
-in the images.
+Codes die, or the discriminator ruins reconstructions (CompVis/taming-transformers#44, #93;
+thuanz123/enhancing-transformers#18).
 """
 
 from collections import deque
@@ -19,7 +18,7 @@ ConfigNode = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition on logged scalars, and the warning once it has held for `patience` observations in a row."""
+    """A condition on logged scalars that warns once it has held for `patience` observations in a row."""
 
     name: str
     keys: tuple[str, ...]  # log keys; their values are the arguments of `condition`. Lines without them do not count
@@ -29,7 +28,7 @@ class Alarm:
 
 
 def build_alarms(model: ConfigNode) -> list[Alarm]:
-    """Return the alarms for the `model` node of a config. Their messages name only options that it has."""
+    """Return the alarms for a `model` node."""
     alarms = codebook_alarms(model.get("quantizer") or {})
     adversary = model.get("adversary")
     return alarms if adversary is None else alarms + gan_alarms(adversary)
@@ -56,7 +55,7 @@ def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
 
 
 def revival_hint(quantizer: ConfigNode) -> str:
-    """Return how to bring dead codes back with the options of a quantizer."""
+    """Return which options of a quantizer revive dead codes."""
     if "revive" in quantizer:
         rate = quantizer["revive"] or 0
         init = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
@@ -67,7 +66,7 @@ def revival_hint(quantizer: ConfigNode) -> str:
 
 
 def gan_alarms(adversary: ConfigNode) -> list[Alarm]:
-    """Return the alarms of GAN training, for the `adversary` node."""
+    """Return the alarms of GAN training."""
     alarms = [
         Alarm(
             "discriminator wins",
@@ -90,7 +89,7 @@ def gan_alarms(adversary: ConfigNode) -> list[Alarm]:
 
 
 def adaptive_weight_alarm(adversary: ConfigNode) -> Alarm:
-    """Return the alarm of an adaptive weight λ at its limit, or above 1,000 where the limit is higher."""
+    """Return the alarm of an adaptive weight λ at its limit or above 1,000."""
     limit = adversary["weight"] * adversary["max_weight"]
     if 0 < limit <= 1e3:
         problem = f"is at its limit, model.adversary.max_weight={adversary['max_weight']:g}"
@@ -105,7 +104,7 @@ def adaptive_weight_alarm(adversary: ConfigNode) -> Alarm:
 
 
 class AlarmMonitor:
-    """Checks the alarms on every log line. An alarm is raised once, and again only after its condition has cleared."""
+    """Checks the alarms; one is raised again only after its condition has cleared."""
 
     def __init__(self, alarms: list[Alarm]) -> None:
         self.alarms = alarms
@@ -113,19 +112,18 @@ class AlarmMonitor:
         self.raised: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as JSON: a resumed run raises the same alarms."""
         recent = {name: list(observations) for name, observations in self.recent.items()}
         return {"recent": recent, "raised": sorted(self.raised)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a `state_dict`; an empty one resets."""
+        """Load a state; an empty one resets."""
         for name, recent in self.recent.items():
             recent.clear()
             recent.extend(state.get("recent", {}).get(name, ()))
         self.raised = set(state.get("raised", ()))
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Observe the scalars of one log line; logs and returns the messages of the alarms that they raise."""
+        """Observe one log line; logs and returns the messages of raised alarms."""
         messages = [f"step {step}: {alarm.message}" for alarm in self.alarms if self._raises(alarm, values)]
         for message in messages:
             log.warning("%s", message)

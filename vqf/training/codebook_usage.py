@@ -1,4 +1,4 @@
-"""Codebook usage over the last training steps: one batch uses too few codes to tell, and validations are rare."""
+"""Codebook usage over the last training steps."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ WINDOW = 100  # steps
 class CodebookUsage(nn.Module):
     """Counts, for every code, the steps since it was last used.
 
-    The counts are buffers: checkpoints keep them, so a resumed run reports what an uninterrupted one would.
-
     Args:
         vocab_size: Number of codes, V.
-        window: A code is dead if it was not used for so many steps.
+        window: A code unused for so many steps is dead.
     """
 
     age: Tensor  # (V,) int64, steps since last use
@@ -33,13 +31,13 @@ class CodebookUsage(nn.Module):
         self.latents += indices.numel()
 
     def end_step(self) -> dict[str, Tensor]:
-        """Return the usage statistics after a step, over all ranks.
+        """Return the usage statistics over all ranks.
 
         Returns:
             usage: Share of codes used within the window.
-            dead_codes: Number of codes not used within the window.
-            usage_vs_chance: `usage` divided by the expected usage of uniformly random codes, 1 - (1 - 1/V)^n for n
-                latents in the window. Unlike `usage` it does not depend on n: below 0.2 means collapse.
+            dead_codes: Number of the others.
+            usage_vs_chance: `usage` divided by that of uniformly random codes, 1 - (1 - 1/V)^n for n latents in the
+                window; below 0.2 means collapse.
         """
         self.age.copy_(comm.all_reduce_min(self.age))  # used on any rank
         used = self.age < self.window

@@ -8,12 +8,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Moving average θ' ← d θ' + (1 - d) θ of the parameters θ of a module.
+    """Moving average θ' ← d θ' + (1 - d) θ of the parameters θ of a module, or of their shards.
 
-    The decay d rises with the step, d = min(decay, (1 + step) / (10 + step)), so that the random initial weights are
-    forgotten soon.
-
-    Holds tensors, not a copy of the module: of sharded parameters it averages the shards.
+    The decay rises with the step: d = min(decay, (1 + step) / (10 + step)).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -28,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages after a step, which is counted from 0."""
+        """Update the averages after a step, counted from 0."""
         decay = min(self.decay, (step + 1) / (step + 10))
         parameters = dict(self.module.named_parameters())
         shadows = [self.shadow_params[name] for name in parameters]
@@ -36,7 +33,7 @@ class EMA:
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Put the averages into the module for a while. Buffers, such as an EMA codebook, are not averaged."""
+        """Put the averages into the module for a while; its buffers stay."""
         trained = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
         self._copy_to_module(self.shadow_params)
         try:
@@ -49,7 +46,7 @@ class EMA:
         return {**self.module.state_dict(), **self.shadow_params}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the averages of a `state_dict`.
+        """Load the averages.
 
         Raises:
             KeyError: If one is missing.

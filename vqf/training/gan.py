@@ -1,4 +1,4 @@
-"""The GAN part of stage 1: discriminator, adversary and regularizers, and checks that they can work."""
+"""The GAN part of stage 1: discriminator, adversary and regularizers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from vqf.terminal import log
 
 
 class GANModule(nn.Module):
-    """A discriminator, the GAN objective (adversary), and regularizers of the discriminator."""
+    """A discriminator, its adversary and regularizers."""
 
     def __init__(
         self, discriminator: Discriminator, adversary: Adversary, regularizers: Mapping[str, Regularizer]
@@ -26,17 +26,17 @@ class GANModule(nn.Module):
         self.regularizers = nn.ModuleDict(dict(regularizers))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images (B, 3, H, W)."""
+        """Score images (B, 3, H, W)."""
         return self.discriminator(images)
 
     def score_pair(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of images and those of reconstructions, each of a forward of its own."""
+        """Return the logits of images and of reconstructions, from separate forwards."""
         return self(images), self(reconstructions)
 
 
 @contextmanager
 def no_param_grad(module: nn.Module) -> Iterator[None]:
-    """Let gradients flow through a module to its input, but not to its parameters."""
+    """Let gradients flow through a module, but not to its parameters."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -48,7 +48,7 @@ def no_param_grad(module: nn.Module) -> Iterator[None]:
 
 
 def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
-    """Build discriminator, adversary and regularizers; returns None if the config has no discriminator."""
+    """Build the GAN of a config, if it has a discriminator."""
     model = config.model
     if model.get("discriminator") is None:
         return None
@@ -59,19 +59,17 @@ def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
 
 
 def gan_start(config: DictConfig) -> Callable[[int], int] | None:
-    """Return a function from the steps of a run to the first step of the discriminator; None without an adversary."""
+    """Return a function from a run's steps to the discriminator's first, if there is one."""
     adversary = config.model.get("adversary")
     return None if adversary is None else lambda steps: build("adversary", adversary, steps=steps).start_step
 
 
 @torch.no_grad()
 def check_discriminator_input(gan: GANModule, config: DictConfig, channels: int) -> None:
-    """Run the discriminator on blank images: its first step may come hours after the start of the run.
-
-    Buffers and the RNG state stay as they were.
+    """Run the discriminator on blank images; its state and the RNG's stay.
 
     Raises:
-        UserError: If it fails, with the option to change.
+        UserError: If it fails.
     """
     count = config.batch_size // config.accumulate // comm.world_size()
     buffers = {name: buffer.clone() for name, buffer in gan.named_buffers()}
@@ -104,7 +102,7 @@ def _discriminator_input_error(config: DictConfig, count: int, error: Exception)
 
 
 def warn_never_active(gan: GANModule, steps: int) -> None:
-    """Warn if the discriminator is not trained, or its loss does not reach the tokenizer, within a run's steps."""
+    """Warn if the discriminator is never trained or never reaches the tokenizer."""
     adversary = gan.adversary
     if adversary.start_step >= steps:
         problem = f"the discriminator starts at step {adversary.start_step + 1}, so it is never trained"

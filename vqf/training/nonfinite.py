@@ -1,4 +1,4 @@
-"""Detection of NaN and infinity in training scalars, and the answer that nonfinite.action chooses."""
+"""Detection of NaN and infinity in training scalars."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +19,14 @@ HINT = "Lower optimizer.lr, set clip=1, or warm up with schedule.warmup=0.05"
 
 @dataclass(frozen=True)
 class NonFiniteEvent:
-    """The first step with a non-finite scalar, and which ones."""
+    """The first step with non-finite scalars, and which."""
 
     step: int
     message: str  # "'l1' is nan (loss, grad_norm too)"
 
 
 class NonFiniteDetector:
-    """Records the first step at which each scalar was not finite.
-
-    The record stays on the device of the scalars, since reading it makes the host wait.
-    """
+    """Records the first step at which each scalar was not finite, on the device."""
 
     def __init__(self) -> None:
         # By log keys, which change when the discriminator starts: first steps (n,) int64, and the values there (n,).
@@ -47,7 +44,7 @@ class NonFiniteDetector:
         self.first_seen[keys] = torch.where(is_first, step, steps), torch.where(is_first, current, values)
 
     def poll(self) -> NonFiniteEvent | None:
-        """Read the record: returns the first event over all ranks. Waits for the device; every rank must call this."""
+        """Return the first event over all ranks. It waits for the device; every rank must call it."""
         rows = [
             (step, key, value)
             for keys, (steps, values) in self.first_seen.items()
@@ -64,14 +61,12 @@ class NonFiniteGuard:
     """Acts on non-finite scalars as nonfinite.action says.
 
     * stop: the run ends.
-    * skip: weights, optimizer state and buffers stay as they were before the step (`OptimizerStep`). The run ends after
-      more than `limit` such steps in a row.
-    * rollback: the trainer restores the newest checkpoint and continues with other batches. The run ends after more
-      than `limit` rollbacks without a new checkpoint.
+    * skip: the step changes nothing; the run ends after more than `limit` in a row.
+    * rollback: the trainer restores the newest checkpoint and continues with other batches; the run ends after more
+      than `limit` without a new checkpoint.
 
     Args:
-        kind: "stage1" or "stage2", begins the messages.
-        config: The `nonfinite` node.
+        kind: "stage1" or "stage2".
     """
 
     def __init__(self, kind: str, config: DictConfig) -> None:
@@ -81,11 +76,10 @@ class NonFiniteGuard:
         self.rollbacks = 0  # since the newest checkpoint
 
     def update(self, step: int, scalars: Mapping[str, Tensor]) -> None:
-        """Record the scalars of a step."""
         self.detector.update(step, scalars)
 
     def poll(self, stepped: bool) -> NonFiniteEvent | None:
-        """Act on what was recorded since the last call; returns the event if it asks for a rollback.
+        """Act on what was recorded since the last call; returns an event that asks for a rollback.
 
         Args:
             stepped: Whether all optimizers have taken the last step.
@@ -111,15 +105,13 @@ class NonFiniteGuard:
         return event
 
     def checkpoint_saved(self) -> None:
-        """Reset the count of rollbacks: the run has got past the problem."""
         self.rollbacks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as JSON."""
         return {"consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a `state_dict`; an empty one resets."""
+        """Load a state; an empty one resets."""
         self.consecutive_skips = state.get("consecutive_skips", 0)
 
     def _check_limit(self, count: int, problem: str, action: str, manner: str) -> None:
@@ -130,7 +122,6 @@ class NonFiniteGuard:
 
 
 def _describe(values: Mapping[str, float]) -> str:
-    """Name the scalars, the first with its value. There may be none: the event can be of another rank."""
     if not values:
         return "a scalar of another process is not finite"
     (name, value), *others = sorted(values.items(), key=lambda item: item[0] in TOTAL_KEYS)  # single losses first

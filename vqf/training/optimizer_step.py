@@ -1,4 +1,4 @@
-"""One optimizer step: clip, skip if not finite, step, zero_grad; and what the two tasks share around it."""
+"""One optimizer step: clip, skip if not finite, step, zero_grad."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,12 +15,11 @@ from vqf.errors import UserError
 class OptimizerStep:
     """One optimizer with the modules that it trains.
 
-    With nonfinite.action=skip a step with a non-finite scalar or gradient changes nothing: not the weights, not the
-    optimizer state, and not the buffers that forward passes have updated (codebook averages, batch norm statistics,
-    codebook usage). This makes the host wait for the device once a step; otherwise it does not wait.
+    With nonfinite.action=skip a non-finite step changes no weights, optimizer state or buffers; the host then waits for
+    the device once a step.
 
     Attributes:
-        stepped: Whether the last step was taken, not skipped.
+        stepped: Whether the last step was not skipped.
     """
 
     def __init__(self, optimizer: Optimizer, modules: Iterable[nn.Module], config: DictConfig) -> None:
@@ -31,7 +30,6 @@ class OptimizerStep:
         self.saved_buffers: list[dict[str, Tensor]] = []
 
     def start(self) -> None:
-        """Copy the buffers, which forward passes may change, if the step may be skipped."""
         self.stepped = True
         if self.skip_nonfinite:
             self.saved_buffers = [
@@ -42,7 +40,7 @@ class OptimizerStep:
         """Clip gradients, step, and zero gradients; returns the gradient norm () before clipping.
 
         Args:
-            scalars: Losses of this step. If one is not finite on any rank, a step that may be skipped is.
+            scalars: Losses of this step; non-finite ones skip it.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = comm.full_tensor(nn.utils.clip_grad_norm_(parameters, self.clip))
@@ -65,18 +63,12 @@ def _all_finite(values: Iterable[Tensor]) -> bool:
 
 
 class ScalarAccumulator:
-    """Sums scalars over micro-batches on the device: reading one would make the host wait."""
+    """Sums scalars over micro-batches on the device."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        """Add scalars of a micro-batch.
-
-        Args:
-            values: By log key.
-            weight: The micro-batch's share of the batch.
-        """
         for key, value in values.items():
             self.values[key] = self.values.get(key, 0) + value.detach() * weight
 
@@ -92,5 +84,5 @@ def check_accumulate(config: DictConfig) -> None:
 
 
 def describe_model(name: str, module: nn.Module) -> str:
-    """Return a line with the parameter count of a model."""
+    """Return a line with a model's parameter count."""
     return f"{name}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters"

@@ -1,4 +1,4 @@
-"""Out of memory as one line that names the options which lower memory use."""
+"""Out of memory in one line, with options that help."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,6 @@ def explain_oom(where: str, kind: str, config: DictConfig) -> Iterator[None]:
     Args:
         where: Begins the line, as "stage1, step 3".
         kind: "stage1" or "stage2".
-        config: The run's; the line says which of its values to change.
 
     Raises:
         UserError: If memory ran out.
@@ -44,7 +43,6 @@ def _is_oom(error: Exception) -> bool:
 
 
 def _resume_hints(kind: str, config: DictConfig) -> Iterator[str]:
-    """Yield options that lower memory use and keep the run the same."""
     candidates = range(config.accumulate + 1, config.batch_size + 1)
     if more := next((count for count in candidates if config.batch_size % (count * comm.world_size()) == 0), 0):
         yield f"accumulate={more}"
@@ -56,7 +54,6 @@ def _resume_hints(kind: str, config: DictConfig) -> Iterator[str]:
 
 
 def _restart_hints(config: DictConfig) -> Iterator[str]:
-    """Yield options that lower memory use and make another run."""
     if config.batch_size > 1:
         yield f"batch_size={config.batch_size // 2}"
     yield f"image_size={max(image_size(config)) // 2}"

@@ -1,4 +1,4 @@
-"""Signals of a scheduler to a running job: SIGTERM, save and stop; SIGUSR1, save and continue."""
+"""Signals of a scheduler: SIGTERM, save and stop; SIGUSR1, save and continue."""
 
 import signal
 import threading
@@ -11,11 +11,7 @@ SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # not 0: a scheduler must see that the
 
 
 class PreemptionSignals:
-    """Context in which SIGTERM and SIGUSR1 are recorded, for the trainer to act on between two steps.
-
-    A handler may run in the middle of an optimizer step, where no consistent state could be saved. Python delivers
-    signals to the main thread only; in another thread nothing is recorded.
-    """
+    """Records SIGTERM and SIGUSR1 for the trainer, in the main thread only."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -34,11 +30,11 @@ class PreemptionSignals:
             signal.signal(*self.previous_handlers.popitem())
 
     def should_stop(self) -> bool:
-        """Whether any rank has received SIGTERM. Every rank must ask."""
+        """Whether any rank has received SIGTERM; every rank must ask."""
         return comm.any_rank(signal.SIGTERM in self.received)
 
     def should_save(self) -> bool:
-        """Whether any rank has received a signal; a SIGUSR1 is answered by this. Every rank must ask."""
+        """Whether any rank has received a signal; answers SIGUSR1. Every rank must ask."""
         requested = bool(self.received)
         self.received.discard(signal.SIGUSR1)
         return comm.any_rank(requested)

@@ -1,7 +1,7 @@
 """Stage 2: train a prior on the tokens of a frozen tokenizer.
 
 VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximize the log-likelihood of an image's tokens in raster order,
-given the tokens of a condition in front of them.
+after those of a condition.
 """
 
 import math
@@ -37,7 +37,7 @@ COMPLETIONS_CAPTION = (
 
 
 class PriorTask:
-    """Trains the prior of a generator on cached tokens; tokenizer and conditioner are frozen."""
+    """Trains the prior of a generator on cached tokens."""
 
     kind = "stage2"
 
@@ -65,7 +65,6 @@ class PriorTask:
         self.metadata, self.class_evaluator = metadata, class_evaluator
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """Train the prior on one batch of tokens; returns scalars to log."""
         logs = ScalarAccumulator()
         self.generator.train()
         self.generator.tokenizer.eval()
@@ -87,7 +86,6 @@ class PriorTask:
             return self.parallel_loss(batch.tokens, prefix)
 
     def evaluate(self, model: nn.Module) -> ValidationResult:
-        """Measure nats per token on all validation tokens; sample and complete a few images."""
         generator = self._generator_with(model)
         loss = self._validation_loss(generator)
         scalars = {"nats_per_token": loss, "uniform_nats": math.log(generator.tokenizer.vocab_size)}
@@ -96,7 +94,6 @@ class PriorTask:
             return ValidationResult(scalars, images, self._captions(generator))
 
     def final_validation(self, model: nn.Module) -> ValidationResult:
-        """Measure how often samples are of their class, for a prior that is conditioned on classes."""
         accuracy = None if self.class_evaluator is None else self.class_evaluator(self._generator_with(model))
         if accuracy is None:
             return ValidationResult({})
@@ -104,7 +101,6 @@ class PriorTask:
         return ValidationResult(accuracy.scalars(), details={"classes": classes})
 
     def _validation_loss(self, generator: Generator) -> float:
-        """Return the mean loss per token over all validation images and ranks."""
         count, size = len(self.validation_tokens), self.config.batch_size
         total = torch.zeros((), device=self.engine.device)
         for i in range(0, count, size):
@@ -119,7 +115,6 @@ class PriorTask:
         return float(comm.all_reduce_sum(total)) / count
 
     def _preview_samples(self, generator: Generator) -> dict[str, Tensor]:
-        """Sample images with the conditions of validation images; "conditions" shows each above its sample."""
         conditions = self._validation_batch()
         has_conditions = bool(conditions.condition_indices)
         count = len(conditions) if has_conditions else PREVIEW_SAMPLES
@@ -139,7 +134,6 @@ class PriorTask:
         return {"samples": samples, "conditions": rearrange(rows, "rows b c h w -> (b rows) c h w")}
 
     def _preview_completions(self, generator: Generator) -> dict[str, Tensor]:
-        """Complete validation images from their upper half, if the sampler can keep given tokens."""
         if not can_complete(generator):
             return {}
         batch = self._validation_batch(PREVIEW_COMPLETIONS)
@@ -150,7 +144,6 @@ class PriorTask:
         return {} if rows is None else {"completions": rearrange(rows, "b three c h w -> (b three) c h w")}
 
     def _captions(self, generator: Generator) -> dict[str, Any]:
-        """Return the class names beside the preview images, for a prior that is conditioned on classes."""
         batch, names = self._validation_batch(), generator.classes
         if not is_class_conditional(generator, batch):
             return {"completions": {"caption": COMPLETIONS_CAPTION}}
@@ -165,23 +158,18 @@ class PriorTask:
         }
 
     def _validation_batch(self, max_count: int = PREVIEW_SAMPLES) -> Batch:
-        """Return the tokens and conditions of a few validation images, spread evenly over the split."""
         count = min(max_count, len(self.validation_tokens))
         indices = [i * len(self.validation_tokens) // count for i in range(count)]
         return self.validation_tokens.gather([0] * count, indices).to(self.engine.device)
 
     def _generator_with(self, model: nn.Module) -> Generator:
-        """Return the generator with another prior: the one with EMA weights."""
         own = self.generator
         components = (own.tokenizer, own.conditioner, model, own.sampler, own.classes)
         return Generator(*components, crop_extent=own.crop_extent).eval()  # type: ignore[arg-type]
 
 
 def param_groups_weight_decay(module: nn.Module) -> list[dict[str, Any]]:
-    """Split trained parameters into two groups: weights of linear layers, and all others without weight decay.
-
-    As minGPT and taming-transformers do: biases, norms, embeddings and positions are never decayed.
-    """
+    """Split parameters into weights of linear layers, and all others without weight decay."""
     linear_weights = {id(submodule.weight) for submodule in module.modules() if isinstance(submodule, nn.Linear)}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if id(parameter) in linear_weights]

@@ -1,4 +1,4 @@
-"""What the trainer is given: a task that says what is optimized, and a source of batches."""
+"""What the trainer is given: a task and its batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ BatchSource = Callable[[int, int], Iterator[Batch]]
 
 
 class TrainingTask(Protocol):
-    """One of the two stages: its modules, its optimizers, one training step, and its validation."""
+    """One of the two stages, to be trained."""
 
     kind: str  # "stage1" or "stage2"
 

@@ -1,7 +1,6 @@
-"""Training for a time instead of a number of steps: `minutes=1` becomes, for instance, `steps=1463`.
+"""Training for a time: `minutes=1` becomes, for instance, `steps=1463`.
 
-The seconds of a step are measured before the run. From there on it is a run of so many steps, with its schedule, its
-checkpoints, and the same result for the same steps on any machine. A run that a clock stopped could not be repeated.
+Steps are measured before the run, so that it can be repeated.
 """
 
 import time
@@ -34,18 +33,12 @@ def resolve_steps(
     source: BatchSource,
     gan_start: Callable[[int], int] | None = None,
 ) -> DictConfig:
-    """Return a config whose `steps` take `minutes`; the same config if `minutes` is null.
-
-    A resumed run keeps its steps.
+    """Return a config whose `steps` take `minutes`, if given; a resumed run keeps its steps.
 
     Args:
-        config: `minutes` counts training steps only, on an otherwise idle machine. Validations and checkpoints come
-            on top.
-        run_dir: The run's folder.
-        engine: Device, precision and parallelism.
-        make_task: Builds a task to measure, which is thrown away afterwards.
-        source: Yields the batches of a range of batch numbers.
-        gan_start: From the steps of a run to the first step that takes longer, when the discriminator starts.
+        config: `minutes` counts no validations and checkpoints.
+        make_task: Builds a task to measure and throw away.
+        gan_start: From the steps of a run to the first that takes longer.
     """
     if config.minutes is None:
         return config
@@ -61,13 +54,11 @@ def resolve_steps(
 
 
 def count_steps(seconds: float, early: float, late: float, gan_start: Callable[[int], int]) -> int:
-    """Return the largest number of steps that fit into a time, at least 1.
+    """Return the largest number of steps that fit into `seconds`, at least 1.
 
     Args:
-        seconds: The time.
         early: Seconds per step before `gan_start`.
         late: Seconds per step from `gan_start` on.
-        gan_start: From the steps of a run to the first late step.
     """
 
     def fits(steps: int) -> bool:
@@ -100,7 +91,6 @@ def _measure_steps(
 
 
 def _step_seconds(task: TrainingTask, engine: Engine, source: BatchSource, first: int, limit: float) -> float:
-    """Measure the seconds per step, loading included, from step `first` on; takes about `limit` seconds."""
     with closing(source(first, first + 10**6)) as batches:  # type: ignore[type-var]
         steps = enumerate(batches, first)
         _time_steps(task, engine, steps, WARMUP_STEPS)
@@ -110,7 +100,6 @@ def _step_seconds(task: TrainingTask, engine: Engine, source: BatchSource, first
 
 
 def _time_steps(task: TrainingTask, engine: Engine, steps: Iterator[tuple[int, Batch]], count: int) -> float:
-    """Take steps and return their seconds."""
     start = _clock(engine)
     for step, batch in islice(steps, count):
         task.step(step, batch.to(engine.device))
@@ -118,10 +107,7 @@ def _time_steps(task: TrainingTask, engine: Engine, steps: Iterator[tuple[int, B
 
 
 def _clock(engine: Engine) -> float:
-    """Return seconds of a clock that other programs do not advance, where there is one.
-
-    On the CPU: processor time of this process per core that it uses. On an accelerator: wall-clock time.
-    """
+    """Return CPU seconds per used core, or wall-clock seconds on an accelerator."""
     if engine.device.type == "cpu":
         return time.process_time() / torch.get_num_threads()
     torch.accelerator.synchronize(engine.device)

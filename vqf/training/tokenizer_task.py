@@ -37,10 +37,7 @@ from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator, check_
 
 
 class TokenizerTask:
-    """Trains the tokenizer and, from `adversary.start_step` on, the discriminator, each with its own optimizer.
-
-    A step has one forward of the tokenizer: the discriminator learns from the same reconstructions.
-    """
+    """Trains the tokenizer and, from `adversary.start_step` on, the discriminator."""
 
     kind = "stage1"
 
@@ -75,7 +72,6 @@ class TokenizerTask:
         }
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """Train the tokenizer, then the discriminator, on one batch; returns scalars to log."""
         logs = ScalarAccumulator()
         self.model.train()
         for optimizer_step in self.optimizer_steps.values():
@@ -101,7 +97,7 @@ class TokenizerTask:
         return logs.values
 
     def _tokenizer_backward(self, step: int, batch: Batch, logs: ScalarAccumulator, batch_weight: float) -> Tensor:
-        """Add the gradients of equation 6 to the tokenizer's parameters; returns the reconstructions, detached."""
+        """Add the gradients of equation 6; returns the reconstructions, detached."""
         images = batch.images
         assert images is not None
         with self.engine.autocast():
@@ -150,7 +146,7 @@ class TokenizerTask:
         return weight * gan_grad
 
     def _last_layer_grads(self, features: Tensor, *output_grads: Tensor) -> Tensor:
-        """Turn gradients of the last layer's output into gradients of its weight, stacked in front."""
+        """Turn output gradients into those of the last layer's weight, stacked in front."""
         layer = self.model.last_layer
         # The layer is linear in its weight, so the gradient does not depend on the weight's value. Zeros stand in for
         # it, because under fsdp2 this rank holds only a shard.
@@ -160,14 +156,12 @@ class TokenizerTask:
         return torch.stack([torch.autograd.grad(output, weight, grad, retain_graph=True)[0] for grad in output_grads])
 
     def _update_quantizer(self) -> dict[str, Tensor]:
-        """Update state that no gradient trains (EMA codebook, Gumbel temperature), unless the step was skipped."""
         update = getattr(self.model.quantizer, "update", None)
         return update() if update is not None and self.optimizer_steps["model"].stepped else {}
 
     def _discriminator_backward(
         self, step: int, batch: Batch, x_hat: Tensor, logs: ScalarAccumulator, batch_weight: float
     ) -> None:
-        """Add the gradients of equation 5 and of the regularizers to the discriminator's parameters."""
         gan, images = self.gan, batch.images
         assert gan is not None and images is not None
         if gan.adversary.refresh_fakes:  # as the published code: reconstruct again with the updated tokenizer
@@ -187,7 +181,6 @@ class TokenizerTask:
         logs.add({"d_loss": loss, **logits, **penalties}, batch_weight)
 
     def evaluate(self, model: nn.Module) -> ValidationResult:
-        """Reconstruct `evaluate.count` validation images, spread evenly, and measure the metrics."""
         assert isinstance(model, Tokenizer)
         split, config = self.data.split("validation"), self.config
         count = min(config.evaluate.count or len(split), len(split))
@@ -197,7 +190,6 @@ class TokenizerTask:
         return reconstruction.evaluate_and_preview(model, split, batches, count, config, self.engine)
 
     def final_validation(self, model: nn.Module) -> ValidationResult:
-        """Add nothing to the last validation."""
         return ValidationResult({})
 
     def _build_optimizer_step(self, module: nn.Module, *others: nn.Module) -> OptimizerStep:
@@ -206,11 +198,10 @@ class TokenizerTask:
 
 
 def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> TokenizerTask:
-    """Build the tokenizer, losses, discriminator and optimizers of a config.
+    """Build the task of a config.
 
     Raises:
-        UserError: If only one of discriminator and adversary is chosen, there is no loss, or a loss or the
-            discriminator does not fit the images.
+        UserError: If the losses are incomplete or do not fit the images.
     """
     model = config.model
     if (model.get("discriminator") is None) != (model.get("adversary") is None):
@@ -231,7 +222,7 @@ def check_losses(config: DictConfig, channels: int) -> None:
     """Refuse a loss that cannot compare images of so many channels.
 
     Raises:
-        UserError: One line that names the loss, and what to choose.
+        UserError: If there is one.
     """
     model, is_class_map = config.model, target_is_class_map(config)
     target = f"class maps of {channels} classes" if is_class_map else f"images of {channels} channels"

@@ -1,4 +1,4 @@
-"""The training state: what a step changes, and how it is copied into a checkpoint and loaded back."""
+"""The training state, as a checkpoint saves it."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step",
 
 @dataclass
 class Progress:
-    """How far a run is. The fields are keys of `state.json`."""
+    """How far a run is; the fields are keys of `state.json`."""
 
     step: int = 0  # steps done
     skipped_batches: int = 0  # by rollbacks: the next batch has number step + skipped_batches
@@ -36,12 +36,11 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Read the fields from `state.json`; missing ones have their defaults."""
         return cls(**{field.name: state.get(field.name, field.default) for field in fields(cls)})
 
 
 class TrainState:
-    """The modules and optimizers of a task, its learning rate schedules, and the EMA of its model."""
+    """The modules and optimizers of a task, its schedules, and the EMA of its model."""
 
     def __init__(self, task: TrainingTask, config: DictConfig, engine: Engine) -> None:
         self.task, self.config, self.engine = task, config, engine
@@ -52,7 +51,6 @@ class TrainState:
         }
 
     def after_step(self, step: int) -> None:
-        """Advance the schedules, sync buffers over ranks and update the EMA after an optimizer step."""
         for schedule in self.schedules.values():
             schedule.step()
         # Each rank has updated batch norm statistics and codebook averages from its own images.
@@ -61,15 +59,10 @@ class TrainState:
             self.ema.update(step)
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each optimizer, as "lr/<name>"."""
         return {f"lr/{name}": float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
 
     def snapshot(self, state: Mapping[str, Any]) -> Snapshot | None:
-        """Copy everything to the CPU on the main rank; returns None on the others. Every rank must call this.
-
-        Args:
-            state: Content of `state.json`.
-        """
+        """Copy everything to the CPU on the main rank (else None); every rank must call this."""
         weights = {name: self.engine.full_state(module.state_dict()) for name, module in self.task.modules.items()}
         if self.ema:
             weights["ema"] = self.engine.full_state(self.ema.state_dict())
@@ -103,13 +96,6 @@ class TrainState:
                 self._restore_optimizer(name, states, keep_config_lr)
 
     def _restore_optimizer(self, name: str, states: Mapping[str, Any], keep_config_lr: bool) -> None:
-        """Load the state of an optimizer and its schedule.
-
-        Args:
-            name: Of the module that is trained.
-            states: Of all optimizers and schedules.
-            keep_config_lr: Keep learning rate, weight decay and other options of this run's config.
-        """
         optimizer, schedule = self.task.optimizers[name], self.schedules[name]
         base_lrs = schedule.base_lrs
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -126,7 +112,6 @@ class TrainState:
 
 
 def _copy_to_cpu(tree: Any) -> Any:
-    """Copy the tensors of nested mappings and lists to the CPU: the next step may start before they are written."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):

@@ -1,8 +1,4 @@
-"""The training loop: resume, load a batch, step, log, save, validate, roll back, finish.
-
-The task (`TokenizerTask`, `PriorTask`) knows what is optimized; the trainer knows for how long, on which batches, and
-when to log, save and validate.
-"""
+"""The training loop: step, log, save, validate, roll back, finish."""
 
 import math
 from collections.abc import Mapping
@@ -46,15 +42,11 @@ def train(
     """Train a task and return its final validation.
 
     Args:
-        task: What is optimized.
-        config: The run's composed config.
-        run_dir: The run's folder.
-        engine: Device, precision and parallelism.
         batch_source: Yields the batches of a range of batch numbers.
-        subrun: Name of this run inside a longer one ("stage1" of pipeline=full), for loggers.
+        subrun: Name of this run inside a longer one.
 
     Raises:
-        UserError: If the checkpoint to resume is of another run. Its folder is left unchanged.
+        UserError: If the checkpoint to resume is of another run, whose folder is left unchanged.
         SystemExit: After SIGTERM, once a checkpoint is saved.
     """
     trainer = Trainer(task, config, run_dir, engine)
@@ -64,7 +56,7 @@ def train(
 
 
 class Trainer:
-    """Takes `config.steps` optimizer steps of a task, starting at the newest checkpoint if the run is resumed."""
+    """Takes `config.steps` optimizer steps of a task."""
 
     run_logger: RunLogger
     checkpointer: AsyncCheckpointer
@@ -81,7 +73,7 @@ class Trainer:
         self.resumed_from: Checkpoint | None = None
 
     def resume(self) -> None:
-        """Load the checkpoint to resume, if there is one. Writes nothing.
+        """Load the checkpoint to resume, if any.
 
         Raises:
             UserError: If it is of another run.
@@ -92,7 +84,6 @@ class Trainer:
             self._restore(self.resumed_from)
 
     def run(self, batch_source: BatchSource, run_logger: RunLogger) -> ValidationResult:
-        """Train to the last step; returns the final validation."""
         # Rollbacks use checkpoints at multiples of checkpoint.every only, so the newest of these is never pruned.
         every = self.config.checkpoint.every if self.rollback_enabled else None
         self.run_logger = run_logger
@@ -117,7 +108,6 @@ class Trainer:
             return self._finish()
 
     def _train_until_rollback(self, batch_source: BatchSource, bar: terminal.ProgressBar) -> None:
-        """Train to the last step, or until a rollback has undone some steps."""
         # The process that saved this checkpoint ended before its validation was done.
         if self.progress.validation_due:
             self._validate()
@@ -185,7 +175,7 @@ class Trainer:
             self.alarm_monitor.check(self.progress.step, values)
 
     def _poll_nonfinite(self, needed: bool) -> NonFiniteEvent | None:
-        """Read the guard's record where that is free or `needed`: on a GPU the host waits for the device to read it."""
+        """Read the guard's record if free or `needed`: on a GPU the host waits."""
         stepped = all(optimizer_step.stepped for optimizer_step in self.task.optimizer_steps.values())
         if needed or self.nonfinite_guard.action == "skip" or self.engine.device.type == "cpu":
             return self.nonfinite_guard.poll(stepped)
@@ -225,7 +215,6 @@ class Trainer:
         return result
 
     def _log_validation(self, result: ValidationResult) -> None:
-        """Log a validation and update the best score."""
         progress = self.progress
         self._log_scalars({f"{VALIDATION_PREFIX}{key}": value for key, value in result.scalars.items()})
         for name, images in result.images.items():
@@ -237,16 +226,14 @@ class Trainer:
             progress.best = score
 
     def _store_validation(self) -> None:
-        """Add the result of a validation to the checkpoint that was saved before it."""
         self.progress.validation_due = False
         if comm.is_main():
             self.checkpointer.update_state(self._state())
 
     def _rollback(self, event: NonFiniteEvent) -> int:
-        """Restore the newest checkpoint and skip all batches up to the one of the event; returns the steps undone.
+        """Restore the newest checkpoint and skip all batches up to the event's; returns the steps undone.
 
-        PaLM, https://arxiv.org/abs/2204.02311, section 5.1. Only checkpoints at multiples of checkpoint.every count, so
-        that the result does not depend on when a scheduler has asked for other ones.
+        PaLM, https://arxiv.org/abs/2204.02311, section 5.1. Only multiples of checkpoint.every count: it is repeatable.
 
         Raises:
             UserError: If there is no checkpoint.
@@ -278,7 +265,6 @@ class Trainer:
         return checkpoints.run_dir_of(self.resumed_from.path).resolve() == self.run_dir.resolve()
 
     def _discard_later(self) -> None:
-        """Archive checkpoints and truncate the log after the step that is resumed: they are of an abandoned run."""
         step = self.progress.step if self.resumed_from else -1
         if comm.is_main():
             checkpoint_writer.archive_later(self.run_dir, step)
@@ -287,7 +273,6 @@ class Trainer:
             log.info("resuming from %s", self.resumed_from.path)
 
     def _finish(self) -> ValidationResult:
-        """Save and validate the final weights, unless an earlier process of this run has done so."""
         last = self.progress.last_validation
         already_validated = last is not None and last["step"] == self.config.steps
         if not already_validated and not self.progress.validation_due:

@@ -1,8 +1,4 @@
-"""Satellite images of the earth with maps of elevation and water, which ship with vqf: pairs without a download.
-
-Three aligned equirectangular maps of 2048 x 1024 pixels (assets/earth/NOTICE): a pixel is 0.176 degrees in both
-directions, at any latitude. It is one image of one planet: results do not generalize.
-"""
+"""Crops of three aligned equirectangular maps of 2048 x 1024 pixels, 0.176 degrees each (assets/earth/NOTICE)."""
 
 import hashlib
 import math
@@ -34,7 +30,7 @@ LAND_ATTEMPTS = 64  # positions drawn for a crop on land; about a third of them 
 
 
 class MapCrop(NamedTuple):
-    """A crop of the full map, in pixels; columns wrap around at 180 E."""
+    """A crop in pixels of the map; columns wrap around at 180 E."""
 
     top: int
     left: int
@@ -46,20 +42,18 @@ class MapCrop(NamedTuple):
 class Earth:
     """Crops of a satellite image of the earth, each with a condition map of elevation and water.
 
-    `Sample.condition` (3, H, W) shows water in blue (`WATER_COLOR`) and land in gray, black at sea level and white on
-    the highest mountains; brightness is the square root of the elevation. `Sample.crop_box` is the crop's position from
-    75 N (0) to 60 S (1) and from 180 W (0) to 180 E (1). Its right side is above 1 where the crop crosses 180 E; left
-    and right are swapped where it is mirrored.
+    `Sample.condition` (3, H, W) shows water in `WATER_COLOR` and land in gray: the square root of the elevation, black
+    at sea level. `Sample.crop_box` is the crop's position from 75 N (0) to 60 S (1) and from 180 W (0) to 180 E (1).
+    Its right side is above 1 where the crop crosses 180 E; left and right are swapped where it is mirrored.
 
-    A band of longitudes is for validation: no training crop reaches into it, and no validation crop out of it.
-    Validation is a grid of crops that overlap by half. No crop shows anything north of 75 N or south of 60 S.
+    No crop crosses the edges of the validation band. Validation is a grid of crops that overlap by half.
 
     Args:
         crops: Number of random training crops per epoch, at least 1.
         zoom: Pixels of the result per pixel of the map, positive: 0.5 shows an area twice as wide and high.
         scale: Largest factor, at least 1, by which the width and height of a training crop's area vary: 1.25 is from
             0.8 to 1.25 times.
-        land: Fraction in [0, 1] of training crops with land at their center; the others are anywhere, mostly at sea.
+        land: Fraction in [0, 1] of training crops with land at their center; the others are anywhere.
         flip: Mirror each training crop with probability 1/2.
         band: The meridians between which validation lies, in degrees east, the western one first.
     """
@@ -93,23 +87,21 @@ class Earth:
 
     @staticmethod
     def condition_reader() -> MapDecoder:
-        """Return the reader of a map outside the source: colors unmixed."""
         return MapDecoder("palette")
 
     def split(self, name: str) -> "EarthSplit":
-        """Return the "train" or the "validation" split."""
         if name not in ("train", "validation"):
             raise UserError(unknown_message("split", name, ("train", "validation")))
         return EarthSplit(self, name == "train")
 
     def crop_extent(self, factor: float = 1.0) -> Size:
-        """Return rows and columns of the map that a crop shows, times `factor`."""
+        """Return rows and columns of the map in a crop, times `factor`."""
         height, width = self.size
         return max(round(height / self.zoom * factor), 1), max(round(width / self.zoom * factor), 1)
 
 
 class EarthSplit:
-    """The training or the validation crops."""
+    """Training or validation crops."""
 
     def __init__(self, data: Earth, training: bool) -> None:
         self.data, self.training = data, training
@@ -120,7 +112,6 @@ class EarthSplit:
         return self.data.crops if self.training else len(self.grid)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return a crop and its condition map; validation crops are the same in every epoch."""
         if not self.training:
             return render_crop(self.grid[index], self.data.size)
         random = seeded_generator(self.data.seed, epoch, index)
@@ -166,23 +157,19 @@ def render_crop(crop: MapCrop, size: Size, mirrored: bool = False) -> Sample:
 
 
 def render_map(elevation: Tensor, water: Tensor) -> Tensor:
-    """Render a condition map from elevation and water, each (H, W) in [0, 1]. -> (3, H, W) in [-1, 1]."""
+    """Render elevation and water, each (H, W) in [0, 1]. -> (3, H, W) in [-1, 1]."""
     blue = torch.tensor(WATER_COLOR).view(3, 1, 1) / 255
     return torch.where(water < 128 / 255, elevation**ELEVATION_EXPONENT, blue) * 2 - 1
 
 
 @lru_cache(maxsize=1)
 def world_maps() -> Tensor:
-    """Return red, green, blue, elevation and water of the earth, uint8 (5, 1024, 2048).
-
-    Decoded once per process; worker processes forked later share it.
-    """
+    """Return red, green, blue, elevation and water, uint8 (5, 1024, 2048)."""
     pixels = [torch.from_numpy(np.array(open_image(ASSETS / name))).view(HEIGHT, WIDTH, -1) for name in FILES]
     return torch.cat(pixels, dim=2).permute(2, 0, 1).contiguous()
 
 
 def _band_columns(band: Sequence[float]) -> tuple[int, int]:
-    """Return the first column of a band of longitudes, and the one after its last."""
     if len(band) != 2 or not 0 < band[1] - band[0] < 360:
         raise ValueError(f"band={list(band)} is not two meridians, the western one first, as in [60,100] or [170,190]")
     return tuple(round((east + 180) / 360 * WIDTH) for east in band)  # type: ignore[return-value]
@@ -207,6 +194,5 @@ def _validation_crops(extent: Size, start: int, stop: int) -> list[MapCrop]:
 
 
 def _overlapping_starts(first: int, last: int, length: int) -> list[int]:
-    """Return evenly spaced starts from `first` to `last`, as few as overlap by at least half of `length`."""
     steps = math.ceil((last - first) / max(length / 2, 1))
     return [first + round((last - first) * i / max(steps, 1)) for i in range(steps + 1)]

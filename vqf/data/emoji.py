@@ -1,8 +1,4 @@
-"""1,636 emoji that ship with vqf: training data without a download.
-
-Noto Emoji by Google, Apache-2.0 (https://github.com/googlefonts/noto-emoji), 64 x 64 pixels with transparency, without
-flags and skin-tone variants. Results on drawings say nothing about photographs.
-"""
+"""Noto Emoji by Google, Apache-2.0 (https://github.com/googlefonts/noto-emoji), 64 x 64 pixels with transparency."""
 
 import csv
 import hashlib
@@ -34,10 +30,9 @@ COLORS: dict[str, Color] = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), 
 
 @register("data", "emoji")
 class Emoji:
-    """Emoji on a plain background, labelled with their category; `Sample.mask` is their opacity (1, H, W) in [0, 1].
+    """1,636 emoji on a plain background, labelled with their category; `Sample.mask` (1, H, W) is opacity in [0, 1].
 
-    About 15 % of them, picked by a hash of the code point, are for validation; images with equal pixels are in the same
-    split.
+    About 15 % are for validation; images with equal pixels are in the same split.
 
     Args:
         background: Color of transparent pixels. "random" draws a color per training image and epoch, and is white in
@@ -62,7 +57,6 @@ class Emoji:
         self.classes = sorted({row["category"] for row in catalogue()})
 
     def split(self, name: str) -> "EmojiSplit":
-        """Return the "train" or the "validation" split."""
         if name not in ("train", "validation"):
             raise UserError(unknown_message("split", name, ("train", "validation")))
         validation = name == "validation"
@@ -71,7 +65,7 @@ class Emoji:
 
 
 class EmojiSplit:
-    """The training or the validation emoji; `names` are those of the Unicode standard, in capitals."""
+    """Training or validation emoji, with their Unicode names in capitals."""
 
     def __init__(self, data: Emoji, cells: list[int], training: bool) -> None:
         self.data, self.cells, self.training = data, cells, training
@@ -84,7 +78,6 @@ class EmojiSplit:
         return len(self.cells)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Return an image with the augmentation of an epoch; validation images are the same in every epoch."""
         image = contain(premultiply(atlas()[self.cells[index]]), self.data.size)
         color = COLORS.get(self.background, COLORS["white"])
         if self._is_random:
@@ -113,16 +106,13 @@ class EmojiSplit:
 
 @lru_cache(maxsize=1)
 def catalogue() -> list[dict[str, str]]:
-    """Return code point, name, category and subcategory of every emoji, in the order of the atlas."""
+    """Return code point, name, category and subcategory of every emoji."""
     return list(csv.DictReader((ASSETS / "emoji-64.csv").read_text(encoding="utf-8").splitlines()))
 
 
 @lru_cache(maxsize=1)
 def atlas() -> Tensor:
-    """Return all emoji, RGBA uint8 (1636, 4, 64, 64), not premultiplied, black where transparent.
-
-    Decoded once per process; worker processes forked later share it.
-    """
+    """Return all emoji, RGBA uint8 (1636, 4, 64, 64), not premultiplied."""
     sheet = torch.from_numpy(np.array(open_image(ASSETS / "emoji-64.webp")))
     cells = rearrange(sheet, "(row y) (column x) c -> (row column) c y x", y=CELL_SIZE, column=COLUMNS)
     cells = cells[: len(catalogue())]
@@ -131,7 +121,7 @@ def atlas() -> Tensor:
 
 @lru_cache(maxsize=1)
 def validation_mask() -> list[bool]:
-    """Whether each emoji of the atlas is for validation."""
+    """Whether each emoji is for validation."""
     groups: dict[str, list[str]] = {}
     for pixels, row in zip(pixel_hashes(), catalogue(), strict=True):
         groups.setdefault(pixels, []).append(row["codepoint"])
@@ -140,12 +130,11 @@ def validation_mask() -> list[bool]:
 
 @lru_cache(maxsize=1)
 def pixel_hashes() -> list[str]:
-    """Return the sha256 of the pixels of each emoji."""
+    """Return the sha256 of each emoji's pixels."""
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in atlas()]
 
 
 def _shift(image: Tensor, down: int, right: int) -> Tensor:
-    """Move an image (C, H, W), and fill up with zeros: transparent."""
     shifted = torch.zeros_like(image)
     height, width = image.shape[1:]
     source = image[:, max(-down, 0) : max(height - down, 0), max(-right, 0) : max(width - right, 0)]

@@ -1,4 +1,4 @@
-"""A folder of images, with subfolders; images of any size and mode."""
+"""A folder of images."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,14 @@ class Folder:
     """Every image below a folder, scaled until it covers the image size, then cropped to it.
 
     Validation images are, in this order: those of the lists; the last `validation_last` by path; those in a folder
-    `val`, `valid`, `validation` or `test` if there is a folder `train` beside it; a fraction picked by a hash of each
-    path, so that adding images moves none from one split to the other. The folders below the root (or below `train`
-    and `val`) are the classes, if every image lies in one.
-
-    An unreadable image is replaced by the next readable one of its split, and named once in the log.
+    `val`, `valid`, `validation` or `test` beside a folder `train`; a fraction picked by a hash of each path. The
+    folders below the root (or below `train` and `val`) are the classes, if every image lies in one.
 
     Args:
         root: The folder.
-        train: A text file with the path of a training image per line, or a table `.csv` with the column `path` and,
-            for labels, `label`. Paths are relative to the folder of the images; a file name alone is enough if it is
-            unique. If only one split has a list, the other gets all other images.
+        train: A text file with the path of a training image per line, or a table `.csv` with the column `path` and, for
+            labels, `label`. Paths are relative to the folder of the images; a unique file name is enough. If only one
+            split has a list, the other gets all other images.
         validation: The same for validation.
         validation_fraction: Fraction in [0, 1] that the hash picks for validation: at least one image unless 0, all
             images if 1.
@@ -56,7 +53,8 @@ class Folder:
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         extensions: File name extensions of images, in any case.
         max_pixels: Largest image that is decoded, width times height.
-        max_unreadable: Fraction of unreadable images in [0, 1] above which the run stops; one is allowed unless 0.
+        max_unreadable: Fraction of unreadable images in [0, 1] above which the run stops; one is allowed unless 0. The
+            next readable image replaces an unreadable one.
         source_hint: Name and URL of the data set, for the error message when the folder is missing.
         expected_counts: Expected numbers of `train` and `validation` images and of `classes`; a difference is a
             warning.
@@ -108,15 +106,14 @@ class Folder:
 
     @staticmethod
     def image_reader() -> MapDecoder:
-        """Return the reader of a full image outside the source: upright, transparency on white."""
+        """Return a reader of full images: upright, transparency on white."""
         return MapDecoder("rgb")
 
     def is_image(self, name: str) -> bool:
-        """Whether a file of the folder is an image, by its path below the root."""
         return True
 
     def split(self, name: str) -> ImageSplit:
-        """Return the "train" or the "validation" split.
+        """Return a split.
 
         Raises:
             EmptySplitError: If it has no images.
@@ -143,7 +140,6 @@ class Folder:
         return torch.tensor([self.class_numbers[self.partition.label(file)] for file in files])
 
     def _check_expected_counts(self, expected: Mapping[str, int], hint: str | None) -> None:
-        """Warn if the counts are not those of the complete data set."""
         counts = {
             "train": len(self.partition.train),
             "validation": len(self.partition.validation),

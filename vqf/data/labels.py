@@ -1,4 +1,4 @@
-"""Labels of images in shards and tables, and the class numbers that they become."""
+"""Labels of images in shards and tables."""
 
 import json
 import re
@@ -12,15 +12,10 @@ MAX_CLASSES = 1_000_000
 
 
 def parse_label(text: str, key: str | None, name: str) -> int | str:
-    """Parse the content of a `.cls` file, or the field `key` of a `.json` file: a class number or a class name.
-
-    Args:
-        text: The content.
-        key: The field; None for `.cls`.
-        name: The image, for messages.
+    """Parse a class number or name from `.cls`, or from the field `key` of `.json`.
 
     Raises:
-        UserError: If the label is missing or invalid.
+        UserError: If it is missing or invalid.
     """
     try:
         label: Any = text.strip() if key is None else json.loads(text)[key]
@@ -38,17 +33,16 @@ def parse_label(text: str, key: str | None, name: str) -> int | str:
 
 @lru_cache(maxsize=2**16)  # the words of a table repeat; equal ones become one object
 def int_or_str(label: str) -> int | str:
-    """Convert a label of up to 9 digits to a class number; leave any other as it is."""
+    """Convert a label of up to 9 digits to a number, and keep others."""
     return int(label) if re.fullmatch("[0-9]{1,9}", label) else label
 
 
 def class_numbers(
     labels: Iterable[int | str], names: Sequence[str] = ()
 ) -> tuple[list[str], dict[int | str | None, int]]:
-    """Return the class names, and the class number of every label. Both are empty if there are no labels.
+    """Return the class names, and the class number of every label.
 
-    If all labels are numbers they are the class numbers, and `names` names them if it is long enough. Otherwise labels
-    are numbered in sorted order.
+    Numeric labels are the class numbers, named by `names` if it is long enough. Others are numbered in sorted order.
     """
     distinct = set(labels)
     if distinct and all(isinstance(label, int) for label in distinct):

@@ -1,4 +1,4 @@
-"""Images with condition maps in a folder, paired by file name."""
+"""Images with condition maps in a folder."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -25,18 +25,17 @@ class Pairs(Folder):
     """Images of a folder, each with an aligned condition map: `Sample.condition` (C, H, W).
 
     The map of `images/a/b.jpg` is `conditions/a/b.png`, with any extension. It has the aspect ratio of its image, at
-    any scale, and is cropped and flipped with it; jitter changes the image alone, and resize=cv2, too: `rgb` and `grey`
-    maps are always antialiased. Pairs are split as `data=folder` splits the images. An image whose map is missing or
-    unreadable counts as unreadable.
+    any scale, and is cropped and flipped with it; jitter and resize=cv2 change the image alone. An image without a
+    readable map is unreadable. Images are split as in `data=folder`.
 
     Args:
         root: The folder of both.
         images: The folder of the images, relative to the root or absolute.
         conditions: The folder of the maps; may be that of the images.
         suffix: What the name of a map has between the image's name and the extension: `_depth` in `a_depth.png`.
-        maps: What a map holds. `rgb` and `grey`: an image of 3 channels or 1, resized like images. `palette`: an image
-            of 3 channels whose colors are codes, resized without mixing them. `labels`: a class number per pixel,
-            one-hot encoded into `labels` channels.
+        maps: What a map holds. `rgb` and `grey`: an image of 3 channels or 1, resized like images, always antialiased.
+            `palette`: an image of 3 channels whose colors are codes, resized without mixing them. `labels`: a class
+            number per pixel, one-hot encoded into `labels` channels.
         labels: Number of classes of maps=labels, at least 2.
         unlabelled: The number of pixels without a class. It becomes class 0, and every other number moves up by one.
     """
@@ -67,18 +66,16 @@ class Pairs(Folder):
 
     @staticmethod
     def condition_reader(maps: MapKind = "rgb", labels: int = 0, unlabelled: int | None = None) -> MapDecoder:
-        """Return the reader of a map outside the source; see `vqf.protocols.Data`."""
         return MapDecoder(maps, labels, unlabelled)
 
     def is_image(self, name: str) -> bool:
-        """Whether a file is an image, and not a map in the same folder."""
         return not self.same_folder or not _stem(name).endswith(self.suffix)
 
     def split(self, name: str) -> "PairSplit":
-        """Return the "train" or the "validation" split.
+        """Return a split.
 
         Raises:
-            UserError: If it is empty, or too many of its images have no map.
+            UserError: If it is empty, or too many maps are missing.
         """
         files = [file for file in self._files(name) if self.is_image(file.name)]
         maps = [self.maps_by_stem.get(_stem(file.name)) for file in files]
@@ -97,7 +94,7 @@ class Pairs(Folder):
 
 
 class PairSplit(PairedImageSplit):
-    """The training or the validation pairs of two folders."""
+    """Training or validation pairs of two folders."""
 
     def __init__(self, data: Pairs, split_name: str, files: Sequence[File], maps: Sequence[File | None]) -> None:
         self.map_names = PackedStrings(file.name if file else "" for file in maps)
@@ -106,12 +103,10 @@ class PairSplit(PairedImageSplit):
         super().__init__(data, split_name, PackedStrings(file.name for file in files), None, content)
 
     def open_map(self, index: int) -> Path:
-        """Return the path of a map."""
         return self.maps_folder / self.map_names[index]
 
 
 def _maps_by_stem(folder: Path, suffix: str, hint: str | None) -> dict[str, File]:
-    """Map the path of an image, without its extension, to the file of its condition map."""
     if not folder.is_dir():
         raise UserError(f"data.conditions: no folder '{folder}'{f' ({hint})' if hint else ''}; it holds the maps")
     maps: dict[str, File] = {}
@@ -128,6 +123,5 @@ def _with_suffix(files: Iterable[File], suffix: str) -> list[File]:
 
 
 def _stem(name: str) -> str:
-    """Return a path without the extension of its file; a dot in a folder's name stays."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Images with condition maps in tar shards: `data=pairs` for shards."""
+"""Images with condition maps in tar shards."""
 
 import io
 import logging
@@ -33,9 +33,8 @@ log = logging.getLogger("vqf")
 class ShardPairs(Shards):
     """Images in tar shards, each with an aligned condition map beside it: `Sample.condition` (C, H, W).
 
-    The map of `0001.jpg` is `0001.condition.png` of the same shard; `pipeline=shard` writes pairs like this. Maps are
-    read, cropped and flipped as in `data=pairs`; shards are read as in `data=shards`. An image whose map is missing or
-    unreadable counts as unreadable.
+    The map of `0001.jpg` is `0001.condition.png` of the same shard. Maps are read as in `data=pairs`, shards as in
+    `data=shards`. An image without a readable map is unreadable.
 
     Args:
         image: Extension of the image; by default the first that is an image format, and no map.
@@ -69,14 +68,13 @@ class ShardPairs(Shards):
 
     @staticmethod
     def condition_reader(maps: MapKind = "rgb", labels: int = 0, unlabelled: int | None = None) -> MapDecoder:
-        """Return the reader of a map outside the source; see `vqf.protocols.Data`."""
         return MapDecoder(maps, labels, unlabelled)
 
     def check_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Refuse shards whose maps were written for other options.
+        """Check the maps' options in a manifest.
 
         Raises:
-            UserError: With the right options.
+            UserError: If they differ.
         """
         written = _parse_map_decoder(manifest.get("maps"))
         if written in (None, self.map_decoder):
@@ -91,13 +89,12 @@ class ShardPairs(Shards):
         """Build the split of shards in a folder.
 
         Raises:
-            UserError: If too many of its images have no map.
+            UserError: If too many maps are missing.
         """
         self._check_unpaired(name, contents)
         return ShardPairSplit(self, name, contents, labels)
 
     def streamed_split(self, name: str, stream: StreamedShards) -> "StreamPairSplit":
-        """Build the split of shards at URLs."""
         return StreamPairSplit(self, name, stream)
 
     def _check_unpaired(self, split_name: str, contents: IndexedShards) -> None:
@@ -117,7 +114,7 @@ class ShardPairs(Shards):
 
 
 class ShardPairSplit(PairedImageSplit, ShardSplit):
-    """The training or the validation pairs of indexed shards."""
+    """Training or validation pairs of indexed shards."""
 
     def __init__(self, data: ShardPairs, name: str, contents: IndexedShards, labels: torch.Tensor | None) -> None:
         self.map_decoder = data.map_decoder
@@ -126,26 +123,23 @@ class ShardPairSplit(PairedImageSplit, ShardSplit):
         super().__init__(data, name, contents, labels, extra)
 
     def open_map(self, index: int) -> IO[bytes]:
-        """Return a stream of the bytes of a map."""
         return self.read_member(index, self.map_locations)
 
 
 class StreamPairSplit(StreamSplit):
-    """The training or the validation pairs of streamed shards."""
+    """Training or validation pairs of streamed shards."""
 
     def __init__(self, data: ShardPairs, split_name: str, stream: StreamedShards) -> None:
         self.map_decoder, self.condition = data.map_decoder, data.condition
         super().__init__(data, split_name, stream)
 
     def file(self, raw: RawSample, name: str) -> PairFile:
-        """Return a sample as the files of a pair."""
         file = super().file(raw, name)
         return PairFile(
             **vars(file), map_decoder=self.map_decoder, map_name=raw.map_name, open_map=lambda: _open_raw_map(raw)
         )
 
     def decode(self, raw: RawSample, view: ViewParams) -> CroppedImage:
-        """Decode the crop of an image and of its map, stacked: see `stack_map`."""
         crop = super().decode(raw, view)
         full_map = decode_matching_map(
             crop.shape, lambda: _open_raw_map(raw), raw.map_name, self.map_decoder.decode, self.data.max_pixels
@@ -153,7 +147,6 @@ class StreamPairSplit(StreamSplit):
         return stack_map(crop, full_map, self.data.size, self.map_decoder)
 
     def fingerprint_fields(self, stream: StreamedShards) -> list[object]:
-        """See `StreamSplit`."""
         return [*super().fingerprint_fields(stream), astuple(self.map_decoder), self.condition]
 
     def _decode_sample(self, raw: RawSample, view: ViewParams) -> Sample | None:
@@ -162,7 +155,6 @@ class StreamPairSplit(StreamSplit):
 
 
 def _parse_map_decoder(entry: Any) -> MapDecoder | None:
-    """Read how a manifest says that maps are decoded. Anybody may have written it; None if it makes no sense."""
     match entry:
         case {"maps": "rgb" | "grey" | "palette" as kind}:
             return MapDecoder(kind)

@@ -1,9 +1,6 @@
 """Tar shards in the layout of webdataset (https://github.com/webdataset/webdataset).
 
-Members whose names agree up to the first dot are one sample: `0001.jpg` and `0001.cls`. An index beside each shard says
-where its members are, so that any image can be read at any time: the order of images is exact and independent of the
-numbers of workers and ranks, as for every source, and a run resumes exactly. Shards at URLs are read from start to end:
-see `vqf.data.tar.streaming`.
+Members up to the first dot of their names are one sample: `0001.jpg` and `0001.cls`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +27,11 @@ from vqf.registry import register
 class Shards:
     """Tar shards of webdataset: images with labels from `.cls`, from a field of `.json`, or none.
 
-    Each shard gets an index beside it, `name.tar.idx`, on first use. Missing shards whose index is left, truncated
-    shards, images with a wrong checksum and undecodable images follow the rule of `data=folder`: the next readable
-    image takes the place of an unreadable one, up to `max_unreadable`.
+    Each shard gets an index beside it, `name.tar.idx`, on first use; the order of images is then exact. Truncated
+    shards, missing shards whose index is left, and broken images count as unreadable.
 
-    Shards at a URL that webdataset opens are streamed without an index: validation in order, training shuffled, in an
-    order that depends on the numbers of ranks and workers.
+    Shards at a URL are streamed without an index: validation in order, training shuffled, in an order that depends on
+    the numbers of ranks and workers.
 
     Args:
         root: The folder of the shards, or its URL.
@@ -64,7 +60,7 @@ class Shards:
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         max_pixels: Largest image that is decoded, width times height.
         max_unreadable: Fraction of unreadable or missing images, and of truncated shards, in [0, 1] above which the run
-            stops; one is allowed unless 0.
+            stops; one is allowed unless 0. The next readable image replaces an unreadable one.
     """
 
     condition: str | None = None  # extension of condition maps; set by subclasses
@@ -121,7 +117,7 @@ class Shards:
             self.classes, self.class_numbers = self.folder.class_numbers(classes)
 
     def split(self, name: str) -> ShardSplit | StreamSplit:
-        """Return the "train" or the "validation" split.
+        """Return a split.
 
         Raises:
             EmptySplitError: If it has no images.
@@ -138,21 +134,18 @@ class Shards:
         return self.indexed_split(name, contents, labels)
 
     def indexed_split(self, name: str, contents: IndexedShards, labels: torch.Tensor | None) -> ShardSplit:
-        """Build the split of shards in a folder; a hook for subclasses."""
         return ShardSplit(self, name, contents, labels)
 
     def streamed_split(self, name: str, stream: StreamedShards) -> StreamSplit:
-        """Build the split of shards at URLs; a hook for subclasses."""
         return StreamSplit(self, name, stream)
 
     def check_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Refuse shards that were written for other options; a hook for subclasses."""
+        """Refuse shards for other options; a hook for subclasses."""
 
     def digests(self) -> dict[Path, str]:
-        """Return the sha256 that the manifest gives for each existing shard of a folder."""
         return self.folder.digests() if self.folder else {}
 
 
 def normalize_extension(option: str | None) -> str | None:
-    """Convert an extension to the form of member names: lower case, without a leading dot."""
+    """Convert an extension to lower case without a leading dot."""
     return None if option is None else option.lower().lstrip(".")

@@ -28,8 +28,7 @@ OPTION_PATTERN = r"(?<![\w/.'])data\."  # an option of a source in an error mess
 class Union:
     """Several data sources as one; the label of an image is the number of its source.
 
-    Each split is the concatenation of the sources' splits. An epoch is every image of every source. Condition maps,
-    masks and crop boxes are there if every source has them, in the same shape.
+    Condition maps, masks and crop boxes are kept if every source has them, in the same shape.
 
     Args:
         parts: The sources by name, each a node of `data` as in `{name: folder, root: faces}`.
@@ -47,7 +46,7 @@ class Union:
 
     @staticmethod
     def condition_reader(parts: Mapping[str, Any]) -> ConditionReader | None:
-        """Return the reader of condition maps that all sources share; None if no source has maps.
+        """Return the reader of condition maps, None if no source has maps.
 
         Raises:
             ValueError: If the sources read maps differently.
@@ -63,10 +62,10 @@ class Union:
         return reader
 
     def split(self, name: str) -> "UnionSplit":
-        """Return the "train" or the "validation" split, of the sources that have one.
+        """Return a split.
 
         Raises:
-            EmptySplitError: If no source has one.
+            EmptySplitError: If no source has it.
         """
         splits, error = self._open_splits(name, self.sources)
         if not splits:
@@ -77,7 +76,7 @@ class Union:
         return kind(splits, self.classes, others)
 
     def _open_splits(self, name: str, sources: Iterable[str]) -> tuple[dict[str, Split], EmptySplitError | None]:
-        """Return the split of each source that has one, and the last error of one that has none."""
+        """Return the split of each source that has it, and the last error."""
         splits, last_error = {}, None
         for source in sources:
             try:
@@ -89,13 +88,10 @@ class Union:
 
 
 class UnionSplit:
-    """The training splits of all sources, or the validation splits, concatenated.
+    """One split of all sources, concatenated.
 
     Args:
-        splits: Split by source name.
-        classes: Names of all sources.
-        others: The other split of each source that has none of this kind. Its samples, too, decide which optional
-            fields all sources have: training and validation batches then have the same fields.
+        others: The other split of sources that lack this one, which gives both the same optional fields.
     """
 
     def __init__(self, splits: Mapping[str, Split], classes: Sequence[str], others: Mapping[str, Split]) -> None:
@@ -114,7 +110,6 @@ class UnionSplit:
         return self.ends[-1]
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Read an image with the augmentation of an epoch, labelled with the number of its source."""
         source, local_index = self.locate(index)
         with _prefix_errors(self.source_names[source]):
             sample = self.splits[source].item(epoch, local_index)
@@ -122,7 +117,7 @@ class UnionSplit:
 
     @cached_property
     def absent_fields(self) -> dict[str, Any]:
-        """None for each optional field that not all sources have in one shape: such samples do not collate."""
+        """None for each field that not all sources have in one shape."""
         samples = [self._first_sample(source) for source in self.all_splits]
         shapes = {
             field: {getattr(getattr(sample, field), "shape", None) for sample in samples} for field in OPTIONAL_FIELDS
@@ -134,20 +129,19 @@ class UnionSplit:
             return self.all_splits[source].item(0, 0)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Convert an index into (position of the source in `splits`, index in that source)."""
+        """Convert an index into (position of the source, index in it)."""
         index = range(len(self))[index]
         source = bisect_right(self.ends, index)
         return source, index - (self.ends[source - 1] if source else 0)
 
     def read_error_flags(self) -> list[torch.Tensor]:
-        """Return the flags of unreadable images of all sources, in order."""
         return [flags for split in self.splits for flags in getattr(split, "read_error_flags", list)()]
 
     def check_read_errors(self) -> None:
-        """Raise if too many images of a source are unreadable.
+        """Check each source's read errors.
 
         Raises:
-            UserError: If so.
+            UserError: If they are too many.
         """
         for name, split in zip(self.source_names, self.splits, strict=True):
             with _prefix_errors(name):
@@ -162,15 +156,12 @@ class ImageFileUnionSplit(UnionSplit):
         self.names = _UnionNames(self)
 
     def file(self, index: int) -> ImageFile:
-        """Return the original file of an image."""
         source, local_index = self.locate(index)
         file: ImageFile = self.splits[source].file(local_index)  # type: ignore[attr-defined]
         return file
 
 
 class _UnionNames(LazySequence[str]):
-    """Image names of a union, SOURCE/NAME, made on access."""
-
     def __init__(self, split: ImageFileUnionSplit) -> None:
         self.split = split
 
@@ -184,7 +175,7 @@ class _UnionNames(LazySequence[str]):
 
 @contextmanager
 def _prefix_errors(name: str) -> Iterator[None]:
-    """Let error messages name the options of a source: `data.root` becomes `data.parts.NAME.root`."""
+    """Prefix options in messages: `data.root` becomes `data.parts.NAME.root`."""
     try:
         yield
     except UserError as error:

@@ -1,9 +1,4 @@
-"""The split of a data source whose images are files.
-
-An unreadable image is replaced by the next readable one of its split; after the last image comes the first. It is named
-once in the log and counted; above `max_unreadable` the run stops. Every worker process and every rank follows the same
-rule, so all of them see the same images.
-"""
+"""Splits of sources whose images are files; the next readable image replaces an unreadable one."""
 
 import hashlib
 import logging
@@ -39,14 +34,12 @@ class FileSource(Protocol):
 
 
 class ImageSplit:
-    """The training or the validation images of a source.
+    """Training or validation images of a source.
 
     Args:
-        data: The source.
-        split_name: "train" or "validation".
-        names: Image names: paths below `data.root`, or the names of tar members.
+        names: Paths below `data.root`, or names of tar members.
         labels: int64 (N,), or None.
-        content: Values whose `repr` identifies the images; they go into the fingerprint.
+        content: Values whose `repr` identifies the images.
     """
 
     def __init__(
@@ -67,7 +60,7 @@ class ImageSplit:
         """Return the path of an image, or a stream of its bytes.
 
         Raises:
-            UnreadableError: If the image is missing, or has changed since it was indexed.
+            UnreadableError: If missing or changed.
         """
         return self.data.root / self.names[index]
 
@@ -75,10 +68,10 @@ class ImageSplit:
         return len(self.names)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Read an image with the augmentation of an epoch; an unreadable one is replaced by the next.
+        """Read an image, or the next readable one.
 
         Raises:
-            UserError: If too many images cannot be read.
+            UserError: If too many are unreadable.
         """
         view = self.augmentation.sample(seeded_generator(self.data.seed, epoch, index))
         for candidate in chain(range(index, len(self)), range(index)):
@@ -93,11 +86,10 @@ class ImageSplit:
         )
 
     def file(self, index: int) -> ImageFile:
-        """Return the original file of an image; an unreadable one is not replaced."""
+        """Return the original file of an image, never another's."""
         return ImageFile(self.data, self.names[index], self.label(index), partial(self.open, index))
 
     def label(self, index: int) -> int | None:
-        """Return the class number of an image."""
         return None if self.labels is None else int(self.labels[index])
 
     def _read_crop(self, index: int, view: ViewParams) -> CroppedImage:
@@ -109,18 +101,17 @@ class ImageSplit:
 
     @property
     def unreadable_limit(self) -> int:
-        """How many images may be unreadable."""
         return self.read_errors.limit
 
     def read_error_flags(self) -> list[torch.Tensor]:
-        """Return the flags of unreadable images, bool (N,), which worker processes share."""
+        """Return the shared flags of unreadable images, bool (N,)."""
         return [self.read_errors.flags]
 
     def check_read_errors(self) -> None:
-        """Raise if too many images are unreadable.
+        """Check the number of unreadable images.
 
         Raises:
-            UserError: If so, after all known ones are named in the log.
+            UserError: If it is too high.
         """
         self.read_errors.check()
 

@@ -1,4 +1,4 @@
-"""One image of a source as the file that it is, for pipelines that copy, check or crop files. Nothing is replaced."""
+"""Original files of images."""
 
 import io
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class DecodeLimits(Protocol):
 
 
 class ImageInfo(NamedTuple):
-    """Format, mode and size of a decoded file; the size is that of the upright image."""
+    """Format, mode and upright size of a decoded file."""
 
     format: str
     mode: str
@@ -34,7 +34,7 @@ class ImageInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file with its name and class number. Its methods raise UnreadableError and nothing else."""
+    """An image file whose methods raise only UnreadableError."""
 
     limits: DecodeLimits
     name: str
@@ -42,7 +42,6 @@ class ImageFile:
     open: Opener
 
     def read_bytes(self) -> bytes:
-        """Read the file."""
         return read_content(self.open)
 
     def load_image(self) -> Image.Image:
@@ -50,7 +49,7 @@ class ImageFile:
         return to_rgb(self._decode(self.open()))
 
     def probe(self, content: bytes) -> ImageInfo:
-        """Decode the bytes that `read_bytes` returned, and describe them."""
+        """Decode and describe the bytes of `read_bytes`."""
         image = self._decode(io.BytesIO(content))
         to_rgb(image)
         return ImageInfo(image.format or "?", image.mode, *image.size)
@@ -61,14 +60,13 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class PairFile(ImageFile):
-    """An image file and the file of its condition map."""
+    """The files of an image and its condition map."""
 
     map_decoder: MapDecoder
     map_name: str
     open_map: Opener
 
     def probe(self, content: bytes) -> ImageInfo:
-        """Describe the image, and decode its map."""
         info = super().probe(content)
         self.decode_map((info.height, info.width))
         return info
@@ -79,28 +77,19 @@ class PairFile(ImageFile):
         return content, image_format(content)
 
     def decode_map(self, shape: Size) -> Image.Image:
-        """Decode the map of an image of `shape` (H, W) with `MapDecoder.decode`."""
         return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.decode, self.limits.max_pixels)
 
     def load_map(self, shape: Size) -> Image.Image:
-        """Decode the map of an image of `shape` (H, W) with `MapDecoder.to_png`."""
         return decode_matching_map(shape, self.open_map, self.map_name, self.map_decoder.to_png, self.limits.max_pixels)
 
 
 def decode_matching_map(
     shape: Size, opener: Opener, name: str, convert: Callable[[Image.Image], Image.Image], max_pixels: int
 ) -> Image.Image:
-    """Decode a condition map, and check that its aspect ratio is that of its image.
-
-    Args:
-        shape: (H, W) of the image.
-        opener: Opens the map.
-        name: Name of the map; empty if there is none.
-        convert: `MapDecoder.decode` or `MapDecoder.to_png`.
-        max_pixels: The largest map that is decoded, width times height.
+    """Decode a condition map with `convert` for an image of `shape` (H, W).
 
     Raises:
-        UnreadableError: If the map is missing, broken, or of another shape.
+        UnreadableError: If the map is missing, broken, or of another aspect ratio.
     """
     try:
         decoded = convert(open_image(opener(), max_pixels=max_pixels))

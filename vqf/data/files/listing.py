@@ -1,4 +1,4 @@
-"""List image files: below a folder, or in a text file or table."""
+"""List image files."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ ListRow = tuple[int, str, int | str | None]  # line number, path, label
 
 
 def scan(root: Path, extensions: Sequence[str]) -> list[File]:
-    """List the images below a folder, sorted by path. Links are followed; hidden files and folders are skipped.
+    """List images below a folder by path; follow links, skip hidden files.
 
     Raises:
         UserError: If a folder cannot be listed.
@@ -24,13 +24,12 @@ def scan(root: Path, extensions: Sequence[str]) -> list[File]:
 
 
 def read_list(path: str, root: Path, option: str, extensions: Sequence[str]) -> list[File]:
-    """Read a text file with one image path per line, or a CSV table with the columns `path` and, optionally, `label`.
+    """Read a text file with an image path per line, or a CSV table with columns `path` and perhaps `label`.
 
-    Paths are relative to `root`, or absolute. The file name alone, with any extension, is enough if it is unique below
-    `root`.
+    Paths are relative to `root`, or absolute; a unique file name is enough.
 
     Raises:
-        UserError: If the list cannot be read, or an image of it does not exist; `option` is the config key of the list.
+        UserError: If a file is missing or invalid.
     """
     files: list[File] = []
     by_stem: Mapping[str, File | None] | None = None
@@ -117,7 +116,6 @@ def _csv_rows(file: Iterable[str], path: str, option: str) -> Iterator[ListRow]:
 
 
 def _unique_by_stem(files: Iterable[File]) -> dict[str, File | None]:
-    """Map file names without folder and extension to files; None for a name that several files have."""
     by_stem: dict[str, File | None] = {}
     for file in files:
         stem = _stem(file.name.rpartition("/")[2])

@@ -1,7 +1,4 @@
-"""File names and sizes in numpy arrays.
-
-Forked worker processes share arrays. A list would be copied into each of them, because reference counts are written.
-"""
+"""File names and sizes in arrays that forked processes share."""
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +20,7 @@ class File(NamedTuple):
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose items are made on access. Subclasses define `__len__` and `_get`."""
+    """A sequence that makes items on access, by `_get`."""
 
     def _get(self, index: int) -> T:
         """Return an item; 0 <= index < length."""
@@ -40,7 +37,7 @@ class LazySequence(Sequence[T]):
 
 
 class PackedStrings(LazySequence[str]):
-    """A sequence of strings in two arrays: all characters, and the end of each string."""
+    """Strings in an array of characters and one of ends."""
 
     def __init__(self, names: Iterable[str]) -> None:
         # surrogateescape: file names on Linux are bytes, and need not be UTF-8.
@@ -63,7 +60,7 @@ class PackedStrings(LazySequence[str]):
 
 
 class PackedFiles(LazySequence[File]):
-    """A sequence of files in arrays. Labels stay a list: they repeat, and equal ones are one object."""
+    """A sequence of files in arrays."""
 
     def __init__(self, files: Sequence[File]) -> None:
         self.names = PackedStrings(file.name for file in files)
@@ -83,10 +80,7 @@ class PackedFiles(LazySequence[File]):
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the garbage collector while millions of objects are made, none of which is garbage.
-
-    Its passes would take longer than making the objects.
-    """
+    """Pause the garbage collector."""
     enabled = gc.isenabled()
     gc.disable()
     try:

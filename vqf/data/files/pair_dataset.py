@@ -1,4 +1,4 @@
-"""The split of a source with condition maps: image and map are cropped and flipped alike."""
+"""The split of a source with condition maps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,10 +20,9 @@ from vqf.data.images.resize import Box, resize_box
 
 
 class PairedImageSplit(ImageSplit, ABC):
-    """The training or the validation pairs of a source. A pair with an unreadable map is an unreadable pair.
+    """Training or validation pairs of a source.
 
-    Subclasses set `map_decoder` and `map_names` before they call this constructor, which reads both. The name of a
-    missing map is empty.
+    Subclasses set `map_decoder` and `map_names`, where "" is a missing map, before they call this constructor.
     """
 
     map_decoder: MapDecoder
@@ -34,11 +33,10 @@ class PairedImageSplit(ImageSplit, ABC):
         """Return the path of a map, or a stream of its bytes.
 
         Raises:
-            UnreadableError: If the map is missing.
+            UnreadableError: If missing.
         """
 
     def file(self, index: int) -> PairFile:
-        """Return the original files of a pair."""
         file = super().file(index)
         return PairFile(
             **vars(file),
@@ -48,10 +46,10 @@ class PairedImageSplit(ImageSplit, ABC):
         )
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Read a pair with the augmentation of an epoch; an unreadable one is replaced by the next.
+        """Read a pair, or the next readable one.
 
         Raises:
-            UserError: If too many pairs cannot be read.
+            UserError: If too many are unreadable.
         """
         return unstack_map(super().item(epoch, index), self.map_decoder)
 
@@ -66,18 +64,17 @@ class PairedImageSplit(ImageSplit, ABC):
 
 
 def stack_map(crop: CroppedImage, full_map: Image.Image, size: Size, decoder: MapDecoder) -> CroppedImage:
-    """Crop a map like its image, and append its channels: (4, H, W) or (6, H, W). One flip then flips both."""
+    """Crop a map like its image, and stack both: (4, H, W) or (6, H, W)."""
     map_crop = resize_box(full_map, size, _map_box(full_map, crop), decoder.resampling)
     return crop._replace(image=torch.cat([crop.image, decoder.to_tensor(map_crop)]))
 
 
 def unstack_map(sample: Sample, decoder: MapDecoder) -> Sample:
-    """Split the channels of `stack_map` into image and condition."""
+    """Split the channels of `stack_map`."""
     return replace(sample, image=sample.image[:3], condition=decoder.to_condition(sample.image[3:]))
 
 
 def _map_box(full_map: Image.Image, crop: CroppedImage) -> Box:
-    """Convert the crop box of an image into pixels of its map, which may have another scale."""
     rows, columns = crop.shape
     box = crop.box.scale_by(full_map.height / rows, full_map.width / columns)
     return Box(box.left, box.top, min(box.right, full_map.width), min(box.bottom, full_map.height))

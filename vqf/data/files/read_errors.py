@@ -1,4 +1,4 @@
-"""Count unreadable images and shards in memory that worker processes share, and stop the run above a limit."""
+"""Count unreadable images and shards in shared memory."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,12 +17,11 @@ class ReadErrorCounter:
 
     Args:
         items: The field's plural, for messages: "train images".
-        total: Number of items.
-        max_unreadable: The option, a fraction of `total`.
+        max_unreadable: Fraction of `total` above which the run stops.
         failure: The verb of messages.
-        slots: Number of flags; one per item by default.
-        name_of: Name of an item by its flag; where given, all unreadable items are logged before the run stops.
-        all_may_fail: Whether `max_unreadable=1` tolerates that no item is readable.
+        slots: Number of flags, by default `total`.
+        name_of: Name of an item by its flag, to log all before the run stops.
+        all_may_fail: Whether `max_unreadable=1` tolerates no readable item.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class ReadErrorCounter:
         """Flag an item; return False if it was flagged before.
 
         Raises:
-            UserError: If too many are flagged now.
+            UserError: If too many are flagged.
         """
         if self.flags[slot]:
             return False
@@ -55,13 +54,10 @@ class ReadErrorCounter:
         return True
 
     def check(self, detail: str = "") -> None:
-        """Raise if more than `limit` items are flagged.
-
-        Args:
-            detail: Appended to the message.
+        """Check the number of flagged items.
 
         Raises:
-            UserError: If so, or if all items are flagged and must not be.
+            UserError: If it is above `limit`, or if all are flagged and must not be.
         """
         count = int(self.flags.sum())
         if count <= self.limit and (self.all_may_fail or count < self.total):
@@ -76,11 +72,11 @@ class ReadErrorCounter:
 
 
 def summarize_names(names: Sequence[str]) -> str:
-    """Quote names and join them by commas, at most `MAX_LISTED` of them."""
+    """Quote and join at most `MAX_LISTED` names."""
     more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(map(quote_name, names[:MAX_LISTED])) + more
 
 
 def allowed_unreadable(fraction: float, count: int) -> int:
-    """Return how many of `count` items may be unreadable: `fraction` of them, at least one unless it is 0."""
+    """Return `fraction` of `count`, at least 1 unless `fraction` is 0."""
     return max(int(fraction * count), 1) if fraction > 0 else 0

@@ -1,4 +1,4 @@
-"""Split the images of a folder into training and validation: by lists, by folder names, or by a hash of each path."""
+"""Split images into training and validation."""
 
 import logging
 import os
@@ -18,18 +18,17 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")  # the fi
 
 @dataclass(frozen=True)
 class TrainValidationSplit:
-    """The files of both splits, and where their labels come from."""
+    """The files of both splits, and the origin of their labels."""
 
     train: Sequence[File]
     validation: Sequence[File]
     class_depth: int | None = 0  # depth of the class folders below the root; None: labels come from a table
 
     def pack(self) -> "TrainValidationSplit":
-        """Convert the lists of files to `PackedFiles`."""
         return replace(self, train=PackedFiles(self.train), validation=PackedFiles(self.validation))
 
     def label(self, file: File) -> int | str | None:
-        """Return the label of an image: from its table, or the name of its class folder; None if it has neither."""
+        """Return the label of the table, or the class folder, or None."""
         if self.class_depth is None:
             return file.label
         folders = file.name.split("/")[:-1]
@@ -37,7 +36,7 @@ class TrainValidationSplit:
 
     @property
     def labels(self) -> set[int | str]:
-        """All labels; empty unless every image has one and at least two differ."""
+        """All labels; empty unless every image has one and two differ."""
         labels: set[int | str] = set()
         unlabelled = None
         for file in (*self.train, *self.validation):
@@ -57,7 +56,7 @@ class TrainValidationSplit:
 def split_by_lists(
     root: Path, train: str | None, validation: str | None, extensions: Sequence[str]
 ) -> TrainValidationSplit:
-    """Read the splits from lists (`read_list`). A split without a list gets all other images below the root."""
+    """Read the splits from lists; one without a list gets all other images."""
     splits = [
         None if path is None else read_list(path, root, f"data.{option}", extensions)
         for option, path in (("train", train), ("validation", validation))
@@ -73,10 +72,7 @@ def split_by_lists(
 
 
 def split_files(files: list[File], validation_fraction: float, last: int | None) -> TrainValidationSplit:
-    """Split images: the `last` by path, else by folders named train and val, else by a hash of each path.
-
-    With `validation_fraction` 1 all images are for validation, whatever the folders are called.
-    """
+    """Split images: the `last` by path, else by folders named train and val, else by a hash of each path."""
     if last is not None:
         first = max(len(files) - last, 0)
         return TrainValidationSplit(files[:first], files[first:])
@@ -98,7 +94,6 @@ def split_files(files: list[File], validation_fraction: float, last: int | None)
 
 
 def _first_match(folders: Iterable[str], names: Sequence[str]) -> str | None:
-    """Return the folder with the first of `names` that a folder has, in any case."""
     by_lowercase = {folder.lower(): folder for folder in sorted(folders)}
     return next((by_lowercase[name] for name in names if name in by_lowercase), None)
 
@@ -114,7 +109,7 @@ def _split_by_folders(files: list[File], train_folder: str, validation_folder: s
 
 
 def _class_depth(files: Sequence[File]) -> int | None:
-    """Return 1 if all images lie in folders like train and val, whose subfolders then name classes; else 0."""
+    """Return 1 if folders like train and val hold all images, else 0."""
     if any(file.label is not None for file in files):
         return None
     top = {file.name.split("/")[0].lower() for file in files}

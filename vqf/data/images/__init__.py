@@ -1,1 +1,1 @@
-"""Images as tensors: decoding, condition maps, cropping, resizing and augmentation."""
+"""Images and condition maps as tensors."""

@@ -1,4 +1,4 @@
-"""Premultiplied RGBA images: resize, and composite onto a color."""
+"""Premultiplied RGBA images."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ from vqf.batch import Size
 
 
 def premultiply(pixels: Tensor) -> Tensor:
-    """Convert RGBA uint8 (4, H, W) to float in [0, 1], color times opacity: resizing must not mix hidden colors."""
+    """Convert RGBA uint8 (4, H, W) to premultiplied float in [0, 1]."""
     values = pixels.float() / 255
     return torch.cat([values[:3] * values[3:], values[3:]])
 
 
 def contain(image: Tensor, size: Size) -> Tensor:
-    """Scale premultiplied RGBA (4, h, w) to fit into `size`, centered on a transparent background."""
+    """Scale premultiplied RGBA (4, h, w) to fit into `size`, centered."""
     height, width = size
     scale = min(height / image.shape[1], width / image.shape[2])
     inner = max(round(image.shape[1] * scale), 1), max(round(image.shape[2] * scale), 1)

@@ -1,8 +1,4 @@
-"""Random augmentation of training images: crop, flip and color jitter.
-
-All random numbers are drawn here, from a generator seeded by (seed, epoch, index); the rest is arithmetic. So the
-number of worker processes changes nothing.
-"""
+"""Random augmentation that depends on (seed, epoch, index) alone."""
 
 import math
 from collections.abc import Sequence
@@ -25,8 +21,8 @@ NO_JITTER = (0.0, 0.0, 0.0, 0.0)
 class ViewParams:
     """The augmentation of one image.
 
-    Without `regions` the image is scaled until it covers the image size, then cropped to it. With them, the first
-    region that fits is cropped, and stretched to the image size. `crop_x` and `crop_y` position the crop.
+    The first of `regions` that fits is stretched to the image size; without any, the image is scaled until it covers
+    that size. `crop_x` and `crop_y` position the crop.
     """
 
     crop_x: float | None = None  # in [0, 1], from left to right; None is the center
@@ -36,13 +32,13 @@ class ViewParams:
     color_factors: tuple[tuple[str, float], ...] = ()  # (property, factor), in the order of application
 
     def apply(self, image: Tensor) -> Tensor:
-        """Flip an image (C, H, W) in [-1, 1], and jitter its first three channels: further ones are a map's."""
+        """Flip an image (C, H, W) in [-1, 1], and jitter its first three channels."""
         if self.color_factors:
             image = torch.cat([adjust_colors(image[:3], self.color_factors), image[3:]])
         return image.flip(-1) if self.flipped else image
 
     def flip_box(self, crop_box: Tensor) -> Tensor:
-        """Swap left and right of a crop box (top, left, bottom, right), if the image is flipped."""
+        """Flip a crop box (top, left, bottom, right) with the image."""
         return crop_box[[0, 3, 2, 1]] if self.flipped else crop_box
 
 
@@ -51,7 +47,7 @@ CENTER_CROP = ViewParams()
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The distribution of `ViewParams`; for the options see `data=folder`."""
+    """The distribution of `ViewParams`, with the options of `data=folder`."""
 
     crop: Crop = "center"
     area: Sequence[float] = DEFAULT_CROP_AREA
@@ -71,21 +67,17 @@ class Augmentation:
 
     @property
     def is_random(self) -> bool:
-        """Whether an image differs from epoch to epoch."""
         return self.crop != "center" or self.flip or any(self.jitter)
 
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
-        """The options that change images."""
         regions = (*self.area, *self.ratio) if self.crop == "resized" else ()
         return self.crop, self.flip, tuple(self.jitter), self.resize, regions
 
     def deterministic(self) -> "Augmentation":
-        """Return the augmentation of validation images: center crop only."""
         return replace(self, crop="center", flip=False, jitter=NO_JITTER)
 
     def sample(self, random: torch.Generator) -> ViewParams:
-        """Draw the augmentation of one image."""
         # Always three numbers, so that turning crop or flip off leaves the choices of the other as they were.
         crop_x, crop_y, mirror = torch.rand(3, generator=random).tolist()
         view = ViewParams() if self.crop == "center" else ViewParams(crop_x, crop_y)
@@ -94,7 +86,7 @@ class Augmentation:
         return replace(view, regions=regions, flipped=self.flip and mirror < 0.5, color_factors=colors)
 
     def _regions(self, random: torch.Generator) -> tuple[tuple[float, float], ...]:
-        """Draw areas uniformly and aspect ratios log-uniformly, like torchvision's RandomResizedCrop."""
+        """Draw regions like torchvision's RandomResizedCrop."""
         uniform = torch.rand(CROP_ATTEMPTS, 2, generator=random, dtype=torch.float64)
         areas = self.area[0] + uniform[:, 0] * (self.area[1] - self.area[0])
         low, high = (math.log(bound) for bound in self.ratio)
@@ -102,14 +94,12 @@ class Augmentation:
         return tuple(zip(areas.tolist(), ratios.tolist(), strict=True))
 
     def _colors(self, random: torch.Generator) -> tuple[tuple[str, float], ...]:
-        """Draw a factor per property, and their order, like torchvision's ColorJitter."""
         signed = (torch.rand(4, generator=random, dtype=torch.float64) * 2 - 1).tolist()
         order = torch.randperm(4, generator=random).tolist()
         factors = [(JITTER_PROPERTIES[i], self._factor(i, signed[i])) for i in order]
         return tuple((name, factor) for name, factor in factors if self.jitter[JITTER_PROPERTIES.index(name)])
 
     def _factor(self, index: int, signed: float) -> float:
-        """Scale a number in [-1, 1] to the range of property `index`: hue is an offset, the others multiply."""
         strength = self.jitter[index]
         if JITTER_PROPERTIES[index] == "hue":
             return signed * strength
@@ -118,7 +108,7 @@ class Augmentation:
 
 
 def adjust_colors(image: Tensor, color_factors: Sequence[tuple[str, float]]) -> Tensor:
-    """Change the colors of an image (3, H, W) in [-1, 1] by torchvision's `adjust_brightness`, `adjust_hue`, ..."""
+    """Change the colors of an image (3, H, W) in [-1, 1] as torchvision does."""
     from torchvision.transforms.v2 import functional as F
 
     values = (image + 1) / 2

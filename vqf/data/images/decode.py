@@ -1,8 +1,4 @@
-"""Decode untrusted image files.
-
-Only the formats of `FORMATS` are decoded, only up to a number of pixels, and every error of a decoder becomes an
-`UnreadableError`.
-"""
+"""Decode untrusted image files of `FORMATS`."""
 
 import io
 import math
@@ -76,12 +72,8 @@ def open_image(
     """Decode an image and turn it upright by its EXIF orientation.
 
     Args:
-        source: Path or content of the file.
-        size: (H, W) to which the crop of `view` will be resized. A much larger JPEG is then decoded at a reduced size,
-            at least `DRAFT_MARGIN` times this one, which is faster.
-        max_pixels: Largest image that is decoded, checked against the header.
-        view: The crop that will be taken.
-        animated: Whether an animation is refused, or its first frame decoded.
+        size: (H, W) of the resized crop; a JPEG may be decoded at a reduced size, at least `DRAFT_MARGIN` times this.
+        max_pixels: Largest width times height that is decoded.
 
     Raises:
         UnreadableError: With a short reason.
@@ -98,10 +90,10 @@ def read_crop(
     max_pixels: int = MAX_PIXELS,
     animated: Animated = "first",
 ) -> CroppedImage:
-    """Read the crop of an image, of any mode and size, that a view shows, transparency on white.
+    """Read the crop that a view shows, transparency on white.
 
     Raises:
-        UnreadableError: See `open_image`.
+        UnreadableError: As in `open_image`.
     """
     draft_size = size if resize == "antialias" else None  # cv2 needs every pixel
     image, extent = _decode(source, draft_size, max_pixels, view, animated)
@@ -110,10 +102,10 @@ def read_crop(
 
 
 def image_format(content: bytes) -> str:
-    """Return the format of an image from its header. MPO, a phone's JPEG with previews, is JPEG.
+    """Return the format of an image from its header; MPO is JPEG.
 
     Raises:
-        UnreadableError: With a short reason.
+        UnreadableError: If it is unknown.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -123,10 +115,10 @@ def image_format(content: bytes) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB. 16 bits are reduced to 8; transparency becomes white.
+    """Convert an image to 8-bit RGB, transparency on white.
 
     Raises:
-        UnreadableError: If the pixels are floating-point numbers, whose range no format defines.
+        UnreadableError: If pixels are floating-point numbers.
     """
     if image.mode == "F":
         raise UnreadableError("floating-point pixels, which have no defined range")
@@ -152,7 +144,6 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
 def _decode(
     source: Path | IO[bytes], size: Size | None, max_pixels: int, view: ViewParams, animated: Animated
 ) -> tuple[Image.Image, DecodedExtent]:
-    """Return an upright image, and the extent of the full-size image in its pixels."""
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -176,7 +167,7 @@ def _format(image: Image.Image) -> str | None:
 
 
 def _draft_jpeg(image: Image.Image, box: Box, size: Size) -> int:
-    """Let libjpeg decode at 1/2, 1/4 or 1/8 if the resized crop is that small; return the factor."""
+    """Decode at 1/2, 1/4 or 1/8 if possible; return the factor."""
     scale = DRAFT_MARGIN * max(size[0] / (box.bottom - box.top), size[1] / (box.right - box.left))
     width, wanted = image.width, (math.ceil(scale * image.width), math.ceil(scale * image.height))
     draft = image.draft(None, wanted)
@@ -189,7 +180,6 @@ def _decoded_extent(shape: Size, factor: int, upright: Image.Image, orientation:
 
 
 def _upright_shape(image: Image.Image) -> Size:
-    """Return (H, W) of the upright image."""
     return (image.width, image.height) if _orientation(image) in ROTATED_90 else (image.height, image.width)
 
 

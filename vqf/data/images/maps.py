@@ -1,4 +1,4 @@
-"""Decode condition maps: colors, brightness, or class numbers."""
+"""Decode condition maps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class MapDecoder:
     Args:
         kind: `palette` is `rgb` whose colors must not be mixed, `labels` a class number per pixel.
         labels: Number of classes, for `labels`.
-        unlabelled: The number of pixels without a class: read as 0, while every other number moves up by one.
+        unlabelled: Number of pixels without a class: read as 0, while others move up by one.
     """
 
     kind: MapKind = "rgb"
@@ -36,25 +36,23 @@ class MapDecoder:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, one channel each; 0 for maps of colors."""
+        """Number of one-hot channels; 0 for colors."""
         return self.labels
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data=pairs` that make this decoder."""
         class_options = {"labels": self.labels, "unlabelled": self.unlabelled} if self.kind == "labels" else {}
         return {"maps": self.kind, **class_options}
 
     @property
     def resampling(self) -> Image.Resampling:
-        """The filter for resizing a map: NEAREST where values must not be mixed."""
         return Image.Resampling.BICUBIC if self.kind in ("rgb", "grey") else Image.Resampling.NEAREST
 
     def __call__(self, path: Path) -> Tensor:
-        """Read a full map as a condition (C, H, W), not resized.
+        """Read a full map as a condition (C, H, W).
 
         Raises:
-            UnreadableError: See `open_image` and `decode`.
+            UnreadableError: If it cannot be decoded.
         """
         return self.to_condition(self.to_tensor(self.open(path)))
 
@@ -62,25 +60,25 @@ class MapDecoder:
         """Open a map and `decode` it.
 
         Raises:
-            UnreadableError: See `open_image` and `decode`.
+            UnreadableError: If it cannot be decoded.
         """
         return self.decode(open_image(path, max_pixels=max_pixels))
 
     def decode(self, image: Image.Image) -> Image.Image:
-        """Convert a map to RGB, to 8-bit grayscale, or to 32-bit class numbers.
+        """Convert a map to RGB, 8-bit grayscale, or 32-bit class numbers.
 
         Raises:
-            UnreadableError: If it holds no class numbers, or invalid ones.
+            UnreadableError: If class numbers are invalid.
         """
         if self.kind == "labels":
             return Image.fromarray(self._class_indices(image))
         return to_rgb(image).convert("L") if self.kind == "grey" else to_rgb(image)
 
     def to_png(self, image: Image.Image) -> Image.Image:
-        """`decode`, in a mode that PNG can store. `unlabelled` is applied: the file is read without it.
+        """Decode a map into a mode of PNG, to be read without `unlabelled`.
 
         Raises:
-            UnreadableError: See `decode`.
+            UnreadableError: As in `decode`.
         """
         decoded = self.decode(image)
         if self.kind != "labels":
@@ -94,7 +92,7 @@ class MapDecoder:
         return to_tensor(image.convert("RGB"))[: 1 if self.kind == "grey" else 3]
 
     def to_condition(self, values: Tensor) -> Tensor:
-        """Convert the values of `to_tensor` to a condition (C, H, W): class numbers become one-hot channels."""
+        """Convert the values of `to_tensor` to (C, H, W), class numbers one-hot."""
         if self.kind != "labels":
             return values
         return torch.zeros(self.labels, *values.shape[1:]).scatter_(0, values.long(), 1.0)

@@ -1,7 +1,4 @@
-"""Crop and resize images.
-
-Results are the same to the bit on every machine: integer arithmetic with weights that are rounded first.
-"""
+"""Crop and resize images, the same to the bit on every machine."""
 
 import math
 from typing import NamedTuple
@@ -30,20 +27,18 @@ class Box(NamedTuple):
     bottom: float
 
     def scale_by(self, y_scale: float, x_scale: float) -> "Box":
-        """Return the same rectangle of a resized image."""
         return Box(self.left * x_scale, self.top * y_scale, self.right * x_scale, self.bottom * y_scale)
 
     def normalized(self, shape: Size) -> Tensor:
-        """Return top, left, bottom, right (4,) as fractions of the image's height and width."""
+        """Return top, left, bottom, right (4,) as fractions of height and width."""
         rows, columns = shape
         return torch.tensor([self.top / rows, self.left / columns, self.bottom / rows, self.right / columns])
 
 
 class DecodedExtent(NamedTuple):
-    """Where a full-size image lies in the pixels of its reduced decoding (JPEG draft mode).
+    """Where a full-size image lies in the pixels of its reduced JPEG decoding.
 
-    Draft mode rounds sizes up: 1025 pixels at 1/2 become 513, and the image ends in the middle of the last pixel, or,
-    if EXIF mirrors it, begins in the middle of the first.
+    Sizes round up: 1025 pixels at 1/2 become 513, of which the last, or the first if mirrored, is half full.
     """
 
     shape: Size  # (H, W) of the full-size image
@@ -52,17 +47,15 @@ class DecodedExtent(NamedTuple):
     left: float = 0.0
 
     def to_decoded(self, box: Box) -> Box:
-        """Convert a box from full-size pixels to decoded pixels."""
         reduced = box.scale_by(1 / self.factor, 1 / self.factor)
         left, top = self.left, self.top
         return Box(reduced.left + left, reduced.top + top, reduced.right + left, reduced.bottom + top)
 
 
 def compute_crop_box(shape: Size, size: Size, view: ViewParams = CENTER_CROP, resize: Resize = "antialias") -> Box:
-    """Return the box of an image of `shape` (H, W) that a view crops and resizes to `size` (H, W).
+    """Return the box of an image of `shape` (H, W) that a view resizes to `size` (H, W).
 
-    Without regions, the image is scaled until it covers `size`, and the crop starts at a pixel of the result: an image
-    that needs no scaling is cropped without loss. A region starts and ends at pixels of the image.
+    Without regions, the crop starts at a pixel of the result; a region starts and ends at pixels of the image.
     """
     if view.regions:
         return _resized_crop_box(shape, size, view)
@@ -81,17 +74,13 @@ def crop_and_resize(
     resize: Resize = "antialias",
     extent: DecodedExtent | None = None,
 ) -> Tensor:
-    """Crop an RGB image as a view says (`compute_crop_box`), and resize the crop: uint8 (3, H, W).
+    """Crop and resize an RGB image: uint8 (3, H, W).
 
-    "antialias" is Pillow's antialiased bicubic, to within two of 255 levels, because its two passes round elsewhere.
-    "cv2" is OpenCV's bilinear, bit for bit. Fine detail aliases to noise, as in taming-transformers.
+    "antialias" is Pillow's bicubic to within two of 255 levels; "cv2" is OpenCV's bilinear, bit for bit.
 
     Args:
-        image: The image, perhaps decoded at a reduced size.
         size: (H, W) of the result.
-        view: The crop.
-        resize: The filter.
-        extent: Where the full-size image lies in `image`; by default they are the same.
+        extent: Where the full-size image lies in `image`, by default everywhere.
     """
     extent = extent or DecodedExtent((image.height, image.width))
     box = compute_crop_box(extent.shape, size, view, resize)
@@ -108,10 +97,7 @@ def crop_and_resize(
 def resize_box(
     image: Image.Image, size: Size, box: Box, filter: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-    """Crop and resize an image of any mode with Pillow, antialiased unless the filter is NEAREST.
-
-    Only the crop is computed: an extremely long image takes no more memory than the result.
-    """
+    """Crop and resize an image with Pillow, antialiased unless NEAREST."""
     return image.resize(size[::-1], filter, box=box)
 
 
@@ -122,7 +108,6 @@ def crop_offset(slack: float, position: float | None) -> int:
 
 
 def _resized_crop_box(shape: Size, size: Size, view: ViewParams) -> Box:
-    """Return the first region that fits into the image; if none does, the largest box of the aspect ratio of `size`."""
     rows, columns = shape
     aspect = size[1] / size[0]
     for area, ratio in view.regions:
@@ -137,7 +122,7 @@ def _resized_crop_box(shape: Size, size: Size, view: ViewParams) -> Box:
 
 
 def _covering_size(shape: Size, size: Size, resize: Resize) -> tuple[float, float]:
-    """Return the smallest (H, W) of the scaled image that covers `size`; fractional, except for cv2."""
+    """Return the smallest (H, W) that covers `size`; fractional, except for cv2."""
     scale = max(size[0] / shape[0], size[1] / shape[1])
     height, width = shape[0] * scale, shape[1] * scale
     return (height, width) if resize == "antialias" else (max(round(height), size[0]), max(round(width), size[1]))
@@ -148,17 +133,12 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _full_resize_is_faster(shape: Size, size: Size) -> bool:
-    """Whether `_resize_then_crop`, which also computes pixels outside the crop, is faster than Pillow."""
     height, width = _covering_size(shape, size, "antialias")
     return height * width <= MAX_OVERSIZE * size[0] * size[1]
 
 
 def _resize_then_crop(pixels: Tensor, size: Size, view: ViewParams, extent: DecodedExtent | None = None) -> Tensor:
-    """Resize the full image, then crop the box of `compute_crop_box`; six times as fast as Pillow with AVX2.
-
-    Within two levels of Pillow when it resizes along rows first, because each pass rounds. Pillow picks the cheaper
-    order of the two passes; where bicubic overshoots, the other order differs by a few levels.
-    """
+    """Resize the full image, six times as fast as Pillow with AVX2, then crop it."""
     extent = extent or DecodedExtent((pixels.shape[1], pixels.shape[2]))
     (height, width), shape = size, extent.shape
     scaled_height, scaled_width = _covering_size(shape, size, "antialias")
@@ -186,7 +166,6 @@ def _cv2_resize_then_crop(pixels: Tensor, size: Size, view: ViewParams) -> Tenso
 
 
 def _cv2_bilinear(pixels: Tensor, size: Size, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-    """Resize (C, H, W) like `cv2.resize` with INTER_LINEAR; compute only some rows and columns of the result."""
     height, width = pixels.shape[1:]
     upper, lower = _neighbor_weights(height, size[0], rows)
     left, right = _neighbor_weights(width, size[1], columns)
@@ -201,7 +180,6 @@ def _blend_columns(pixels: Tensor, left: WeightedIndices, right: WeightedIndices
 
 
 def _neighbor_weights(length: int, result: int, part: slice) -> tuple[WeightedIndices, WeightedIndices]:
-    """Return the two source pixels around each pixel of `part` of a result; beyond the border both are the same."""
     positions = ((torch.arange(result, dtype=torch.float64)[part] + 0.5) * (length / result) - 0.5).float()
     first = positions.floor()
     fraction = positions - first

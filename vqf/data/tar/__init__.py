@@ -1,1 +1,1 @@
-"""Tar shards in the webdataset layout: index, random access, streaming and remote addresses."""
+"""Tar shards in the webdataset layout."""

@@ -1,4 +1,4 @@
-"""Collect the samples of indexed shards into arrays: names, locations and labels."""
+"""Samples of indexed shards."""
 
 import logging
 from array import array
@@ -32,7 +32,7 @@ CRC_MISSING = -2  # the member is not in its shard
 
 @dataclass
 class IndexedShards:
-    """The N samples of one split, in arrays, which forked worker processes share."""
+    """The N samples of one split, in arrays that forked processes share."""
 
     tar_reader: TarReader
     names: PackedStrings  # SHARD/KEY.EXTENSION of the images
@@ -52,7 +52,7 @@ class MemberSet(NamedTuple):
 
 
 class SampleIndexBuilder:
-    """Collects samples, shard by shard, for `IndexedShards`."""
+    """Collects samples for `IndexedShards`."""
 
     def __init__(self, roles: SampleMembers) -> None:
         self.member_roles = roles
@@ -64,7 +64,6 @@ class SampleIndexBuilder:
         self.missing_count = 0
 
     def add(self, tars: TarReader, shard: int, sample: MemberSet, labels: bool) -> None:
-        """Add a sample of shard number `shard`, and read its label if `labels`."""
         image, crc = sample.image, sample.image.crc
         name = f"{tars.paths[shard].name}/{image.key}.{image.extension}"
         self.names.append(name)
@@ -86,7 +85,7 @@ class SampleIndexBuilder:
         self.map_locations.extend((member.offset, member.size, member.crc) if member else (0, 0, CRC_MISSING))
 
     def add_missing(self, name: str, shard: int, count: int) -> None:
-        """Add unreadable samples for images that the shard `name` has lost, so that the indices of others stay."""
+        """Add unreadable samples for lost images, which keep the indices of others."""
         self.names += [f"{name}/missing-{i}" for i in range(count)]
         self.shard_indices.extend([shard] * count)
         self.locations.extend((0, 0, CRC_MISSING) * count)
@@ -97,7 +96,7 @@ class SampleIndexBuilder:
         self.missing_count += count
 
     def build(self, tars: TarReader, labels: bool) -> IndexedShards:
-        """Convert to arrays. Labels are kept if every image has one."""
+        """Convert to arrays; keep labels if every image has one."""
         has_labels = len(self.labels) > self.missing_count
         if labels and self.first_unlabelled and (has_labels or self.member_roles.label_key):
             log.warning(
@@ -116,10 +115,10 @@ class SampleIndexBuilder:
 
 
 def iter_samples(path: Path, index: TarIndex, roles: SampleMembers) -> Iterator[MemberSet]:
-    """Yield the members of every sample of a shard that has an image.
+    """Yield the members of every sample with an image.
 
     Raises:
-        UserError: If a sample has two members of one extension.
+        UserError: If two members have one extension.
     """
     samples: dict[str, dict[str, TarMember]] = {}
     for member in index.members:
@@ -136,18 +135,13 @@ def iter_samples(path: Path, index: TarIndex, roles: SampleMembers) -> Iterator[
 
 
 def load_indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> list[TarIndex]:
-    """Load or build the index of every shard, `INDEX_THREADS` at a time.
-
-    Each rank begins at another shard, and later finds the indices that other ranks have built: the first time costs
-    each rank only its share.
+    """Load or build the index of every shard, `INDEX_THREADS` at a time, each rank from another shard on.
 
     Args:
-        paths: The shards.
-        folder: Folder of the indices; by default that of each shard.
-        listed: Names of shards in the manifest; a missing one of them has an empty index.
+        listed: Shards in the manifest, of which missing ones have empty indices.
 
     Raises:
-        UserError: See `load_index`.
+        UserError: As in `load_index`.
     """
 
     def load(path: Path) -> TarIndex:
@@ -164,7 +158,7 @@ def load_indices(paths: Sequence[Path], folder: Path | None, listed: Collection[
 
 
 def read_label(tars: TarReader, shard: int, member: TarMember, key: str | None, name: str) -> int | str:
-    """Read the label of a sample: a class number or a class name.
+    """Read the label of a sample.
 
     Raises:
         UnreadableError: If its bytes cannot be read.

@@ -1,4 +1,4 @@
-"""The split of `data=shards` whose shards are in a folder."""
+"""The split of `data=shards` in a folder."""
 
 import io
 import itertools
@@ -20,12 +20,9 @@ class ShardSource(FileSource, Protocol):
 
 
 class ShardSplit(ImageSplit):
-    """The training or the validation images of indexed shards.
+    """Training or validation images of indexed shards.
 
     Args:
-        data: The source.
-        split_name: "train" or "validation".
-        contents: The samples.
         labels: int64 (N,), or None.
         extra: More values for the fingerprint.
     """
@@ -48,14 +45,13 @@ class ShardSplit(ImageSplit):
         super().__init__(data, split_name, contents.names, labels, itertools.chain(members, label_fields, extra))
 
     def open(self, index: int) -> IO[bytes]:
-        """Return a stream of the bytes of an image."""
         return self.read_member(index, self.locations)
 
     def read_member(self, index: int, locations: np.ndarray) -> IO[bytes]:
-        """Return a stream of the bytes of a member of sample `index`.
+        """Return a stream of a member's bytes.
 
         Raises:
-            UnreadableError: If they are missing, or have changed since they were indexed.
+            UnreadableError: If they are missing or changed.
         """
         offset, size, crc = locations[index].tolist()
         if crc == CRC_MISSING:
@@ -66,5 +62,5 @@ class ShardSplit(ImageSplit):
 
 
 def content_key(names: Sequence[str], locations: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and CRC-32 of each member: its identity, wherever in its shard it lies."""
+    """Yield name, size and CRC-32 of each member."""
     return ((name, size, crc) for name, (_, size, crc) in zip(names, locations.tolist(), strict=True))

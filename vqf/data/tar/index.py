@@ -1,8 +1,6 @@
-"""Index tar files, so that their members can be read in any order.
+"""Index tar files for random access.
 
-The index of `name.tar` is `name.tar.idx`: offset, size and CRC-32 of every member, and the tar's length and time. A tar
-that changed is indexed again. A truncated one keeps its index: its lost images keep their indices, and are found
-unreadable one by one, so that the order of the others stays as it was. Nothing is extracted.
+A changed tar is indexed again. A truncated one keeps its index, and its lost images are unreadable.
 """
 
 import logging
@@ -28,14 +26,10 @@ INLINED_TEXT = {"cls": 32}  # bytes, by extension: a label this short is stored 
 
 
 def load_index(tar: Path, folder: Path | None = None, missing_ok: bool = False) -> TarIndex:
-    """Read the index of a tar, or build and write it if it is missing or out of date.
-
-    An index that cannot be written is kept in memory only.
+    """Read the index of a tar, or build it, and write it if possible.
 
     Args:
-        tar: Path of the tar.
-        folder: Folder of the index; by default that of the tar.
-        missing_ok: Whether a tar without a file and without an index is an empty one.
+        missing_ok: Whether a tar without a file and without an index is empty.
 
     Raises:
         UserError: If tar and index are missing, or the tar is compressed, no tar, or has unsafe members.
@@ -68,7 +62,7 @@ def build_index(tar: Path) -> TarIndex:
     """Read a tar from end to end.
 
     Raises:
-        UserError: See `load_index`.
+        UserError: As in `load_index`.
     """
     try:
         with tar.open("rb") as file:
@@ -85,7 +79,7 @@ def build_index(tar: Path) -> TarIndex:
 
 
 def _list_members(tar: Path, file: BinaryIO) -> tuple[list[TarMember], int]:
-    """Return the members, of which the last may be truncated, and the offset at which the end marker should be."""
+    """Return the members, of which the last may be truncated, and the offset of the end marker."""
     members: list[TarMember] = []
     end = 0
     for info in _headers(tar, file):
@@ -99,7 +93,7 @@ def _list_members(tar: Path, file: BinaryIO) -> tuple[list[TarMember], int]:
 
 
 def _headers(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the headers up to the end of the tar, or to its first damage: the caller tells which by the end marker."""
+    """Yield the headers up to the first damage."""
     offset = -1
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
@@ -115,7 +109,6 @@ def _headers(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _checksum(file: BinaryIO, offset: int, size: int, extension: str) -> tuple[str | None, int]:
-    """Return the text of a short label (`INLINED_TEXT`), else None, and the CRC-32 of the member."""
     crc, left, descriptor = 0, size, file.fileno()
     first = b""
     while left and (chunk := os.pread(descriptor, min(left, READ_CHUNK), offset + size - left)):
@@ -126,7 +119,6 @@ def _checksum(file: BinaryIO, offset: int, size: int, extension: str) -> tuple[s
 
 
 def _has_end_marker(file: BinaryIO, end: int) -> bool:
-    """Whether a block of zeros, which ends every tar, follows the last member."""
     return os.pread(file.fileno(), BLOCK, end) == bytes(BLOCK)
 
 
@@ -140,7 +132,6 @@ def _check_uncompressed(tar: Path, head: bytes) -> None:
 
 
 def _is_truncated_copy(tar: Path, size: int, old: TarIndex) -> bool:
-    """Whether a tar is the indexed one, truncated: its last complete member is still what it was."""
     if size >= old.size:
         return False
     complete = (member for member in old.members if member.offset + member.size <= size)

@@ -1,4 +1,4 @@
-"""The index of a tar and its file: `name.tar.idx`, JSON, one list per column."""
+"""The index of a tar: `name.tar.idx`, JSON, one list per column."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ class TarMember(NamedTuple):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The members of a tar, with its length and modification time when it was indexed."""
+    """The members of a tar, with its length and modification time."""
 
     size: int
     mtime_ns: int
@@ -38,7 +38,7 @@ class TarIndex:
 
 
 def index_path(tar: Path, folder: Path | None) -> Path:
-    """Return the path of an index: beside the tar, or in a folder, where a hash of the tar's folder makes it unique."""
+    """Return the path of an index beside the tar, or in a folder, with a hash of the tar's."""
     if folder is None:
         return tar.with_name(tar.name + INDEX_SUFFIX)
     parent = os.fsencode(tar.resolve().parent)
@@ -46,7 +46,7 @@ def index_path(tar: Path, folder: Path | None) -> Path:
 
 
 def read_index(path: Path) -> TarIndex | None:
-    """Read an index; None if it is missing, invalid or of another version."""
+    """Read an index; None if it is missing or invalid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
@@ -63,7 +63,7 @@ def read_index(path: Path) -> TarIndex | None:
 
 
 def write_index(index: TarIndex, path: Path) -> None:
-    """Write an index atomically; where the folder is read-only, only log that."""
+    """Write an index atomically; only log that a folder is read-only."""
     members = zip(*index.members, strict=True) if index.members else ([] for _ in TarMember._fields)
     columns = dict(zip(TarMember._fields, members, strict=True))  # JSON columns parse several times as fast as rows
     content = {"version": VERSION, **vars(index), "members": columns}
@@ -76,7 +76,6 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 
 def _is_valid(index: TarIndex, columns: list[Any]) -> bool:
-    """Check the types and signs of what JSON held: an index may lie beside data of others."""
     numbers = [*columns[2:5], [index.size, index.mtime_ns]]
     typed = all(map(_is_column_of, columns, (str, str, int, int, int, str | None))) and _is_column_of(numbers[3], int)
     return typed and all(min(column, default=0) >= 0 for column in numbers)

@@ -1,7 +1,4 @@
-"""Read the `manifest.json` that `pipeline=shard` writes beside shards: their names, image counts, hashes and classes.
-
-Anybody may have written it: entries that make no sense are ignored.
-"""
+"""Read the untrusted `manifest.json` of `pipeline=shard`, without invalid entries."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +9,7 @@ MANIFEST_NAME = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder; empty if there is none, or it is of another program."""
+    """Read the manifest of a folder, empty if there is none."""
     try:
         content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -27,7 +24,7 @@ def listed_shards(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def class_names(manifest: Mapping[str, Any]) -> list[str]:
-    """Return the class names of a manifest, or an empty list."""
+    """Return the class names of a manifest, perhaps none."""
     classes = manifest.get("classes")
     return [str(name) for name in classes] if isinstance(classes, list) else []
 

@@ -1,6 +1,6 @@
-"""Names of tar members: which are safe, which sample they belong to, and which member is its image, label or map.
+"""Names of tar members.
 
-The extension of a member is everything after the first dot of its file name: `left.png` of `0001.left.png`.
+The extension is everything after the first dot: `left.png` of `0001.left.png`.
 """
 
 import tarfile
@@ -17,9 +17,9 @@ class SampleMembers:
     """The extensions of the members of a sample.
 
     Args:
-        image: Extension of the image; by default the first one that is an image format.
-        label_key: Field of `.json` with the label; by default the label is the content of `.cls`.
-        condition: Extension of the condition map, if there are maps: `depth` matches `depth.png`, `depth.tif`, `depth`.
+        image: Image; by default the first image format.
+        label_key: Field of `.json` with the label, by default that of `.cls`.
+        condition: Condition map, or None: `depth` matches `depth.png`, `depth.tif`, `depth`.
     """
 
     image: str | None = None
@@ -28,22 +28,18 @@ class SampleMembers:
 
     @property
     def label_extension(self) -> str:
-        """The extension of the member with the label."""
         return "json" if self.label_key else "cls"
 
     def find_image(self, extensions: Iterable[str]) -> str | None:
-        """Return the extension of the image; None if there is none."""
         for extension in extensions:
             if extension == self.image if self.image else _is_image(extension) and not self.is_map(extension):
                 return extension
         return None
 
     def find_map(self, extensions: Iterable[str]) -> str | None:
-        """Return the extension of the condition map; None if there is none."""
         return next(filter(self.is_map, extensions), None) if self.condition else None
 
     def is_map(self, extension: str) -> bool:
-        """Whether a member is a condition map."""
         prefix = self.condition
         return prefix is not None and (
             extension == prefix or (extension.startswith(f"{prefix}.") and _is_image(extension))
@@ -51,10 +47,7 @@ class SampleMembers:
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a name at the first dot after the last slash into key and lower-case extension.
-
-    None for hidden files, and for files without an extension.
-    """
+    """Split a name at the first dot into key and lower-case extension; None if hidden or without extension."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
@@ -62,8 +55,6 @@ def split_member_name(name: str) -> tuple[str, str] | None:
 
 def check_member(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | None:
     """Return key and extension of a member; None if it belongs to no sample.
-
-    No name is ever used as a path. Names that would leave a folder are refused all the same: no data set has them.
 
     Raises:
         UserError: If the name is absolute, has `..`, a drive or control characters, or the member is sparse.

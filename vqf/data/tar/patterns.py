@@ -1,4 +1,4 @@
-"""Expand patterns of shard names, such as `train-{0000..0146}.tar`, to paths or URLs."""
+"""Expand shard names, such as `train-{0000..0146}.tar`."""
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
@@ -10,10 +10,10 @@ from vqf.errors import UserError
 
 
 def expand_pattern(pattern: str, option: str) -> list[str]:
-    """Expand webdataset's braces, and split at `::`. Wildcards stay.
+    """Expand webdataset's braces, and split at `::`; wildcards stay.
 
     Raises:
-        UserError: If the braces are invalid; `option` is the config key of the pattern.
+        UserError: If the braces are invalid.
     """
     from webdataset.shardlists import expand_urls
 
@@ -24,13 +24,8 @@ def expand_pattern(pattern: str, option: str) -> list[str]:
 
 
 def find_shards(root: Path, pattern: str, option: str, listed: Collection[str] = ()) -> list[Path]:
-    """Return the paths of the shards of a pattern. Braces name all their shards, existing or not.
-
-    Args:
-        root: Folder of the shards.
-        pattern: Braces or wildcards.
-        option: Config key of the pattern.
-        listed: Names of shards in the manifest; wildcards match them, too.
+    """Return the shards of a pattern; braces name missing ones, too, and wildcards match those `listed` in the
+    manifest.
 
     Raises:
         UserError: If the braces are invalid.
@@ -46,13 +41,7 @@ def is_streamed(root: str | None, pattern: str, option: str) -> bool:
 
 
 def find_urls(root: str | None, pattern: str, option: str, listed: Sequence[str]) -> list[str]:
-    """Return the URLs of the shards of a pattern.
-
-    Args:
-        root: URL or folder of names that are no URLs.
-        pattern: Braces, or wildcards that match `listed`.
-        option: Config key of the pattern.
-        listed: Names of shards in the manifest.
+    """Return the URLs of the shards of a pattern, whose wildcards match those `listed` in the manifest.
 
     Raises:
         UserError: If there are wildcards and no manifest, or a URL cannot, or must not, be opened.
@@ -80,7 +69,7 @@ def _is_wild(name: str) -> bool:
 
 
 def _glob_shards(root: Path, wildcard: str, listed: Collection[str]) -> list[Path]:
-    """Match existing shards, and missing ones that an index or the manifest still names."""
+    """Match existing shards, and missing ones in an index or the manifest."""
     indexed = (path.with_name(path.name.removesuffix(INDEX_SUFFIX)) for path in root.glob(wildcard + INDEX_SUFFIX))
     in_manifest = (root / name for name in listed if fnmatchcase(name, wildcard))
     return sorted({*root.glob(wildcard), *indexed, *in_manifest})

@@ -1,4 +1,4 @@
-"""Random access to the members of tar files."""
+"""Random access to members of tar files."""
 
 import os
 import zlib
@@ -13,7 +13,7 @@ MAX_OPEN_FILES = 64
 
 
 class TarReader:
-    """Reads members of many tars by offset, with an LRU cache of open files. Safe to use after a fork."""
+    """Reads members by offset, with an LRU cache of open files, safe after a fork."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -24,10 +24,10 @@ class TarReader:
         return {"paths": self.paths, "_file_descriptors": OrderedDict()}
 
     def read(self, shard: int, offset: int, size: int, crc: int) -> bytes:
-        """Return the bytes of a member of tar `shard`.
+        """Return the bytes of a member.
 
         Raises:
-            UnreadableError: If they are missing, or their CRC-32 is another.
+            UnreadableError: If they are missing, or have another CRC-32.
         """
         if size > MAX_MEMBER_BYTES:
             raise UnreadableError(f"{size} bytes, more than {MAX_MEMBER_BYTES}")

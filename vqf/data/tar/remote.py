@@ -1,4 +1,4 @@
-"""Shards at URLs: find them, and their image counts and class names, before any is read."""
+"""Shards at URLs, with image counts and class names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,9 @@ class StreamedShards:
 
 
 class RemoteShards:
-    """The shards of both splits, and the manifest beside them, if there is one.
+    """The shards of both splits, with their manifest if there is one.
 
     Args:
-        root: URL or folder of the shards.
-        patterns: Pattern of each split.
         lengths: Number of images of each split; by default from the manifest.
         classes: Number of classes, 0 for no labels; by default from the manifest.
 
@@ -81,7 +79,6 @@ class RemoteShards:
 
 
 def _class_names(listed: Sequence[str], count: int | None) -> list[str]:
-    """Return the class names of the manifest if there are enough, else numbers."""
     if count is None or (count and len(listed) >= count):
         names = list(listed)
     else:

@@ -1,8 +1,4 @@
-"""Shards at URLs: which URLs are allowed, and reading a shard from start to end.
-
-webdataset opens the URL (https:, gs:, hf:, file:, the output of a command, ...) and groups members into samples. A
-remote shard is trusted no more than a local one: nothing is extracted, and nothing but images is decoded.
-"""
+"""Check the URLs of shards, and read untrusted shards with webdataset."""
 
 import json
 import logging
@@ -56,11 +52,10 @@ def is_url(name: str) -> bool:
 def check_url(url: str, option: str) -> None:
     """Refuse URLs that webdataset cannot open, and commands that were not allowed.
 
-    A checkpoint stores the config of its run, with its URLs: without this check, opening the checkpoint of somebody
-    else could run their command.
+    Otherwise the config in somebody else's checkpoint could run their command.
 
     Raises:
-        UserError: With the cure; `option` is the config key of the URL.
+        UserError: With the cure.
     """
     from webdataset.gopen import gopen_schemes
 
@@ -79,7 +74,7 @@ def check_url(url: str, option: str) -> None:
 
 
 def redact_url(url: str) -> str:
-    """Remove user, password, query and fragment, which may be secret, from a URL."""
+    """Remove user, password, query and fragment from a URL."""
     if url.startswith("pipe:") or "://" not in url:
         return url
     parts = urlsplit(url)
@@ -92,7 +87,7 @@ def shard_name(url: str) -> str:
 
 
 def read_remote_manifest(root: str) -> dict[str, Any]:
-    """Read the manifest of pipeline=shard in a remote folder; empty if there is none."""
+    """Read the manifest of a remote folder, empty if there is none."""
     try:
         with _open_url(f"{root.rstrip('/')}/manifest.json") as stream:
             if not (text := stream.read(MAX_MANIFEST_BYTES)):
@@ -109,7 +104,7 @@ def iter_raw_samples(url: str, roles: SampleMembers) -> Iterator[RawSample]:
 
     Raises:
         BrokenShardError: After the last readable sample.
-        UserError: See `iter_samples`.
+        UserError: As in `iter_samples`.
     """
     for sample in iter_samples(url):
         key = sample.pop("__key__")
@@ -126,7 +121,7 @@ def iter_samples(url: str) -> Iterator[TarSample]:
     """Yield all samples of a shard.
 
     Raises:
-        BrokenShardError: After the last readable sample, with the reason.
+        BrokenShardError: After the last readable sample.
         UserError: If a member has an unsafe name, or occurs twice.
     """
     from webdataset.tariterators import group_by_keys
@@ -142,7 +137,6 @@ def iter_samples(url: str) -> Iterator[TarSample]:
 
 
 def _members(url: str) -> Iterator[dict[str, Any]]:
-    """Yield the files of a tar as webdataset's `group_by_keys` expects them."""
     ends: list[bool] = []
     with _open_url(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_end_marker_header(ends)) as tar:
         for info in tar:
@@ -163,7 +157,7 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def _end_marker_header(ends: list[bool]) -> type[tarfile.TarInfo]:
-    """Make a header class that notes the end marker, a block of zeros: tarfile accepts a tar without one."""
+    """Make a header class that notes the end marker."""
 
     class Header(tarfile.TarInfo):
         @classmethod
@@ -177,7 +171,7 @@ def _end_marker_header(ends: list[bool]) -> type[tarfile.TarInfo]:
 
 @contextmanager
 def _open_url(url: str) -> Iterator[IO[bytes]]:
-    """Open a URL; any error while it is read becomes a BrokenShardError."""
+    """Open a URL, and turn any error into a BrokenShardError."""
     from webdataset.gopen import gopen
 
     try:
@@ -195,7 +189,6 @@ def _open_url(url: str) -> Iterator[IO[bytes]]:
 
 
 def _command_failure(stream: IO[bytes]) -> str | None:
-    """Return how the command that fetches a shard failed, if it did: its broken output is only a consequence."""
     if (process := getattr(stream, "proc", None)) is None:
         return None
     try:
@@ -213,7 +206,7 @@ def _close(stream: IO[bytes]) -> None:
 
 
 def _reason(error: Exception, url: str) -> str:
-    """Word an error without repeating the URL: the error of a command would quote all of it, tokens included."""
+    """Word an error without quoting the URL, which may hold tokens."""
     if isinstance(error, OSError):
         file = f"'{error.filename}': " if error.filename and not url.endswith(str(error.filename)) else ""
         return file + (error.strerror or "the command that fetches it failed").lower()

@@ -1,4 +1,4 @@
-"""Random access to a stream that can only be read from its start: a buffer, and a restart to go back."""
+"""Random access to a stream."""
 
 import itertools
 import os
@@ -9,11 +9,7 @@ from vqf.data.tar.remote_io import RawSample
 
 
 class ReplayableStream:
-    """Indexes a stream of samples. It keeps only those between the last index and the farthest one read.
-
-    Args:
-        begin: Opens the stream at its start.
-    """
+    """Indexes a stream, of which it keeps samples between the last index and the farthest one read."""
 
     def __init__(self, begin: Callable[[], Iterator[RawSample]]) -> None:
         self.factory, self.pid = begin, os.getpid()
@@ -21,7 +17,7 @@ class ReplayableStream:
         self._rewind()
 
     def iter_from(self, index: int) -> Iterator[RawSample]:
-        """Yield the samples from `index` to the end; beyond a known end, the index wraps around."""
+        """Yield the samples from `index` on, which wraps around at a known end."""
         index = index % self.length if self.length else index
         if index < self.buffer_start:
             self._rewind()
@@ -36,7 +32,7 @@ class ReplayableStream:
             yield self.buffer[i]
 
     def _fill_buffer(self, count: int) -> bool:
-        """Read on until the buffer holds `count` samples; False at the end of the stream."""
+        """Read on until the buffer holds `count` samples; False at the end."""
         while len(self.buffer) < count:
             try:
                 self.buffer.append(next(self.iterator))

@@ -1,4 +1,4 @@
-"""Shards in a folder: index them, and compare them with the manifest of pipeline=shard."""
+"""Index the shards in a folder, and compare them with their manifest."""
 
 import logging
 from collections.abc import Mapping
@@ -23,9 +23,6 @@ class ShardFolder:
     """A folder of shards with its manifest.
 
     Args:
-        root: The folder.
-        index: Folder of the indices; by default that of each shard.
-        roles: Which members are image, label and condition map.
         max_unreadable: Fraction of missing images, and of damaged shards, above which `index_splits` raises.
 
     Raises:
@@ -44,10 +41,10 @@ class ShardFolder:
         self.contents: dict[str, IndexedShards] = {}
 
     def index_splits(self, patterns: Mapping[str, str | None], labels: bool) -> None:
-        """Set `contents`: the samples of each split.
+        """Set `contents`, the samples of each split.
 
         Raises:
-            UserError: If no split has images, or too many images or shards are missing or damaged.
+            UserError: If no split has images, or too many images or shards are damaged.
         """
         if self.manifest.get("finished") is False:
             log.warning(
@@ -60,10 +57,7 @@ class ShardFolder:
             raise UserError(f"data.root: no images in shards of '{self.root}'; {options}")
 
     def class_numbers(self, count: int | None) -> tuple[list[str], dict[int | str | None, int]]:
-        """Return class names, and the class number of every label; empty unless all splits with images have labels.
-
-        Args:
-            count: Number of classes, where labels are numbers; by default from the labels.
+        """Return class names, and class numbers; empty unless all splits with images have labels.
 
         Raises:
             UserError: If a label is not below `count`.
@@ -80,7 +74,6 @@ class ShardFolder:
         return classes, {LOST_LABEL: 0, **numbers}  # the number of a lost label is never seen: its image is unreadable
 
     def digests(self) -> dict[Path, str]:
-        """Return the sha256 that the manifest gives for each existing shard."""
         paths = [path for content in self.contents.values() for path in content.tar_reader.paths]
         hashes = {
             path: self.manifest_shards[path.name].get("sha256") for path in paths if path.name in self.manifest_shards
@@ -106,7 +99,7 @@ class ShardFolder:
         return builder.build(tars, labels)
 
     def _count_missing(self, path: Path, count: int) -> int:
-        """Return how many images of the manifest a shard with `count` images lacks; 0 if the manifest is outdated."""
+        """Return how many images of the manifest a shard lacks; 0 if the manifest is outdated."""
         if not self.manifest_shards:
             return 0
         entry = self.manifest_shards.get(path.name)

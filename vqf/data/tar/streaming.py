@@ -1,8 +1,7 @@
-"""The split of `data=shards` whose shards are at URLs, read from start to end (webdataset's streaming).
+"""The split of `data=shards` at URLs, read from start to end.
 
-Read in order, as for validation and tokenizing, a stream is exact: index i is always the same image. Training reads
-shards in parallel and shuffles them in a buffer. That order depends on the number of ranks and workers, and a resumed
-run has another one. No image is dropped; `vqf.data.files.dataset` says how unreadable ones are replaced.
+Read in order, index i is always the same image. The shuffled order of training depends on the number of ranks and
+workers, and changes on resume.
 """
 
 import io
@@ -51,7 +50,7 @@ class StreamSource(Protocol):
 
 
 class StreamSplit:
-    """The training or the validation images of streamed shards."""
+    """Training or validation images of streamed shards."""
 
     def __init__(self, data: StreamSource, split_name: str, stream: StreamedShards) -> None:
         self.data, self.split_name, self.urls, self.length = data, split_name, stream.urls, stream.length
@@ -79,13 +78,10 @@ class StreamSplit:
 
     @property
     def max_readers(self) -> int:
-        """How many processes can share the shards."""
         return len(self.urls)
 
     def item(self, epoch: int, index: int) -> Sample:
-        """Read the image at an index of the stream; an unreadable one is replaced by the next.
-
-        Rising indices read the shards once; a lower index than the last one starts over.
+        """Read an image of the stream, or the next readable one; a lower index than the last one starts over.
 
         Raises:
             UserError: If too many images cannot be read, or the shards hold fewer than `length`.
@@ -100,15 +96,10 @@ class StreamSplit:
         raise self._all_unreadable_error()
 
     def stream(self, start: int, rank: int, world_size: int) -> Iterator[Sample]:
-        """Yield shuffled training images forever, from this process's share of the shards.
-
-        Each pass reads the shards in another order, through a shuffle buffer. An image comes again only in the next
-        pass.
+        """Yield training images forever from this process's share, each once per pass, shuffled anew.
 
         Args:
             start: Step at which the run starts or resumes; it seeds the order.
-            rank: Rank of this process.
-            world_size: Number of ranks. The share of a rank is divided among its worker processes.
 
         Raises:
             UserError: If too many images or shards cannot be read.
@@ -135,7 +126,7 @@ class StreamSplit:
         """Yield the images of a shard as files, in order.
 
         Raises:
-            BrokenShardError: After the last readable image, if the shard is broken.
+            BrokenShardError: After the last readable image.
             UserError: If a label is invalid.
         """
         command = f"{self.urls[shard]}/" if self.urls[shard].startswith("pipe:") else ""  # may hold a password
@@ -143,15 +134,14 @@ class StreamSplit:
             yield self.file(raw, raw.name.removeprefix(command))
 
     def file(self, raw: RawSample, name: str) -> ImageFile:
-        """Return a sample as an image file with the given name."""
         return ImageFile(self.data, name, self._label(raw), lambda: io.BytesIO(raw.content))
 
     def display_url(self, shard: int) -> str:
-        """Return the URL of a shard without passwords and tokens, for messages."""
+        """Return the URL of a shard without secrets."""
         return redact_url(self.urls[shard])
 
     def decode(self, raw: RawSample, view: ViewParams) -> CroppedImage:
-        """Decode the crop of an image that a view shows.
+        """Decode the crop that a view shows.
 
         Raises:
             UnreadableError: If it cannot be decoded.
@@ -162,29 +152,26 @@ class StreamSplit:
 
     @property
     def unreadable_limit(self) -> int:
-        """How many images may be unreadable."""
         return self.image_errors.limit
 
     @property
     def broken_shard_limit(self) -> int:
-        """How many shards may be missing or broken."""
         return self.shard_errors.limit
 
     def read_error_flags(self) -> list[torch.Tensor]:
-        """Return the flags of unreadable images and of broken shards, which worker processes share."""
+        """Return the flags of unreadable images, then of broken shards."""
         return [self.image_errors.flags, self.shard_errors.flags]
 
     def check_read_errors(self) -> None:
-        """Raise if too many images or shards cannot be read.
+        """Check the numbers of unreadable images and broken shards.
 
         Raises:
-            UserError: If so.
+            UserError: If one is too high.
         """
         self.image_errors.check()
         self.shard_errors.check()
 
     def fingerprint_fields(self, stream: StreamedShards) -> list[object]:
-        """Return everything that decides which images the split has, and how they are augmented."""
         data = self.data
         options = [
             data.size,
@@ -198,7 +185,6 @@ class StreamSplit:
         return [*options, data.classes, stream.urls, stream.length, stream.hashes, seed]
 
     def _raw_samples(self, shards: Iterable[int]) -> Iterator[RawSample]:
-        """Yield the samples of shards in order; a broken shard ends where it breaks."""
         for shard in shards:
             try:
                 yield from remote_io.iter_raw_samples(self.urls[shard], self.data.member_roles)
@@ -206,7 +192,7 @@ class StreamSplit:
                 self._record_broken_shard(shard, str(error))
 
     def _open_replay(self) -> ReplayableStream:
-        """Return the reader of the shards in order; a forked process opens its own, for two would share one file."""
+        """Return this process's own reader: two would share one file."""
         if self.replay is None or self.replay.pid != os.getpid():
             self.replay = ReplayableStream(lambda: self._raw_samples(range(len(self.urls))))
         return self.replay

@@ -1,4 +1,4 @@
-"""vqf: images into discrete tokens, tokens into images."""
+"""vqf: images into discrete tokens and back."""
 
 # Importing a component package registers what is in it.
 from vqf import data as data

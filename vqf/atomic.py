@@ -1,8 +1,4 @@
-"""Atomic writes: a file or folder appears complete or not at all, also if the process is killed or the disk is full.
-
-`atomic_folder` and `atomic_path` write under a temporary name and rename; `write_weights` and `write_torch` turn the
-errors of safetensors and torch into `OSError`.
-"""
+"""Atomic writes: a file or folder appears complete or not at all."""
 
 import os
 import re
@@ -22,12 +18,12 @@ TEMPORARY_SUFFIX = ".tmp"  # `atomic_path` writes .NAME.PID.tmp
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is flushed to disk and renamed to `final` when the block ends.
+    """Yield a temporary folder, which is renamed to `final` when the block ends, or deleted if it fails.
 
-    An existing folder `final` is kept as `backup_path(final)` until the new one has its name.
+    Until then an existing folder `final` is kept as `backup_path(final)`.
 
     Raises:
-        OSError: If it cannot be written; the temporary folder is deleted.
+        OSError: If it cannot be written.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -49,17 +45,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def backup_path(final: Path) -> Path:
-    """Name of the old folder while a new one replaces it."""
+    """Name of the old folder while it is replaced."""
     return final.with_name(f".{final.name}.former")
 
 
 def recover_interrupted(folder: Path, pattern: str) -> None:
-    """Clean up after killed writers: restore backups whose replacement is missing, delete temporary folders.
-
-    Args:
-        folder: Parent of the folders that `atomic_folder` wrote.
-        pattern: Glob pattern of their names.
-    """
+    """Restore backups and delete temporary folders of killed writers in `folder`, for names like `pattern`."""
     for backup in folder.glob(f".{pattern}.former"):
         final = folder / backup.name[1:].removesuffix(".former")
         if final.exists():
@@ -72,14 +63,12 @@ def recover_interrupted(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield the path of a temporary file in the same folder, which is renamed to `path` when the block ends.
+    """Yield a temporary path, which is renamed to `path` when the block ends.
 
-    A killed process leaves either the old file or the new one. If the block deletes the temporary file, the old one is
-    kept. The file mode follows the umask, even if the writer sets another.
+    If the block deletes the temporary file, the old one is kept. The file mode follows the umask.
 
     Args:
-        path: Final name; its folder is made if missing.
-        durable: Flush file and folder to disk, so that the new file survives a crash of the machine.
+        durable: Flush file and folder to disk.
 
     Raises:
         OSError: If it cannot be written; the temporary file is deleted.
@@ -103,13 +92,13 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8); see `atomic_path`."""
+    """Replace a text file (UTF-8)."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file; copy it where the file system has no hard links.
+    """Hard-link a file, or copy it where that is impossible.
 
     Raises:
         OSError: If it cannot be written.
@@ -139,7 +128,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
 
 def write_torch(states: Mapping[str, Any], path: Path) -> None:
-    """Write a dict for `torch.load`.
+    """Write a file for `torch.load`.
 
     Raises:
         OSError: If it cannot be written.
@@ -153,7 +142,7 @@ def write_torch(states: Mapping[str, Any], path: Path) -> None:
 
 
 class _ErrorRecordingFile:
-    """Remembers the OSError of a failed write, which torch.save replaces by a RuntimeError of its own."""
+    """Keeps the OSError that torch.save replaces."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -171,7 +160,7 @@ class _ErrorRecordingFile:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to disk, so that it survives a crash of the machine."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""One image with all that a data source knows about it (`Sample`), and many of them stacked (`Batch`)."""
+"""Images of a data source (`Sample`), stacked (`Batch`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Stacked samples. A training task, conditioner or metric reads the fields it needs."""
+    """Stacked samples."""
 
     images: Tensor | None = None  # (B, 3, H, W)
     labels: Tensor | None = None  # (B,) int64
@@ -37,7 +37,6 @@ class Batch:
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> "Batch":
-        """Stack samples. All have the same fields."""
         labels = [sample.label for sample in samples]
         return cls(
             images=torch.stack([sample.image for sample in samples]),
@@ -52,38 +51,28 @@ class Batch:
 
     @property
     def any_field(self) -> Tensor:
-        """Any field that is not None: its length and device are the batch's."""
         return next(iter(self.tensors().values()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Move every field to a device."""
         return self.map(lambda value: value.to(device, non_blocking=True))
 
     def chunk(self, chunks: int) -> list["Batch"]:
-        """Split the batch into micro-batches of equal size, but for the last."""
         size = -(-len(self) // chunks)
         return [self.slice(first, first + size) for first in range(0, len(self), size)]
 
     def slice(self, start: int, stop: int) -> "Batch":
-        """Samples `start` to `stop` - 1."""
         return self.map(lambda value: value[start:stop])
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply a function to every tensor."""
         mapped = {name: fn(value) for name, value in self._fields().items()}
         indices = {name: fn(value) for name, value in self.condition_indices.items()}
         return replace(self, **mapped, condition_indices=indices)
 
     def window(self, start: Size, size: Size, grid: Size) -> "Batch":
-        """The conditions of one window of a larger grid: labels, cropped condition indices and crop boxes.
+        """Crop the conditions to one window of a larger grid, and add its crop boxes.
 
-        Condition indices may be a coarser grid of the same image. With shifts, (B, p, q, h, w), the crop is exact;
-        without, it starts at the condition's cell nearest to the window's corner.
-
-        Args:
-            start: Row and column of the window's first cell.
-            size: Height and width of the window in cells.
-            grid: Height and width of the full image in cells.
+        Positions and sizes are (rows, columns) of cells. With shifts, (B, p, q, h, w), the crop of condition indices is
+        exact; without, it starts at the nearest cell.
         """
         crop_boxes = _window_crop_boxes(self.crop_boxes_or_full(), start, size, grid)
         indices = {name: _crop_indices(value, start, size, grid) for name, value in self.condition_indices.items()}
@@ -91,12 +80,12 @@ class Batch:
         return replace(without_images, crop_boxes=crop_boxes, condition_indices=indices)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the batch by name, `condition_indices.NAME` for a conditioner's."""
+        """A conditioner's are `condition_indices.NAME`."""
         indices = {f"condition_indices.{name}": value for name, value in self.condition_indices.items()}
         return {**self._fields(), **indices}
 
     def crop_boxes_or_full(self) -> Tensor:
-        """Crop boxes (B, 4); by default every image is a full one."""
+        """By default of the full image, (B, 4)."""
         if self.crop_boxes is not None:
             return self.crop_boxes
         corner = torch.zeros(len(self), 2, device=self.any_field.device)
@@ -108,7 +97,7 @@ class Batch:
 
 
 def pair(size: int | Sequence[int]) -> Size:
-    """Read an image size that is given as one number or as height and width.
+    """Read an image size: one number, or height and width.
 
     Raises:
         ValueError: If it is neither.
@@ -120,7 +109,6 @@ def pair(size: int | Sequence[int]) -> Size:
 
 
 def _window_crop_boxes(crop_boxes: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
-    """Crop boxes (B, 4) of one window of images with `crop_boxes` (B, 4)."""
     corner, extent = crop_boxes[:, :2], crop_boxes[:, 2:] - crop_boxes[:, :2]
     # Python floats: a tensor of them would be one copy to the device a window.
     top_left = [start[i] / grid[i] for i in (0, 1)]
@@ -130,7 +118,7 @@ def _window_crop_boxes(crop_boxes: Tensor, start: Size, size: Size, grid: Size) 
 
 
 def _crop_indices(indices: Tensor, start: Size, size: Size, grid: Size) -> Tensor:
-    """Crop a condition's indices (B, H, W) or (B, p, q, H, W) to (B, h, w), the cells that a window covers."""
+    """Indices (B, H, W) or (B, p, q, H, W) to (B, h, w)."""
     if indices.ndim == 5:
         p, q = indices.shape[1:3]
         (top, left), (height, width) = ((each[0] // p, each[1] // q) for each in (start, size))

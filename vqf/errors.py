@@ -1,4 +1,4 @@
-"""`UserError` and the wording of common error messages: unknown names, close matches."""
+"""`UserError`, and the wording of common error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,26 +7,26 @@ MAX_LISTED = 16  # names in one message
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for: shown as one line, exit status 2, without a traceback."""
+    """A mistake of the user: one line, exit status 2, no traceback."""
 
 
 class EmptySplitError(UserError):
-    """A split without images; a pipeline that can use the other split alone catches it."""
+    """A split without images."""
 
 
 def quote_name(name: str) -> str:
-    """Quote a file name; characters that would break the line or move the cursor are escaped."""
+    """Quote a file name and escape its control characters."""
     return "'" + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name) + "'"
 
 
 def closest_match(name: str, known: Iterable[object]) -> str | None:
-    """The known name most similar to `name`; None if none is similar."""
+    """The most similar known name; None if none is similar."""
     close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
     return close[0] if close else None
 
 
 def unknown_message(what: str, name: object, known: Iterable[object]) -> str:
-    """Error message for a name that does not exist: "unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq."."""
+    """Message for an unknown name: "unknown quantizer 'vqq'. Did you mean 'vq'? Known: ema, vq."."""
     names = [str(item) for item in known]
     close = closest_match(str(name), names)
     hint = f" Did you mean '{close}'?" if close else ""
@@ -34,7 +34,7 @@ def unknown_message(what: str, name: object, known: Iterable[object]) -> str:
 
 
 def unknown_key_message(config_key: str, known: Iterable[str]) -> str:
-    """Error message for a dotted key that is not among the known ones; it names the first part that is wrong."""
+    """Message for an unknown dotted key, with its first wrong part."""
     known, prefix, rest = list(known), "", config_key.split(".")
     while any(key.startswith(f"{prefix}{rest[0]}.") for key in known) and len(rest) > 1:
         prefix += f"{rest.pop(0)}."

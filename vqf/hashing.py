@@ -1,4 +1,4 @@
-"""SHA-256 of files, Python values and tensors, as hexadecimal strings."""
+"""SHA-256 as hexadecimal strings."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def sha256_of(value: object) -> str:
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor], *context: object) -> str:
-    """Hash names, shapes, dtypes and bytes of tensors, sorted by name, after the `repr` of further values."""
+    """Hash names, shapes, dtypes and bytes of tensors by name, after `context`."""
     digest = hashlib.sha256(repr(context).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Image files of pipelines: tensors to PNG, and files to tensors by the reader of a data source."""
+"""Image files of pipelines."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,16 +17,15 @@ from vqf.registry import call_static, find_component
 
 
 def to_pil_image(image: Tensor) -> Image.Image:
-    """Convert an image (C, H, W) in [-1, 1] to 8 bits, rounded to nearest, in the colors of `to_rgb`."""
+    """Convert an image (C, H, W) in [-1, 1] to 8 bits, in the colors of `to_rgb`."""
     pixels = ((to_rgb(image[None])[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """Convert images (B, C, H, W) with any number of channels to colors (B, 3, H, W) in [-1, 1].
+    """Convert images (B, C, H, W) to colors (B, 3, H, W) in [-1, 1].
 
-    One channel is gray. Two channels, or more than three, are logits of classes: each pixel gets the color of its best
-    class.
+    One channel is gray. Two, or more than three, are logits of classes: the best gives the color.
     """
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
@@ -39,7 +38,7 @@ def to_rgb(images: Tensor) -> Tensor:
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file in full, (3, H, W) in [-1, 1], with the decoder of `data=folder`.
+    """Read a full image, (3, H, W) in [-1, 1], with the decoder of `data=folder`.
 
     Raises:
         UserError: If the file is not a readable image.
@@ -48,10 +47,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def condition_reader(data: DictConfig) -> ConditionReader | None:
-    """The reader of condition maps that belongs to a data source, or None if the source has none.
-
-    Args:
-        data: The config node of the data source.
+    """The reader of condition maps of a data source, or None.
 
     Raises:
         UserError: If the source has maps of several kinds.
@@ -66,10 +62,10 @@ def condition_reader(data: DictConfig) -> ConditionReader | None:
 
 
 def condition_map_reader(data: DictConfig) -> Callable[[Path], Tensor]:
-    """`condition_reader` as a function from path to map (C, H, W), which raises UserError for an unreadable file.
+    """Make `condition_reader` a function from path to map (C, H, W) that raises UserError.
 
     Raises:
-        UserError: If the data source has no reader.
+        UserError: If the data source has none.
     """
     reader = condition_reader(data)
     if reader is None:
@@ -81,7 +77,7 @@ def condition_map_reader(data: DictConfig) -> Callable[[Path], Tensor]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """List the image files of a folder, sorted by name, without hidden files; a path of a file gives that file.
+    """List the images of a folder by name, or one file.
 
     Raises:
         UserError: If there is none.
@@ -105,7 +101,7 @@ def save_images(images: Iterable[Tensor], folder: Path, names: Iterable[str]) ->
 
 
 def save_image(image: Tensor, path: Path, png_info: PngInfo | None = None) -> None:
-    """Write an image (C, H, W) as PNG, with its metadata. The write is atomic: no reader sees half a file."""
+    """Write an image (C, H, W) as PNG, atomically."""
     with atomic_path(path, durable=False) as temporary:
         to_pil_image(image).save(temporary, format="PNG", pnginfo=png_info)
 

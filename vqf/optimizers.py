@@ -1,4 +1,4 @@
-"""Optimizers straight from torch and timm, and learning-rate schedules."""
+"""Optimizers of torch and timm, and learning-rate schedules."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,13 +25,13 @@ def timm_optimizer(
     weight_decay: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """Any optimizer that timm knows by name.
+    """Any optimizer of timm by name.
 
     Args:
         params: Parameters or parameter groups.
         opt: A name of `timm.optim.list_optimizers()`.
         lr: Learning rate.
-        weight_decay: Weight decay of groups that do not set their own.
+        weight_decay: Weight decay of groups without their own.
         options: Further arguments of that optimizer, `{betas: [0.9, 0.99]}`.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
@@ -46,7 +46,7 @@ def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | floa
     """Constant learning rate after a linear warmup.
 
     Args:
-        optimizer: The optimizer whose learning rate is scheduled.
+        optimizer: The scheduled optimizer.
         steps: Steps of the run.
         warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
     """
@@ -59,7 +59,7 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float 
     """Linear warmup, then half a cosine down to `end` times the learning rate at the last step.
 
     Args:
-        optimizer: The optimizer whose learning rate is scheduled.
+        optimizer: The scheduled optimizer.
         steps: Steps of the run.
         warmup: Steps over which the learning rate rises linearly from 0, or a fraction of the run if below 1.
         end: Multiplier of the learning rate at the last step.

@@ -1,4 +1,4 @@
-"""Imports plugins: modules outside vqf that register components."""
+"""Imports plugins: modules that register components."""
 
 import importlib
 import importlib.util
@@ -17,10 +17,7 @@ ENTRY_POINTS = "vqf.components"
 
 
 def load_plugins(modules: str | Sequence[str] = ()) -> None:
-    """Import every installed plugin (entry points of group `vqf.components`), then `modules`.
-
-    Args:
-        modules: Dotted module names or paths of .py files.
+    """Import the installed plugins (entry points of group `vqf.components`), then modules or .py files.
 
     Raises:
         UserError: If a module does not exist, or an installed plugin fails to import.
@@ -41,7 +38,7 @@ def load_plugins(modules: str | Sequence[str] = ()) -> None:
 
 
 def plugins_from_cli(arguments: Sequence[str]) -> list[str]:
-    """Modules of the `plugins=` argument, which are imported before Hydra composes: they may register what it names.
+    """Modules of the `plugins=` argument.
 
     Raises:
         UserError: If it is a sweep, or a value is not a string.

@@ -1,6 +1,6 @@
-"""The interface of each kind of component. A plugin inherits nothing: it has the members of one of these protocols.
+"""The interface of each kind of component. A plugin has the members of a protocol and inherits nothing.
 
-Shapes, everywhere in vqf (B images, C channels, stride = pixels per cell and side):
+Shapes (B images, C channels, stride = pixels per cell and side):
 
 | value | dtype, shape | range |
 | --- | --- | --- |
@@ -10,10 +10,8 @@ Shapes, everywhere in vqf (B images, C channels, stride = pixels per cell and si
 | tokens | int64 (B, N), N = h * w: the indices row by row | [0, vocab_size) |
 | prefix | int64 (B, M): the tokens of a condition, in a vocabulary of their own | [0, prefix_vocab) |
 
-*Wired* parameters of a constructor are passed by the pipeline, by name; a component declares those it needs. All its
-other parameters are options of the config.
-
-*Optional members* are looked up by name: a component without one gets the default that is stated there.
+The pipeline passes *wired* parameters of a constructor by name, if declared; all others are options of the config.
+*Optional members* are looked up by name; the stated default holds for a missing one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +28,7 @@ from vqf.batch import Batch, Sample, Size
 
 @dataclass
 class Quantized:
-    """The output of a quantizer."""
+    """A quantizer's output."""
 
     latents: Tensor  # (B, D, h, w) code vectors; gradients reach the encoder through them
     indices: Tensor  # (B, h, w) int64 in [0, vocab_size)
@@ -50,12 +48,10 @@ class Encoder(Protocol):
 class Decoder(Protocol):
     """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels, image_size.
 
-    Optional members, for large images to be decoded in tiles with `features = local_features(global_features)`:
+    Optional members, with `features = local_features(global_features)`; without them tiles pass through all layers:
 
-    * `global_features(latents)`, (B, dim, h, w) -> (B, D, h, w): the layers in which a cell may depend on all cells.
-    * `local_features(cells)`: the other layers, which are local except for group norms. Tiles pass through them.
-
-    Without these two, tiles pass through the full decoder.
+    * `global_features(latents)`, (B, dim, h, w) -> (B, D, h, w): layers in which a cell may depend on all cells.
+    * `local_features(cells)`: the other layers, local except for group norms; tiles pass through them.
     """
 
     stride: int
@@ -71,9 +67,8 @@ class Quantizer(Protocol):
 
     Optional member:
 
-    * `update() -> dict[str, Tensor]` advances state that is not trained by gradient (an EMA codebook, a temperature),
-      and returns scalars for the log. It is called once after every optimizer step that was taken, however many
-      micro-batches or forwards without gradients the step had.
+    * `update() -> dict[str, Tensor]` advances state without gradients (an EMA codebook) once after every optimizer step
+      that was taken, and returns scalars for the log.
     """
 
     dim: int  # channels of its latents; the tokenizer projects to and from them
@@ -87,9 +82,9 @@ class Quantizer(Protocol):
 class Loss(Protocol):
     """A distance between reconstructions and images.
 
-    Optional members, both attributes of the class:
+    Optional members, of the class:
 
-    * `channels`: the numbers of image channels that it can compare; any by default.
+    * `channels`: the numbers of image channels that it accepts; any by default.
     * `expects_logits = True`: reconstructions are logits of the classes of a label map.
     """
 
@@ -105,7 +100,7 @@ class Discriminator(Protocol):
 
 
 class Adversary(Protocol):
-    """The GAN objective: the losses of generator and discriminator, their start and their weight. Wired: steps."""
+    """The GAN losses of generator and discriminator, their start and weight. Wired: steps."""
 
     start_step: int  # the first step at which the discriminator learns
     refresh_fakes: bool  # whether the discriminator sees reconstructions of the already updated tokenizer
@@ -115,17 +110,17 @@ class Adversary(Protocol):
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor: ...  # logits -> ()
 
     def adaptive_weight(self, rec_grad: Tensor, gan_grad: Tensor) -> Tensor:
-        """Weight of the generator's loss, from both gradients at the decoder's last layer. -> ()."""
+        """The generator's weight, from both gradients at the decoder's last layer. -> ()."""
         ...
 
     def weight_at(self, step: int) -> float:
-        """Multiplier in [0, 1] of the generator's GAN loss at a step. At 0 the discriminator is not evaluated."""
+        """Multiplier in [0, 1] of the generator's loss. At 0 the discriminator is skipped."""
         ...
 
 
 @dataclass
 class DiscriminatorOutput:
-    """The discriminator's logits of a batch, as a regularizer sees them."""
+    """A regularizer's input."""
 
     discriminator: nn.Module
     images: Tensor  # (B, 3, H, W)
@@ -135,12 +130,7 @@ class DiscriminatorOutput:
 
 
 class Regularizer(Protocol):
-    """A term of the discriminator's loss beside the adversary's.
-
-    Optional member:
-
-    * `last_value`: a tensor, logged in place of the term at steps that do not compute it.
-    """
+    """A term of the discriminator's loss. Optional member: `last_value`, a tensor to log at steps that skip it."""
 
     weight: float
 
@@ -166,22 +156,22 @@ class Conditioner(Protocol):
     """A condition to the prefix tokens in front of the tokens of an image.
 
     Wired: num_classes; grid, (h, w) of the image's indices; tokenizer, the `ImageCodec` of the images; open_tokenizer,
-    a function from the folder of another run to the `ImageCodec` of that run.
+    a function from the folder of another run to its `ImageCodec`.
 
     Optional members:
 
     * `batch_field`: the field of a batch that holds the condition: `conditions` (default), `images`, `crop_boxes`.
-    * `channels`, of a condition that is an image: its C.
-    * `size_multiple`, of a condition that is an image: the number of pixels that must divide its sides; 1 by default.
-    * `positions`: for each of the M tokens its `GridPosition` in the image, None for a token without one (default).
-    * `prepare(batch)`: tokenizes condition images, once, and returns the batch with their indices in
-      `condition_indices`. These are cached with the tokens, and cropped to each window of a larger grid.
-    * `prepare_shifted(batch)`: the same for a condition whose cells are p by q cells of the image. Its indices are
-      (B, p, q, h, w): [:, i, j] are those of the condition without its first i rows and j columns of image cells.
+    * `channels`, of an image condition: its C.
+    * `size_multiple`, of an image condition: must divide its sides in pixels; 1 by default.
+    * `positions`: the `GridPosition` of each of the M tokens, None for a token without one (default).
+    * `prepare(batch)`: returns the batch with the indices of condition images in `condition_indices`, which are cached
+      with the tokens, and cropped to windows of a larger grid.
+    * `prepare_shifted(batch)`: the same for condition cells of p by q image cells. Of its indices (B, p, q, h, w),
+      [:, i, j] are those of the condition without its first i rows and j columns of image cells.
     * `null_prefix(batch)`: the prefix (B, M) of no condition, or None if the prior has never seen one (default).
-    * `dropout`: share of training samples whose prefix is replaced by `null_prefix`, 0 by default. With several
-      conditioners see `vqf.models.conditioning.ConditionerStack`.
-    * `render(batch)`: an image of the condition, (B, C, H, W), for logs and sample grids.
+    * `dropout`: share of training samples with `null_prefix`, 0 by default. For several conditioners see
+      `vqf.models.conditioning.ConditionerStack`.
+    * `render(batch)`: an image (B, C, H, W) of the condition.
     """
 
     vocab_size: int
@@ -193,8 +183,8 @@ class Conditioner(Protocol):
 class Prior(Protocol):
     """A distribution over token sequences.
 
-    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_positions, of each prefix
-    token the `GridPosition` or None.
+    Wired: vocab_size; length, h * w; grid, (h, w); prefix_vocab; prefix_length, M; prefix_positions, a `GridPosition`
+    or None for each prefix token.
     """
 
     vocab_size: int
@@ -206,7 +196,7 @@ class Prior(Protocol):
 
 @runtime_checkable
 class Autoregressive(Protocol):
-    """A prior with a key-value cache for sequences that advance together, one token at a time."""
+    """A prior with a key-value cache for sequences that advance together."""
 
     def prefill(self, prefix: Tensor) -> tuple[Tensor, Any]: ...  # (B, M) -> logits (B, V) of token 0, cache
 
@@ -215,9 +205,9 @@ class Autoregressive(Protocol):
 
 @dataclass
 class RaggedChunks:
-    """Chunks of n sequences [prefix; tokens], concatenated to T positions without padding, for one pass of a prior.
+    """Chunks of n sequences [prefix; tokens], concatenated to T positions without padding.
 
-    The cache holds every position of a sequence before its chunk. Entries of later positions are stale, and masked.
+    The cache holds all positions before a chunk; entries of later positions are stale, and masked.
 
     Example: positions 0 to 2 of the sequence in slot 5, then position 7 of the one in slot 4::
 
@@ -237,10 +227,7 @@ class RaggedChunks:
 
 @runtime_checkable
 class RaggedDecoding(Protocol):
-    """A prior with a key-value cache for sequences that advance by chunks of different lengths.
-
-    Sliding windows are fast only with such a prior.
-    """
+    """A prior with a key-value cache for chunks of different lengths; sliding windows need it to be fast."""
 
     sequence_bytes: int  # of the keys and values of one sequence
 
@@ -254,17 +241,15 @@ class RaggedDecoding(Protocol):
 class Sampler(Protocol):
     """Samples tokens from a prior.
 
-    Optional keyword parameters of `__call__`, passed to a sampler that declares them:
+    Optional keyword parameters of `__call__`, passed if declared:
 
     * `known`: (B, h * w) tokens to keep, -1 where a token is to be sampled; or None.
-    * `null_prefix`: the conditioner's `null_prefix(batch)`, (B, M) or None; guidance needs it.
-    * `window`: the grid (h, w) that the prior was trained on. A sampler that declares it gets `prefix` and
-      `null_prefix` as functions from a window's start and size to (B, M).
+    * `null_prefix`: the conditioner's `null_prefix(batch)`, (B, M) or None.
+    * `window`: the grid (h, w) of the prior's training. With it, `prefix` and `null_prefix` are functions from a
+      window's start and size to (B, M).
 
-    Optional member:
-
-    * `speed_options`, of the class: names of the options that change no token. An evaluation's protocol leaves them
-      out.
+    Optional member, of the class: `speed_options`, names of the options that change no token: an
+    evaluation's protocol leaves them out.
     """
 
     def __call__(self, prior: Any, prefix: Tensor, grid: Size, *, seed: int, first: int = 0) -> Tensor:
@@ -274,7 +259,7 @@ class Sampler(Protocol):
 
 @dataclass
 class ScoredSamples:
-    """The samples that a scorer compares, with all that was known about them."""
+    """A scorer's input."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     tokens: Tensor  # (B, N)
@@ -285,7 +270,7 @@ class ScoredSamples:
 
 
 class Scorer(Protocol):
-    """Scores candidates of the same sample; the best is kept."""
+    """Scores candidates of one sample; the best is kept."""
 
     def __call__(self, samples: ScoredSamples) -> Tensor: ...  # -> (B,), higher is better
 
@@ -294,7 +279,7 @@ class Scorer(Protocol):
 
 
 class Split(Protocol):
-    """The training or validation images of a data source. `item` is a pure function of seed, epoch and index."""
+    """Training or validation images. `item` is a pure function of seed, epoch and index."""
 
     fingerprint: str  # changes when the images do
 
@@ -305,7 +290,7 @@ class Split(Protocol):
 
 @runtime_checkable
 class StreamingSplit(Protocol):
-    """A split that is fast only for rising indices. Training reads it as a stream, in no exact order."""
+    """A split that is fast only for rising indices; training streams it, in no exact order."""
 
     max_readers: int  # processes that can share it: ranks times data workers
 
@@ -313,14 +298,11 @@ class StreamingSplit(Protocol):
 
 
 class ConditionReader(Protocol):
-    """Reads a condition map from a file in the way a data source reads its own. Raises ValueError for other files.
+    """Reads a condition map from a file as its data source does, or raises ValueError.
 
-    Implement `__eq__`: two readers with the same options compare equal, so that a union can check its parts.
+    Readers with the same options are equal (`__eq__`).
 
-    Optional member:
-
-    * `options`: the options of `data=shard_pairs` that read such maps. Without it the maps of a shard are read by
-      their channels.
+    Optional member: `options` of `data=shard_pairs` that read such maps; by default a shard's channels decide.
     """
 
     num_classes: int  # of a label map, C; 0 where a map is an image
@@ -331,10 +313,8 @@ class ConditionReader(Protocol):
 class Data(Protocol):
     """A source of images. Wired: image_size, seed.
 
-    Optional member:
-
-    * `condition_reader(...)`, of a source with condition maps: a static function that takes some of its options by
-      name and returns a `ConditionReader`. It opens no data: a run is sampled on machines without the data, too.
+    Optional member: `condition_reader(...)`, a static function from some of the options, by name, to a
+    `ConditionReader`. It opens no data.
     """
 
     classes: Sequence[str]  # names of the labels; empty where there are none
@@ -343,7 +323,7 @@ class Data(Protocol):
         """The split "train" or "validation".
 
         Raises:
-            EmptySplitError: If it has no image. Pipelines that can use one split alone catch it.
+            EmptySplitError: If it has no image.
         """
         ...
 
@@ -353,7 +333,7 @@ class Data(Protocol):
 
 @dataclass
 class Reconstruction:
-    """The input of a metric: images, their reconstructions, and the indices in between."""
+    """The input of a metric."""
 
     images: Tensor  # (B, 3, H, W)
     reconstructions: Tensor  # (B, 3, H, W), clamped to [-1, 1]
@@ -366,10 +346,9 @@ class Metric(Protocol):
 
     Optional members:
 
-    * `intervals()`: the 95 % interval (low, high) of some of the numbers, by name.
-    * `indices_only = True`: reads indices alone, and so measures samples of a prior as well.
-    * `higher_is_better`, of the class: True or False by name of the number. Such a number can choose the best
-      checkpoint, and orders a comparison.
+    * `intervals()`: the 95 % interval (low, high) of some numbers, by name.
+    * `indices_only = True`: reads indices alone, and so measures samples of a prior too.
+    * `higher_is_better`, of the class: True or False for each number that can choose a checkpoint, by name.
     """
 
     def update(self, batch: Reconstruction) -> None: ...
@@ -408,10 +387,7 @@ class FeatureNetwork(Protocol):
 
 @runtime_checkable
 class SetMetric(Protocol):
-    """A metric between a set of generated images and a set of real ones, by features. Wired: device.
-
-    As a `Metric` it compares reconstructions with their originals.
-    """
+    """A metric of features between generated and real images, or, as a `Metric`, reconstructions. Wired: device."""
 
     network: FeatureNetwork
     reconstruction_prefix: str  # of its names for reconstructions: "r", as in rFID
@@ -424,7 +400,7 @@ class SetMetric(Protocol):
 
 
 class EvaluationProtocol(Protocol):
-    """What is measured on which images: a frozen dataclass whose fields are lines of the result. Wired: nothing."""
+    """What is measured on which images: a frozen dataclass, whose fields go into the result."""
 
     task: str  # "reconstruction" or "generation"
     part: str  # the split that is reconstructed, or whose images are the reference
@@ -442,9 +418,9 @@ VALIDATION_PREFIX = "validation/"  # of the log keys of validation metrics
 
 
 class Logger(Protocol):
-    """A destination of a run's numbers and images. Wired: run_dir, config, subrun.
+    """A destination of numbers and images. Wired: run_dir, config, subrun.
 
-    `subrun` is the name of this folder's run in the folder above, as "stage1" of pipeline=full; "" for a run by itself.
+    `subrun` is the run's name in the folder above, as "stage1" of pipeline=full, or "".
     """
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -455,16 +431,14 @@ class Logger(Protocol):
 
 
 class Pipeline(Protocol):
-    """A job of `python -m vqf.run`, chosen by `pipeline=`. Wired: config, run_dir.
+    """A job of `python -m vqf.run`. Wired: config, run_dir.
 
-    Optional member:
-
-    * `distributed = True`, of the class: runs in every process that torchrun starts. Other pipelines are refused there.
+    Optional member, of the class: `distributed = True` lets it run in every process of torchrun; others are refused.
     """
 
     def run(self) -> float | None: ...  # what a sweeper minimizes
 
 
 def to_steps(value: float, steps: int) -> int:
-    """Convert a number of steps, or below 1 a fraction of the run, to a number of steps."""
+    """Convert a number of steps, or below 1 a fraction of the run, to steps."""
     return round(value * steps) if 0 < value < 1 else int(value)

@@ -1,10 +1,10 @@
-"""Registers components by name, offers their options to Hydra, checks config nodes and builds components from them.
+"""Registers components, offers their options to Hydra, checks config nodes and builds them.
 
-A component is any callable. Its signature says all there is to know:
+A component is any callable. Of its parameters,
 
-* a positional parameter without a default is *wired*: the pipeline passes it to `build`;
-* every other parameter is an *option*: it appears in the config with its default, or as `???` if it has none;
-* `**options` stands for the parameters of the base class, which need not be repeated.
+* a positional one without a default is *wired*: the pipeline passes it to `build`;
+* every other is an *option* of the config, `???` if it has no default;
+* `**options` stands for those of the base class.
 
 So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all that
 `model/quantizer=fsq "model.quantizer.levels=[8,8,8]"` needs.
@@ -33,9 +33,9 @@ class Kind:
     """Where the config holds the components of one kind.
 
     Args:
-        group: Config group: "model/quantizer" for the node `model.quantizer`.
-        multiple: A run uses several at once: `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
-        flat: The options are top-level keys, as in `pipeline=sample count=16`.
+        group: "model/quantizer" for the node `model.quantizer`.
+        multiple: Several at once: `metric=[psnr,ssim]` gives `metric.psnr` and `metric.ssim`.
+        flat: Options are top-level keys, as in `pipeline=sample count=16`.
     """
 
     group: str
@@ -44,7 +44,6 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """Dotted key of the node: "model.quantizer"."""
         return self.group.replace("/", ".")
 
 
@@ -76,7 +75,7 @@ class RegistryError(UserError):
 
 @dataclass(frozen=True)
 class Component:
-    """A registered callable, with its parameters split into wired ones and options."""
+    """A registered callable."""
 
     kind: str
     name: str
@@ -90,7 +89,6 @@ class Component:
 
     @property
     def signature(self) -> str:
-        """The options as Python source in one line."""
         line = ", ".join(str(parameter) for parameter in self.options.values()) or "none"
         return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", line)  # Sequence, not collections.abc.Sequence
 
@@ -99,15 +97,14 @@ _components: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
 
 
 def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[[T], T]:
-    """Decorator: register a class or function under a name.
+    """Decorator: register a class or function under a name in lower_snake_case.
 
     Args:
         kind: One of `KINDS`.
-        name: Name on the command line; lower_snake_case.
-        defaults: Entries of a Hydra defaults list that take effect when this component is chosen.
+        defaults: Hydra defaults list that comes with it.
 
     Raises:
-        RegistryError: For an unknown kind, an unusable name or signature, or a name that is taken.
+        RegistryError: For an unknown kind, an unusable name or signature, or a taken name.
     """
     if kind not in KINDS:
         raise RegistryError(unknown_message("component kind", kind, KINDS))
@@ -127,25 +124,20 @@ def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[
 
 
 def component_names(kind: str) -> list[str]:
-    """Registered names of a kind, sorted."""
+    """Sorted names of a kind."""
     return sorted(_components[kind])
 
 
 def components(kind: str) -> list[Component]:
-    """Registered components of a kind, sorted by name."""
+    """Components of a kind by name."""
     return [_components[kind][name] for name in component_names(kind)]
 
 
 def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str | None = None) -> dict[str, Any]:
-    """Check the options in a component's config node and return them, tuples where the default is one.
-
-    Args:
-        kind: One of `KINDS`.
-        config: A node `{name: ..., option: value, ...}`.
-        where: Key of the node in error messages; by default its key in the config.
+    """Check and return the options of a config node, tuples where the default is one.
 
     Raises:
-        RegistryError: In one line, with the key, the closest match and the known names.
+        RegistryError: Naming the key (`where`) and the closest match.
     """
     config = _as_node(kind, config, where)
     where = where or config._get_full_key(None) or kind
@@ -166,7 +158,7 @@ def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str 
 
 
 def find_component(kind: str, name: Any, where: str | None = None) -> Component:
-    """The component registered under a name.
+    """The component of a name.
 
     Raises:
         RegistryError: If there is none.
@@ -177,15 +169,10 @@ def find_component(kind: str, name: Any, where: str | None = None) -> Component:
 
 
 def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) -> Any:
-    """Build the component of a config node.
-
-    Args:
-        kind: One of `KINDS`.
-        config: A node `{name: ..., option: value, ...}`.
-        **wired: Values that the pipeline offers; the component gets those that its signature names.
+    """Build the component of a config node, with the `wired` values in its signature.
 
     Raises:
-        RegistryError: If the node is wrong, or the component refuses a value with a `ValueError`.
+        RegistryError: If the node is wrong, or the component raises a `ValueError`.
     """
     options = check_options(kind, config)
     component = find_component(kind, config["name"])
@@ -201,10 +188,7 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
 
 
 def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, where: str | None = None) -> Any:
-    """Call a static method of a component's class with the options it takes, without building the component.
-
-    Returns:
-        The result; None if the class has no such method.
+    """Call a static method of a component's class; None if there is none.
 
     Raises:
         RegistryError: If the node is wrong.
@@ -217,7 +201,7 @@ def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, 
 
 
 def flat_component(kind: str, config: DictConfig) -> DictConfig:
-    """Collect the node of a flat kind, whose options are top-level keys of `config`."""
+    """Collect the node of a flat kind."""
     name = config[kind]["name"]
     component = find_component(kind, name, kind)
     options = {key: config[key] for key in component.options if key in config and not OmegaConf.is_missing(config, key)}
@@ -225,7 +209,7 @@ def flat_component(kind: str, config: DictConfig) -> DictConfig:
 
 
 def chosen_components(config: DictConfig) -> Iterator[tuple[str, DictConfig, str]]:
-    """Yield (kind, node, dotted key) for every component that a composed config chooses."""
+    """Yield (kind, node, dotted key) of every chosen component."""
     for name, kind in KINDS.items():
         node = OmegaConf.select(config, kind.key)
         if node is None:
@@ -239,11 +223,9 @@ def chosen_components(config: DictConfig) -> Iterator[tuple[str, DictConfig, str
 
 
 def config_errors(config: DictConfig, prefix: str = "") -> list[str]:
-    """Check every component that a composed config chooses; one line for each mistake, nothing is built.
+    """Check every chosen component without building it; one line for each mistake.
 
-    Args:
-        config: A composed config, or a section of it that chooses components again, such as `stage2`.
-        prefix: Key of that section, with a dot at the end.
+    `prefix` is the dotted key of the section `config`, ending in a dot.
     """
     errors = []
     for kind, node, key in chosen_components(config):
@@ -299,21 +281,14 @@ def _store_in_hydra(component: Component, defaults: Sequence[Any]) -> None:
 
 
 class _SharedNode(ConfigNode):
-    """A stored node that is not copied when Hydra deep-copies the whole store, once for every group it lists.
-
-    Sharing is safe: Hydra copies the content of a node again before it composes.
-    """
+    """A node that deep copies share: Hydra copies the content before it composes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedNode":
         return self
 
 
 def _typed_options(component: Component) -> dict[str, Any]:
-    """The options as typed OmegaConf nodes.
-
-    Not a generated dataclass: launchers pickle the ConfigStore into worker processes, where a class made here could
-    not be imported.
-    """
+    """Not a generated dataclass, which worker processes could not unpickle."""
     hints = type_hints_of(component.target)
     content: dict[str, Any] = {}
     for key, parameter in component.options.items():

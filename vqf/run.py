@@ -1,7 +1,6 @@
 """The command line: `python -m vqf.run model=vqgan data=ffhq pipeline=stage1`.
 
-`main` imports plugins, checks the arguments, locks the run's folder and calls Hydra; Hydra composes the config and
-calls `run`, once per job, which builds the pipeline and runs it.
+`main` checks arguments, locks the run's folder and calls Hydra, which calls `run` once per job.
 """
 
 import errno
@@ -52,7 +51,7 @@ _job_started = False  # Hydra has made the folder of the job and called `run`
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def run(config: DictConfig) -> float | None:
-    """Run the pipeline of a composed config; Hydra calls this once per job."""
+    """Build and run a pipeline."""
     global _job_started
     _job_started = True
     try:
@@ -76,7 +75,7 @@ def run(config: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Run the command line. A `UserError` ends it with one line and exit code 2, without a traceback."""
+    """Run the command line; a `UserError` ends it with one line and exit status 2."""
     global _job_started
     _job_started = False
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its full traceback
@@ -102,10 +101,7 @@ def main() -> None:
 
 
 def _build_early(arguments: Sequence[str]) -> Any:
-    """Build the pipeline before Hydra writes into the run's folder, if that folder may hold a run already.
-
-    Returns None if the folder is new or the pipeline does not check its start.
-    """
+    """Build the pipeline before Hydra writes into its folder; None if there is nothing to check."""
     config = compose_job(arguments)
     if config is None or (config.run_dir is None and config.resume is False):
         return None
@@ -127,7 +123,6 @@ def _checks_start(name: str) -> bool:
 
 @contextmanager
 def _locked_run_dir(pipeline: Any) -> Iterator[None]:
-    """Lock the folder of a pipeline that trains, and let it refuse to start before anything is written."""
     with ExitStack() as stack:
         if hasattr(pipeline, "check_can_start"):
             _lock_on_main(pipeline.run_dir, stack)
@@ -137,7 +132,7 @@ def _locked_run_dir(pipeline: Any) -> Iterator[None]:
 
 
 def _lock_on_main(folder: Path, stack: ExitStack) -> None:
-    """Lock a folder in the main process; raise in all processes if that fails."""
+    """A failure raises in all processes."""
     message = None
     try:
         if comm.is_main():
@@ -149,14 +144,12 @@ def _lock_on_main(folder: Path, stack: ExitStack) -> None:
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that caused an error of OmegaConf; None if another error did."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error
 
 
 def _cli_arguments() -> list[str]:
-    """The command line with flags first; all processes but the main one get `NON_MAIN_OVERRIDES`."""
     arguments = flags_first(sys.argv[1:])
     if comm.world_size() > 1 and {"-m", "--multirun"} & {*arguments}:
         raise UserError("-m: a sweep starts its own processes; run it without torchrun")
@@ -176,7 +169,6 @@ def _build_pipeline(config: DictConfig, folder: Path) -> Any:
 
 
 def _silence_process() -> None:
-    """Print nothing from this process but its own log messages from WARNING up, with its rank in front."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     warnings.simplefilter("ignore")  # the main process shows them
     log, handler = logging.getLogger("vqf"), logging.StreamHandler()
@@ -186,7 +178,6 @@ def _silence_process() -> None:
 
 
 def _fail_job(message: str) -> NoReturn:
-    """End a running job because of a UserError."""
     job = HydraConfig.get()
     prefix = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
     if comm.is_main():
@@ -198,7 +189,7 @@ def _fail_job(message: str) -> NoReturn:
 
 
 def _exit(status: int, message: str, prefix: str = "") -> NoReturn:
-    """Print why the command ends, in the first process that gets here, and exit."""
+    """Only the first process that gets here prints."""
     report_once(lambda: print(f"{prefix}{message}", file=sys.stderr, flush=True), message)
     sys.exit(status)
 

@@ -1,4 +1,4 @@
-"""Readers of the files in a run's folder. Any file may be missing, or cut short because its writer was killed."""
+"""Readers of a run's files, any of which may be missing or cut short."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """Read a text file; "" if there is none. Bytes that are not UTF-8 are replaced."""
+    """Read a text file; "" if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if the file is missing, truncated or holds something else."""
+    """Read a JSON object; {} if it is missing or invalid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -34,22 +34,22 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """List the files that pipeline=evaluate wrote below a run: one for each protocol and checkpoint, by path."""
+    """List the files of pipeline=evaluate below a run."""
     return sorted(folder.glob("evaluations/*/*/metrics.json"))
 
 
 def log_times(lines: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Return the `time` of every line of a `metrics.jsonl` that has one: seconds since its process started."""
+    """Return every `time` of a `metrics.jsonl`: seconds since the process started."""
     return [line["time"] for line in lines if is_number(line.get("time"))]
 
 
 def elapsed_seconds(times: Sequence[float]) -> float:
-    """Add up the running times of the processes of a run; a time lower than the one before starts a new process."""
+    """Add up the running times of processes; a falling time starts a new one."""
     return sum(now for now, after in pairwise([*times, -1.0]) if after < now)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a JSON value is a number; nan and the infinities are."""
+    """Tell whether a JSON value is a number, nan included."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,8 +1,4 @@
-"""Terminal output: the console, log handlers, progress bars, tables, and the format of numbers, durations and sizes.
-
-On a terminal a progress bar is updated in place; elsewhere (a log file, a batch system) a plain line is logged every
-`LOG_INTERVAL_SECONDS`.
-"""
+"""Console, log handlers, progress bars, tables, and the format of numbers."""
 
 import logging
 import math
@@ -24,25 +20,23 @@ LOG_INTERVAL_SECONDS = 15.0  # between two lines of progress without a terminal
 
 
 class TerminalHandler(logging.Handler):
-    """Prints log records through the console, which keeps a progress bar intact."""
+    """Prints log records without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
         console.print(printable(self.format(record)), markup=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
-    """A log file that skips records it cannot write, as on a full disk."""
+    """A log file that skips records on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Ignore an OSError; any other error is a bug and keeps its traceback."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Disable the log of vqf inside the block."""
+    """Disable vqf's log inside the block."""
     before, log.disabled = log.disabled, True
     try:
         yield
@@ -56,7 +50,7 @@ class _RateColumn(ProgressColumn):
 
 
 class ProgressBar:
-    """Progress of one long job: a bar on a terminal, else log lines."""
+    """A bar on a terminal, elsewhere a log line every `LOG_INTERVAL_SECONDS`."""
 
     def __init__(self, title: str, total: int, done: int, progress: Progress | None) -> None:
         self.title, self.total, self.done, self.progress = title, total, done, progress
@@ -67,11 +61,9 @@ class ProgressBar:
 
     @property
     def remaining(self) -> int:
-        """Number of items left to do."""
         return self.total - self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more items as done and show `note` behind the bar."""
         self.done += count
         self.note = note or self.note
         if self.progress is not None and self.task is not None:
@@ -88,7 +80,7 @@ class ProgressBar:
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-    """Show the progress of `total` items, `done` of them by an earlier process, which the rate leaves out."""
+    """Show progress; the rate leaves out the `done` items of an earlier process."""
     if not console.is_terminal:
         yield ProgressBar(title, total, done, None)
         return
@@ -105,26 +97,26 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
-    """Format metrics for the end of a progress bar."""
+    """Format metrics for a progress bar."""
     return "  ".join(f"{key} {value:.3g}" for key, value in values.items())
 
 
 def format_number(value: float, digits: int = 4) -> str:
-    """Format with `digits` significant digits; integers and large numbers without decimals: 0.1235, 22.1, 12,345."""
+    """Format with `digits` significant digits: 0.1235, 22.1, 12,345."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Format a duration: 45 s, 3 min 20 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_bytes(size: float) -> str:
-    """Format a size with four significant digits: 512 bytes, 1.5 KiB, 23.75 GiB."""
+    """Format a size: 512 bytes, 1.5 KiB, 23.75 GiB."""
     if size < 2**10:
         return f"{round(size)} bytes"
     power = min(int(math.log2(size)) // 10, len(BINARY_PREFIXES))
@@ -132,7 +124,7 @@ def format_bytes(size: float) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, the first column aligned left, the others right."""
+    """Print a table, the first column aligned left."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
         table.add_column(Text(name), justify="right" if i else "left")
@@ -142,5 +134,5 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def printable(text: str) -> str:
-    """Escape bytes that are not valid UTF-8, which file names may contain."""
+    """Escape bytes that are not valid UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()

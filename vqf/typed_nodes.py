@@ -1,4 +1,4 @@
-"""The annotations of a component's options, and the typed nodes of OmegaConf that hold their values."""
+"""The annotations of options, and OmegaConf nodes for their values."""
 
 import inspect
 import types
@@ -30,10 +30,10 @@ NODE_TYPES: dict[type, Callable[..., Node]] = {
 
 
 def typed_node(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
-    """Hold an option's default in a node that refuses values of other types.
+    """Hold a default in a node that refuses other types.
 
     Raises:
-        OmegaConfBaseException: If no config can hold such a default.
+        OmegaConfBaseException: If no config can hold it.
     """
     hint, optional = strip_none(hint)
     optional = optional or default is None
@@ -54,7 +54,7 @@ def typed_node(hint: Any, default: Any) -> Node | ListConfig | DictConfig:
 
 
 def strip_none(hint: Any) -> tuple[Any, bool]:
-    """Split an annotation into what it allows besides None, and whether it allows None."""
+    """Remove None from an annotation, and tell whether it was there."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     rest = [each for each in typing.get_args(hint) if each is not type(None)]
@@ -62,16 +62,15 @@ def strip_none(hint: Any) -> tuple[Any, bool]:
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a Literal; empty for any other annotation."""
+    """The values of a Literal; else empty."""
     hint, _ = strip_none(hint)
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a component: its own, then those that its `**options` passes on to its base class.
+    """The parameters of a component, and those that its `**options` passes to its base class.
 
-    A parameter of the subclass hides one of the same name in the base. `*args`, and `**options` that no base class
-    takes, stay in the result.
+    `*args`, and `**options` that no base class takes, stay.
     """
     _, *bases = _constructors(target)
     parameters = dict(inspect.signature(target).parameters)
@@ -83,7 +82,7 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of the parameters that `parameters_of` returns."""
+    """The annotations of `parameters_of(target)`."""
     hints: dict[str, Any] = {}
     for constructor in _constructors(target):
         try:
@@ -94,7 +93,6 @@ def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """The `__init__` of a class, and of its bases as long as each passes `**options` on to the next."""
     if not inspect.isclass(target):
         return [target]
     constructors: list[Callable[..., Any]] = []

@@ -1,1 +1,1 @@
-"""Configs: composed, checked, explained and compared before anything is built."""
+"""Composes, checks, explains and compares configs."""

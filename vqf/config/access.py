@@ -1,4 +1,4 @@
-"""Reads of a composed config that need more than `config.key`."""
+"""Reads of a composed config."""
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,5 +14,5 @@ def image_size(config: DictConfig) -> Size:
 
 
 def group_nodes(config: DictConfig, group: str) -> dict[str, DictConfig]:
-    """Nodes of a group that holds several components, such as metric or logger, by name."""
+    """Nodes of a group such as metric by name."""
     return {str(name): node for name, node in (config.get(group) or {}).items() if node is not None}

@@ -1,7 +1,6 @@
-"""Checks the command line before Hydra acts on it and reports every mistake in one line each.
+"""Checks the command line and reports every mistake in one line.
 
-Hydra stops at the first mistake, with advice such as "to append to your config use +stepz=5" that makes it worse.
-`Composer` composes the same config as Hydra; if that fails, it tries the arguments one by one to find the wrong ones.
+Hydra stops at the first. `Composer` then tries the arguments one by one.
 """
 
 import argparse
@@ -33,13 +32,13 @@ UNKNOWN_KEY_ERRORS = (ConfigKeyError, ConfigAttributeError)
 
 
 def config_dir() -> Path:
-    """Folder of the presets: beside the package in a checkout, inside it in an installed wheel."""
+    """Folder of the presets: beside the package, or inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """Put flags before overrides, since argparse refuses `model=vqgan -m seed=1,2`."""
+    """Put flags before overrides, as argparse needs."""
     parsed = get_args_parser().parse_intermixed_args(list(arguments))
     flags = list(arguments)
     for override in parsed.overrides:
@@ -50,7 +49,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Compose and check the config of the arguments, for a sweep with every choice at least once.
+    """Compose and check the config of the arguments, every choice of a sweep at least once.
 
     Raises:
         UserError: With one line for each mistake.
@@ -70,7 +69,7 @@ def check_command(arguments: Sequence[str]) -> None:
 
 
 def compose_job(arguments: Sequence[str]) -> DictConfig | None:
-    """Compose the config of checked arguments, with its `hydra` node; None if they do not start exactly one job."""
+    """Compose checked arguments; None unless they start exactly one job."""
     flags = get_args_parser().parse_args(list(arguments))
     if flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg:
         return None
@@ -96,11 +95,9 @@ class Composer:
         self.loader = ConfigLoaderImpl(path)
 
     def compose(self, lines: Sequence[str]) -> DictConfig:
-        """Compose a config, with its `hydra` node."""
         return self.loader.load_configuration(self.name, list(lines), RunMode.RUN, from_shell=False)
 
     def is_sweep(self, overrides: Sequence[Override]) -> bool:
-        """Tell whether the config itself sets `hydra.mode: MULTIRUN`, which needs no `-m`."""
         try:
             config = self.compose([_input_line(each) for each in overrides if not each.is_sweep_override()])
         except COMPOSE_ERRORS:
@@ -108,7 +105,7 @@ class Composer:
         return config.hydra.mode == RunMode.MULTIRUN
 
     def find_errors(self, lines: Sequence[str], runs: bool) -> list[str]:
-        """One line for each mistake of one job; required values may be missing unless it `runs`."""
+        """One line for each mistake; values may be missing unless the job `runs`."""
         try:
             config = self.compose(lines)
         except COMPOSE_ERRORS as error:
@@ -122,7 +119,6 @@ class Composer:
         return errors
 
     def _cli_only_violations(self, config: DictConfig, lines: Sequence[str]) -> Iterator[str]:
-        """Yield a message for every option that a config file must not set."""
         if not self.has_foreign_files:
             return
         overrides = OverridesParser.create().parse_overrides(list(lines))
@@ -130,12 +126,12 @@ class Composer:
         yield from cli_only_violations(config, _default_configs(), cli_keys)
 
     def group_choices(self) -> dict[str, str]:
-        """The argument that chooses each name: {"vqgan": "model=vqgan"}."""
+        """The argument for each name: {"vqgan": "model=vqgan"}."""
         groups = [group for group in self._groups() if not group.startswith("hydra")]
         return {name: f"{group}={name}" for group in groups for name in self.loader.get_group_options(group)}
 
     def _argument_errors(self, lines: Sequence[str]) -> list[str]:
-        """Compose with each argument alone, on top of the valid choices of components; one line for each that fails."""
+        """Compose with each argument alone on the valid choices."""
         groups, valid, errors = list(self._groups()), list[str](), list[str]()
         overrides = OverridesParser.create().parse_overrides(list(lines))
         for override in sorted(overrides, key=lambda each: not _is_choice(each, groups)):
@@ -182,7 +178,7 @@ class Composer:
 
 
 def _default_configs() -> list[DictConfig]:
-    """Hydra's own default config, and the same with vqf's config.yaml."""
+    """Hydra's, without and with vqf's config.yaml."""
     loader = ConfigLoaderImpl(create_config_search_path(None))
     plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
     config = OmegaConf.create({"hydra": OmegaConf.to_container(plain.hydra, resolve=False)})
@@ -203,7 +199,7 @@ def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], li
 
 
 def _jobs(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """Yield the arguments of as few jobs as show every choice of a sweep once."""
+    """Yield as few as show every choice of a sweep."""
     columns = [_sweep_choices(each) for each in overrides]
     if not columns:
         yield []

@@ -1,4 +1,4 @@
-"""Compares the configs of runs: the options in which they differ, as written on the command line."""
+"""Compares the configs of runs."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,9 @@ COMPONENT_KINDS = {kind.key: kind for kind in KINDS.values()}
 
 
 def differing_options(configs: Sequence[DictConfig | None]) -> dict[str, list[str]]:
-    """The options in which runs differ, each with its value in every run.
+    """The options in which runs differ, with the value in every run.
 
-    A component is compared by name. An option of a component is listed only if two runs with this component differ in
-    it; the other runs show `MISSING`.
-
-    Args:
-        configs: Composed config of each run; None if unknown.
+    An option of a component is listed only if two runs with this component differ in it; other runs show `MISSING`.
     """
     flat = [{} if config is None else dict(_flatten(config)) for config in configs]
     columns: dict[str, list[str]] = {}
@@ -40,11 +36,7 @@ def differing_options(configs: Sequence[DictConfig | None]) -> dict[str, list[st
 
 
 def _flatten(config: DictConfig) -> Iterator[tuple[str, str]]:
-    """Yield key and value of every option that matters.
-
-    The key of a component's option includes its name, `model.quantizer.ema.decay`, so that options of different
-    components are never compared.
-    """
+    """A component's key includes its name, `model.quantizer.ema.decay`."""
     content = _to_container(config)
     for key, value in content.items():
         if key in SECTIONS:
@@ -54,7 +46,7 @@ def _flatten(config: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _section(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the options of a section of pipeline=full that differ from those outside it."""
+    """Yield only options that differ from those outside."""
     if (config.get("pipeline") or {}).get("name") == "full":
         for key, value in values.items():
             if key not in IGNORED_KEYS and value != config.get(key):
@@ -86,7 +78,6 @@ def _flatten_component(prefix: str, node: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _cli_key(key: str) -> str:
-    """Write a key as on the command line: model/quantizer, model.quantizer.decay, model.loss.l1.weight."""
     if key in COMPONENT_KINDS:
         return COMPONENT_KINDS[key].group
     owner = next(
@@ -97,7 +88,6 @@ def _cli_key(key: str) -> str:
 
 
 def _to_container(config: DictConfig) -> dict[str, Any]:
-    """Resolve the config if possible; that of a run that never started may refer to what no longer exists."""
     try:
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException:

@@ -1,4 +1,4 @@
-"""Which options a pipeline with `run=` takes from that run, and which from the command line."""
+"""Which options a pipeline takes from its `run=`."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,10 @@ WHOLE_CONFIG_GROUPS = {"model", "experiment"}  # their presets set every key
 
 
 def inherit(config: DictConfig, run_config: DictConfig, keys: Sequence[str]) -> DictConfig:
-    """Copy `config` with the nodes at `keys` taken from the config of a run, unless the command line sets them.
+    """Copy `config` with the nodes at `keys` from a run's config, unless the command line sets them.
 
-    A component chosen on the command line (`data=folder`) replaces the run's node; an option that is set
-    (`model.prior.layers=4`) changes the run's node; everything else is as in the run, except output paths.
-
-    Args:
-        config: Composed config of this command.
-        run_config: Config of the run, from its checkpoint.
-        keys: Dotted keys, such as "data" and "model.prior".
+    A component chosen there (`data=folder`) replaces the run's node, an option (`model.prior.layers=4`) changes it.
+    Output paths are reset.
     """
     result = config.copy()
     set_keys = cli_keys()
@@ -38,14 +33,14 @@ def inherit(config: DictConfig, run_config: DictConfig, keys: Sequence[str]) -> 
 
 
 def _drop_output_keys(config: DictConfig, config_key: str) -> None:
-    """Reset output paths such as data.index: the run may be somebody else's, and must not choose where to write."""
+    """Somebody else's run must not choose where to write."""
     for key in CLI_ONLY_KEYS:
         if key.startswith(f"{config_key}.") and OmegaConf.select(config, key) is not None:
             OmegaConf.update(config, key, None)
 
 
 def cli_keys() -> list[str]:
-    """Dotted keys that the command line sets; none outside a Hydra job."""
+    """Dotted keys that the command line sets."""
     if not HydraConfig.initialized():
         return []
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))

@@ -1,4 +1,4 @@
-"""Rewords errors of Hydra and OmegaConf: one line with what is wrong, the closest match and the cure."""
+"""Rewords errors of Hydra and OmegaConf."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ REWORDED = (
 
 
 def explain(error: BaseException) -> str:
-    """Message for an error of composing a config."""
+    """Message for an error of composing."""
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_config_message(error)
@@ -44,18 +44,16 @@ def explain(error: BaseException) -> str:
 
 
 def unknown_group(group: str, groups: Sequence[str]) -> str:
-    """Message for a config group that does not exist."""
+    """Message for an unknown config group."""
     known = [each.replace("/", ".") for each in groups if not each.startswith("hydra") or group.startswith("hydra")]
     return unknown_key_message(group.replace("/", "."), known)
 
 
 def unknown_key(override: Override, config: DictConfig, groups: Sequence[str]) -> str:
-    """Message for an argument that sets an option that does not exist.
+    """Message for `stepz=5`, or `model.quantiser.beta=1`.
 
     Args:
-        override: `stepz=5`, or `model.quantiser.beta=1`.
         config: Config composed without it.
-        groups: Every config group.
     """
     key = override.key_or_group
     if group := closest_match(key, [each for each in groups if each.rpartition("/")[2] == key]):
@@ -68,7 +66,6 @@ def unknown_key(override: Override, config: DictConfig, groups: Sequence[str]) -
 
 
 def _missing_component_hint(key: str, config: DictConfig) -> str | None:
-    """Message for an option of a component where none is chosen; None for any other key."""
     group_key, _, option = key.rpartition(".")
     for name, kind in KINDS.items():
         if group_key != kind.key or kind.multiple or OmegaConf.select(config, group_key) is not None:
@@ -80,7 +77,7 @@ def _missing_component_hint(key: str, config: DictConfig) -> str | None:
 
 
 def null_hint(group: str) -> str:
-    """Message for `group=null`, which Hydra does not accept."""
+    """Message for `group=null`."""
     multiple = any(kind.multiple for kind in KINDS.values() if kind.group == group)
     null = f"{group.replace('/', '.')}=null" if "/" in group else f"~{group}"
     return f"write {f'{group}=[]' if multiple else null} to choose none"
@@ -90,9 +87,7 @@ def syntax_hint(line: str, error: OverrideParseException, choices: Mapping[str, 
     """Message for an argument that Hydra cannot parse.
 
     Args:
-        line: The argument.
-        error: Error of Hydra's parser.
-        choices: The argument that chooses each known name: {"quickstart": "experiment=quickstart"}.
+        choices: As {"quickstart": "experiment=quickstart"}.
     """
     if "=" not in line:
         close = closest_match(line, choices)

@@ -1,8 +1,4 @@
-"""The options of every run that belong to no component (`steps`, `batch_size`, `run`, ...), and the check of a config.
-
-Their defaults are in conf/config.yaml; `OPTIONS` has their types and ranges, so that a mistake is found before data or
-weights load.
-"""
+"""The options of no component, with types and ranges, and the check of a config."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -31,13 +27,10 @@ class Option:
     """Allowed values of one option.
 
     Args:
-        types: Of any of these types; the first is that of the elements of a list.
-        optional: null is allowed.
-        minimum: Smallest number allowed.
-        below: Numbers must be smaller than this.
-        must_exist: A path that must be an existing folder.
-        choices: The only values allowed.
-        element_names: Names of the elements of a list, which fix its length.
+        types: The first is that of a list's elements.
+        below: Numbers must be smaller.
+        must_exist: A path of an existing folder.
+        element_names: Names of the elements of a list of fixed length.
     """
 
     types: tuple[type, ...]
@@ -90,7 +83,7 @@ SECTIONS = ("stage2", "maps")  # repeat some of the options, for one run within 
 
 
 def check_config(config: DictConfig) -> None:
-    """Check a composed config: unknown keys, values of `OPTIONS`, every chosen component.
+    """Check keys, values and components of a config.
 
     Raises:
         UserError: With one line for each mistake.
@@ -109,7 +102,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def fill_missing_groups(config: DictConfig) -> DictConfig:
-    """Copy a config with every group present: null, or an empty mapping, where nothing is chosen."""
+    """Copy a config, with groups that are missing null or empty."""
     config = config.copy()
     with open_dict(config):
         for kind in KINDS.values():
@@ -120,7 +113,7 @@ def fill_missing_groups(config: DictConfig) -> DictConfig:
 
 
 def known_keys(config: DictConfig) -> set[str]:
-    """Dotted keys that something reads: `OPTIONS`, config groups, and the options of the chosen pipeline."""
+    """Dotted keys of `OPTIONS`, config groups, and the chosen pipeline."""
     name = OmegaConf.select(config, "pipeline.name")
     pipeline_options = {key for pipeline in components("pipeline") if pipeline.name == name for key in pipeline.options}
     groups = {kind.key for kind in KINDS.values()}
@@ -129,7 +122,6 @@ def known_keys(config: DictConfig) -> set[str]:
 
 
 def _name_clashes(config: DictConfig) -> Iterator[str]:
-    """Yield a message for every option of the pipeline that has the name of an option of every run."""
     name = OmegaConf.select(config, "pipeline.name")
     taken = {each.split(".")[0] for each in known_keys(OmegaConf.create())}
     for component in components("pipeline"):
@@ -138,7 +130,6 @@ def _name_clashes(config: DictConfig) -> Iterator[str]:
 
 
 def _unknown_keys(config: Mapping[Any, Any], known: set[str], prefix: str = "") -> Iterator[str]:
-    """Yield a message for every key that nothing reads; only a config file or a `+` can bring one in."""
     for key in config:
         path = f"{prefix}{key}"
         if path in known:
@@ -157,7 +148,6 @@ def _unknown_keys(config: Mapping[Any, Any], known: set[str], prefix: str = "") 
 
 
 def _invalid_values(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield a message for every option with a wrong value; absent options are not checked."""
     for key, option in OPTIONS.items():
         try:
             if prefix and OmegaConf.is_interpolation(config, key):

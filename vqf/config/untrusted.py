@@ -1,7 +1,7 @@
 """Rules for configs and folders of other people.
 
-A config file must not choose code to run or paths to write: only the command line may set those options. Configs in
-checkpoints must not contain interpolations, run folders no symbolic links that lead out of them.
+Only the command line may choose code to run or paths to write. Configs in checkpoints contain no interpolations, run
+folders no symbolic links that lead out.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,13 +24,7 @@ WANDB_LOG_LINK = "wandb/*run-*/logs/debug-core.log"  # wandb links its own log, 
 
 
 def cli_only_violations(config: DictConfig, defaults: Sequence[DictConfig], cli_keys: Collection[str]) -> Iterator[str]:
-    """Yield a message for every option of `CLI_ONLY_KEYS` that a config file sets.
-
-    Args:
-        config: Composed config, its `hydra` node included.
-        defaults: Configs without files of other people; their values are allowed.
-        cli_keys: Dotted keys that the command line sets.
-    """
+    """Yield a message for every option of `CLI_ONLY_KEYS` that a config file sets, beyond the values in `defaults`."""
     for key in CLI_ONLY_KEYS:
         value = _raw_value(config, key)
         allowed = [None, *(_raw_value(default, key) for default in defaults)]
@@ -42,10 +36,10 @@ def cli_only_violations(config: DictConfig, defaults: Sequence[DictConfig], cli_
 
 
 def check_no_interpolations(content: Any, path: Path) -> None:
-    """Refuse interpolations in the config of a file: resolving one could read the environment.
+    """Refuse interpolations in a file's config: they could read the environment.
 
     Raises:
-        UserError: If any string in it, however deep, contains one.
+        UserError: If any string contains one.
     """
     for text in _strings(content):
         if "${" in text:
@@ -53,9 +47,7 @@ def check_no_interpolations(content: Any, path: Path) -> None:
 
 
 def check_symlinks(folder: Path) -> None:
-    """Refuse an output folder with a symbolic link that leads out of it: the run would write through the link.
-
-    The link that wandb makes to the log of its own service is allowed.
+    """Refuse a folder with a symbolic link that leads out of it, except wandb's log link.
 
     Raises:
         UserError: Naming the link.
@@ -70,13 +62,12 @@ def check_symlinks(folder: Path) -> None:
 
 
 def _is_set_on_cli(config_key: str, cli_keys: Collection[str]) -> bool:
-    """Tell whether the command line sets a key, a key below it, or, in the `hydra` node, the group it belongs to."""
+    """Tell whether the key, one below it, or its `hydra` group is set."""
     sufficient = {config_key, config_key.rpartition(".")[0]} if config_key.startswith("hydra.") else {config_key}
     return any(key in sufficient or key.startswith(f"{config_key}.") for key in cli_keys)
 
 
 def _raw_value(config: DictConfig, config_key: str) -> Any:
-    """Unresolved value of a key; None if it is absent or empty."""
     *parents, last = config_key.split(".")
     node: Any = config
     for parent in parents:

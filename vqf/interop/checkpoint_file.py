@@ -1,4 +1,4 @@
-"""Opens a checkpoint of another project: finds weights, EMA weights, optimizer states and config."""
+"""Opens a checkpoint of another project."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,14 +36,12 @@ class CheckpointContents:
 
 
 def open_checkpoint_file(path: Path, settings: Path | None) -> CheckpointContents:
-    """Read a checkpoint and the config beside it.
+    """Read a checkpoint, or the folder of a diffusers or transformers model, and its config.
 
-    Args:
-        path: A file, or the folder of a diffusers or transformers model.
-        settings: The yaml or json that describes the model; by default a file beside it with a usual name.
+    `settings` is by default a yaml or json beside it.
 
     Raises:
-        UserError: If the file does not exist, cannot be read, or holds no weights.
+        UserError: If the file cannot be read or holds no weights.
     """
     files = _weight_files(path)
     if files[0].suffix == ".safetensors":
@@ -61,7 +59,7 @@ def open_checkpoint_file(path: Path, settings: Path | None) -> CheckpointContent
 
 
 class LazySafetensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read on access."""
+    """Tensors of safetensors files, read on access."""
 
     def __init__(self, files: list[Path]) -> None:
         self.file_by_name: dict[str, Path] = {}
@@ -96,7 +94,6 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _unwrap(path: Path, content: Any) -> CheckpointContents:
-    """Find the weights in a dict of torch.save: Lightning's, LlamaGen's, or a bare state dict."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds one {type(content).__name__}, not a mapping of names to tensors")
     for key in ("state_dict", "model", "ema"):
@@ -124,13 +121,13 @@ def _unwrap_lightning(path: Path, content: Mapping[Any, Any], tensors: Mapping[s
 
 
 def _counts_every_optimizer(version: Any) -> bool:
-    """Tell whether `global_step` counts the steps of all optimizers, as since Lightning 1.6."""
+    """Tell whether `global_step` counts all optimizers (Lightning 1.6 and later)."""
     numbers = str(version or "0").split(".")[:2]
     return all(each.isdigit() for each in numbers) and tuple(map(int, numbers)) >= (1, 6)
 
 
 def _tensors(mapping: Any) -> dict[str, Tensor]:
-    """The tensors of a mapping, without DDP's prefix; empty for anything else."""
+    """Drop DDP's prefix; empty for other types."""
     items = mapping.items() if isinstance(mapping, dict) else ()
     tensors = {str(name): each for name, each in items if isinstance(each, Tensor)}
     if all(name.startswith(DDP_PREFIX) for name in tensors):

@@ -1,4 +1,4 @@
-"""Exports models of vqf with the tensor names and the config of another project, by the tables of `key_tables`."""
+"""Exports models to other projects."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ TRAINING_ONLY_KEYS = (
 
 @dataclass
 class ExportedModel:
-    """Tensors with another project's names, and the config that builds the model there."""
+    """Tensors and config of another project."""
 
     tensors: Weights
     settings: dict[str, Any]
@@ -42,15 +42,10 @@ class ExportedModel:
 
 
 def write_tokenizer(tokenizer: Tokenizer, quantizer: str, layout: CheckpointLayout) -> ExportedModel:
-    """Export a tokenizer.
-
-    Args:
-        tokenizer: The tokenizer to export.
-        quantizer: Registered name of its quantizer.
-        layout: Layout of the other project.
+    """Export a tokenizer whose quantizer is registered as `quantizer`.
 
     Raises:
-        UserError: If that project cannot express the tokenizer.
+        UserError: If the other project cannot express it.
     """
     if quantizer not in EXPORT_QUANTIZER_RULES or (quantizer == "gumbel" and layout.name != "taming"):
         raise UserError(f"model.quantizer={quantizer}: {layout.name} has no such quantizer")
@@ -74,12 +69,10 @@ def write_discriminator(weights: Mapping[str, Tensor]) -> ExportedModel:
 
 
 def write_prior(prior: nn.Module, node: Mapping[str, Any], unmasked: int) -> ExportedModel:
-    """Export a GPT to taming-transformers, causal masks included.
+    """Export a GPT to taming-transformers.
 
     Args:
-        prior: The prior to export.
-        node: Its config node.
-        unmasked: Tokens of the condition that see each other in both directions.
+        unmasked: Condition tokens that see each other in both directions.
 
     Raises:
         UserError: If it is another prior, or embeds its condition by a table of its own.
@@ -120,7 +113,7 @@ def _translate(weights: Mapping[str, Tensor], rules: Iterable[KeyRule], layout: 
 
 
 def _shared_node(weights: Weights, image_size: int) -> Node:
-    """Node of encoder and decoder, which must have the same sizes: the other projects have one config for both."""
+    """Encoder and decoder must have the same sizes."""
     encoder = infer_config.encoder_node(shapes_of(weights), image_size)
     decoder = infer_config.decoder_node(shapes_of(weights), image_size)
     for key, value in decoder.items():

@@ -1,4 +1,4 @@
-"""Imports a checkpoint of another project: tokenizer, discriminator, prior and their configs."""
+"""Imports a checkpoint of another project."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ PERMUTER_KEY = "permuter.forward_shuffle_idx"
 
 @dataclass
 class ImportedCheckpoint:
-    """The models of a checkpoint, with vqf's config nodes and tensor names."""
+    """The models of a checkpoint in vqf's terms."""
 
     tokenizer: ImportedModule
     report: ImportReport
@@ -46,16 +46,14 @@ class ImportedCheckpoint:
 
     @property
     def kind(self) -> str:
-        """ "stage1" or "stage2": the kind of run it becomes."""
+        """ "stage1" or "stage2"."""
         return "stage1" if self.prior is None else "stage2"
 
     @property
     def nodes(self) -> Nodes:
-        """Config nodes of all its models."""
         return {key: node for module in self._modules for key, node in module.nodes.items()}
 
     def nonfinite_tensors(self) -> list[str]:
-        """vqf's names of the tensors with NaN or infinite values."""
         return [
             name
             for module in self._modules
@@ -76,14 +74,12 @@ def import_checkpoint(
     size: Size | None = None,
     options: ImportOptions | None = None,
 ) -> ImportedCheckpoint:
-    """Import a checkpoint.
+    """Import a checkpoint, or the folder of a diffusers or transformers model.
 
     Args:
-        path: A file, or the folder of a diffusers or transformers model.
-        source: Name of its layout in `LAYOUTS`; "auto" infers it from the tensor names.
-        yaml: The config that describes it; by default a file beside it with a usual name.
-        size: Height and width of the images that its tokenizer was trained on, in pixels; None: from the config.
-        options: Facts about its prior that the file does not hold.
+        source: A name in `LAYOUTS`; "auto" infers it.
+        yaml: Its config; by default a file beside it.
+        size: Height and width of training images in pixels; None: from the config.
 
     Raises:
         UserError: If a tensor is missing or does not fit, or vqf cannot build such a model.
@@ -129,7 +125,6 @@ def _read_second_stage(
 
 
 def _conditioner(contents: CheckpointContents, result: ImportedCheckpoint) -> Nodes:
-    """Config nodes of the conditioner; the run of a map's tokenizer is filled in when that run is written."""
     if result.condition is None:
         name = "label" if result.classes else "none"
         return {name: {"name": name}}
@@ -150,7 +145,6 @@ def _condition_tokens(contents: CheckpointContents, condition: ImportedCheckpoin
 def _read_condition(
     contents: CheckpointContents, layout: CheckpointLayout, result: ImportedCheckpoint
 ) -> ImportedCheckpoint | None:
-    """Read the tokenizer of the condition; None if there is none, or, with a note, if vqf cannot build it."""
     if f"{CONDITION_STAGE_PREFIX}{FIRST_CONV_KEY}" not in contents.tensors:
         return None
     report, frozen = ImportReport(contents.path, layout.name), replace(contents, optimizers=[])

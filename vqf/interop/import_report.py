@@ -1,4 +1,4 @@
-"""The report of an import: under which name each tensor was loaded, or why it was skipped."""
+"""The report of an import."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,12 +8,7 @@ from vqf.interop.key_tables import CAUSAL_MASK_KEY, IGNORED_KEYS
 
 
 class ImportReport:
-    """Collects loaded tensors, skipped tensors and notes.
-
-    Args:
-        path: The imported file.
-        layout: Name of its `CheckpointLayout`.
-    """
+    """Collects what became of each tensor, and notes."""
 
     def __init__(self, path: Path, layout: str) -> None:
         self.path, self.layout = path, layout
@@ -22,30 +17,26 @@ class ImportReport:
         self.notes: list[str] = []
 
     def add_loaded(self, source_name: str, vqf_name: str) -> None:
-        """Note a tensor that is loaded."""
         self.loaded[source_name] = vqf_name
 
     def add_skipped(self, source_name: str, reason: str) -> None:
-        """Note a tensor that is not loaded."""
         self.skipped[source_name] = reason
 
     def note(self, text: str) -> None:
-        """Note anything else: an assumption, a default, a state that is initialized anew."""
         self.notes.append(text)
 
     def finalize(self, names: Iterable[str]) -> None:
-        """Add every tensor that was not noted as skipped, with its reason."""
+        """Add all other tensors as skipped."""
         for name in names:
             if name not in self.loaded and name not in self.skipped:
                 self.add_skipped(name, skip_reason(name))
 
     @property
     def unknown_tensors(self) -> list[str]:
-        """Names of skipped tensors that no rule knows."""
+        """Those that no rule knows."""
         return [name for name, reason in self.skipped.items() if reason == UNKNOWN_TENSOR]
 
     def summary(self) -> list[str]:
-        """A few lines for the log: counts of tensors by reason, and the notes."""
         counts: dict[str, int] = {}
         for reason in self.skipped.values():
             counts[reason] = counts.get(reason, 0) + 1
@@ -54,7 +45,6 @@ class ImportReport:
         return lines + [f"  {note}" for note in self.notes]
 
     def text(self) -> str:
-        """The full report, with one line for every tensor."""
         lines = [*self.summary(), "", "skipped:"]
         lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()] or ["  nothing"]
         return "\n".join([*lines, "", "loaded:", *(f"  {name} -> {new}" for name, new in self.loaded.items()), ""])

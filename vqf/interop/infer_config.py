@@ -1,4 +1,4 @@
-"""Reads the sizes of a model from its tensors and returns config nodes that build a model of the same shapes."""
+"""Reads config nodes from the shapes of tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ Node = dict[str, Any]
 
 
 def encoder_node(shapes: Shapes, image_size: int) -> Node:
-    """Config node of a tokenizer's encoder; `image_size` is the side that its attention resolutions refer to."""
+    """Config node of an encoder for images of side `image_size`."""
     channels = _shape(shapes, "encoder.conv_in.weight")[0]
     return {
         "name": "conv",
@@ -24,7 +24,7 @@ def encoder_node(shapes: Shapes, image_size: int) -> Node:
 
 
 def decoder_node(shapes: Shapes, image_size: int) -> Node:
-    """Config node of a tokenizer's decoder."""
+    """Config node of a decoder."""
     channels = _shape(shapes, "encoder.conv_in.weight")[0]
     node = _levels(shapes, "decoder.up", channels, image_size)
     return {
@@ -36,18 +36,18 @@ def decoder_node(shapes: Shapes, image_size: int) -> Node:
 
 
 def image_channels(shapes: Shapes) -> int:
-    """Channels of a tokenizer's images: 3 for RGB, 1 for depth, one for each class of a segmentation."""
+    """Channels of a tokenizer's images."""
     return _shape(shapes, "encoder.conv_in.weight")[1]
 
 
 def quantizer_node(shapes: Shapes, name: str) -> Node:
-    """Config node of a quantizer: its name, vector size and codebook size."""
+    """Config node of a quantizer."""
     codebook = shapes.get("quantizer.codebook.weight") or _shape(shapes, "quantizer.codebook")
     return {"name": name, "dim": codebook[1], "codebook_size": codebook[0]}
 
 
 def discriminator_node(shapes: Shapes) -> Node | None:
-    """Config node of a PatchGAN with batch norm; None for any other discriminator."""
+    """Config node of a PatchGAN with batch norm, else None."""
     indices = [int(match[1]) for name in shapes if (match := re.fullmatch(r"discriminator\.main\.(\d+)\.weight", name))]
     if not indices or "discriminator.main.3.running_mean" not in shapes:
         return None
@@ -56,7 +56,7 @@ def discriminator_node(shapes: Shapes) -> Node | None:
 
 
 def prior_node(shapes: Shapes, heads: int) -> Node:
-    """Config node of a GPT; the tensors tell everything but the number of heads."""
+    """Config node of a GPT."""
     return {
         "name": "gpt",
         "layers": count_blocks(shapes, "blocks"),
@@ -66,7 +66,7 @@ def prior_node(shapes: Shapes, heads: int) -> Node:
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """Number of distinct indices i in names that begin with `{prefix}.{i}.`."""
+    """Number of distinct i in names that begin with `{prefix}.{i}.`."""
     return len({match[1] for name in names if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 

@@ -1,4 +1,4 @@
-"""Translates tensor names between a project and vqf by rules that work in both directions."""
+"""Translates tensor names in both directions."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ SECOND_BLOCK = "{last}"  # index of the second middle block: 2 with an attention
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One row of a table: the source name and vqf's name, with the same placeholders."""
+    """Two names with the same placeholders."""
 
     source_key: str
     vqf_key: str
@@ -30,12 +30,11 @@ class KeyRule:
 
 
 class KeyMapping:
-    """The rules of a layout, adapted to one set of names. The first rule that matches a name applies.
+    """The rules of a layout for one set of names; the first match applies.
 
     Args:
-        rules: With `{last}` and `{-i}` still in their names.
         levels: Resolution levels of the model, to invert `{-i}`.
-        last: Index of the second middle block, for `{last}`.
+        last: Index of the second middle block.
     """
 
     def __init__(self, rules: Sequence[KeyRule], levels: int, last: int) -> None:
@@ -51,7 +50,6 @@ class KeyMapping:
 
     @classmethod
     def for_import(cls, rules: Sequence[KeyRule], names: Iterable[str]) -> "KeyMapping":
-        """Make the table for a set of source names."""
         names = list(names)
         counted = [rule.source_key for rule in rules if "{-i}" in rule.source_key]
         attends = any(
@@ -61,19 +59,18 @@ class KeyMapping:
 
     @classmethod
     def for_export(cls, rules: Sequence[KeyRule], names: Iterable[str]) -> "KeyMapping":
-        """Make the table for a set of vqf's names."""
         names = list(names)
         counted = [rule.vqf_key for rule in rules if "{-i}" in rule.source_key]
         return cls(rules, _count_levels(counted, names), 2 if _any_matches("{part}.mid.2.{*}", names) else 1)
 
     def to_vqf(self, name: str) -> tuple[str, KeyRule] | None:
-        """vqf's name of a source name, and the rule that applied; None if none does."""
+        """vqf's name and the rule for it, if any."""
         return next(
             ((new, rule) for rule in self.rules if (new := self._translate(name, rule.source_key, rule.vqf_key))), None
         )
 
     def to_source(self, name: str) -> tuple[str, KeyRule] | None:
-        """Source name of a vqf name, and the rule that applied; None if none does."""
+        """Source name and the rule for it, if any."""
         return next(
             ((new, rule) for rule in self.rules if (new := self._translate(name, rule.vqf_key, rule.source_key))), None
         )
@@ -88,7 +85,7 @@ class KeyMapping:
 
 
 def parse(template: str, name: str) -> dict[str, str] | None:
-    """Values of the placeholders of a template in a name; None if the name does not match."""
+    """Values of a template's placeholders in a name; None without a match."""
     match = _template_regex(template).fullmatch(name)
     return None if match is None else match.groupdict()
 
@@ -99,12 +96,12 @@ def matches(template: str, name: str) -> bool:
 
 
 def to_conv(tensor: Tensor, rule: KeyRule) -> Tensor:
-    """Reshape a source tensor to vqf's: (out, in) to (out, in, 1, 1) where the rule says so."""
+    """Reshape (out, in) to (out, in, 1, 1) by the rule."""
     return tensor[..., None, None] if rule.is_linear and tensor.ndim == 2 else tensor
 
 
 def to_linear(tensor: Tensor, rule: KeyRule) -> Tensor:
-    """Reshape a vqf tensor to the source's: (out, in, 1, 1) to (out, in) where the rule says so."""
+    """Reshape (out, in, 1, 1) to (out, in) by the rule."""
     return tensor.flatten(1) if rule.is_linear and tensor.ndim == 4 else tensor
 
 

@@ -1,7 +1,6 @@
-"""Tables of tensor names: other projects' names and vqf's. No code.
+"""Tables of tensor names, for import and export.
 
-Every table is used in both directions, for import and export. `{i}` is a level counted from full resolution; a project
-that numbers its decoder levels in the order they run has `{-i}`.
+`{i}` is a level counted from full resolution, `{-i}` one counted from the lowest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ NORM_RULES = (KeyRule("{part}.norm_out.{*}", "{part}.norm_out.{*}"),)
 
 
 def _level_rules(source: str, vqf: str, block: str, resample: str) -> tuple[KeyRule, ...]:
-    """Rules of the levels of encoder or decoder, for attention stored as in vqf."""
     return (
         KeyRule(f"{source}.{block}.{{j}}.nin_shortcut.{{*}}", f"{vqf}.block.{{j}}.shortcut.{{*}}"),
         KeyRule(f"{source}.{block}.{{j}}.{{*}}", f"{vqf}.block.{{j}}.{{*}}"),
@@ -59,7 +57,6 @@ LLAMAGEN_RULES = (
 
 
 def _attention_rules(source: str, vqf: str) -> tuple[KeyRule, ...]:
-    """Rules of an attention block of diffusers: current names first, then those before version 0.13."""
     return (
         KeyRule(f"{source}.group_norm.{{*}}", f"{vqf}.norm.{{*}}"),
         KeyRule(f"{source}.to_{{qkv}}.{{*}}", f"{vqf}.{{qkv}}.{{*}}", is_linear=True),
@@ -141,11 +138,7 @@ class CheckpointLayout:
     """Tensor names of a tokenizer in one project.
 
     Args:
-        name: Value of `source=`.
-        marker: Substring of a tensor name that all files of this layout have, and none of the layouts before it in
-            `LAYOUTS`.
-        rules: Rules of encoder and decoder.
-        quantizers: vqf's names of the quantizers it may have, with their rules.
+        marker: Part of a tensor name in all files of this layout and none of those before it in `LAYOUTS`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Models on the meta device: the names and shapes of the weights that a config needs, without memory."""
+"""Models on the meta device, without memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ def meta_tokenizer(nodes: Nodes, size: Size, channels: int = 3) -> Tokenizer:
 
 
 def meta_discriminator(node: Node, channels: int = 3) -> nn.Module:
-    """Build a discriminator on the meta device, with the names of a run's checkpoint."""
+    """Build a discriminator on the meta device."""
     with torch.device("meta"):
         return nn.ModuleDict({"discriminator": build("discriminator", node, in_channels=channels)})
 
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """Tokens of the condition before the codes: size of their vocabulary and their number."""
+    """Vocabulary size and number of condition tokens."""
 
     vocab_size: int
     length: int
@@ -57,7 +57,7 @@ def meta_prior(node: Node, vocab_size: int, grid: Size, prefix: PrefixSpec) -> P
 
 
 def convert_tensor(tensor: Tensor, rule: KeyRule | None = None) -> Tensor:
-    """Reshape a tensor to vqf's shape and convert floats to float32."""
+    """Reshape a tensor to vqf's shape, floats as float32."""
     tensor = tensor if rule is None else to_conv(tensor, rule)
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -68,7 +68,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def check_shapes(path: Path, weights: Weights, blank: nn.Module, table: KeyMapping) -> None:
-    """Compare the imported weights with those of the model.
+    """Compare imported weights with the model's.
 
     Raises:
         UserError: Naming the first tensors that are missing, unexpected, or of another shape.

@@ -1,4 +1,4 @@
-"""Translates Adam states between projects, whose order of parameters differs, by parameter names."""
+"""Translates Adam states between projects by parameter names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 @dataclass
 class OptimizerState:
-    """State of an optimizer by parameter name, and its hyperparameters."""
+    """State by parameter name, and hyperparameters."""
 
     entries: dict[str, dict[str, Tensor]]
     options: dict[str, Any]  # hyperparameters of its first group
@@ -26,16 +26,10 @@ def name_state(
     renamed: Mapping[str, str],
     shapes: Mapping[str, Size],
 ) -> OptimizerState:
-    """Name the entries of a saved state.
-
-    Args:
-        saved: `state_dict()` of the optimizer.
-        groups: Source names of its parameters, by group, in its order.
-        renamed: vqf's name of each source name.
-        shapes: Shapes of vqf's parameters.
+    """Name the entries of an optimizer's `state_dict()`, whose parameters have the source names `groups`.
 
     Raises:
-        ValueError: If the number or the shapes of the parameters differ.
+        ValueError: If the number or shapes of the parameters differ.
     """
     names = [name for group in groups for name in group]
     try:
@@ -54,7 +48,7 @@ def name_state(
 
 
 def load_named_state(optimizer: Optimizer, module: nn.Module, state: OptimizerState) -> None:
-    """Load a named state into an optimizer over the parameters of a module."""
+    """Load a named state into the optimizer of a module."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     state_dict = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -65,13 +59,7 @@ def load_named_state(optimizer: Optimizer, module: nn.Module, state: OptimizerSt
 
 
 def reorder_state(saved: Mapping[str, Any], order: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Reorder the parameters of an optimizer's state.
-
-    Args:
-        saved: `state_dict()` of the optimizer.
-        order: Names of its parameters, in its order.
-        groups: The same names, in the groups and order to produce.
-    """
+    """Reorder a `state_dict()` from `order` to `groups`."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     entries = {name: saved["state"].get(number) for number, name in zip(numbers, order, strict=True)}
     result: dict[str, Any] = {"state": {}, "param_groups": []}

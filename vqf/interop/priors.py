@@ -22,23 +22,22 @@ DEFAULT_HEADS = 16  # as in all published transformers but one; the weights do n
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Facts about a prior that neither weights nor config tell, from the command line."""
+    """Facts about a prior that neither weights nor config tell."""
 
     heads: int | None = None
     classes: int | None = None
 
 
 def condition_length(contents: CheckpointContents, tokens: int) -> int:
-    """Number of condition tokens before the codes of an image, from the number of positions.
+    """Number of condition tokens, from the positions.
 
-    The published transformers have one position for each token of condition and image. With a single condition token
-    there is one less, since the last code is never an input.
+    A single condition token leaves one position less: the last code is never an input.
     """
     return max(_position_embedding(contents).shape[1] - tokens, 1)
 
 
 def num_classes(contents: CheckpointContents, options: ImportOptions) -> int:
-    """Number of classes that the prior is conditioned on; 0 for none."""
+    """Number of classes of the prior's condition, or 0."""
     if options.classes is not None:
         return options.classes
     return source_config.num_classes(contents.settings) or 0
@@ -48,13 +47,6 @@ def read_prior(
     contents: CheckpointContents, tokenizer: Tokenizer, prefix: PrefixSpec, options: ImportOptions, report: ImportReport
 ) -> ImportedModule:
     """Import the transformer of a file.
-
-    Args:
-        contents: Content of the file.
-        tokenizer: Tokenizer of the codes it models.
-        prefix: Tokens of its condition.
-        options: Facts from the command line.
-        report: Collects what is loaded and skipped.
 
     Raises:
         UserError: If a tensor is missing or has another shape.
@@ -101,14 +93,13 @@ def _node(
 
 
 def _bidirectional_prefix_length(contents: CheckpointContents) -> int:
-    """Number of condition tokens that see each other in both directions, from the causal mask; 0 for none."""
     mask = contents.tensors.get(f"{TRANSFORMER_PREFIX}blocks.0.attn.mask")
     first = 1 if mask is None else int(mask.reshape(mask.shape[-2:])[0].sum())
     return first if first > 1 else 0
 
 
 def _start_token(contents: CheckpointContents, weights: Weights, node: infer_config.Node, prefix: PrefixSpec) -> None:
-    """Give an unconditional prior with a start token other than 0 an embedding table for it."""
+    """A start token other than 0 needs an embedding table."""
     token = source_config.start_token(contents.settings)
     if token and prefix.vocab_size == 1:
         node["shared_vocabulary"] = False
@@ -142,11 +133,7 @@ def _position_embedding(contents: CheckpointContents) -> Tensor:
 def optimizer_groups(prior: nn.Module, renamed: Mapping[str, str]) -> list[list[str]]:
     """Source names of a prior's parameters in the order of taming-transformers' AdamW.
 
-    First the weights of linear layers, which have weight decay, then all others; each group is sorted by name.
-
-    Args:
-        prior: The prior, as built by vqf.
-        renamed: vqf's name of each source name.
+    Weights of linear layers come first; each group is sorted by name.
     """
     linear = {f"{name}.weight" for name, each in prior.named_modules() if isinstance(each, nn.Linear)}
     decayed = sorted(name for name, new in renamed.items() if new in linear)

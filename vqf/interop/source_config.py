@@ -1,4 +1,4 @@
-"""Reads the config of another project (yaml or json): what the tensors of its checkpoint do not tell."""
+"""Reads the config of another project."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +16,14 @@ DROPOUT_KEYS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 
 
 def image_size(settings: DictConfig, stride: int) -> int | None:
-    """Side of the images that a tokenizer was trained on, in pixels."""
+    """Side of a tokenizer's training images in pixels."""
     size = get_first(settings, f"{DDCONFIG}.resolution", f"{FIRST_STAGE_DDCONFIG}.resolution", "sample_size", kind=int)
     patches = get_first(settings, "num_patches", "vq_config.num_patches", kind=int)
     return size or (patches * stride if patches else None)
 
 
 def adversary(settings: DictConfig) -> dict[str, Any]:
-    """vqf's options of the adversary, from a lossconfig."""
+    """vqf's adversary options from a lossconfig."""
     loss = get_first(settings, f"{LOSS_PARAMS}.disc_loss", kind=str)
     options = {
         "name": loss if loss in ("hinge", "vanilla") else None,
@@ -46,10 +46,10 @@ def quantizer(settings: DictConfig) -> dict[str, Any]:
 
 
 def prior(settings: DictConfig) -> dict[str, Any]:
-    """vqf's options of a GPT that the tensors do not tell: heads, pkeep, dropout.
+    """vqf's GPT options: heads, pkeep, dropout.
 
     Raises:
-        UserError: If the dropout rates differ; vqf has one.
+        UserError: If the dropout rates differ.
     """
     options: dict[str, Any] = {}
     if (heads := get_first(settings, f"{TRANSFORMER_PARAMS}.n_head", kind=int)) is not None:
@@ -65,12 +65,12 @@ def prior(settings: DictConfig) -> dict[str, Any]:
 
 
 def num_classes(settings: DictConfig) -> int | None:
-    """Number of classes that a prior is conditioned on."""
+    """Number of classes of a prior's condition."""
     return get_first(settings, f"{CONDITION_CONFIG}.params.n_classes", kind=int)
 
 
 def condition_size(settings: DictConfig) -> int | None:
-    """Side to which a condition map is resized before it is encoded; None: it keeps its size."""
+    """Side to which a condition map is resized; None keeps its size."""
     size = get_first(settings, "model.params.downsample_cond_size", kind=int)
     return size if size is not None and size > 0 else None
 
@@ -81,12 +81,12 @@ def start_token(settings: DictConfig) -> int:
 
 
 def num_norm_groups(settings: DictConfig) -> int:
-    """Number of groups of the group norms."""
+    """Number of norm groups."""
     return get_first(settings, "norm_num_groups", kind=int) or 32
 
 
 def get_first(settings: DictConfig, *keys: str, kind: type | Sequence[type]) -> Any:
-    """First value of type `kind` at one of the dotted keys; None if there is none. Nothing is resolved."""
+    """First value of type `kind` at one of the dotted keys, unresolved, or None."""
     kinds = kind if isinstance(kind, type) else tuple(kind)
     plain = OmegaConf.to_container(settings, resolve=False)
     for key in keys:
@@ -99,7 +99,7 @@ def get_first(settings: DictConfig, *keys: str, kind: type | Sequence[type]) -> 
 
 
 def check_activation(settings: DictConfig) -> None:
-    """Refuse a diffusers model with another activation or normalization than vqf's.
+    """Refuse another activation or normalization than vqf's.
 
     Raises:
         UserError: Naming the setting.

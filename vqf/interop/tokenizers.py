@@ -1,4 +1,4 @@
-"""Imports a tokenizer and the discriminator that was trained with it."""
+"""Imports a tokenizer and its discriminator."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ ASSUMED_IMAGE_SIZE = 256  # pixels, if neither config nor user tells
 
 @dataclass
 class ImportedModule:
-    """One imported model, with vqf's config nodes and tensor names."""
+    """One imported model in vqf's terms."""
 
     nodes: Nodes
     weights: Weights
@@ -48,12 +48,8 @@ class ImportedModule:
 def find_layout(contents: CheckpointContents, source: str) -> CheckpointLayout:
     """Find the layout of a file by its tensor names.
 
-    Args:
-        contents: Content of the file.
-        source: Expected layout, or "auto".
-
     Raises:
-        UserError: If no layout matches, or another one than `source`.
+        UserError: If none matches, or another than `source`.
     """
     matching = (layout for layout in LAYOUTS.values() if any(layout.marker in name for name in contents.tensors))
     layout = next(matching, None)
@@ -70,7 +66,7 @@ def find_layout(contents: CheckpointContents, source: str) -> CheckpointLayout:
 
 
 def find_prefix(contents: CheckpointContents) -> str:
-    """Find the prefix of the tensor names of the tokenizer in a file.
+    """Find the prefix of a tokenizer's tensor names.
 
     Raises:
         UserError: If there is not exactly one tokenizer.
@@ -85,17 +81,13 @@ def find_prefix(contents: CheckpointContents) -> str:
 def read_tokenizer(
     contents: CheckpointContents, prefix: str, layout: CheckpointLayout, size: Size | None, report: ImportReport
 ) -> ImportedModule:
-    """Import the tokenizer whose tensor names begin with `prefix`.
+    """Import the tokenizer with a prefix.
 
     Args:
-        contents: Content of the file.
-        prefix: Prefix of its tensor names.
-        layout: Layout of its tensor names.
         size: Height and width of its training images; None: from the config, else 256.
-        report: Collects what is loaded and skipped.
 
     Raises:
-        UserError: If a tensor is missing or has another shape, or vqf cannot build such a tokenizer.
+        UserError: If a tensor does not fit, or vqf cannot build it.
     """
     names = [name.removeprefix(prefix) for name in contents.tensors if name.startswith(prefix)]
     kind, rules = _quantizer(layout, names, contents)
@@ -122,7 +114,7 @@ def read_tokenizer(
 
 
 def read_discriminator(contents: CheckpointContents, prefix: str, report: ImportReport) -> ImportedModule | None:
-    """Import the discriminator of a tokenizer; None if there is none that vqf can build."""
+    """Import a discriminator; None if vqf cannot build it."""
     names = [name.removeprefix(prefix) for name in contents.tensors if name.startswith(prefix + DISCRIMINATOR_PREFIX)]
     table = KeyMapping.for_import(DISCRIMINATOR_RULES, names)
     renamed = {name: match[0] for name in names if (match := table.to_vqf(name))}
@@ -148,16 +140,11 @@ def read_optimizer_state(
     what: str,
     report: ImportReport,
 ) -> OptimizerState | None:
-    """Import the state of an optimizer; None, with a note, if there is none that fits.
+    """Import the state of an optimizer; None, with a note, if none fits.
 
     Args:
-        contents: Content of the file.
-        index: Index of the optimizer in the file.
-        groups: Source names by group, in the order of the optimizer; names of buffers are ignored.
-        renamed: vqf's name of each source name.
-        blank: The optimized model.
-        what: Name of the model in the note.
-        report: Collects the note.
+        groups: Source names, ordered as in the optimizer; buffers are ignored.
+        renamed: vqf's name of each.
     """
     parameters = shapes_of(dict(blank.named_parameters()))
     if index >= len(contents.optimizers):
@@ -209,7 +196,7 @@ def _quantizer(
 def _ema_weights(
     contents: CheckpointContents, prefix: str, translated: Mapping[str, tuple[str, KeyRule]], weights: Weights
 ) -> Weights:
-    """EMA weights, with the buffers of `weights`, which have no EMA; empty if the file has none."""
+    """Buffers come from `weights`; empty without EMA."""
     ema_weights = {
         new: convert_tensor(contents.ema_tensors[prefix + name], rule)
         for name, (new, rule) in translated.items()

@@ -1,8 +1,8 @@
 """Opens untrusted pickles without running code in them.
 
-A pickle is a program that may call any function of any module. Here it can call only vqf's own replacements of the few
-functions that make tensors and containers (`SAFE_FUNCTIONS`). Classes that weights do not need, such as a trainer's
-callbacks, become `OpaqueObject`s, which keep their name and do nothing. Any other name is refused. Nothing is imported.
+A pickle may call any function. Here it can call only vqf's replacements of those that make tensors and containers
+(`SAFE_FUNCTIONS`). Classes that weights do not need become `OpaqueObject`s, other names are refused, and nothing is
+imported.
 """
 
 import math
@@ -62,10 +62,10 @@ CLASS_NAME = re.compile(r"_*[A-Z]\w*(\._*[A-Z]\w*)*")  # spelled like a class, p
 
 
 def load_untrusted(path: Path) -> Any:
-    """Read a file of torch.save: containers of tensors on the CPU.
+    """Read CPU tensors in containers from a file of torch.save.
 
     Raises:
-        UserError: If it is not such a file, or names a function that no weight file needs.
+        UserError: If it is another file, or names a function that no weight file needs.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -95,7 +95,7 @@ def _load_restricted(path: Path) -> Any:
 
 
 class OpaqueType(type):
-    """Metaclass of classes that are not loaded: calling one with any arguments gives an object that does nothing."""
+    """Metaclass of classes that are not loaded."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         opaque: Any = cls
@@ -106,7 +106,7 @@ class OpaqueType(type):
 
 
 class OpaqueObject(metaclass=OpaqueType):
-    """An object of a class that is not loaded; it ignores its state and items."""
+    """An object that ignores its state and items."""
 
     def __new__(cls, *args: Any, **options: Any) -> "OpaqueObject":
         return object.__new__(cls)
@@ -123,7 +123,7 @@ class OpaqueObject(metaclass=OpaqueType):
 
 
 class SafeFunction:
-    """A function that a pickle may call. Unlike a plain function, it has no attributes that a pickle could set."""
+    """A function that a pickle may call, without attributes that it could set."""
 
     __slots__ = ("__function",)
 
@@ -138,7 +138,7 @@ class SafeFunction:
 
 
 class PlainDict(dict[Any, Any]):
-    """Replaces OrderedDict; ignores attributes that a pickle sets, such as torch's `_metadata` or a method."""
+    """An OrderedDict that ignores attributes set by a pickle."""
 
     def __setstate__(self, state: Any) -> None: ...
 
@@ -154,7 +154,6 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def _empty_defaultdict(*_: Any) -> PlainDict:
-    """A defaultdict without its factory; the pickle adds the items afterwards."""
     return PlainDict()
 
 
@@ -169,7 +168,7 @@ SAFE_FUNCTIONS = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads torch's zip format: `data.pkl`, and one record `data/<key>` for every storage."""
+    """Reads torch's zip format."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -179,10 +178,10 @@ class RestrictedUnpickler(pickle.Unpickler):
         super().__init__(archive.open(pickled))
 
     def find_class(self, module: str, name: str) -> Any:
-        """The replacement of a global that the pickle names.
+        """The replacement of a global.
 
         Raises:
-            UserError: If it has none: it could run code.
+            UserError: If it has none.
         """
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
@@ -198,7 +197,6 @@ class RestrictedUnpickler(pickle.Unpickler):
         raise UserError(f"names '{full}', which no weight file needs and which could run code: refused")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Read the storage that the pickle refers to as a flat tensor."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"an unknown reference {kind!r}")

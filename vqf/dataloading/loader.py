@@ -123,6 +123,8 @@ def _build_loader(
 @contextmanager
 def _blocked_signals(numbers: set[signal.Signals]) -> Iterator[None]:
     """Block signals in this thread meanwhile, and for good in the processes that it starts, which inherit the mask."""
+    # Blocking in the first line of a child would be too late for the threads that torch and
+    # multiprocessing start before it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

@@ -1,5 +1,8 @@
 """Counts the bytes of live tensors, and floating-point operations, while code runs."""
 
+# Not `torch.distributed._tools.mem_tracker.MemTracker`: it is private and has one peak of everything. A plan needs one
+# for each engine (with sharded kinds counted in part), kinds for discriminator and EMA, and FLOPs.
+
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping

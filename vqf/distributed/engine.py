@@ -127,6 +127,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def seed_everything(*parts: int | str) -> None:
     """Seed torch by a hash of `parts` and the rank; rank 0 draws what a single process would."""
+    # A hash of the position, so that no RNG state has to be saved. Other ranks see other images.
     torch.manual_seed(hash_seed(*parts, *([f"rank {comm.rank()}"] if comm.rank() else [])))
 
 
@@ -171,6 +172,7 @@ def _set_float32_precision(ieee: bool) -> None:
 
 
 def _set_determinism(deterministic: bool) -> None:
+    # https://docs.pytorch.org/docs/stable/notes/randomness.html
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts

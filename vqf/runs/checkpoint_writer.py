@@ -89,6 +89,8 @@ def _prune(run_dir: Path, keep: int, best: BestCriterion | None, every: int | No
 
 def archive_later(run_dir: Path, step: int) -> None:
     """Rename the checkpoints after `step`, from which a run resumes, and clean up after killed writers."""
+    # They are broken or of the abandoned continuation. In place they would be resumed as the newest, and pruning would
+    # keep them instead of the new ones.
     folder = run_dir / CHECKPOINTS_FOLDER
     recover_interrupted(folder, "step-*")
     for later in checkpoint_folders(folder):

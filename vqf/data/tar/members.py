@@ -59,6 +59,7 @@ def check_member(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | No
     Raises:
         UserError: If the name is absolute, has `..`, a drive or control characters, or the member is sparse.
     """
+    # No name is ever used as a path. Names that would leave a folder are refused all the same: no data set has them.
     name = info.name.removeprefix("./")
     parts = name.split("/")
     has_control = any(ord(character) < 32 or ord(character) == 127 for character in name)

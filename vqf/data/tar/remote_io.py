@@ -207,6 +207,7 @@ def _close(stream: IO[bytes]) -> None:
 
 def _reason(error: Exception, url: str) -> str:
     """Word an error without quoting the URL, which may hold tokens."""
+    # The error of a command would quote all of the URL, tokens included.
     if isinstance(error, OSError):
         file = f"'{error.filename}': " if error.filename and not url.endswith(str(error.filename)) else ""
         return file + (error.strerror or "the command that fetches it failed").lower()

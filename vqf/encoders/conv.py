@@ -1,9 +1,7 @@
 """The convolutional encoder and decoder of VQGAN.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, appendix A, with the
-residual blocks of Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239. Published weights need
-these conventions: group norm with 32 groups and eps 1e-6, downsampling padded on the right and bottom only, attention
-at *nominal* resolutions, no tanh at the output.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841. Published weights need group
+norm with eps 1e-6, downsampling padded on the right and bottom only, and attention at *nominal* resolutions.
 """
 
 from collections.abc import Sequence
@@ -76,7 +74,6 @@ class ConvEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, in_channels, H, W) to latents (B, dim, H / stride, W / stride)."""
         h = self.conv_in(self.unshuffle(images))
         for level in self.down:
             h = level(h)
@@ -99,7 +96,7 @@ class ConvDecoder(nn.Module):
         dropout: Rate inside the residual blocks, in [0, 1).
         patch_size: Pixel-shuffle channels into patches of this side at the end; the encoder's value.
         head_channels: Channels at full resolution after the pixel-shuffle, if `patch_size` is above 1. The last
-            convolution maps them to colors, and can smooth the borders of patches.
+            convolution maps them to colors.
         gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
             memory, up to a third more work, the same gradients.
     """
@@ -140,16 +137,13 @@ class ConvDecoder(nn.Module):
         self.last_layer = nn.Conv2d(head_channels if patch_size > 1 else widths[0], out_channels, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
-        """Map latents (B, dim, h, w) to the input of the last layer."""
         # Not by way of the two methods below: FSDP2 gathers a level's weights when the level itself is called.
         return self._upsample(self._forward_mid(latents), self.up)
 
     def global_features(self, latents: Tensor) -> Tensor:
-        """Apply the blocks at the resolution of the cells, with attention over the full image; (B, D, h, w)."""
         return self._lowest_level.forward_blocks(self._forward_mid(latents))
 
     def local_features(self, cells: Tensor) -> Tensor:
-        """Map `global_features`, or a tile of them, to the input of the last layer."""
         return self._upsample(self._lowest_level.resample(cells), self.up[:-1])
 
     @property
@@ -165,5 +159,5 @@ class ConvDecoder(nn.Module):
         return self.unfold(F.silu(self.norm_out(h)))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Map latents (B, dim, h, w) to images (B, out_channels, h * stride, w * stride), not clamped."""
+        """Map latents (B, dim, h, w) to images, not clamped."""
         return self.last_layer(self.features(latents))

@@ -1,7 +1,6 @@
 """Blocks of the convolutional encoder and decoder.
 
-Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239: residual and attention blocks, as in Taming
-Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841.
+Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239.
 """
 
 from collections.abc import Iterable
@@ -13,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 32 groups, or the largest smaller power of 2 that divides the channels."""
+    """Group norm with 32 groups, or the largest smaller power of 2 that fits."""
     groups = next(n for n in (32, 16, 8, 4, 2, 1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves both sides by a strided convolution, padded with zeros on the right and bottom only."""
+    """Halves both sides by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides by nearest-neighbor interpolation, then convolves."""
+    """Doubles both sides: nearest neighbor, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if `attention`, then `resample`."""
+    """The residual blocks of one resolution, then `resample`."""
 
     def __init__(
         self,
@@ -100,14 +99,13 @@ class Level(nn.Module):
         return self.resample(self.forward_blocks(x))
 
     def forward_blocks(self, x: Tensor) -> Tensor:
-        """Apply the blocks without `resample`."""
         for i, block in enumerate(self.block):
             x = apply_blocks([block, self.attn[i]] if self.attn else [block], x, self.gradient_checkpointing)
         return x
 
 
 def mid_block(channels: int, dropout: float, attention: bool) -> nn.Sequential:
-    """The blocks next to the codebook: residual, attention, residual."""
+    """The blocks next to the codebook."""
     blocks: list[nn.Module] = [ResidualBlock(channels, channels, dropout), ResidualBlock(channels, channels, dropout)]
     if attention:
         blocks.insert(1, AttentionBlock(channels))
@@ -115,14 +113,14 @@ def mid_block(channels: int, dropout: float, attention: bool) -> nn.Sequential:
 
 
 def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, gradient_checkpointing: bool) -> Tensor:
-    """Apply blocks in order. With gradient checkpointing the backward pass recomputes each of them."""
+    """Apply blocks in order."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
     return x
 
 
 class PixelShuffleUpsample(nn.Module):
-    """Multiplies both sides by `patch_size`: a convolution, then a pixel-shuffle."""
+    """A convolution and a pixel-shuffle."""
 
     def __init__(self, in_channels: int, channels: int, patch_size: int) -> None:
         super().__init__()

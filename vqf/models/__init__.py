@@ -1,1 +1,1 @@
-"""Models made of components: the tokenizer of stage 1 and the generator of stage 2."""
+"""The tokenizer of stage 1 and the generator of stage 2."""

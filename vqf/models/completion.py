@@ -1,4 +1,4 @@
-"""Masks of known codes, and the completion of images from their upper rows of codes.
+"""Completion of images from their upper rows of codes.
 
 VQGAN, https://arxiv.org/abs/2012.09841, section 4.2.
 """
@@ -14,9 +14,9 @@ from vqf.models.generator import Generator
 
 
 def complete_tokens(generator: Generator, batch: Batch, *, seed: int, first: int = 0, keep: float = 0.5) -> Tensor:
-    """Keep the upper rows of cached tokens and sample the others.
+    """Sample all but the upper rows of cached tokens.
 
-    Returns (B, 3, 3, H, W) in [-1, 1]: originals decoded from their tokens, their kept pixels on gray, completions.
+    Returns (B, 3, 3, H, W) in [-1, 1]: decoded originals, their kept pixels on gray, completions.
     """
     assert batch.tokens is not None
     mask = upper_rows_mask(generator, keep)
@@ -29,12 +29,12 @@ def complete_tokens(generator: Generator, batch: Batch, *, seed: int, first: int
 
 
 def can_complete(generator: Generator) -> bool:
-    """Tell whether the grid has more than one row, and the sampler accepts known codes."""
+    """Tell whether upper rows can be completed."""
     return generator.tokenizer.grid[0] > 1 and "known" in inspect.signature(generator.sampler).parameters
 
 
 def upper_rows_mask(generator: Generator, keep: float) -> Tensor:
-    """Return the mask (h, w) of the upper rows: a fraction `keep` of the rows, at least one and not all."""
+    """Return the mask (h, w) of a fraction `keep` of the rows: at least one, not all."""
     height, width = generator.tokenizer.grid
     rows = min(max(round(keep * height), 1), height - 1)
     return (torch.arange(height, device=generator.device) < rows)[:, None].expand(height, width)

@@ -1,4 +1,4 @@
-"""The conditions that a caller passes to a generator, as one `Batch`: collected, checked, and padded to full cells."""
+"""The conditions of a sampling call as one checked `Batch`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,12 +15,12 @@ from vqf.protocols import Conditioner
 
 
 def image_fields(conditioner: ConditionerStack) -> dict[str, str]:
-    """By name of the conditioners that read an image: the field of a batch with that image."""
+    """The batch field of every conditioner that reads an image."""
     return {name: _batch_field(each) for name, each in conditioner.conditioners.items() if hasattr(each, "channels")}
 
 
 def per_image_fields(conditioner: ConditionerStack) -> set[str]:
-    """The fields of a batch that conditioners read of each image, labels excepted."""
+    """The fields that conditioners read of each image, except labels."""
     fields = set(image_fields(conditioner).values())
     return fields | {each.batch_field for each in conditioner.conditioners.values() if hasattr(each, "batch_field")}
 
@@ -29,13 +29,11 @@ def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerS
     """Collect the fields that the conditioners read into a batch of `count` rows.
 
     Args:
-        conditions: Images (count, C, H, W), or (C, H, W) for all, for the only conditioner that reads an image; or a
-            batch of `count` rows, or of one for all, with the fields of every conditioner.
-        conditioner: The conditioners.
-        count: Number of images to sample.
+        conditions: Images (count, C, H, W), or (C, H, W) for all, of the only image conditioner; or a batch of `count`
+            rows, or of one for all.
 
     Raises:
-        UserError: If an image is missing or has another number of channels, or the number of rows is wrong.
+        UserError: If an image is missing, or channels or rows are wrong.
     """
     fields = image_fields(conditioner)
     batch = _batch_from_images(conditions, fields) if isinstance(conditions, Tensor) else conditions or Batch()
@@ -51,10 +49,10 @@ def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerS
 
 
 def condition_image_size(batch: Batch) -> Size | None:
-    """Height and width of the condition images in a batch; None if it has none.
+    """Height and width of the condition images, if any.
 
     Raises:
-        UserError: If images and condition maps differ in size.
+        UserError: If their sizes differ.
     """
     sizes = {(each.shape[-2], each.shape[-1]) for each in (batch.images, batch.conditions) if each is not None}
     if len(sizes) > 1:
@@ -64,10 +62,7 @@ def condition_image_size(batch: Batch) -> Size | None:
 
 
 def pad_to(batch: Batch, size: Size, target: Size) -> Batch:
-    """Pad the images of a batch from `size` to `target`, by replicating their right and lower edges.
-
-    Crop boxes grow with the images, so that every pixel keeps its position in the full image.
-    """
+    """Pad images and crop boxes of a batch to `target`, by replicating edges."""
     if size == target:
         return batch
     below, right = target[0] - size[0], target[1] - size[1]

@@ -1,4 +1,4 @@
-"""Several conditioners as one: their prefixes are concatenated in front of the tokens of an image."""
+"""Several conditioners as one."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,7 @@ class ConditionerStack(nn.Module):
     """Conditioners in a fixed order, each with a vocabulary range of its own.
 
     Condition dropout is nested: training draws one uniform u per image, and drops every condition with `dropout` > u.
-    Each condition is dropped at its own rate, and all that can be dropped are dropped together with probability
-    min(dropout). That is the unconditional case of guidance.
-
-    Example: with dropout 0.1 (label) and 0.4 (map), u = 0.05 drops both, u = 0.2 only the map, u = 0.5 none.
-
-    Args:
-        conditioners: By name, in the order of their tokens; at least one.
+    Example: with 0.1 (label) and 0.4 (map), u = 0.05 drops both, u = 0.2 only the map, u = 0.5 none.
     """
 
     def __init__(self, conditioners: Mapping[str, Conditioner]) -> None:
@@ -33,7 +27,6 @@ class ConditionerStack(nn.Module):
 
     @property
     def positions(self) -> list[GridPosition | None]:
-        """For each token of the prefix its position in the image, or None."""
         return [
             position
             for each in self.conditioners.values()
@@ -42,21 +35,13 @@ class ConditionerStack(nn.Module):
 
     @property
     def channels(self) -> int | None:
-        """Channels of the first condition that is an image; None where no condition is one."""
         return next((each.channels for each in self.conditioners.values() if hasattr(each, "channels")), None)
 
     @property
     def size_multiple(self) -> int:
-        """Number of pixels that must divide the sides of condition images."""
         return math.lcm(*(getattr(each, "size_multiple", 1) for each in self.conditioners.values()))
 
     def prepare(self, batch: Batch, *, shifted: bool = False) -> Batch:
-        """Tokenize all condition images of a batch into its `condition_indices`.
-
-        Args:
-            batch: Has the condition images.
-            shifted: Also tokenize shifted images, for windows that may start between two cells of a condition.
-        """
         for each in self.conditioners.values():
             if shifted and hasattr(each, "prepare_shifted"):
                 batch = each.prepare_shifted(batch)
@@ -65,7 +50,6 @@ class ConditionerStack(nn.Module):
         return batch
 
     def forward(self, batch: Batch) -> Tensor:
-        """The prefix (B, M), in training with condition dropout."""
         prefixes = [each(batch) for each in self.conditioners.values()]
         return self._concat(self._apply_dropout(prefixes, batch) if self.training else prefixes)
 
@@ -84,7 +68,7 @@ class ConditionerStack(nn.Module):
         return [each.null_prefix(batch) if hasattr(each, "null_prefix") else None for each in conditioners]
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """The prefix (B, M) with all conditions dropped that can be; None if none can."""
+        """The prefix (B, M) without all droppable conditions, if any."""
         nulls = self._null_prefixes(batch)
         if all(null is None for null in nulls):
             return None
@@ -92,11 +76,9 @@ class ConditionerStack(nn.Module):
         return self._concat(conditioner(batch) if null is None else null for conditioner, null in pairs)
 
     def render(self, batch: Batch) -> dict[str, Tensor]:
-        """Render every condition that has an image, (B, C, H, W), by name."""
         return {name: each.render(batch) for name, each in self.conditioners.items() if hasattr(each, "render")}
 
     def _concat(self, prefixes: Iterable[Tensor]) -> Tensor:
-        """Concatenate prefixes, with the ids of each behind the vocabularies of those before it."""
         offset, ids = 0, []
         for conditioner, prefix in zip(self.conditioners.values(), prefixes, strict=True):
             ids.append(prefix + offset)

@@ -1,4 +1,4 @@
-"""The generator of stage 2: conditions to images, by a conditioner, a prior, a sampler and a tokenizer."""
+"""The generator of stage 2: conditions to images."""
 
 import inspect
 import math
@@ -24,14 +24,7 @@ class Generator(nn.Module):
     """Samples images, and completes masked ones.
 
     Args:
-        tokenizer: Decodes sampled tokens.
-        conditioner: Turns conditions into prefixes.
-        prior: Models tokens behind a prefix.
-        sampler: Samples tokens from the prior.
-        classes: Names of the labels that the conditioner knows; empty where there are none.
-        scorer: Chooses among several candidates.
-        crop_extent: Mean height and width of the training crops as fractions of a full image, where training samples
-            had crop boxes.
+        crop_extent: Mean height and width of training crops as fractions of a full image, if known.
     """
 
     def __init__(
@@ -51,7 +44,6 @@ class Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
         return next(self.tokenizer.parameters()).device
 
     @torch.no_grad()
@@ -69,27 +61,21 @@ class Generator(nn.Module):
         tile: int | None = None,
         candidates: int = 1,
     ) -> Tensor:
-        """Sample `count` images (count, 3, H, W) in [-1, 1].
+        """Sample images (count, 3, H, W) in [-1, 1].
 
         Image i depends on `seed`, `first + i` and its conditions alone, not on the batch size.
 
         Args:
-            count: Number of images.
             label: One class for all images, by index or name.
-            labels: Class indices, one for each image; by default image i has class (`first` + i) mod their number.
-            seed: Seed of the random numbers.
-            first: Index of the first image.
-            batch_size: Images sampled at once.
-            size: Height and width in pixels, or one number for both; by default as in training. Not with condition
-                images: a sample is as large as its condition.
-            conditions: Condition images in [-1, 1]: (count, C, H, W), or (C, H, W) for all samples. Condition maps for
-                a prior trained on maps, images for one trained on low-resolution images or edges. For a prior with
-                both, or with crop boxes: a batch of `count` rows, or of one for all.
-            tile: Decode at most so many cells per side at once; see `Tokenizer.decode`.
-            candidates: Sample so many images for each, and keep the one with the best score of `self.scorer`.
+            labels: Class of each image; by default (`first` + i) mod their number.
+            size: Height and width in pixels, or one number for both; by default as in training. Condition images decide
+                it themselves.
+            conditions: Images in [-1, 1], (count, C, H, W), or (C, H, W) for all; or a batch of `count` rows or one.
+            tile: Decode at most so many cells per side at once.
+            candidates: Samples for each image, of which `self.scorer` keeps the best.
 
         Raises:
-            UserError: If a class does not exist, the sampler cannot sample that size, or a condition is missing.
+            UserError: If a class or condition is missing, or the sampler cannot sample that size.
         """
         batch = condition_batch(conditions, self.conditioner, count)
         if batch.labels is None or label is not None or labels is not None:
@@ -108,10 +94,6 @@ class Generator(nn.Module):
         return torch.cat(images)[..., : pixels[0], : pixels[1]]
 
     def _pad_conditions(self, conditions: Batch, size: Size) -> tuple[Batch, Size]:
-        """Pad condition images to full cells of image and conditions, and at least to the training size.
-
-        Returns the batch, and the grid of the padded image.
-        """
         stride = self.tokenizer.stride
         multiple = math.lcm(stride, self.conditioner.size_multiple)
         smallest = self.tokenizer.image_size
@@ -121,7 +103,6 @@ class Generator(nn.Module):
     def _best_of(
         self, conditions: Batch, candidates: int, seed: int, first: int, grid: Size, tile: int | None
     ) -> Tensor:
-        """Sample candidates for each image, and return the best ones (B, 3, H, W)."""
         best = scores = torch.zeros(())
         for candidate in range(candidates):
             # Candidate 0 is the sample of candidates=1, so that more candidates can only improve the score.
@@ -155,25 +136,18 @@ class Generator(nn.Module):
         batch_size: int = 64,
         conditions: Tensor | Batch | None = None,
     ) -> Tensor:
-        """Sample the unknown region of images. Returns images (B, 3, H, W) in [-1, 1].
+        """Sample the unknown region of images, row by row, with the options of `sample`.
 
-        Tokens are sampled row by row, each given the known and sampled ones before it. An unknown token thus depends on
-        known tokens above it and to its left, not on those after it.
+        Returns images (B, 3, H, W) in [-1, 1]. A token depends on known ones above it and to its left only.
 
         Args:
-            images: Images (B, 3, H, W), or their indices (B, h, w). With images, a known token near the border of the
-                mask may depend on a few unknown pixels: the receptive field of an encoder is larger than a cell.
-            mask: True where the image is known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in tokens. A
-                token is known where all of its pixels are.
-            labels: Class indices, one for each image; by default image i has class (`first` + i) mod their number.
-            seed: Seed of the random numbers.
-            first: Index of the first image.
-            batch_size: Images completed at once.
-            conditions: Condition images (B, C, H, W), or a batch; see `sample`. A prior that is conditioned on a view
-                of the image itself sees the full `images` by default.
+            images: (B, 3, H, W), or their indices (B, h, w). Tokens near the mask may depend on a few unknown pixels.
+            mask: True where known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in tokens. A token is known
+                where all of its pixels are.
+            conditions: Conditioners that read a view of the image see all of `images` by default.
 
         Raises:
-            UserError: If the sampler cannot keep known tokens, or cannot sample an image of this size.
+            UserError: If the sampler cannot keep known tokens, or cannot sample this size.
         """
         indices = self._to_indices(images, batch_size)
         grid = (indices.shape[1], indices.shape[2])
@@ -199,13 +173,9 @@ class Generator(nn.Module):
         grid: Size | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Sample token sequences (B, h * w), one for each row of a batch of conditions.
+        """Sample tokens (B, h * w), one row for each of a batch of conditions.
 
         Args:
-            conditions: The fields that the conditioners read, or the `condition_indices` that were prepared from them.
-            seed: Seed of the random numbers.
-            first: Index of the first image.
-            grid: Height and width in tokens; by default as in training.
             known: (B, h * w), tokens to keep, -1 where one is to be sampled.
 
         Raises:
@@ -229,7 +199,6 @@ class Generator(nn.Module):
         return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **passed)
 
     def _default_conditions(self, conditions: Tensor | Batch | None, images: Tensor) -> Tensor | Batch | None:
-        """Add the images themselves, unless the caller passed others: a conditioner may read a view of them."""
         if isinstance(conditions, Tensor) or not images.is_floating_point():
             return conditions
         batch = conditions or Batch()
@@ -242,9 +211,9 @@ class Generator(nn.Module):
         return torch.cat([self.tokenizer.encode(chunk.to(self.device)) for chunk in images.split(batch_size)])
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class that is given by index or name.
+        """The index of a class by index or name.
 
         Raises:
-            UserError: If there is no such class.
+            UserError: If there is none.
         """
         return class_index(label, self.classes)

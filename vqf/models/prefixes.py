@@ -1,8 +1,6 @@
-"""The prefixes of a sample: one for a full image, or one for each window of a larger grid.
+"""The prefixes of a sample: one for a full image, or one for each window.
 
-Without crop boxes a sample is a full image. Its windows then get boxes of the size of the training crops
-(`crop_extent`), spread from edge to edge: a prior that was trained on tenths of a world map is conditioned on tenths,
-whatever the size of the sample.
+Without crop boxes, windows get boxes of the size of the training crops (`crop_extent`), spread from edge to edge.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ PrefixFunction = Callable[[Size, Size], Tensor]  # from start and size of a wind
 def full_prefixes(
     conditioner: ConditionerStack, batch: Batch, grid: Size, crop_extent: Sequence[float] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The prefix (B, M) of a batch of conditions, and the null prefix or None."""
+    """The prefix (B, M) of a batch of conditions, and the null prefix."""
     batch = replace(batch, crop_boxes=_window_conditions(batch, (0, 0), grid, grid, crop_extent).crop_boxes)
     return conditioner(batch), conditioner.null_prefix(batch)
 

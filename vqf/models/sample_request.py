@@ -1,4 +1,4 @@
-"""Validation of a sampling call: class labels, image size, the mask of known tokens, and the sampler."""
+"""Validation of a sampling call."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from vqf.protocols import Sampler
 
 
 def class_index(label: int | str, classes: Sequence[str]) -> int:
-    """The index of a class that is given by index or name.
+    """The index of a class by index or name.
 
     Raises:
-        UserError: If there is no such class.
+        UserError: If there is none.
     """
     if isinstance(label, int) or str(label).isdigit():
         if int(label) not in range(len(classes)):
@@ -35,19 +35,10 @@ def resolve_labels(
     labels: Sequence[int] | Tensor | None,
     first: int,
 ) -> Tensor:
-    """The class indices (count,) of the images `first`, `first + 1`, ...
-
-    By default image i has class i modulo the number of classes.
-
-    Args:
-        count: Number of images.
-        classes: Names of all classes.
-        label: One class for all images, by index or name.
-        labels: Class indices, one for each image.
-        first: Index of the first image.
+    """The classes (count,) of the images `first`, `first + 1`, ..., by default in turn.
 
     Raises:
-        UserError: If the number of labels is wrong, or a class does not exist.
+        UserError: If their number is wrong, or a class does not exist.
     """
     if labels is not None:
         chosen = torch.as_tensor(labels)
@@ -63,10 +54,10 @@ def resolve_labels(
 
 
 def grid_for_size(size: int | Sequence[int], stride: int) -> Size:
-    """Rows and columns of cells of an image whose size in pixels is one number or (height, width).
+    """Rows and columns of cells of an image of `size` pixels.
 
     Raises:
-        UserError: If it is not a size, or the stride does not divide it.
+        UserError: If the stride does not divide it.
     """
     height, width = _read_size(size)
     if height % stride or width % stride:
@@ -79,12 +70,10 @@ def grid_for_size(size: int | Sequence[int], stride: int) -> Size:
 
 
 def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
-    """Which tokens (B, h, w) are known. A token is known where all of its pixels are.
+    """Which tokens (B, h, w) are known: those whose pixels all are.
 
     Args:
-        mask: True where known: (h, w) in tokens or (H, W) in pixels, for all images, or with a batch dimension.
-        indices: (B, h, w), for its shape and device.
-        stride: Pixels per token and side.
+        mask: True where known: (h, w) in tokens or (H, W) in pixels, with or without a batch dimension.
 
     Raises:
         ValueError: If the mask has another shape.
@@ -104,7 +93,7 @@ def known_token_mask(mask: Tensor, indices: Tensor, stride: int) -> Tensor:
 def check_sampler(
     sampler: Sampler, conditioner: ConditionerStack, grid: Size, trained_grid: Size, stride: int, keeps_known: bool
 ) -> None:
-    """Check that a sampler can sample a grid, keep known tokens, and has the prior's window.
+    """Check that a sampler can sample a grid and keep known tokens.
 
     Raises:
         UserError: If it cannot.

@@ -1,12 +1,9 @@
-"""Tiled decoding: a large grid of cells to an image in overlapping tiles, where one pass would take too much memory.
+"""Tiled decoding of large grids in overlapping tiles, to bound the memory.
 
-* `decode_tiles` blends tiles. On a line of 10 cells, with tiles of 6 that overlap by 2::
+`decode_tiles` blends tiles. On a line of 10 cells, with tiles of 6 that overlap by 2::
 
-      tile 0    0 1 2 3 4 5                 the weights of both tiles add up to 1 in every pixel; in the overlap
-      tile 1            4 5 6 7 8 9         (cells 4 and 5) they cross over
-
-* `GlobalGroupNorm` makes group norms use the statistics of the full image. With its own statistics, every tile would
-  have another brightness and contrast than its neighbor.
+    tile 0    0 1 2 3 4 5                 the weights of both tiles add up to 1 in every pixel
+    tile 1            4 5 6 7 8 9         and cross over in the overlap (cells 4 and 5)
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +18,9 @@ CONVERGENCE_TOLERANCE = 0.02  # largest change of a mean or deviation between tw
 
 
 class GlobalGroupNorm:
-    """Replaces the statistics of a module's group norms by those of a full image that passes in tiles.
+    """Replaces the statistics of group norms by those of a full image that passes in tiles.
 
-    The input of a norm depends on the norms before it, so the statistics are computed in passes over all tiles. Pass k
-    collects statistics, and normalizes with those of pass k - 1 (pass 1: with each tile's own). The first norm is right
-    after one pass, and every further pass makes at least one more right: n norms need at most n passes.
+    Pass k collects statistics, and normalizes with those of pass k - 1: n norms need at most n passes.
 
     Example::
 
@@ -47,16 +42,15 @@ class GlobalGroupNorm:
         self.max_change = float("inf")  # of the statistics between the last two passes, in standard deviations
 
     def converged(self, passes: int) -> bool:
-        """Whether another pass, after `passes` of them, would change nothing."""
         return self.max_change < CONVERGENCE_TOLERANCE or passes > len(self.statistics)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Set the weight (H, W) of the next tile's pixels in the statistics."""
+        """Set the weight (H, W) of the next tile's pixels."""
         self.weight = weight
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Run one pass: collect statistics of all tiles, which replace the last ones at the end."""
+        """Collect statistics, which replace the last ones at the end."""
         self.collected = {}
         yield from self._with_hooks(self._collect)
         changes = [
@@ -69,7 +63,6 @@ class GlobalGroupNorm:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Normalize with the last statistics, and collect none."""
         yield from self._with_hooks(self._normalize)
 
     def _with_hooks(self, hook: Callable[..., Any]) -> Iterator[None]:
@@ -100,7 +93,6 @@ class GlobalGroupNorm:
 
 
 def _moments(sums: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (B, groups) from weighted sums of 1, x and x^2."""
     count, first, second = sums
     mean = first / count
     return mean, (second / count - mean.square() + epsilon).sqrt()
@@ -121,20 +113,15 @@ def decode_tiles(
 ) -> Tensor:
     """Decode cells (..., h, w) in square tiles to images (B, C, h * stride, w * stride).
 
-    Near the border of a tile the decoder lacks context. Of an overlap, the outer quarter therefore has (almost) no
-    weight, and the two quarters in the middle are blended.
+    Of an overlap, the outer quarter has (almost) no weight, and the two quarters in the middle are blended.
 
     Args:
-        decode: Maps the cells of a tile to images.
-        cells: Indices, latents, or features with one cell for each.
-        stride: Pixels per cell and side.
         tile: Cells per side of a tile.
-        overlap: Cells that neighboring tiles share, in [0, tile). More hides more of the seams, and costs more.
-        set_weight: Called before each tile with the weight (H, W) of its pixels. The weights of all tiles add up to 1
-            in every pixel.
+        overlap: Cells that neighboring tiles share, in [0, tile).
+        set_weight: Called before each tile with the weight (H, W) of its pixels.
 
     Raises:
-        ValueError: If the overlap is not in [0, tile).
+        ValueError: If the overlap is out of range.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}")
@@ -156,7 +143,7 @@ def decode_tiles(
 
 
 def blend_weights(length: int, tile: int, overlap: int, stride: int, device: torch.device) -> dict[int, Tensor]:
-    """By the start of each tile on a line of `length` cells: the weights of its pixels, float64, summing to 1."""
+    """Pixel weights of each tile on a line, by its start; float64, summing to 1."""
     template = torch.ones((), dtype=torch.float64, device=device)
     ramps = {
         start: blend_ramp(start, tile, overlap, length, stride, template)
@@ -169,12 +156,12 @@ def blend_weights(length: int, tile: int, overlap: int, stride: int, device: tor
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Starts of tiles that cover `length` cells. The last tile ends at `length`, and may overlap by more."""
+    """Starts of tiles that cover `length` cells; the last may overlap by more."""
     return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
 
 
 def blend_ramp(start: int, tile: int, overlap: int, length: int, stride: int, template: Tensor) -> Tensor:
-    """Weights of a tile's pixels before normalization: 1, falling to 0 at sides where another tile follows."""
+    """Weights of a tile's pixels before normalization."""
     tile = min(tile, length)
     weight = template.new_ones(tile * stride)
     if overlap:

@@ -33,9 +33,7 @@ class TokenizerOutput:
 class Tokenizer(nn.Module):
     """Encoder, 1x1 convolution, quantizer, 1x1 convolution, decoder.
 
-    The two convolutions (quant_conv and post_quant_conv of taming-transformers) map `encoder.dim` to `quantizer.dim`
-    and back, so that every quantizer fits every encoder. Images have C = `channels` channels, 3 except for a tokenizer
-    of condition maps.
+    The convolutions (quant_conv, post_quant_conv) map `encoder.dim` to `quantizer.dim` and back.
     """
 
     def __init__(
@@ -51,12 +49,10 @@ class Tokenizer(nn.Module):
 
     @property
     def grid(self) -> Size:
-        """Height and width in cells of an image of the training size."""
         return self.image_size[0] // self.stride, self.image_size[1] // self.stride
 
     @property
     def last_layer(self) -> nn.Module:
-        """The decoder's last layer, at which the adaptive weight compares gradients."""
         return self.decoder.last_layer
 
     def forward(self, images: Tensor) -> TokenizerOutput:
@@ -66,7 +62,6 @@ class Tokenizer(nn.Module):
         return TokenizerOutput(self.decoder.last_layer(features), features, quantized)
 
     def quantize(self, images: Tensor) -> Quantized:
-        """Encode and quantize images (B, C, H, W)."""
         latents = self.quant_conv(self.encoder(images))
         # In float32 or better under any autocast: bf16 distances pick other codes.
         with torch.autocast(latents.device.type, enabled=False):
@@ -74,25 +69,23 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, C, H, W) in [-1, 1] to indices (B, H / stride, W / stride).
+        """Encode images (B, C, H, W) in [-1, 1] to indices (B, h, w).
 
         Raises:
-            ValueError: If the images have another shape, or sides that the stride does not divide.
+            ValueError: If the shape is wrong, or the stride does not divide the sides.
         """
         self._check_images(images)
         return self.quantize(images).indices
 
     @torch.no_grad()
     def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
-        """Decode indices (B, h, w) to images (B, C, h * stride, w * stride).
+        """Decode indices (B, h, w) int64 to images (B, C, h * stride, w * stride).
 
-        Images of 1 and 3 channels are clamped to [-1, 1]. With more channels they are logits of classes.
+        Images of 1 and 3 channels are clamped to [-1, 1]; with more channels they are logits of classes.
 
         Args:
-            indices: (B, h, w) int64.
-            tile: Decode at most so many cells per side at once, in blended tiles; see `vqf.models.tiled_decoding`. They
-                overlap by a quarter, at least by 16 cells, at most by half, and are decoded several times until group
-                norms converge. The image differs from that of one pass by less than one level of 8 bits.
+            tile: Decode at most so many cells per side at once. Blended tiles differ from one pass by less than one
+                level of 8 bits.
         """
         if tile is None or max(indices.shape[1:3]) <= tile:
             images = self._decode_untiled(indices)
@@ -123,16 +116,14 @@ class Tokenizer(nn.Module):
         return self.decoder(self._lookup_latents(indices))
 
     def encode_tokens(self, images: Tensor) -> Tensor:
-        """Encode images to token sequences (B, h * w), row by row."""
         return rearrange(self.encode(images), "b h w -> b (h w)")
 
     def decode_tokens(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
-        """Decode token sequences (B, h * w) of a grid, by default that of the training size; see `decode`."""
         height, width = grid or self.grid
         return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width), tile)
 
     def fingerprint(self) -> str:
-        """Hash of the weights. Tokens are valid for the tokenizer with the same fingerprint only."""
+        """Hash of the weights, for which alone tokens are valid."""
         return sha256_of_tensors(self.state_dict())[:16]
 
     def _check_images(self, images: Tensor) -> None:
@@ -148,13 +139,8 @@ class Tokenizer(nn.Module):
 def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3) -> Tokenizer:
     """Build a tokenizer from the nodes `encoder`, `quantizer` and `decoder` of a config.
 
-    Args:
-        model: The config group `model`.
-        image_size: Height and width of the training images, or one number for both.
-        channels: Of the images: 3 for colors, 1 for depth, one for every class of a segmentation.
-
     Raises:
-        UserError: If the stride does not divide the image size, or encoder and decoder have different strides.
+        UserError: If the stride does not divide the image size, or the strides differ.
     """
     size = pair(image_size)
     nominal = min(size)  # it places the attention; so weights of a square run of this size fit

@@ -1,4 +1,4 @@
-"""Quantizers: latents to indices of a codebook, and back."""
+"""Quantizers."""
 
 from vqf.quantizers import cosine, ema, gumbel, rotation, vq
 

@@ -1,7 +1,6 @@
-"""Data-dependent initialization of a codebook, and revival of dead codes.
+"""Initialization and revival of codes by data; the same on all ranks.
 
-Jukebox, https://arxiv.org/abs/2005.00341, section 3.1: codes are initialized to latents, and a code whose mean usage
-falls below a threshold is reset to a random latent of the batch. All ranks compute the same codes.
+Jukebox, https://arxiv.org/abs/2005.00341, section 3.1.
 """
 
 from collections.abc import Callable
@@ -20,26 +19,25 @@ CodebookInit = Literal["latents", "kmeans"]
 
 
 class StepStatistics:
-    """Statistics of the forward passes of one optimizer step: sums over micro-batches, and the latents of the last one.
+    """Sums over the forward passes of one optimizer step, and its last latents.
 
-    They are empty between two steps, when checkpoints are written; so they are no buffers.
+    Empty when checkpoints are written; so they are no buffers.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all statistics."""
         self.sums: list[Tensor] = []
         self.latents: Tensor | None = None
 
     def update(self, latents: Tensor, *sums: Tensor) -> None:
-        """Add a micro-batch: its latents (N, D), and the tensors to be summed."""
+        """Add the latents (N, D) of a micro-batch, and tensors to sum."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else list(sums)
         self.latents = latents
 
     def pop(self) -> tuple[list[Tensor], Tensor] | None:
-        """Sums over all ranks, and the latents of this one; then clears. None if there was no forward pass."""
+        """Return and clear the sums over all ranks and the latents, if any."""
         sums, latents = self.sums, self.latents
         self.clear()
         return None if latents is None else ([comm.all_reduce_sum(total) for total in sums], latents)
@@ -48,14 +46,10 @@ class StepStatistics:
 class CodeRevival(nn.Module):
     """Initializes and revives a codebook that is trained by gradient.
 
-    Adam's moments of a moved code are not reset: a dead code had no gradient for long, and they have decayed.
-
     Args:
-        codebook_size: V, number of codes.
-        revive: A code is dead, and moved to a random latent, if the moving average of its occurrences a step is below
-            this; 0 never revives.
-        init: Where all codes are moved after the first step: random latents, or k-means centers; None leaves them.
-        project: Maps k-means centers (V, D) to valid codes, such as to the unit sphere.
+        revive: A code is moved to a random latent if its average occurrences a step are below this; 0 never.
+        init: Where all codes are moved after the first step.
+        project: Maps k-means centers (V, D) to valid codes.
     """
 
     N: Tensor  # (V,) moving average of the occurrences of each code a step
@@ -77,12 +71,12 @@ class CodeRevival(nn.Module):
         self.register_load_state_dict_post_hook(reset_after_load)
 
     def observe(self, latents: Tensor, chosen: Tensor) -> None:
-        """Add the latents (N, D) of a forward pass, and their indices (N,)."""
+        """Add latents (N, D) and their indices (N,)."""
         self.step_stats.update(latents, index_counts(chosen, len(self.N)).to(self.N.dtype))
 
     @torch.no_grad()
     def update(self, codebook: Tensor) -> dict[str, Tensor]:
-        """Finish an optimizer step: move codes (V, D) in place. Returns `revived`, the number of dead codes."""
+        """Move codes (V, D) in place at the end of a step. Returns `revived`, the number of dead ones."""
         if (stats := self.step_stats.pop()) is None:
             return {}
         (n,), latents = stats
@@ -98,7 +92,6 @@ class CodeRevival(nn.Module):
         return {"revived": dead.sum()}
 
     def _initial_codes(self, latents: Tensor, codes: Tensor) -> Tensor:
-        """The initial codes, or `codes` if the codebook is initialized already; marks it as initialized."""
         if self.init == "kmeans" and not self.initialized:
             codes = kmeans(latents, codes, self.project)
         self.initialized.fill_(True)
@@ -109,7 +102,7 @@ class CodeRevival(nn.Module):
 def make_revival(
     codebook_size: int, revive: float, init: CodebookInit | None, project: Callable[[Tensor], Tensor] | None = None
 ) -> CodeRevival | None:
-    """Build a `CodeRevival`; None if it would neither initialize nor revive.
+    """Build a `CodeRevival`; None if it would do nothing.
 
     Raises:
         ValueError: If `revive` is below 0.
@@ -122,15 +115,15 @@ def make_revival(
 
 
 def reset_after_load(module: Any, incompatible_keys: Any) -> None:
-    """After loading a state dict: `initialized` may have changed, and statistics of an aborted step are stale."""
+    """Drop what a loaded state dict makes stale."""
     module.initialized_on_host = False
     module.step_stats.clear()
 
 
 def sample_latents(latents: Tensor, count: int) -> Tensor:
-    """Sample `count` latents from those of all ranks (N, D each), the same on every rank.
+    """Sample `count` latents from those of all ranks (N, D each).
 
-    If there are fewer than `count`, latents repeat, with a little noise to tell them apart.
+    If there are fewer, latents repeat with a little noise.
     """
     total = comm.world_size() * len(latents)
     if total >= count:
@@ -140,7 +133,7 @@ def sample_latents(latents: Tensor, count: int) -> Tensor:
 
 
 def kmeans(latents: Tensor, codes: Tensor, project: Callable[[Tensor], Tensor] = lambda codes: codes) -> Tensor:
-    """Move codes (V, D) by Lloyd's algorithm on the latents of all ranks (N, D each); a code without latents stays."""
+    """Move codes (V, D) by Lloyd's algorithm on the latents of all ranks."""
     for _ in range(KMEANS_ITERATIONS):
         sums = count_and_sum(latents, nearest(latents, codes), len(codes))
         n, total = (comm.all_reduce_sum(each) for each in sums)
@@ -149,13 +142,12 @@ def kmeans(latents: Tensor, codes: Tensor, project: Callable[[Tensor], Tensor] =
 
 
 def count_and_sum(latents: Tensor, chosen: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """n_k, the number of latents of each code (V,), and Σ z, their sum (V, D)."""
+    """n_k (V,), the number of latents of each code, and their sum Σ z (V, D)."""
     total = latents.new_zeros(size, latents.shape[1]).index_add_(0, chosen, latents)
     return index_counts(chosen, size).to(latents.dtype), total
 
 
 def _gather_rows(latents: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the concatenated latents of all ranks. Rank 0 decides which rows."""
     rows = comm.broadcast(rows)
     mine = (rows // len(latents) == comm.rank())[:, None]
     return comm.all_reduce_sum(torch.where(mine, latents[rows % len(latents)], 0))

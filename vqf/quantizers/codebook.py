@@ -1,4 +1,4 @@
-"""Shared by quantizers with a codebook: nearest-neighbor search, straight-through gradient, usage statistics."""
+"""Functions of quantizers with a codebook."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,10 @@ from vqf.distributed import comm
 
 
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
-    """Index (N,) int64 of the nearest code vector of each vector; of equal distances the first.
+    """Index (N,) int64 of the code (V, D) nearest to each vector (N, D); of equals the first.
 
     Args:
-        vectors: (N, D).
-        codebook: (V, D).
-        chunk: Entries of the (N, V) distance matrix held at once (at least one row), which bounds the memory. Except
-            for rounding the result does not depend on it.
+        chunk: Entries of the distance matrix held at once (at least one row).
     """
     half_norms = codebook.square().sum(1) / 2
     rows = max(chunk // len(codebook), 1)
@@ -23,24 +20,23 @@ def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
-    """Exactly the values of `quantized`; its gradient is passed to `latents` unchanged."""
+    """The values of `quantized`, with the gradient passed to `latents`."""
     # The usual latents + (quantized - latents) rounds, and would differ from the lookup of the index.
     return quantized.detach() + (latents - latents.detach())
 
 
 def index_counts(indices: Tensor, size: int) -> Tensor:
-    """Occurrences of each of `size` codes in indices of any shape, (size,) int64."""
+    """Occurrences (size,) int64 of each code."""
     # torch.bincount makes the host wait for the GPU.
     flat = indices.flatten()
     return flat.new_zeros(size).index_add_(0, flat, torch.ones_like(flat))
 
 
 def usage_stats(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
-    """`perplexity`, exp(-Σ p log p), and `batch_usage`, the fraction of codes that occur in a batch.
+    """`perplexity`, exp(-Σ p log p), and `batch_usage`, the fraction of codes in a batch.
 
     Args:
-        counts: Occurrences of each code, (V,).
-        training: Whether to sum over ranks. All ranks must then call this at the same time.
+        training: Whether to sum over ranks, which must all call this then.
     """
     counts = comm.all_reduce_sum(counts) if training else counts
     p = counts / counts.sum().clamp(min=1)

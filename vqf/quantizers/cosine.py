@@ -1,8 +1,7 @@
-"""VQ on the unit sphere with few channels: the code vector at the smallest angle.
+"""VQ on the unit sphere.
 
-Vector-quantized Image Modeling with Improved VQGAN (ViT-VQGAN), https://arxiv.org/abs/2110.04627, section 3.2:
-factorized and l2-normalized codes. Sizes, initialization and the entropy term are those of LlamaGen,
-Autoregressive Model Beats Diffusion, https://arxiv.org/abs/2406.06525.
+Vector-quantized Image Modeling with Improved VQGAN (ViT-VQGAN), https://arxiv.org/abs/2110.04627, section 3.2; the
+entropy term of LlamaGen, Autoregressive Model Beats Diffusion, https://arxiv.org/abs/2406.06525.
 """
 
 import torch
@@ -21,8 +20,7 @@ from vqf.registry import register
 class CosineQuantizer(nn.Module):
     """Nearest code vector on the unit sphere, https://arxiv.org/abs/2110.04627.
 
-    |sg[ẑ] - ê|² + β |ẑ - sg[ê]|² with ẑ = z / |z| and ê = e / |e|; the decoder gets ê. It uses nearly all of a large
-    codebook, of which `vq` leaves most unused.
+    |sg[ẑ] - ê|² + β |ẑ - sg[ê]|² with ẑ = z / |z| and ê = e / |e|; the decoder gets ê.
 
     Args:
         dim: Channels of a code vector, at least 1: few, so that near neighbors exist. 32 in ViT-VQGAN, 8 in LlamaGen.
@@ -61,7 +59,6 @@ class CosineQuantizer(nn.Module):
         self.revival = make_revival(codebook_size, revive, init, F.normalize)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w) to code vectors of norm 1."""
         b, _, h, _ = z.shape
         z = F.normalize(z, dim=1)
         flat, codes = rearrange(z, "b d h w -> (b h w) d"), F.normalize(self.codebook.weight, dim=1)
@@ -82,20 +79,17 @@ class CosineQuantizer(nn.Module):
         return Quantized(straight_through(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """Finish an optimizer step: initialize or revive codes, if either is on. Returns `revived` for the log."""
         return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors (B, dim, h, w) of norm 1, of indices (B, h, w)."""
         return rearrange(F.normalize(self.codebook(indices), dim=-1), "b h w d -> b d h w")
 
 
 def entropy_loss(logits: Tensor, training: bool = False) -> Tensor:
-    """E[H(p)] - H(E[p]): low if every latent is certain of its code, and all codes are used equally.
+    """E[H(p)] - H(E[p]) of logits (N, V): low if latents are certain of their codes, and all codes are used.
 
     Args:
-        logits: (N, V).
-        training: Whether E[p] is over all ranks. All ranks must then call this at the same time.
+        training: Whether E[p] is over all ranks, which must all call this then.
     """
     log_p = logits.log_softmax(1)
     p = log_p.exp()

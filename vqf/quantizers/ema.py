@@ -1,9 +1,8 @@
 """VQ with an EMA codebook, and revival of dead codes.
 
 Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, appendix A.1, with the Laplace smoothing of
-Sonnet's VectorQuantizerEMA. By default the averages start at N = 1 and m = e, as if every code had occurred once (as in
-vector-quantize-pytorch); `debias` starts both at 0 and divides by 1 - γ^t, as in Sonnet. Revival as in Jukebox,
-https://arxiv.org/abs/2005.00341, section 3.1.
+Sonnet's VectorQuantizerEMA; by default averages start at N = 1 and m = e. Revival as in Jukebox,
+https://arxiv.org/abs/2005.00341.
 """
 
 import torch
@@ -80,7 +79,7 @@ class EMAQuantizer(nn.Module):
         self.register_load_state_dict_post_hook(reset_after_load)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w). In training with gradients, they count for the next `update`."""
+        """Quantize latents. In training with gradients, they count for the next `update`."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
         if self.training and not self.initialized_on_host:
@@ -99,12 +98,11 @@ class EMAQuantizer(nn.Module):
         return Quantized(straight_through(z, e), indices, self.beta * commitment_loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
-        """Finish an optimizer step: move averages and codes. Returns `revived`, the number of codes below `revive`."""
+        """Move averages and codes. Returns `revived`, the number of dead codes."""
         if (stats := self.step_stats.pop()) is None:
             return {}
         (n, total), latents = stats
@@ -121,7 +119,7 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _init_codebook(self, flat: Tensor) -> None:
-        """Set the codes by latents of the first batch: random codes far from all latents would never be chosen."""
+        """Set the codes by latents: random ones far from all latents would never be chosen."""
         if not self.initialized:
             flat = flat.to(self.m.dtype)
             codes = sample_latents(flat, self.vocab_size)
@@ -131,7 +129,7 @@ class EMAQuantizer(nn.Module):
         self.initialized_on_host = True
 
     def _ema_rate(self) -> Tensor:
-        """Weight of new values: 1 - γ; with `debias` (1 - γ) / (1 - γ^t), which stores a_t / (1 - γ^t), a_0 = 0."""
+        """1 - γ; with `debias` (1 - γ) / (1 - γ^t), which stores a_t / (1 - γ^t), a_0 = 0."""
         rate = torch.full_like(self.N[0], 1 - self.decay)
         if self.debias:
             self.updates += 1
@@ -139,7 +137,6 @@ class EMAQuantizer(nn.Module):
         return rate
 
     def _revive(self, latents: Tensor, dead: Tensor) -> None:
-        """Set N and m of dead codes; `update` computes the codes from them."""
         samples = sample_latents(latents, self.vocab_size)
         count = max(1 - self.decay, self.revive)  # below `revive` the code would be dead again at once
         self.N.masked_fill_(dead, count)

@@ -1,7 +1,7 @@
-"""Gumbel-softmax quantization: latents become a distribution over codes, from which training samples.
+"""Gumbel-softmax quantization.
 
-Categorical Reparameterization with Gumbel-Softmax, https://arxiv.org/abs/1611.01144; as a quantizer in Zero-Shot
-Text-to-Image Generation (DALL-E), https://arxiv.org/abs/2102.12092, and in the published VQGAN with stride 8.
+Categorical Reparameterization with Gumbel-Softmax, https://arxiv.org/abs/1611.01144; Zero-Shot Text-to-Image
+Generation (DALL-E), https://arxiv.org/abs/2102.12092.
 """
 
 import math
@@ -19,8 +19,7 @@ from vqf.registry import register
 class GumbelQuantizer(nn.Module):
     """Samples codes in training, takes the most likely one in eval mode, https://arxiv.org/abs/1611.01144.
 
-    y = softmax((l + g) / τ) with logits l and Gumbel noise g. In eval mode g = 0, so that an image has one encoding;
-    the code of VQGAN samples g there, too.
+    y = softmax((l + g) / τ) with logits l and Gumbel noise g. In eval mode g = 0, unlike in VQGAN's code.
 
     Args:
         dim: Channels of a code vector and of the latents, from which a 1x1 convolution computes l; at least 1.
@@ -60,7 +59,6 @@ class GumbelQuantizer(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w)."""
         logits = self.proj(z)
         temperature = self._temperature(logits)
         noisy = logits + _gumbel(logits) if self.training else logits
@@ -72,16 +70,14 @@ class GumbelQuantizer(nn.Module):
         return Quantized(latents, indices, self.kl_weight * kl, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """Finish an optimizer step: advance the temperature's schedule."""
         self.steps += 1
         return {}
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return self.codebook(indices).movedim(-1, 1)
 
     def _embed(self, y: Tensor, indices: Tensor) -> Tensor:
-        """The code vectors of the indices, with the gradient of their mean weighted by y (B, V, h, w); or that mean."""
+        """The codes of the indices with the gradient of the mean weighted by y (B, V, h, w); or that mean."""
         if self.training and not self.straight_through:
             return _mix(y, self.codebook.weight)
         if not y.requires_grad:

@@ -1,8 +1,7 @@
-"""VQ with the rotation trick: the gradient is rotated with the latent instead of copied.
+"""VQ with the rotation trick: the gradient is rotated with the latent.
 
-Restructuring Vector Quantization with the Rotation Trick, https://arxiv.org/abs/2410.06424, section 4:
-q̃ = λ R z with R = I - 2 r rᵀ + 2 q̂ ẑᵀ, r = (ẑ + q̂) / |ẑ + q̂| and λ = |q| / |z|, where λ and R are constants to
-autograd. R rotates ẑ onto q̂ in the plane of both, so that q̃ = q.
+Restructuring Vector Quantization with the Rotation Trick, https://arxiv.org/abs/2410.06424, section 4: q̃ = λ R z = q
+with R = I - 2 r rᵀ + 2 q̂ ẑᵀ, r = (ẑ + q̂) / |ẑ + q̂| and λ = |q| / |z|, where λ and R are constants to autograd.
 """
 
 import torch.nn.functional as F
@@ -19,18 +18,15 @@ EPSILON = 1e-6  # smallest divisor, as in the authors' code
 class RotationQuantizer(VectorQuantizer):
     """`vq` with the gradient of the rotation trick, https://arxiv.org/abs/2410.06424.
 
-    The angle between gradient and code vector stays the same at the latent: a gradient that pushes codes apart also
-    pushes the latents of one code apart. With dim=1 there is no plane to rotate in, and the gradient differs from the
-    straight-through one by λ alone. All options are those of `vq`.
+    The angle between gradient and code vector stays the same at the latent. All options are those of `vq`.
     """
 
     def estimate_gradient(self, z: Tensor, e: Tensor) -> Tensor:
-        """The code vectors `e` (B, dim, h, w), with the gradient of q̃ for the latents `z`."""
         return straight_through(rotate(z, e), e)  # exactly e: q̃ is e but for rounding
 
 
 def rotate(z: Tensor, q: Tensor) -> Tensor:
-    """q̃ = λ R z for vectors z, q (B, D, h, w); only the last z has a gradient, λ and R do not."""
+    """q̃ = λ R z for vectors z, q (B, D, h, w)."""
     fixed, q = z.detach(), q.detach()
     z_hat, q_hat = _unit(fixed), _unit(q)
     r = _unit(z_hat + q_hat)

@@ -1,4 +1,4 @@
-"""VQ-VAE's vector quantization: the nearest code vector of a codebook that is trained by gradient.
+"""VQ-VAE's vector quantization.
 
 Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, equation 3:
 log p(x|z_q) + |sg[z_e] - e|² + β |z_e - sg[e]|².
@@ -56,7 +56,6 @@ class VectorQuantizer(nn.Module):
         self.revival = make_revival(codebook_size, revive, init)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, dim, h, w)."""
         b, _, h, _ = z.shape
         flat = rearrange(z.detach(), "b d h w -> (b h w) d")
         chosen = nearest(flat, self.codebook.weight.detach())
@@ -74,13 +73,11 @@ class VectorQuantizer(nn.Module):
         return Quantized(self.estimate_gradient(z, e), indices, loss, stats)
 
     def update(self) -> dict[str, Tensor]:
-        """Finish an optimizer step: initialize or revive codes, if either is on. Returns `revived` for the log."""
         return {} if self.revival is None else self.revival.update(self.codebook.weight)
 
     def estimate_gradient(self, z: Tensor, e: Tensor) -> Tensor:
-        """The code vectors `e`, with an estimate of the gradient for the latents `z`: here the straight-through one."""
+        """The codes `e` with a gradient for the latents `z`."""
         return straight_through(z, e)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors (B, dim, h, w) of indices (B, h, w)."""
         return rearrange(self.codebook(indices), "b h w d -> b d h w")

@@ -1,4 +1,4 @@
-"""Stage 2: priors over token sequences, conditioners, and samplers."""
+"""Stage 2: priors, conditioners, and samplers."""
 
 from vqf.transformers import gpt, llama
 from vqf.transformers.conditioners import coordinates, label, spatial

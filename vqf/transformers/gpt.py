@@ -1,8 +1,7 @@
 """The GPT prior of VQGAN.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, uses minGPT, a form of GPT-2
-(Language Models are Unsupervised Multitask Learners, Radford et al., 2019): learned positions, layer norm before
-attention and MLP, exact GELU, an output head that shares no weights with the embedding.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, and GPT-2 (Language Models
+are Unsupervised Multitask Learners, Radford et al., 2019).
 """
 
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ class Attention(nn.Module):
         self.residual_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: AttentionFn) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim)."""
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b h t d", h=self.heads)
             for project in (self.query, self.key, self.value)
@@ -49,7 +47,6 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, attend: AttentionFn) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim)."""
         x = x + self.attention(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
 
@@ -112,11 +109,9 @@ class GPT(CausalTransformer):
         self.apply(_init_weights)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Pass embedded ids (B, T, dim) at some positions through the blocks."""
         return self.apply_blocks(self.dropout(x + self.position_embedding[:, positions]), attention_fns)
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens (B, N), in nats."""
         return cross_entropy(self(self._corrupt(tokens), prefix), tokens)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:

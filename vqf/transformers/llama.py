@@ -1,9 +1,8 @@
 """The Llama-style prior of LlamaGen.
 
-Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, https://arxiv.org/abs/2406.06525: RMS norm
-before attention and MLP, SwiGLU (https://arxiv.org/abs/2002.05202), 2-D rotary position embedding
-(https://arxiv.org/abs/2104.09864; half of a head for rows, half for columns), no biases, an output head initialized to
-zero. Optional here: QK norm (https://arxiv.org/abs/2302.05442).
+Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation, https://arxiv.org/abs/2406.06525: RMS norm,
+SwiGLU (https://arxiv.org/abs/2002.05202), 2-D rotary positions (https://arxiv.org/abs/2104.09864), no biases. Optional
+here: QK norm (https://arxiv.org/abs/2302.05442).
 """
 
 import itertools
@@ -25,9 +24,8 @@ EPS = 1e-5
 def rotary_angles(positions: Sequence[GridPosition | None], head_dim: int, base: float) -> Tensor:
     """Rotation angles of tokens (n, head_dim / 2), in radians.
 
-    The first half of each row is the token's row times the frequencies base^(-2 k / (head_dim / 2)), the second half
-    its column times the same. A token without a position is not rotated. (LlamaGen, whose prefix never has positions,
-    sets queries and keys of the prefix to 0 instead: every token then attends to it equally.)
+    The first half is the row times the frequencies base^(-2 k / (head_dim / 2)), the second half the column times them.
+    A token without a position has 0; LlamaGen sets its queries and keys to 0.
     """
     frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64) / (head_dim // 2))
     coordinates = torch.tensor([position or (0.0, 0.0) for position in positions], dtype=torch.float64)
@@ -35,13 +33,13 @@ def rotary_angles(positions: Sequence[GridPosition | None], head_dim: int, base:
 
 
 def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate pairs of neighboring channels of x (..., T, d) by the cosines and sines (2, T, d / 2)."""
+    """Rotate pairs of neighboring channels of x (..., T, d) by cosines and sines (2, T, d / 2)."""
     (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation  # `rotation` is float32, so products are
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary position embedding."""
+    """Self-attention with rotary positions."""
 
     def __init__(self, dim: int, heads: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -53,7 +51,6 @@ class Attention(nn.Module):
         self.residual_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: AttentionFn, rotation: Tensor) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim)."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = apply_rotary(self.query_norm(q), rotation), apply_rotary(self.key_norm(k), rotation)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
@@ -71,7 +68,6 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., dim)."""
         return self.dropout(self.proj(F.silu(self.gate(x)) * self.up(x)))
 
 
@@ -86,7 +82,6 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, hidden, dropout)
 
     def forward(self, x: Tensor, attend: AttentionFn, rotation: Tensor) -> Tensor:
-        """Map (B, T, dim) to (B, T, dim)."""
         x = x + self.attention(self.norm1(x), attend, rotation)
         return x + self.mlp(self.norm2(x))
 
@@ -95,7 +90,7 @@ class Block(nn.Module):
 class Llama(CausalTransformer):
     """An autoregressive transformer over [prefix; tokens] with 2-D rotary positions.
 
-    A prefix token with a position in the image, as those of a condition map, is rotated like the image token there.
+    A prefix token with a position in the image is rotated like the image token there.
 
     Args:
         layers: Number of blocks.
@@ -148,7 +143,6 @@ class Llama(CausalTransformer):
         nn.init.zeros_(self.head.weight)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Pass embedded ids (B, T, dim) at some positions through the blocks."""
         return self.apply_blocks(self.dropout(x), attention_fns, self.rotation[:, positions])
 
 

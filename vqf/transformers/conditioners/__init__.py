@@ -1,1 +1,1 @@
-"""Conditioners: conditions as prefix tokens in front of the tokens of an image."""
+"""Conditioners: conditions as prefix tokens."""

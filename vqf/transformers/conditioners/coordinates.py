@@ -1,6 +1,6 @@
 """Conditioning on the coordinates of an image crop.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, and `CoordStage` of its code.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841; `CoordStage` of its code.
 """
 
 import torch
@@ -16,7 +16,7 @@ from vqf.transformers.conditioners.spatial import _cell_centers
 class CoordinatesConditioner(nn.Module):
     """The position of every token in the full image, so that the prior knows where a crop or window is.
 
-    `CoordStage` of taming-transformers, except that bins are fractions of height and width, independent of the size.
+    Unlike in `CoordStage`, bins are fractions of height and width.
 
     Args:
         rows: Bins of the height of the full image, at least 1; 1 hides the row.
@@ -34,14 +34,13 @@ class CoordinatesConditioner(nn.Module):
         self.length, self.vocab_size = len(self.positions), rows * columns
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prefix (B, h * w): row bin * `columns` + column bin of the center of every token."""
+        """Prefix (B, h * w): row bin * `columns` + column bin of every token."""
         boxes = batch.crop_boxes_or_full().to(torch.float32)
         rows, columns = (self._bin_indices(boxes[:, i], boxes[:, i + 2], self.grid[i], self.bins[i]) for i in (0, 1))
         return rearrange(rows[:, :, None] * self.bins[1] + columns[:, None, :], "b h w -> b (h w)")
 
     @staticmethod
     def _bin_indices(first: Tensor, last: Tensor, count: int, bins: int) -> Tensor:
-        """Bins (B, count) of the centers of `count` cells between the fractions `first` and `last` (B,)."""
         centers = (torch.arange(count, device=first.device) + 0.5) / count
         fractions = first[:, None] + (last - first)[:, None] * centers
         return (fractions * bins).long().clamp(0, bins - 1)

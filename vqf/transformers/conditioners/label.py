@@ -18,7 +18,6 @@ class NoCondition(nn.Module):
         super().__init__()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prefix (B, 1) of zeros."""
         return torch.zeros(len(batch), 1, dtype=torch.int64, device=batch.any_field.device)
 
 
@@ -44,11 +43,9 @@ class LabelConditioner(nn.Module):
         self.vocab_size = num_classes + bool(dropout)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prefix (B, 1): the labels."""
         return self._labels(batch)
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """Prefix (B, 1) of the null class; None if there is none."""
         if self.null_class is None:
             return None
         return torch.full_like(self._labels(batch), self.null_class)

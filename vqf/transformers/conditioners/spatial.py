@@ -1,7 +1,6 @@
-"""Conditioning on an image: a condition map, a low-resolution image, or edges.
+"""Conditioning on an image, whose indices are the prefix.
 
-Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2: a tokenizer
-encodes the condition, and its indices are the prefix.
+Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2.
 """
 
 import itertools
@@ -26,11 +25,7 @@ class _TokenizedConditioner(nn.Module):
     """Base of conditioners whose prefix is the indices of an image.
 
     Args:
-        vocab_size: Of the condition's tokenizer.
-        grid: Height and width in cells of the image to be sampled.
-        stride: Pixels per cell and side of that image.
-        size_multiple: The same of the condition: pixels of the sampled image per cell and side of the condition.
-        dropout: Fraction in [0, 1) of conditions that training replaces by the null index, which is added if above 0.
+        size_multiple: Pixels of the sampled image per cell and side of the condition.
     """
 
     name: str  # key of the indices in `Batch.condition_indices`
@@ -47,16 +42,10 @@ class _TokenizedConditioner(nn.Module):
         self.vocab_size = vocab_size + bool(dropout)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Add the indices (B, h, w) of the condition images to `condition_indices`."""
         return replace(batch, condition_indices={**batch.condition_indices, self.name: self.encode(batch)})
 
     def prepare_shifted(self, batch: Batch) -> Batch:
-        """Add the indices (B, p, p, h, w) of shifted condition images, p = size_multiple / stride.
-
-        [:, i, j] are those of the condition without its first i rows and j columns of image cells, for windows that
-        start there: a window may start at any image cell, but a cell of the condition covers p by p of them. Without an
-        integer p above 1 this is `prepare`.
-        """
+        """Add the indices (B, p, p, h, w) of shifted images, if p = size_multiple / stride is an integer above 1."""
         images, p = getattr(batch, self.batch_field), self.size_multiple // self.stride
         if images is None or p < 2 or self.size_multiple % self.stride:
             return self.prepare(batch)
@@ -70,7 +59,6 @@ class _TokenizedConditioner(nn.Module):
         return replace(batch, condition_indices={**batch.condition_indices, self.name: indices})
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prefix (B, M): the condition's indices row by row."""
         if self.name not in batch.condition_indices:
             batch = self.prepare(batch)
         prefix = rearrange(batch.condition_indices[self.name], "b h w -> b (h w)")
@@ -79,13 +67,11 @@ class _TokenizedConditioner(nn.Module):
         return prefix
 
     def null_prefix(self, batch: Batch) -> Tensor | None:
-        """Prefix (B, M) of the null index; None if there is none."""
         if self.null_index is None:
             return None
         return torch.full((len(batch), self.length), self.null_index, device=batch.any_field.device)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Indices (B, h, w) of the condition images of a batch."""
         raise NotImplementedError
 
 
@@ -126,13 +112,11 @@ class SpatialConditioner(_TokenizedConditioner):
         self.tokenizer, self.downsample, self.channels = codec, downsample, codec.channels
 
     def encode(self, batch: Batch) -> Tensor:
-        """Indices (B, h, w) of the condition maps (B, C, H, W)."""
         if batch.conditions is None:
             raise UserError("conditioner 'spatial': the data has no condition maps; choose data=pairs or data=earth")
         return self.tokenizer.encode(_downsample(batch.conditions, self.downsample, "nearest"))
 
     def render(self, batch: Batch) -> Tensor:
-        """The condition maps (B, C, H, W), decoded from their indices."""
         return self.tokenizer.decode(batch.condition_indices[self.name])
 
 
@@ -171,27 +155,24 @@ class ImageConditioner(_TokenizedConditioner):
 
     @property
     def codec(self) -> ImageCodec:
-        """The tokenizer of the view."""
         return self.tokenizer or self.shared_tokenizer[0]
 
     def encode(self, batch: Batch) -> Tensor:
-        """Indices (B, h, w) of the view of the images (B, C, H, W)."""
         if batch.images is None:
             raise UserError("conditioner 'image' needs an image; pass one with condition=image.png")
         return self.codec.encode(self.make_view(batch.images))
 
     def make_view(self, images: Tensor) -> Tensor:
-        """The view of images (B, C, H, W) in [-1, 1], with sides reduced by `factor`."""
         return _downsample(sobel_edges(images) if self.view == "edges" else images, self.factor, "area")
 
     def render(self, batch: Batch) -> Tensor:
-        """The view, decoded from its indices and enlarged to the size of the images."""
+        """The view, decoded and enlarged to the size of the images."""
         view = self.codec.decode(batch.condition_indices[self.name])
         return F.interpolate(view, scale_factor=float(self.factor), mode="nearest")
 
 
 def sobel_edges(images: Tensor) -> Tensor:
-    """Magnitude of the Sobel gradient of images (B, C, H, W) in [-1, 1], in the same range and shape."""
+    """Magnitude of the Sobel gradient of images (B, C, H, W), both in [-1, 1]."""
     gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(gray) / 8
     gradient = F.conv2d(gray, torch.stack([sobel, sobel.T])[:, None])
@@ -200,10 +181,7 @@ def sobel_edges(images: Tensor) -> Tensor:
 
 
 def _cell_centers(grid: Size, stride: int, other: int) -> list[GridPosition]:
-    """Centers of the cells of stride `other`, in the coordinates of a grid of cells of stride `stride`.
-
-    Example: with stride 16 and other 32, a cell covers rows 0 and 1 of the grid, and its center is row 0.5.
-    """
+    """Centers of the cells of stride `other`, in cells of stride `stride`: with 32 and 16, of rows 0 and 1 row 0.5."""
     sides = [side * stride for side in grid]
     if any(side % other for side in sides):
         raise ValueError(f"a condition of {sides[0]} x {sides[1]} pixels does not divide into cells of {other} pixels")

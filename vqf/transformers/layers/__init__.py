@@ -1,1 +1,1 @@
-"""Shared by the priors: the causal transformer, and its key-value caches."""
+"""The causal transformer of the priors, and its caches."""

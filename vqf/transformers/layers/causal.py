@@ -1,7 +1,7 @@
-"""The base class of causal transformers over [prefix; tokens]: masks, loss, and decoding with a key-value cache.
+"""The base class of causal transformers over [prefix; tokens].
 
 Position p < M holds prefix id p, position M + n token n. The hidden state of position M - 1 + n gives the logits of
-token n, so that the last token is predicted and never read. `layers/kv_cache.py` explains the caches.
+token n, so that the last token is never read.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,7 @@ from vqf.transformers.layers.kv_cache import (
 
 
 class CausalTransformer(nn.Module):
-    """A causal transformer over [prefix; tokens].
-
-    A subclass sets the attributes below, and implements `forward_blocks`: where positions enter, and how its blocks are
-    called.
-    """
+    """A causal transformer; a subclass sets the attributes below, and implements `forward_blocks`."""
 
     vocab_size: int
     length: int  # N, tokens of an image
@@ -44,20 +40,18 @@ class CausalTransformer(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Positions that are read: all but the last token."""
         return self.prefix_length + self.length - 1
 
     @property
     def sequence_bytes(self) -> int:
-        """Bytes of the keys and values of one sequence in all layers, in the dtype of the weights."""
+        """Bytes of the keys and values of one sequence."""
         return 2 * len(self.blocks) * self.max_positions * self.head.in_features * self.head.weight.element_size()
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
-        """Pass embedded ids (B, T, dim) at some positions through the blocks, with one attention function a block."""
+        """Pass embedded ids (B, T, dim) through the blocks, with one attention function each."""
         raise NotImplementedError
 
     def apply_blocks(self, x: Tensor, attention_fns: Sequence[AttentionFn], *extra: Tensor) -> Tensor:
-        """Call `block(x, attend, *extra)` for every block, with x (B, T, dim)."""
         for block, attend in zip(self.blocks, attention_fns, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, attend, *extra, use_reentrant=False)
@@ -66,12 +60,7 @@ class CausalTransformer(nn.Module):
         return x
 
     def forward(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Logits (B, N, V). Those of token n depend on the prefix and the tokens before n.
-
-        Args:
-            tokens: (B, N) int64 with N up to `length`; the last one is not read.
-            prefix: (B, prefix_length) int64.
-        """
+        """Logits (B, N, V) of tokens (B, N) int64, given the prefix (B, M) int64; the last token is not read."""
         self._check_inputs(tokens, prefix)
         x = self._embed(prefix, tokens[:, :-1])
         attend = FullAttention(self._attention_mask(x))
@@ -79,12 +68,11 @@ class CausalTransformer(nn.Module):
         return self.head(self.norm(x[:, self.prefix_length - 1 :]))
 
     def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens (B, N), in nats."""
         return cross_entropy(self(tokens, prefix), tokens)
 
     @torch.no_grad()
     def prefill(self, prefix: Tensor) -> tuple[Tensor, DecodingState]:
-        """Read a prefix (B, M). Returns the logits (B, V) of token 0, and the cache that `decode` extends."""
+        """Read a prefix (B, M). Returns the logits (B, V) of token 0, and the cache."""
         self._check_inputs(prefix.new_zeros(len(prefix), 1), prefix)
         x = self._embed(prefix, prefix[:, :0])
         prefix_attention = FullAttention(self._attention_mask(x))
@@ -93,7 +81,7 @@ class CausalTransformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, token: Tensor, cache: DecodingState) -> Tensor:
-        """Read the next token (B,). Returns the logits (B, V) of the token after it.
+        """Read the next token (B,). Returns the logits (B, V) of the one after it.
 
         Raises:
             ValueError: If the last position has been read already.
@@ -103,12 +91,10 @@ class CausalTransformer(nn.Module):
         return self._forward_cached(self.token_embedding(token[:, None]), cache)
 
     def allocate_cache(self, num_sequences: int) -> list[SlotKVCache]:
-        """An empty cache with a slot for each of `num_sequences` sequences."""
         return [SlotKVCache(num_sequences, self.max_positions) for _ in self.blocks]
 
     @torch.no_grad()
     def decode_chunks(self, chunks: RaggedChunks, cache: Sequence[SlotKVCache]) -> Tensor:
-        """Read chunks of n sequences in one pass. Returns the logits (n, V) of the token after each chunk."""
         layout = RaggedLayout.from_chunks(chunks, self.bidirectional_prefix)
         in_prefix = chunks.positions < self.prefix_length
         # Both tables are read at every position, with id 0 where an id belongs to the other table.
@@ -144,7 +130,7 @@ class CausalTransformer(nn.Module):
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of tokens (B, N) under logits (B, N, V), computed in float32 or better."""
+    """Mean cross-entropy in nats of tokens (B, N) under logits (B, N, V), in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
 
@@ -153,7 +139,7 @@ def check_options(dropout: float, prefix_length: int, **sizes: int) -> None:
     """Check the options that all priors share.
 
     Raises:
-        ValueError: If one of the sizes is below 1, dropout is not in [0, 1), or there is no prefix.
+        ValueError: If one is out of range.
     """
     for name, size in sizes.items():
         if size < 1:

@@ -1,14 +1,9 @@
-"""Key-value caches of causal transformers over [prefix; tokens].
+"""Key-value caches of causal transformers over [prefix; tokens], one a layer.
 
-A causal layer computes the keys and values of a position once: later positions do not change them. There is one cache
-a layer, and two kinds, by what the sampler reads:
+* `KVCache` holds sequences that advance together, by one token at a time: `sampler=autoregressive`.
+* `SlotKVCache` holds sequences in slots, that advance by chunks: `sampler=sliding_window`, a sequence for each window.
 
-* `KVCache` holds a batch whose sequences advance together, by one token at a time: `sampler=autoregressive`.
-* `SlotKVCache` holds many sequences, each in its own slot, that advance by chunks of different lengths:
-  `sampler=sliding_window`, where every window is a sequence.
-
-Chunks are concatenated without padding (`vqf.protocols.RaggedChunks`), so that embeddings, norms and MLPs do no work
-for padding. Only attention pads. Three positions of the sequence in slot 5 and one of the sequence in slot 4::
+Only attention pads chunks. Three positions of the sequence in slot 5 and one of the sequence in slot 4::
 
     positions           0 1 2 7
     chunk_indices       0 0 0 1
@@ -32,12 +27,11 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass
 class FullAttention:
-    """Attention within full sequences, without a cache. Causal, unless a mask (T, T) says what is visible."""
+    """Attention without a cache, causal or by a mask (T, T)."""
 
     mask: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Map (B, heads, T, d) to the same shape."""
         causal = self.mask is None and q.shape[2] > 1  # one query is the newest position, which sees all keys
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout, is_causal=causal)
 
@@ -45,11 +39,7 @@ class FullAttention:
 class KVCache:
     """Keys and values of one layer, (B, heads, capacity, d), for sequences that advance together.
 
-    The first call reads the prefix, of any length; every later call reads one token.
-
-    Args:
-        capacity: Positions of a sequence.
-        prefill_attention: Attention of the first call.
+    The first call reads the prefix, every later call one token.
     """
 
     def __init__(self, capacity: int, prefill_attention: FullAttention) -> None:
@@ -58,7 +48,6 @@ class KVCache:
         self.values: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Append keys and values, and attend to all of the cache."""
         assert self.length == 0 or q.shape[2] == 1, "the cache grows by one token at a time"
         attend = FullAttention() if self.length else self.prefill_attention
         return attend(q, *self._append(k, v), dropout)
@@ -76,7 +65,7 @@ class KVCache:
 
 @dataclass
 class DecodingState:
-    """The caches of all layers, and the number of positions that they hold."""
+    """The caches of all layers, and their number of positions."""
 
     kv_caches: list[KVCache]
     position: int
@@ -84,7 +73,7 @@ class DecodingState:
 
 @dataclass
 class RaggedLayout:
-    """Indices and mask by which attention pads chunks: computed once a pass, used by every layer."""
+    """Indices and mask by which attention pads chunks."""
 
     chunks: RaggedChunks
     slots: Tensor  # (T,) int64: the slot of each position's sequence
@@ -93,7 +82,7 @@ class RaggedLayout:
 
     @classmethod
     def from_chunks(cls, chunks: RaggedChunks, bidirectional_prefix: int) -> "RaggedLayout":
-        """Lay out chunks of sequences. Their first `bidirectional_prefix` positions all see each other."""
+        """Lay out chunks; the first `bidirectional_prefix` positions all see each other."""
         starts = torch.cat((chunks.ends.new_zeros(1), chunks.ends[:-1] + 1))
         count = torch.arange(max(len(chunks.ids), chunks.context_length), device=chunks.ids.device)
         queries = (chunks.positions[starts, None] + count[: chunks.max_chunk_length])[:, :, None]
@@ -106,12 +95,7 @@ class RaggedLayout:
 
 
 class SlotKVCache:
-    """Keys and values of one layer, (num_sequences, capacity, heads, d), for sequences that advance by chunks.
-
-    Args:
-        num_sequences: Number of slots.
-        capacity: Positions of a sequence.
-    """
+    """Keys and values of one layer, (num_sequences, capacity, heads, d), for sequences that advance by chunks."""
 
     def __init__(self, num_sequences: int, capacity: int) -> None:
         self.num_sequences, self.capacity = num_sequences, capacity
@@ -119,7 +103,7 @@ class SlotKVCache:
         self.values: Tensor | None = None
 
     def attend(self, layout: RaggedLayout, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Store keys and values of chunks (1, heads, T, d), and attend to the sequences that they belong to."""
+        """Store keys and values of chunks (1, heads, T, d), and attend to their sequences."""
         chunks = layout.chunks
         queries, keys, values = (each[0].transpose(0, 1) for each in (q, k, v))  # (T, heads, d)
         self._store(layout.slots, chunks.positions, keys, values)
@@ -137,6 +121,5 @@ class SlotKVCache:
         self.values[slots, positions] = values
 
     def _contexts(self, chunks: RaggedChunks) -> Iterator[Tensor]:
-        """Keys and values of the chunks' sequences, (n, heads, context_length, d) each."""
         assert self.keys is not None and self.values is not None, "keys are stored before they are read"
         return (each[chunks.slots, : chunks.context_length].transpose(1, 2) for each in (self.keys, self.values))

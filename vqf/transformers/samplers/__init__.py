@@ -1,1 +1,1 @@
-"""Samplers and scorers: filters, guidance, autoregressive sampling and sliding windows."""
+"""Samplers and scorers."""

@@ -1,4 +1,4 @@
-"""Autoregressive sampling: p(s) is the product of p(s_n | prefix, s_0, ..., s_(n-1)), one token n after the other.
+"""Autoregressive sampling.
 
 Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2.
 """
@@ -47,12 +47,6 @@ class AutoregressiveSampler(LogitSampler):
 
         Args:
             prior: A `Prior`; one that is `Autoregressive` is faster.
-            prefix: (B, M), the condition of each sample.
-            grid: Height and width in tokens.
-            seed: With `first + i` it decides sample i, whatever else is in the batch.
-            first: Index of the batch's first sample.
-            known: (B, h * w) int64, tokens to keep, -1 where one is to be sampled.
-            null_prefix: (B, M), the prefix of no condition; guidance needs it.
 
         Raises:
             UserError: If guidance has no `null_prefix`.
@@ -73,10 +67,7 @@ class AutoregressiveSampler(LogitSampler):
         return tokens
 
     def _make_logits_fn(self, prior: Any, prefixes: Tensor, tokens: Tensor) -> Callable[[int], Tensor]:
-        """A function from n = 0, 1, ..., in this order, to the logits of token n behind each prefix.
-
-        It reads `tokens`, which the caller fills in between.
-        """
+        """A function of n = 0, 1, ..., in this order: the logits of token n, given those filled in before."""
         copies = len(prefixes) // len(tokens)  # 2 with guidance
         if not (self.cache and isinstance(prior, Autoregressive)):
             # Tokens that are not sampled yet are shown as 0: a causal prior does not see them.

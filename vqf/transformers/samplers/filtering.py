@@ -1,8 +1,7 @@
-"""From logits to a sampled token: the filters, the random numbers, and the draw.
+"""From logits to a sampled token.
 
-The filters compose in the order temperature, top-k, top-p, min-p, each on the output of the one before. Top-p is
-The Curious Case of Neural Text Degeneration, https://arxiv.org/abs/1904.09751; min-p is
-Turning Up the Heat: Min-p Sampling, https://arxiv.org/abs/2407.01082.
+Filters compose in the order temperature, top-k, top-p (The Curious Case of Neural Text Degeneration,
+https://arxiv.org/abs/1904.09751), min-p (Turning Up the Heat: Min-p Sampling, https://arxiv.org/abs/2407.01082).
 """
 
 import math
@@ -18,21 +17,18 @@ WEIGHT_BITS = 38
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Divide logits (..., V) by a temperature above 0. The best becomes 0 first, so that nothing overflows."""
+    """Divide logits (..., V) by a temperature above 0, without overflow."""
     return (logits - logits.amax(-1, keepdim=True)) / value
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Set logits (..., V) below the k-th best to -inf. Ties with the k-th stay; k may exceed V."""
+    """Set logits (..., V) below the k-th best to -inf; ties stay, k may exceed V."""
     threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Set logits (..., V) to -inf outside of the smallest set of best ones whose probability reaches p.
-
-    The best one always stays; of equal logits the lower index is the better.
-    """
+    """Set logits (..., V) to -inf but the fewest best ones whose probability reaches p; of equals the first wins."""
     if p >= 1:
         return logits  # rounding of the cumulative sum could drop the tail
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -44,19 +40,15 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Set logits (..., V) of tokens less than p times as likely as the best to -inf. The best one always stays."""
+    """Set logits (..., V) less than p times as likely as the best to -inf."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
 
 
 def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
-    """Sample an index from each row of logits (B, V): the inverse of the cumulative distribution at `noise`.
+    """Sample an index (B,) int64 from each row of logits (B, V), by inverting the cumulative distribution.
 
     Args:
-        logits: Not normalized; an index with -inf is never sampled.
         noise: (B,) in [0, 1), of which 24 bits are used.
-
-    Returns:
-        (B,) int64.
     """
     # In integers: a parallel cumulative sum of floats can grow at a probability of 0, which would then be sampled.
     weights = (logits.softmax(-1, dtype=torch.float32) * 2**WEIGHT_BITS).round().long()
@@ -66,7 +58,7 @@ def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_noise(seed: int, index: int, count: int) -> Tensor:
-    """Uniform numbers (count,) in [0, 1) on the CPU, a function of the seed and the index of a sample alone."""
+    """Uniform numbers (count,) in [0, 1) on the CPU, by seed and index alone."""
     # Not a torch.Generator: that of the CPU uses 32 bits of its seed, so that many samples would soon collide.
     key = np.array([seed % 2**64, index % 2**64], dtype=np.uint64)
     raw = np.random.Philox(key=key).random_raw(count) >> np.uint64(64 - UNIFORM_BITS)
@@ -74,5 +66,5 @@ def sample_noise(seed: int, index: int, count: int) -> Tensor:
 
 
 def batch_noise(seed: int, first: int, batch: int, count: int) -> Tensor:
-    """The numbers (batch, count) of samples `first`, `first + 1`, ..., on the CPU."""
+    """The `sample_noise` (batch, count) of samples `first`, `first + 1`, ..."""
     return torch.stack([sample_noise(seed, first + i, count) for i in range(batch)])

@@ -1,11 +1,8 @@
-"""Classifier-free guidance of a prior, in one notation: u + s (c - u).
+"""Classifier-free guidance: u + s (c - u).
 
-Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598, on logits: c with the condition, u without it, s
-the scale. s = 1 is no guidance, s = 0 ignores the condition, s > 1 exaggerates it.
-
-Schedules of s over the tokens of a sample: `interval` as in LlamaGen and in Applying Guidance in a Limited Interval,
-https://arxiv.org/abs/2404.07724; `linear` is VAR's, https://arxiv.org/abs/2404.02905; `power_cosine` is RAR's,
-https://arxiv.org/abs/2411.00776.
+Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598, on logits: c with the condition, u without it.
+Schedules of s: `interval` as in Applying Guidance in a Limited Interval, https://arxiv.org/abs/2404.07724; `linear`
+is VAR's, https://arxiv.org/abs/2404.02905; `power_cosine` is RAR's, https://arxiv.org/abs/2411.00776.
 """
 
 import math
@@ -31,12 +28,9 @@ def scale_at(
     """s of one token.
 
     Args:
-        progress: t in [0, 1), the fraction of the tokens before it.
-        scale: s at its largest.
+        progress: t in [0, 1), the fraction of tokens before it.
         schedule: `constant`; `interval`, 1 outside of [start, end); `linear`, 1 + (s - 1) t;
             `power_cosine`, 1 + (s - 1) (1 - cos(pi t^p)) / 2.
-        interval: Start and end of `interval`.
-        power: p of `power_cosine`.
     """
     if schedule == "interval":
         return scale if interval[0] <= progress < interval[1] else 1.0
@@ -51,11 +45,8 @@ def scale_from_notation(value: float, notation: Notation) -> float:
     """Convert another project's guidance scale to s.
 
     Args:
-        value: Its number.
-        notation: `llamagen` (cfg_scale): u + s (c - u), as here.
-            `var`, and HMAR (cfg): (1 + t) c - t u; VAR multiplies t by the progress: choose `linear`.
-            `maskgit`, and TiTok, with a constant schedule (guidance_scale): c + g (c - u).
-            `rar` (guidance_scale, with its guidance_scale_pow): u + s (c - u): choose `power_cosine`.
+        notation: `llamagen` (cfg_scale) and `rar` (guidance_scale): u + s (c - u), as here; `var`, and HMAR (cfg):
+            (1 + t) c - t u, for `linear`; `maskgit`, and TiTok (guidance_scale): c + g (c - u).
     """
     return value + 1 if notation in ("var", "maskgit") else value
 
@@ -64,7 +55,7 @@ def check_guidance(scale: float, interval: Sequence[float], power: float) -> Non
     """Check the options of guidance.
 
     Raises:
-        ValueError: One line that names the option.
+        ValueError: If one is out of range.
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"guidance must be at least 0, not {scale}; 1 is none")

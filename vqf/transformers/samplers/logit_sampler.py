@@ -1,4 +1,4 @@
-"""The base class of samplers: the options of filters and guidance, and what is done to logits before a draw."""
+"""The base class of samplers."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,6 @@ class LogitSampler:
         self.guidance_interval, self.guidance_power = tuple(guidance_interval), guidance_power
 
     def filter(self, logits: Tensor) -> Tensor:
-        """Apply temperature, top-k, top-p and min-p to logits (..., V)."""
         logits = temperature(logits.float(), self.temperature)
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
@@ -61,7 +60,6 @@ class LogitSampler:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether the prior is also evaluated without the condition."""
         return self.guidance != 1
 
     def guidance_scales(self, count: int) -> Tensor:
@@ -73,14 +71,11 @@ class LogitSampler:
         ])  # fmt: skip
 
     def guide(self, logits: Tensor, scale: Tensor) -> Tensor:
-        """Combine logits with and without the condition.
+        """Combine logits with and without the condition to (n, V).
 
         Args:
             logits: (n, V); with guidance (2 n, V), first those with the condition.
-            scale: s of each token (n,), or one for all ().
-
-        Returns:
-            (n, V).
+            scale: s of each token (n,), or ().
         """
         if not self.uses_guidance:
             return logits
@@ -88,10 +83,10 @@ class LogitSampler:
         return guide(conditional, unconditional, scale[..., None])
 
     def require_null_prefix(self, null_prefix: object | None) -> None:
-        """Refuse guidance by a prior that was not trained without its condition.
+        """Check that guidance has a null prefix.
 
         Raises:
-            UserError: If there is guidance and no null prefix.
+            UserError: If it has none.
         """
         if self.uses_guidance and null_prefix is None:
             raise UserError(
@@ -101,10 +96,10 @@ class LogitSampler:
 
 
 def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device: torch.device) -> Tensor:
-    """Tokens (B, N) to be sampled: a copy of the known ones, -1 elsewhere.
+    """A copy (B, N) of the known tokens, or -1 everywhere.
 
     Raises:
-        ValueError: If the known tokens have another shape, or are not in the vocabulary.
+        ValueError: If their shape or values are wrong.
     """
     if known is None:
         return torch.full(shape, -1, device=device)

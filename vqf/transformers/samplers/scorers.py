@@ -1,4 +1,4 @@
-"""Scorers choose the best of several samples: rejection sampling, which buys quality with diversity.
+"""Scorers choose the best of several samples.
 
 Generating Diverse High-Fidelity Images with VQ-VAE-2, https://arxiv.org/abs/1906.00446, section 3.3.
 """
@@ -18,14 +18,11 @@ INPUT_SIZE = 260  # pixels, as EfficientNet-Lite2 was trained
 
 @register("scorer", "likelihood")
 class LikelihoodScorer:
-    """The mean log p of a token under the prior, in nats.
-
-    It favors plain images: flat ones are likely.
-    """
+    """The mean log p of a token under the prior, in nats; it favors flat images."""
 
     @torch.no_grad()
     def __call__(self, samples: ScoredSamples) -> Tensor:
-        """Score samples, (B,) in nats per token.
+        """Score samples, (B,).
 
         Raises:
             UserError: If the images are larger than the prior's grid.
@@ -41,8 +38,7 @@ class LikelihoodScorer:
 class ImageNetScorer:
     """The log p of a sample's label under EfficientNet-Lite2, in nats.
 
-    Section 4.4 of the VQGAN paper does so with another classifier. The prior's classes must be the 1,000 of ImageNet,
-    in the order of their folder names.
+    The classes must be the 1,000 of ImageNet, in the order of their folder names.
     """
 
     def __init__(self) -> None:
@@ -50,7 +46,7 @@ class ImageNetScorer:
 
     @torch.no_grad()
     def __call__(self, samples: ScoredSamples) -> Tensor:
-        """Score samples, (B,) in nats.
+        """Score samples, (B,).
 
         Raises:
             UserError: If the samples have no labels, or other classes.

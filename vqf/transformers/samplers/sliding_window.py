@@ -1,14 +1,12 @@
 """Sliding windows: sample a grid of any size from a prior that was trained on a small one.
 
 Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841, section 3.2 and figure 3.
-Each token of an H x W grid is sampled, row by row, given the h x w window around it. The plain algorithm passes the
-full window through the prior for every token, and uses one row of the logits. Three shortcuts give the same tokens:
+Each token of an H x W grid is sampled, row by row, given the h x w window around it. Three shortcuts give the same
+tokens:
 
-* `prefix_only`: the prior is causal, so only the tokens of the window before the new one are read.
-* `cache`: tokens that share a window (at the borders of the grid) share its keys and values.
-* `wavefront`: rows are sampled side by side, each w columns behind the row above: W + w (H - 1) steps instead of W H.
-
-`window_schedule.py` plans the steps, `window_logits.py` asks the prior, this file samples.
+* `prefix_only`: only the tokens of the window before the new one are read.
+* `cache`: tokens that share a window share its keys and values.
+* `wavefront`: rows are sampled side by side, in W + w (H - 1) steps instead of W H.
 """
 
 from collections.abc import Sequence
@@ -31,8 +29,7 @@ from vqf.transformers.samplers.window_schedule import DecodingStep, make_schedul
 class SlidingWindowSampler(LogitSampler):
     """Samples a grid larger than the prior's own: each token given the window around it.
 
-    The tokens do not depend on `prefix_only`, `cache` and `wavefront`, except where rounding decides between two: the
-    same numbers are added in another order.
+    The tokens do not depend on `prefix_only`, `cache` and `wavefront`, except for rounding.
 
     Args:
         window: Height and width in tokens, or one number for both; by default the grid that the prior was trained on.
@@ -81,17 +78,13 @@ class SlidingWindowSampler(LogitSampler):
 
         Args:
             prior: A `Prior`; one with `RaggedDecoding` is faster.
-            prefix: The condition: (B, M), (B, H, W), or a function of a window's start and size; see `crop_prefix`.
-            grid: Height and width in tokens.
-            seed: With `first + i` it decides sample i. Every token has a random number of its own.
-            first: Index of the batch's first sample.
-            known: (B, H * W) int64, tokens to keep, -1 where one is to be sampled.
-            null_prefix: The prefix of no condition, in one of the forms of `prefix`; guidance needs it.
+            prefix: (B, M), (B, H, W), or a function of a window's start and size; see `crop_prefix`.
+            null_prefix: The prefix of no condition, in the same form.
             window: The window if the option `window` is None; the full grid by default.
 
         Raises:
-            UserError: If the grid is narrower than the window, a window has more tokens than the prior models, or
-                guidance has no `null_prefix`.
+            UserError: If the grid is narrower than the window, the window too large for the prior, or guidance has no
+                `null_prefix`.
         """
         self.require_null_prefix(null_prefix)
         window = self._fit_window(self.window or window or grid, grid, prior)
@@ -128,7 +121,6 @@ class SlidingWindowSampler(LogitSampler):
         noise: Tensor,
         scales: Tensor,
     ) -> None:
-        """Fill in the tokens (B, H, W) of one step, except for known ones."""
         batch, cells = len(tokens), len(step.chunks)
         logits = windows.logits(step)
         if step.offset == 0:

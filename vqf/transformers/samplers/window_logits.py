@@ -1,10 +1,6 @@
-"""Sliding windows, the logits: what the prior reads of the windows of one step of a schedule.
+"""Sliding windows, the logits: what the prior reads of the windows of one step.
 
-* `RecomputedWindows` passes every window through the prior from its start. Any prior can do that.
-* `CachedWindows` passes only the positions that the cache does not hold, of all windows in one ragged pass.
-
-With guidance every window is read twice, behind the condition and behind the null prefix. Sequences are ordered as
-(prefix, token of the step, sample), so that logits with the condition come first.
+Sequences are ordered as (prefix, token of the step, sample), so that with guidance conditional logits come first.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +19,7 @@ def crop_prefix(prefix: WindowPrefix, start: Size, window: Size) -> Tensor:
     """The prefix (B, M) of the window that starts at (row, column).
 
     Args:
-        prefix: (B, M), the same for every window; or (B, H, W), one token for each of the grid, of which the window's
-            are taken row by row; or a function of start and size of a window to (B, M).
-        start: Row and column of the window.
-        window: Height and width of the window.
+        prefix: (B, M), for every window; or (B, H, W), to be cropped; or a function of a window's start and size.
     """
     if not isinstance(prefix, Tensor):
         return prefix(start, window)
@@ -36,15 +29,12 @@ def crop_prefix(prefix: WindowPrefix, start: Size, window: Size) -> Tensor:
 
 
 class RecomputedWindows:
-    """Logits without a cache, by any prior.
+    """Logits by any prior, which reads every window from its start.
 
     Args:
-        prior: Returns logits at every position.
-        prefixes: The condition; with guidance also the null prefix.
-        tokens: (B, H, W), filled by the sampler between steps; -1 where no token is sampled yet.
-        window: Height and width.
+        tokens: (B, H, W), filled by the sampler between steps, else -1.
         schedule: Made with `max_cached=0`.
-        full_window: Whether the prior also reads the tokens after the last one that the step needs.
+        full_window: Whether the prior also reads later tokens.
     """
 
     def __init__(
@@ -81,15 +71,7 @@ class RecomputedWindows:
 
 
 class CachedWindows:
-    """Logits with a cache: the prior reads only the positions of a window that it has not read.
-
-    Args:
-        prior: Decodes ragged chunks.
-        prefixes: The condition; with guidance also the null prefix.
-        tokens: (B, H, W), filled by the sampler between steps.
-        window: Height and width.
-        schedule: The chunks of each step, and their slots.
-    """
+    """Logits with a cache: the prior reads only the positions of a window that it has not read."""
 
     def __init__(
         self,
@@ -107,11 +89,9 @@ class CachedWindows:
         self.cache = prior.allocate_cache(schedule.num_slots * copies * batch)
 
     def logits(self, step: DecodingStep) -> Tensor:
-        """Logits (cells * B, V) of the tokens of a step; with guidance (2 * cells * B, V)."""
         return self.prior.decode_chunks(self._ragged_chunks(step), self.cache)
 
     def _ragged_chunks(self, step: DecodingStep) -> RaggedChunks:
-        """Concatenate the chunks of a step, one for each prefix, token and sample."""
         shape = (len(self.prefixes), len(step.chunks), len(self.tokens))
         top, left, slot, start, count = (
             row[None, :, None].expand(shape).flatten() for row in self.table[2:, step.span]
@@ -140,7 +120,6 @@ class CachedWindows:
         )
 
     def _insert_prefix(self, step: DecodingStep, ids: Tensor, chunk_indices: Tensor, positions: Tensor) -> Tensor:
-        """Replace ids at positions of the prefix by prefix ids; only windows that start in this step have some."""
         if all(chunk.start > 0 for chunk in step.chunks):
             return ids
         unused = ids.new_zeros(len(self.tokens), self.schedule.prefix_length)

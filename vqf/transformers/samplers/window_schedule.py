@@ -1,23 +1,19 @@
-"""Sliding windows, the schedule: window positions, the order of tokens, and what the prior reads at each step.
+"""Sliding windows, the schedule: window positions, the order of tokens, and what the prior reads.
 
-A schedule follows from sizes alone. It is computed before the first token, and copied to the device as one tensor.
-
-Window positions. A window is centered on its token, but stays inside the grid. With windows of 3 on a side of 5::
+A window is centered on its token, but stays inside the grid. With windows of 3 on a side of 5::
 
     token         0 1 2 3 4
     window start  0 0 1 2 2     tokens 0 and 1 share a window, and so do 3 and 4
 
-Order. A window of `w` columns shows tokens of the row above that are at most w - 1 columns further right. So a row
-can be sampled w columns behind the row above it, before that one is finished: a wavefront. The step of each token of
-a 3 x 5 grid, w = 2::
+A window of `w` columns shows at most w - 1 columns further right in the row above. So a row can be sampled w columns
+behind the row above it: a wavefront. The step of each token of a 3 x 5 grid, w = 2::
 
     row 0    0 1 2 3 4
     row 1        2 3 4 5 6          9 steps instead of 15
     row 2            4 5 6 7 8
 
-Reads. Positions [prefix; tokens] of a window whose keys and values are in the cache are not read again. Tokens 0 and 1
-above, in the same window: token 0 reads the prefix, token 1 reads only token 0. Token 2 has another window, in which
-every token has another position: it starts at the prefix again.
+Cached positions are not read again: above, token 0 reads the prefix, token 1 only token 0. Token 2 has another window,
+and starts at the prefix.
 """
 
 from collections import Counter
@@ -31,35 +27,31 @@ from vqf.batch import Size
 
 
 def window_start(position: int, window: int, length: int) -> int:
-    """First position of the window that is centered on `position`, moved into [0, length)."""
+    """First position of the window around `position`, inside [0, length)."""
     return min(max(position - window // 2, 0), length - window)
 
 
 def locate_in_window(cell: Size, window: Size, grid: Size) -> tuple[Size, int]:
-    """Start (row, column) of a token's window, and the number of tokens before it in the window."""
+    """Start (row, column) of a token's window, and the number of its tokens before that token."""
     top, left = (window_start(cell[i], window[i], grid[i]) for i in (0, 1))
     return (top, left), (cell[0] - top) * window[1] + cell[1] - left
 
 
 def wavefront_order(grid: Size, width: int) -> Iterator[list[Size]]:
-    """Yield the tokens (i, j) of each step of the wavefront, for windows of `width` columns.
-
-    Row i is `width` columns behind row i - 1, and cannot be closer: at j = 0 its window shows columns 0 to `width` - 1
-    of row i - 1, and with each j it moves right by at most one column.
-    """
+    """Yield the tokens (i, j) of each step of the wavefront, for windows of `width` columns."""
     for step in range(grid[1] + width * (grid[0] - 1)):
         rows = range(max(0, -((grid[1] - 1 - step) // width)), min(step // width + 1, grid[0]))
         yield [(i, step - i * width) for i in rows]
 
 
 def raster_order(grid: Size) -> Iterator[list[Size]]:
-    """Yield the tokens (i, j) of a grid row by row, one a step."""
+    """Yield the tokens (i, j) row by row, one a step."""
     return ([(i, j)] for i in range(grid[0]) for j in range(grid[1]))
 
 
 @dataclass(frozen=True)
 class WindowChunk:
-    """What the prior reads for one token: positions `start` to `start + count` - 1 of its window's [prefix; tokens]."""
+    """Positions that the prior reads for one token: `start` to `start + count` - 1 of [prefix; tokens]."""
 
     cell: Size  # of the token in the grid
     window_start: Size  # row and column of the window's first token
@@ -70,14 +62,13 @@ class WindowChunk:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """Tokens that are sampled together, in one pass of the prior."""
+    """Tokens that are sampled in one pass of the prior."""
 
     chunks: list[WindowChunk]  # one a token, all in different slots
     offset: int  # column of the first of them in `DecodingSchedule.to_tensor`
 
     @property
     def span(self) -> slice:
-        """Columns of the step in `DecodingSchedule.to_tensor`."""
         return slice(self.offset, self.offset + len(self.chunks))
 
     @property
@@ -95,14 +86,12 @@ class DecodingSchedule:
     num_slots: int = 0  # windows in the cache at once, those that a step works on included
 
     def to_tensor(self) -> Tensor:
-        """All chunks as int64 (7, H * W), in the order of the steps: row, column, top, left, slot, start, count."""
+        """All chunks as int64 (7, H * W): row, column, top, left, slot, start, count."""
         chunks = [chunk for step in self.steps for chunk in step.chunks]
         return torch.tensor([(*each.cell, *each.window_start, each.slot, each.start, each.count) for each in chunks]).T
 
 
 class _Slots:
-    """Numbers of cache slots; a free one is used again before there is a new one."""
-
     def __init__(self) -> None:
         self.count, self.free = 0, list[int]()
 
@@ -116,17 +105,11 @@ class _Slots:
 def make_schedule(
     order: Iterator[list[Size]], window: Size, grid: Size, prefix_length: int, max_cached: int
 ) -> DecodingSchedule:
-    """Schedule the tokens of a grid.
-
-    Tokens share a window at the borders: neighbors at the left and right one, all rows at the upper and lower one. A
-    window stays in the cache until its last token, so that each of its positions is read once.
+    """Schedule the tokens of a grid, so that each position of a cached window is read once.
 
     Args:
-        order: The tokens of each step.
-        window: Height and width of a window.
-        grid: Height and width of the grid.
         prefix_length: Positions before the first token of a window.
-        max_cached: Windows kept between steps. A window beyond it is read from its start for each of its tokens.
+        max_cached: Windows kept between steps; others are read from the start for each token.
     """
     steps = list(order)
     remaining = Counter(locate_in_window(cell, window, grid)[0] for cells in steps for cell in cells)

@@ -17,7 +17,7 @@ from tests.support.processes import free_port, run_processes
 from vqf.run import main
 
 SLOW = pytest.mark.slow
-CHORUS = Path(__file__).parent / "support" / "chorus.py"
+RANK_PIPELINE = Path(__file__).parent / "support" / "rank_pipeline.py"
 SMALL = [
     "pipeline=full",
     "model=small",
@@ -73,29 +73,29 @@ def threads_left(folder: str, arguments: list[str]) -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-def chorus(folder: Path, *arguments: str) -> list[Ended]:
+def run_ranks(folder: Path, *arguments: str) -> list[Ended]:
     """Run the plugin's pipeline in two processes."""
     return run_processes(
-        2, command, str(folder), [f"plugins=[{CHORUS}]", "pipeline=chorus", *arguments], initialized=False
+        2, command, str(folder), [f"plugins=[{RANK_PIPELINE}]", "pipeline=ranks", *arguments], initialized=False
     )
 
 
 def test_the_main_process_chooses_the_folder_and_prints(tmp_path: Path) -> None:
-    first, second = chorus(tmp_path, "do=warn", "who=1")
+    first, second = run_ranks(tmp_path, "do=warn", "who=1")
     (folder,) = tmp_path.glob("*/*/*")
-    assert first == Ended(0, f"singing in {folder.name}\n", "")
-    assert second == Ended(0, "", "[process 1] hoarse\n")
+    assert first == Ended(0, f"running in {folder.name}\n", "")
+    assert second == Ended(0, "", "[process 1] a warning\n")
     assert sorted(path.name for path in folder.iterdir()) == [".hydra", "log.txt"]
 
 
 @pytest.mark.parametrize("who", ["1", pytest.param("0", marks=SLOW), pytest.param("01", marks=SLOW)])
 def test_a_mistake_is_one_line_whoever_makes_it(tmp_path: Path, who: str) -> None:
-    ended = chorus(tmp_path, "do=refuse", f"who={who}")
+    ended = run_ranks(tmp_path, "do=refuse", f"who={who}")
     assert [each.status for each in ended] == [2, 2]
     (line,) = "".join(each.err for each in ended).splitlines()
-    assert line in [f"process {each} does not sing" for each in who]
+    assert line in [f"process {each} refuses" for each in who]
     (log,) = tmp_path.glob("*/*/*/log.txt")
-    assert log.read_text().splitlines()[-1].split("ERROR ")[1] in (line, f"process {who[0]} does not sing")
+    assert log.read_text().splitlines()[-1].split("ERROR ")[1] in (line, f"process {who[0]} refuses")
 
 
 def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    ended = chorus(tmp_path, "steps=many")
+    ended = run_ranks(tmp_path, "steps=many")
     assert [each.status for each in ended] == [2, 2]
     assert "".join(each.err for each in ended) == "steps=many: 'many' is not an integer\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bug_keeps_its_traceback_and_nobody_hangs(tmp_path: Path) -> None:
-    first, second = chorus(tmp_path, "do=break", "who=1")
+    first, second = run_ranks(tmp_path, "do=break", "who=1")
     assert second.status == 1 and second.err.endswith("IndexError: a bug in process 1\n")
     assert "Traceback" not in first.err and first.status == 2
 
@@ -135,13 +135,13 @@ def test_a_bug_keeps_its_traceback_and_nobody_hangs(tmp_path: Path) -> None:
     ],
 )
 def test_pipelines_of_one_process_refuse_several(tmp_path: Path, argument: str, words: str) -> None:
-    ended = chorus(tmp_path, *(["pipeline=stage1"] * ("pipeline" not in argument)), argument)
+    ended = run_ranks(tmp_path, *(["pipeline=stage1"] * ("pipeline" not in argument)), argument)
     assert [each.status for each in ended] == [2, 2]
     assert "".join(each.err for each in ended).splitlines() == [words]
 
 
 def test_a_sweep_is_not_started_twice(tmp_path: Path) -> None:
-    ended = chorus(tmp_path, "-m", "seed=1,2")
+    ended = run_ranks(tmp_path, "-m", "seed=1,2")
     words = "-m: a sweep starts its own processes; run it without torchrun\n"
     assert [each.status for each in ended] == [2, 2] and "".join(each.err for each in ended) == words
 
@@ -175,7 +175,7 @@ def test_processes_of_torchrun_in_a_step_of_srun_know_of_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    first, _ = chorus(tmp_path)
+    first, _ = run_ranks(tmp_path)
     assert first.status == 0, first.err
 
 

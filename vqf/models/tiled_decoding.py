@@ -20,7 +20,8 @@ CONVERGENCE_TOLERANCE = 0.02  # largest change of a mean or deviation between tw
 class GlobalGroupNorm:
     """Replaces the statistics of group norms by those of a full image that passes in tiles.
 
-    Pass k collects statistics, and normalizes with those of pass k - 1: n norms need at most n passes.
+    With statistics of their own, tiles would differ in brightness. Pass k collects statistics, and normalizes with
+    those of pass k - 1: n norms need at most n passes.
 
     Example::
 

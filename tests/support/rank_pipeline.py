@@ -10,8 +10,8 @@ from vqf.errors import UserError
 from vqf.terminal import log
 
 
-@register("pipeline", "chorus")
-class Chorus:
+@register("pipeline", "ranks")
+class RankPipeline:
     """Agree on the folder, then do as told in some of the processes."""
 
     distributed = True
@@ -21,13 +21,13 @@ class Chorus:
 
     def run(self) -> float:
         """Return 0."""
-        log.info("singing in %s", self.run_dir.name)
+        log.info("running in %s", self.run_dir.name)
         assert comm.broadcast_object(self.run_dir) == self.run_dir
         if str(comm.rank()) in self.who:
             if self.do == "warn":
-                log.warning("hoarse")
+                log.warning("a warning")
             if self.do == "refuse":
-                raise UserError(f"process {comm.rank()} does not sing")
+                raise UserError(f"process {comm.rank()} refuses")
             if self.do == "break":
                 raise IndexError(f"a bug in process {comm.rank()}")
         comm.barrier()

@@ -33,6 +33,6 @@ def test_group_norm_keeps_images_apart() -> None:
 def test_initialisation() -> None:
     torch.manual_seed(0)
     net = PatchGAN(3)
-    assert float(net.main[2].weight.std()) == pytest.approx(0.02, rel=0.05)
-    assert float(net.main[3].weight.mean()) == pytest.approx(1.0, abs=0.01)
-    assert float(net.main[3].bias.abs().max()) == 0.0
+    assert float(net.main[2].weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(net.main[3].weight.detach().mean()) == pytest.approx(1.0, abs=0.01)
+    assert float(net.main[3].bias.detach().abs().max()) == 0.0

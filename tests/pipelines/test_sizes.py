@@ -105,7 +105,7 @@ def test_reconstructions_and_samples_on_disk(runs: tuple[Path, Path], tmp_path: 
 def test_larger_images_need_the_sliding_window_sampler(runs: tuple[Path, Path]) -> None:
     generator = vqf.load(runs[1])
     assert isinstance(generator, Generator)
-    with pytest.raises(UserError, match=r"has learned images of 16 x 24 pixels, not 24 x 40"):
+    with pytest.raises(UserError, match=r"was trained on images of 16 x 24 pixels, not 24 x 40"):
         generator.sample(1, size=[24, 40])
     generator.sampler = build("sampler", {"name": "sliding_window"})
     assert generator.sample(1, size=[24, 40]).shape == (1, 3, 24, 40)

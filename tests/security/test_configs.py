@@ -57,7 +57,7 @@ HOSTILE: dict[str, Any] = {
     "hydra.run": {"dir": "/tmp/elsewhere"},
     "hydra.sweep": {"dir": "/tmp/elsewhere"},
 }
-OF_PIPELINES = {"out": "shard", "statistics": "evaluate"}
+OF_PIPELINES = {"out": "shard", "path": "export", "statistics": "evaluate"}
 
 
 def nested(place: str, value: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vqf.errors import UserError
 
 # Options that choose code to run, or paths to write.
 CLI_ONLY_KEYS = (
-    *("plugins", "run_dir", "resume", "tokens.root", "out", "statistics", "data.index"),
+    *("plugins", "run_dir", "resume", "tokens.root", "out", "path", "statistics", "data.index"),
     *("hydra.callbacks", "hydra.hydra_logging", "hydra.job_logging", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.job.chdir", "hydra.job.env_copy", "hydra.job.env_set", "hydra.output_subdir", "hydra.run", "hydra.sweep"),
     "hydra.searchpath",

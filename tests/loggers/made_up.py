@@ -51,7 +51,7 @@ def make_run(folder: Path, name: str = EVIL.replace("/", "_")) -> Path:
     (run_dir / "stage2" / "details.json").write_text(json.dumps(second))
     accuracy = {"": 0.5, "_real": 0.75, "_decoded": 0.7, "_chance": 0.25}
     numbers = {
-        "held-out images": {"psnr": 21.98765, "usage": 0.995, EVIL: 1.0},
+        "validation images": {"psnr": 21.98765, "usage": 0.995, EVIL: 1.0},
         "codes": {f"class_accuracy{key}": value for key, value in accuracy.items()},
     }
     (run_dir / "metrics.json").write_text(json.dumps(numbers))

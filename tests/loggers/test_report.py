@@ -98,7 +98,7 @@ def test_everything_a_run_has_is_shown(run: Path) -> None:
         "21.99",
         "22.0\u00a0dB",
         "99.5\u00a0%",
-        "Held-out images",
+        "Validation images",
         "Stage 1, the tokenizer",
         "Stage 2, the prior",
         "nats_per_token",

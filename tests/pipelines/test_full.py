@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, few_images_for_the_classifier:
 
 def test_files_of_a_run(run: Path) -> None:
     numbers = json.loads((run / "metrics.json").read_text())
-    assert {"psnr", "usage", "perplexity"} <= set(numbers["held-out images"])
+    assert {"psnr", "usage", "perplexity"} <= set(numbers["validation images"])
     assert 0 < numbers["codes"]["nats_per_token"] < 10
     assert numbers["codes"]["uniform_nats"] == pytest.approx(2.7726, abs=1e-4)
     assert "<html" in (run / "report.html").read_text()

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+VALIDATION_TABLE = "validation images"  # key in metrics.json, and title of the table
+
 
 @dataclass
 class ValidationResult:

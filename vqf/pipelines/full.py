@@ -1,6 +1,5 @@
 """Train both stages in one run."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from vqf.config.access import group_nodes
 from vqf.dataloading.training_target import target_is_class_map
 from vqf.distributed import comm
 from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
-from vqf.evaluation.validation import ValidationResult
+from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import register
@@ -21,7 +20,6 @@ from vqf.runs.retention import parse_best_criterion
 from vqf.runs.run_logger import save_metrics, start_run
 from vqf.terminal import console, log
 
-VALIDATION_TABLE = "held-out images"  # key in metrics.json, and title of the table
 # Changes for a tokenizer of class maps, unless maps.model overrides them: their channels are class logits.
 CLASS_MAP_MODEL = {"loss": {"bce": {"name": "bce"}}, "discriminator": None, "adversary": None, "regularizer": {}}
 
@@ -98,13 +96,12 @@ class Full:
             journal.images(self._finished_steps("stage1"), "reconstructions", stage1.images["reconstructions"])
             for name, images in stage2.images.items():
                 journal.images(self._finished_steps("stage2"), name, images)
-        seconds = meter.elapsed_seconds
         nats, uniform = stage2.scalars["nats_per_token"], stage2.scalars["uniform_nats"]
         rows = [(key, f"{value:.4g}") for key, value in stage1.scalars.items()]
         rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  uniform over the vocabulary", f"{uniform:.3f}")]
         rows += _class_rows(stage2.scalars)
         terminal.print_table(
-            f"{VALIDATION_TABLE}, after {math.floor(seconds / 60)} min {seconds % 60:.0f} s", ("metric", "value"), rows
+            f"{VALIDATION_TABLE}, after {terminal.format_seconds(meter.elapsed_seconds)}", ("metric", "value"), rows
         )
         self._print_next_steps()
 

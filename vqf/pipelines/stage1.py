@@ -16,7 +16,7 @@ from vqf.dataloading.order import ShuffledBatches
 from vqf.dataloading.training_target import build_target_data
 from vqf.distributed import comm
 from vqf.distributed.engine import make_engine
-from vqf.evaluation.validation import ValidationResult
+from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
 from vqf.registry import register
 from vqf.runs.resume import check_can_start
 from vqf.runs.run_logger import save_metrics
@@ -42,7 +42,7 @@ class Stage1:
 
     def run(self) -> float | None:
         validation = self.train()
-        save_metrics(self.run_dir, {"held-out images": validation.scalars})
+        save_metrics(self.run_dir, {VALIDATION_TABLE: validation.scalars})
         return -validation.scalars["psnr"] if "psnr" in validation.scalars else None
 
     def train(self, subrun: str = "") -> ValidationResult:

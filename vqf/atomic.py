@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,6 +89,13 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: Container[str]) -> None:
+    """Delete the temporary files of killed writers of `names`. No writer of them may be running."""
+    for temporary in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        if temporary.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in names:
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -94,8 +94,9 @@ def _write_missing(
     keys = (batch for number in own_numbers for batch in manifest.shard_keys(number, config.batch_size))
     batches = keyed_batches(split, keys, workers=config.workers, timeout=config.worker_timeout)
     if comm.is_main():
+        manifest.remove_leftovers()
         manifest.add({})
-    comm.barrier()  # rank 0 has made the folder
+    comm.barrier()  # rank 0 has made and cleared the folder
     done = manifest.num_rows - sum(map(manifest.shard_rows, missing))
     with terminal.progress(f"tokenize {manifest.split_name}", manifest.num_rows, done) as bar:
         for first in range(0, len(missing), world):

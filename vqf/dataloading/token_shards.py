@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqf.atomic import atomic_path, atomic_write_text, write_weights
+from vqf.atomic import atomic_path, atomic_write_text, remove_leftovers, write_weights
 from vqf.batch import Batch
 from vqf.dataloading.order import SampleKey, ShuffledBatches
 from vqf.errors import UserError
@@ -142,6 +142,11 @@ class TokenShardManifest:
             self.shards.pop(path.name, None)
             missing.append(number)
         return missing
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process left of its shards; call it before any rank writes."""
+        names = {self.shard_path(number).name for number in range(self.num_shards)}
+        remove_leftovers(self.folder, {*names, self.path.name})
 
     def write(self, number: int, columns: Mapping[str, Tensor]) -> str:
         path = self.shard_path(number)

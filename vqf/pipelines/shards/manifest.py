@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqf.atomic import TEMPORARY_SUFFIX, atomic_write_text
+from vqf.atomic import atomic_write_text, remove_leftovers
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_file
 from vqf.terminal import log, progress
@@ -71,9 +71,7 @@ class ShardManifest:
     def start(self) -> None:
         """Verify the shards and delete temporary files. The caller must hold the lock."""
         self._verify(self.recorded)
-        for temporary in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            if temporary.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in {*self.names, MANIFEST_NAME}:
-                temporary.unlink(missing_ok=True)
+        remove_leftovers(self.folder, {*self.names, MANIFEST_NAME})
         if not self.path.exists():
             self.save()
 

@@ -1,7 +1,7 @@
 """A folder of images."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from vqf.data.files.train_validation import split_by_lists, split_files
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
 from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.images.maps import MapDecoder
-from vqf.data.labels import class_numbers
+from vqf.data.labels import NumericLabels, class_numbers, whole_number
 from vqf.errors import EmptySplitError, UserError, unknown_message
 from vqf.registry import register
 
@@ -41,6 +41,8 @@ class Folder:
             images if 1.
         validation_last: Number of images, the last by path, that are for validation instead.
         labels: Whether folders, or tables, give labels.
+        numeric_labels: Whether labels that all are whole numbers are the class numbers ("index"), or names, which are
+            numbered in order of their values ("name").
         crop: Where training images are cropped; validation images are center-cropped. "resized" crops a region of
             random area and aspect ratio and stretches it to the image size, like torchvision's RandomResizedCrop.
         crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area in (0, 1].
@@ -71,6 +73,7 @@ class Folder:
         validation_fraction: float = 0.05,
         validation_last: int | None = None,
         labels: bool = True,
+        numeric_labels: NumericLabels = "index",
         crop: Crop = "random",
         crop_area: Sequence[float] = DEFAULT_CROP_AREA,
         crop_ratio: Sequence[float] = DEFAULT_CROP_RATIO,
@@ -100,7 +103,9 @@ class Folder:
                 partition = split_files(files, validation_fraction, validation_last)
             else:
                 partition = split_by_lists(self.root, train, validation, extensions)
-            self.classes, self.class_numbers = class_numbers(partition.labels if labels else ())
+            self.classes, self.class_numbers = class_numbers(
+                partition.labels if labels else (), numeric_labels=numeric_labels
+            )
             self.partition = partition.pack()
         self._check_expected_counts(expected_counts or {}, source_hint)
 
@@ -119,8 +124,8 @@ class Folder:
             EmptySplitError: If it has no images.
         """
         files = self._files(name)
-        content = (tuple(file) for file in files)
-        return ImageSplit(self, name, PackedStrings(file.name for file in files), self._labels(files), content)
+        names = PackedStrings(file.name for file in files)
+        return ImageSplit(self, name, names, self._labels(files), self._content(files))
 
     def _files(self, name: str) -> Sequence[File]:
         splits = {"train": self.partition.train, "validation": self.partition.validation}
@@ -138,6 +143,14 @@ class Folder:
         if not self.classes:
             return None
         return torch.tensor([self.class_numbers[self.partition.label(file)] for file in files])
+
+    def _content(self, files: Sequence[File]) -> Iterator[tuple[object, ...]]:
+        """Yield the fields of each file, with the class number in place of a label that is a whole number."""
+        labels = [label for label in self.class_numbers if label is not None and whole_number(label) is not None]
+        numbers: dict[int | str | None, int] = {label: self.class_numbers[label] for label in labels}
+        for file in files:
+            label = self.partition.label(file) if numbers else None
+            yield tuple(file._replace(label=numbers.get(label, file.label)))
 
     def _check_expected_counts(self, expected: Mapping[str, int], hint: str | None) -> None:
         counts = {

@@ -12,6 +12,7 @@ import torch
 from vqf.batch import Size, pair
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
 from vqf.data.images.decode import MAX_PIXELS, Animated
+from vqf.data.labels import NumericLabels
 from vqf.data.tar.contents import IndexedShards
 from vqf.data.tar.dataset import ShardSplit
 from vqf.data.tar.members import SampleMembers
@@ -43,6 +44,8 @@ class Shards:
         validation_images: The same for validation.
         buffer: Size of the shuffle buffer of a stream, in images per loading process; at least 1.
         labels: Whether labels are read.
+        numeric_labels: Whether labels that all are whole numbers are the class numbers ("index"), or names, which are
+            numbered in order of their values ("name"); a stream knows only class numbers.
         label_key: The field of `.json` with the label; by default the label is the content of `.cls`.
         classes: Number of classes, where labels are numbers; by default from the shards or the manifest. 0 ignores the
             labels of a stream.
@@ -77,6 +80,7 @@ class Shards:
         validation_images: int | None = None,
         buffer: int = 1000,
         labels: bool = True,
+        numeric_labels: NumericLabels = "index",
         label_key: str | None = None,
         classes: int | None = None,
         image: str | None = None,
@@ -114,7 +118,7 @@ class Shards:
             self.root = self.folder.root
             self.check_manifest(self.folder.manifest)  # before the long work
             self.folder.index_splits(self.patterns, labels)
-            self.classes, self.class_numbers = self.folder.class_numbers(classes)
+            self.classes, self.class_numbers = self.folder.class_numbers(classes, numeric_labels)
 
     def split(self, name: str) -> ShardSplit | StreamSplit:
         """Return a split.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,21 +12,44 @@ from vqf.errors import UserError, unknown_message
 from vqf.models.condition_batch import per_image_fields
 from vqf.models.conditioning import ConditionerStack
 from vqf.protocols import Sampler
+from vqf.terminal import log
 
 
 def class_index(label: int | str, classes: Sequence[str]) -> int:
-    """The index of a class by index or name.
+    """The index of a class by name, or else by index; a name that is a whole number is found by its value.
 
     Raises:
         UserError: If there is none.
     """
-    if isinstance(label, int) or str(label).isdigit():
-        if int(label) not in range(len(classes)):
-            raise UserError(f"label={label}: {unknown_message('class', label, range(len(classes)))}")
-        return int(label)
-    if label not in classes:
+    by_name, index = _index_by_name(str(label), classes), _whole_number(str(label))
+    if by_name is not None:
+        if index is not None and index != by_name and index < len(classes):
+            _log_reading(str(label), classes[by_name], by_name, classes[index])
+        return by_name
+    if index is None:
         raise UserError(f"label={label}: {unknown_message('class', label, classes)}")
-    return classes.index(label)
+    if index not in range(len(classes)):
+        raise UserError(f"label={label}: {unknown_message('class', label, range(len(classes)))}")
+    return index
+
+
+def _index_by_name(label: str, classes: Sequence[str]) -> int | None:
+    if label in classes:
+        return classes.index(label)
+    number = _whole_number(label)
+    return next((i for i, name in enumerate(classes) if number is not None and _whole_number(name) == number), None)
+
+
+def _whole_number(name: str) -> int | None:
+    return int(name) if name.isascii() and name.isdecimal() else None
+
+
+@lru_cache  # every batch resolves the same label; one line is enough
+def _log_reading(label: str, name: str, index: int, other: str) -> None:
+    log.info(
+        "label=%s: draws the class named '%s', which has index %d; the class with index %s is '%s', label=%s draws it",
+        *(label, name, index, label, other, other),
+    )
 
 
 def resolve_labels(

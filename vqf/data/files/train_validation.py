@@ -50,7 +50,10 @@ class TrainValidationSplit:
             )
             log.warning(f"data.root: no labels, because '{unlabelled}' {reason}")
             return set()
-        return labels if len(labels) > 1 else set()
+        if len(labels) == 1:
+            log.info(f"data.root: no labels, because all images have the same one, '{next(iter(labels))}'")
+            return set()
+        return labels
 
 
 def split_by_lists(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqf.data.files.packed import gc_paused
 from vqf.data.files.read_errors import allowed_unreadable
-from vqf.data.labels import class_numbers
+from vqf.data.labels import NumericLabels, class_numbers
 from vqf.data.tar.contents import LOST_LABEL, IndexedShards, SampleIndexBuilder, iter_samples, load_indices
 from vqf.data.tar.manifest import MANIFEST_NAME, class_names, listed_shards, read_manifest
 from vqf.data.tar.members import SampleMembers
@@ -56,22 +56,38 @@ class ShardFolder:
             options = " and ".join(f"data.{name}={pattern}" for name, pattern in patterns.items())
             raise UserError(f"data.root: no images in shards of '{self.root}'; {options}")
 
-    def class_numbers(self, count: int | None) -> tuple[list[str], dict[int | str | None, int]]:
+    def class_numbers(
+        self, count: int | None, numeric_labels: NumericLabels
+    ) -> tuple[list[str], dict[int | str | None, int]]:
         """Return class names, and class numbers; empty unless all splits with images have labels.
 
         Raises:
             UserError: If a label is not below `count`.
         """
-        contents = [content for content in self.contents.values() if content.names]
-        if not all(content.labels for content in contents):
-            return [], {}
-        labels = {label for content in contents for label in content.labels} - {LOST_LABEL}
+        labels = self._labels()
         if count is not None and (wrong := [label for label in labels if isinstance(label, str) or label >= count]):
             raise UserError(f"data.classes={count}: the label {max(wrong, key=str)!r} is not a number below {count}")
-        names = class_names(self.manifest)
-        numbers_as_names = [str(i) for i in range(count or 0)]
-        classes, numbers = class_numbers(labels, names if len(names) >= len(numbers_as_names) else numbers_as_names)
+        names, numbers_as_names = class_names(self.manifest), [str(i) for i in range(count or 0)]
+        names = names if len(names) >= len(numbers_as_names) else numbers_as_names
+        classes, numbers = class_numbers(labels, names, numeric_labels)
+        if labels and (unused := class_names(self.manifest)) and len(unused) < len(classes):
+            log.info(
+                f"data.root: {MANIFEST_NAME} in '{self.root}' names {len(unused)} classes, but there are "
+                f"{len(classes)}: its names are not used"
+            )
         return classes, {LOST_LABEL: 0, **numbers}  # the number of a lost label is never seen: its image is unreadable
+
+    def _labels(self) -> set[int | str]:
+        contents = {name: content for name, content in self.contents.items() if content.names}
+        labelled = [name for name, content in contents.items() if content.labels]
+        if len(labelled) == len(contents):
+            return {label for content in contents.values() for label in content.labels} - {LOST_LABEL}
+        if labelled:
+            unlabelled = next(name for name in contents if name not in labelled)
+            log.warning(
+                f"data.root: no labels, because the {unlabelled} images have none, unlike the {labelled[0]} images"
+            )
+        return set()
 
     def digests(self) -> dict[Path, str]:
         paths = [path for content in self.contents.values() for path in content.tar_reader.paths]

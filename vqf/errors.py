@@ -1,13 +1,33 @@
 """`UserError`, and the wording of common error messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 MAX_LISTED = 16  # names in one message
 
+# Control characters, line separators, bidirectional controls (CVE-2021-42574), and bytes that are not UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Escape characters that change what a terminal or page shows: "\x1b[31m", "\n", "\u202e".
+
+    Args:
+        keep: Characters to leave as they are, such as the line ends of a text of several lines.
+    """
+    return UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
 
 class UserError(ValueError):
-    """A mistake of the user: one line, exit status 2, no traceback."""
+    """Mistakes of the user: exit status 2, no traceback.
+
+    Args:
+        *lines: One for each mistake. Names in them may be anybody's: `str` gives one printable line for each.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class EmptySplitError(UserError):
@@ -15,8 +35,8 @@ class EmptySplitError(UserError):
 
 
 def quote_name(name: str) -> str:
-    """Quote a file name and escape its control characters."""
-    return "'" + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name) + "'"
+    """Quote a file name, in its printable form."""
+    return f"'{printable(name)}'"
 
 
 def closest_match(name: str, known: Iterable[object]) -> str | None:

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,18 +19,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from vqf.config.compose import check_command, compose_job, config_dir, flags_first
+from vqf.config.compose import check_command, compose_job, config_dir, flags_first, only_prints
 from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed import comm
 from vqf.distributed.log_relay import flush_relayed
 from vqf.distributed.peer_errors import peer_failure, report_once
 from vqf.distributed.process_group import process_group
-from vqf.errors import UserError
+from vqf.errors import UserError, printable
 from vqf.plugins import load_plugins, plugins_from_cli
 from vqf.registry import build, find_component, flat_component
 from vqf.runs import run_dir
 from vqf.runs.lock import folder_lock, unwritable_message
-from vqf.terminal import muted
+from vqf.terminal import muted, printable_stdout
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # exit codes
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -84,7 +84,8 @@ def main() -> None:
             sys.argv[1:] = arguments = _cli_arguments()
             load_plugins(plugins_from_cli(arguments))
             check_command(arguments)
-            with _locked_run_dir(_build_early(arguments)):
+            shown = printable_stdout() if only_prints(arguments) else nullcontext()
+            with _locked_run_dir(_build_early(arguments)), shown:
                 run()
     except UserError as error:
         _exit(EXIT_USER_ERROR, str(error))
@@ -182,15 +183,17 @@ def _fail_job(message: str) -> NoReturn:
     prefix = f"#{job.job.num} {' '.join(job.overrides.task)}: " if job.mode == RunMode.MULTIRUN else ""
     if comm.is_main():
         flush_relayed()  # log records of the other processes
-        logging.getLogger("vqf.failure").error("%s", message)  # goes to log.txt only
+        for line in message.splitlines():
+            logging.getLogger("vqf.failure").error("%s", line)  # goes to log.txt only
     if prefix and job.launcher._target_ != BASIC_LAUNCHER:
-        raise UserError(f"{prefix}{message}")  # the launcher re-raises it in the process of the sweep
+        raise UserError(*f"{prefix}{message}".splitlines())  # the launcher re-raises it in the process of the sweep
     _exit(EXIT_USER_ERROR, message, prefix)
 
 
 def _exit(status: int, message: str, prefix: str = "") -> NoReturn:
     """Only the first process that gets here prints."""
-    report_once(lambda: print(f"{prefix}{message}", file=sys.stderr, flush=True), message)
+    text = printable(f"{prefix}{message}", keep="\n")
+    report_once(lambda: print(text, file=sys.stderr, flush=True), message)
     sys.exit(status)
 
 

@@ -1,33 +1,54 @@
-"""Console, log handlers, progress bars, tables, and the format of numbers."""
+"""Console, log handlers, progress bars, tables, and the format of numbers.
 
+Names of classes, files, components and metrics may be anybody's: whatever is shown here is made printable.
+"""
+
+import io
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from vqf.errors import printable
+
 console = Console(highlight=False)
 log = logging.getLogger("vqf")
 
 BINARY_PREFIXES = "KMGT"
 LOG_INTERVAL_SECONDS = 15.0  # between two lines of progress without a terminal
+LINE_ENDS = "\n\t"  # of texts of several lines, such as a traceback or a config
+
+
+def keep_on_one_line(record: logging.LogRecord) -> bool:
+    """Filter that makes the message of a log record one printable line."""
+    message = record.getMessage()
+    if (line := printable(message)) != message:
+        record.msg, record.args = line, ()
+    return True
+
+
+log.addFilter(keep_on_one_line)
 
 
 class TerminalHandler(logging.Handler):
     """Prints log records without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(printable(self.format(record)), markup=False, soft_wrap=True)
+        console.print(printable(self.format(record), LINE_ENDS), markup=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
     """A log file that skips records on a full disk."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), LINE_ENDS)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exception(), OSError):
@@ -42,6 +63,17 @@ def muted() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+@contextmanager
+def printable_stdout() -> Iterator[None]:
+    """Make printable what is printed inside the block; it appears at the end."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        sys.stdout.write(printable(text.getvalue(), LINE_ENDS))
 
 
 class _RateColumn(ProgressColumn):
@@ -65,7 +97,7 @@ class ProgressBar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
-        self.note = note or self.note
+        self.note = printable(note) or self.note
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, advance=count, note=self.note)
         elif time.monotonic() - self.last_logged > LOG_INTERVAL_SECONDS:
@@ -90,7 +122,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         MofNCompleteColumn(),
         _RateColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bars:
         yield ProgressBar(title, total, done, bars)
@@ -125,14 +157,15 @@ def format_bytes(size: float) -> str:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, the first column aligned left."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    # Text, since rich reads [l1] in a str as a style
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if i else "left")
+        table.add_column(Text(printable(name)), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # Text, since rich reads [l1] in a str as a style
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
-def printable(text: str) -> str:
-    """Escape bytes that are not valid UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def printable_value(value: object) -> object:
+    """Make a string printable, for `finalize` of a template; line ends and other values stay."""
+    return printable(value, LINE_ENDS) if type(value) is str else value  # Markup is ours, and large

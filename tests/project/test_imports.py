@@ -22,6 +22,7 @@ SHARED = CONTRACT | {"networks", "config", "images"}
 # What each room may import besides itself, from the ground up. A file at the top of the package is a room of its own.
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
+    "terminal": {"errors"},
     "protocols": {"batch"},
     "registry": {"errors", "typed_nodes"},
     "plugins": {"errors"},

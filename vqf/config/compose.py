@@ -24,7 +24,7 @@ from yaml import YAMLError
 from vqf.config import messages
 from vqf.config.settings import check_config
 from vqf.config.untrusted import cli_only_violations
-from vqf.errors import UserError, unknown_message
+from vqf.errors import UserError, printable, unknown_message
 
 # Raised while composing; Hydra raises ValueError for a group set to null.
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -59,22 +59,29 @@ def check_command(arguments: Sequence[str]) -> None:
         return
     composer = Composer(flags)
     overrides, errors = _parse(flags.overrides, composer)
+    errors += composer.unprintable_choices() if flags.help else []
     sweep = [each for each in overrides if each.is_sweep_override()]
     if sweep and not flags.multirun and not composer.is_sweep(overrides):
         errors += [messages.sweep_hint(override) for override in sweep]
     for job in [] if errors else _jobs(overrides):
         errors += composer.find_errors(job, runs=not flags.help and not flags.cfg)
     if errors:
-        raise UserError("\n".join(dict.fromkeys(errors)))
+        raise UserError(*dict.fromkeys(errors))
 
 
 def compose_job(arguments: Sequence[str]) -> DictConfig | None:
     """Compose checked arguments; None unless they start exactly one job."""
     flags = get_args_parser().parse_args(list(arguments))
-    if flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg:
+    if only_prints(arguments):
         return None
     config = Composer(flags).compose(flags.overrides) if not flags.multirun else None
     return None if config is None or config.hydra.mode == RunMode.MULTIRUN else config
+
+
+def only_prints(arguments: Sequence[str]) -> bool:
+    """Tell whether flags, such as --help, print something instead of starting jobs."""
+    flags = get_args_parser().parse_args(list(arguments))
+    return bool(flags.shell_completion or flags.hydra_help or flags.info is not None or flags.help or flags.cfg)
 
 
 class Composer:
@@ -129,6 +136,11 @@ class Composer:
         """The argument for each name: {"vqgan": "model=vqgan"}."""
         groups = [group for group in self._groups() if not group.startswith("hydra")]
         return {name: f"{group}={name}" for group in groups for name in self.loader.get_group_options(group)}
+
+    def unprintable_choices(self) -> list[str]:
+        """One line for each name of a file that --help, which Hydra prints, could not list in one line."""
+        choices = self.group_choices()
+        return [f"{choices[name]}: rename its file first" for name in choices if printable(name) != name]
 
     def _argument_errors(self, lines: Sequence[str]) -> list[str]:
         """Compose with each argument alone on the valid choices."""

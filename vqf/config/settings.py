@@ -98,7 +98,7 @@ def check_config(config: DictConfig) -> None:
         if isinstance(section := config.get(name), DictConfig):
             messages += [*_invalid_values(section, f"{name}."), *config_errors(section, f"{name}.")]
     if messages:
-        raise UserError("\n".join(messages))
+        raise UserError(*messages)
 
 
 def fill_missing_groups(config: DictConfig) -> DictConfig:

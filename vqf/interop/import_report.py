@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqf.errors import printable
 from vqf.interop.key_mapping import matches
 from vqf.interop.key_tables import CAUSAL_MASK_KEY, IGNORED_KEYS
 
@@ -47,7 +48,8 @@ class ImportReport:
     def text(self) -> str:
         lines = [*self.summary(), "", "skipped:"]
         lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()] or ["  nothing"]
-        return "\n".join([*lines, "", "loaded:", *(f"  {name} -> {new}" for name, new in self.loaded.items()), ""])
+        lines += ["", "loaded:", *(f"  {name} -> {new}" for name, new in self.loaded.items())]
+        return "".join(f"{printable(line)}\n" for line in lines)
 
 
 UNKNOWN_TENSOR = "unknown to vqf"

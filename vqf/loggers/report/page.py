@@ -20,6 +20,7 @@ from vqf.loggers.report.summary import cost_line, description, facts, load_confi
 from vqf.loggers.report.tables import class_accuracy_sentence, highlights, read_tables
 from vqf.registry import register
 from vqf.run_files import read_json, read_text
+from vqf.terminal import printable_value
 
 PACKAGES = ("vqf", "torch", "hydra-core", "timm")
 MAX_CURVES = 6  # of a stage; the others are folded away
@@ -66,7 +67,8 @@ def write_report(run_dir: Path) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     source = (importlib.resources.files("vqf.loggers.report") / "page.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    environment = Environment(autoescape=True, finalize=printable_value, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(source)
     page = template.render(page_context(run_dir))
     path = run_dir / "report.html"
     atomic_write_text(path, page)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vqf import terminal
 from vqf.config.diff import MISSING
+from vqf.errors import printable
 from vqf.pipelines.comparison.metrics import MetricValue
 from vqf.pipelines.comparison.ranking import Column, Ranking
 from vqf.pipelines.comparison.reconstructions import ReconstructionPanels, latest_samples_uri, to_data_uri
@@ -87,7 +88,7 @@ class ComparisonReport:
         ]
         table = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines]
         notes, commands = [f"* {line}" for line in self.notes()], [f"    {line}" for line in self.commands]
-        return "\n".join([*table, "", *notes, "", *commands, ""])
+        return "".join(f"{printable(line)}\n" for line in [*table, "", *notes, "", *commands])
 
     def csv_rows(self) -> list[list[Any]]:
         ranking = self.ranking
@@ -102,7 +103,10 @@ class ComparisonReport:
         from jinja2 import Environment, StrictUndefined
 
         source = (importlib.resources.files("vqf.pipelines.comparison") / "report.html.j2").read_text(encoding="utf-8")
-        template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+        environment = Environment(
+            autoescape=True, finalize=terminal.printable_value, undefined=StrictUndefined, trim_blocks=True
+        )
+        template = environment.from_string(source)
         return template.render(
             header=self.header(),
             rows=self.rows(),

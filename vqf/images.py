@@ -1,6 +1,7 @@
 """Image files of pipelines."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from vqf.atomic import atomic_path
 from vqf.errors import UserError
 from vqf.protocols import ConditionReader
 from vqf.registry import call_static, find_component
+
+log = logging.getLogger("vqf")
 
 
 def to_pil_image(image: Tensor) -> Image.Image:
@@ -37,13 +40,16 @@ def to_rgb(images: Tensor) -> Tensor:
     return rearrange(palette.clamp(0, 1)[images.argmax(1)] * 2 - 1, "b h w c -> b c h w")
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, value_range: Sequence[float] | None = None) -> Tensor:
     """Read a full image, (3, H, W) in [-1, 1], with the decoder of `data=folder`.
+
+    Args:
+        value_range: The option `data.range`.
 
     Raises:
         UserError: If the file is not a readable image.
     """
-    return _read_or_raise(find_component("data", "folder").target.image_reader(), path)  # type: ignore[attr-defined]
+    return _read_or_raise(find_component("data", "folder").target.image_reader(value_range), path)  # type: ignore[attr-defined]
 
 
 def condition_reader(data: DictConfig) -> ConditionReader | None:
@@ -87,10 +93,13 @@ def image_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     extensions: tuple[str, ...] = tuple(find_component("data", "folder").options["extensions"].default)
-    files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-    images = sorted(file for file in files if file.name.lower().endswith(extensions))
+    files = [file for file in path.iterdir() if not file.is_dir()]
+    # What is no file, such as a named pipe, is an image that cannot be read: it is named, not left out.
+    images = sorted(file for file in files if file.name.lower().endswith(extensions) and not file.name.startswith("."))
     if not images:
         raise UserError(f"condition={path}: no images ({', '.join(extensions)}) in this folder")
+    if others := sorted(file.name for file in files if file not in images):
+        log.info(f"condition={path}: {len(others)} files are no images by their endings, such as '{others[0]}'")
     return images
 
 

@@ -96,7 +96,7 @@ def test_files_are_those_of_the_sources(folders):
         path = folders / train.names[i]
         assert train.file(i).read_bytes() == path.read_bytes()
         assert train.file(i).load_image().size == (20, 16)
-        assert train.file(i).probe(train.file(i).read_bytes()) == ("PNG", "RGB", 20, 16)
+        assert train.file(i).probe(train.file(i).read_bytes())[:4] == ("PNG", "RGB", 20, 16)
     (folders / "few" / "001.png").write_bytes(b"broken")
     with pytest.raises(UnreadableError):
         train.file(1).load_image()

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "vqf"
 COMPONENTS = ("encoders", "quantizers", "discriminators", "transformers", "losses", "data", "metrics", "loggers")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "seeding", "hashing", "atomic", "terminal", "typed_nodes", "batch", "run_files"}
+GROUND = {"errors", "seeding", "hashing", "atomic", "terminal", "typed_nodes", "batch", "run_files", "file_kinds"}
 CONTRACT = GROUND | {"registry", "plugins", "protocols", "distributed"}
 SHARED = CONTRACT | {"networks", "config", "images"}
 

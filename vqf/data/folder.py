@@ -14,6 +14,7 @@ from vqf.data.files.train_validation import split_by_lists, split_files
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
 from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.images.maps import MapDecoder
+from vqf.data.images.pixel_values import check_range
 from vqf.data.labels import NumericLabels, class_numbers, whole_number
 from vqf.errors import EmptySplitError, UserError, unknown_message
 from vqf.registry import register
@@ -52,6 +53,8 @@ class Folder:
         jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
             training images, as in torchvision's ColorJitter.
         resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
+        range: The values that become black and white in gray images of more than 8 bits, as in [0,4095] for 12 bits;
+            values beyond are clipped. By default 0 and 65535. Images of 8 bits are not changed.
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         extensions: File name extensions of images, in any case.
         max_pixels: Largest image that is decoded, width times height.
@@ -80,6 +83,7 @@ class Folder:
         flip: bool = True,
         jitter: Sequence[float] = NO_JITTER,
         resize: Resize = "antialias",
+        range: Sequence[float] | None = None,
         animated: Animated = "refuse",
         extensions: Sequence[str] = EXTENSIONS,
         max_pixels: int = MAX_PIXELS,
@@ -95,6 +99,7 @@ class Folder:
             raise ValueError(f"max_unreadable={max_unreadable} is not in [0, 1]")
         self.size, self.seed, self.root = pair(image_size), seed, Path(root).expanduser()
         self.augmentation = Augmentation(crop, crop_area, crop_ratio, flip, jitter, resize)
+        self.pixel_range = check_range("range", range)
         self.animated, self.max_pixels, self.max_unreadable = animated, max_pixels, max_unreadable
         _check_folder(self.root, source_hint)
         with gc_paused():
@@ -110,9 +115,9 @@ class Folder:
         self._check_expected_counts(expected_counts or {}, source_hint)
 
     @staticmethod
-    def image_reader() -> MapDecoder:
+    def image_reader(range: Sequence[float] | None = None) -> MapDecoder:
         """Return a reader of full images: upright, transparency on white."""
-        return MapDecoder("rgb")
+        return MapDecoder("rgb", pixel_range=check_range("range", range))
 
     def is_image(self, name: str) -> bool:
         return True

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.folder import Folder
 from vqf.data.images.decode import EXTENSIONS
 from vqf.data.images.maps import MapDecoder, MapKind
+from vqf.data.images.pixel_values import check_range
 from vqf.errors import UserError
 from vqf.registry import register
 
@@ -38,6 +38,7 @@ class Pairs(Folder):
             number per pixel, one-hot encoded into `labels` channels.
         labels: Number of classes of maps=labels, at least 2.
         unlabelled: The number of pixels without a class. It becomes class 0, and every other number moves up by one.
+        map_range: The values that become black and white in gray maps of more than 8 bits, as `range` for images.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Pairs(Folder):
         maps: MapKind = "rgb",
         labels: int = 0,
         unlabelled: int | None = None,
+        map_range: Sequence[float] | None = None,
         source_hint: str | None = None,
         **options: Any,
     ) -> None:
         base = Path(root).expanduser()
-        self.map_decoder = self.condition_reader(maps, labels, unlabelled)
+        self.map_decoder = self.condition_reader(maps, labels, unlabelled, map_range)
         self.suffix, self.maps_folder = suffix, base / conditions
         self.same_folder = self.maps_folder.resolve() == (base / images).resolve()
         if self.same_folder and not suffix:
@@ -65,8 +67,13 @@ class Pairs(Folder):
         self.maps_by_stem = _maps_by_stem(self.maps_folder, suffix, source_hint)
 
     @staticmethod
-    def condition_reader(maps: MapKind = "rgb", labels: int = 0, unlabelled: int | None = None) -> MapDecoder:
-        return MapDecoder(maps, labels, unlabelled)
+    def condition_reader(
+        maps: MapKind = "rgb",
+        labels: int = 0,
+        unlabelled: int | None = None,
+        map_range: Sequence[float] | None = None,
+    ) -> MapDecoder:
+        return MapDecoder(maps, labels, unlabelled, check_range("map_range", map_range))
 
     def is_image(self, name: str) -> bool:
         return not self.same_folder or not _stem(name).endswith(self.suffix)
@@ -99,7 +106,7 @@ class PairSplit(PairedImageSplit):
     def __init__(self, data: Pairs, split_name: str, files: Sequence[File], maps: Sequence[File | None]) -> None:
         self.map_names = PackedStrings(file.name if file else "" for file in maps)
         self.maps_folder, self.map_decoder = data.maps_folder, data.map_decoder
-        content = [astuple(data.map_decoder), *map(tuple, files), *(file and tuple(file) for file in maps)]
+        content = [data.map_decoder.fingerprint_fields, *map(tuple, files), *(file and tuple(file) for file in maps)]
         super().__init__(data, split_name, PackedStrings(file.name for file in files), None, content)
 
     def open_map(self, index: int) -> Path:

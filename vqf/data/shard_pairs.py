@@ -2,8 +2,8 @@
 
 import io
 import logging
-from collections.abc import Mapping
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import IO, Any
 
 import torch
@@ -15,6 +15,7 @@ from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.images.augment import ViewParams
 from vqf.data.images.decode import CroppedImage, UnreadableError
 from vqf.data.images.maps import MapDecoder, MapKind
+from vqf.data.images.pixel_values import check_range
 from vqf.data.shards import Shards, normalize_extension
 from vqf.data.tar.contents import CRC_MISSING, IndexedShards
 from vqf.data.tar.dataset import ShardSplit, content_key
@@ -44,6 +45,7 @@ class ShardPairs(Shards):
             one-hot encoded into `labels` channels. Must be what the manifest of pipeline=shard says, if there is one.
         labels: Number of classes of maps=labels, at least 2.
         unlabelled: The number of pixels without a class. It becomes class 0, and every other number moves up by one.
+        map_range: The values that become black and white in gray maps of more than 8 bits, as `range` for images.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class ShardPairs(Shards):
         maps: MapKind = "rgb",
         labels: int = 0,
         unlabelled: int | None = None,
+        map_range: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
-        self.map_decoder = self.condition_reader(maps, labels, unlabelled)
+        self.map_decoder = self.condition_reader(maps, labels, unlabelled, map_range)
         self.condition = normalize_extension(condition)
         if not self.condition or (image and SampleMembers(condition=self.condition).is_map(image.lower().lstrip("."))):
             raise ValueError(
@@ -67,8 +70,13 @@ class ShardPairs(Shards):
         super().__init__(image_size, seed, image=image, **options)  # labels of images stay on, unlike in `data=pairs`
 
     @staticmethod
-    def condition_reader(maps: MapKind = "rgb", labels: int = 0, unlabelled: int | None = None) -> MapDecoder:
-        return MapDecoder(maps, labels, unlabelled)
+    def condition_reader(
+        maps: MapKind = "rgb",
+        labels: int = 0,
+        unlabelled: int | None = None,
+        map_range: Sequence[float] | None = None,
+    ) -> MapDecoder:
+        return MapDecoder(maps, labels, unlabelled, check_range("map_range", map_range))
 
     def check_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Check the maps' options in a manifest.
@@ -77,7 +85,7 @@ class ShardPairs(Shards):
             UserError: If they differ.
         """
         written = _parse_map_decoder(manifest.get("maps"))
-        if written in (None, self.map_decoder):
+        if written in (None, replace(self.map_decoder, pixel_range=None)):
             return
         options = " ".join(f"data.{key}={'null' if value is None else value}" for key, value in written.options.items())
         raise UserError(
@@ -119,7 +127,7 @@ class ShardPairSplit(PairedImageSplit, ShardSplit):
     def __init__(self, data: ShardPairs, name: str, contents: IndexedShards, labels: torch.Tensor | None) -> None:
         self.map_decoder = data.map_decoder
         self.map_names, self.map_locations = contents.map_names, contents.map_locations
-        extra = [astuple(data.map_decoder), *content_key(contents.map_names, contents.map_locations)]
+        extra = [data.map_decoder.fingerprint_fields, *content_key(contents.map_names, contents.map_locations)]
         super().__init__(data, name, contents, labels, extra)
 
     def open_map(self, index: int) -> IO[bytes]:
@@ -147,7 +155,7 @@ class StreamPairSplit(StreamSplit):
         return stack_map(crop, full_map, self.data.size, self.map_decoder)
 
     def fingerprint_fields(self, stream: StreamedShards) -> list[object]:
-        return [*super().fingerprint_fields(stream), astuple(self.map_decoder), self.condition]
+        return [*super().fingerprint_fields(stream), self.map_decoder.fingerprint_fields, self.condition]
 
     def _decode_sample(self, raw: RawSample, view: ViewParams) -> Sample | None:
         sample = super()._decode_sample(raw, view)

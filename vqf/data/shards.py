@@ -12,6 +12,7 @@ import torch
 from vqf.batch import Size, pair
 from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
 from vqf.data.images.decode import MAX_PIXELS, Animated
+from vqf.data.images.pixel_values import check_range
 from vqf.data.labels import NumericLabels
 from vqf.data.tar.contents import IndexedShards
 from vqf.data.tar.dataset import ShardSplit
@@ -60,6 +61,8 @@ class Shards:
         jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
             training images.
         resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
+        range: The values that become black and white in gray images of more than 8 bits, as in [0,4095] for 12 bits;
+            values beyond are clipped. By default 0 and 65535. Images of 8 bits are not changed.
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         max_pixels: Largest image that is decoded, width times height.
         max_unreadable: Fraction of unreadable or missing images, and of truncated shards, in [0, 1] above which the run
@@ -91,6 +94,7 @@ class Shards:
         flip: bool = True,
         jitter: Sequence[float] = NO_JITTER,
         resize: Resize = "antialias",
+        range: Sequence[float] | None = None,
         animated: Animated = "refuse",
         max_pixels: int = MAX_PIXELS,
         max_unreadable: float = 0.01,
@@ -101,6 +105,7 @@ class Shards:
             raise ValueError(f"buffer={buffer} is not a number of images from 1 on")
         self.size, self.seed = pair(image_size), seed
         self.augmentation = Augmentation(crop, crop_area, crop_ratio, flip, jitter, resize)
+        self.pixel_range = check_range("range", range)
         self.animated, self.max_pixels, self.max_unreadable = animated, max_pixels, max_unreadable
         self.shuffle_buffer = buffer
         self.member_roles = SampleMembers(normalize_extension(image), label_key, self.condition)

@@ -24,7 +24,8 @@ class ImageFileLike(Protocol):
 
     def load_image(self) -> Image.Image: ...  # uncropped, upright, RGB
 
-    def probe(self, content: bytes) -> tuple[str, str, int, int]: ...  # format, mode, width, height
+    # Format, mode, width, height, and the least and largest pixel value.
+    def probe(self, content: bytes) -> tuple[str, str, int, int, float, float]: ...
 
 
 @runtime_checkable

@@ -40,6 +40,8 @@ class ImageFacts:
     mode: str = ""
     width: int = 0
     height: int = 0
+    least: float = 0  # value of a pixel
+    largest: float = 0
     error: str = ""
 
 
@@ -164,7 +166,18 @@ def _summarize_split(images: list[ImageFacts], size: Size) -> dict[str, Any]:
         "shorter_side": _min_median_max(min(facts.width, facts.height) for facts in readable),
         "upscaled": sum(facts.height < size[0] or facts.width < size[1] for facts in readable),
         "modes": dict(Counter(facts.mode for facts in readable).most_common()),
+        "values": _values_by_mode(readable),
         "formats": dict(Counter(facts.format for facts in readable).most_common()),
+    }
+
+
+def _values_by_mode(images: Sequence[ImageFacts]) -> dict[str, list[float]]:
+    """Return the least and largest value of all images of each mode."""
+    modes = sorted({facts.mode for facts in images})
+    by_mode = {mode: [facts for facts in images if facts.mode == mode] for mode in modes}
+    return {
+        mode: [min(each.least for each in group), max(each.largest for each in group)]
+        for mode, group in by_mode.items()
     }
 
 
@@ -200,6 +213,8 @@ def _format_cell(value: Any) -> str:
         return str(value)
     if "median" in value:
         return f"{value['min']} / {value['median']} / {value['max']}"
+    if value and all(isinstance(limits, list) for limits in value.values()):
+        return ", ".join(f"{mode} {low:g} to {high:g}" for mode, (low, high) in value.items())
     counts = [count for count in value.values() if isinstance(count, int)]
     if len(counts) > MAX_TABLE_KINDS:
         return f"{len(counts)}, of {min(counts)} to {max(counts)}"

@@ -91,10 +91,10 @@ class Complete:
             raise UserError(
                 "images: this prior is also conditioned on maps; give images with maps, data=pairs data.root=FOLDER"
             )
+        pixel_range = config.data.get("range") if config.data else None
+        node = {"name": "folder", "root": folder, "validation_fraction": 1.0, "labels": False, "range": pixel_range}
         with open_dict(config):
-            config.data = OmegaConf.create(
-                {"name": "folder", "root": folder, "validation_fraction": 1.0, "labels": False}
-            )
+            config.data = OmegaConf.create(node)
 
     def _mask(self, generator: Generator) -> Tensor:
         if self.mask is None:

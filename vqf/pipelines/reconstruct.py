@@ -39,9 +39,10 @@ class Reconstruct:
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = inherit(self.config, checkpoint.config, ["data", "target", "image_size", "batch_size"])
         if self.images is not None:
+            pixel_range = config.data.get("range") if config.data else None
+            node = {"name": "folder", "root": self.images, "validation_fraction": 1.0, "range": pixel_range}
             with open_dict(config):
-                config.target = "image"
-                config.data = OmegaConf.create({"name": "folder", "root": self.images, "validation_fraction": 1.0})
+                config.target, config.data = "image", OmegaConf.create(node)
         engine = make_engine(config)
         tokenizer = engine.prepare(load_tokenizer(checkpoint))
         data = build_target_data(config, tokenizer.image_size)

@@ -12,9 +12,10 @@ import torch
 
 from vqf.batch import Sample, Size
 from vqf.data.files.image_file import ImageFile
-from vqf.data.files.read_errors import ReadErrorCounter
+from vqf.data.files.read_errors import DarkNote, ReadErrorCounter
 from vqf.data.images.augment import Augmentation, ViewParams
 from vqf.data.images.decode import Animated, CroppedImage, UnreadableError, read_crop
+from vqf.data.images.pixel_values import PixelRange
 from vqf.errors import UserError, quote_name
 from vqf.seeding import seeded_generator
 
@@ -30,6 +31,7 @@ class FileSource(Protocol):
     augmentation: Augmentation
     animated: Animated
     max_pixels: int
+    pixel_range: PixelRange | None
     max_unreadable: float
 
 
@@ -54,6 +56,7 @@ class ImageSplit:
         self.augmentation = data.augmentation if split_name == "train" else data.augmentation.deterministic()
         self.fingerprint = self._fingerprint(content)
         items = f"{split_name} images in '{data.root}'"
+        self.dark_note = DarkNote()
         self.read_errors = ReadErrorCounter(items, len(names), data.max_unreadable, name_of=names.__getitem__)
 
     def open(self, index: int) -> Path | IO[bytes]:
@@ -97,7 +100,10 @@ class ImageSplit:
             raise UnreadableError("")
         data = self.data
         limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
-        return read_crop(self.open(index), data.size, view, resize=self.augmentation.resize, **limits)
+        limits["pixel_range"] = data.pixel_range
+        crop = read_crop(self.open(index), data.size, view, resize=self.augmentation.resize, **limits)
+        self.dark_note.check(self.names[index], crop.values, data.pixel_range)
+        return crop
 
     @property
     def unreadable_limit(self) -> int:
@@ -121,7 +127,9 @@ class ImageSplit:
             log.warning(f"data.root: cannot read {quote_name(name)} ({reason}); the next image takes its place")
 
     def _fingerprint(self, content: Iterable[object]) -> str:
-        options = self.data.size, self.augmentation.fingerprint_fields, self.data.max_pixels, self.data.animated
+        data = self.data
+        options: tuple[object, ...] = data.size, self.augmentation.fingerprint_fields, data.max_pixels, data.animated
+        options += () if data.pixel_range is None else (data.pixel_range,)
         digest = hashlib.sha256(repr(options).encode())
         if self.augmentation.is_random:  # without random choices the seed changes nothing
             digest.update(repr(self.data.seed).encode())

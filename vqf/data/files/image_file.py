@@ -11,7 +11,9 @@ from PIL import Image
 from vqf.batch import Size
 from vqf.data.images.decode import Animated, UnreadableError, image_format, open_image, to_rgb
 from vqf.data.images.maps import MapDecoder
+from vqf.data.images.pixel_values import PixelRange, is_deep, limits_of
 from vqf.errors import quote_name
+from vqf.file_kinds import check_regular
 
 Opener = Callable[[], Path | IO[bytes]]  # raises UnreadableError if the file is missing or has changed
 
@@ -21,15 +23,18 @@ class DecodeLimits(Protocol):
 
     animated: Animated
     max_pixels: int
+    pixel_range: PixelRange | None
 
 
 class ImageInfo(NamedTuple):
-    """Format, mode and upright size of a decoded file."""
+    """Format, mode and upright size of a decoded file, with its least and largest value."""
 
     format: str
     mode: str
     width: int
     height: int
+    least: float
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class ImageFile:
 
     def load_image(self) -> Image.Image:
         """Decode the full image, upright, RGB."""
-        return to_rgb(self._decode(self.open()))
+        return to_rgb(self._decode(self.open()), self.limits.pixel_range)
 
     def probe(self, content: bytes) -> ImageInfo:
         """Decode and describe the bytes of `read_bytes`."""
         image = self._decode(io.BytesIO(content))
-        to_rgb(image)
-        return ImageInfo(image.format or "?", image.mode, *image.size)
+        rgb = to_rgb(image, self.limits.pixel_range)
+        return ImageInfo(image.format or "?", image.mode, *image.size, *limits_of(image if is_deep(image) else rgb))
 
     def _decode(self, source: Path | IO[bytes]) -> Image.Image:
         return open_image(source, max_pixels=self.limits.max_pixels, animated=self.limits.animated)
@@ -111,6 +116,8 @@ def read_content(opener: Opener) -> bytes:
     """
     source = opener()
     try:
+        if isinstance(source, Path):
+            check_regular(source)
         return source.read_bytes() if isinstance(source, Path) else source.read()
     except OSError as error:
         raise UnreadableError((error.strerror or type(error).__name__).lower()) from error

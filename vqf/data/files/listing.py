@@ -8,6 +8,7 @@ from pathlib import Path
 from vqf.data.files.packed import File, gc_paused
 from vqf.data.labels import int_or_str
 from vqf.errors import UserError
+from vqf.file_kinds import check_regular
 
 ListRow = tuple[int, str, int | str | None]  # line number, path, label
 
@@ -87,6 +88,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 def _read_rows(path: str, option: str) -> list[ListRow]:
     try:
+        check_regular(Path(path).expanduser())
         with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as file:
             is_table = path.lower().endswith(".csv")
             return list(_csv_rows(file, path, option) if is_table else _text_rows(file))

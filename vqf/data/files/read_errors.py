@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vqf.data.images.pixel_values import PixelRange, ValueLimits, dark_message
 from vqf.errors import UserError, quote_name
 
 log = logging.getLogger("vqf")
@@ -69,6 +70,19 @@ class ReadErrorCounter:
             f"data.max_unreadable={self.max_unreadable:g}: {count} of the {self.total} {self.items} "
             f"{self.failure}{detail}"
         )
+
+
+class DarkNote:
+    """Mentions the first image of a split that becomes dark for want of `data.range`, once over all workers."""
+
+    def __init__(self) -> None:
+        self.flag = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    def check(self, name: str, limits: ValueLimits | None, pixel_range: PixelRange | None) -> None:
+        message = None if limits is None or self.flag else dark_message(quote_name(name), limits, pixel_range)
+        if message:
+            self.flag.fill_(True)
+            log.warning(message)
 
 
 def summarize_names(names: Sequence[str]) -> str:

@@ -3,8 +3,9 @@
 import io
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +14,17 @@ from torch import Tensor
 
 from vqf.batch import Size
 from vqf.data.images.augment import CENTER_CROP, Resize, ViewParams
+from vqf.data.images.pixel_values import PixelRange, UnreadableError, ValueLimits, is_deep, to_grey, value_limits
+from vqf.data.images.png_text import without_text
 from vqf.data.images.resize import Box, DecodedExtent, compute_crop_box, crop_and_resize
+from vqf.file_kinds import check_regular
 
+T = TypeVar("T")
 Animated = Literal["refuse", "first"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp")  # the last four of browsers and phones
+EXTENSIONS = (*JPEG_EXTENSIONS, ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")  # the pages of a TIFF and the previews in a phone's JPEG are not frames
 MAX_PIXELS = 2**26
 # A JPEG is decoded at a reduced size of at least this many times the wanted one. The error is measured in docs/data.md.
@@ -44,16 +50,13 @@ REVERSED_ROWS = (3, 4, 7, 8)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class UnreadableError(ValueError):
-    """An image file that is missing, broken, of an unknown format, or too large."""
-
-
 class CroppedImage(NamedTuple):
     """A crop, and where in its image it lies."""
 
     image: Tensor  # (3, H, W) float in [-1, 1]
     box: Box  # in pixels of the full image
     shape: Size  # (H, W) of the full image, upright
+    values: ValueLimits | None = None  # of the full image, if it is gray with more than 8 bits
 
     @property
     def crop_box(self) -> Tensor:
@@ -89,16 +92,21 @@ def read_crop(
     resize: Resize = "antialias",
     max_pixels: int = MAX_PIXELS,
     animated: Animated = "first",
+    pixel_range: PixelRange | None = None,
 ) -> CroppedImage:
     """Read the crop that a view shows, transparency on white.
+
+    Args:
+        pixel_range: As in `to_rgb`.
 
     Raises:
         UnreadableError: As in `open_image`.
     """
     draft_size = size if resize == "antialias" else None  # cv2 needs every pixel
     image, extent = _decode(source, draft_size, max_pixels, view, animated)
-    pixels = normalize_pixels(crop_and_resize(to_rgb(image), size, view, resize, extent))
-    return CroppedImage(pixels, compute_crop_box(extent.shape, size, view, resize), extent.shape)
+    pixels = normalize_pixels(crop_and_resize(to_rgb(image, pixel_range), size, view, resize, extent))
+    box = compute_crop_box(extent.shape, size, view, resize)
+    return CroppedImage(pixels, box, extent.shape, value_limits(image))
 
 
 def image_format(content: bytes) -> str:
@@ -107,24 +115,21 @@ def image_format(content: bytes) -> str:
     Raises:
         UnreadableError: If it is unknown.
     """
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _format(image) or "?"
-    except Exception as error:  # see `_decode`
-        raise UnreadableError(_reason(error)) from error
+    return _with_image(io.BytesIO(content), lambda image: _format(image) or "?")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None, option: str = "data.range") -> Image.Image:
     """Convert an image to 8-bit RGB, transparency on white.
 
+    Args:
+        pixel_range: The values that become black and white in a gray image of more than 8 bits; by default 0 and 65535.
+        option: Name of that option, for messages.
+
     Raises:
-        UnreadableError: If pixels are floating-point numbers.
+        UnreadableError: If pixels are not in the default range, or are floating-point numbers and there is none.
     """
-    if image.mode == "F":
-        raise UnreadableError("floating-point pixels, which have no defined range")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).clip(0, 65535)
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if is_deep(image):
+        return to_grey(image, pixel_range, option).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -144,22 +149,35 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
 def _decode(
     source: Path | IO[bytes], size: Size | None, max_pixels: int, view: ViewParams, animated: Animated
 ) -> tuple[Image.Image, DecodedExtent]:
+    def decode(image: Image.Image) -> tuple[Image.Image, DecodedExtent]:
+        if image.width * image.height > max_pixels:
+            raise UnreadableError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+        if animated == "refuse" and image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
+            raise UnreadableError("animated; data.animated=first takes the first frame")
+        shape = _upright_shape(image)
+        factor = 1 if size is None else _draft_jpeg(image, compute_crop_box(shape, size, view), size)
+        image.load()
+        upright = _transpose_upright(image)
+        upright.format = _format(image)
+        return upright, _decoded_extent(shape, factor, upright, _orientation(image))
+
+    return _with_image(source, decode)
+
+
+def _with_image(source: Path | IO[bytes], use: Callable[[Image.Image], T], with_text: bool = True) -> T:
+    """Open an image, again without its text if that is what makes it unreadable."""
     try:
+        if isinstance(source, Path):
+            check_regular(source)
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise UnreadableError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-            if animated == "refuse" and image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
-                raise UnreadableError("animated; data.animated=first takes the first frame")
-            shape = _upright_shape(image)
-            factor = 1 if size is None else _draft_jpeg(image, compute_crop_box(shape, size, view), size)
-            image.load()
-            upright = _transpose_upright(image)
-            upright.format = _format(image)
-            return upright, _decoded_extent(shape, factor, upright, _orientation(image))
+            return use(image)
     except (UnreadableError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything on garbage
-        raise UnreadableError(_reason(error)) from error
+        shorter = without_text(source) if with_text and not isinstance(error, OSError) else None
+        if shorter is None:
+            raise UnreadableError(_reason(error)) from error
+    return _with_image(shorter, use, with_text=False)
 
 
 def _format(image: Image.Image) -> str | None:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqf.data.images.decode import MAX_PIXELS, UnreadableError, open_image, to_rgb, to_tensor
+from vqf.data.images.decode import MAX_PIXELS, open_image, to_rgb, to_tensor
+from vqf.data.images.pixel_values import PixelRange, UnreadableError
 
 MapKind = Literal["rgb", "grey", "palette", "labels"]
 
@@ -22,17 +23,21 @@ class MapDecoder:
         kind: `palette` is `rgb` whose colors must not be mixed, `labels` a class number per pixel.
         labels: Number of classes, for `labels`.
         unlabelled: Number of pixels without a class: read as 0, while others move up by one.
+        pixel_range: The values of black and white in gray maps of more than 8 bits, not for `labels`.
     """
 
     kind: MapKind = "rgb"
     labels: int = 0
     unlabelled: int | None = None
+    pixel_range: PixelRange | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "labels" and self.labels < 2:
             raise ValueError(f"labels={self.labels}, but maps=labels needs the number of classes, as data.labels=151")
         if self.kind != "labels" and (self.labels or self.unlabelled is not None):
             raise ValueError(f"labels and unlabelled are for maps=labels, not for maps={self.kind}")
+        if self.kind == "labels" and self.pixel_range is not None:
+            raise ValueError("map_range is for gray maps, not for maps=labels, whose numbers are classes")
 
     @property
     def num_classes(self) -> int:
@@ -43,6 +48,11 @@ class MapDecoder:
     def options(self) -> dict[str, Any]:
         class_options = {"labels": self.labels, "unlabelled": self.unlabelled} if self.kind == "labels" else {}
         return {"maps": self.kind, **class_options}
+
+    @property
+    def fingerprint_fields(self) -> tuple[object, ...]:
+        fields = self.kind, self.labels, self.unlabelled
+        return fields if self.pixel_range is None else (*fields, self.pixel_range)
 
     @property
     def resampling(self) -> Image.Resampling:
@@ -72,7 +82,8 @@ class MapDecoder:
         """
         if self.kind == "labels":
             return Image.fromarray(self._class_indices(image))
-        return to_rgb(image).convert("L") if self.kind == "grey" else to_rgb(image)
+        colors = to_rgb(image, self.pixel_range, "data.map_range")
+        return colors.convert("L") if self.kind == "grey" else colors
 
     def to_png(self, image: Image.Image) -> Image.Image:
         """Decode a map into a mode of PNG, to be read without `unlabelled`.

@@ -16,6 +16,7 @@ from vqf.data.tar.index_file import TarIndex, TarMember, index_path, read_index,
 from vqf.data.tar.members import check_member
 from vqf.data.tar.reader import TarReader
 from vqf.errors import UserError
+from vqf.file_kinds import check_regular
 
 log = logging.getLogger("vqf")
 
@@ -65,6 +66,7 @@ def build_index(tar: Path) -> TarIndex:
         UserError: As in `load_index`.
     """
     try:
+        check_regular(tar)
         with tar.open("rb") as file:
             state = os.fstat(file.fileno())
             _check_uncompressed(tar, file.read(8))

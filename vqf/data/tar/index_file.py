@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqf.atomic import atomic_path
+from vqf.file_kinds import check_regular
 
 log = logging.getLogger("vqf")
 
@@ -48,6 +49,7 @@ def index_path(tar: Path, folder: Path | None) -> Path:
 def read_index(path: Path) -> TarIndex | None:
     """Read an index; None if it is missing or invalid."""
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
             return None

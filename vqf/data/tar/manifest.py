@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vqf.file_kinds import check_regular
+
 MANIFEST_NAME = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a folder, empty if there is none."""
     try:
+        check_regular(folder / MANIFEST_NAME)
         content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vqf.data.images.decode import UnreadableError
 from vqf.data.tar.index_file import INDEX_SUFFIX
+from vqf.file_kinds import check_regular
 
 MAX_MEMBER_BYTES = 2**30  # a larger member is not read into memory
 MAX_OPEN_FILES = 64
@@ -46,6 +47,7 @@ class TarReader:
         if shard not in self._file_descriptors:
             if len(self._file_descriptors) >= MAX_OPEN_FILES:
                 os.close(self._file_descriptors.popitem(last=False)[1])
+            check_regular(self.paths[shard])
             self._file_descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY)
         self._file_descriptors.move_to_end(shard)
         return self._file_descriptors[shard]

@@ -18,6 +18,7 @@ from vqf.data.tar.index import BLOCK
 from vqf.data.tar.members import SampleMembers, check_member
 from vqf.data.tar.reader import MAX_MEMBER_BYTES
 from vqf.errors import UserError
+from vqf.file_kinds import check_regular
 
 log = logging.getLogger("vqf")
 
@@ -175,6 +176,8 @@ def _open_url(url: str) -> Iterator[IO[bytes]]:
     from webdataset.gopen import gopen
 
     try:
+        if url.lower().startswith("file:"):
+            check_regular(urlsplit(url).path)
         stream = gopen(url)
     except (OSError, ValueError, ImportError) as error:
         raise BrokenShardError(_reason(error, url)) from error

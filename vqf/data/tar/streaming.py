@@ -17,9 +17,10 @@ from torch.utils.data import get_worker_info
 
 from vqf.batch import Sample, Size
 from vqf.data.files.image_file import ImageFile
-from vqf.data.files.read_errors import ReadErrorCounter
+from vqf.data.files.read_errors import DarkNote, ReadErrorCounter
 from vqf.data.images.augment import Augmentation, ViewParams
 from vqf.data.images.decode import Animated, CroppedImage, UnreadableError, read_crop
+from vqf.data.images.pixel_values import PixelRange
 from vqf.data.labels import parse_label
 from vqf.data.tar import remote_io
 from vqf.data.tar.members import SampleMembers
@@ -43,6 +44,7 @@ class StreamSource(Protocol):
     augmentation: Augmentation
     animated: Animated
     max_pixels: int
+    pixel_range: PixelRange | None
     max_unreadable: float
     member_roles: SampleMembers
     shuffle_buffer: int
@@ -68,6 +70,7 @@ class StreamSplit:
             name_of=[redact_url(url) for url in stream.urls].__getitem__,
             all_may_fail=True,
         )
+        self.dark_note = DarkNote()
         self.replay: ReplayableStream | None = None
 
     def __len__(self) -> int:
@@ -148,7 +151,10 @@ class StreamSplit:
         """
         data = self.data
         limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
-        return read_crop(io.BytesIO(raw.content), data.size, view, resize=self.augmentation.resize, **limits)
+        limits["pixel_range"] = data.pixel_range
+        crop = read_crop(io.BytesIO(raw.content), data.size, view, resize=self.augmentation.resize, **limits)
+        self.dark_note.check(raw.name, crop.values, data.pixel_range)
+        return crop
 
     @property
     def unreadable_limit(self) -> int:
@@ -173,7 +179,7 @@ class StreamSplit:
 
     def fingerprint_fields(self, stream: StreamedShards) -> list[object]:
         data = self.data
-        options = [
+        options: list[object] = [
             data.size,
             self.augmentation.fingerprint_fields,
             data.max_pixels,
@@ -181,6 +187,7 @@ class StreamSplit:
             data.member_roles.image,
             data.member_roles.label_key,
         ]
+        options += [] if data.pixel_range is None else [data.pixel_range]
         seed = data.seed if self.augmentation.is_random else None
         return [*options, data.classes, stream.urls, stream.length, stream.hashes, seed]
 

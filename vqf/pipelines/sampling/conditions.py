@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def from_files(
         UserError: If a file is missing or cannot be read.
     """
     fields = image_fields(generator.conditioner)
-    readers = {name: read_image if field == "images" else condition_map_reader(data) for name, field in fields.items()}
+    read_photo = partial(read_image, value_range=data.get("range"))
+    readers = {name: read_photo if field == "images" else condition_map_reader(data) for name, field in fields.items()}
     crop_boxes: dict[str, Any] = {} if place is None else {"crop_boxes": _crop_box(place, generator)}
 
     def read_batch(paths: Mapping[str, Path]) -> Batch:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vqf.atomic import atomic_write_text, remove_leftovers
 from vqf.errors import UserError
+from vqf.file_kinds import check_regular
 from vqf.hashing import sha256_of_file
 from vqf.terminal import log, progress
 
@@ -101,6 +102,7 @@ class ShardManifest:
         self.save_interval = SAVE_INTERVAL_FACTOR * seconds if seconds > QUICK_SAVE_SECONDS else 0.0
 
     def _read(self) -> list[ShardRecord]:
+        check_regular(self.path)
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             version, shards = content["version"], content["shards"]

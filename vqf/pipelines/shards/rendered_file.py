@@ -36,7 +36,7 @@ class RenderedImageFile:
     def read_bytes(self) -> bytes:
         raise AssertionError("format=original is refused where there are no files")
 
-    def probe(self, content: bytes) -> tuple[str, str, int, int]:
+    def probe(self, content: bytes) -> tuple[str, str, int, int, float, float]:
         raise AssertionError("format=original is refused where there are no files")
 
 

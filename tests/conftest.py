@@ -14,9 +14,9 @@ from hydra.core.plugins import Plugins
 
 from vqf import registry
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the processes side by side share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+# The processes of xdist share the cores. And with more threads `threads=auto` would choose by the clock.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # Minutes each. A process of xdist takes a whole file: these begin first, or the last one would be waited for alone.
 LONGEST = (

@@ -30,6 +30,7 @@ class Option:
         types: The first is that of a list's elements.
         below: Numbers must be smaller.
         must_exist: A path of an existing folder.
+        choices: Allowed strings.
         element_names: Names of the elements of a list of fixed length.
     """
 
@@ -48,6 +49,7 @@ OPTIONS = {
     "image_size": Option((int, list), minimum=1, element_names=("height", "width")),
     "target": Option((str,)),
     "device": Option((str,)),
+    "threads": Option((int, str), minimum=1, choices=("auto",)),
     "precision": Option((str,)),
     "engine": Option((str,)),
     "compile": Option((bool,)),
@@ -166,10 +168,9 @@ def _value_error(option: Option, value: Any) -> str | None:
     if value is None and option.optional:
         return None
     if not any(_is_type(value, kind) for kind in option.types):
-        allowed = [TYPE_NAMES[kind] for kind in option.types] + ["null"] * option.optional
-        return f"'{to_cli(value)}' is not {' or '.join(allowed)}"
-    if option.choices and value not in option.choices:
-        return unknown_message("value", value, option.choices)
+        return f"'{to_cli(value)}' is not {' or '.join(_allowed(option) + ['null'] * option.optional)}"
+    if option.choices and isinstance(value, str):
+        return None if value in option.choices else unknown_message("value", value, _allowed(option))
     numbers = value if isinstance(value, ListConfig) else [value]
     if option.element_names and isinstance(value, ListConfig) and len(value) != len(option.element_names):
         return f"has {len(value)} elements; give [{','.join(option.element_names)}] or one number for both"
@@ -182,6 +183,11 @@ def _value_error(option: Option, value: Any) -> str | None:
     if option.must_exist and isinstance(value, str) and not Path(value).expanduser().is_dir():
         return f"no such folder in {Path.cwd()}"
     return None
+
+
+def _allowed(option: Option) -> list[str]:
+    kinds = [TYPE_NAMES[kind] for kind in option.types if not (kind is str and option.choices)]
+    return [*option.choices, *kinds]
 
 
 def _is_type(value: Any, kind: type) -> bool:

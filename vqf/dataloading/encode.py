@@ -19,6 +19,7 @@ from vqf.dataloading.read_errors import sync_read_errors
 from vqf.dataloading.token_shards import CONDITION_COLUMN_PREFIX, TokenDataset, TokenShardManifest
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
+from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.models.conditioning import ConditionerStack
@@ -50,6 +51,7 @@ class TokenEncoder:
         """Return the hashes of everything that determines the tokens."""
         return {"tokenizer": self.tokenizer.fingerprint(), "conditions": _fingerprint(self.conditioner)}
 
+    @cpu_threads.watch("tokenize")
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch.to(self.engine.device)
         assert batch.images is not None

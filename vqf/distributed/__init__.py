@@ -1,1 +1,1 @@
-"""Several processes: collectives, the engine (single, DDP, FSDP2) and log messages of other ranks."""
+"""Several processes: collectives, the engine (single, DDP, FSDP2), CPU threads, and log messages of other ranks."""

@@ -1,4 +1,4 @@
-"""The engine of a run: device, precision, parallelism (single, DDP, FSDP2) and seeds."""
+"""The engine of a run: device, precision, threads, parallelism (single, DDP, FSDP2) and seeds."""
 
 import inspect
 import os
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from vqf.distributed import comm, fsdp
+from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError, unknown_message
 from vqf.seeding import hash_seed
 
@@ -144,6 +145,7 @@ def make_engine(config: DictConfig) -> Engine:
     _set_determinism(config.deterministic)
     name = str(config.device)
     device = _find_device(name) if comm.world_size() == 1 else _rank_device(name)
+    cpu_threads.configure(config.threads, device)
     return Engine(device, PRECISIONS[config.precision], kind)
 
 

@@ -19,6 +19,7 @@ from vqf.dataloading.order import batches_for_rank
 from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
+from vqf.distributed.threads import cpu_threads
 from vqf.models.generator import Generator
 from vqf.networks.perceptual import efficientnet_lite
 from vqf.protocols import Data
@@ -221,6 +222,7 @@ class FeatureExtractor:
     def __init__(self, engine: Engine) -> None:
         self.network, self.device = efficientnet_lite("lite0", TAPS).to(engine.device), engine.device
 
+    @cpu_threads.watch("features")
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.device).float()

@@ -21,6 +21,7 @@ from vqf.dataloading.loader import keyed_batches
 from vqf.dataloading.order import batches_for_rank
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, seed_everything
+from vqf.distributed.threads import cpu_threads
 from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.protocols import stable_hash
 from vqf.models.generator import Generator
@@ -128,6 +129,7 @@ def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
     return torch.arange(count) % classes
 
 
+@cpu_threads.watch("sample")
 @torch.no_grad()
 def _sample_indices(generator: Generator, request: SampleRequest, seed: int, engine: Engine) -> Tensor:
     height, width = generator.tokenizer.grid

@@ -12,6 +12,7 @@ from vqf.batch import Batch
 from vqf.config.access import group_nodes
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
+from vqf.distributed.threads import cpu_threads
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.evaluation.validation import ValidationResult
 from vqf.images import to_rgb
@@ -37,6 +38,7 @@ def metric_directions(config: DictConfig) -> dict[str, bool]:
     return {key: higher for metric in metrics for key, higher in getattr(metric, "higher_is_better", {}).items()}
 
 
+@cpu_threads.watch("reconstruct")
 def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstruction:
     """Encode and decode images; class maps become colors."""
     assert batch.images is not None

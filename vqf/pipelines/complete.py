@@ -18,6 +18,7 @@ from torch import Tensor
 from vqf import terminal
 from vqf.batch import Batch
 from vqf.dataloading.loader import sequential_batches
+from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
 from vqf.images import read_image
 from vqf.models.completion import mask_to_pixels, upper_rows_mask
@@ -131,6 +132,7 @@ class Complete:
         return replace(batch, masks=None)
 
 
+@cpu_threads.watch("complete")
 def _complete_batch(generator: Generator, batch: Batch, mask: Tensor, seed: int, first: int) -> Tensor:
     batch = batch.to(generator.device)
     assert batch.images is not None

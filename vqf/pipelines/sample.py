@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqf import terminal
 from vqf.batch import Batch
+from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
 from vqf.evaluation.class_accuracy import is_class_conditional
 from vqf.images import to_rgb
@@ -143,6 +144,7 @@ class SamplePipeline:
                 bar.advance(count)
         return PreviewGrid(preview.images[:MAX_PREVIEW_IMAGES], preview.conditions[:MAX_PREVIEW_IMAGES])
 
+    @cpu_threads.watch("sample")
     def _sample_batch(
         self, generator: Generator, settings: Mapping[str, Any], condition: Batch | None, first: int, count: int
     ) -> Tensor:

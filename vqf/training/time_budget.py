@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 from vqf.batch import Batch
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
+from vqf.distributed.threads import cpu_threads
 from vqf.runs.resume import find_resume_checkpoint
 from vqf.terminal import log
 from vqf.training.task import BatchSource, TrainingTask
@@ -80,6 +81,7 @@ def _measure_steps(
 ) -> int:
     seconds = 60 * config.minutes
     limit = MEASURE_FRACTION * seconds
+    cpu_threads.choose_once()
     early = late = _step_seconds(task, engine, source, 0, limit)
     if gan_start is not None:
         late = _step_seconds(task, engine, source, max(gan_start(config.steps), config.steps - TAIL_STEPS), limit)

@@ -15,6 +15,7 @@ from vqf import terminal
 from vqf.batch import Batch
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine, seed_everything
+from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
 from vqf.evaluation.validation import ValidationResult
 from vqf.protocols import VALIDATION_PREFIX
@@ -82,6 +83,8 @@ class Trainer:
         if self.resumed_from is not None:
             check_same_run(self.resumed_from, self.config, self.task.metadata)
             self._restore(self.resumed_from)
+            if "threads" in self.resumed_from.state:
+                cpu_threads.resume(self.resumed_from.state["threads"])
 
     def run(self, batch_source: BatchSource, run_logger: RunLogger) -> ValidationResult:
         # Rollbacks use checkpoints at multiples of checkpoint.every only, so the newest of these is never pruned.
@@ -157,7 +160,7 @@ class Trainer:
         progress, kind = self.progress, self.task.kind
         # Noise depends on seed and batch number alone, so a resumed run draws the same without a saved RNG state.
         seed_everything(self.config.seed, kind, progress.step + progress.skipped_batches)
-        with explain_oom(f"{kind}, step {progress.step + 1}", kind, self.config):
+        with cpu_threads.watch(kind), explain_oom(f"{kind}, step {progress.step + 1}", kind, self.config):
             scalars = self.task.step(progress.step, batch.to(self.engine.device))
         self.nonfinite_guard.update(progress.step, scalars)
         self.train_state.after_step(progress.step)
@@ -190,7 +193,8 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         state = {"kind": self.task.kind, "seed": self.config.seed, **self.task.metadata, **asdict(self.progress)}
-        return {**state, "nonfinite": self.nonfinite_guard.state_dict(), "alarms": self.alarm_monitor.state_dict()}
+        state |= {"nonfinite": self.nonfinite_guard.state_dict(), "alarms": self.alarm_monitor.state_dict()}
+        return {**state, "threads": torch.get_num_threads()}
 
     def _validate(self) -> None:
         self._log_validation(self._evaluate())

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from vqf.distributed.engine import Engine
+from vqf.distributed.threads import cpu_threads
 from vqf.pipelines.planning.estimate import LOG_STEP_MULTIPLE, build_task, module_tensors, stage_config
 from vqf.training.ema import EMA
 
@@ -32,6 +33,7 @@ def benchmark_step(name: str, config: DictConfig, engine: Engine, classes: int) 
     Raises:
         UserError: If the weights of a frozen network are not available.
     """
+    cpu_threads.choose_once()
     config = stage_config(config, name, 1)
     planned = build_task(name, config, engine, classes)
     ema = None if config.ema is None else EMA(planned.task.model, config.ema)

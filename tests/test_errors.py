@@ -174,11 +174,14 @@ ONE_MISTAKE = [
     ("model.quantizer.beta=null", "model.quantizer.beta=null: null is not allowed"),
     ("model.quantizer.cosine=maybe", "model.quantizer.cosine=maybe: 'maybe' is not true or false"),
     ("model.quantizer.mode=sotf", "model.quantizer.mode: unknown value 'sotf'. Did you mean 'soft'? Known: a, soft."),
-    ("model/quantizer=ema model.quantizer.sizes=3", "model.quantizer.sizes=3: not a list; write it as [a,b]"),
+    (
+        "model/quantizer=ema model.quantizer.sizes=3",
+        "model.quantizer.sizes=3: not a list; write it as 'model.quantizer.sizes=[a,b]'",
+    ),
     ("model/quantizer=ema model.quantizer.sizes=[x]", "model.quantizer.sizes=[x]: 'x' is not an integer"),
     (
         "model/quantizer=ema model.quantizer.extra=3",
-        "model.quantizer.extra: '3' is not a mapping; write it as {a:1,b:2}",
+        "model.quantizer.extra: '3' is not a mapping; write it as 'model.quantizer.extra={a:1,b:2}'",
     ),
     ("pipeline=sample count=all", "count=all: 'all' is not an integer"),
     ("model.quantizer=ema", "model.quantizer=ema: a quantizer is chosen with model/quantizer=ema"),
@@ -186,14 +189,49 @@ ONE_MISTAKE = [
     # missing values
     ("data=folder", "data.root: data 'folder' (tests.test_errors.folder) needs a value; give data.root=..."),
     ("model/discriminator=null", "model/discriminator=null: write model.discriminator=null to choose none"),
-    ("metric=null", "metric=null: write metric=[] to choose none"),
-    ("data=null", "data=null: write ~data to choose none"),
+    ("metric=null", "metric=null: write 'metric=[]' to choose none"),
+    ("data=null", "data=null: write '~data' to choose none"),
     # syntax errors
     (
         "model.quantizer.sizes=[8,",
-        "model.quantizer.sizes=[8,: cannot be read (no viable alternative at input '[8,'); "
-        "quote a value with spaces, brackets or commas: 'key=[1, 2]'",
+        "model.quantizer.sizes=[8,: cannot be read (a bracket is open)",
     ),
+    (
+        "model.quantizer.sizes=[8, 5, 5] steps=3",
+        "model.quantizer.sizes=[8, 5, 5]: the shell splits it at spaces; type 'model.quantizer.sizes=[8, 5, 5]'",
+    ),
+    (
+        "data=folder data.root=my photos",
+        "photos: an argument has the form key=value. If it belongs to the one before it, type 'data.root=my photos'. "
+        "A flag begins with --, as in --help.",
+    ),
+    (
+        "plugins=[./über.py,b]",
+        "plugins=[./über.py,b]: cannot be read ('ü' needs quotes); as a list, type 'plugins=[\"./über.py\",b]'; "
+        "as one text, type 'plugins=\"[./über.py,b]\"'",
+    ),
+    (
+        "plugins={a:b=1}",
+        "plugins={a:b=1}: cannot be read (not one value); as a mapping, type 'plugins={a:\"b=1\"}'; "
+        "as one text, type 'plugins=\"{a:b=1}\"'",
+    ),
+    (
+        "-m run=a=1,b",
+        "run=a=1,b: cannot be read ('=' needs quotes); as the values of a sweep, type 'run=\"a=1\",b'; "
+        "as one text, type 'run=\"a=1,b\"'",
+    ),
+    (
+        "-m run='\"a, 1\",~'",
+        'run="a, 1",~: cannot be read (\'~\' needs quotes); as the values of a sweep, type \'run="a, 1","~"\'; '
+        'as one text, type \'run="\\"a, 1\\",~"\'',
+    ),
+    ("run=a,b", "run=a,b: several values are a sweep, which needs -m; as one text, type 'run=\"a,b\"'"),
+    (
+        "steps=rang(1,2)",
+        "steps=rang(1,2): cannot be read (Unknown function 'rang'. "
+        "Available: bool,choice,float,glob,int,interval,range,shuffle,sort,str,tag)",
+    ),
+    ("ü=1", "ü=1: 'ü' is not the name of an option; python -m vqf.run --help lists them"),
     (
         "quickstat",
         "quickstat: an argument has the form key=value. Did you mean experiment=quickstart? "
@@ -205,7 +243,7 @@ ONE_MISTAKE = [
         "model/quantizer.size=3: a slash chooses a component, a dot sets an option: write model.quantizer.size=3",
     ),
     ("+steps=5", "+steps=5: this option exists already; remove the +"),
-    ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; write a list as steps=[1,2]"),
+    ("steps=1,2", "steps=1,2: several values are a sweep, which needs -m; write a list as 'steps=[1,2]'"),
     ("-cp /nowhere", "--config-path /nowhere: no such folder"),
     ("--config-dir /nowhere", "--config-dir /nowhere: no such folder"),
     # mistakes in files
@@ -261,8 +299,7 @@ def test_every_mistake_is_reported_at_once(world: Path) -> None:
     ]
     assert errors(world, "zzz a=[ steps=1") == [
         "zzz: an argument has the form key=value. A flag begins with --, as in --help.",
-        "a=[: cannot be read (no viable alternative at input '['); "
-        "quote a value with spaces, brackets or commas: 'key=[1, 2]'",
+        "a=[: cannot be read (a bracket is open); as one text, type 'a=\"[\"'",
     ]
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 from omegaconf import OmegaConf
@@ -68,6 +69,25 @@ def test_run_dir_and_resume_choose_the_folder(run: Run) -> None:
     run("pipeline=toy", "count=3", "resume=here/it/checkpoints/step-00000003")
     run("pipeline=toy", "count=4", f"resume={first}")
     assert Path("here/it/count").read_text() == "3" and Path(first, "count").read_text() == "4"
+
+
+@pytest.mark.parametrize("text", ["epoch=12", "Food & Drink", "jürgen/😀", "~/pictures", "[draft]", "1_000", "a(1)"])
+def test_a_text_arrives_as_it_was_given(run: Run, text: str) -> None:
+    run("pipeline=toy", f"do={text}")
+    (folder,) = folders()
+    assert OmegaConf.load(f"{folder}/.hydra/config.yaml").do == text
+
+
+def test_a_path_may_have_any_letter_and_begin_at_home(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    run("pipeline=toy", "run_dir=~/lr=1 & ü b")
+    assert folders(Path("home")) == ["home/lr=1 & ü b"]
+
+
+def test_texts_can_be_swept(run: Run) -> None:
+    run("-m", "pipeline=toy", 'do="a=1, b","~"', "run_dir=all")
+    jobs = [OmegaConf.load(f"{folder}/.hydra/config.yaml").do for folder in folders(Path("all"))]
+    assert jobs == ["a=1, b", "~"]
 
 
 def test_a_mistake_ends_with_a_line_and_leaves_nothing_behind(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,14 +213,14 @@ def test_a_pipeline_with_run_writes_beside_that_run(
 class Process:
     """`python -m vqf.run` in a separate process and folder."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], stdout: IO[bytes] | int = subprocess.PIPE) -> None:
         folder.mkdir()
         self.folder = folder
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "vqf.run", f"plugins=[{TOY}]", "pipeline=toy", *arguments],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
@@ -210,6 +230,18 @@ class Process:
         """Wait for the process; returns exit code, stdout and stderr."""
         out, err = self.popen.communicate(timeout=120)
         return self.popen.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["--info", "config"], ["count=1"], ["-m", "count=1,2"], ["do=refuse"]]
+)
+def test_a_command_whose_output_nobody_reads_ends_quietly(tmp_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        process = Process(tmp_path / "it", arguments, stdout=closed)
+    status, _, err = process.end()
+    assert (status, err) == (141, "")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def load_plugins(modules: str | Sequence[str] = ()) -> None:
             ) from error
     for module in [modules] if isinstance(modules, str) else modules:
         if module.endswith(".py"):
-            _import_file(Path(module))
+            _import_file(Path(module).expanduser())
         else:
             _import_module(module)
 

@@ -319,9 +319,8 @@ def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
         raise RegistryError(f"{_option_key(component, key, where)}: {unknown_message('value', value, choices)}")
     origin = typing.get_origin(hint)
     if inspect.isclass(origin) and issubclass(origin, Mapping) and not isinstance(value, Mapping | None):
-        raise RegistryError(
-            f"{_option_key(component, key, where)}: '{value}' is not a mapping; write it as {{a:1,b:2}}"
-        )
+        option_key = _option_key(component, key, where)
+        raise RegistryError(f"{option_key}: '{value}' is not a mapping; write it as '{option_key}={{a:1,b:2}}'")
     if isinstance(value, list) and isinstance(component.options[key].default, tuple):
         return tuple(value)
     return value

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from vqf.config.arguments import quote_text_options, quote_unreadable
 from vqf.config.compose import check_command, compose_job, config_dir, flags_first, only_prints
 from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed import comm
@@ -30,7 +31,7 @@ from vqf.plugins import load_plugins, plugins_from_cli
 from vqf.registry import build, find_component, flat_component
 from vqf.runs import run_dir
 from vqf.runs.lock import folder_lock, unwritable_message
-from vqf.terminal import muted, printable_stdout
+from vqf.terminal import ending_with_reader, muted, printable_stdout
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # exit codes
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -74,6 +75,7 @@ def run(config: DictConfig) -> float | None:
         raise
 
 
+@ending_with_reader()
 def main() -> None:
     """Run the command line; a `UserError` ends it with one line and exit status 2."""
     global _job_started
@@ -81,8 +83,9 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its full traceback
     try:
         with process_group():
-            sys.argv[1:] = arguments = _cli_arguments()
+            arguments = quote_unreadable(_cli_arguments())
             load_plugins(plugins_from_cli(arguments))
+            sys.argv[1:] = arguments = quote_text_options(arguments)  # those of plugins, too
             check_command(arguments)
             shown = printable_stdout() if only_prints(arguments) else nullcontext()
             with _locked_run_dir(_build_early(arguments)), shown:

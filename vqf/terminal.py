@@ -6,10 +6,14 @@ Names of classes, files, components and metrics may be anybody's: whatever is sh
 import io
 import logging
 import math
+import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -17,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vqf.errors import printable
+
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader has gone
 
 console = Console(highlight=False)
 log = logging.getLogger("vqf")
@@ -74,6 +80,42 @@ def printable_stdout() -> Iterator[None]:
             yield
     finally:
         sys.stdout.write(printable(text.getvalue(), LINE_ENDS))
+
+
+@contextmanager
+def ending_with_reader() -> Iterator[None]:
+    """End without a message once the reader of the output has gone, as in `--help | head`."""
+    before = signal.signal(signal.SIGPIPE, _end_without_reader)
+    try:
+        yield
+        _flush()
+    except SystemExit:
+        _flush()
+        raise
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def _end_without_reader(*_: object) -> None:
+    # A handler, not an except: logging and rich catch a BrokenPipeError, and a socket or worker may raise it, too.
+    if lost := [stream for stream in (sys.stdout, sys.stderr) if _has_lost_reader(stream)]:
+        for stream in lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what Python flushes at its end
+        sys.exit(EXIT_CLOSED_PIPE)
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _flush() -> None:
+    with suppress(BrokenPipeError):  # the handler of the signal ends the process
+        sys.stdout.flush()
 
 
 class _RateColumn(ProgressColumn):

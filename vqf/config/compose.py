@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from vqf.config import messages
 from vqf.config.settings import check_config
+from vqf.config.syntax_messages import rejoin_split, split_hint, sweep_hint, syntax_hint
 from vqf.config.untrusted import cli_only_violations
 from vqf.errors import UserError, printable, unknown_message
 
@@ -58,11 +59,11 @@ def check_command(arguments: Sequence[str]) -> None:
     if flags.shell_completion or flags.hydra_help or flags.info is not None:
         return
     composer = Composer(flags)
-    overrides, errors = _parse(flags.overrides, composer)
+    overrides, errors = _parse(flags.overrides, composer, flags.multirun)
     errors += composer.unprintable_choices() if flags.help else []
     sweep = [each for each in overrides if each.is_sweep_override()]
     if sweep and not flags.multirun and not composer.is_sweep(overrides):
-        errors += [messages.sweep_hint(override) for override in sweep]
+        errors += [sweep_hint(override) for override in sweep]
     for job in [] if errors else _jobs(overrides):
         errors += composer.find_errors(job, runs=not flags.help and not flags.cfg)
     if errors:
@@ -199,14 +200,17 @@ def _default_configs() -> list[DictConfig]:
     return [plain, own]  # type: ignore[list-item]
 
 
-def _parse(lines: Sequence[str], composer: Composer) -> tuple[list[Override], list[str]]:
+def _parse(lines: Sequence[str], composer: Composer, multirun: bool) -> tuple[list[Override], list[str]]:
     parser = OverridesParser.create(config_loader=composer.loader)
     overrides, errors = [], []
-    for line in lines:
+    before = None
+    for group in rejoin_split(lines):
         try:
-            overrides += parser.parse_overrides([line])
-        except OverrideParseException as error:
-            errors.append(messages.syntax_hint(line, error, composer.group_choices()))
+            overrides += parser.parse_overrides(group) if len(group) == 1 else []
+        except OverrideParseException:
+            errors.append(syntax_hint(group[0], before, composer.group_choices(), multirun))
+        errors += [split_hint(group)] if len(group) > 1 else []
+        before = group[-1]
     return overrides, errors
 
 

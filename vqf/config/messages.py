@@ -1,13 +1,14 @@
 """Rewords errors of Hydra and OmegaConf."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from vqf.config.arguments import shell_word
 from vqf.errors import closest_match, unknown_key_message, unknown_message
 from vqf.registry import KINDS, components
 
@@ -19,8 +20,8 @@ SKIPPED_LINES = ("full_key:", "object_type=", "reference_type=", "See ")
 REWORDED = (
     (r"Value '(?P<value>.*?)' .*?could not be converted to (?P<type>\w+)", "'{value}' is not {type}"),
     (r"Value '(?P<value>.*?)' is not a valid bool", "'{value}' is not true or false"),
-    (r"Invalid value assigned: \w+ is not a ListConfig", "not a list; write it as [a,b]"),
-    (r"Cannot assign \w+ to dict", "not a mapping; write it as {{a:1,b:2}}"),
+    (r"Invalid value assigned: \w+ is not a ListConfig", "not a list; write it as '{key}=[a,b]'"),
+    (r"Cannot assign \w+ to dict", "not a mapping; write it as '{key}={{a:1,b:2}}'"),
     (r"field '.*' is not Optional", "null is not allowed"),
     (r"Could not delete from config", "no such option to remove"),
     (r"An item is already at", "this option exists already; remove the +"),
@@ -38,6 +39,7 @@ def explain(error: BaseException) -> str:
         if match := re.search(pattern, text):
             groups = match.groupdict()
             groups["type"] = OMEGACONF_TYPES.get(groups.get("type", ""), "of its type")
+            groups["key"] = next(iter(re.findall(r"full_key: (\S+)", text)), "KEY")
             return _file_prefix(text) + message.format(**groups)
     lines = [line.strip() for line in text.splitlines()]
     return " ".join(line for line in lines if not line.startswith(SKIPPED_LINES))
@@ -57,7 +59,7 @@ def unknown_key(override: Override, config: DictConfig, groups: Sequence[str]) -
     """
     key = override.key_or_group
     if group := closest_match(key, [each for each in groups if each.rpartition("/")[2] == key]):
-        return f"write {group}={override.get_value_string()}"
+        return f"write {shell_word(f'{group}={override.get_value_string()}')}"
     if hint := _missing_component_hint(key, config):
         return hint
     if owners := [each.name for each in components("pipeline") if key in each.options]:
@@ -80,29 +82,7 @@ def null_hint(group: str) -> str:
     """Message for `group=null`."""
     multiple = any(kind.multiple for kind in KINDS.values() if kind.group == group)
     null = f"{group.replace('/', '.')}=null" if "/" in group else f"~{group}"
-    return f"write {f'{group}=[]' if multiple else null} to choose none"
-
-
-def syntax_hint(line: str, error: OverrideParseException, choices: Mapping[str, str]) -> str:
-    """Message for an argument that Hydra cannot parse.
-
-    Args:
-        choices: As {"quickstart": "experiment=quickstart"}.
-    """
-    if "=" not in line:
-        close = closest_match(line, choices)
-        hint = f"Did you mean {choices[close]}? " if close else ""
-        return f"{line}: an argument has the form key=value. {hint}A flag begins with --, as in --help."
-    if "." in line.split("=")[0] and "/" in line.split("=")[0]:
-        return f"{line}: a slash chooses a component, a dot sets an option: write {line.replace('/', '.')}"
-    reason = error.message.partition("\nSee")[0].splitlines()[-1]
-    return f"{line}: cannot be read ({reason}); quote a value with spaces, brackets or commas: 'key=[1, 2]'"
-
-
-def sweep_hint(override: Override) -> str:
-    """Message for several values without `-m`."""
-    key, value = override.get_key_element(), override.get_value_string()
-    return f"{key}={value}: several values are a sweep, which needs -m; write a list as {key}=[{value}]"
+    return f"write {shell_word(f'{group}=[]' if multiple else null)} to choose none"
 
 
 def _missing_config_message(error: MissingConfigException) -> str:

@@ -167,7 +167,7 @@ class TimmClassifier(FrozenNetwork):
 
 def _inception_weights(weights: str | None, expected_sha256: str | None) -> dict[str, Tensor]:
     hint = f"metric.fid.weights=FILE (of kid, is and prdc likewise); {OFFLINE_HINT}"
-    path = hub_file(INCEPTION_URL, "the Inception weights of FID", hint) if weights is None else Path(weights)
+    path = Path(weights).expanduser() if weights else hub_file(INCEPTION_URL, "the Inception weights of FID", hint)
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; it should hold the Inception weights of FID ({INCEPTION_URL}); {OFFLINE_HINT}"
@@ -205,7 +205,7 @@ def _timm(name: str, weights: str | None) -> TimmClassifier:
             f"network={name}: cannot get its weights ({reason}); give weights=FILE, or {OFFLINE_HINT}"
         ) from error
     if weights is not None:
-        _load_weights(network, name, Path(weights))
+        _load_weights(network, name, Path(weights).expanduser())
     data_config = timm.data.resolve_model_data_config(network)
     mean, std = (torch.tensor(data_config[key]) for key in ("mean", "std"))
     mode = data_config["interpolation"] if data_config["interpolation"] in ("bilinear", "bicubic") else "bicubic"

@@ -196,7 +196,7 @@ def lpips_backbone(name: LPIPSBackbone, path: str | Path | None = None) -> Inter
     with torch.device("meta"):
         network = getattr(models, spec.builder)(weights=None).features
     if torch.get_default_device().type != "meta":
-        weights = _read_backbone_weights(Path(path), spec) if path is not None else _hub_weights(spec)
+        weights = _read_backbone_weights(Path(path).expanduser(), spec) if path is not None else _hub_weights(spec)
         weights = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
         _load_backbone(network, weights, path, spec)
     starts = (0, *spec.tap_ends)

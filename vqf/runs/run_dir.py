@@ -41,7 +41,7 @@ def choose_run_dir(run_dir: str | None, run: str | None, resume: bool | str, nam
 
 def _resolve_run_dir(run_dir: str | None, run: str | None, resume: bool | str, name: str, pipeline: str) -> Path:
     if run_dir is not None:
-        return Path(run_dir)
+        return Path(run_dir).expanduser()
     if isinstance(resume, str):
         return run_dir_of(Path(resume).expanduser())
     # The name comes from the names of preset files, which may be somebody else's.

@@ -215,7 +215,7 @@ def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypa
     samples = sample(many, tmp_path / "out", *words, condition=both)
     assert Image.open(samples / "m-000000.png").size == (32, 24)
     for condition, message in (
-        (both["spatial"], r"has 2 image conditioners; give condition=\{spatial:spatial.png,image:image.png\}"),
+        (both["spatial"], r"has 2 image conditioners; give 'condition=\{spatial:spatial.png,image:image.png\}'"),
         ({"spatial": both["spatial"]}, "the image for conditioner 'image' is missing"),
         ({**both, "map": both["spatial"]}, r"condition\.map: this prior has no image conditioner of that name"),
         ({**both, "spatial": str(make_map(tmp_path / "s.png", 16, 16))}, "images of 16 x 16 and 24 x 32 pixels"),

@@ -60,7 +60,7 @@ class SamplePipeline:
         tile: Largest side, in codes, that is decoded at once, at least 8: larger images are decoded in overlapping
             tiles that are blended. null decodes every image in one piece.
         condition: Image to condition on, or a folder of them: a condition map, or whatever image the prior was trained
-            on. With several image conditioners, one for each: `condition={spatial:map.png,image:photo.png}`. Each
+            on. With several image conditioners, one for each: `'condition={spatial:map.png,image:photo.png}'`. Each
             gives `count` images of its own size. By default conditions of validation samples take turns.
         place: Crop box of the condition, for a prior that is conditioned on crop boxes: top, left, bottom and right as
             fractions of the full image; by default the full image.

@@ -80,7 +80,7 @@ def from_validation(generator: Generator, config: DictConfig, count: int) -> Con
 def _paths_by_conditioner(condition: ConditionOption, fields: Mapping[str, str]) -> dict[str, list[Path]]:
     if not fields:
         raise UserError("condition: this prior was not trained on maps or images; label= may choose a class")
-    example = f"condition={{{','.join(f'{name}:{name}.png' for name in fields)}}}"
+    example = f"'condition={{{','.join(f'{name}:{name}.png' for name in fields)}}}'"
     if isinstance(condition, str):
         if len(fields) > 1:
             raise UserError(f"condition={condition}: this prior has {len(fields)} image conditioners; give {example}")

@@ -72,6 +72,28 @@ def muted() -> Iterator[None]:
 
 
 @contextmanager
+def collect_messages() -> Iterator[list[str]]:
+    """Collect what the block logs, which is shown as well."""
+    collector = MessageCollector()
+    log.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        log.removeHandler(collector)
+
+
+class MessageCollector(logging.Handler):
+    """Keeps the messages of log records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
 def printable_stdout() -> Iterator[None]:
     """Make printable what is printed inside the block; it appears at the end."""
     text = io.StringIO()

@@ -175,7 +175,7 @@ def test_tables(flat, caplog):
         ("path,label\n03.png,a\n04.png,\n", "data.train: line 3 of 'list.csv' has no label"),
         ("path,label\n03.png,a\n,b\n", "data.train: line 3 of 'list.csv' has no path"),
         ("path\n03.png\nnone.png\n", "data.train: line 3 of 'list.csv' names 'none.png', which is not in '.'"),
-        ("path\n\0.png\n", "data.train: line 2 of 'list.csv' names '\0.png', which is not in '.'"),
+        ("path\n\0.png\n", "data.train: line 2 of 'list.csv' names '\\x00.png', which is not in '.'"),
     ],
 )
 def test_mistakes_in_tables(flat, monkeypatch, content, message):
@@ -204,7 +204,8 @@ def test_lists_of_names_alone_are_found_below_whatever_their_ending(tmp_path):
     assert (names(data), names(data, "validation")) == (["52000/52535.png", "00000/00001.png"], ["00000/00002.png"])
     (tmp_path / "val.txt").write_text("twice.png\n")
     assert worded(lambda: Folder(16, 0, root=str(tmp_path), **lists)) == (
-        f"data.validation: line 1 of '{tmp_path / 'val.txt'}' names 'twice.png', which is not in '{tmp_path}'"
+        f"data.validation: line 1 of '{tmp_path / 'val.txt'}' names 'twice.png', but 2 files in '{tmp_path}' have that "
+        "name; give the path: 'a/twice.png' or 'b/twice.png'"
     )
 
 

@@ -182,10 +182,12 @@ def _check_folder(root: Path, hint: str | None) -> None:
 
 
 def _scan_images(root: Path, extensions: Sequence[str], hint: str | None) -> list[File]:
-    files = scan(root, extensions)
-    if not files:
-        raise UserError(f"data.root: no images ({', '.join(extensions)}) in the folder '{root}'{_cure(hint)}")
-    return files
+    listing = scan(root, extensions)
+    if not listing.files:
+        others = f", only {listing.describe_left_out()}" if listing.left_out else ""
+        raise UserError(f"data.root: no images ({', '.join(extensions)}) in the folder '{root}'{others}{_cure(hint)}")
+    listing.log_left_out(root, "data.root", "data.extensions says which endings are images")
+    return listing.files
 
 
 def _cure(hint: str | None) -> str:

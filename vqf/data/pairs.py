@@ -64,7 +64,8 @@ class Pairs(Folder):
         if self.same_folder and not suffix:
             raise ValueError(f"images and conditions are both '{images}'; give data.suffix, which tells them apart")
         super().__init__(image_size, seed, root=str(base / images), labels=False, source_hint=source_hint, **options)
-        self.maps_by_stem = _maps_by_stem(self.maps_folder, suffix, source_hint)
+        self.maps_by_stem = _maps_by_stem(self._list_maps(source_hint), suffix)
+        self._log_unused_maps()
 
     @staticmethod
     def condition_reader(
@@ -90,6 +91,30 @@ class Pairs(Folder):
         self._check_missing(unpaired, len(files))
         return PairSplit(self, name, files, maps)
 
+    def _list_maps(self, hint: str | None) -> list[File]:
+        if not self.maps_folder.is_dir():
+            cure = f" ({hint})" if hint else ""
+            raise UserError(f"data.conditions: no folder '{self.maps_folder}'{cure}; it holds the maps")
+        listing = scan(self.maps_folder, EXTENSIONS)
+        maps = [file for file in listing.files if _stem(file.name).endswith(self.suffix)]
+        if not self.same_folder:
+            listing.log_left_out(self.maps_folder, "data.conditions", "maps have the ending of an image")
+            if others := sorted({*listing.files} - {*maps}):
+                log.info(
+                    f"data.suffix={self.suffix}: {len(others)} images in '{self.maps_folder}' are no maps, because "
+                    f"their names do not end with it, such as '{others[0].name}'"
+                )
+        return maps
+
+    def _log_unused_maps(self) -> None:
+        stems = {_stem(file.name) for files in (self.partition.train, self.partition.validation) for file in files}
+        if unused := [file.name for stem, file in self.maps_by_stem.items() if stem not in stems]:
+            count = len(self.maps_by_stem)
+            log.info(
+                f"data.conditions: {len(unused)} of the {count} maps in '{self.maps_folder}' belong to no image, such "
+                f"as '{unused[0]}'"
+            )
+
     def _check_missing(self, names: Sequence[str], count: int) -> None:
         if not names:
             return
@@ -113,20 +138,14 @@ class PairSplit(PairedImageSplit):
         return self.maps_folder / self.map_names[index]
 
 
-def _maps_by_stem(folder: Path, suffix: str, hint: str | None) -> dict[str, File]:
-    if not folder.is_dir():
-        raise UserError(f"data.conditions: no folder '{folder}'{f' ({hint})' if hint else ''}; it holds the maps")
+def _maps_by_stem(files: Iterable[File], suffix: str) -> dict[str, File]:
     maps: dict[str, File] = {}
-    for file in _with_suffix(scan(folder, EXTENSIONS), suffix):
+    for file in files:
         stem = _stem(file.name).removesuffix(suffix)
         if stem in maps:
             raise UserError(f"data.conditions: '{maps[stem].name}' and '{file.name}' are maps of the same image")
         maps[stem] = file
     return maps
-
-
-def _with_suffix(files: Iterable[File], suffix: str) -> list[File]:
-    return [file for file in files if _stem(file.name).endswith(suffix)]
 
 
 def _stem(name: str) -> str:

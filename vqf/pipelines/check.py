@@ -22,7 +22,7 @@ from vqf.errors import UserError, quote_name
 from vqf.hashing import sha256_of_file
 from vqf.protocols import Split
 from vqf.registry import register
-from vqf.terminal import log, progress
+from vqf.terminal import collect_messages, log, progress
 
 CHUNK_SIZE = 64  # images per task of a worker process
 MAX_TABLE_KINDS = 10  # classes, modes or formats that the table names; check.json names all
@@ -47,7 +47,10 @@ class ImageFacts:
 
 @register("pipeline", "check")
 class Check:
-    """Decode every image of `data`; report counts, sizes, modes, formats, unreadable images and duplicates."""
+    """Decode every image of `data`; report counts, sizes, modes, values, formats, unreadable images and duplicates.
+
+    The lines about what the data source leaves out, or reads in one of two ways, are `messages` of `check.json`.
+    """
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
@@ -58,8 +61,10 @@ class Check:
         Raises:
             UserError: If the data source has no image files.
         """
-        data, splits = open_splits(self.config)
+        with collect_messages() as messages:  # what is left out, and which of two readings is taken
+            data, splits = open_splits(self.config)
         report = summarize(self._inspect_images(splits), list(splits), image_size(self.config))
+        report["messages"] = messages
         for name, split in splits.items():
             report["splits"][name]["classes"] = _class_counts(split, data.classes)
         if isinstance(data, HasDigests):

@@ -12,4 +12,4 @@ def test_a_scan_finds_what_a_walk_finds(tmp_path):
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "8.png").touch()
     expected = {"a/1.png": 7, "a/b/2.PNG": 9, "6.png/7.png": 11, "z.png": 5, "gone.png": -1, "first/8.png": 0}
-    assert scan(tmp_path, [".png"]) == sorted(File(name, size) for name, size in expected.items())
+    assert scan(tmp_path, [".png"]).files == sorted(File(name, size) for name, size in expected.items())

@@ -1,72 +1,92 @@
 """List image files."""
 
-import csv
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqf.data.files.packed import File, gc_paused
-from vqf.data.labels import int_or_str
 from vqf.errors import UserError
-from vqf.file_kinds import check_regular
 
-ListRow = tuple[int, str, int | str | None]  # line number, path, label
+log = logging.getLogger("vqf")
+
+MAX_ENDINGS = 8  # in a log line, the most frequent first
 
 
-def scan(root: Path, extensions: Sequence[str]) -> list[File]:
-    """List images below a folder by path; follow links, skip hidden files.
+@dataclass
+class Listing:
+    """The images below a folder by path, and what lies beside them."""
+
+    files: list[File] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)  # number of other files by ending
+    repeated: list[str] = field(default_factory=list)  # links to folders that are listed already
+
+    def log_left_out(self, folder: Path, option: str, cure: str) -> None:
+        """Log how many files are left out, if any.
+
+        Args:
+            option: Name of the option that is the folder.
+            cure: What reads more of them.
+        """
+        if self.left_out:
+            log.info(f"{option}: {self.describe_left_out()} in '{folder}' are left out; {cure}")
+        if self.repeated:
+            log.info(
+                f"{option}: {len(self.repeated)} links in '{folder}' lead to folders that are listed already, such as "
+                f"'{self.repeated[0]}'; their images count once"
+            )
+
+    def describe_left_out(self) -> str:
+        """Return "3 files (.avif 2, .txt 1)"."""
+        endings = [f"{ending} {count}" for ending, count in self.left_out.most_common(MAX_ENDINGS)]
+        if (more := len(self.left_out) - MAX_ENDINGS) > 0:
+            endings.append(f"{more} other endings")
+        return f"{self.left_out.total()} files ({', '.join(endings)})"
+
+
+def scan(root: Path, extensions: Sequence[str]) -> Listing:
+    """List images below a folder by path; follow links, skip hidden files and folders.
 
     Raises:
         UserError: If a folder cannot be listed.
     """
-    lowercase = tuple(extension.lower() for extension in extensions)
+    listing = Listing()
     with gc_paused():
-        return sorted(_walk(root, lowercase))
+        listing.files = sorted(_walk(root, tuple(extension.lower() for extension in extensions), listing))
+    return listing
 
 
-def read_list(path: str, root: Path, option: str, extensions: Sequence[str]) -> list[File]:
-    """Read a text file with an image path per line, or a CSV table with columns `path` and perhaps `label`.
-
-    Paths are relative to `root`, or absolute; a unique file name is enough.
-
-    Raises:
-        UserError: If a file is missing or invalid.
-    """
-    files: list[File] = []
-    by_stem: Mapping[str, File | None] | None = None
-    for number, name, label in _read_rows(path, option):
-        file: File | None = _stat_file(root, os.path.join(root, name))
-        if file is None or file.size < 0:
-            if by_stem is None:  # only lists of bare names need the scan
-                by_stem = _unique_by_stem(scan(root, extensions))
-            file = by_stem.get(_stem(name))
-        if file is None:
-            raise UserError(f"{option}: line {number} of '{path}' names '{name}', which is not in '{root}'")
-        files.append(file._replace(label=label))
-    return files
-
-
-def _walk(root: Path, extensions: tuple[str, ...]) -> Iterator[File]:
+def _walk(root: Path, extensions: tuple[str, ...], listing: Listing) -> Iterator[File]:
     visited: set[str] = set()
     folders = [("", os.fspath(root))]
     while folders:
         prefix, folder = folders.pop()
         real = os.path.realpath(folder)
         if real in visited:  # links may form a cycle
+            listing.repeated.append(prefix.rstrip("/"))
             continue
         visited.add(real)
         entries = _entries(folder)
-        subfolders = sorted(entry.name for entry in entries if _is_folder(entry))
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        listing.left_out["hidden"] += len(entries) - len(visible)
+        subfolders = sorted(entry.name for entry in visible if _is_folder(entry))
         folders += [(f"{prefix}{name}/", os.path.join(folder, name)) for name in reversed(subfolders)]
-        for entry in entries:
-            if entry.name.lower().endswith(extensions) and not _is_folder(entry):
+        for entry in visible:
+            if _is_folder(entry):
+                continue
+            if entry.name.lower().endswith(extensions):
                 yield File(f"{prefix}{entry.name}", _size(entry))
+            else:
+                listing.left_out[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
+    listing.left_out = +listing.left_out  # without the zeros
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return list(entries)
     except OSError as error:
         reason = f"'{error.filename}' ({(error.strerror or '').lower()})"
         raise UserError(f"data.root: cannot list the folder {reason}") from error
@@ -84,56 +104,3 @@ def _size(entry: os.DirEntry[str]) -> int:
         return entry.stat().st_size
     except OSError:
         return -1
-
-
-def _read_rows(path: str, option: str) -> list[ListRow]:
-    try:
-        check_regular(Path(path).expanduser())
-        with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as file:
-            is_table = path.lower().endswith(".csv")
-            return list(_csv_rows(file, path, option) if is_table else _text_rows(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"{option}: cannot read the list '{path}' ({reason.lower()})") from error
-
-
-def _text_rows(file: Iterable[str]) -> Iterator[ListRow]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield number, line.strip(), None
-
-
-def _csv_rows(file: Iterable[str], path: str, option: str) -> Iterator[ListRow]:
-    reader = csv.DictReader(file)
-    columns = reader.fieldnames or []
-    if "path" not in columns:
-        raise UserError(f"{option}: the first line of '{path}' names no column 'path' (it has: {', '.join(columns)})")
-    for row in reader:
-        label = (row.get("label") or "").strip()
-        if not (row["path"] or "").strip():
-            raise UserError(f"{option}: line {reader.line_num} of '{path}' has no path")
-        if "label" in columns and not label:
-            raise UserError(f"{option}: line {reader.line_num} of '{path}' has no label")
-        yield reader.line_num, row["path"].strip(), int_or_str(label) if label else None
-
-
-def _unique_by_stem(files: Iterable[File]) -> dict[str, File | None]:
-    by_stem: dict[str, File | None] = {}
-    for file in files:
-        stem = _stem(file.name.rpartition("/")[2])
-        by_stem[stem] = None if stem in by_stem else file
-    return by_stem
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
-def _stat_file(root: Path, path: str) -> File:
-    name = os.path.relpath(path, root)
-    name = os.path.abspath(path) if name.startswith(os.pardir + os.sep) else name
-    try:
-        size = os.stat(path).st_size
-    except (OSError, ValueError):  # ValueError: a list may hold any string, such as one with a null character
-        size = -1
-    return File(name.replace(os.sep, "/"), size)

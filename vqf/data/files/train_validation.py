@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vqf.data.files.listing import read_list, scan
+from vqf.data.files.image_list import read_list
+from vqf.data.files.listing import scan
 from vqf.data.files.packed import File, PackedFiles
 from vqf.seeding import hash_fraction
 
@@ -66,7 +67,9 @@ def split_by_lists(
     ]
     if None in splits:
         listed = {file.name for files in splits for file in files or ()}
-        others = [file for file in scan(root, extensions) if file.name not in listed]
+        listing = scan(root, extensions)
+        listing.log_left_out(root, "data.root", "data.extensions says which endings are images")
+        others = [file for file in listing.files if file.name not in listed]
         splits = [others if files is None else files for files in splits]
     train_files, validation_files = (files or [] for files in splits)
     if both := {file.name for file in train_files} & {file.name for file in validation_files}:

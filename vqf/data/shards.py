@@ -16,7 +16,7 @@ from vqf.data.images.pixel_values import check_range
 from vqf.data.labels import NumericLabels
 from vqf.data.tar.contents import IndexedShards
 from vqf.data.tar.dataset import ShardSplit
-from vqf.data.tar.members import SampleMembers
+from vqf.data.tar.members import MemberKey, SampleMembers
 from vqf.data.tar.patterns import is_streamed
 from vqf.data.tar.remote import RemoteShards, StreamedShards
 from vqf.data.tar.shard_folder import ShardFolder
@@ -50,7 +50,10 @@ class Shards:
         label_key: The field of `.json` with the label; by default the label is the content of `.cls`.
         classes: Number of classes, where labels are numbers; by default from the shards or the manifest. 0 ignores the
             labels of a stream.
-        image: Extension of the image, where samples have several; by default the first that is an image format.
+        image: Extension of the image, where samples have several; by default the first that is an image format, of one
+            word (`jpg`) before those of several (`depth.png`).
+        key: Where the name of a member ends and its extension begins; members with one name are one sample. With
+            "last_dot" `v1.0.png` and `v1.1.png` are two.
         index: Folder of the indices; by default that of each shard.
         crop: Where training images are cropped; validation images are center-cropped. "resized" is torchvision's
             RandomResizedCrop.
@@ -87,6 +90,7 @@ class Shards:
         label_key: str | None = None,
         classes: int | None = None,
         image: str | None = None,
+        key: MemberKey = "first_dot",
         index: str | None = None,
         crop: Crop = "random",
         crop_area: Sequence[float] = DEFAULT_CROP_AREA,
@@ -108,7 +112,7 @@ class Shards:
         self.pixel_range = check_range("range", range)
         self.animated, self.max_pixels, self.max_unreadable = animated, max_pixels, max_unreadable
         self.shuffle_buffer = buffer
-        self.member_roles = SampleMembers(normalize_extension(image), label_key, self.condition)
+        self.member_roles = SampleMembers(normalize_extension(image), label_key, self.condition, key)
         self.patterns = {"train": train, "validation": validation}
         self.remote: RemoteShards | None = None
         self.folder: ShardFolder | None = None

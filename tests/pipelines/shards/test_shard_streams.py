@@ -141,7 +141,7 @@ def test_skipped_images_within_the_limit_do_not_refetch_their_shard(folder, tmp_
         folder / "a-0.tar", [each for i in range(4) for each in ((f"{i}.png", png() if i else b""), (f"{i}.cls", b"0"))]
     )
     manifest = written(configured(folder), tmp_path / "near")
-    monkeypatch.setattr(remote_io, "iter_samples", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(remote_io, "iter_samples", lambda url, roles: pytest.fail("fetched"))
     assert written(configured(folder), tmp_path / "near") == manifest
 
 
@@ -195,7 +195,7 @@ def test_a_resumed_run_fetches_missing_shards_only(folder, tmp_path, monkeypatch
     before = files(to)
     (to / "train-000002.tar").unlink()
     fetched, opened = [], remote_io.iter_samples
-    monkeypatch.setattr(remote_io, "iter_samples", lambda url: fetched.append(url) or opened(url))
+    monkeypatch.setattr(remote_io, "iter_samples", lambda url, roles: fetched.append(url) or opened(url, roles))
     written(configured(folder), to)
     assert fetched == [f"file:{folder}/a-2.tar"]
     assert files(to) == before

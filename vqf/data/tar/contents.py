@@ -15,6 +15,7 @@ from vqf.data.images.decode import UnreadableError
 from vqf.data.labels import parse_label
 from vqf.data.tar.index import load_index
 from vqf.data.tar.index_file import TarIndex, TarMember
+from vqf.data.tar.inventory import MemberInventory
 from vqf.data.tar.members import SampleMembers
 from vqf.data.tar.reader import TarReader
 from vqf.distributed import comm
@@ -114,24 +115,36 @@ class SampleIndexBuilder:
         )
 
 
-def iter_samples(path: Path, index: TarIndex, roles: SampleMembers) -> Iterator[MemberSet]:
-    """Yield the members of every sample with an image.
+def iter_samples(path: Path, index: TarIndex, roles: SampleMembers, inventory: MemberInventory) -> Iterator[MemberSet]:
+    """Yield the members of every sample with an image; count the others in `inventory`.
 
     Raises:
         UserError: If two members have one extension.
     """
     samples: dict[str, dict[str, TarMember]] = {}
-    for member in index.members:
+    inventory.outside.update(index.left_out)
+    for member in (_with_key(member, roles) for member in index.members):
         sample = samples.setdefault(member.key, {})
         if member.extension in sample:
             raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.extension}' twice")
         sample[member.extension] = member
     if samples and not index.intact:
         samples.popitem()  # truncated, or its label may be lost
-    for sample in samples.values():
-        if (extension := roles.find_image(sample)) is not None:
+    for key, sample in samples.items():
+        extension = roles.find_image(sample)
+        inventory.add_sample(f"{path.name}/{key}", sample, extension)
+        if extension is not None:
+            if inventory.first_json is None and "json" in sample:
+                inventory.first_json = path, sample["json"]
             label, condition = sample.get(roles.label_extension), sample.get(roles.find_map(sample) or "")
             yield MemberSet(sample[extension], label, condition)
+
+
+def _with_key(member: TarMember, roles: SampleMembers) -> TarMember:
+    if roles.key == "first_dot":
+        return member
+    key, extension = roles.split(member.key, member.extension)
+    return member._replace(key=key, extension=extension)
 
 
 def load_indices(paths: Sequence[Path], folder: Path | None, listed: Collection[str] = ()) -> list[TarIndex]:

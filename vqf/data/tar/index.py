@@ -7,6 +7,7 @@ import logging
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -71,27 +72,35 @@ def build_index(tar: Path) -> TarIndex:
             state = os.fstat(file.fileno())
             _check_uncompressed(tar, file.read(8))
             file.seek(0)
-            members, end = _list_members(tar, file)
+            members, end, left_out = _list_members(tar, file)
             intact = _has_end_marker(file, end)
     except OSError as error:
         raise UserError(
             f"data.root: cannot read the shard '{tar}' ({(error.strerror or str(error)).lower()})"
         ) from error
-    return TarIndex(state.st_size, state.st_mtime_ns, intact, members)
+    return TarIndex(state.st_size, state.st_mtime_ns, intact, members, left_out)
 
 
-def _list_members(tar: Path, file: BinaryIO) -> tuple[list[TarMember], int]:
-    """Return the members, of which the last may be truncated, and the offset of the end marker."""
+def _list_members(tar: Path, file: BinaryIO) -> tuple[list[TarMember], int, dict[str, int]]:
+    """Return the members, of which the last may be truncated, the offset of the end marker, and counts of others."""
     members: list[TarMember] = []
+    left_out: Counter[str] = Counter()
     end = 0
     for info in _headers(tar, file):
         key_and_extension = check_member(tar, info)
         end = info.offset_data + -(-info.size // BLOCK) * BLOCK if info.isreg() else info.offset_data
         if not info.isreg() or key_and_extension is None:
+            left_out.update([] if info.isdir() else [_kind_outside(info)])
             continue
         text, crc = _checksum(file, info.offset_data, info.size, key_and_extension[1])
         members.append(TarMember(*key_and_extension, info.offset_data, info.size, crc, text))
-    return members, end
+    return members, end, dict(left_out)
+
+
+def _kind_outside(info: tarfile.TarInfo) -> str:
+    if not info.isreg():
+        return "links" if info.issym() or info.islnk() else "devices and pipes"
+    return "hidden" if info.name.rpartition("/")[2].startswith(".") else "without an ending"
 
 
 def _headers(tar: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class TarIndex:
     mtime_ns: int
     intact: bool  # whether it ended with the end marker of a tar
     members: list[TarMember]
+    left_out: dict[str, int] = field(default_factory=dict)  # number of other members by kind
 
 
 def index_path(tar: Path, folder: Path | None) -> Path:
@@ -78,8 +79,9 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 
 def _is_valid(index: TarIndex, columns: list[Any]) -> bool:
-    numbers = [*columns[2:5], [index.size, index.mtime_ns]]
-    typed = all(map(_is_column_of, columns, (str, str, int, int, int, str | None))) and _is_column_of(numbers[3], int)
+    totals = [index.size, index.mtime_ns, *index.left_out.values()]
+    numbers = [*columns[2:5], totals]
+    typed = all(map(_is_column_of, columns, (str, str, int, int, int, str | None))) and _is_column_of(totals, int)
     return typed and all(min(column, default=0) >= 0 for column in numbers)
 
 

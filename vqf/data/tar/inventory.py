@@ -42,7 +42,7 @@ class MemberInventory:
         self.samples += 1
         if image is None:
             self.without_image.append(name)
-            self.no_image.update(extensions)
+            self.no_image.update([*extensions])
             return
         read = {image, self.roles.label_extension, self.roles.find_map(extensions)}
         others = [extension for extension in extensions if extension not in read]
@@ -67,8 +67,9 @@ class MemberInventory:
                 f"{count_extensions(self.no_image)}"
             )
         if self.unread:
-            listed = f", the .json with the fields {', '.join(sorted(fields))}" if fields and "json" in self.unread else ""
-            log.info(f"data.label_key: not read in {self.place}: {count_extensions(self.unread)}{listed}; {LABEL_CURE}")
+            json_fields = f" (fields {', '.join(sorted(fields))})" if fields and "json" in self.unread else ""
+            members = count_extensions(self.unread)
+            log.info(f"data.label_key: not read in {self.place}: {members}{json_fields}; {LABEL_CURE}")
         if self.outside:
             kinds = ", ".join(f"{kind} {count}" for kind, count in self.outside.most_common())
             log.info(f"data.root: members of no sample in {self.place} are left out: {kinds}")

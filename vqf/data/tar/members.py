@@ -4,12 +4,15 @@ The extension is everything after the first dot: `left.png` of `0001.left.png`.
 """
 
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vqf.data.images.decode import EXTENSIONS
 from vqf.errors import UserError
+
+MemberKey = Literal["first_dot", "last_dot"]
 
 
 @dataclass(frozen=True)
@@ -17,24 +20,33 @@ class SampleMembers:
     """The extensions of the members of a sample.
 
     Args:
-        image: Image; by default the first image format.
+        image: Image; by default the first image format, `jpg` before `depth.png`.
         label_key: Field of `.json` with the label, by default that of `.cls`.
         condition: Condition map, or None: `depth` matches `depth.png`, `depth.tif`, `depth`.
+        key: The dot of a member's name at which its extension begins.
     """
 
     image: str | None = None
     label_key: str | None = None
     condition: str | None = None
+    key: MemberKey = "first_dot"
+
+    def split(self, key: str, extension: str) -> tuple[str, str]:
+        """Move the end of the key to the dot that `self.key` names; both are given for the first."""
+        if self.key == "first_dot":
+            return key, extension
+        rest, dot, last = extension.rpartition(".")
+        return f"{key}{dot}{rest}", last
 
     @property
     def label_extension(self) -> str:
         return "json" if self.label_key else "cls"
 
-    def find_image(self, extensions: Iterable[str]) -> str | None:
-        for extension in extensions:
-            if extension == self.image if self.image else _is_image(extension) and not self.is_map(extension):
-                return extension
-        return None
+    def find_image(self, extensions: Collection[str]) -> str | None:
+        if self.image:
+            return self.image if self.image in extensions else None
+        images = [each for each in extensions if is_image_extension(each) and not self.is_map(each)]
+        return min(images, key=lambda extension: "." in extension, default=None)
 
     def find_map(self, extensions: Iterable[str]) -> str | None:
         return next(filter(self.is_map, extensions), None) if self.condition else None
@@ -42,7 +54,7 @@ class SampleMembers:
     def is_map(self, extension: str) -> bool:
         prefix = self.condition
         return prefix is not None and (
-            extension == prefix or (extension.startswith(f"{prefix}.") and _is_image(extension))
+            extension == prefix or (extension.startswith(f"{prefix}.") and is_image_extension(extension))
         )
 
 
@@ -70,5 +82,5 @@ def check_member(tar: Path | str, info: tarfile.TarInfo) -> tuple[str, str] | No
     return split_member_name(name)
 
 
-def _is_image(extension: str) -> bool:
+def is_image_extension(extension: str) -> bool:
     return f".{extension.rpartition('.')[2]}" in EXTENSIONS

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,6 +27,7 @@ URL_PATTERN = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MAX_MANIFEST_BYTES = 2**28
 EXIT_TIMEOUT = 1.0  # seconds in which a command must exit by itself
 
+SampleNote = Callable[[str, Collection[str], str | None], None]
 TarSample = dict[str, Any]  # `__key__`, `__url__`, and the bytes of each member by extension
 
 
@@ -100,17 +101,22 @@ def read_remote_manifest(root: str) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("shards"), list) else {}
 
 
-def iter_raw_samples(url: str, roles: SampleMembers) -> Iterator[RawSample]:
+def iter_raw_samples(url: str, roles: SampleMembers, note: SampleNote = lambda *_: None) -> Iterator[RawSample]:
     """Yield the samples of a shard that have an image.
+
+    Args:
+        note: Is given the name, the extensions and the image's extension of every sample.
 
     Raises:
         BrokenShardError: After the last readable sample.
         UserError: As in `iter_samples`.
     """
-    for sample in iter_samples(url):
+    for sample in iter_samples(url, roles):
         key = sample.pop("__key__")
         extensions = [extension for extension in sample if extension != "__url__"]
-        if (image := roles.find_image(extensions)) is None:
+        image = roles.find_image(extensions)
+        note(f"{shard_name(url)}/{key}", extensions, image)
+        if image is None:
             continue
         extension = roles.find_map(extensions)
         condition = (f"{key}.{extension}", sample[extension]) if extension else ("", b"")
@@ -118,7 +124,7 @@ def iter_raw_samples(url: str, roles: SampleMembers) -> Iterator[RawSample]:
         yield RawSample(name, sample[image], sample.get(roles.label_extension), *condition)
 
 
-def iter_samples(url: str) -> Iterator[TarSample]:
+def iter_samples(url: str, roles: SampleMembers) -> Iterator[TarSample]:
     """Yield all samples of a shard.
 
     Raises:
@@ -129,7 +135,7 @@ def iter_samples(url: str) -> Iterator[TarSample]:
 
     try:
         # Key and extension travel as one name, joined by a character that no safe name has.
-        yield from group_by_keys(_members(url), keys=lambda name: tuple(name.split("\0")))
+        yield from group_by_keys(_members(url, roles), keys=lambda name: tuple(name.split("\0")))
     except (BrokenShardError, UserError):
         raise
     except ValueError as error:
@@ -137,13 +143,13 @@ def iter_samples(url: str) -> Iterator[TarSample]:
         raise UserError(f"data.root: the shard '{redact_url(url)}' holds '{name}' twice") from error
 
 
-def _members(url: str) -> Iterator[dict[str, Any]]:
+def _members(url: str, roles: SampleMembers) -> Iterator[dict[str, Any]]:
     ends: list[bool] = []
     with _open_url(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_end_marker_header(ends)) as tar:
         for info in tar:
             key_and_extension = check_member(redact_url(url), info)
             if info.isreg() and key_and_extension is not None:
-                yield {"fname": "\0".join(key_and_extension), "data": _content(tar, info), "__url__": url}
+                yield {"fname": "\0".join(roles.split(*key_and_extension)), "data": _content(tar, info), "__url__": url}
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
         if not ends:
             raise tarfile.ReadError("it is truncated")

@@ -8,6 +8,8 @@ from vqf.data.files.packed import gc_paused
 from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.labels import NumericLabels, class_numbers
 from vqf.data.tar.contents import LOST_LABEL, IndexedShards, SampleIndexBuilder, iter_samples, load_indices
+from vqf.data.tar.index_file import INDEX_SUFFIX
+from vqf.data.tar.inventory import MemberInventory
 from vqf.data.tar.manifest import MANIFEST_NAME, class_names, listed_shards, read_manifest
 from vqf.data.tar.members import SampleMembers
 from vqf.data.tar.patterns import find_shards
@@ -52,6 +54,7 @@ class ShardFolder:
             )
         with gc_paused():
             self.contents = {name: self._index_split(name, pattern, labels) for name, pattern in patterns.items()}
+        self._log_other_tars(patterns)
         if not any(content.names for content in self.contents.values()):
             options = " and ".join(f"data.{name}={pattern}" for name, pattern in patterns.items())
             raise UserError(f"data.root: no images in shards of '{self.root}'; {options}")
@@ -99,11 +102,12 @@ class ShardFolder:
     def _index_split(self, split_name: str, pattern: str | None, labels: bool) -> IndexedShards:
         paths = [] if pattern is None else find_shards(self.root, pattern, f"data.{split_name}", self.manifest_shards)
         tars, builder = TarReader(paths), SampleIndexBuilder(self.member_roles)
+        inventory = MemberInventory(self.member_roles, f"the {split_name} shards")
         truncated, incomplete = [], []
         indices = load_indices(paths, self.index, self.manifest_shards)
         for shard, (path, index) in enumerate(zip(paths, indices, strict=True)):
             before = len(builder.names)
-            for sample in iter_samples(path, index, self.member_roles):
+            for sample in iter_samples(path, index, self.member_roles, inventory):
                 builder.add(tars, shard, sample, labels)
             if missing := self._count_missing(path, len(builder.names) - before):
                 builder.add_missing(path.name, shard, missing)
@@ -112,7 +116,21 @@ class ShardFolder:
                 truncated.append(path)
         self._check_truncated(truncated, len(paths))
         self._check_missing(incomplete, builder.missing_count, len(builder.names), split_name)
+        inventory.log_messages()
         return builder.build(tars, labels)
+
+    def _log_other_tars(self, patterns: Mapping[str, str | None]) -> None:
+        """Log how many shards of the folder no pattern names, and how many both name."""
+        used = {name: {*content.tar_reader.paths} for name, content in self.contents.items()}
+        tars = [path for path in self.root.glob("*.tar*") if path.suffix != INDEX_SUFFIX and path.name[0] != "."]
+        options = " and ".join(f"data.{name}={pattern}" for name, pattern in patterns.items())
+        if others := sorted({*tars} - set().union(*used.values())):
+            log.info(
+                f"data.root: {len(others)} of the {len(tars)} tar files in '{self.root}' are left out by {options}, "
+                f"such as '{others[0].name}'"
+            )
+        if both := sorted(set.intersection(*used.values())):
+            log.warning(f"data.validation: {len(both)} of its shards are trained on too, such as '{both[0].name}'")
 
     def _count_missing(self, path: Path, count: int) -> int:
         """Return how many images of the manifest a shard lacks; 0 if the manifest is outdated."""

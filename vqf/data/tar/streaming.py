@@ -8,7 +8,7 @@ import io
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from random import Random
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from vqf.data.images.decode import Animated, CroppedImage, UnreadableError, read
 from vqf.data.images.pixel_values import PixelRange
 from vqf.data.labels import parse_label
 from vqf.data.tar import remote_io
+from vqf.data.tar.inventory import stream_notes
 from vqf.data.tar.members import SampleMembers
 from vqf.data.tar.remote import StreamedShards
 from vqf.data.tar.remote_io import BrokenShardError, RawSample, redact_url
@@ -71,6 +72,7 @@ class StreamSplit:
             all_may_fail=True,
         )
         self.dark_note = DarkNote()
+        self.noted = torch.zeros(3, dtype=torch.bool).share_memory_()  # the kinds of `stream_notes`, over all workers
         self.replay: ReplayableStream | None = None
 
     def __len__(self) -> int:
@@ -151,8 +153,8 @@ class StreamSplit:
         """
         data = self.data
         limits: dict[str, Any] = {"max_pixels": data.max_pixels, "animated": data.animated}
-        limits["pixel_range"] = data.pixel_range
-        crop = read_crop(io.BytesIO(raw.content), data.size, view, resize=self.augmentation.resize, **limits)
+        limits |= {"pixel_range": data.pixel_range, "resize": self.augmentation.resize}
+        crop = read_crop(io.BytesIO(raw.content), data.size, view, **limits)
         self.dark_note.check(raw.name, crop.values, data.pixel_range)
         return crop
 
@@ -188,15 +190,22 @@ class StreamSplit:
             data.member_roles.label_key,
         ]
         options += [] if data.pixel_range is None else [data.pixel_range]
+        options += [] if data.member_roles.key == "first_dot" else [data.member_roles.key]
         seed = data.seed if self.augmentation.is_random else None
         return [*options, data.classes, stream.urls, stream.length, stream.hashes, seed]
 
     def _raw_samples(self, shards: Iterable[int]) -> Iterator[RawSample]:
         for shard in shards:
             try:
-                yield from remote_io.iter_raw_samples(self.urls[shard], self.data.member_roles)
+                yield from remote_io.iter_raw_samples(self.urls[shard], self.data.member_roles, self._note_sample)
             except BrokenShardError as error:
                 self._record_broken_shard(shard, str(error))
+
+    def _note_sample(self, name: str, extensions: Collection[str], image: str | None) -> None:
+        for kind, message in stream_notes(name, extensions, image, self.data.member_roles):
+            if not self.noted[kind]:
+                self.noted[kind] = True
+                log.warning(message)
 
     def _open_replay(self) -> ReplayableStream:
         """Return this process's own reader: two would share one file."""

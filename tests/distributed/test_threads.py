@@ -86,7 +86,7 @@ def test_no_other_number_is_clearly_faster(speeds: dict[int, float]) -> None:
 
 
 def test_slow_steps_are_noticed_and_all_threads_come_back(machine: Machine) -> None:
-    assert machine.train(100) == 4 and machine.measurements == 1
+    assert machine.train(10) == 4 and machine.measurements == 1
     machine.speeds = CROWDED
     assert machine.train(2 * WINDOW_SECONDS) == 1 and machine.measurements == 2
     machine.speeds = IDLE
@@ -106,9 +106,8 @@ def test_a_single_slow_step_and_steps_twice_as_long_change_nothing(machine: Mach
 
 def test_measuring_takes_little_time_however_slow_the_steps_stay(machine: Machine) -> None:
     machine.train(100)
-    machine.measurements = 0
     machine.train(3000, factor=10)
-    assert machine.measurements <= 100
+    assert machine.measurements <= 2 + 3000 / RETRY_SECONDS
 
 
 def test_a_fixed_number_is_never_measured(machine: Machine) -> None:
@@ -164,8 +163,7 @@ def test_every_choice_is_logged(machine: Machine, caplog: pytest.LogCaptureFixtu
         machine.train(50)
     assert [record.getMessage() for record in caplog.records] == [
         "threads=auto: 4 threads, 3.5 times as fast as 1",
-        "threads=auto: from here on 3 of 4 threads, 24 times as fast as all of them beside other programs; "
-        "sums round differently",
+        "threads=auto: from here on 3 of 4 threads, 24 times as fast as all of them beside other programs",
     ]
 
 

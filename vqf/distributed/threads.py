@@ -24,7 +24,7 @@ MEASURE_SECONDS = 0.2  # per number of threads: many time slices of the operatin
 MIN_GAIN = 1.25  # another number must be so many times as fast
 WINDOW_SECONDS = 3.0  # steps are timed in windows, so that a single slow one does not count
 SLOWDOWN = 3.0  # a window whose steps take so many times those of the fastest is slow
-RETRY_SECONDS = 30.0  # between two measurements of a stage
+RETRY_SECONDS = 60.0  # after a measurement that changed nothing, and while fewer threads than possible are used
 
 # Of the convolutions that are timed. They are small, as the layers of a small model: most of their time is waiting.
 CHANNELS, SIDE, LAYERS = 32, 32, 8
@@ -35,7 +35,10 @@ def measure_speed(threads: int) -> float:
     torch.set_num_threads(threads)
     images = torch.ones(threads, CHANNELS, SIDE, SIDE, device="cpu")
     kernel = torch.full((CHANNELS, CHANNELS, 3, 3), 1 / (9 * CHANNELS), device="cpu")
-    _convolve(images, kernel)  # the first call with a number of threads prepares the next
+    start = time.monotonic()
+    _convolve(images, kernel)  # also prepares later calls
+    if (seconds := time.monotonic() - start) > MEASURE_SECONDS:
+        return threads / seconds  # slow enough to know
     start, count = time.monotonic(), 0
     while (seconds := time.monotonic() - start) < MEASURE_SECONDS:
         _convolve(images, kernel)
@@ -81,6 +84,7 @@ class ThreadTuner:
         self.limit = self.count = 0
         self.on_cpu = self.tunes = self.resumed = False
         self.measured_at: float | None = None  # None: not yet in this stage
+        self.patience = 0.0  # seconds from then on in which slow steps are no reason to measure
         self.step_times: dict[str, StepTimes] = {}  # by kind of work
 
     def configure(self, threads: int | str, device: torch.device) -> None:
@@ -124,24 +128,32 @@ class ThreadTuner:
             return
         now = self.clock()
         slow = self.step_times.setdefault(work, StepTimes()).add(now - start)
-        if now - self.measured_at > RETRY_SECONDS and (slow or self.count < self.limit):
+        waited = now - self.measured_at
+        if (slow and waited > self.patience) or (self.count < self.limit and waited > RETRY_SECONDS):
             self._choose()
 
     def _choose(self) -> None:
-        before, is_first, is_resumed = self.count, self.measured_at is None, self.resumed
-        # All but one are best beside one busy program, half of them beside several.
-        candidates = {1, self.limit // 2, self.limit - 1, self.limit, before}
-        speeds = {threads: self.measure(threads) for threads in sorted(candidates)}
-        fastest = max(speeds, key=lambda threads: speeds[threads])
-        needed_gain = SLOWDOWN if is_resumed else MIN_GAIN
-        self._set(fastest if speeds[fastest] >= needed_gain * speeds[before] else before)
+        is_first, is_resumed = self.measured_at is None, self.resumed
+        before = self.limit if is_first and not is_resumed else self.count
+        speeds = self._set_fastest(before, SLOWDOWN if is_resumed else MIN_GAIN)
+        changed = self.count != before
         self.measured_at, self.resumed = self.clock(), False
-        if is_first:
-            log.info("threads=auto: %s", self._describe(speeds))
-        elif self.count != before:
-            log.info("threads=auto: from here on %s; sums round differently", self._describe(speeds))
+        self.patience = 0.0 if is_first or changed else RETRY_SECONDS
+        if is_resumed and not changed:
+            log.info("threads=auto: %d threads, as in the checkpoint", before)
+        elif is_first or changed:
+            log.info("threads=auto: %s%s", "" if is_first else "from here on ", self._describe(speeds))
         if is_resumed:
             self._warn_unless(before)
+
+    def _set_fastest(self, default: int, min_gain: float) -> dict[int, float]:
+        """Set the fastest number, or the default if none is clearly faster; returns the speed of each."""
+        # All but one are best beside one busy program, half of them beside several.
+        candidates = {1, self.limit // 2, self.limit - 1, self.limit, default}
+        speeds = {threads: self.measure(threads) for threads in sorted(candidates)}
+        fastest = max(speeds, key=lambda threads: speeds[threads])
+        self._set(fastest if speeds[fastest] >= min_gain * speeds[default] else default)
+        return speeds
 
     def _describe(self, speeds: Mapping[int, float]) -> str:
         if self.count == self.limit:

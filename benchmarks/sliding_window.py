@@ -1,9 +1,9 @@
 """Speed of the optimizations of `sampler=sliding_window`: `python benchmarks/sliding_window.py`.
 
-An untrained GPT samples one image per grid: first as in the paper's notebook, with the full window for every token,
+An untrained GPT samples one image per grid: first by reading, for every token, its window from the start to the token,
 then with each optimization. A step is a pass through the prior; `tokens` are the positions that run through its blocks,
-condition included; `prefix` is the option `prefix_only`, which `cache` includes. The last column compares the sampled
-tokens with the plain ones: another order of summation can, rarely, move a draw across a boundary in float32.
+condition included. The last column compares the sampled tokens with the plain ones: another order of summation can,
+rarely, move a draw across a boundary in float32.
 """
 
 import argparse
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from vqf import terminal
 from vqf.registry import build
+from vqf.tokens.layout import TokenLayout
+from vqf.tokens.prefix import PrefixSpec
 
 GRIDS = ((64, 64), (42, 64))
-NONE = {"prefix_only": False, "cache": False, "wavefront": False}
+NONE = {"cache": False, "wavefront": False}
 WAYS = {
     "plain": NONE,
-    "prefix": {**NONE, "prefix_only": True},
     "cache": {**NONE, "cache": True},
     "wavefront": {**NONE, "wavefront": True},
-    "prefix, wavefront": {**NONE, "prefix_only": True, "wavefront": True},
     "cache, wavefront": {},
 }
-CODES = 1024
+CODES, STRIDE = 1024, 16
 
 
 @dataclass
@@ -41,12 +41,17 @@ class Measured:
     tokens: Tensor
 
 
+def layout_of(grid: tuple[int, int]) -> TokenLayout:
+    """Return the layout of a grid of codes."""
+    return TokenLayout((grid,), (CODES,), STRIDE)
+
+
 def make_prior(args: argparse.Namespace) -> torch.nn.Module:
     """Build a GPT over 1024 codes whose logits are not all alike."""
     torch.manual_seed(0)
     options = {"name": "gpt", "layers": args.layers, "heads": args.heads, "dim": args.dim}
-    prefix = {"prefix_vocab": CODES, "prefix_length": args.window**2 if args.map else 1}
-    prior = build("prior", options, vocab_size=CODES, length=args.window**2, **prefix)
+    prefix = PrefixSpec(CODES, args.window**2 if args.map else 1)
+    prior = build("prior", options, layout=layout_of((args.window, args.window)), prefix=prefix)
     torch.nn.init.normal_(prior.head.weight, std=0.2)
     return prior.to(args.device).eval()
 
@@ -63,7 +68,7 @@ def measure(prior: torch.nn.Module, grid: tuple[int, int], args: argparse.Namesp
     prefix = torch.randint(CODES, shape, generator=torch.Generator().manual_seed(1)).to(args.device)
     hook = prior.blocks[0].register_forward_hook(count)  # type: ignore[index]
     began, busy = time.perf_counter(), time.process_time()
-    tokens = sampler(prior, prefix, grid, seed=0).cpu()  # waits for the device
+    tokens = sampler(prior, prefix, layout_of(grid), seed=0).cpu()  # waits for the device
     seconds, processor = time.perf_counter() - began, time.process_time() - busy
     hook.remove()
     return Measured(seconds, processor, len(passes), sum(passes) // args.batch, tokens)

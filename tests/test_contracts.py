@@ -1,11 +1,11 @@
 """What `vqf.protocols` promises of each kind, asked of every component that is registered."""
 
 import copy
-import inspect
 import math
 import shutil
 import tarfile
 from dataclasses import FrozenInstanceError, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,39 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tests.support.shelf  # noqa: F401  (components of every shape of tokens)
 from tests.metrics.sets import Linear, gaussians
 from tests.support.composing import compose
+from tests.support.layouts import raster
 from vqf import registry
 from vqf.batch import Batch
 from vqf.dataloading.splits import SPLITS
 from vqf.distributed.engine import make_engine
+from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
+from vqf.models.sample_request import check_pair
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import (
-    Autoregressive,
+    Causal,
     DiscriminatorOutput,
+    Embedded,
+    ExpectsLogits,
+    Layered,
+    Masked,
     RaggedChunks,
     RaggedDecoding,
     Reconstruction,
     ScoredSamples,
     SetMetric,
+    Updates,
+    Windowed,
 )
 from vqf.registry import KINDS, component_names, components
 from vqf.run import config_dir
 from vqf.runs.load import build_generator
+from vqf.tokens.layout import MAX_COUNTED, TokenLayout
+from vqf.tokens.prefix import Prefix, PrefixSpec
 from vqf.training.tokenizer_task import build_tokenizer_task
 
 CODES = {"dim": 4, "codebook_size": 12}
@@ -57,6 +69,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("conditioner", "spatial"): {"run": "somewhere"},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
     ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
+    ("quantizer", "toy_pyramid"): {"sides": [1, 2, 4, 8]},
     ("data", "folder"): {"root": "{images}"},
     ("data", "pairs"): {"root": "{pairs}"},
     ("data", "shard_pairs"): {"root": "{shard_pairs}"},
@@ -66,6 +79,7 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("metric", "is"): {"splits": 2},
     ("protocol", "gfid_adm"): {"reference": "reference.npz"},
     ("logger", "wandb"): {"mode": "disabled"},
+    ("conditioner", "toy_embedding"): {},
     ("pipeline", "compare"): {"runs": "somewhere"},
     ("pipeline", "export"): {"path": "somewhere"},
     ("pipeline", "import"): {"path": "somewhere"},
@@ -158,24 +172,30 @@ def test_every_kind_has_a_contract() -> None:
     assert [kind for kind in KINDS if not any(test.startswith(f"test_{kind}_") for test in globals())] == []
 
 
+def latent_grid(coder: Any) -> tuple[int, int]:
+    """Height and width of the latents of an image of `SIZE` pixels; of one without places, those of its encoder."""
+    return (1, coder.num_latents) if coder.stride is None else (SIZE // coder.stride, SIZE // coder.stride)
+
+
 @every["encoder"]
 def test_encoder_contract(build: Any, name: str) -> None:
-    encoder = build("encoder", name, in_channels=3, image_size=SIZE).eval()
+    encoder = build("encoder", name, in_channels=3, image_size=(SIZE, SIZE)).eval()
     images = make_images(3).requires_grad_()
     latents = encoder(images)
-    assert latents.shape == (3, encoder.dim, SIZE // encoder.stride, SIZE // encoder.stride)
+    assert latents.shape == (3, encoder.dim, *latent_grid(encoder))
     assert (gradient(latents, images).flatten(1).norm(dim=1) > 0).all()
     torch.testing.assert_close(encoder(images[1:2]), latents[1:2])
 
 
 @every["decoder"]
 def test_decoder_contract(build: Any, name: str) -> None:
-    decoder = build("decoder", name, dim=6, out_channels=3, image_size=SIZE).eval()
-    latents = noise(3, 6, SIZE // decoder.stride, SIZE // decoder.stride).requires_grad_()
+    decoder = build("decoder", name, dim=6, out_channels=3, image_size=(SIZE, SIZE)).eval()
+    grid = latent_grid(decoder if decoder.stride else build("encoder", name, in_channels=3, image_size=(SIZE, SIZE)))
+    latents = noise(3, 6, *grid).requires_grad_()
     images = decoder(latents)
     assert images.shape == (3, 3, SIZE, SIZE)
     assert torch.equal(images, decoder.last_layer(decoder.features(latents)))
-    assert isinstance(decoder.last_layer, nn.Conv2d | nn.Linear)
+    assert isinstance(decoder.last_layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
     assert any(decoder.last_layer.weight is parameter for parameter in decoder.parameters())
     assert (gradient(images, latents).flatten(1).norm(dim=1) > 0).all()
     torch.testing.assert_close(decoder(latents[1:2]), images[1:2])
@@ -190,11 +210,29 @@ class IdentityCoder(nn.Module):
         return images
 
 
+SQUARE_ONLY = {"toy_pyramid"}  # quantizers of latents of one size: 8 x 8
+
+
+def latents_for(quantizer: Any, name: str, seed: int = 0) -> Tensor:
+    return noise(4, quantizer.dim, *latents_grid(name), seed=seed)
+
+
+def latents_grid(name: str) -> tuple[int, int]:
+    return (8, 8) if name in SQUARE_ONLY else (5, 6)
+
+
+def layout_for(quantizer: Any, name: str) -> TokenLayout:
+    grid = latents_grid(name)
+    return quantizer.layout(grid, 8) if isinstance(quantizer, Layered) else raster(grid, quantizer.vocab_size)
+
+
 def trained(build: Any, name: str) -> Any:
     """A quantizer after three training batches, in eval mode."""
     quantizer = build("quantizer", name)
     for seed in range(3):
-        quantizer(noise(4, quantizer.dim, 5, 6, seed=seed))
+        quantizer(latents_for(quantizer, name, seed))
+        if isinstance(quantizer, Updates):
+            assert all(is_number(value) for value in quantizer.update().values())
     return quantizer.eval()
 
 
@@ -202,11 +240,14 @@ def trained(build: Any, name: str) -> Any:
 @pytest.mark.parametrize("training", [True, False])
 def test_quantizer_gives_codes_a_loss_and_a_gradient(build: Any, name: str, training: bool) -> None:
     quantizer = trained(build, name).train(training)
-    z = noise(4, quantizer.dim, 5, 6).requires_grad_()
-    q = quantizer(z)
+    z = latents_for(quantizer, name).requires_grad_()
+    q, layout = quantizer(z), layout_for(quantizer, name)
     assert q.latents.shape == z.shape and q.latents.dtype == z.dtype
-    assert q.indices.shape == (4, 5, 6) and q.indices.dtype == torch.int64
-    assert q.indices.min() >= 0 and q.indices.max() < quantizer.vocab_size
+    assert q.indices.dtype == torch.int64 and quantizer.vocab_size == layout.vocab_size
+    tokens = layout.flatten(q.indices)
+    assert tokens.shape == (4, layout.length) and torch.equal(layout.unflatten(tokens), q.indices)
+    assert q.indices.min() >= 0
+    assert (layout.by_codebook(tokens) < torch.tensor(layout.vocab_sizes)).all()
     assert is_number(q.loss)
     assert all(is_number(value) and not value.requires_grad for value in q.stats.values())
     assert (gradient(q.latents, z).norm(dim=1) > 0).all()
@@ -216,21 +257,40 @@ def test_quantizer_gives_codes_a_loss_and_a_gradient(build: Any, name: str, trai
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_quantizer_looks_up_in_eval_mode_what_it_gave(build: Any, name: str, dtype: torch.dtype) -> None:
     quantizer = trained(build, name).to(dtype)
-    z = noise(4, quantizer.dim, 5, 6, seed=5).to(dtype)
+    z = latents_for(quantizer, name, 5).to(dtype)
     q = quantizer(z)
     assert q.latents.dtype == q.loss.dtype == dtype
     assert torch.equal(quantizer.lookup(q.indices), q.latents)
     assert torch.equal(quantizer(z).indices, q.indices)
     assert torch.equal(quantizer(z[1:2]).indices, q.indices[1:2])
-    every_code = torch.arange(quantizer.vocab_size).view(1, 1, -1)
-    assert quantizer.lookup(every_code).shape == (1, quantizer.dim, 1, quantizer.vocab_size)
+    if not isinstance(quantizer, Layered) and quantizer.vocab_size <= MAX_COUNTED:
+        every_code = torch.arange(quantizer.vocab_size).view(1, 1, -1)
+        assert quantizer.lookup(every_code).shape == (1, quantizer.dim, 1, quantizer.vocab_size)
+
+
+@every["quantizer"]
+def test_quantizer_looks_up_the_first_scales_or_codebooks(build: Any, name: str) -> None:
+    """Each one more changes the latents, and brings them nearer to what was quantized."""
+    quantizer = trained(build, name)
+    if not isinstance(quantizer, Layered):
+        return  # nothing is promised
+    z, layout = latents_for(quantizer, name, 5), layout_for(quantizer, name)
+    indices = quantizer(z).indices
+    if len(layout.scales) > 1:
+        ends = torch.tensor(layout.groups()).cumsum(0).tolist()
+        coarse = [quantizer.lookup(indices[:, :end]) for end in ends]
+    else:
+        coarse = [quantizer.lookup(indices[..., :k]) for k in range(1, layout.codebooks + 1)]
+    assert all(each.shape == z.shape for each in coarse)
+    assert torch.equal(coarse[-1], quantizer.lookup(indices))
+    assert all(not torch.equal(first, second) for first, second in pairwise(coarse))
 
 
 @every["quantizer"]
 def test_quantizer_keeps_its_state(build: Any, name: str) -> None:
     quantizer = trained(build, name)
     before = copy.deepcopy(quantizer.state_dict())
-    z = noise(4, quantizer.dim, 5, 6, seed=5)
+    z = latents_for(quantizer, name, 5)
     with torch.no_grad():
         q = quantizer(z)
     assert same(quantizer.state_dict(), before)
@@ -247,10 +307,12 @@ def test_quantizer_keeps_its_state(build: Any, name: str) -> None:
 
 @every["quantizer"]
 def test_quantizer_searches_in_float32_under_autocast(build: Any, name: str) -> None:
-    tokenizer = Tokenizer(IdentityCoder(), trained(build, name), IdentityCoder(), (SIZE, SIZE)).eval()  # type: ignore[arg-type]
+    quantizer, images = trained(build, name), make_images(size=max(latents_grid(name)))
+    size = (images.shape[2], images.shape[3])
+    tokenizer = Tokenizer(IdentityCoder(), quantizer, IdentityCoder(), size).eval()  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
-        q = tokenizer.quantize(make_images())
-        latents = tokenizer.quant_conv(make_images())
+        q = tokenizer.quantize(images)
+        latents = tokenizer.quant_conv(images)
     assert latents.dtype == torch.bfloat16
     expected = tokenizer.quantizer(latents.float())
     assert torch.equal(q.indices, expected.indices) and torch.equal(q.latents, expected.latents)
@@ -261,7 +323,7 @@ def test_loss_contract(build: Any, name: str) -> None:
     loss, images = build("loss", name), make_images()
     assert isinstance(loss.weight, float)
     equal = images.clone()
-    if getattr(loss, "expects_logits", False):  # reconstructions are logits of maps of 0 and 1
+    if isinstance(loss, ExpectsLogits):  # reconstructions are logits of maps of 0 and 1
         images = (images > 0).float()
         equal = images * 40 - 20
     equal.requires_grad_()
@@ -279,7 +341,7 @@ def test_loss_contract(build: Any, name: str) -> None:
 
 @every["discriminator"]
 def test_discriminator_contract(build: Any, name: str) -> None:
-    discriminator = build("discriminator", name, in_channels=3)
+    discriminator = build("discriminator", name, in_channels=3, image_size=(SIZE, SIZE))
     images = make_images(3).requires_grad_()
     logits = discriminator(images)
     assert len(logits) == 3 and logits.isfinite().all()
@@ -310,7 +372,7 @@ def test_adversary_contract(build: Any, name: str) -> None:
 def test_regularizer_contract(build: Any, name: str) -> None:
     regularizer = build("regularizer", name)
     assert isinstance(regularizer.weight, float)
-    discriminator = build("discriminator", "patchgan", in_channels=3)
+    discriminator = build("discriminator", "patchgan", in_channels=3, image_size=(SIZE, SIZE))
     for step in range(3):
         real, fake = discriminator(torch.cat([make_images(), make_images(seed=1)])).chunk(2)
         term = regularizer(DiscriminatorOutput(discriminator, make_images(), real, fake, step))
@@ -341,22 +403,23 @@ CELL = 4  # pixels per token and side
 class Brightness:
     """A tokenizer without weights: the index of a cell is its brightness."""
 
-    vocab_size, stride, channels = 9, CELL, 3
+    layout, channels = raster((SIZE // CELL, SIZE // CELL), 9, CELL), 3
 
     def encode(self, images: Tensor) -> Tensor:
-        gray = torch.nn.functional.avg_pool2d(images.mean(1), self.stride)
-        return ((gray + 1) / 2 * self.vocab_size).long().clamp(0, self.vocab_size - 1)
+        gray = torch.nn.functional.avg_pool2d(images.mean(1), CELL)
+        return ((gray + 1) / 2 * 9).long().clamp(0, 8)
 
     def decode(self, indices: Tensor) -> Tensor:
-        gray = indices.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2) / self.vocab_size * 2 - 1
+        gray = indices.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2) / 9 * 2 - 1
         return gray[:, None].expand(-1, 3, -1, -1)
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        return images
 
 
 def a_conditioner(build: Any, name: str) -> Any:
-    grid = (SIZE // CELL, SIZE // CELL)
-    return build(
-        "conditioner", name, num_classes=3, grid=grid, tokenizer=Brightness(), open_tokenizer=lambda _: Brightness()
-    )
+    wired = {"num_classes": 3, "layout": Brightness.layout, "tokenizer": Brightness()}
+    return build("conditioner", name, open_tokenizer=lambda _: Brightness(), **wired)
 
 
 @every["conditioner"]
@@ -366,8 +429,12 @@ def test_conditioner_contract(build: Any, name: str) -> None:
         if isinstance(conditioner, nn.Module):
             conditioner.train(training)
         prefix = conditioner(a_batch())
-        assert prefix.shape == (4, conditioner.length) and prefix.dtype == torch.int64
-        assert prefix.min() >= 0 and prefix.max() < conditioner.vocab_size
+        if isinstance(conditioner, Embedded):
+            assert prefix.shape == (4, conditioner.length, conditioner.embedding_dim) and prefix.isfinite().all()
+            assert conditioner.vocab_size == 0
+        else:
+            assert prefix.shape == (4, conditioner.length) and prefix.dtype == torch.int64
+            assert prefix.min() >= 0 and prefix.max() < conditioner.vocab_size
     assert torch.equal(conditioner(a_batch()), prefix)
     assert torch.equal(conditioner(a_batch(2)), prefix[:2])
 
@@ -377,14 +444,20 @@ def test_a_prepared_condition_gives_the_same_prefix_and_is_cropped_to_windows(bu
     conditioner = ConditionerStack({name: a_conditioner(build, name)}).eval()
     batch = a_batch()
     prepared = conditioner.prepare(batch)
-    assert torch.equal(conditioner(prepared), conditioner(batch))
+    assert equal(conditioner(prepared), conditioner(batch))
     full = prepared.window((0, 0), (8, 8), (8, 8))
-    assert torch.equal(conditioner(full), conditioner(batch))
+    assert equal(conditioner(full), conditioner(batch))
     wide = replace(batch, images=make_images(4).repeat(1, 1, 1, 2), conditions=make_images(4, 7).repeat(1, 1, 1, 2))
     for left in (0, 8):  # both halves are the same image, so that only coordinates may differ
         half = conditioner(conditioner.prepare(wide).window((0, left), (8, 8), (8, 16)))
-        assert name == "coordinates" or torch.equal(half, conditioner(batch))
-        assert half.shape == (4, conditioner.length) and half.max() < conditioner.vocab_size
+        assert name == "coordinates" or equal(half, conditioner(batch))
+        assert half.ids.shape == (4, conditioner.spec.length) and half.ids.max() < conditioner.spec.vocab_size
+
+
+def equal(first: Prefix, second: Prefix) -> bool:
+    if first.embeddings is not None and second.embeddings is not None:
+        return torch.equal(first.ids, second.ids) and torch.equal(first.embeddings, second.embeddings)
+    return torch.equal(first.ids, second.ids) and first.embeddings is second.embeddings
 
 
 @every["prior"]
@@ -393,28 +466,32 @@ def test_a_prepared_condition_gives_the_same_prefix_and_is_cropped_to_windows(bu
 def test_every_prior_samples_with_every_conditioner_and_sampler(
     build: Any, name: str, conditioner: str, sampler: str
 ) -> None:
-    """On a wider grid, if the sampler can, and again with another seed."""
+    """On a wider grid, if the sampler can, and again with another seed; a pair that does not fit is one line."""
     stack = ConditionerStack({conditioner: a_conditioner(build, conditioner)}).eval()
     grid = (SIZE // CELL, SIZE // CELL)
-    prior = build("prior", name, vocab_size=V, length=64, grid=grid, **prefix_of(stack)).eval()
+    prior = build("prior", name, layout=raster(grid, V, CELL), prefix=stack.spec, quantizer=None).eval()
     for parameter in prior.parameters():
         nn.init.normal_(parameter, std=0.3)
     built_sampler = build("sampler", sampler)
+    if not isinstance(prior, built_sampler.draws):
+        with pytest.raises(UserError, match=f"sampler={sampler}: .*; choose sampler="):
+            check_pair(built_sampler, prior, (sampler, name))
+        return
     generator = Generator(FakeTokenizer(grid), stack, prior, built_sampler, ["a", "b", "c"])  # type: ignore[arg-type]
-    wide = "window" in inspect.signature(built_sampler).parameters
+    wide = isinstance(built_sampler, Windowed)
     shape = (grid[0], grid[1] + 2) if wide else grid
+    layout = raster(shape, V, CELL)
     batch = replace(a_batch(2), tokens=None, images=make_images(2).repeat(1, 1, 1, 2)[..., : CELL * shape[1]])
     batch = replace(batch, conditions=batch.images, masks=None)
-    tokens = generator.sample_tokens(batch, seed=1, grid=shape)
+    tokens = generator.sample_tokens(batch, seed=1, layout=layout)
     assert tokens.shape == (2, shape[0] * shape[1]) and 0 <= tokens.min() and tokens.max() < V
-    alone = generator.sample_tokens(batch.map(lambda each: each[1:]), seed=1, first=1, grid=shape)
+    alone = generator.sample_tokens(batch.map(lambda each: each[1:]), seed=1, first=1, layout=layout)
     assert torch.equal(alone, tokens[1:])
-    assert not torch.equal(generator.sample_tokens(batch, seed=2, grid=shape), tokens)
-
-
-def prefix_of(stack: ConditionerStack) -> dict[str, Any]:
-    """The wired values of a prior that describe its prefix."""
-    return {"prefix_vocab": stack.vocab_size, "prefix_length": stack.length, "prefix_positions": stack.positions}
+    assert not torch.equal(generator.sample_tokens(batch, seed=2, layout=layout), tokens)
+    if built_sampler.keeps_known:
+        known = torch.where(torch.arange(layout.length) % 3 > 0, tokens, -1)
+        kept = generator.sample_tokens(batch, seed=2, layout=layout, known=known)
+        assert torch.equal(kept[known >= 0], tokens[known >= 0]) and kept.min() >= 0
 
 
 COPIED, SQUARE = 16, (4, 4)  # vocabulary and grid of a condition map whose tokens are those of the image
@@ -430,11 +507,11 @@ def least_nats_without_positions(tokens: Tensor) -> float:
 def test_a_prior_copies_a_condition_map_token_by_token(name: str) -> None:
     """It learns which token of the prefix is at the same position: its loss is far below that without positions."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": COPIED, "length": 16, "grid": SQUARE, "prefix_vocab": COPIED, "prefix_length": 16}
     positions = [(float(i), float(j)) for i in range(SQUARE[0]) for j in range(SQUARE[1])]
     small = {"layers": 2, "heads": 4, "dim": 32, "dropout": 0.0, "multiple_of": 8}
     options = {key: value for key, value in small.items() if key in registry.find_component("prior", name).options}
-    prior = registry.build("prior", {"name": name, **options}, **sizes, prefix_positions=positions)
+    wired = {"layout": raster(SQUARE, COPIED), "prefix": PrefixSpec(COPIED, 16, positions), "quantizer": None}
+    prior = registry.build("prior", {"name": name, **options}, **wired)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=4e-3)
     for _ in range(250):
         maps = torch.randint(COPIED, (32, 16))
@@ -442,63 +519,134 @@ def test_a_prior_copies_a_condition_map_token_by_token(name: str) -> None:
         prior.loss(maps, maps).backward()
         optimizer.step()
     maps = torch.randint(COPIED, (256, 16))
+    assert isinstance(prior, Causal | Masked)
     assert prior.eval().loss(maps, maps).item() < least_nats_without_positions(maps) / 4
 
 
 class FakeTokenizer(nn.Module):
     """The attributes of a tokenizer that a generator reads to sample tokens."""
 
-    stride, channels = CELL, 3
+    channels = 3
 
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.grid, self.weight = grid, nn.Parameter(torch.zeros(1))
+        self.layout, self.weight = raster(grid, V, CELL), nn.Parameter(torch.zeros(1))
 
 
 V, GRID, P, M = 11, (3, 4), 5, 2  # vocabulary and grid of the tokens, vocabulary and length of the prefix
 N = GRID[0] * GRID[1]
 
 
-def a_prior(build: Any, name: str) -> Any:
-    prefix = {"prefix_vocab": P, "prefix_length": M, "prefix_positions": [None, (1.0, 1.5)]}
-    prior = build("prior", name, vocab_size=V, length=N, grid=GRID, **prefix).eval()
+LAYOUT = raster(GRID, V)
+LAYOUTS = {
+    "raster": LAYOUT,
+    "codebooks": TokenLayout(((2, 3),), (7, V), 8),
+    "scales": TokenLayout(((1, 1), (2, 2), (3, 3)), (V,), 8),
+    "no places": TokenLayout(((1, 6),), (V,), None),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def a_prior(build: Any, name: str, layout: TokenLayout = LAYOUT) -> Any:
+    prefix = PrefixSpec(P, M, [None, (1.0, 1.5)])
+    prior = build("prior", name, layout=layout, prefix=prefix, quantizer=None).eval()
     for parameter in prior.parameters():  # large, so that every input matters
         nn.init.normal_(parameter, std=0.3)
     return prior
 
 
-def sequences(count: int = 5) -> tuple[Tensor, Tensor]:
+def sequences(count: int = 5, layout: TokenLayout = LAYOUT) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(V, (count, N), generator=generator), torch.randint(P, (count, M), generator=generator)
+    sizes = torch.tensor(layout.vocab_sizes).repeat(layout.length // layout.codebooks)
+    tokens = torch.randint(V, (count, layout.length), generator=generator) % sizes
+    return tokens, torch.randint(P, (count, M), generator=generator)
 
 
 @every["prior"]
-def test_prior_contract(build: Any, name: str) -> None:
-    prior, (tokens, prefix) = a_prior(build, name), sequences()
-    assert prior.vocab_size == V
-    logits = prior(tokens, prefix)
-    assert logits.shape == (5, N, V)
+@every_layout
+def test_prior_contract(build: Any, name: str, layout: TokenLayout) -> None:
+    prior, (tokens, prefix) = a_prior(build, name, layout), sequences(layout=layout)
+    assert prior.layout == layout
+    assert isinstance(prior, Causal | Masked)
     loss = prior.loss(tokens, prefix)
-    nats = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
-    torch.testing.assert_close(loss, nats)
+    assert is_number(loss)
+    if prior.likelihood:
+        nats = -prior(tokens, prefix).log_softmax(-1).gather(-1, tokens[..., None]).mean()
+        torch.testing.assert_close(loss, nats)
     grads = torch.autograd.grad(loss, [param for param in prior.parameters() if param.requires_grad], allow_unused=True)
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     prior.train()
     assert is_number(prior.loss(tokens, prefix))
 
 
+def beyond_vocabulary(layout: TokenLayout) -> Tensor:
+    """Which of the logits (T, V) belong to no code."""
+    sizes = torch.tensor(layout.vocab_sizes).repeat(layout.length // layout.codebooks)
+    return torch.arange(layout.vocab_size) >= sizes[:, None]
+
+
 @every["prior"]
-def test_prior_decodes_with_a_cache_as_without(build: Any, name: str) -> None:
-    prior, (tokens, prefix) = a_prior(build, name), sequences()
-    if not isinstance(prior, Autoregressive):
+@every_layout
+def test_causal_prior_sees_earlier_groups_alone_with_a_cache_as_without(
+    build: Any, name: str, layout: TokenLayout
+) -> None:
+    prior, (tokens, prefix) = a_prior(build, name, layout), sequences(layout=layout)
+    if not isinstance(prior, Causal):
         return  # nothing is promised
+    assert sum(prior.groups) == layout.length
     with torch.no_grad():
         expected = prior(tokens, prefix)
+        assert expected.shape == (5, layout.length, layout.vocab_size)
+        assert torch.equal(expected.isneginf(), beyond_vocabulary(layout).expand_as(expected))
         logits, cache = prior.prefill(prefix)
-        for n in range(N):
-            torch.testing.assert_close(logits, expected[:, n], rtol=1e-4, atol=1e-5)
-            if n + 1 < N:
-                logits = prior.decode(tokens[:, n], cache)
+        start = 0
+        for group in prior.groups:
+            end = start + group
+            unknown = torch.cat([tokens[:, :start], torch.full((5, group), -1)], dim=1)
+            torch.testing.assert_close(logits, expected[:, start:end], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(prior(unknown, prefix)[:, start:], logits, rtol=1e-4, atol=1e-5)
+            if end < layout.length:
+                logits = prior.decode(tokens[:, start:end], cache)
+            start = end
+
+
+@every["prior"]
+@every_layout
+def test_masked_prior_sees_known_tokens_on_both_sides(build: Any, name: str, layout: TokenLayout) -> None:
+    prior, (tokens, prefix) = a_prior(build, name, layout), sequences(layout=layout)
+    if not isinstance(prior, Masked):
+        return  # nothing is promised
+    middle, last = layout.length // 2, layout.length - 1
+    unknown = tokens.clone()
+    unknown[:, middle] = -1
+    with torch.no_grad():
+        logits = prior.predict(unknown, prefix)
+        assert torch.equal(logits.isneginf(), beyond_vocabulary(layout).expand_as(logits))
+        for other in (0, last):
+            changed = unknown.clone()
+            changed[:, other] = (changed[:, other] + 1) % min(layout.vocab_sizes)
+            assert not torch.equal(prior.predict(changed, prefix)[:, middle], logits[:, middle])
+            changed[:, other] = -1
+            for code in (0, int(unknown[0, other])):
+                shown = torch.where(changed < 0, code, changed)
+                masked, told = (prior.predict(each, prefix)[:, middle] for each in (changed, shown))
+                assert not torch.equal(masked, told), "an unknown token is no code"
+
+
+@every["prior"]
+def test_prior_reads_a_prefix_of_embeddings_and_ids(build: Any, name: str) -> None:
+    parts = {each: a_conditioner(build, each) for each in ("label", "toy_embedding")}
+    stack, (tokens, _) = ConditionerStack(parts).eval(), sequences(3)
+    prior = build("prior", name, layout=LAYOUT, prefix=stack.spec, quantizer=None).eval()
+    for parameter in prior.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    losses = []
+    for labels in ([0, 1, 2], [1, 1, 2]):
+        prefix = stack(Batch(labels=torch.tensor(labels)))
+        for each in (prefix, Prefix(torch.zeros_like(prefix.ids).where(prefix.ids >= 0, -1), prefix.embeddings)):
+            torch.manual_seed(0)
+            losses.append(float(prior.loss(tokens, each).detach()))
+    assert len(set(losses)) == 4, "both parts of the prefix matter"
 
 
 @every["prior"]
@@ -507,6 +655,7 @@ def test_prior_decodes_ragged_chunks_as_full_sequences(build: Any, name: str) ->
     prior, (tokens, prefix) = a_prior(build, name), sequences()
     if not isinstance(prior, RaggedDecoding):
         return  # nothing is promised
+    assert isinstance(prior, Causal)
     rng, read, size = np.random.default_rng(0), dict.fromkeys(range(5), 0), M + N - 1
     cache, ids = prior.allocate_cache(7), torch.cat([prefix, tokens], dim=1)
     with torch.no_grad():
@@ -529,13 +678,15 @@ def test_prior_decodes_ragged_chunks_as_full_sequences(build: Any, name: str) ->
 
 @every["sampler"]
 def test_sampler_contract(build: Any, name: str) -> None:
-    sampler, prior, prefix = build("sampler", name), a_prior(build, "gpt"), sequences()[1]
-    tokens = sampler(prior, prefix, GRID, seed=1)
+    sampler = build("sampler", name)
+    assert sampler.draws in (Causal, Masked)
+    prior, prefix = a_prior(build, "gpt" if sampler.draws is Causal else "toy_masked"), sequences()[1]
+    tokens = sampler(prior, prefix, LAYOUT, seed=1)
     assert tokens.shape == (5, N) and tokens.dtype == torch.int64
     assert tokens.min() >= 0 and tokens.max() < V
-    assert torch.equal(sampler(prior, prefix, GRID, seed=1), tokens)
-    assert torch.equal(sampler(prior, prefix[3:], GRID, seed=1, first=3), tokens[3:])
-    assert not torch.equal(sampler(prior, prefix, GRID, seed=2), tokens)
+    assert torch.equal(sampler(prior, prefix, LAYOUT, seed=1), tokens)
+    assert torch.equal(sampler(prior, prefix[3:], LAYOUT, seed=1, first=3), tokens[3:])
+    assert not torch.equal(sampler(prior, prefix, LAYOUT, seed=2), tokens)
 
 
 @every["scorer"]
@@ -581,11 +732,11 @@ def test_data_contract(build: Any, name: str, part: str) -> None:
 
 def measured(build: Any, name: str, spread: float, codes: int = 16, parts: int = 1) -> dict[str, float]:
     """A metric's numbers of reconstructions with noise of deviation `spread`, and `codes` codes, in `parts` batches."""
-    metric = build("metric", name, vocab_size=16, device="cpu")
+    metric = build("metric", name, layout=raster((4, 4), 16), device="cpu")
     images, masks = make_images(6) * 0.8, torch.ones(6, 1, SIZE, SIZE)
     wrong = (images + spread * noise(6, 3, SIZE, SIZE, seed=4)).clamp(-1, 1)
-    indices = torch.randint(codes, (6, 4, 4), generator=torch.Generator().manual_seed(5))
-    for part in zip(*(each.chunk(parts) for each in (images, wrong, indices, masks)), strict=True):
+    tokens = torch.randint(codes, (6, 16), generator=torch.Generator().manual_seed(5))
+    for part in zip(*(each.chunk(parts) for each in (images, wrong, tokens, masks)), strict=True):
         metric.update(Reconstruction(*part))
     return metric.compute()
 
@@ -598,7 +749,7 @@ def compared(metric: SetMetric, shift: float) -> dict[str, float]:
 @every["metric"]
 def test_metric_contract(build: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqf.metrics.set_metric.feature_network", lambda *_: Linear())
-    metric = build("metric", name, vocab_size=16, device="cpu")
+    metric = build("metric", name, layout=raster((4, 4), 16), device="cpu")
     if isinstance(metric, SetMetric):
         here, near, far = (compared(metric, shift) for shift in (0.0, 0.3, 1.0))
         assert here and here.keys() == near.keys() == far.keys()
@@ -712,7 +863,8 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
     for prior in component_names("prior"):
         node = OmegaConf.create({"name": prior, **TINY.get(("prior", prior), {})})
         OmegaConf.update(config, "model.prior", node, merge=False)
-        generator = build_generator(config, tokenizer, data.classes)
+        sampler = OmegaConf.create({"name": "toy_masked" if prior == "toy_masked" else "autoregressive"})
+        generator = build_generator(config, tokenizer, data.classes, sampler=sampler)
         prefix = generator.conditioner(batch)
         optimizer = torch.optim.Adam(generator.prior.parameters(), lr=1e-3)  # type: ignore[attr-defined]
         losses = []
@@ -722,6 +874,7 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
             losses.append(float(loss.detach()))
             loss.backward()
             optimizer.step()
-        assert losses[0] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.2)
+        if generator.prior.likelihood:
+            assert losses[0] == pytest.approx(tokenizer.layout.uniform_nats, rel=0.2)
         assert losses[1] < losses[0]
         assert generator.sample(2, seed=0).shape == (2, 3, 16, 16)

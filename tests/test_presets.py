@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from tests.support.composing import compose
+from tests.support.layouts import raster
 from vqf.batch import Batch
 from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed.engine import make_engine
@@ -18,6 +19,7 @@ from vqf.networks.perceptual import PerceptualDistance
 from vqf.registry import build
 from vqf.run import config_dir
 from vqf.runs.load import build_generator
+from vqf.tokens.prefix import PrefixSpec
 from vqf.training.prior_task import PriorTask
 from vqf.training.tokenizer_task import build_tokenizer_task
 
@@ -116,12 +118,12 @@ def test_other_codebooks_of_published_sizes(quantizer: str, parameters: int) -> 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_published_discriminators(name: str) -> None:
     node = compose(f"model={name}").model.discriminator
-    assert count(build("discriminator", node, in_channels=3)) == DISCRIMINATORS[name]
+    assert count(build("discriminator", node, in_channels=3, image_size=(256, 256))) == DISCRIMINATORS[name]
 
 
 def test_a_published_discriminator_of_depth() -> None:
     node = compose("model=vqgan").model.discriminator
-    assert count(build("discriminator", node, in_channels=1)) == 2_763_585
+    assert count(build("discriminator", node, in_channels=1, image_size=(256, 256))) == 2_763_585
 
 
 @pytest.mark.parametrize(("model", "prior"), PRIORS)
@@ -139,9 +141,9 @@ def test_published_priors_behind_a_condition(name: str) -> None:
     """The published ones have one position more, at which no token ever stands."""
     codes, prefix, layers, dim, parameters, tensors = CONDITIONED[name]
     node = {"name": "gpt", "layers": layers, "dim": dim, "shared_vocabulary": True}
-    sizes = {"vocab_size": codes, "length": 256, "grid": (16, 16), "prefix_vocab": codes, "prefix_length": prefix}
+    wired = {"layout": raster((16, 16), codes), "prefix": PrefixSpec(codes, prefix)}
     with torch.device("meta"):
-        prior = build("prior", node, **sizes)
+        prior = build("prior", node, **wired)
     assert (count(prior), len(prior.state_dict())) == (parameters - dim, tensors)
 
 

@@ -206,7 +206,11 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
             "data.root: unknown option 'root'. data=folder or pairs or shard_pairs or shards has it. dat",
         ),
         ("data", {"name": "folder", "root": "${nowhere}"}, "data: Interpolation key 'nowhere' not found"),
-        ("optimizer", {"name": "timm", "options": 3}, "optimizer.options: '3' is not a mapping; write it as {a:1,b:2}"),
+        (
+            "optimizer",
+            {"name": "timm", "options": 3},
+            "optimizer.options: '3' is not a mapping; write it as 'optimizer.options={a:1,b:2}'",
+        ),
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),
     ],
 )

@@ -25,15 +25,17 @@ def to_pil_image(image: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 
-def to_rgb(images: Tensor) -> Tensor:
-    """Convert images (B, C, H, W) to colors (B, 3, H, W) in [-1, 1].
+def to_rgb(images: Tensor, is_class_map: bool | None = None) -> Tensor:
+    """Convert images (B, C, H, W) to colors (B, 3, H, W) in [-1, 1]. One channel is gray.
 
-    One channel is gray. Two, or more than three, are logits of classes: the best gives the color.
+    Args:
+        is_class_map: Whether the channels are classes, or logits of classes: the best gives the color. By default two
+            channels are, or more than three.
     """
-    if images.shape[1] == 1:
+    if is_class_map is None:
+        is_class_map = images.shape[1] not in (1, 3)
+    if not is_class_map:
         return images.expand(-1, 3, -1, -1)
-    if images.shape[1] == 3:
-        return images
     # Steps of the golden ratio around the circle of hues: neighboring class numbers get very different colors.
     hues = torch.arange(images.shape[1], device=images.device) * 0.618034 % 1
     palette = ((hues[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0], device=hues.device)) % 6 - 3).abs() - 1

@@ -28,6 +28,7 @@ from vqf.distributed.peer_errors import peer_failure, report_once
 from vqf.distributed.process_group import process_group
 from vqf.errors import UserError, printable
 from vqf.plugins import load_plugins, plugins_from_cli
+from vqf.protocols import ChecksStart, Distributed
 from vqf.registry import build, find_component, flat_component
 from vqf.runs import run_dir
 from vqf.runs.lock import folder_lock, unwritable_message
@@ -109,7 +110,7 @@ def _build_early(arguments: Sequence[str]) -> Any:
     config = compose_job(arguments)
     if config is None or (config.run_dir is None and config.resume is False):
         return None
-    if not _checks_start(config.pipeline.name):
+    if not _checks_start(find_component("pipeline", config.pipeline.name).target):
         if config.run_dir is not None:
             run_dir.check_same_pipeline(Path(config.run_dir).expanduser(), config.pipeline.name)
         return None
@@ -121,14 +122,14 @@ def _build_early(arguments: Sequence[str]) -> Any:
     return _build_pipeline(fill_missing_groups(without_hydra), folder)
 
 
-def _checks_start(name: str) -> bool:
-    return hasattr(find_component("pipeline", name).target, "check_can_start")
+def _checks_start(pipeline: object) -> bool:
+    return isinstance(pipeline, ChecksStart)
 
 
 @contextmanager
 def _locked_run_dir(pipeline: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        if hasattr(pipeline, "check_can_start"):
+        if _checks_start(pipeline):
             _lock_on_main(pipeline.run_dir, stack)
             with muted():  # the same warnings are logged when the run starts
                 pipeline.check_can_start()
@@ -167,7 +168,7 @@ def _build_pipeline(config: DictConfig, folder: Path) -> Any:
     if not comm.is_main():
         _silence_process()
     pipeline = build("pipeline", flat_component("pipeline", config), config=config, run_dir=folder)
-    if comm.world_size() > 1 and not getattr(pipeline, "distributed", False):
+    if comm.world_size() > 1 and not isinstance(pipeline, Distributed):
         raise UserError(f"pipeline={config.pipeline.name} runs in one process; start it without torchrun")
     return pipeline
 

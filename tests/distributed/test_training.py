@@ -143,7 +143,7 @@ def prior_stage(config: Any) -> PriorTask:
     classes = build("data", config.data, image_size=16, seed=0).classes
     generator = build_generator(config, tokenizer, classes)
     noise = torch.Generator().manual_seed(1)
-    shape = (IMAGES, tokenizer.grid[0] * tokenizer.grid[1])
+    shape = (IMAGES, tokenizer.layout.length)
     tokens = torch.randint(CODES, shape, generator=noise, dtype=torch.int32)
     labels = torch.randint(len(classes), (IMAGES,), generator=noise)
     dataset = TokenDataset([{"tokens": tokens, "labels": labels}], IMAGES)

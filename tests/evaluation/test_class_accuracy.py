@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from tests.support.layouts import raster
 from tests.support.processes import run_processes
 from vqf.batch import Batch, Sample
 from vqf.dataloading.token_shards import TokenDataset
@@ -24,11 +24,13 @@ from vqf.evaluation.class_accuracy import (
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.registry import build
+from vqf.tokens.prefix import Prefix
 
 ENGINE = Engine(torch.device("cpu"), torch.float32)
 CLASSES = ("Food & Drink", "People & Body", "Smileys & Emotion", "Symbols")
 HELD_OUT = 8  # images of every class
 TRAINED = 24
+LAYOUT = raster((1, 1), (TRAINED + HELD_OUT) * len(CLASSES), stride=32)
 Draw = Callable[[Tensor, Tensor], Tensor]  # labels (B,), numbers of the samples (B,) -> which held-out images (B,)
 
 
@@ -69,13 +71,13 @@ def few() -> Mapping[str, tuple[Tensor, Tensor]]:
 class Album(nn.Module):
     """A tokenizer that has every image for a code: nothing is lost."""
 
-    channels, grid, stride = 3, (1, 1), 32
+    channels, layout = 3, LAYOUT
 
     def __init__(self) -> None:
         super().__init__()
         self.images = nn.Parameter(torch.cat([few()[name][0] for name in ("train", "validation")]))
 
-    def decode_tokens(self, tokens: Tensor, grid: Any = None) -> Tensor:
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
         return self.images[tokens[:, 0]].detach()
 
 
@@ -89,15 +91,21 @@ def cached() -> dict[str, TokenDataset]:
     return {name: _tokens(each, few()[name][1]) for name, each in codes.items()}
 
 
+class Prior(nn.Module):
+    """A prior that nobody asks."""
+
+    layout = LAYOUT
+
+
 def planted(draw: Draw, conditioner: str = "label") -> Generator:
     """A generator that gives held-out images for samples."""
 
-    def sampler(prior: object, prefix: Tensor, grid: object, *, seed: int, first: int = 0) -> Tensor:
-        which = draw(prefix[:, 0], torch.arange(first, first + len(prefix)))
+    def sampler(prior: object, prefix: Prefix, layout: object, *, seed: int, first: int, **_: object) -> Tensor:
+        which = draw(prefix.ids[:, 0], torch.arange(first, first + len(prefix)))
         return which[:, None] + TRAINED * len(CLASSES)
 
-    part = build("conditioner", {"name": conditioner}, num_classes=len(CLASSES), grid=(1, 1), tokenizer=None)
-    return Generator(Album(), ConditionerStack({conditioner: part}), nn.Identity(), sampler, CLASSES)  # type: ignore[arg-type]
+    part = build("conditioner", {"name": conditioner}, num_classes=len(CLASSES), layout=LAYOUT, tokenizer=None)
+    return Generator(Album(), ConditionerStack({conditioner: part}), Prior(), sampler, CLASSES)  # type: ignore[arg-type]
 
 
 def config(samples: int) -> DictConfig:

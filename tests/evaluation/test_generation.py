@@ -40,7 +40,7 @@ class Generator:
 
     def __init__(self, limit: int = 10**6) -> None:
         self.sampled, self.limit = 0, limit
-        self.tokenizer = SimpleNamespace(grid=(1, 2), decode=self.decode)
+        self.tokenizer = SimpleNamespace(decode_tokens=self.decode_tokens)
 
     def sample_tokens(self, batch: Batch, *, seed: int, first: int) -> Tensor:
         self.sampled += len(batch)
@@ -49,8 +49,8 @@ class Generator:
         assert batch.labels is not None
         return torch.stack([torch.arange(len(batch)) + first, batch.labels], dim=1)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        return indices[:, None].expand(-1, 3, -1, -1).float()
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens[:, None, None].expand(-1, 3, -1, -1).float()
 
 
 def generate(generator: Any, labels: str, cache: SampleCache, batch_size: int = 4) -> Iterator[GeneratedBatch]:
@@ -60,9 +60,9 @@ def generate(generator: Any, labels: str, cache: SampleCache, batch_size: int = 
 
 
 def codes(labels: str, folder: Path, batch_size: int = 4) -> list[list[int]]:
-    """Indices and labels of all samples, in the main process."""
+    """Tokens of all samples, in the main process."""
     batches = list(generate(Generator(), labels, SampleCache(folder / str(comm.rank()), {}), batch_size))
-    return torch.cat([each.indices.flatten(1) for each in batches]).tolist() if batches else []
+    return torch.cat([each.tokens for each in batches]).tolist() if batches else []
 
 
 EXPECTED_LABELS = {"balanced": [i % 3 for i in range(COUNT)], "images": [i % 7 for i in range(COUNT)]}
@@ -85,15 +85,15 @@ def test_several_processes_draw_the_samples_of_one(tmp_path: Path, world: int) -
 
 
 def test_an_interrupted_sampling_resumes(tmp_path: Path) -> None:
-    uninterrupted = [each.indices for each in generate(Generator(), "balanced", SampleCache(tmp_path / "other", {}))]
+    uninterrupted = [each.tokens for each in generate(Generator(), "balanced", SampleCache(tmp_path / "other", {}))]
     facts = {"checkpoint": "a", "sampler.top_k": None}
     killed, after = Generator(limit=8), Generator()
     with pytest.raises(KeyboardInterrupt):
         list(generate(killed, "balanced", SampleCache(tmp_path, facts)))
     batches = list(generate(after, "balanced", SampleCache(tmp_path, facts)))
     assert after.sampled == COUNT - 8, "two batches of four were there already"
-    assert all(map(torch.equal, [each.indices for each in batches], uninterrupted))
-    assert torch.equal(batches[0].images, Generator().decode(uninterrupted[0]))
+    assert all(map(torch.equal, [each.tokens for each in batches], uninterrupted))
+    assert torch.equal(batches[0].images, Generator().decode_tokens(uninterrupted[0]))
     other = Generator()
     list(generate(other, "balanced", SampleCache(tmp_path, facts | {"checkpoint": "b"})))
     assert other.sampled == COUNT, "nothing is taken from another checkpoint"

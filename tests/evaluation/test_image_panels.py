@@ -5,25 +5,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.layouts import raster
 from vqf.evaluation import image_panels as module
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.protocols import Reconstruction
+from vqf.tokens.layout import TokenLayout
 
 CPU = torch.device("cpu")
 
 
-def batches(count: int = 23, size: int = 5, vocab: int = 7) -> list[Reconstruction]:
+GRID = raster((2, 2), 7)
+
+
+def batches(count: int = 23, size: int = 5) -> list[Reconstruction]:
     random = torch.Generator().manual_seed(0)
     images, noise = (torch.rand(count, 3, 8, 8, generator=random) * 2 - 1 for _ in range(2))
     strength = torch.rand(count, 1, 1, 1, generator=random)
     decoded = (images + strength * noise).clamp(-1, 1)
-    indices = torch.randint(vocab - 2, (count, 2, 2), generator=random)  # the last two are never used
-    parts = (each.split(size) for each in (images, decoded, indices))
+    tokens = torch.randint(5, (count, 4), generator=random)  # the last two codes are never used
+    parts = (each.split(size) for each in (images, decoded, tokens))
     return [Reconstruction(*each) for each in zip(*parts, strict=True)]
 
 
-def filled(found: list[Reconstruction], vocab: int = 7, **options: int) -> ImagePanels:
-    panels = ImagePanels(vocab, CPU, **options)
+def filled(found: list[Reconstruction], layout: TokenLayout = GRID, **options: int) -> ImagePanels:
+    panels = ImagePanels(layout, CPU, **options)
     for batch in found:
         panels.update(batch)
     return panels
@@ -47,11 +52,11 @@ def test_codes_are_counted_and_drawn_as_what_lies_under_them() -> None:
     panels = filled(found)
     cells: dict[int, list[Tensor]] = {}
     for batch in found:
-        for image, codes in zip(batch.reconstructions, batch.indices, strict=True):
+        for image, codes in zip(batch.reconstructions, batch.tokens, strict=True):
             for i in range(2):
                 for j in range(2):
                     cell = image[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
-                    cells.setdefault(int(codes[i, j]), []).append(cell)
+                    cells.setdefault(int(codes[2 * i + j]), []).append(cell)
     assert panels.details()["codes"]["counts"] == [len(cells.get(code, [])) for code in range(7)]
     order = sorted(range(7), key=lambda code: -len(cells.get(code, [])))
     white = torch.ones(3, 4, 4)
@@ -59,23 +64,27 @@ def test_codes_are_counted_and_drawn_as_what_lies_under_them() -> None:
     torch.testing.assert_close(panels.images()["codes"], torch.cat(expected, dim=2)[None])
 
 
-def test_several_codebooks_are_counted_together() -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [TokenLayout(((1, 1),), (3, 3), 4), TokenLayout(((1, 1), (1, 1)), (3,), 4), TokenLayout(((1, 2),), (3,), None)],
+)
+def test_codes_that_are_no_patches_are_left_alone(layout: TokenLayout) -> None:
+    """Those of several codebooks, of scales, and without places."""
     images = torch.zeros(2, 3, 4, 4)
-    indices = torch.tensor([0, 1, 1, 2]).view(2, 1, 1, 2)
-    panels = filled([Reconstruction(images, images, indices)], vocab=3)
-    assert panels.details()["codes"]["counts"] == [1, 2, 1]
-    assert panels.images()["codes"].shape == (1, 3, 4, 12)
+    panels = filled([Reconstruction(images, images, torch.tensor([[0, 1], [1, 2]]))], layout)
+    assert "codes" not in panels.details()
+    assert set(panels.images()) == {"best", "worst"}
 
 
 def test_codes_that_lie_on_no_squares_are_counted_alone() -> None:
     images = torch.zeros(2, 3, 4, 4)
-    panels = filled([Reconstruction(images, images, torch.zeros(2, 1, 4).long())], vocab=3)
+    panels = filled([Reconstruction(images, images, torch.zeros(2, 4).long())], raster((1, 4), 3))
     assert panels.details()["codes"]["counts"] == [8, 0, 0]
     assert "codes" not in panels.images()
 
 
 def test_huge_vocabularies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    panels = filled(batches(), vocab=2**40)
+    panels = filled(batches(), raster((2, 2), 2**40))
     assert "codes" not in panels.details()
     assert set(panels.images()) == {"best", "worst"}
     monkeypatch.setattr(module, "MAX_MOSAIC_ELEMENTS", 7 * 48 - 1)
@@ -87,13 +96,13 @@ def test_maps_of_classes_are_judged_by_wrong_pixels() -> None:
     truth = torch.nn.functional.one_hot(torch.arange(16).view(1, 4, 4) % 5, 5).permute(0, 3, 1, 2).float()
     decoded = truth.clone()
     decoded[:, :, 0, :2] = decoded[:, :, 0, [1, 0]]
-    panels = filled([Reconstruction(truth, decoded, torch.zeros(1, 1, 1).long())], vocab=1)
+    panels = filled([Reconstruction(truth, decoded, torch.zeros(1, 1).long())], raster((1, 1), 1))
     assert panels.details()["worst"]["captions"] == ["12.5 % wrong"]
     assert panels.images()["worst"].shape == (2, 3, 4, 4)
 
 
 def test_an_album_of_nothing_is_empty() -> None:
-    panels = ImagePanels(4, CPU)
+    panels = ImagePanels(raster((2, 2), 4), CPU)
     assert panels.images() == {}
     assert panels.details() == {"codes": {"counts": [0, 0, 0, 0]}}
     assert panels.compute() == {}

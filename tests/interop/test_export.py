@@ -58,7 +58,7 @@ def save(folder: Path, *words: str, ema: bool = False) -> Tokenizer:
     if config.model.discriminator is not None:
         adversary = build("adversary", config.model.adversary, steps=10)
         modules["discriminator"] = GANModule(
-            build("discriminator", config.model.discriminator, in_channels=3), adversary, {}
+            build("discriminator", config.model.discriminator, in_channels=3, image_size=(SIZE, SIZE)), adversary, {}
         )
     optimizers = {}
     for name, module in modules.items():
@@ -320,7 +320,7 @@ def test_a_transformer_conditioned_on_maps(downsample: int, quantizer: str, tmp_
     model = taming_model(path)
     x = make_images()
     with torch.no_grad():
-        told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=x)))
+        told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=x))).ids
         small = torch.nn.functional.interpolate(x, size=(SIZE // downsample,) * 2)
         if downsample > 1:
             assert model.downsample_cond_size == SIZE // downsample

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests.support.layouts import raster
 from vqf.interop import infer_config
 from vqf.interop.key_mapping import KeyMapping, KeyRule, matches, parse, to_conv, to_linear
 from vqf.interop.key_tables import DISCRIMINATOR_RULES, EMBEDDING_RULES, GPT_RULES, LAYOUTS, CheckpointLayout
 from vqf.interop.meta_models import shapes_of
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.registry import build
+from vqf.tokens.prefix import PrefixSpec
 
 SIZE = 64
 
@@ -66,8 +68,8 @@ def test_sizes_are_read_back(network: dict[str, Any]) -> None:
 
 
 def test_names_of_a_prior_go_there_and_back() -> None:
-    sizes = {"vocab_size": 5, "length": 4, "grid": (2, 2), "prefix_vocab": 1, "prefix_length": 1}
-    prior = build("prior", {"name": "gpt", "layers": 12, "dim": 4, "heads": 2, "shared_vocabulary": True}, **sizes)
+    wired = {"layout": raster((2, 2), 5), "prefix": PrefixSpec(1, 1)}
+    prior = build("prior", {"name": "gpt", "layers": 12, "dim": 4, "heads": 2, "shared_vocabulary": True}, **wired)
     names = list(prior.state_dict())
     there, back = KeyMapping.for_export(GPT_RULES, names), []
     for name in names:
@@ -82,7 +84,7 @@ def test_names_of_a_prior_go_there_and_back() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 def test_a_discriminator_is_read_back(layers: int) -> None:
     node = {"name": "patchgan", "channels": 4, "layers": layers, "norm": "batch"}
-    weights = build("discriminator", node, in_channels=3).state_dict()
+    weights = build("discriminator", node, in_channels=3, image_size=(64, 64)).state_dict()
     names = {f"discriminator.{name}": each for name, each in weights.items()}
     assert infer_config.discriminator_node(shapes_of(names)) == node
     found = KeyMapping.for_export(DISCRIMINATOR_RULES, names).to_source("discriminator.main.0.bias")

@@ -186,7 +186,7 @@ def test_a_spatial_condition(unmasked: int, channels: int, tmp_path: Path) -> No
         # Not encode_to_c: with a map it fails on the flat indices of its own tokenizer (taming-transformers issue 110).
         prefix = model.cond_stage_model.encode(maps)[2][2].reshape(4, N)
         expected = model.transformer(torch.cat((prefix, codes), 1)[:, :-1])[0][:, N - 1 :]
-        told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=maps)))
+        told = generator.conditioner(generator.conditioner.prepare(Batch(conditions=maps))).ids
         assert torch.equal(told, prefix)
         assert difference(generator.prior(codes, told), expected) <= TOLERANCE[torch.float32]
     assert generator.prior.bidirectional_prefix == unmasked  # type: ignore[attr-defined]

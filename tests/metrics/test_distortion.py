@@ -7,6 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from tests.support.layouts import raster
 from vqf.errors import UserError
 from vqf.metrics.running_mean import bootstrap_interval
 from vqf.protocols import Metric, Reconstruction
@@ -27,16 +28,16 @@ def batch() -> Reconstruction:
     fakes = images + scales * torch.randn(images.shape, generator=generator)
     masks = torch.rand(len(images), 1, 40, 33, generator=generator)
     masks[2, :, :20] = 0
-    return Reconstruction(images, fakes, torch.zeros(len(images), 2, 2, dtype=torch.int64), masks)
+    return Reconstruction(images, fakes, torch.zeros(len(images), 4, dtype=torch.int64), masks)
 
 
 def slice_batch(batch: Reconstruction, start: int, stop: int) -> Reconstruction:
     masks = None if batch.masks is None else batch.masks[start:stop]
-    return Reconstruction(batch.images[start:stop], batch.reconstructions[start:stop], batch.indices[start:stop], masks)
+    return Reconstruction(batch.images[start:stop], batch.reconstructions[start:stop], batch.tokens[start:stop], masks)
 
 
 def metric(name: str, **options: object) -> Metric:
-    return build("metric", {"name": name, **options}, vocab_size=8, device=torch.device("cpu"))
+    return build("metric", {"name": name, **options}, layout=raster((2, 2), 8), device=torch.device("cpu"))
 
 
 def measure(name: str, *batches: Reconstruction) -> dict[str, float]:
@@ -75,24 +76,24 @@ def test_masked_psnr_counts_pixels_by_their_mask(batch: Reconstruction) -> None:
 def test_images_where_nothing_is_drawn_do_not_count(batch: Reconstruction) -> None:
     masks = batch.masks.clone()
     masks[0] = 0
-    blank = Reconstruction(batch.images, batch.reconstructions, batch.indices, masks)
+    blank = Reconstruction(batch.images, batch.reconstructions, batch.tokens, masks)
     assert measure("psnr", blank)["psnr_masked"] == measure("psnr", slice_batch(blank, 1, 7))["psnr_masked"]
 
 
 def test_images_without_masks_have_no_masked_psnr(batch: Reconstruction) -> None:
-    bare = Reconstruction(batch.images, batch.reconstructions, batch.indices)
+    bare = Reconstruction(batch.images, batch.reconstructions, batch.tokens)
     assert set(measure("psnr", bare)) == {"psnr", "psnr_pooled"}
 
 
 def test_a_perfect_image_keeps_the_mean_finite(batch: Reconstruction) -> None:
-    perfect = Reconstruction(batch.images, batch.images, batch.indices, batch.masks)
+    perfect = Reconstruction(batch.images, batch.images, batch.tokens, batch.masks)
     assert measure("psnr", perfect) == {"psnr": 100.0, "psnr_pooled": 100.0, "psnr_masked": 100.0}
 
 
 def test_values_are_clamped_but_not_rounded() -> None:
     images = torch.full((1, 3, 16, 16), 1.0)
-    beyond = Reconstruction(images, images + 5, torch.zeros(1, 1, 1, dtype=torch.int64))
-    slightly = Reconstruction(images, images - 1e-3, torch.zeros(1, 1, 1, dtype=torch.int64))
+    beyond = Reconstruction(images, images + 5, torch.zeros(1, 4, dtype=torch.int64))
+    slightly = Reconstruction(images, images - 1e-3, torch.zeros(1, 4, dtype=torch.int64))
     assert measure("psnr", beyond)["psnr"] == 100.0
     assert measure("psnr", slightly)["psnr"] == pytest.approx(-20 * np.log10(5e-4), abs=1e-3)
 
@@ -106,13 +107,13 @@ def test_ssim_equals_scikit_images(batch: Reconstruction) -> None:
 
 
 def test_ssim_of_an_image_with_itself_is_one(batch: Reconstruction) -> None:
-    assert measure("ssim", Reconstruction(batch.images, batch.images, batch.indices))["ssim"] == pytest.approx(1)
+    assert measure("ssim", Reconstruction(batch.images, batch.images, batch.tokens))["ssim"] == pytest.approx(1)
 
 
 def test_ssim_refuses_images_smaller_than_its_window() -> None:
     tiny = torch.zeros(1, 3, 16, 10)
     with pytest.raises(UserError, match="not 16 x 10"):
-        measure("ssim", Reconstruction(tiny, tiny, torch.zeros(1, 1, 1, dtype=torch.int64)))
+        measure("ssim", Reconstruction(tiny, tiny, torch.zeros(1, 4, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("name", ["psnr", "ssim"])

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torchvision.models import vgg16
 
+from tests.support.layouts import raster
 from vqf.errors import UserError
 from vqf.protocols import Reconstruction
 from vqf.registry import build
@@ -22,7 +23,7 @@ def batch() -> Reconstruction:
     crops = np.stack([photo[50 * i : 50 * i + 48, 80 * i : 80 * i + 48] for i in range(5)])
     images = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
     fakes = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return Reconstruction(images, fakes, torch.zeros(5, 2, 2, dtype=torch.int64))
+    return Reconstruction(images, fakes, torch.zeros(5, 4, dtype=torch.int64))
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ def test_metric_is_the_loss_of_clamped_images_whatever_the_batch_size(
     batch: Reconstruction, options: dict[str, dict[str, object]], name: str, key: str
 ) -> None:
     node = {"name": name, **options[name]}
-    full, batched = (build("metric", node, vocab_size=8, device=torch.device("cpu")) for _ in range(2))
+    full, batched = (build("metric", node, layout=raster((2, 2), 8), device=torch.device("cpu")) for _ in range(2))
     full.update(batch)
     for i in range(0, 5, 2):
-        batched.update(Reconstruction(batch.images[i : i + 2], batch.reconstructions[i : i + 2], batch.indices))
+        batched.update(Reconstruction(batch.images[i : i + 2], batch.reconstructions[i : i + 2], batch.tokens))
     expected = float(build("loss", node).eval()(batch.reconstructions.clamp(-1, 1), batch.images))
     assert set(full.compute()) == {key}
     assert full.compute()[key] == pytest.approx(expected, rel=1e-6)
@@ -49,8 +50,8 @@ def test_metric_is_the_loss_of_clamped_images_whatever_the_batch_size(
 
 
 def test_no_graph_is_kept(batch: Reconstruction) -> None:
-    metric = build("metric", {"name": "features"}, vocab_size=8, device=torch.device("cpu"))
-    metric.update(Reconstruction(batch.images, batch.reconstructions.clone().requires_grad_(), batch.indices))
+    metric = build("metric", {"name": "features"}, layout=raster((2, 2), 8), device=torch.device("cpu"))
+    metric.update(Reconstruction(batch.images, batch.reconstructions.clone().requires_grad_(), batch.tokens))
     assert not metric.mean.total.requires_grad
 
 
@@ -73,7 +74,10 @@ def test_lpips_equals_the_lpips_packages_on_every_trunk(
     path = tmp_path / "trunk.pth"
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, path)
     metric = build(
-        "metric", {"name": "lpips", "network": trunk, "weights": str(path)}, vocab_size=8, device=torch.device("cpu")
+        "metric",
+        {"name": "lpips", "network": trunk, "weights": str(path)},
+        layout=raster((2, 2), 8),
+        device=torch.device("cpu"),
     )
     metric.update(batch)
     with torch.no_grad():
@@ -86,4 +90,6 @@ def test_lpips_equals_the_lpips_packages_on_every_trunk(
 
 def test_trunks_are_not_mixed_up(batch: Reconstruction, options: dict[str, dict[str, object]]) -> None:
     with pytest.raises(UserError, match="not torchvision's AlexNet"):
-        build("metric", {"name": "lpips", "network": "alex", **options["lpips"]}, vocab_size=8, device="cpu")
+        build(
+            "metric", {"name": "lpips", "network": "alex", **options["lpips"]}, layout=raster((2, 2), 8), device="cpu"
+        )

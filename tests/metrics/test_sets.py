@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.metrics.sets import Linear, frechet, gaussians
+from tests.support.layouts import raster
 from vqf.errors import UserError
 from vqf.metrics.prdc import density_coverage
 from vqf.networks.feature_set import FeatureAccumulator, feature_set
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("linear")
 
 
 def metric(name: str, **options: object) -> SetMetric:
-    built = build("metric", {"name": name, **options}, vocab_size=8, device="cpu")
+    built = build("metric", {"name": name, **options}, layout=raster((2, 2), 8), device="cpu")
     assert isinstance(built, SetMetric)
     return built
 

@@ -22,8 +22,11 @@ from vqf.pipelines.complete import Complete
 from vqf.pipelines.sample import SamplePipeline
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
+from vqf.protocols import Causal
 from vqf.registry import build
 from vqf.runs.load import build_generator
+from vqf.tokens.layout import TokenLayout
+from vqf.tokens.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -50,12 +53,12 @@ def make_images(count: int = 3) -> Tensor:
 
 def test_larger_images_come_from_sliding_windows(generator: Generator) -> None:
     sliding = with_sampler(generator, "sliding_window")
-    stride, (height, width) = generator.tokenizer.stride, generator.tokenizer.grid
+    stride, (height, width) = generator.tokenizer.stride, generator.tokenizer.layout.grid
     size = (stride * (height + 3), stride * (width + 2))
     images = sliding.sample(3, size=size, seed=4)
     assert images.shape == (3, 3, *size)
     torch.testing.assert_close(sliding.sample(1, size=list(size), seed=4, first=2, label="owl"), images[2:])
-    plain = with_sampler(generator, "sliding_window", prefix_only=False, cache=False, wavefront=False)
+    plain = with_sampler(generator, "sliding_window", cache=False, wavefront=False)
     assert torch.equal(plain.sample(3, size=size, seed=4), images)
     assert torch.equal(sliding.sample(3, seed=4), generator.sample(3, seed=4))
 
@@ -65,14 +68,16 @@ def test_a_size_that_a_sampler_cannot_draw_names_the_one_that_can(generator: Gen
     with pytest.raises(UserError, match=words) as caught:
         generator.sample(1, size=(32, 48))
     assert "\n" not in str(caught.value)
-    stride, width = generator.tokenizer.stride, generator.tokenizer.grid[1]
+    stride, width = generator.tokenizer.stride, generator.tokenizer.layout.grid[1]
     with pytest.raises(UserError, match="the prior was trained on"):
         generator.sample(1, size=(16, 16 - stride))
     with pytest.raises(UserError, match="narrower than the window"):
         with_sampler(generator, "sliding_window").sample(1, size=(32, 16 - stride))
     fewer = generator.sample(1, size=(stride, 16), seed=2)  # one row of tokens: the start of a sequence
     tokens = generator.sample_tokens(Batch(labels=torch.tensor([0])), seed=2)
-    assert torch.equal(fewer, generator.tokenizer.decode_tokens(tokens[:, :width], (1, width)))
+    assert torch.equal(
+        fewer, generator.tokenizer.decode_tokens(tokens[:, :width], generator.tokenizer.layout_of((1, width)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_a_wrong_size_is_named(generator: Generator, size: Any, words: str) -> N
 def test_completion_keeps_what_is_known_and_draws_the_rest(generator: Generator, sampler: str) -> None:
     made = with_sampler(generator, sampler)
     indices = made.tokenizer.encode(make_images())
-    height, width = made.tokenizer.grid
+    height, width = made.tokenizer.layout.grid
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[: height // 2] = True
     completed = made.complete(make_images(), mask, seed=1)
@@ -139,7 +144,7 @@ def test_guidance_reaches_the_sampler_from_the_conditioner(generator: Generator)
     labels = torch.tensor([0, 1, 2, 0])
     assert not torch.equal(guided.sample_tokens(Batch(labels=labels)), generator.sample_tokens(Batch(labels=labels)))
     null = torch.full((4, 1), 3)
-    expected = guided.sampler(guided.prior, labels[:, None], guided.tokenizer.grid, seed=0, null_prefix=null)  # type: ignore[call-arg]
+    expected = guided.sampler(guided.prior, labels[:, None], guided.tokenizer.layout, seed=0, null_prefix=null)
     assert torch.equal(guided.sample_tokens(Batch(labels=labels)), expected)
     never = build("conditioner", {"name": "label"}, num_classes=3).eval()
     without = Generator(guided.tokenizer, ConditionerStack({"label": never}), guided.prior, guided.sampler, CLASSES)
@@ -148,13 +153,16 @@ def test_guidance_reaches_the_sampler_from_the_conditioner(generator: Generator)
 
 
 class Zeros:
-    """A sampler that declares no optional keyword."""
+    """A sampler that cannot keep known tokens."""
 
-    def __call__(self, prior: Any, prefix: Tensor, grid: tuple[int, int], *, seed: int, first: int = 0) -> Tensor:
-        return torch.zeros(len(prefix), grid[0] * grid[1], dtype=torch.int64)
+    draws, keeps_known = Causal, False
+
+    def __call__(self, prior: Any, prefix: Prefix, layout: TokenLayout, *, known: Tensor | None, **_: Any) -> Tensor:
+        assert known is None
+        return torch.zeros(len(prefix), layout.length, dtype=torch.int64)
 
 
-def test_a_sampler_is_given_what_its_signature_asks_for(generator: Generator) -> None:
+def test_a_sampler_says_whether_it_keeps_known_tokens(generator: Generator) -> None:
     plain = Generator(generator.tokenizer, generator.conditioner, generator.prior, Zeros(), CLASSES)
     assert not plain.sample_tokens(Batch(labels=torch.tensor([0, 1]))).any()
     with pytest.raises(UserError, match="cannot keep known tokens; sampler=autoregressive does"):

@@ -9,21 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from tests.support.layouts import raster
 from vqf.registry import build, components
+from vqf.tokens.prefix import PrefixSpec
 
 CONV = {"channels": 16, "multipliers": [1, 1], "blocks": 2, "attention": [16], "dropout": 0.2}
 PRIOR = {"layers": 6, "heads": 2, "dim": 32, "dropout": 0.2}
 WIRED = {
     "encoder": {"in_channels": 3, "image_size": 32},
     "decoder": {"dim": 8, "out_channels": 3, "image_size": 32},
-    "prior": {
-        "vocab_size": 8,
-        "length": 64,
-        "grid": (8, 8),
-        "prefix_vocab": 4,
-        "prefix_length": 1,
-        "prefix_positions": [None],
-    },
+    "prior": {"layout": raster((8, 8), 8), "prefix": PrefixSpec(4, 1)},
 }
 OPTIONS = {
     ("encoder", "conv"): {**CONV, "dim": 8},

@@ -48,7 +48,7 @@ def test_tokens_are_row_by_row(tokenizer: Tokenizer) -> None:
     images = torch.rand(1, 3, 16, 24) * 2 - 1
     tokens, indices = tokenizer.encode_tokens(images), tokenizer.encode(images)
     assert tokens[0, 12 * 3 + 5] == indices[0, 3, 5]
-    torch.testing.assert_close(tokenizer.decode_tokens(tokens, (8, 12)), tokenizer.decode(indices))
+    torch.testing.assert_close(tokenizer.decode_tokens(tokens, tokenizer.layout_of((8, 12))), tokenizer.decode(indices))
 
 
 def test_the_quantizer_works_in_float32_under_autocast(tokenizer: Tokenizer) -> None:

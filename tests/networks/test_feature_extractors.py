@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.networks.test_perceptual import photo
 from tests.support.inception import random_inception, write_inception
+from tests.support.layouts import raster
 from vqf.errors import UserError
 from vqf.networks import feature_extractors
 from vqf.networks.feature_extractors import InceptionV3, TimmClassifier, feature_network
@@ -89,7 +90,7 @@ def test_fid_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(UserError) as error:
-        build("metric", {"name": "fid"}, vocab_size=8, device="cpu")
+        build("metric", {"name": "fid"}, layout=raster((2, 2), 8), device="cpu")
     message = str(error.value)
     assert "\n" not in message
     path = str(tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth")
@@ -107,7 +108,9 @@ def test_fid_refuses_a_damaged_file_in_the_hub_folder(tmp_path: Path, monkeypatc
 
 def test_metrics_share_one_network(file: File) -> None:
     options = {"weights": str(file.path), "sha256": file.sha256}
-    fid, kid = (build("metric", {"name": name, **options}, vocab_size=8, device="cpu") for name in ("fid", "kid"))
+    fid, kid = (
+        build("metric", {"name": name, **options}, layout=raster((2, 2), 8), device="cpu") for name in ("fid", "kid")
+    )
     assert fid.network is kid.network
 
 

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from tests.parity.comparisons import compares, gradients
 from tests.parity.mapping import from_gpt
 from tests.parity.peers import taming
+from tests.support.layouts import raster
+from vqf.tokens.prefix import PrefixSpec
 from vqf.transformers.gpt import GPT
 from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
-V, N, M, GRID = 23, 12, 4, (3, 4)  # codes, tokens of an image, of a prefix
+V, N, M = 23, 12, 4  # codes, tokens of an image, of a prefix
+LAYOUT = raster((3, 4), V)
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32}
 
 
@@ -22,7 +25,7 @@ def pair(dtype: torch.dtype, prefix: int = M, unmasked: int = 0, **options: Any)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
     options |= {"unmasked_prefix": unmasked, "shared_vocabulary": True}
-    ours = GPT(V, N, V, prefix, layers=3, heads=4, dim=32, **options).to(dtype)
+    ours = GPT(LAYOUT, PrefixSpec(V, prefix), layers=3, heads=4, dim=32, **options).to(dtype)
     ours.load_state_dict(from_gpt(theirs.to(dtype).state_dict()))
     return theirs.eval(), ours.eval()
 
@@ -56,12 +59,12 @@ def test_cache(dtype: torch.dtype, unmasked: int, record: Any) -> None:
     tokens, prefix = sequences()
     expected, _, present = theirs.forward_with_past(prefix)
     logits, cache = ours.prefill(prefix)
-    record("logits of every token", logits, expected[:, -1])
+    record("logits of every token", logits, expected[:, -1:])
     past = [present]
     for n in range(N - 1):
         expected, _, present = theirs.forward_with_past(tokens[:, n, None], past=past, past_length=M + n)
         past.append(present)
-        record("logits of every token", ours.decode(tokens[:, n], cache), expected[:, -1])
+        record("logits of every token", ours.decode(tokens[:, n : n + 1], cache), expected[:, -1:])
 
 
 @compares("sampler `autoregressive`", "taming `sample_with_past`", "the likeliest tokens")
@@ -72,7 +75,7 @@ def test_greedy(dtype: torch.dtype, cache: bool, record: Any) -> None:
     _, prefix = sequences()
     peer = taming("modules.transformer.mingpt")
     expected = peer.sample_with_past(prefix, theirs, steps=N, sample_logits=False)
-    record("the likeliest tokens", AutoregressiveSampler(top_k=1, cache=cache)(ours, prefix, GRID, seed=0), expected)
+    record("the likeliest tokens", AutoregressiveSampler(top_k=1, cache=cache)(ours, prefix, LAYOUT, seed=0), expected)
 
 
 @compares("prior `gpt` with pkeep", "taming `Net2NetTransformer`", "loss of corrupted tokens")
@@ -112,7 +115,7 @@ def net2net(transformer: Any) -> Any:
 
 def test_initial_weights_have_the_same_spread() -> None:
     theirs = taming("modules.transformer.mingpt").GPT(512, 16, n_layer=2, n_head=4, n_embd=128)
-    ours = GPT(512, 13, 512, 4, layers=2, heads=4, dim=128, shared_vocabulary=True)
+    ours = GPT(raster((1, 13), 512), PrefixSpec(512, 4), layers=2, heads=4, dim=128, shared_vocabulary=True)
     expected = from_gpt(theirs.state_dict())
     for name, parameter in ours.named_parameters():
         assert parameter.shape == expected[name].shape

@@ -13,6 +13,7 @@ from tests.parity.stages import ENGINE, LR, SMALL, configure
 from vqf.batch import Batch
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.runs.load import build_generator
+from vqf.tokens.prefix import PrefixSpec
 from vqf.training.prior_task import PriorTask, param_groups_weight_decay
 from vqf.transformers.gpt import GPT
 
@@ -134,7 +135,7 @@ def test_spatial_prefix(dtype: torch.dtype, record: Any) -> None:
     loss = model.shared_step(batch, 0)
     loss.backward()
     tokenizer = tokenizer_of(model)
-    ours = GPT(CODES, N, CODES, N, layers=2, heads=2, dim=16, shared_vocabulary=True).to(dtype)
+    ours = GPT(tokenizer.layout, PrefixSpec(CODES, N), layers=2, heads=2, dim=16, shared_vocabulary=True).to(dtype)
     ours.load_state_dict(from_gpt(model.transformer.state_dict()))
     found = ours.loss(tokenizer.encode_tokens(images), tokenizer.encode_tokens(conditions))
     found.backward()

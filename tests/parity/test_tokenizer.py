@@ -63,7 +63,9 @@ def test_codes(dtype: torch.dtype, record: Any) -> None:
     expected = theirs.decode(theirs.quantize.get_codebook_entry(indices, (3, 3, 5, CODE_DIM)))
     record("images of indices", ours.decode(found), expected.clamp(-1, 1))
     record(
-        "codes and back", ours.decode_tokens(ours.encode_tokens(images), (3, 5)), theirs.decode(quantized).clamp(-1, 1)
+        "codes and back",
+        ours.decode_tokens(ours.encode_tokens(images), ours.layout),
+        theirs.decode(quantized).clamp(-1, 1),
     )
 
 

@@ -208,7 +208,7 @@ def conditions_seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 def test_several_conditions_are_a_file_each(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_cli_keys(monkeypatch, "sampler")
     generator = vqf.load(many)
-    assert isinstance(generator, Generator) and generator.conditioner.length == 4 + 4 + 1
+    assert isinstance(generator, Generator) and generator.conditioner.spec.length == 4 + 4 + 1
     make_map(tmp_path / "m.png", 32, 24), make_map(tmp_path / "p.jpg", 32, 24)
     both = {"spatial": str(tmp_path / "m.png"), "image": str(tmp_path / "p.jpg")}
     words = ["sampler=sliding_window", "sampler.guidance=3"]

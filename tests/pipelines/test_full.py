@@ -157,7 +157,7 @@ def test_stage2_needs_nothing_but_the_run(run: Path, tmp_path: Path) -> None:
     Stage2(config, tmp_path).run()
     generator = vqf.load(tmp_path)
     assert isinstance(generator, Generator)
-    assert generator.tokenizer.vocab_size == 16
+    assert generator.tokenizer.layout.vocab_size == 16
 
 
 def test_stage2_needs_equal_micro_batches(run: Path, tmp_path: Path) -> None:

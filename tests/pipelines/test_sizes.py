@@ -46,8 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_models_know_height_and_width(runs: tuple[Path, Path]) -> None:
     tokenizer, generator = (vqf.load(run) for run in runs)
     assert isinstance(tokenizer, Tokenizer) and isinstance(generator, Generator)
-    assert (tokenizer.image_size, tokenizer.grid) == ((HEIGHT, WIDTH), (2, 3))
-    assert generator.tokenizer.grid == (2, 3)
+    assert (tokenizer.image_size, tokenizer.layout.grid) == ((HEIGHT, WIDTH), (2, 3))
+    assert generator.tokenizer.layout.grid == (2, 3)
     assert [bool(len(level.attn)) for level in tokenizer.encoder.down][-1]
     images = torch.rand(2, 3, HEIGHT, WIDTH) * 2 - 1
     indices = tokenizer.encode(images)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from tests.support.composing import compose
+from tests.support.layouts import raster
 from tests.support.processes import PATIENCE, run_processes
 from tests.training.test_trainer import TINY, weights
 from vqf.batch import Batch, Sample
@@ -56,6 +57,8 @@ class Images:
 
 class Numbers(nn.Module):
     """A tokenizer whose tokens are the constant of an image; it counts images, and raises after `most`."""
+
+    layout = raster((4, 4), 1000, stride=1)
 
     def __init__(self, most: int = 10**9) -> None:
         super().__init__()
@@ -291,7 +294,8 @@ def test_conditioners_without_cached_indices_share_tokens() -> None:
 
     def fingerprint(*names: str) -> str:
         conditioners = {
-            name: build("conditioner", {"name": name}, num_classes=5, grid=(2, 2), tokenizer=None) for name in names
+            name: build("conditioner", {"name": name}, num_classes=5, layout=raster((2, 2), 8), tokenizer=None)
+            for name in names
         }
         return encode._fingerprint(ConditionerStack(conditioners))
 

@@ -16,19 +16,20 @@ COMPONENTS = ("encoders", "quantizers", "discriminators", "transformers", "losse
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"errors", "seeding", "hashing", "atomic", "terminal", "typed_nodes", "batch", "run_files", "file_kinds"}
-CONTRACT = GROUND | {"registry", "plugins", "protocols", "distributed"}
+CONTRACT = GROUND | {"tokens", "registry", "plugins", "protocols", "distributed"}
 SHARED = CONTRACT | {"networks", "config", "images"}
 
 # What each room may import besides itself, from the ground up. A file at the top of the package is a room of its own.
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "terminal": {"errors"},
-    "protocols": {"batch"},
+    "tokens": {"batch"},
+    "protocols": {"batch", "tokens"},
     "registry": {"errors", "typed_nodes"},
     "plugins": {"errors"},
     "distributed": {"errors", "seeding"},
     "networks": {"errors", "hashing", "protocols"},
-    "config": {"errors", "registry", "batch"},
+    "config": {"errors", "registry", "batch", "typed_nodes"},
     "images": {"atomic", "errors", "protocols", "registry"},
     "optimizers": {"errors", "protocols", "registry"},
     **dict.fromkeys(COMPONENTS, CONTRACT - {"plugins"} | {"networks"}),
@@ -39,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": SHARED - {"plugins"} | {"models", "runs", "dataloading"},
     "training": SHARED - {"plugins"} | {"models", "runs", "dataloading", "evaluation"},
     "pipelines": SHARED - {"plugins"} | {"models", "runs", "dataloading", "evaluation", "training", "interop"},
-    "run": {"config", "distributed", "errors", "plugins", "registry", "runs", "terminal"},
+    "run": {"config", "distributed", "errors", "plugins", "protocols", "registry", "runs", "terminal"},
 }
 MOST_FILES = 15  # in one folder
 REPEATED = {"Block", "Attention", "MLP", "LPIPS"}  # class names that several papers share

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tests.security.canary import PAYLOADS, Canary
+from tests.support.layouts import raster
 from vqf.data.images import decode
 from vqf.data.images.decode import UnreadableError
 from vqf.dataloading.token_shards import TokenShardManifest
@@ -48,7 +49,7 @@ def test_every_option_that_takes_a_weight_file(tmp_path: Path, canary: Canary, p
     with pytest.raises(UserError):
         build("loss", {"name": "lpips", "weights": str(path)})
     with pytest.raises(UserError):
-        build("metric", {"name": "lpips", "weights": str(path)}, vocab_size=4, device=torch.device("cpu"))
+        build("metric", {"name": "lpips", "weights": str(path)}, layout=raster((2, 2), 4), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

@@ -8,19 +8,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from vqf.protocols import Autoregressive
+from tests.support.layouts import raster
+from vqf.protocols import Causal
 from vqf.registry import RegistryError, build
+from vqf.tokens.prefix import PrefixSpec
 from vqf.transformers.gpt import GPT
 from vqf.transformers.layers.kv_cache import FullAttention
 from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, N, P, M = 11, 9, 5, 3  # vocabulary and length of tokens and prefix
+LAYOUT, PREFIX = raster((3, 3), V), PrefixSpec(P, M)
 
 
 def tiny(**options: object) -> GPT:
     """A GPT in float64 and eval mode whose weights are large enough that every input matters."""
     torch.manual_seed(0)
-    gpt = GPT(V, N, P, M, **{"layers": 2, "heads": 2, "dim": 16, **options}).double().eval()
+    gpt = GPT(LAYOUT, PREFIX, **{"layers": 2, "heads": 2, "dim": 16, **options}).double().eval()
     for parameter in gpt.parameters():
         nn.init.normal_(parameter, std=0.5)
     return gpt
@@ -91,25 +94,28 @@ def test_cached_logits_equal_uncached_at_every_position(unmasked_prefix: bool | 
     gpt = tiny(unmasked_prefix=unmasked_prefix, shared_vocabulary=shared_vocabulary)
     tokens, prefix = sequences()
     logits, cache = gpt.prefill(prefix)
-    cached = [logits, *(gpt.decode(tokens[:, n], cache) for n in range(N - 1))]
-    torch.testing.assert_close(torch.stack(cached, dim=1), gpt(tokens, prefix), rtol=1e-12, atol=1e-12)
+    cached = [logits, *(gpt.decode(tokens[:, n : n + 1], cache) for n in range(N - 1))]
+    torch.testing.assert_close(torch.cat(cached, dim=1), gpt(tokens, prefix), rtol=1e-12, atol=1e-12)
 
 
 def test_fewer_tokens_give_the_same_logits() -> None:
     gpt = tiny()
     tokens, prefix = sequences()
     torch.testing.assert_close(gpt(tokens[:, :4], prefix), gpt(tokens, prefix)[:, :4], rtol=1e-12, atol=1e-12)
+    unknown = torch.cat((tokens[:, :3], torch.full((4, 1), -1)), dim=1)
+    assert torch.equal(gpt(unknown, prefix), gpt(tokens[:, :4], prefix))  # the last one is not read
 
 
-def test_a_gpt_is_autoregressive_and_refuses_what_it_has_no_position_for() -> None:
+def test_a_gpt_is_causal_and_refuses_what_it_has_no_position_for() -> None:
     gpt = tiny()
-    assert isinstance(gpt, Autoregressive)
+    assert isinstance(gpt, Causal)
+    assert gpt.groups == (1,) * N and gpt.likelihood
     tokens, prefix = sequences(length=N + 1)
     _, cache = gpt.prefill(prefix)
     for n in range(N - 1):
-        gpt.decode(tokens[:, n], cache)
+        gpt.decode(tokens[:, n : n + 1], cache)
     with pytest.raises(ValueError, match="full: the prior models 9 tokens"):
-        gpt.decode(tokens[:, N], cache)
+        gpt.decode(tokens[:, N:], cache)
     with pytest.raises(ValueError, match="N from 1 to 9"):
         gpt(tokens, prefix)
     with pytest.raises(ValueError, match=r"prefix must be \(4, 3\)"):
@@ -129,7 +135,7 @@ def test_the_loss_is_the_mean_nats_per_token() -> None:
 
 def test_a_fresh_gpt_knows_nothing_and_every_parameter_learns() -> None:
     torch.manual_seed(0)
-    gpt = GPT(V, N, P, M, layers=2, heads=2, dim=64)
+    gpt = GPT(LAYOUT, PREFIX, layers=2, heads=2, dim=64)
     tokens, prefix = sequences(64)
     loss = gpt.loss(tokens, prefix)
     assert loss.item() == pytest.approx(torch.tensor(V).log().item(), abs=0.05)
@@ -140,7 +146,7 @@ def test_a_fresh_gpt_knows_nothing_and_every_parameter_learns() -> None:
 
 def test_the_initial_weights_are_those_of_minGPT() -> None:  # noqa: N802
     torch.manual_seed(0)
-    gpt = GPT(512, N, P, M, layers=2, heads=2, dim=128)
+    gpt = GPT(raster((3, 3), 512), PREFIX, layers=2, heads=2, dim=128)
     for module in gpt.modules():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all()
@@ -217,7 +223,7 @@ def test_a_shared_vocabulary_embeds_condition_k_like_code_k() -> None:
 def test_it_learns_eight_sequences_by_heart() -> None:
     torch.manual_seed(0)
     tokens, prefix = torch.randint(V, (8, N)), torch.arange(8)[:, None]
-    gpt = GPT(V, N, 8, 1, layers=2, heads=2, dim=32)
+    gpt = GPT(LAYOUT, PrefixSpec(8, 1), layers=2, heads=2, dim=32)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3, betas=(0.9, 0.95))
     for _ in range(200):
         optimizer.zero_grad()
@@ -226,12 +232,12 @@ def test_it_learns_eight_sequences_by_heart() -> None:
         optimizer.step()
     assert loss.item() < 0.05
     sampler = AutoregressiveSampler(top_k=1)
-    assert torch.equal(sampler(gpt.eval(), prefix, (3, 3), seed=0), tokens)
+    assert torch.equal(sampler(gpt.eval(), prefix, LAYOUT, seed=0), tokens)
 
 
 def test_bf16_autocast_trains_and_samples() -> None:
     torch.manual_seed(0)
-    gpt = GPT(V, N, P, M, layers=2, heads=2, dim=32, unmasked_prefix=True)
+    gpt = GPT(LAYOUT, PREFIX, layers=2, heads=2, dim=32, unmasked_prefix=True)
     tokens, prefix = sequences()
     exact = gpt.loss(tokens, prefix)
     with torch.autocast("cpu", torch.bfloat16):
@@ -239,7 +245,7 @@ def test_bf16_autocast_trains_and_samples() -> None:
         loss.backward()
         gpt.eval()
         logits, cache = gpt.prefill(prefix)
-        cached = torch.stack([logits, *(gpt.decode(tokens[:, n], cache) for n in range(N - 1))], dim=1)
+        cached = torch.cat([logits, *(gpt.decode(tokens[:, n : n + 1], cache) for n in range(N - 1))], dim=1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
     assert all(each.grad.isfinite().all() for each in gpt.parameters())
@@ -270,18 +276,18 @@ def test_the_loss_of_a_bf16_model_is_summed_in_float32() -> None:
 def test_wrong_options_are_named(options: dict[str, object], words: str) -> None:
     node = {"name": "gpt", "layers": 1, "heads": 2, "dim": 16, **options}
     with pytest.raises(RegistryError, match=words) as caught:
-        build("prior", node, vocab_size=V, length=N, prefix_vocab=P, prefix_length=M)
+        build("prior", node, layout=LAYOUT, prefix=PREFIX)
     assert "\n" not in str(caught.value)
 
 
 def test_a_shared_vocabulary_needs_room_for_the_prefix() -> None:
     with pytest.raises(ValueError, match="the prefix has 12 ids and the codebook only 11"):
-        GPT(V, N, 12, M, layers=1, heads=2, dim=16, shared_vocabulary=True)
+        GPT(LAYOUT, PrefixSpec(12, M), layers=1, heads=2, dim=16, shared_vocabulary=True)
 
 
 def test_a_prior_needs_something_to_start_from() -> None:
     with pytest.raises(ValueError, match="at least one prefix token"):
-        GPT(V, N, P, 0, layers=1, heads=2, dim=16)
+        GPT(LAYOUT, PrefixSpec(P, 0), layers=1, heads=2, dim=16)
 
 
 # Published counts. taming-transformers shares the vocabulary. Three of its configs have one position more than is
@@ -289,20 +295,20 @@ def test_a_prior_needs_something_to_start_from() -> None:
 @pytest.mark.parametrize(
     ("preset", "wired", "unread", "count"),
     [
-        ({"prior": "gpt", "layers": 24, "heads": 16, "dim": 1024}, (1024, 256, 1024, 256), 1, 304_932_864),
-        ({"prior": "gpt", "layers": 40, "heads": 16, "dim": 1408}, (8192, 256, 8192, 92), 1, 975_876_352),
-        ({"prior": "gpt", "layers": 36, "heads": 16, "dim": 1536}, (8192, 256, 8192, 92), 1, 1_045_638_144),
-        ({"prior": "gpt_ffhq"}, (1024, 256, 1, 1), 0, 801_798_400),
-        ({"prior": "gpt_cin"}, (16384, 256, 1000, 1), 0, 1_410_640_896),
+        ({"prior": "gpt", "layers": 24, "heads": 16, "dim": 1024}, (1024, 1024, 256), 1, 304_932_864),
+        ({"prior": "gpt", "layers": 40, "heads": 16, "dim": 1408}, (8192, 8192, 92), 1, 975_876_352),
+        ({"prior": "gpt", "layers": 36, "heads": 16, "dim": 1536}, (8192, 8192, 92), 1, 1_045_638_144),
+        ({"prior": "gpt_ffhq"}, (1024, 1, 1), 0, 801_798_400),
+        ({"prior": "gpt_cin"}, (16384, 1000, 1), 0, 1_410_640_896),
     ],
 )
 def test_published_sizes(preset: dict, wired: tuple[int, ...], unread: int, count: int) -> None:
     numbers = [f"model.prior.{key}={value}" for key, value in preset.items() if key != "prior"]
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
         prior = compose(overrides=[f"+model/prior={preset['prior']}", *numbers, "model.prior.shared_vocabulary=true"])
-    keys = ("vocab_size", "length", "prefix_vocab", "prefix_length")
+    codes, *prefix = wired
     with torch.device("meta"):
-        gpt = build("prior", prior.model.prior, **dict(zip(keys, wired, strict=True)))
+        gpt = build("prior", prior.model.prior, layout=raster((16, 16), codes), prefix=PrefixSpec(*prefix))
     parameters = list(gpt.parameters())
     assert sum(each.numel() for each in parameters) + unread * prior.model.prior.dim == count
     assert len(parameters) == 16 * prior.model.prior.layers + 5
@@ -315,5 +321,5 @@ def test_presets_say_what_they_reproduce_and_carry_their_own_numbers() -> None:
     assert all(each.read_text().startswith("# ") for each in presets)
     with initialize_config_dir(str(folder.parents[1]), version_base=None):
         small = compose(overrides=["+model/prior=gpt_small", "model.prior.heads=4"]).model.prior
-    gpt = build("prior", small, vocab_size=1024, length=256, prefix_vocab=1, prefix_length=1)
+    gpt = build("prior", small, layout=raster((16, 16), 1024), prefix=PrefixSpec(1, 1))
     assert (len(gpt.blocks), gpt.blocks[0].attention.heads, gpt.norm.weight.numel()) == (6, 4, 256)

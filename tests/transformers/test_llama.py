@@ -8,21 +8,24 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from vqf.protocols import Autoregressive
+from tests.support.layouts import raster
+from vqf.protocols import Causal
 from vqf.registry import RegistryError, build
+from vqf.tokens.prefix import PrefixSpec
 from vqf.transformers.layers.kv_cache import FullAttention
 from vqf.transformers.llama import Llama, SwiGLU, apply_rotary, rotary_angles
 from vqf.transformers.samplers.autoregressive import AutoregressiveSampler
 
 V, GRID, P, M = 11, (3, 4), 5, 2
 N = GRID[0] * GRID[1]
+LAYOUT, PREFIX = raster(GRID, V), PrefixSpec(P, M)
 
 
 def tiny(**options: object) -> Llama:
     """A prior in float64 and eval mode whose weights are large enough that every input matters."""
     torch.manual_seed(0)
     options = {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8, **options}
-    llama = Llama(V, N, GRID, P, [None] * M, **options).double().eval()  # type: ignore[arg-type]
+    llama = Llama(LAYOUT, PREFIX, **options).double().eval()  # type: ignore[arg-type]
     for parameter in llama.parameters():
         nn.init.normal_(parameter, std=0.5)
     return llama
@@ -66,7 +69,7 @@ def test_half_of_a_head_turns_with_the_row_and_half_with_the_column() -> None:
 
 def test_a_condition_is_turned_as_the_code_at_its_place_and_no_other() -> None:
     positions = [None, (1.0, 2.0), (0.5, 1.5), None]
-    rotation = Llama(V, N, GRID, P, positions, layers=1, heads=2, dim=16).rotation
+    rotation = Llama(LAYOUT, PrefixSpec(P, 4, positions), layers=1, heads=2, dim=16).rotation
     cells = rotation[:, 4:].unflatten(1, GRID)
     for m in (0, 3):
         assert (rotation[0, m] == 1).all() and not rotation[1, m].any()
@@ -116,15 +119,15 @@ def test_cached_logits_equal_uncached_at_every_position(qk_norm: bool) -> None:
     llama = tiny(qk_norm=qk_norm)
     tokens, prefix = sequences()
     logits, cache = llama.prefill(prefix)
-    cached = [logits, *(llama.decode(tokens[:, n], cache) for n in range(N - 1))]
-    torch.testing.assert_close(torch.stack(cached, dim=1), llama(tokens, prefix), rtol=1e-12, atol=1e-12)
+    cached = [logits, *(llama.decode(tokens[:, n : n + 1], cache) for n in range(N - 1))]
+    torch.testing.assert_close(torch.cat(cached, dim=1), llama(tokens, prefix), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="full: the prior models 12 tokens"):
-        llama.decode(tokens[:, -1], cache)
+        llama.decode(tokens[:, -1:], cache)
 
 
 def test_what_it_has_no_position_for_is_refused() -> None:
     llama, (tokens, prefix) = tiny(), sequences()
-    assert isinstance(llama, Autoregressive)
+    assert isinstance(llama, Causal)
     with pytest.raises(ValueError, match="N from 1 to 12"):
         llama(torch.cat((tokens, tokens), dim=1), prefix)
     with pytest.raises(ValueError, match=r"prefix must be \(4, 2\)"):
@@ -138,7 +141,7 @@ def test_what_it_has_no_position_for_is_refused() -> None:
 )
 def test_published_sizes(layers: int, heads: int, dim: int, millions: int) -> None:
     with torch.device("meta"):
-        llama = Llama(16384, 256, (16, 16), 1001, [None], layers=layers, heads=heads, dim=dim)
+        llama = Llama(raster((16, 16), 16384), PrefixSpec(1001, 1, [None]), layers=layers, heads=heads, dim=dim)
     hidden = -(-(8 * dim // 3) // 256) * 256
     block = 4 * dim**2 + 3 * dim * hidden + 2 * dim
     count = sum(each.numel() for each in llama.parameters())
@@ -148,7 +151,7 @@ def test_published_sizes(layers: int, heads: int, dim: int, millions: int) -> No
 
 def test_a_fresh_one_knows_nothing_exactly() -> None:
     torch.manual_seed(0)
-    llama = Llama(V, N, GRID, P, [None] * M, layers=2, heads=2, dim=64)
+    llama = Llama(LAYOUT, PREFIX, layers=2, heads=2, dim=64)
     assert not llama(*sequences()).any()
     assert all(not name.endswith("bias") for name, _ in llama.named_parameters())
     assert llama.blocks[0].mlp.gate.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -158,7 +161,7 @@ def test_a_fresh_one_knows_nothing_exactly() -> None:
 def test_it_learns_eight_sequences_by_heart() -> None:
     torch.manual_seed(0)
     tokens, prefix = torch.randint(V, (8, N)), torch.arange(8)[:, None]
-    llama = Llama(V, N, GRID, 8, [None], layers=2, heads=2, dim=32, multiple_of=8, dropout=0.0)
+    llama = Llama(LAYOUT, PrefixSpec(8, 1), layers=2, heads=2, dim=32, multiple_of=8, dropout=0.0)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=5e-3, betas=(0.9, 0.95))
     for _ in range(200):
         optimizer.zero_grad()
@@ -167,7 +170,7 @@ def test_it_learns_eight_sequences_by_heart() -> None:
         optimizer.step()
     assert loss.item() < 0.05
     sampler = AutoregressiveSampler(top_k=1)
-    assert torch.equal(sampler(llama.eval(), prefix, GRID, seed=0), tokens)
+    assert torch.equal(sampler(llama.eval(), prefix, LAYOUT, seed=0), tokens)
 
 
 def test_rotations_keep_their_precision_in_bfloat16() -> None:
@@ -190,15 +193,14 @@ def test_rotations_keep_their_precision_in_bfloat16() -> None:
     ],
 )
 def test_wrong_options_are_named(options: dict, words: str) -> None:
-    wired = {"vocab_size": V, "length": N, "grid": GRID, "prefix_vocab": P, "prefix_positions": [None] * M}
     with pytest.raises(RegistryError, match=words) as caught:
-        build("prior", {"name": "llama", **options}, **wired)
+        build("prior", {"name": "llama", **options}, layout=LAYOUT, prefix=PREFIX)
     assert "\n" not in str(caught.value)
 
 
 def test_the_small_preset() -> None:
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
         small = compose(overrides=["+model/prior=llama_small", "model.prior.heads=4"]).model.prior
-    llama = build("prior", small, vocab_size=1024, length=256, grid=(16, 16), prefix_vocab=1, prefix_positions=[None])
+    llama = build("prior", small, layout=raster((16, 16), 1024), prefix=PrefixSpec(1, 1, [None]))
     assert (len(llama.blocks), llama.blocks[0].attention.heads, llama.norm.weight.numel()) == (6, 4, 256)
     assert sum(each.numel() for each in llama.parameters()) == pytest.approx(5e6, rel=0.2)

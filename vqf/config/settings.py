@@ -77,6 +77,7 @@ OPTIONS = {
     "evaluate.every": Option((int,), minimum=1),
     "evaluate.count": Option((int,), optional=True, minimum=1),
     "evaluate.samples": Option((int,), minimum=0),
+    "model.projection": Option((int,), optional=True, minimum=1),
     "tokens.root": Option((Path,), optional=True),
     "tokens.augmentations": Option((int,), minimum=1),
 }

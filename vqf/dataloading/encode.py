@@ -24,7 +24,8 @@ from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import Split
+from vqf.protocols import Prepares, Split
+from vqf.tokens.layout import TokenLayout
 
 
 def check_image_size(config: DictConfig, tokenizer: Tokenizer) -> None:
@@ -57,10 +58,19 @@ class TokenEncoder:
         assert batch.images is not None
         with torch.no_grad(), self.engine.autocast():
             tokens, condition = self.tokenizer.encode_tokens(batch.images), self.conditioner.prepare(batch)
-        columns = {"tokens": tokens.int(), "labels": condition.labels, "crop_boxes": condition.crop_boxes}
+        columns = {
+            "tokens": compact(tokens, self.tokenizer.layout),
+            "labels": condition.labels,
+            "crop_boxes": condition.crop_boxes,
+        }
         for name, indices in condition.condition_indices.items():
-            columns[f"{CONDITION_COLUMN_PREFIX}{name}"] = indices.int()
+            columns[f"{CONDITION_COLUMN_PREFIX}{name}"] = indices if indices.is_floating_point() else indices.int()
         return {name: column.cpu() for name, column in columns.items() if column is not None}
+
+
+def compact(tokens: Tensor, layout: TokenLayout) -> Tensor:
+    """Tokens as int32 where every code fits, else int64."""
+    return tokens.int() if layout.vocab_size <= 2**31 else tokens
 
 
 def token_folder(config: DictConfig, run_dir: Path) -> Path:
@@ -132,6 +142,6 @@ def _concat_columns(batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _fingerprint(stack: ConditionerStack) -> str:
-    conditioners = {name: each for name, each in stack.conditioners.items() if hasattr(each, "prepare")}
+    conditioners = {name: each for name, each in stack.conditioners.items() if isinstance(each, Prepares)}
     weights = nn.ModuleDict({name: each for name, each in conditioners.items() if isinstance(each, nn.Module)})
     return sha256_of_tensors(weights.state_dict(), *((name, each.length) for name, each in conditioners.items()))[:16]

@@ -30,8 +30,9 @@ CONDITION_COLUMN_PREFIX = "condition_indices."  # before the name of a condition
 class TokenDataset:
     """The memory-mapped tokens of a split; epoch e trains on view e % num_augmentations.
 
-    Columns of a shard of R rows: "tokens" (R, N) int32; if the data has them, "labels" (R,) int64 and "crop_boxes"
-    (R, 4) float; for each conditioner of images "condition_indices.<name>" (R, h, w) int32.
+    Columns of a shard of R rows: "tokens" (R, T) int32, int64 where a codebook has over 2^31 codes; if the data has
+    them, "labels" (R,) int64 and "crop_boxes" (R, 4) float; for each conditioner of images
+    "condition_indices.<name>" (R, h, w) int32.
     """
 
     shards: Sequence[Mapping[str, Tensor]]
@@ -70,12 +71,14 @@ class TokenDataset:
         """Return the batch of the images `indices`, each in the view of its epoch."""
         rows = torch.tensor(epochs) % self.num_augmentations * self.num_images + torch.tensor(indices)
         columns = self._gather(rows)
-        condition_indices = {name: columns[f"{CONDITION_COLUMN_PREFIX}{name}"].long() for name in self.condition_names}
+        conditions = {name: columns[f"{CONDITION_COLUMN_PREFIX}{name}"] for name in self.condition_names}
         return Batch(
             labels=columns.get("labels"),
             tokens=columns["tokens"].long(),
             crop_boxes=columns.get("crop_boxes"),
-            condition_indices=condition_indices,
+            condition_indices={
+                name: each if each.is_floating_point() else each.long() for name, each in conditions.items()
+            },
         )
 
     def _gather(self, rows: Tensor) -> dict[str, Tensor]:

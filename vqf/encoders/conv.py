@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqf.batch import Size, pair
 from vqf.encoders.conv_blocks import (
     Downsample,
     Level,
@@ -44,7 +45,7 @@ class ConvEncoder(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        image_size: int,
+        image_size: int | Size,
         *,
         dim: int = 256,
         channels: int = 128,
@@ -58,13 +59,14 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.gradient_checkpointing = dim, gradient_checkpointing
+        nominal = min(pair(image_size))  # so the weights of a square run of this size fit
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
         self.unshuffle = nn.PixelUnshuffle(patch_size) if patch_size > 1 else nn.Identity()
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            attends = image_size // (patch_size * 2**i) in attention
+            attends = nominal // (patch_size * 2**i) in attention
             level = Level(widths[i - 1] if i else channels, width, blocks, attends, dropout, gradient_checkpointing)
             if i + 1 < len(widths):
                 level.resample = Downsample(width)
@@ -105,7 +107,7 @@ class ConvDecoder(nn.Module):
         self,
         dim: int,
         out_channels: int,
-        image_size: int,
+        image_size: int | Size,
         *,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
@@ -119,6 +121,7 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
+        nominal = min(pair(image_size))
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths = [channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
@@ -126,7 +129,7 @@ class ConvDecoder(nn.Module):
         # In order of resolution from full down, as in published checkpoints; applied in reverse.
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            attends = image_size // (patch_size * 2**i) in attention
+            attends = nominal // (patch_size * 2**i) in attention
             wider = widths[min(i + 1, len(widths) - 1)]
             level = Level(wider, width, blocks + 1, attends, dropout, gradient_checkpointing)
             if i > 0:

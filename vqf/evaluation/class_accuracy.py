@@ -194,7 +194,7 @@ def is_class_conditional(generator: Generator, batch: Batch) -> bool:
     if batch.labels is None or len(generator.classes) < 2:
         return False
     other = replace(batch, labels=(batch.labels + 1) % len(generator.classes))
-    return not torch.equal(generator.conditioner(batch), generator.conditioner(other))
+    return not generator.conditioner(batch).equals(generator.conditioner(other))
 
 
 def _select(batch: Batch, indices: Sequence[int]) -> Batch:

@@ -24,7 +24,15 @@ from vqf.evaluation.protocols import ORIGINALS, preprocessing_lines, stable_hash
 from vqf.evaluation.reconstruction import build_metrics
 from vqf.evaluation.result import EvaluationResult
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import EvaluationProtocol, FeatureSet, Metric, SetMetric, SetMetricResult
+from vqf.protocols import (
+    EvaluationProtocol,
+    FeatureSet,
+    HasIntervals,
+    HasNetwork,
+    Metric,
+    SetMetric,
+    SetMetricResult,
+)
 from vqf.runs.checkpoint import Checkpoint
 from vqf.terminal import log
 
@@ -48,7 +56,7 @@ class EvaluationContext:
         self.feature_cache = feature_cache
         with open_dict(self.config):
             self.config.seed = protocol.seed  # augmentations of the data source depend on it
-        metrics = build_metrics(config, tokenizer.vocab_size, engine)
+        metrics = build_metrics(config, tokenizer.layout, engine)
         self.set_metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
         self.batch_metrics: dict[str, Metric] = {
             name: metric for name, metric in metrics.items() if name not in self.set_metrics
@@ -136,14 +144,14 @@ class EvaluationContext:
 
     def add_metrics(self, result: EvaluationResult, metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():
-            intervals = metric.intervals() if hasattr(metric, "intervals") else {}
+            intervals = metric.intervals() if isinstance(metric, HasIntervals) else {}
             result.add(metric, SetMetricResult(metric.compute(), intervals), self.metric_settings(name, metric))
 
     def metric_settings(self, name: str, metric: Any) -> dict[str, Any]:
         node = OmegaConf.to_container(group_nodes(self.config, "metric")[name], resolve=True)
         assert isinstance(node, dict)
         options = {str(key): value for key, value in node.items() if key not in ("weights", "sha256")}
-        return options | ({"network_digest": metric.digest} if hasattr(metric, "digest") else {})
+        return options | ({"network_digest": metric.digest} if isinstance(metric, HasNetwork) else {})
 
 
 def _real_vs_real(metric: SetMetric, pair: tuple[FeatureSet, FeatureSet] | None) -> dict[str, float]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from vqf.distributed.threads import cpu_threads
 from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.protocols import stable_hash
 from vqf.models.generator import Generator
+from vqf.protocols import HasSpeedOptions, Sampler
 from vqf.seeding import seeded_generator
 from vqf.terminal import log
 
@@ -42,13 +42,13 @@ class SampleRequest:
 class GeneratedBatch:
     """A batch of samples of all ranks."""
 
-    indices: Tensor  # (B, h, w)
+    tokens: Tensor  # (B, T)
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B,); empty without labels
 
 
 class SampleCache:
-    """Indices of generated batches on disk, to resume an evaluation.
+    """Tokens of generated batches on disk, to resume an evaluation.
 
     The hash of `facts`, everything that the samples depend on, names the cache.
     """
@@ -58,14 +58,14 @@ class SampleCache:
 
     def get(self, batch_index: int) -> Tensor | None:
         try:
-            return load_file(self._path(batch_index))["indices"].long()
+            return load_file(self._path(batch_index))["tokens"]
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def put(self, batch_index: int, indices: Tensor) -> None:
+    def put(self, batch_index: int, tokens: Tensor) -> None:
         try:
             with atomic_path(self._path(batch_index)) as temporary:
-                write_weights({"indices": indices.int().cpu()}, temporary)
+                write_weights({"tokens": tokens.cpu()}, temporary)
         except OSError as error:
             log.debug("%s: %s", self.folder, error)
 
@@ -88,17 +88,17 @@ def generate(
     for i, request in enumerate(sample_requests(protocol, generator, validation_images, count)):
         cached = cache.get(i) if comm.is_main() else None
         if comm.broadcast_object(cached is not None):
-            indices = cached
+            tokens = cached
         else:
-            indices = comm.gather_rows(_sample_indices(generator, request, protocol.seed, engine), request.count)
-            if indices is not None:
-                cache.put(i, indices)
+            tokens = comm.gather_rows(_sample_tokens(generator, request, protocol.seed, engine), request.count)
+            if tokens is not None:
+                cache.put(i, tokens)
         labels = request.batch.labels
         if labels is not None:
             labels = comm.gather_rows(labels.to(engine.device), request.count)
-        if indices is not None:
-            images = _decode(generator, indices.to(engine.device), engine)
-            yield GeneratedBatch(indices, images, torch.zeros(0) if labels is None else labels.cpu())
+        if tokens is not None:
+            images = _decode(generator, tokens.to(engine.device), engine)
+            yield GeneratedBatch(tokens, images, torch.zeros(0) if labels is None else labels.cpu())
 
 
 def sample_requests(
@@ -131,22 +131,20 @@ def _request_labels(protocol: Any, classes: int, count: int) -> Tensor:
 
 @cpu_threads.watch("sample")
 @torch.no_grad()
-def _sample_indices(generator: Generator, request: SampleRequest, seed: int, engine: Engine) -> Tensor:
-    height, width = generator.tokenizer.grid
+def _sample_tokens(generator: Generator, request: SampleRequest, seed: int, engine: Engine) -> Tensor:
     with engine.autocast():
-        tokens = generator.sample_tokens(request.batch, seed=seed, first=request.first_index)
-    return rearrange(tokens, "b (h w) -> b h w", h=height, w=width)
+        return generator.sample_tokens(request.batch, seed=seed, first=request.first_index)
 
 
 @torch.no_grad()
-def _decode(generator: Generator, indices: Tensor, engine: Engine) -> Tensor:
+def _decode(generator: Generator, tokens: Tensor, engine: Engine) -> Tensor:
     with engine.autocast():
-        return generator.tokenizer.decode(indices).float()
+        return generator.tokenizer.decode_tokens(tokens).float()
 
 
 @torch.no_grad()
-def nats_per_token(generator: Generator, validation_images: EvaluationImages, engine: Engine) -> tuple[str, float]:
-    """Return the pixel hash of images, and the mean negative log-likelihood per token."""
+def validation_loss(generator: Generator, validation_images: EvaluationImages, engine: Engine) -> tuple[str, float]:
+    """Return the pixel hash of images, and the prior's mean loss."""
     pixels, total = PixelHash(validation_images.rounding), torch.zeros((), device=engine.device)
     seed_everything(0, "likelihood")  # the loss of a prior may be stochastic
     for batch, count in validation_images.local_batches("likelihood"):
@@ -174,9 +172,10 @@ def class_counts(labels: Tensor, classes: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def sampler_lines(node: DictConfig, sampler: object) -> dict[str, Any]:
+def sampler_lines(node: DictConfig, sampler: Sampler) -> dict[str, Any]:
     """Return a sampler's options without `speed_options`."""
     options = OmegaConf.to_container(node, resolve=True)
     assert isinstance(options, dict)
-    kept = {str(key): value for key, value in options.items() if key not in getattr(sampler, "speed_options", ())}
+    speed_options = sampler.speed_options if isinstance(sampler, HasSpeedOptions) else frozenset()
+    kept = {str(key): value for key, value in options.items() if key not in speed_options}
     return {"sampler" if key == "name" else f"sampler.{key}": value for key, value in kept.items()}

@@ -6,13 +6,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vqf.batch import Size
 from vqf.images import to_rgb
 from vqf.protocols import Reconstruction
+from vqf.tokens.layout import MAX_COUNTED, TokenLayout
 
 TOP_ERRORS = 8  # images, best and worst each
 MAX_MOSAIC_CODES = 1024  # codes in the mosaic: those used most
 MOSAIC_COLUMNS = 32
-MAX_VOCAB = 2**18  # of larger vocabularies, codes are not counted
 MAX_MOSAIC_ELEMENTS = 2**24  # floats for the mean patches of all codes
 MAX_PSNR = 100.0  # dB, shown for identical images
 
@@ -20,10 +21,12 @@ MAX_PSNR = 100.0  # dB, shown for identical images
 class ImagePanels:
     """Collects images like a metric."""
 
-    def __init__(self, vocab_size: int, device: torch.device, top_k: int = TOP_ERRORS) -> None:
+    def __init__(self, layout: TokenLayout, device: torch.device, top_k: int = TOP_ERRORS) -> None:
         self.has_class_logits = False  # whether images are class maps
         self.best, self.worst = TopErrors(top_k, largest=False), TopErrors(top_k, largest=True)
-        self.code_mosaic = CodeMosaic(vocab_size, device) if vocab_size <= MAX_VOCAB else None
+        # Codes of several codebooks, or of scales, are no patches of their own.
+        one_code_a_cell = layout.codebooks == 1 and layout.is_raster and layout.vocab_size <= MAX_COUNTED
+        self.code_mosaic = CodeMosaic(layout, device) if one_code_a_cell else None
 
     def update(self, batch: Reconstruction) -> None:
         self.has_class_logits = batch.images.shape[1] > 3
@@ -80,22 +83,25 @@ class TopErrors:
 
 
 class CodeMosaic:
-    """Counts of codes, and the mean reconstruction under each."""
+    """Counts of codes, and the mean reconstruction under each.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+    Args:
+        layout: One grid of cells and one codebook.
+    """
+
+    def __init__(self, layout: TokenLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.counts = torch.zeros(layout.vocab_size, dtype=torch.int64, device=device)
         self.sums: Tensor | None = None
 
     def update(self, batch: Reconstruction) -> None:
-        self.counts += torch.bincount(batch.indices.flatten(), minlength=len(self.counts))
-        patches = _code_patches(batch)
+        self.counts += torch.bincount(batch.tokens.flatten(), minlength=len(self.counts))
+        patches = _code_patches(batch, self.layout.scales[0])
         if patches is None or patches.shape[1:].numel() * len(self.counts) > MAX_MOSAIC_ELEMENTS:
             return
         if self.sums is None:
             self.sums = patches.new_zeros(len(self.counts), *patches.shape[1:])
-        indices = batch.indices.flatten(3) if batch.indices.ndim > 3 else batch.indices[..., None]  # (B, h, w, K)
-        for codebook_indices in indices.unbind(-1):
-            self.sums.index_add_(0, codebook_indices.flatten(), patches)
+        self.sums.index_add_(0, batch.tokens.flatten(), patches)
 
     def render(self) -> Tensor | None:
         """Return the mean patches by descending count (1, 3, H, W); None if they are not square."""
@@ -116,10 +122,10 @@ def per_image_errors(batch: Reconstruction) -> Tensor:
     return ((batch.reconstructions - batch.images).float() / 2).square().flatten(1).mean(1)
 
 
-def _code_patches(batch: Reconstruction) -> Tensor | None:
-    if batch.indices.ndim < 3:
+def _code_patches(batch: Reconstruction, grid: Size) -> Tensor | None:
+    rows, columns = grid
+    if batch.tokens.shape[1] != rows * columns:
         return None
-    rows, columns = batch.indices.shape[1:3]
     height, width = batch.reconstructions.shape[2:]
     if height % rows or width % columns or height // rows != width // columns:
         return None

@@ -1,6 +1,7 @@
 """Evaluates the reconstructions of a tokenizer."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,27 +16,28 @@ from vqf.distributed.engine import Engine
 from vqf.distributed.threads import cpu_threads
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.evaluation.validation import ValidationResult
-from vqf.images import to_rgb
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import Metric, Reconstruction, Split
+from vqf.protocols import Directed, Metric, Reconstruction, Split
 from vqf.registry import build, find_component
+from vqf.tokens.layout import TokenLayout
 
 MAX_PREVIEW_PAIRS = 24  # in a grid
-PRIOR_METRIC_DIRECTIONS = {"nats_per_token": False}  # whether higher is better
 
 
-def build_metrics(config: DictConfig, vocab_size: int, engine: Engine) -> dict[str, Metric]:
+def build_metrics(config: DictConfig, layout: TokenLayout, engine: Engine) -> dict[str, Metric]:
     """Build the metrics of a config."""
     return {
-        name: build("metric", node, vocab_size=vocab_size, device=engine.device)
+        name: build("metric", node, layout=layout, device=engine.device)
         for name, node in group_nodes(config, "metric").items()
     }
 
 
 def metric_directions(config: DictConfig) -> dict[str, bool]:
     """Return whether higher is better, by key."""
-    metrics = [find_component("metric", node.name).target for node in group_nodes(config, "metric").values()]
-    return {key: higher for metric in metrics for key, higher in getattr(metric, "higher_is_better", {}).items()}
+    nodes = group_nodes(config, "metric").values()
+    metrics: list[Any] = [find_component("metric", node.name).target for node in nodes]
+    directed = [metric.higher_is_better for metric in metrics if isinstance(metric, Directed)]
+    return {key: higher for directions in directed for key, higher in directions.items()}
 
 
 @cpu_threads.watch("reconstruct")
@@ -45,7 +47,8 @@ def reconstruct(tokenizer: Tokenizer, batch: Batch, engine: Engine) -> Reconstru
     with torch.no_grad(), engine.autocast():
         indices = tokenizer.encode(batch.images)
         images = tokenizer.decode(indices).float()
-    return Reconstruction(to_rgb(batch.images), to_rgb(images), indices, batch.masks)
+    tokens = tokenizer.layout.flatten(indices)
+    return Reconstruction(tokenizer.to_rgb(batch.images), tokenizer.to_rgb(images), tokens, batch.masks)
 
 
 def evaluate(
@@ -77,16 +80,15 @@ def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int 
     count = min(count, len(split))
     samples = [split.item(0, i * len(split) // count) for i in range(count)]
     batch = reconstruct(tokenizer, Batch.collate(samples).to(engine.device), engine)
-    pairs = [to_rgb(batch.images), to_rgb(batch.reconstructions)]
-    return rearrange(pairs, "two b c h w -> (b two) c h w")
+    return rearrange([batch.images, batch.reconstructions], "two b c h w -> (b two) c h w")
 
 
 def evaluate_and_preview(
     tokenizer: Tokenizer, split: Split, batches: Iterable[Batch], count: int, config: DictConfig, engine: Engine
 ) -> ValidationResult:
     """Evaluate `count` images, with previews in the main process."""
-    metrics = build_metrics(config, tokenizer.vocab_size, engine)
-    panels = ImagePanels(tokenizer.vocab_size, engine.device)
+    metrics = build_metrics(config, tokenizer.layout, engine)
+    panels = ImagePanels(tokenizer.layout, engine.device)
     scalars = evaluate(tokenizer, batches, count, {**metrics, "panels": panels}, engine)
     if not comm.is_main():
         return ValidationResult(scalars)

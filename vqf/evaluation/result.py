@@ -17,7 +17,7 @@ from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
 from vqf.evaluation.protocols import stable_hash
 from vqf.hashing import sha256_of_file
-from vqf.protocols import SetMetricResult
+from vqf.protocols import Directed, SetMetricResult
 from vqf.run_files import read_json
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 from vqf.runs.provenance import command_line, git_commit
@@ -44,7 +44,7 @@ class EvaluationResult:
 
     def add(self, metric: object, result: SetMetricResult, settings: dict[str, Any], prefix: str = "") -> None:
         """Add a metric; keys get the prefix, such as "r" in rfid."""
-        directions: Mapping[str, bool] = getattr(metric, "higher_is_better", {})
+        directions = metric.higher_is_better if isinstance(metric, Directed) else {}
         declared_prefix = getattr(metric, "reconstruction_prefix", "")  # keys are declared for reconstructions
         self.values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         self.intervals |= {f"{prefix}{key}": value for key, value in result.intervals.items()}

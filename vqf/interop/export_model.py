@@ -140,7 +140,7 @@ def _taming_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> dic
         ddconfig["attn_type"] = "none"
     params = {
         "embed_dim": tokenizer.quantizer.dim,
-        "n_embed": tokenizer.vocab_size,
+        "n_embed": tokenizer.layout.vocab_size,
         "ddconfig": ddconfig,
         "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
     }
@@ -181,7 +181,7 @@ def _diffusers_settings(tokenizer: Tokenizer, quantizer: str, network: Node) -> 
         "mid_block_add_attention": network["middle_attention"],
         "norm_num_groups": groups,
         "norm_type": "group",
-        "num_vq_embeddings": tokenizer.vocab_size,
+        "num_vq_embeddings": tokenizer.layout.vocab_size,
         "sample_size": size,
         "vq_embed_dim": tokenizer.quantizer.dim,
     }

@@ -13,7 +13,7 @@ from vqf.interop import source_config
 from vqf.interop.checkpoint_file import CheckpointContents, open_checkpoint_file
 from vqf.interop.import_report import ImportReport
 from vqf.interop.key_tables import CheckpointLayout
-from vqf.interop.meta_models import Nodes, PrefixSpec, meta_tokenizer
+from vqf.interop.meta_models import Nodes, meta_tokenizer
 from vqf.interop.priors import TRANSFORMER_PREFIX, ImportOptions, condition_length, num_classes, read_prior
 from vqf.interop.tokenizers import (
     FIRST_CONV_KEY,
@@ -23,6 +23,7 @@ from vqf.interop.tokenizers import (
     read_discriminator,
     read_tokenizer,
 )
+from vqf.tokens.prefix import PrefixSpec
 
 FIRST_STAGE_PREFIX = "first_stage_model."  # of the tokenizer in a prior's checkpoint
 CONDITION_STAGE_PREFIX = "cond_stage_model."  # of the tokenizer of its condition
@@ -111,9 +112,11 @@ def _read_second_stage(
     blank = meta_tokenizer(result.tokenizer.nodes, result.image_size, result.tokenizer.channels)
     result.condition = _read_condition(contents, layout, result)
     result.classes = [str(i) for i in range(num_classes(contents, options))]
-    length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.grid[0] * blank.grid[1])
+    length = _condition_tokens(contents, result.condition) or condition_length(contents, blank.layout.length)
     node = _conditioner(contents, result) if length == 1 or result.condition else None
-    codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"] if result.condition else blank.vocab_size
+    codes = blank.layout.vocab_size
+    if result.condition:
+        codes = result.condition.tokenizer.nodes["quantizer"]["codebook_size"]
     prefix = PrefixSpec(len(result.classes) or 1, 1) if length == 1 else PrefixSpec(codes, length)
     result.prior = read_prior(contents, blank, prefix, options, result.report)
     result.prior.nodes["conditioner"] = node
@@ -137,7 +140,8 @@ def _condition_tokens(contents: CheckpointContents, condition: ImportedCheckpoin
     if condition is None:
         return None
     map_size = source_config.condition_size(contents.settings)
-    stride = meta_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels).stride
+    blank = meta_tokenizer(condition.tokenizer.nodes, condition.image_size, condition.tokenizer.channels)
+    stride = blank.stride or 1
     height, width = (map_size, map_size) if map_size else condition.image_size
     return (height // stride) * (width // stride)
 

@@ -1,7 +1,6 @@
 """Models on the meta device, without memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vqf.interop.key_mapping import KeyMapping, KeyRule, to_conv
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.protocols import Prior
 from vqf.registry import build
+from vqf.tokens.prefix import PrefixSpec
 
 Weights = dict[str, Tensor]
 Nodes = dict[str, Any]  # config node of each component; None if there is none
@@ -31,29 +31,14 @@ def meta_tokenizer(nodes: Nodes, size: Size, channels: int = 3) -> Tokenizer:
 def meta_discriminator(node: Node, channels: int = 3) -> nn.Module:
     """Build a discriminator on the meta device."""
     with torch.device("meta"):
-        return nn.ModuleDict({"discriminator": build("discriminator", node, in_channels=channels)})
+        wired = {"in_channels": channels, "image_size": (256, 256)}
+        return nn.ModuleDict({"discriminator": build("discriminator", node, **wired)})
 
 
-@dataclass(frozen=True)
-class PrefixSpec:
-    """Vocabulary size and number of condition tokens."""
-
-    vocab_size: int
-    length: int
-
-
-def meta_prior(node: Node, vocab_size: int, grid: Size, prefix: PrefixSpec) -> Prior:
+def meta_prior(node: Node, tokenizer: Tokenizer, prefix: PrefixSpec) -> Prior:
     """Build a prior on the meta device."""
     with torch.device("meta"):
-        return build(
-            "prior",
-            node,
-            vocab_size=vocab_size,
-            length=grid[0] * grid[1],
-            grid=grid,
-            prefix_vocab=prefix.vocab_size,
-            prefix_length=prefix.length,
-        )
+        return build("prior", node, layout=tokenizer.layout, prefix=prefix, quantizer=tokenizer.quantizer)
 
 
 def convert_tensor(tensor: Tensor, rule: KeyRule | None = None) -> Tensor:

@@ -11,10 +11,11 @@ from vqf.interop.checkpoint_file import CheckpointContents
 from vqf.interop.import_report import ImportReport
 from vqf.interop.key_mapping import KeyMapping, KeyRule, matches
 from vqf.interop.key_tables import CAUSAL_MASK_KEY, GPT_RULES
-from vqf.interop.meta_models import PrefixSpec, Weights, check_shapes, convert_tensor, meta_prior, shapes_of
+from vqf.interop.meta_models import Weights, check_shapes, convert_tensor, meta_prior, shapes_of
 from vqf.interop.optimizers import OptimizerState
 from vqf.interop.tokenizers import ImportedModule, read_optimizer_state
 from vqf.models.tokenizer import Tokenizer
+from vqf.tokens.prefix import PrefixSpec
 
 TRANSFORMER_PREFIX = "transformer."
 DEFAULT_HEADS = 16  # as in all published transformers but one; the weights do not tell
@@ -62,7 +63,7 @@ def read_prior(
     node = _node(contents, weights, options, report)
     _start_token(contents, weights, node, prefix)
     try:
-        blank = meta_prior(node, tokenizer.vocab_size, tokenizer.grid, prefix)
+        blank = meta_prior(node, tokenizer, prefix)
     except UserError as error:
         raise UserError(f"{contents.path}: {error}") from error
     assert isinstance(blank, nn.Module)

@@ -11,18 +11,12 @@ from torch import Tensor
 from vqf.batch import Batch, Size
 from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
-from vqf.protocols import Conditioner
+from vqf.protocols import ReadsImages
 
 
 def image_fields(conditioner: ConditionerStack) -> dict[str, str]:
     """The batch field of every conditioner that reads an image."""
-    return {name: _batch_field(each) for name, each in conditioner.conditioners.items() if hasattr(each, "channels")}
-
-
-def per_image_fields(conditioner: ConditionerStack) -> set[str]:
-    """The fields that conditioners read of each image, except labels."""
-    fields = set(image_fields(conditioner).values())
-    return fields | {each.batch_field for each in conditioner.conditioners.values() if hasattr(each, "batch_field")}
+    return {name: each.batch_field for name, each in conditioner.image_conditioners()}
 
 
 def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerStack, count: int) -> Batch:
@@ -37,9 +31,9 @@ def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerS
     """
     fields = image_fields(conditioner)
     batch = _batch_from_images(conditions, fields) if isinstance(conditions, Tensor) else conditions or Batch()
-    for name, field in fields.items():
+    for name, reader in conditioner.image_conditioners():
         if name not in batch.condition_indices:
-            _check_condition_image(name, field, getattr(batch, field), conditioner.conditioners[name])
+            _check_condition_image(name, getattr(batch, reader.batch_field), reader)
     used = {field: getattr(batch, field) for field in {*fields.values(), "labels", "crop_boxes"}}
     batch = Batch(**used, condition_indices=batch.condition_indices)
     wrong = {len(tensor) for tensor in batch.tensors().values()} - {1, count}
@@ -77,10 +71,6 @@ def pad_to(batch: Batch, size: Size, target: Size) -> Batch:
     return replace(batch, images=pad(batch.images), conditions=pad(batch.conditions), crop_boxes=boxes)
 
 
-def _batch_field(conditioner: Conditioner) -> str:
-    return getattr(conditioner, "batch_field", "conditions")
-
-
 def _batch_from_images(images: Tensor, fields: Mapping[str, str]) -> Batch:
     distinct = set(fields.values())
     if not distinct:
@@ -96,13 +86,12 @@ def _batch_from_images(images: Tensor, fields: Mapping[str, str]) -> Batch:
     return Batch(**only)
 
 
-def _check_condition_image(name: str, field: str, images: Tensor | None, conditioner: Conditioner) -> None:
+def _check_condition_image(name: str, images: Tensor | None, reader: ReadsImages) -> None:
     if images is None:
-        kind = "an image" if field == "images" else "a condition map"
+        kind = "an image" if reader.batch_field == "images" else "a condition map"
         raise UserError(f"conditioner '{name}' needs {kind} of the size of the sample; pass one with condition=FILE")
-    channels: int = conditioner.channels  # type: ignore[attr-defined]
-    if images.shape[1] != channels:
+    if images.shape[1] != reader.channels:
         raise UserError(
-            f"conditioner '{name}' was trained on images of {channels} channels, not of {images.shape[1]}; "
+            f"conditioner '{name}' was trained on images of {reader.channels} channels, not of {images.shape[1]}; "
             "data.maps and data.labels set how a condition map is read"
         )

@@ -1,6 +1,5 @@
 """The generator of stage 2: conditions to images."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,18 @@ from vqf.errors import UserError
 from vqf.models.condition_batch import condition_batch, condition_image_size, pad_to
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.prefixes import full_prefixes, window_prefixes
-from vqf.models.sample_request import check_sampler, class_index, grid_for_size, known_token_mask, resolve_labels
+from vqf.models.sample_request import (
+    check_raster,
+    check_sampler,
+    class_index,
+    known_token_mask,
+    layout_for_size,
+    resolve_labels,
+)
 from vqf.models.tokenizer import Tokenizer
-from vqf.protocols import Prior, Sampler, ScoredSamples, Scorer
+from vqf.protocols import Prior, Sampler, ScoredSamples, Scorer, Windowed
 from vqf.seeding import hash_seed
+from vqf.tokens.layout import TokenLayout
 
 
 class Generator(nn.Module):
@@ -81,47 +88,50 @@ class Generator(nn.Module):
         if batch.labels is None or label is not None or labels is not None:
             batch = replace(batch, labels=resolve_labels(count, self.classes, label, labels, first))
         if (pixels := condition_image_size(batch)) is None:
-            grid = self.tokenizer.grid if size is None else grid_for_size(size, self.tokenizer.stride)
-            pixels = (grid[0] * self.tokenizer.stride, grid[1] * self.tokenizer.stride)
+            layout = self.tokenizer.layout if size is None else layout_for_size(size, self.tokenizer)
         elif size is not None:
             raise UserError(f"size={size}: an image is as large as its condition; leave size out")
         else:
-            batch, grid = self._pad_conditions(batch, pixels)
-        images = [
-            self._best_of(batch.slice(i, i + batch_size), candidates, seed, first + i, grid, tile)
+            batch, layout = self._pad_conditions(batch, pixels)
+        images = torch.cat([
+            self._best_of(batch.slice(i, i + batch_size), candidates, seed, first + i, layout, tile)
             for i in range(0, count, batch_size)
-        ]
-        return torch.cat(images)[..., : pixels[0], : pixels[1]]
+        ])  # fmt: skip
+        return images if pixels is None else images[..., : pixels[0], : pixels[1]]
 
-    def _pad_conditions(self, conditions: Batch, size: Size) -> tuple[Batch, Size]:
-        stride = self.tokenizer.stride
-        multiple = math.lcm(stride, self.conditioner.size_multiple)
+    def _pad_conditions(self, conditions: Batch, size: Size) -> tuple[Batch, TokenLayout]:
+        layout = self.tokenizer.layout
+        if layout.stride is None:
+            return conditions, layout
+        multiple = math.lcm(layout.stride, self.conditioner.size_multiple)
         smallest = self.tokenizer.image_size
         height, width = (-(-max(size[i], smallest[i]) // multiple) * multiple for i in (0, 1))
-        return pad_to(conditions, size, (height, width)), (height // stride, width // stride)
+        grid = (height // layout.stride, width // layout.stride)
+        return pad_to(conditions, size, (height, width)), self.tokenizer.layout_of(grid)
 
     def _best_of(
-        self, conditions: Batch, candidates: int, seed: int, first: int, grid: Size, tile: int | None
+        self, conditions: Batch, candidates: int, seed: int, first: int, layout: TokenLayout, tile: int | None
     ) -> Tensor:
         best = scores = torch.zeros(())
         for candidate in range(candidates):
             # Candidate 0 is the sample of candidates=1, so that more candidates can only improve the score.
             key = hash_seed(seed, "candidate", candidate) if candidate else seed
-            tokens = self.sample_tokens(conditions, seed=key, first=first, grid=grid)
-            images = self.tokenizer.decode_tokens(tokens, grid, tile)
+            tokens = self.sample_tokens(conditions, seed=key, first=first, layout=layout)
+            images = self.tokenizer.decode_tokens(tokens, layout, tile)
             if candidates == 1:
                 return images
-            new_scores = self._score(conditions, tokens, images, grid)
+            new_scores = self._score(conditions, tokens, images, layout)
             better = new_scores > scores if candidate else torch.ones_like(new_scores, dtype=torch.bool)
             best = torch.where(better[:, None, None, None], images, best)
             scores = torch.where(better, new_scores, scores)
         return best
 
-    def _score(self, conditions: Batch, tokens: Tensor, images: Tensor, grid: Size) -> Tensor:
+    def _score(self, conditions: Batch, tokens: Tensor, images: Tensor, layout: TokenLayout) -> Tensor:
         if self.scorer is None:
             raise UserError("candidates: needs a scorer to choose the best; add scorer=likelihood or scorer=imagenet")
         batch = conditions.to(self.device)
-        prefix = self.conditioner(self.conditioner.prepare(batch)) if grid == self.tokenizer.grid else None
+        trained = layout == self.prior.layout
+        prefix = self.conditioner(self.conditioner.prepare(batch)) if trained else None
         return self.scorer(ScoredSamples(images, tokens, self.prior, prefix, batch.labels, self.classes))
 
     @torch.no_grad()
@@ -136,31 +146,36 @@ class Generator(nn.Module):
         batch_size: int = 64,
         conditions: Tensor | Batch | None = None,
     ) -> Tensor:
-        """Sample the unknown region of images, row by row, with the options of `sample`.
+        """Sample the unknown region of images, with the options of `sample`.
 
-        Returns images (B, 3, H, W) in [-1, 1]. A token depends on known ones above it and to its left only.
+        Returns images (B, 3, H, W) in [-1, 1]. With a causal prior, a token depends on known ones above it and to its
+        left only.
 
         Args:
-            images: (B, 3, H, W), or their indices (B, h, w). Tokens near the mask may depend on a few unknown pixels.
-            mask: True where known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in tokens. A token is known
-                where all of its pixels are.
+            images: (B, 3, H, W), or their indices (B, h, w) or (B, h, w, K). Tokens near the mask may depend on a few
+                unknown pixels.
+            mask: True where known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in cells. The tokens of a cell
+                are known where all of its pixels are.
             conditions: Conditioners that read a view of the image see all of `images` by default.
 
         Raises:
-            UserError: If the sampler cannot keep known tokens, or cannot sample this size.
+            UserError: If the sampler cannot keep known tokens, or cannot sample this size, or the tokens are not those
+                of one grid.
         """
-        indices = self._to_indices(images, batch_size)
-        grid = (indices.shape[1], indices.shape[2])
-        known = indices.masked_fill(~known_token_mask(mask, indices, self.tokenizer.stride), -1).flatten(1)
-        batch = condition_batch(self._default_conditions(conditions, images), self.conditioner, len(indices))
+        check_raster(self.tokenizer.layout, "mask")
+        indices, count = self._to_indices(images, batch_size), len(images)
+        layout = self.tokenizer.layout_of((indices.shape[1], indices.shape[2]))
+        known = layout.flatten(indices).masked_fill(~known_token_mask(mask.to(self.device), layout, count), -1)
+        batch = condition_batch(self._default_conditions(conditions, images), self.conditioner, count)
         if batch.labels is None or labels is not None:
-            batch = replace(batch, labels=resolve_labels(len(indices), self.classes, None, labels, first))
+            batch = replace(batch, labels=resolve_labels(count, self.classes, None, labels, first))
         completed = []
-        for i in range(0, len(indices), batch_size):
+        for i in range(0, count, batch_size):
+            rows = slice(i, i + batch_size)
             tokens = self.sample_tokens(
-                batch.slice(i, i + batch_size), seed=seed, first=first + i, grid=grid, known=known[i : i + batch_size]
+                batch.slice(i, i + batch_size), seed=seed, first=first + i, layout=layout, known=known[rows]
             )
-            completed.append(self.tokenizer.decode_tokens(tokens, grid))
+            completed.append(self.tokenizer.decode_tokens(tokens, layout))
         return torch.cat(completed)
 
     @torch.no_grad()
@@ -170,33 +185,32 @@ class Generator(nn.Module):
         *,
         seed: int = 0,
         first: int = 0,
-        grid: Size | None = None,
+        layout: TokenLayout | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Sample tokens (B, h * w), one row for each of a batch of conditions.
+        """Sample tokens (B, T), one row for each of a batch of conditions.
 
         Args:
-            known: (B, h * w), tokens to keep, -1 where one is to be sampled.
+            layout: Of the images, by default that of the tokenizer's training.
+            known: (B, T), tokens to keep, -1 where one is to be sampled.
 
         Raises:
-            UserError: If the sampler cannot keep known tokens, or cannot sample this grid.
+            UserError: If the sampler cannot keep known tokens, or cannot sample this layout.
         """
         self.eval()
-        accepted, trained_grid = inspect.signature(self.sampler).parameters, self.tokenizer.grid
-        grid = grid or trained_grid
-        check_sampler(self.sampler, self.conditioner, grid, trained_grid, self.tokenizer.stride, known is not None)
-        conditions, sliding = conditions.to(self.device), "window" in accepted
+        layout = layout or self.tokenizer.layout
+        check_sampler(self.sampler, self.prior, self.conditioner, layout, known is not None)
+        conditions, windowed = conditions.to(self.device), isinstance(self.sampler, Windowed)
         if not conditions.condition_indices:
-            conditions = self.conditioner.prepare(conditions, shifted=sliding and grid != trained_grid)
-        prefix: Any  # (B, M), or a function of windows
+            conditions = self.conditioner.prepare(conditions, shifted=windowed and layout != self.prior.layout)
+        grid, trained_grid = layout.scales[-1], self.prior.layout.scales[-1]
+        prefix: Any  # a `Prefix`, or a function of windows
         null_prefix: Any
-        if sliding:
+        if windowed:
             prefix, null_prefix = window_prefixes(self.conditioner, conditions, grid, trained_grid, self.crop_extent)
         else:
             prefix, null_prefix = full_prefixes(self.conditioner, conditions, grid, self.crop_extent)
-        optional = {"known": known, "null_prefix": null_prefix, "window": trained_grid}
-        passed = {key: value for key, value in optional.items() if key in accepted}
-        return self.sampler(self.prior, prefix, grid, seed=seed, first=first, **passed)
+        return self.sampler(self.prior, prefix, layout, seed=seed, first=first, known=known, null_prefix=null_prefix)
 
     def _default_conditions(self, conditions: Tensor | Batch | None, images: Tensor) -> Tensor | Batch | None:
         if isinstance(conditions, Tensor) or not images.is_floating_point():

@@ -3,41 +3,41 @@
 Without crop boxes, windows get boxes of the size of the training crops (`crop_extent`), spread from edge to edge.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from vqf.batch import Batch, Size
 from vqf.models.conditioning import ConditionerStack
-
-PrefixFunction = Callable[[Size, Size], Tensor]  # from start and size of a window to (B, M)
+from vqf.protocols import WindowPrefix
+from vqf.tokens.prefix import Prefix
 
 
 def full_prefixes(
     conditioner: ConditionerStack, batch: Batch, grid: Size, crop_extent: Sequence[float] | None
-) -> tuple[Tensor, Tensor | None]:
-    """The prefix (B, M) of a batch of conditions, and the null prefix."""
+) -> tuple[Prefix, Prefix | None]:
+    """The prefix of a batch of conditions, and the null prefix."""
     batch = replace(batch, crop_boxes=_window_conditions(batch, (0, 0), grid, grid, crop_extent).crop_boxes)
     return conditioner(batch), conditioner.null_prefix(batch)
 
 
 def window_prefixes(
     conditioner: ConditionerStack, batch: Batch, grid: Size, trained_grid: Size, crop_extent: Sequence[float] | None
-) -> tuple[PrefixFunction, PrefixFunction | None]:
+) -> tuple[WindowPrefix, WindowPrefix | None]:
     """`full_prefixes` as functions of a window of the grid."""
 
-    def prefix(start: Size, size: Size) -> Tensor:
+    def prefix(start: Size, size: Size) -> Prefix:
         return conditioner(_window_conditions(batch, start, size, grid, crop_extent))
 
-    def null_prefix(start: Size, size: Size) -> Tensor | None:
-        return conditioner.null_prefix(_window_conditions(batch, start, size, grid, crop_extent))
+    def null_prefix(start: Size, size: Size) -> Prefix:
+        null = conditioner.null_prefix(_window_conditions(batch, start, size, grid, crop_extent))
+        assert null is not None, "one window has a null prefix, so all have"
+        return null
 
     first_window = (min(trained_grid[0], grid[0]), min(trained_grid[1], grid[1]))
-    if null_prefix((0, 0), first_window) is None:
-        return prefix, None
-    return prefix, null_prefix  # type: ignore[return-value]
+    droppable = conditioner.null_prefix(_window_conditions(batch, (0, 0), first_window, grid, crop_extent)) is not None
+    return prefix, null_prefix if droppable else None
 
 
 def _window_conditions(batch: Batch, start: Size, size: Size, grid: Size, crop_extent: Sequence[float] | None) -> Batch:

@@ -3,22 +3,25 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
-from einops import rearrange
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vqf.batch import Size, pair
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
+from vqf.images import to_rgb
 from vqf.models.tiled_decoding import GlobalGroupNorm, decode_tiles
-from vqf.protocols import Decoder, Encoder, Quantized, Quantizer
+from vqf.protocols import Decoder, Encoder, Layered, Quantized, Quantizer, TiledDecoding, Unplaced
 from vqf.registry import build
+from vqf.tokens.layout import TokenLayout
 
 # Cells. A quarter of the overlap is wider than what the conv decoder sees beyond a border: seams stay below 1/255.
 TILE_OVERLAP = 16
+
+Output = Literal["image", "logits"]
 
 
 @dataclass
@@ -31,25 +34,42 @@ class TokenizerOutput:
 
 
 class Tokenizer(nn.Module):
-    """Encoder, 1x1 convolution, quantizer, 1x1 convolution, decoder.
+    """Encoder, projection, quantizer, projection, decoder.
 
-    The convolutions (quant_conv, post_quant_conv) map `encoder.dim` to `quantizer.dim` and back.
+    The projections (quant_conv, post_quant_conv) map `encoder.dim` to `quantizer.dim` and back.
+
+    Args:
+        output: What the decoder gives: colors in [-1, 1], or logits of the classes of a label map.
+        projection: Kernel size of the convolutions around the quantizer; None for no convolutions.
+
+    Raises:
+        ValueError: If there is no projection, and the dimensions differ.
     """
 
     def __init__(
-        self, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, image_size: Size, channels: int = 3
+        self,
+        encoder: Encoder,
+        quantizer: Quantizer,
+        decoder: Decoder,
+        image_size: Size,
+        channels: int = 3,
+        *,
+        output: Output = "image",
+        projection: int | None = 1,
     ) -> None:
         super().__init__()
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.quant_conv = nn.Conv2d(encoder.dim, quantizer.dim, 1)
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, encoder.dim, 1)
-        self.image_size, self.channels = image_size, channels
+        self.quant_conv = _project(encoder.dim, quantizer.dim, projection)
+        self.post_quant_conv = _project(quantizer.dim, encoder.dim, projection)
+        self.image_size, self.channels, self.output = image_size, channels, output
         self.stride = encoder.stride
-        self.vocab_size = quantizer.vocab_size
+        self.layout = self.layout_of(_latent_grid(encoder, image_size))
 
-    @property
-    def grid(self) -> Size:
-        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+    def layout_of(self, grid: Size) -> TokenLayout:
+        """The layout of the tokens of a grid of latents."""
+        if isinstance(self.quantizer, Layered):
+            return self.quantizer.layout(grid, self.stride)
+        return TokenLayout((grid,), (self.quantizer.vocab_size,), self.stride)
 
     @property
     def last_layer(self) -> nn.Module:
@@ -69,7 +89,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, C, H, W) in [-1, 1] to indices (B, h, w).
+        """Encode images (B, C, H, W) in [-1, 1] to indices, in the quantizer's shape: (B, h, w) with one codebook.
 
         Raises:
             ValueError: If the shape is wrong, or the stride does not divide the sides.
@@ -79,25 +99,24 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
-        """Decode indices (B, h, w) int64 to images (B, C, h * stride, w * stride).
-
-        Images of 1 and 3 channels are clamped to [-1, 1]; with more channels they are logits of classes.
+        """Decode indices int64 to images (B, C, h * stride, w * stride), in [-1, 1] unless they are logits.
 
         Args:
             tile: Decode at most so many cells per side at once. Blended tiles differ from one pass by less than one
-                level of 8 bits.
+                level of 8 bits. Cells without places in the image are decoded at once.
         """
-        if tile is None or max(indices.shape[1:3]) <= tile:
-            images = self._decode_untiled(indices)
+        latents = self.post_quant_conv(self.quantizer.lookup(indices))
+        if tile is None or self.stride is None or max(latents.shape[2:]) <= tile:
+            images = self.decoder(latents)
         else:
-            images = self._decode_tiled(indices, tile, min(max(tile // 4, TILE_OVERLAP), tile // 2))
-        return images.clamp(-1, 1) if self.channels in (1, 3) else images
+            images = self._decode_tiled(latents, self.stride, tile, min(max(tile // 4, TILE_OVERLAP), tile // 2))
+        return images if self.output == "logits" else images.clamp(-1, 1)
 
-    def _decode_tiled(self, indices: Tensor, tile: int, overlap: int) -> Tensor:
-        cells, decode = self._lookup_latents(indices), cast(Callable[[Tensor], Tensor], self.decoder)
-        if hasattr(self.decoder, "global_features"):  # attention sees the full image, at the resolution of its cells
-            cells, decode = self.decoder.global_features(cells), self._decode_local
-        norms, sizes = GlobalGroupNorm(self), (self.stride, tile, overlap)
+    def _decode_tiled(self, cells: Tensor, stride: int, tile: int, overlap: int) -> Tensor:
+        decoder, decode = self.decoder, cast(Callable[[Tensor], Tensor], self.decoder)
+        if isinstance(decoder, TiledDecoding):  # attention sees the full image, at the resolution of its cells
+            cells, decode = decoder.global_features(cells), _local_layers(decoder)
+        norms, sizes = GlobalGroupNorm(self), (stride, tile, overlap)
         for passes in itertools.count(1):
             with norms.collecting():
                 decode_tiles(decode, cells, *sizes, set_weight=norms.set_weight)
@@ -106,21 +125,17 @@ class Tokenizer(nn.Module):
         with norms.frozen():
             return decode_tiles(decode, cells, *sizes)
 
-    def _decode_local(self, cells: Tensor) -> Tensor:
-        return self.decoder.last_layer(self.decoder.local_features(cells))  # type: ignore[attr-defined]
-
-    def _lookup_latents(self, indices: Tensor) -> Tensor:
-        return self.post_quant_conv(self.quantizer.lookup(indices))
-
-    def _decode_untiled(self, indices: Tensor) -> Tensor:
-        return self.decoder(self._lookup_latents(indices))
-
     def encode_tokens(self, images: Tensor) -> Tensor:
-        return rearrange(self.encode(images), "b h w -> b (h w)")
+        """`encode` to tokens (B, T)."""
+        return self.layout.flatten(self.encode(images))
 
-    def decode_tokens(self, tokens: Tensor, grid: Size | None = None, tile: int | None = None) -> Tensor:
-        height, width = grid or self.grid
-        return self.decode(rearrange(tokens, "b (h w) -> b h w", h=height, w=width), tile)
+    def decode_tokens(self, tokens: Tensor, layout: TokenLayout | None = None, tile: int | None = None) -> Tensor:
+        """`decode` of tokens (B, T); `layout` is that of images of another size than in training."""
+        return self.decode((layout or self.layout).unflatten(tokens), tile)
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """Show images, or logits or maps of classes, as colors (B, 3, H, W) in [-1, 1]."""
+        return to_rgb(images, is_class_map=self.output == "logits")
 
     def fingerprint(self) -> str:
         """Hash of the weights, for which alone tokens are valid."""
@@ -129,35 +144,74 @@ class Tokenizer(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images must be (B, {self.channels}, H, W) in [-1, 1], not {tuple(images.shape)}")
-        if images.shape[2] % self.stride or images.shape[3] % self.stride:
+        height, width = images.shape[2:]
+        if self.stride is None and (height, width) != self.image_size:
+            raise ValueError(f"images must be {' x '.join(map(str, self.image_size))} pixels, not {height} x {width}")
+        if self.stride is not None and (height % self.stride or width % self.stride):
             raise ValueError(
                 f"image height and width must be multiples of the encoder's stride {self.stride}, "
-                f"not {images.shape[2]} x {images.shape[3]}"
+                f"not {height} x {width}"
             )
 
 
-def build_tokenizer(model: DictConfig, image_size: int | Size, channels: int = 3) -> Tokenizer:
-    """Build a tokenizer from the nodes `encoder`, `quantizer` and `decoder` of a config.
+def build_tokenizer(
+    model: DictConfig, image_size: int | Size, channels: int = 3, output: Output = "image"
+) -> Tokenizer:
+    """Build a tokenizer from the nodes `encoder`, `quantizer`, `decoder` and `projection` of a config.
 
     Raises:
-        UserError: If the stride does not divide the image size, or the strides differ.
+        UserError: If the stride does not divide the image size, or the strides or dimensions differ.
     """
     size = pair(image_size)
-    nominal = min(size)  # it places the attention; so weights of a square run of this size fit
-    encoder = build("encoder", model.encoder, in_channels=channels, image_size=nominal)
-    if size[0] % encoder.stride or size[1] % encoder.stride:
+    encoder = build("encoder", model.encoder, in_channels=channels, image_size=size)
+    if encoder.stride is not None and (size[0] % encoder.stride or size[1] % encoder.stride):
         nearest = max(round(size[0] / encoder.stride), 1) * encoder.stride
         raise UserError(
             f"image_size={_format_size(size)}: the stride {encoder.stride} of encoder '{model.encoder.name}' must "
             f"divide it; the nearest that fits is image_size={nearest}"
         )
-    decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=channels, image_size=nominal)
-    if decoder.stride != encoder.stride:
+    decoder = build("decoder", model.decoder, dim=encoder.dim, out_channels=channels, image_size=size)
+    _check_pair(model, encoder.stride, decoder.stride)
+    quantizer = build("quantizer", model.quantizer)
+    projection = model.get("projection", 1)
+    if projection is None and encoder.dim != quantizer.dim:
         raise UserError(
-            f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder.stride}, encoder "
-            f"'{model.encoder.name}' shrinks by {encoder.stride}; give both the same multipliers and patch_size"
+            f"model.projection=null: the encoder has {encoder.dim} channels, the quantizer {quantizer.dim}; "
+            "set model.encoder.dim or model.quantizer.dim, or model.projection=1"
         )
-    return Tokenizer(encoder, build("quantizer", model.quantizer), decoder, size, channels)
+    if projection not in (None, 1, 3):
+        raise UserError(f"model.projection={projection}: must be 1 or 3, the kernel size of a convolution, or null")
+    try:
+        return Tokenizer(encoder, quantizer, decoder, size, channels, output=output, projection=projection)
+    except ValueError as error:  # a quantizer that cannot lay out this grid
+        raise UserError(f"model.quantizer: '{model.quantizer.name}': {error}") from error
+
+
+def _check_pair(model: DictConfig, encoder_stride: int | None, decoder_stride: int | None) -> None:
+    if encoder_stride == decoder_stride:
+        return
+    names = f"encoder '{model.encoder.name}' and decoder '{model.decoder.name}'"
+    if encoder_stride is None or decoder_stride is None:
+        raise UserError(f"model.decoder: of {names} one knows the places of its latents, the other does not")
+    raise UserError(
+        f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder_stride}, encoder "
+        f"'{model.encoder.name}' shrinks by {encoder_stride}; give both the same multipliers and patch_size"
+    )
+
+
+def _latent_grid(encoder: Encoder, image_size: Size) -> Size:
+    if encoder.stride is not None:
+        return image_size[0] // encoder.stride, image_size[1] // encoder.stride
+    assert isinstance(encoder, Unplaced), "an encoder with stride None has the member num_latents"
+    return 1, encoder.num_latents
+
+
+def _project(source: int, target: int, kernel: int | None) -> nn.Module:
+    return nn.Identity() if kernel is None else nn.Conv2d(source, target, kernel, padding=kernel // 2)
+
+
+def _local_layers(decoder: TiledDecoding) -> Callable[[Tensor], Tensor]:
+    return lambda cells: decoder.last_layer(decoder.local_features(cells))
 
 
 def _format_size(size: Size) -> str:

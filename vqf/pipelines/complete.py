@@ -24,6 +24,7 @@ from vqf.images import read_image
 from vqf.models.completion import mask_to_pixels, upper_rows_mask
 from vqf.models.condition_batch import image_fields
 from vqf.models.generator import Generator
+from vqf.models.sample_request import check_raster
 from vqf.pipelines.sampling.image_folder import ResumableImageFolder, condition_digest
 from vqf.pipelines.sampling.open_run import open_run
 from vqf.registry import build, register
@@ -150,4 +151,5 @@ def read_mask(path: Path, generator: Generator) -> Tensor:
     hidden = (read_image(path).mean(0) < 0).float()
     if not hidden.any():
         raise UserError(f"mask={path}: no pixel is black, so there is nothing to sample; white is what is kept")
-    return F.adaptive_max_pool2d(hidden[None, None], generator.tokenizer.grid)[0, 0].to(generator.device) == 0
+    grid, _ = check_raster(generator.tokenizer.layout, "mask")
+    return F.adaptive_max_pool2d(hidden[None, None], grid)[0, 0].to(generator.device) == 0

@@ -19,12 +19,12 @@ from vqf.evaluation.context import EvaluationContext
 from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.evaluation.feature_cache import FeatureStatisticsCache, extract_features
 from vqf.evaluation.image_panels import ImagePanels
+from vqf.evaluation.likelihood import prior_scalars
 from vqf.evaluation.preprocessing import round_to_8bit
-from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS
 from vqf.evaluation.result import EvaluationResult
 from vqf.models.generator import Generator
 from vqf.pipelines.report import refresh_page
-from vqf.protocols import EvaluationProtocol, Reconstruction, SetMetricResult
+from vqf.protocols import EvaluationProtocol, Reconstruction, SetMetricResult, TokenMetric
 from vqf.registry import build, register
 from vqf.runs.checkpoint import Checkpoint, all_checkpoints, find_checkpoint, run_dir_of
 from vqf.runs.load import find_generator_checkpoint, find_tokenizer_checkpoint, load_generator, load_tokenizer
@@ -136,7 +136,7 @@ def evaluate_reconstructions(context: EvaluationContext) -> EvaluationResult:
     """
     protocol, metrics, tokenizer = context.protocol, EvaluationResult(), context.tokenizer
     reference, images = context.reference(), context.images(protocol.part, protocol.count)
-    pixel_hash, panels = PixelHash(protocol.rounding), ImagePanels(tokenizer.vocab_size, context.engine.device)
+    pixel_hash, panels = PixelHash(protocol.rounding), ImagePanels(tokenizer.layout, context.engine.device)
 
     def reconstructions() -> Iterator[Tensor]:
         for batch, count in images.local_batches("reconstruct"):
@@ -174,8 +174,8 @@ def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoin
     assert reference is not None, "samples have no originals"
     validation_images = context.images(protocol.part)
     count = protocol.count or min(reference.count or MAX_SAMPLES, MAX_SAMPLES)
-    index_metrics = _index_metrics(context)
-    pixels_hash, nats = generation.nats_per_token(generator, validation_images, context.engine)
+    token_metrics = _token_metrics(context)
+    pixels_hash, loss = generation.validation_loss(generator, validation_images, context.engine)
     sampler_lines = generation.sampler_lines(context.config.sampler, generator.sampler)
     cache = _sample_cache(context, checkpoint_sha256, count, validation_images, sampler_lines)
     preview, labels = list[Tensor](), list[Tensor]()
@@ -183,8 +183,8 @@ def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoin
     def samples() -> Iterator[Tensor]:
         for batch in generation.generate(protocol, generator, validation_images, count, context.engine, cache):
             images = round_to_8bit(batch.images, protocol.rounding)
-            for metric in index_metrics.values():
-                metric.update(Reconstruction(images, images, batch.indices.to(images.device)))
+            for metric in token_metrics.values():
+                metric.update(Reconstruction(images, images, batch.tokens.to(images.device)))
             preview.append(images[: max(MAX_PREVIEW_SAMPLES - sum(map(len, preview)), 0)])
             labels.append(batch.labels)
             yield images
@@ -192,9 +192,10 @@ def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoin
     generated = extract_features(samples(), context.feature_networks, count)
     if not comm.is_main():
         return metrics
-    metrics.add(None, SetMetricResult({"nats_per_token": nats}), {})
-    metrics.higher_is_better |= PRIOR_METRIC_DIRECTIONS
-    context.add_metrics(metrics, index_metrics)
+    name, value = next(iter(prior_scalars(generator.prior, loss).items()))
+    metrics.add(None, SetMetricResult({name: value}), {})
+    metrics.higher_is_better[name] = False
+    context.add_metrics(metrics, token_metrics)
     context.add_set_metrics(metrics, reference, generated, count)
     class_lines = {"samples_per_class": generation.class_counts(torch.cat(labels), len(generator.classes))}
     metrics.set_protocol(context.result_lines(pixels_hash, count, reference) | class_lines | sampler_lines)
@@ -203,12 +204,12 @@ def evaluate_samples(context: EvaluationContext, generator: Generator, checkpoin
     return metrics
 
 
-def _index_metrics(context: EvaluationContext) -> dict[str, Any]:
+def _token_metrics(context: EvaluationContext) -> dict[str, Any]:
     batch_metrics = context.batch_metrics
-    index_metrics = {name: each for name, each in batch_metrics.items() if getattr(each, "indices_only", False)}
-    for name in batch_metrics.keys() - index_metrics.keys():
+    token_metrics = {name: each for name, each in batch_metrics.items() if isinstance(each, TokenMetric)}
+    for name in batch_metrics.keys() - token_metrics.keys():
         log.info("metric '%s' compares images with their reconstructions: samples have none", name)
-    return index_metrics
+    return token_metrics
 
 
 def _sample_cache(

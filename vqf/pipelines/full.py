@@ -9,7 +9,8 @@ from vqf import terminal
 from vqf.config.access import group_nodes
 from vqf.dataloading.training_target import target_is_class_map
 from vqf.distributed import comm
-from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
+from vqf.evaluation.likelihood import objective, prior_directions
+from vqf.evaluation.reconstruction import metric_directions
 from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
@@ -44,7 +45,8 @@ class Full:
 
     def run(self) -> float | None:
         meter = ResourceMeter()
-        parse_best_criterion(self.config.checkpoint.best, {**metric_directions(self.config), **PRIOR_METRIC_DIRECTIONS})
+        directions = {**metric_directions(self.config), **prior_directions(self.config)}
+        parse_best_criterion(self.config.checkpoint.best, directions)
         stage1, stage2 = self.run_dir / "stage1", self.run_dir / "stage2"
         self._train_map_tokenizer(self.run_dir / "maps")
         stage1_result = Stage1(self._stage_config(stage1), stage1).train("stage1")
@@ -52,7 +54,7 @@ class Full:
         stage2_result = Stage2(stage2_config, stage2).train("stage2")
         if comm.is_main():
             self._write_results(stage1_result, stage2_result, meter)
-        return stage2_result.scalars["nats_per_token"]
+        return objective(stage2_result.scalars)
 
     def _stage_config(self, run_dir: Path, **values: object) -> DictConfig:
         config = self.config.copy()
@@ -64,7 +66,7 @@ class Full:
                 config.resume = True
             for key, value in values.items():
                 config[key] = str(value) if isinstance(value, Path) else value
-            directions = PRIOR_METRIC_DIRECTIONS if run_dir.name == "stage2" else metric_directions(config)
+            directions = prior_directions(config) if run_dir.name == "stage2" else metric_directions(config)
             if config.checkpoint.best not in directions:
                 config.checkpoint.best = None  # a metric of the other stage
         return config
@@ -96,10 +98,8 @@ class Full:
             journal.images(self._finished_steps("stage1"), "reconstructions", stage1.images["reconstructions"])
             for name, images in stage2.images.items():
                 journal.images(self._finished_steps("stage2"), name, images)
-        nats, uniform = stage2.scalars["nats_per_token"], stage2.scalars["uniform_nats"]
         rows = [(key, f"{value:.4g}") for key, value in stage1.scalars.items()]
-        rows += [("stage 2, nats per token", f"{nats:.3f}"), ("  uniform over the vocabulary", f"{uniform:.3f}")]
-        rows += _class_rows(stage2.scalars)
+        rows += [*_prior_rows(stage2.scalars), *_class_rows(stage2.scalars)]
         terminal.print_table(
             f"{VALIDATION_TABLE}, after {terminal.format_seconds(meter.elapsed_seconds)}", ("metric", "value"), rows
         )
@@ -124,6 +124,13 @@ class Full:
             f"pipeline=reconstruct run={run} images=FOLDER_OF_YOUR_IMAGES",
             '-m experiment=quickstart pipeline=stage1 model/quantizer=vq,ema "model/loss=[l1],[l1,features]"',
         ]
+
+
+def _prior_rows(scalars: Mapping[str, float]) -> list[tuple[str, str]]:
+    if "nats_per_token" not in scalars:
+        return [("stage 2, loss", f"{scalars['loss']:.3f}")]
+    nats, uniform = scalars["nats_per_token"], scalars["uniform_nats"]
+    return [("stage 2, nats per token", f"{nats:.3f}"), ("  uniform over the vocabulary", f"{uniform:.3f}")]
 
 
 def _class_rows(scalars: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ class Reconstruct:
         tokenizer = engine.prepare(load_tokenizer(checkpoint))
         data = build_target_data(config, tokenizer.image_size)
         split = data.split("validation")
-        panels = ImagePanels(tokenizer.vocab_size, engine.device)
+        panels = ImagePanels(tokenizer.layout, engine.device)
         scalars = self._reconstruct(tokenizer, split, config, engine, panels)
         with start_run(config, self.run_dir) as journal:
             journal.scalars(checkpoint.step, {f"{VALIDATION_PREFIX}{key}": value for key, value in scalars.items()})
@@ -67,7 +67,7 @@ class Reconstruct:
         count = min(self.count or len(split), len(split))
         loading = {"workers": config.workers, "timeout": config.worker_timeout}
         batches = sequential_batches(split, config.batch_size, count=count, **loading)
-        metrics: dict[str, Metric] = reconstruction.build_metrics(config, tokenizer.vocab_size, engine)
+        metrics: dict[str, Metric] = reconstruction.build_metrics(config, tokenizer.layout, engine)
         metrics |= {"saved": _ImageWriter(self.run_dir / "reconstructions"), "panels": panels}
         return reconstruction.evaluate(tokenizer, batches, count, metrics, engine)
 

@@ -17,8 +17,7 @@ from vqf.batch import Batch
 from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
 from vqf.evaluation.class_accuracy import is_class_conditional
-from vqf.images import to_rgb
-from vqf.models.condition_batch import image_fields, per_image_fields
+from vqf.models.condition_batch import image_fields
 from vqf.models.generator import Generator
 from vqf.pipelines.sampling.conditions import (
     ConditionOption,
@@ -118,7 +117,7 @@ class SamplePipeline:
                     f"size={self.size}: this prior is conditioned on images ({', '.join(images)}), and a sample is as "
                     "large as they are; give condition=FILE of that size"
                 )
-        elif self.size is not None and per_image_fields(generator.conditioner):
+        elif self.size is not None and generator.conditioner.fields:
             # Crop boxes of validation samples are those of the training size; at another size show the full image.
             return iter([unconditional()])
         return iter([from_validation(generator, config, self.count)])
@@ -171,9 +170,9 @@ def with_conditions(preview: PreviewGrid, generator: Generator) -> Tensor:
     """Return the images (B, 3, H, W), each after its condition images."""
     images = torch.stack(preview.images)
     columns = []
-    for field_name in dict.fromkeys(image_fields(generator.conditioner).values()):
-        conditions = torch.cat([getattr(condition, field_name) for condition in preview.conditions])
-        columns.append(to_rgb(conditions).to(images))
+    for reader in {each.batch_field: each for _, each in generator.conditioner.image_conditioners()}.values():
+        conditions = torch.cat([getattr(condition, reader.batch_field) for condition in preview.conditions])
+        columns.append(reader.show(conditions).to(images))
     return rearrange([*columns, images], "columns b c h w -> (b columns) c h w")
 
 

@@ -24,7 +24,7 @@ from vqf.distributed import comm
 from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
 from vqf.evaluation.class_accuracy import ClassAccuracyEvaluator
-from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS
+from vqf.evaluation.likelihood import objective, prior_directions
 from vqf.evaluation.validation import ValidationResult
 from vqf.models.generator import Generator
 from vqf.registry import build, register
@@ -61,13 +61,13 @@ class Stage2:
     def run(self) -> float | None:
         scalars = self.train().scalars
         save_metrics(self.run_dir, {"codes": scalars})
-        return scalars["nats_per_token"]
+        return objective(scalars)
 
     def train(self, subrun: str = "") -> ValidationResult:
-        # First of all: a wrong name must not show after hours of tokenizing.
-        parse_best_criterion(self.config.checkpoint.best, PRIOR_METRIC_DIRECTIONS)
         checkpoint = find_tokenizer_checkpoint(self.config.run)
         config = self._inherited_config(checkpoint.config)
+        # Before all work: a wrong name must not show after hours of tokenizing.
+        parse_best_criterion(config.checkpoint.best, prior_directions(config))
         engine = make_engine(config)
         tokenizer = engine.prepare(load_tokenizer(checkpoint))
         check_image_size(config, tokenizer)
@@ -81,6 +81,7 @@ class Stage2:
             "classes": list(data.classes),
             "image_size": list(tokenizer.image_size),
             "channels": tokenizer.channels,
+            "output": tokenizer.output,
             "condition_tokenizers": condition_tokenizers.specs,
             "tokenizer": tokenizer.fingerprint(),
             "data": data.split("train").fingerprint,
@@ -122,6 +123,7 @@ class Stage2:
         with open_dict(config):
             for kind in TOKENIZER_COMPONENTS:  # must fit the weights, whatever the command line says
                 config.model[kind] = run_config.model[kind]
+            config.model.projection = run_config.model.get("projection", 1)
         check_accumulate(config)
         if config.model.prior is None or not group_nodes(config.model, "conditioner"):
             raise UserError(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -89,6 +89,11 @@ class Checkpoint:
         if type(channels) is not int or channels < 1:
             raise BrokenCheckpointError(f"{self.path}: {STATE} has no valid number of channels")
         return channels
+
+    @property
+    def output(self) -> Literal["image", "logits"]:
+        """What its tokenizer gives: by default logits of classes where channels cannot be those of an image."""
+        return "logits" if self.state.get("output", default_output(self.channels)) == "logits" else "image"
 
     @property
     def classes(self) -> list[str]:
@@ -278,3 +283,8 @@ def _read_config(path: Path) -> DictConfig:
         raise BrokenCheckpointError(f"{path.parent}: {path.name} is not a config")
     check_no_interpolations(OmegaConf.to_container(config, resolve=False), path)
     return config
+
+
+def default_output(channels: int) -> Literal["image", "logits"]:
+    """What a tokenizer gives whose checkpoint does not say so."""
+    return "image" if channels in (1, 3) else "logits"

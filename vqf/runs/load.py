@@ -12,9 +12,10 @@ from vqf.config.access import group_nodes
 from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
+from vqf.models.sample_request import check_pair
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.registry import build, check_options, chosen_components
-from vqf.runs.checkpoint import Checkpoint, find_checkpoint
+from vqf.runs.checkpoint import Checkpoint, default_output, find_checkpoint
 
 TOKENIZER_COMPONENTS = ("encoder", "quantizer", "decoder")
 
@@ -60,7 +61,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load a frozen tokenizer in eval mode, with the EMA weights if any."""
     _check_registered(checkpoint, TOKENIZER_COMPONENTS)
     model = checkpoint.config.model
-    tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels)
+    tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels, checkpoint.output)
     if checkpoint.kind == "stage2":
         name = "tokenizer"
     else:
@@ -101,12 +102,18 @@ class ConditionTokenizers:
         if run in self.specs:
             spec = self.specs[run]
             size: Sequence[int] = spec["image_size"]
-            untrained = build_tokenizer(OmegaConf.create(spec["model"]), (size[0], size[1]), spec["channels"])
+            output = spec.get("output") or default_output(spec["channels"])
+            untrained = build_tokenizer(OmegaConf.create(spec["model"]), (size[0], size[1]), spec["channels"], output)
             return untrained.eval().requires_grad_(False)
         checkpoint = find_tokenizer_checkpoint(run)
         tokenizer, model = load_tokenizer(checkpoint), checkpoint.config.model
         nodes = {kind: OmegaConf.to_container(model[kind], resolve=True) for kind in TOKENIZER_COMPONENTS}
-        self.specs[run] = {"model": nodes, "image_size": list(tokenizer.image_size), "channels": tokenizer.channels}
+        self.specs[run] = {
+            "model": {**nodes, "projection": model.get("projection", 1)},
+            "image_size": list(tokenizer.image_size),
+            "channels": tokenizer.channels,
+            "output": tokenizer.output,
+        }
         return tokenizer
 
 
@@ -118,19 +125,13 @@ def build_generator(
     sampler: DictConfig | None = None,
 ) -> Generator:
     """Build an untrained generator on a tokenizer."""
-    grid = tokenizer.grid
     conditioner = build_conditioner_stack(config, tokenizer, classes, condition_tokenizers)
-    prior = build(
-        "prior",
-        config.model.prior,
-        vocab_size=tokenizer.vocab_size,
-        length=grid[0] * grid[1],
-        grid=grid,
-        prefix_vocab=conditioner.vocab_size,
-        prefix_length=conditioner.length,
-        prefix_positions=conditioner.positions,
-    )
-    return Generator(tokenizer, conditioner, prior, build("sampler", sampler or config.sampler), classes)
+    wired = {"layout": tokenizer.layout, "prefix": conditioner.spec, "quantizer": tokenizer.quantizer}
+    prior = build("prior", config.model.prior, **wired)
+    node = sampler or config.sampler
+    built_sampler = build("sampler", node)
+    check_pair(built_sampler, prior, (node.name, config.model.prior.name))
+    return Generator(tokenizer, conditioner, prior, built_sampler, classes)
 
 
 def build_conditioner_stack(
@@ -145,7 +146,7 @@ def build_conditioner_stack(
         UserError: If it has none.
     """
     condition_tokenizers = condition_tokenizers or ConditionTokenizers()
-    wired = {"num_classes": len(classes), "grid": tokenizer.grid, "tokenizer": tokenizer}
+    wired = {"num_classes": len(classes), "layout": tokenizer.layout, "tokenizer": tokenizer}
     conditioners = {
         name: build("conditioner", node, open_tokenizer=_tokenizer_opener(condition_tokenizers, name), **wired)
         for name, node in group_nodes(config.model, "conditioner").items()

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from vqf.batch import Size
 from vqf.config.access import group_nodes, image_size
 from vqf.distributed import comm
 from vqf.errors import UserError
@@ -23,7 +25,7 @@ class GANModule(nn.Module):
     ) -> None:
         super().__init__()
         self.discriminator, self.adversary = discriminator, adversary
-        self.regularizers = nn.ModuleDict(dict(regularizers))  # type: ignore[arg-type]
+        self.regularizers = nn.ModuleDict({name: cast(nn.Module, each) for name, each in regularizers.items()})
 
     def forward(self, images: Tensor) -> Tensor:
         """Score images (B, 3, H, W)."""
@@ -47,12 +49,12 @@ def no_param_grad(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def build_gan(config: DictConfig, channels: int = 3) -> GANModule | None:
+def build_gan(config: DictConfig, channels: int, size: Size) -> GANModule | None:
     """Build the GAN of a config, if it has a discriminator."""
     model = config.model
     if model.get("discriminator") is None:
         return None
-    discriminator = build("discriminator", model.discriminator, in_channels=channels)
+    discriminator = build("discriminator", model.discriminator, in_channels=channels, image_size=size)
     adversary = build("adversary", model.adversary, steps=config.steps)
     regularizers = {name: build("regularizer", node) for name, node in group_nodes(model, "regularizer").items()}
     return GANModule(discriminator, adversary, regularizers)

@@ -4,9 +4,8 @@ VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximize the log-likelihoo
 after those of a condition.
 """
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -20,11 +19,11 @@ from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
 from vqf.evaluation.class_accuracy import ClassAccuracyEvaluator, is_class_conditional
-from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS
+from vqf.evaluation.likelihood import prior_directions, prior_scalars
 from vqf.evaluation.validation import ValidationResult
-from vqf.images import to_rgb
 from vqf.models.completion import can_complete, complete_tokens
 from vqf.models.generator import Generator
+from vqf.protocols import Prior
 from vqf.registry import build
 from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator
 
@@ -61,7 +60,7 @@ class PriorTask:
         optimizer = build("optimizer", config.optimizer, params=param_groups_weight_decay(self.model))
         self.optimizer_steps = {"model": OptimizerStep(optimizer, [self.model], config)}
         self.optimizers: dict[str, Optimizer] = {"model": optimizer}
-        self.higher_is_better = PRIOR_METRIC_DIRECTIONS
+        self.higher_is_better = prior_directions(config)
         self.metadata, self.class_evaluator = metadata, class_evaluator
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
@@ -88,7 +87,7 @@ class PriorTask:
     def evaluate(self, model: nn.Module) -> ValidationResult:
         generator = self._generator_with(model)
         loss = self._validation_loss(generator)
-        scalars = {"nats_per_token": loss, "uniform_nats": math.log(generator.tokenizer.vocab_size)}
+        scalars = prior_scalars(generator.prior, loss)
         with self.engine.autocast():
             images = self._preview_samples(generator) | self._preview_completions(generator)
             return ValidationResult(scalars, images, self._captions(generator))
@@ -130,7 +129,7 @@ class PriorTask:
             return {}
         if not has_conditions:
             return {"samples": samples}
-        rows = [to_rgb(condition) for condition in generator.conditioner.render(conditions).values()] + [samples]
+        rows = [*generator.conditioner.render(conditions).values(), samples]
         return {"samples": samples, "conditions": rearrange(rows, "rows b c h w -> (b rows) c h w")}
 
     def _preview_completions(self, generator: Generator) -> dict[str, Tensor]:
@@ -164,8 +163,9 @@ class PriorTask:
 
     def _generator_with(self, model: nn.Module) -> Generator:
         own = self.generator
-        components = (own.tokenizer, own.conditioner, model, own.sampler, own.classes)
-        return Generator(*components, crop_extent=own.crop_extent).eval()  # type: ignore[arg-type]
+        generator = Generator(own.tokenizer, own.conditioner, cast(Prior, model), own.sampler, own.classes)
+        generator.crop_extent = own.crop_extent
+        return generator.eval()
 
 
 def param_groups_weight_decay(module: nn.Module) -> list[dict[str, Any]]:

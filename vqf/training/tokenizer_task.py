@@ -28,9 +28,18 @@ from vqf.distributed.engine import Engine, upcast
 from vqf.errors import UserError
 from vqf.evaluation import reconstruction
 from vqf.evaluation.validation import ValidationResult
-from vqf.models.tokenizer import Tokenizer, TokenizerOutput, build_tokenizer
-from vqf.protocols import Data, DiscriminatorOutput, Loss
+from vqf.models.tokenizer import Output, Tokenizer, TokenizerOutput, build_tokenizer
+from vqf.protocols import (
+    Data,
+    DiscriminatorOutput,
+    ExpectsLogits,
+    LazyRegularizer,
+    LimitedChannels,
+    Loss,
+    Updates,
+)
 from vqf.registry import build, find_component
+from vqf.runs.checkpoint import default_output
 from vqf.training.codebook_usage import CodebookUsage
 from vqf.training.gan import GANModule, build_gan, check_discriminator_input, no_param_grad
 from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator, check_accumulate
@@ -54,7 +63,7 @@ class TokenizerTask:
         self.data, self.config, self.engine = data, config, engine
         # Before the optimizer is built: fsdp2 replaces the parameters.
         self.parallel_tokenizer = engine.parallelize(tokenizer, compiled=config.compile)
-        self.codebook_usage = engine.prepare(CodebookUsage(tokenizer.vocab_size))
+        self.codebook_usage = engine.prepare(CodebookUsage(tokenizer.layout))
         self.modules: dict[str, nn.Module] = {"model": tokenizer, "usage": self.codebook_usage}
         self.optimizer_steps = {"model": self._build_optimizer_step(tokenizer, self.codebook_usage)}
         if gan is not None:
@@ -69,6 +78,7 @@ class TokenizerTask:
             "validation_fingerprint": data.split("validation").fingerprint,
             "image_size": list(tokenizer.image_size),
             "channels": tokenizer.channels,
+            "output": tokenizer.output,
         }
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
@@ -110,7 +120,7 @@ class TokenizerTask:
         (gradient,) = torch.autograd.grad(rec_loss, x_hat)
         logs.add({"loss": rec_loss + out.quantized.loss, **terms, "quantizer_loss": out.quantized.loss}, batch_weight)
         logs.add(out.quantized.stats, batch_weight)
-        self.codebook_usage.update(out.quantized.indices)
+        self.codebook_usage.update(self.model.layout.flatten(out.quantized.indices))
 
         # + λ ∂L_GAN/∂x̂. `ramp` is 0 while the discriminator learns before its loss counts.
         if self.gan is not None and (ramp := self.gan.adversary.weight_at(step)) > 0:
@@ -156,8 +166,8 @@ class TokenizerTask:
         return torch.stack([torch.autograd.grad(output, weight, grad, retain_graph=True)[0] for grad in output_grads])
 
     def _update_quantizer(self) -> dict[str, Tensor]:
-        update = getattr(self.model.quantizer, "update", None)
-        return update() if update is not None and self.optimizer_steps["model"].stepped else {}
+        quantizer, stepped = self.model.quantizer, self.optimizer_steps["model"].stepped
+        return quantizer.update() if isinstance(quantizer, Updates) and stepped else {}
 
     def _discriminator_backward(
         self, step: int, batch: Batch, x_hat: Tensor, logs: ScalarAccumulator, batch_weight: float
@@ -177,7 +187,7 @@ class TokenizerTask:
         ((loss + penalty) * batch_weight).backward()
         logits = {"logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
         # A lazy regularizer is 0 on most steps; the log shows the value that it had last.
-        penalties = {name: getattr(gan.regularizers[name], "last_value", term) for name, term in terms.items()}
+        penalties = {name: _last_value(gan.regularizers[name], term) for name, term in terms.items()}
         logs.add({"d_loss": loss, **logits, **penalties}, batch_weight)
 
     def evaluate(self, model: nn.Module) -> ValidationResult:
@@ -197,6 +207,10 @@ class TokenizerTask:
         return OptimizerStep(build("optimizer", self.config.optimizer, params=trained), [module, *others], self.config)
 
 
+def _last_value(regularizer: object, term: Tensor) -> Tensor:
+    return regularizer.last_value if isinstance(regularizer, LazyRegularizer) else term
+
+
 def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> TokenizerTask:
     """Build the task of a config.
 
@@ -211,9 +225,10 @@ def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> Toke
     check_accumulate(config)
     check_losses(config, channels := data_channels(data))
     torch.manual_seed(config.seed)
-    tokenizer = engine.prepare(build_tokenizer(model, image_size(config), channels))
+    output: Output = "logits" if target_is_class_map(config) else default_output(channels)
+    tokenizer = engine.prepare(build_tokenizer(model, image_size(config), channels, output))
     losses = {name: engine.prepare(build("loss", node)) for name, node in group_nodes(model, "loss").items()}
-    if gan := engine.prepare(build_gan(config, channels)):
+    if gan := engine.prepare(build_gan(config, channels, image_size(config))):
         check_discriminator_input(gan, config, channels)
     return TokenizerTask(tokenizer, losses, gan, data, config, engine)
 
@@ -228,11 +243,11 @@ def check_losses(config: DictConfig, channels: int) -> None:
     target = f"class maps of {channels} classes" if is_class_map else f"images of {channels} channels"
     loss_classes = {name: find_component("loss", node.name).target for name, node in group_nodes(model, "loss").items()}
     for name, loss_class in loss_classes.items():
-        expects_logits = getattr(loss_class, "expects_logits", False)
-        supported = getattr(loss_class, "channels", (channels,))
+        expects_logits = isinstance(loss_class, ExpectsLogits) and loss_class.expects_logits
+        supported = loss_class.channels if isinstance(loss_class, LimitedChannels) else (channels,)
         if expects_logits and not is_class_map:
             raise UserError(f"model.loss.{name}: compares class maps, not {target}; choose model/loss=[l1]")
-        if channels not in supported or (is_class_map and hasattr(loss_class, "channels")):
+        if channels not in supported or (is_class_map and isinstance(loss_class, LimitedChannels)):
             raise UserError(
                 f"model.loss.{name}: compares images of {' or '.join(map(str, supported))} channels, not {target}; for "
                 "class maps choose model/loss=[bce] model.discriminator=null model.adversary=null"

@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.registry import register
+from vqf.tokens.layout import TokenLayout
+from vqf.tokens.prefix import Prefix, PrefixSpec
 from vqf.transformers.layers.causal import CausalTransformer, check_options, cross_entropy
 from vqf.transformers.layers.kv_cache import AttentionFn
 
@@ -72,10 +74,8 @@ class GPT(CausalTransformer):
 
     def __init__(
         self,
-        vocab_size: int,
-        length: int,
-        prefix_vocab: int,
-        prefix_length: int,
+        layout: TokenLayout,
+        prefix: PrefixSpec,
         *,
         layers: int = 24,
         heads: int = 16,
@@ -86,39 +86,39 @@ class GPT(CausalTransformer):
         shared_vocabulary: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(layout, prefix, dim)
         if not isinstance(unmasked_prefix, int):
             raise ValueError(f"unmasked_prefix must be true, false or a number of tokens, not {unmasked_prefix}")
-        self.bidirectional_prefix = prefix_length if unmasked_prefix is True else int(unmasked_prefix)
-        check_options(dropout, prefix_length, layers=layers, heads=heads, dim=dim)
-        _check_options(heads, dim, pkeep, prefix_length, self.bidirectional_prefix)
-        if shared_vocabulary and prefix_vocab > vocab_size:
+        self.bidirectional_prefix = prefix.length if unmasked_prefix is True else int(unmasked_prefix)
+        check_options(dropout, layers=layers, heads=heads, dim=dim)
+        _check_options(heads, dim, pkeep, prefix.length, self.bidirectional_prefix)
+        codes = sum(layout.vocab_sizes)
+        if shared_vocabulary and prefix.vocab_size > codes:
             raise ValueError(
-                f"shared_vocabulary=true: the prefix has {prefix_vocab} ids and the codebook only {vocab_size}; "
+                f"shared_vocabulary=true: the prefix has {prefix.vocab_size} ids and the codebook only {codes}; "
                 "set shared_vocabulary=false"
             )
-        self.vocab_size, self.length, self.prefix_length, self.pkeep = vocab_size, length, prefix_length, pkeep
-        self.gradient_checkpointing = gradient_checkpointing
-        self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.prefix_embedding = None if shared_vocabulary else nn.Embedding(prefix_vocab, dim)
+        self.pkeep, self.gradient_checkpointing = pkeep, gradient_checkpointing
+        self.token_embedding = nn.Embedding(codes, dim)
+        self.prefix_embedding = None if shared_vocabulary else nn.Embedding(max(prefix.vocab_size, 1), dim)
         self.position_embedding = nn.Parameter(torch.zeros(1, self.max_positions, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = nn.Linear(dim, layout.vocab_size, bias=False)
         self.apply(_init_weights)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
         return self.apply_blocks(self.dropout(x + self.position_embedding[:, positions]), attention_fns)
 
-    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, prefix: Prefix | Tensor) -> Tensor:
         return cross_entropy(self(self._corrupt(tokens), prefix), tokens)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:
         if not self.training or self.pkeep == 1:
             return tokens
         kept = torch.rand(tokens.shape, device=tokens.device) < self.pkeep
-        return torch.where(kept, tokens, torch.randint_like(tokens, self.vocab_size))
+        return torch.where(kept, tokens, self.random_tokens_like(tokens))
 
 
 def _check_options(heads: int, dim: int, pkeep: float, prefix_length: int, bidirectional_prefix: int) -> None:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf.batch import GridPosition, Size
+from vqf.batch import GridPosition
 from vqf.registry import register
+from vqf.tokens.layout import TokenLayout
+from vqf.tokens.prefix import PrefixSpec
 from vqf.transformers.layers.causal import CausalTransformer, check_options
 from vqf.transformers.layers.kv_cache import AttentionFn
 
@@ -105,14 +107,12 @@ class Llama(CausalTransformer):
     """
 
     rotation: Tensor
+    levels: Tensor  # (M + T,) index of the level embedding of each position
 
     def __init__(
         self,
-        vocab_size: int,
-        length: int,
-        grid: Size,
-        prefix_vocab: int,
-        prefix_positions: Sequence[GridPosition | None],
+        layout: TokenLayout,
+        prefix: PrefixSpec,
         *,
         layers: int = 12,
         heads: int = 12,
@@ -123,27 +123,46 @@ class Llama(CausalTransformer):
         dropout: float = 0.1,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        check_options(dropout, len(prefix_positions), layers=layers, heads=heads, dim=dim, multiple_of=multiple_of)
+        super().__init__(layout, prefix, dim)
+        check_options(dropout, layers=layers, heads=heads, dim=dim, multiple_of=multiple_of)
         _check_options(heads, dim, base)
-        assert length == grid[0] * grid[1]
-        self.vocab_size, self.length, self.prefix_length = vocab_size, length, len(prefix_positions)
         self.gradient_checkpointing = gradient_checkpointing
-        self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.prefix_embedding = nn.Embedding(prefix_vocab, dim)
+        self.token_embedding = nn.Embedding(sum(layout.vocab_sizes), dim)
+        self.prefix_embedding = nn.Embedding(max(prefix.vocab_size, 1), dim)
         self.dropout = nn.Dropout(dropout)
         hidden = -(-(8 * dim // 3) // multiple_of) * multiple_of
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, qk_norm) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
-        cells = itertools.product(map(float, range(grid[0])), map(float, range(grid[1])))
-        angles = rotary_angles([*prefix_positions, *cells], dim // heads, base)
+        self.head = nn.Linear(dim, layout.vocab_size, bias=False)
+        places = [*(prefix.positions or [None] * prefix.length), *_places(layout)]
+        angles = rotary_angles(places, dim // heads, base)
         self.register_buffer("rotation", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
+        self._add_level_embedding(layout, dim)
         self.apply(_init_weights)
         nn.init.zeros_(self.head.weight)
 
     def forward_blocks(self, x: Tensor, positions: slice | Tensor, attention_fns: Sequence[AttentionFn]) -> Tensor:
+        if self.level_embedding is not None:
+            x = x + self.level_embedding(self.levels[positions])
         return self.apply_blocks(self.dropout(x), attention_fns, self.rotation[:, positions])
+
+    def _add_level_embedding(self, layout: TokenLayout, dim: int) -> None:
+        """Scales and codebooks share places, so they get a learned embedding, and the prefix another."""
+        scale, _, _, codebook = layout.coordinates().T
+        count = len(layout.scales) * layout.codebooks
+        self.level_embedding = nn.Embedding(count + 1, dim) if count > 1 else None
+        levels = torch.cat([torch.full((self.prefix_length,), count), scale * layout.codebooks + codebook])
+        self.register_buffer("levels", levels, persistent=False)
+
+
+def _places(layout: TokenLayout) -> list[GridPosition]:
+    """Row and column of each token, those of coarser scales in cells of the last one."""
+    height, width = layout.scales[-1]
+    return [
+        ((row + 0.5) * height / rows - 0.5, (column + 0.5) * width / columns - 0.5)
+        for rows, columns in layout.scales
+        for row, column, _ in itertools.product(range(rows), range(columns), range(layout.codebooks))
+    ]
 
 
 def _check_options(heads: int, dim: int, base: float) -> None:

@@ -44,14 +44,14 @@ def label(drop: float, classes: int = 7) -> Any:
 
 def test_labels_are_dropped_in_training_only_at_the_rate_asked_for() -> None:
     stack = ConditionerStack({"label": label(0.2)})
-    assert stack.vocab_size == 8
+    assert stack.spec.vocab_size == 8
     labels = torch.arange(20_000) % 7
     torch.manual_seed(0)
-    prefix = stack.train()(Batch(labels=labels))[:, 0]
+    prefix = stack.train()(Batch(labels=labels)).ids[:, 0]
     dropped = prefix == 7
     assert dropped.double().mean().item() == pytest.approx(0.2, abs=5 * (0.16 / 20_000) ** 0.5)
     assert torch.equal(prefix[~dropped], labels[~dropped])
-    assert torch.equal(stack.eval()(Batch(labels=labels))[:, 0], labels)
+    assert torch.equal(stack.eval()(Batch(labels=labels)).ids[:, 0], labels)
     assert labels.max() == 6  # the batch itself is unchanged
 
 
@@ -61,14 +61,14 @@ def test_several_conditions_are_dropped_together() -> None:
     stack = ConditionerStack({str(k): label(drop) for k, drop in enumerate(drops)})
     batch = Batch(labels=torch.zeros(count, dtype=torch.int64))
     torch.manual_seed(0)
-    prefix = stack.train()(batch)
-    absent = prefix == stack.null_prefix(batch)
-    absent[:, 2] = prefix[:, 2] != stack.eval()(batch)[:, 2]
+    prefix = stack.train()(batch).ids
+    absent = prefix == stack.null_prefix(batch).ids
+    absent[:, 2] = prefix[:, 2] != stack.eval()(batch).ids[:, 2]
     for k, drop in enumerate(drops):
         assert absent[:, k].double().mean().item() == pytest.approx(drop, abs=5 * (drop * (1 - drop) / count) ** 0.5)
     assert torch.equal(absent[:, 0], absent[:, 3])
     assert not (absent[:, 0] & ~absent[:, 1]).any()
-    without = (prefix == stack.null_prefix(batch)).all(1)
+    without = (prefix == stack.null_prefix(batch).ids).all(1)
     assert torch.equal(without, absent[:, 0])
 
 
@@ -84,10 +84,10 @@ def test_the_default_generator_decides_which_labels_are_dropped() -> None:
     stack = ConditionerStack({"label": label(0.5)})
     batch = Batch(labels=torch.arange(64) % 7)
     torch.manual_seed(3)
-    first = stack(batch)
+    first = stack(batch).ids
     torch.manual_seed(3)
-    assert torch.equal(stack(batch), first)
-    assert not torch.equal(stack(batch), first)
+    assert torch.equal(stack(batch).ids, first)
+    assert not torch.equal(stack(batch).ids, first)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     ConditionerStack({"label": label(0.0)})(batch)

@@ -11,6 +11,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from tests.support.layouts import raster
 from vqf.batch import Batch
 from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
@@ -21,10 +22,10 @@ from vqf.transformers.conditioners.spatial import sobel_edges
 class FakeCodec:
     """A tokenizer whose index is the red of a cell's first pixel."""
 
-    vocab_size, channels = 11, 3
+    channels = 3
 
     def __init__(self, stride: int = 2) -> None:
-        self.stride = stride
+        self.stride, self.layout = stride, raster((8 // stride, 12 // stride), 11, stride)
 
     def encode(self, images: Tensor) -> Tensor:
         return (images[:, 0, :: self.stride, :: self.stride] * 10).round().long()
@@ -33,13 +34,15 @@ class FakeCodec:
         large = indices.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)
         return large[:, None].expand(-1, 3, -1, -1) / 10
 
+    def to_rgb(self, images: Tensor) -> Tensor:
+        return 1 - images  # colors of its own
+
 
 def conditioner(name: str, grid: tuple[int, int] = (4, 6), stride: int = 2, **options: Any) -> Any:
     opened: dict[str, FakeCodec] = {"maps": FakeCodec(stride)}
     node = {"name": name, **({"run": "maps"} if name == "spatial" else {}), **options}
-    return build(
-        "conditioner", node, num_classes=3, grid=grid, tokenizer=FakeCodec(2), open_tokenizer=opened.__getitem__
-    ).eval()
+    wired = {"layout": raster(grid, 7, 2), "tokenizer": FakeCodec(2), "open_tokenizer": opened.__getitem__}
+    return build("conditioner", node, num_classes=3, **wired).eval()
 
 
 def maps(batch: int = 2, height: int = 8, width: int = 12, seed: int = 0) -> Tensor:
@@ -54,7 +57,8 @@ def test_the_codes_of_the_map_stand_row_by_row() -> None:
         [round(float(batch.conditions[b, 0, 2 * i, 2 * j]) * 10) for i in range(4) for j in range(6)] for b in range(2)
     ]
     assert spatial(batch).tolist() == expected
-    assert torch.equal(spatial.render(spatial.prepare(batch))[:, 0, ::2, ::2], batch.conditions[:, 0, ::2, ::2])
+    assert torch.equal(spatial.render(spatial.prepare(batch))[:, 0, ::2, ::2], 1 - batch.conditions[:, 0, ::2, ::2])
+    assert torch.equal(spatial.show(batch.conditions), 1 - batch.conditions)
 
 
 @pytest.mark.parametrize(("stride", "downsample", "length"), [(2, 1, 24), (4, 1, 6), (1, 2, 24), (2, 2, 6)])
@@ -84,8 +88,8 @@ def test_places_of_several_conditions_stand_in_the_order_of_their_tokens() -> No
         {"coordinates": conditioner("coordinates"), "label": label, "image": conditioner("image", factor=2)}
     )
     grid = [(i, j) for i in range(4) for j in range(6)]
-    assert stack.positions == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
-    assert len(stack.positions) == stack.length
+    assert stack.spec.positions == [*grid, None, *((2 * i + 0.5, 2 * j + 0.5) for i in range(2) for j in range(3))]
+    assert len(stack.spec.positions) == stack.spec.length
 
 
 def test_a_window_gets_its_crop_of_a_map() -> None:
@@ -97,7 +101,7 @@ def test_a_window_gets_its_crop_of_a_map() -> None:
     for top in range(10 - 4 + 1):
         for left in range(14 - 6 + 1):
             prefix = stack(prepared.window((top, left), (4, 6), (10, 14)))
-            assert torch.equal(prefix[0], indices[top : top + 4, left : left + 6].flatten())
+            assert torch.equal(prefix.ids[0], indices[top : top + 4, left : left + 6].flatten())
 
 
 @pytest.mark.parametrize(("stride", "downsample"), [(4, 1), (8, 1), (2, 2), (1, 1), (2, 1)])
@@ -110,7 +114,7 @@ def test_a_window_gets_shifted_maps_of_any_stride_exactly(stride: int, downsampl
         for left in range(16 - 8 + 1):
             prefix = stack(prepared.window((top, left), (4, 8), (12, 16)))
             part = large[:, 0, 2 * top : 2 * top + 8 : step, 2 * left : 2 * left + 16 : step]
-            assert torch.equal(prefix, (part * 10).round().long().flatten(1))
+            assert torch.equal(prefix.ids, (part * 10).round().long().flatten(1))
 
 
 def test_the_windows_of_a_low_resolution_image_are_its_own() -> None:
@@ -120,7 +124,7 @@ def test_the_windows_of_a_low_resolution_image_are_its_own() -> None:
     for top, left in itertools.product(range(7), range(9)):
         part = large[..., 2 * top : 2 * top + 8, 2 * left : 2 * left + 12]
         prefix = stack(prepared.window((top, left), (4, 6), (10, 14)))
-        assert torch.equal(prefix, stack(Batch(images=part)))
+        assert torch.equal(prefix.ids, stack(Batch(images=part)).ids)
 
 
 def test_indices_without_shifts_are_cropped_at_the_nearest_cell() -> None:
@@ -130,7 +134,7 @@ def test_indices_without_shifts_are_cropped_at_the_nearest_cell() -> None:
     for top, left in itertools.product(range(13), range(25)):
         row, column = math.floor(top / 4 + 0.5), math.floor(left / 4 + 0.5)
         prefix = stack(prepared.window((top, left), (4, 8), (16, 32)))
-        assert torch.equal(prefix[0], indices[row : row + 1, column : column + 2].flatten())
+        assert torch.equal(prefix.ids[0], indices[row : row + 1, column : column + 2].flatten())
 
 
 def test_coordinates_count_rows_and_columns_of_the_whole_image() -> None:
@@ -193,7 +197,7 @@ def test_what_training_hides_is_hidden_whole_and_named_by_null(name: str) -> Non
     plain, null = tokenized(batch), tokenized.null_prefix(batch)
     assert tokenized.vocab_size == 12 and (null == 11).all() and null.shape == plain.shape
     torch.manual_seed(0)
-    hidden = ConditionerStack({name: tokenized}).train()(batch)
+    hidden = ConditionerStack({name: tokenized}).train()(batch).ids
     without = (hidden == 11).all(1)
     assert float(without.double().mean()) == pytest.approx(0.3, abs=5 * (0.21 / 4000) ** 0.5)
     assert torch.equal(hidden[~without], plain[~without])
@@ -208,12 +212,12 @@ def test_conditions_in_a_list_have_ids_of_their_own() -> None:
         "coordinates": conditioner("coordinates", rows=4, columns=4),
     }
     both = ConditionerStack(parts).eval()
-    assert (both.length, both.vocab_size) == (1 + 24 + 24, 4 + 11 + 16)
+    assert (both.spec.length, both.spec.vocab_size) == (1 + 24 + 24, 4 + 11 + 16)
     batch = Batch(labels=torch.tensor([2, 0]), conditions=maps())
     expected = [label(batch), parts["spatial"](batch) + 4, parts["coordinates"](batch) + 15]
-    assert torch.equal(both(batch), torch.cat(expected, 1))
+    assert torch.equal(both(batch).ids, torch.cat(expected, 1))
     assert torch.equal(
-        both.null_prefix(batch), torch.cat([label.null_prefix(batch), *expected[1:]], 1)
+        both.null_prefix(batch).ids, torch.cat([label.null_prefix(batch), *expected[1:]], 1)
     )  # only the label can be dropped
     assert set(both.render(both.prepare(batch))) == {"spatial"}
     assert ConditionerStack({"spatial": parts["spatial"]}).null_prefix(batch) is None
@@ -223,16 +227,14 @@ def test_a_batch_keeps_what_was_prepared() -> None:
     stack = ConditionerStack({"spatial": conditioner("spatial")}).eval()
     batch = replace(stack.prepare(Batch(conditions=maps(4))), conditions=None)
     assert len(batch) == 4
-    assert torch.equal(torch.cat([stack(each) for each in batch.chunk(2)]), stack(batch))
+    assert torch.equal(torch.cat([stack(each).ids for each in batch.chunk(2)]), stack(batch).ids)
     assert batch.to("meta").condition_indices["spatial"].device.type == "meta"
 
 
 def mistakes() -> list[Any]:
     return [
         (
-            lambda: build(
-                "conditioner", {"name": "spatial"}, grid=(4, 6), tokenizer=FakeCodec(), open_tokenizer=FakeCodec
-            ),
+            lambda: build("conditioner", {"name": "spatial"}, layout=raster((4, 6), 7, 2), open_tokenizer=FakeCodec),
             "give the run of",
         ),
         (lambda: conditioner("spatial", dropout=1.0), "dropout must be in"),

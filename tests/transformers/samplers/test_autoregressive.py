@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
+from tests.support.layouts import raster
 from vqf.errors import UserError
+from vqf.protocols import Causal
 from vqf.registry import RegistryError, build
+from vqf.tokens.prefix import Prefix, PrefixSpec
 from vqf.transformers.gpt import GPT
 from vqf.transformers.samplers.filtering import min_p, sample_from_logits, sample_noise, temperature, top_k, top_p
 
@@ -180,21 +183,30 @@ def test_no_two_samples_share_their_numbers(other: tuple[int, int]) -> None:
 
 
 class Bigrams:
-    """A prior that is not Autoregressive: token 0 from row 0 of a table, token n from the row of token n - 1."""
+    """Token 0 from row 0 of a table, token n from the row of token n - 1."""
 
-    vocab_size = 3
+    layout, groups = raster((2, 2), 3), (1,) * 4
 
     def __init__(self) -> None:
         self.table = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.05, 0.9, 0.05]])
 
-    def __call__(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         before = torch.cat((torch.zeros(len(tokens), 1, dtype=torch.int64), tokens[:, :-1]), dim=1)
         return self.table[before].log()
+
+    def prefill(self, prefix: Prefix) -> tuple[Tensor, None]:
+        return self.table[0].log().expand(len(prefix), 1, 3), None
+
+    def decode(self, tokens: Tensor, cache: None) -> Tensor:
+        return self.table[tokens].log()
+
+
+LAYOUT = raster((3, 4), 13)
 
 
 def model(**options: object) -> GPT:
     torch.manual_seed(0)
-    gpt = GPT(13, 12, 4, 2, layers=2, heads=2, dim=16).double().eval()
+    gpt = GPT(LAYOUT, PrefixSpec(4, 2), layers=2, heads=2, dim=16).double().eval()
     for parameter in gpt.parameters():
         nn.init.normal_(parameter, std=0.4)
     return gpt
@@ -204,10 +216,12 @@ def prefixes(count: int) -> Tensor:
     return torch.randint(4, (count, 2), generator=torch.Generator().manual_seed(count))
 
 
-def test_samples_follow_the_prior() -> None:
-    sampler = build("sampler", {"name": "autoregressive"})
+@pytest.mark.parametrize("cache", [True, False])
+def test_samples_follow_the_prior(cache: bool) -> None:
+    assert isinstance(Bigrams(), Causal)
+    sampler = build("sampler", {"name": "autoregressive", "cache": cache})
     count = 20_000
-    tokens = sampler(Bigrams(), torch.zeros(count, 1, dtype=torch.int64), (1, 2), seed=0)
+    tokens = sampler(Bigrams(), torch.zeros(count, 1, dtype=torch.int64), raster((1, 2), 3), seed=0)
     table = Bigrams().table
     expected = table[0, :, None] * table
     joint = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9).reshape(3, 3) / count
@@ -219,30 +233,32 @@ def test_the_cache_changes_nothing(options: dict) -> None:
     with_cache = build("sampler", {"name": "autoregressive", **options})
     without = build("sampler", {"name": "autoregressive", "cache": False, **options})
     gpt, prefix = model(), prefixes(16)
-    tokens = with_cache(gpt, prefix, (3, 4), seed=7)
+    tokens = with_cache(gpt, prefix, LAYOUT, seed=7)
     assert tokens.shape == (16, 12)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, without(gpt, prefix, (3, 4), seed=7))
+    assert torch.equal(tokens, without(gpt, prefix, LAYOUT, seed=7))
 
 
 def test_a_sample_depends_on_the_seed_and_its_index_alone() -> None:
     sampler = build("sampler", {"name": "autoregressive"})
     gpt, prefix = model(), prefixes(10)
-    together = sampler(gpt, prefix, (3, 4), seed=7, first=100)
+    together = sampler(gpt, prefix, LAYOUT, seed=7, first=100)
     for size in (1, 3):
-        parts = [sampler(gpt, prefix[i : i + size], (3, 4), seed=7, first=100 + i) for i in range(0, 10, size)]
+        parts = [sampler(gpt, prefix[i : i + size], LAYOUT, seed=7, first=100 + i) for i in range(0, 10, size)]
         assert torch.equal(torch.cat(parts), together)
     torch.manual_seed(123)
-    assert torch.equal(sampler(gpt, prefix, (3, 4), seed=7, first=100), together)
-    assert not torch.equal(sampler(gpt, prefix, (3, 4), seed=8, first=100), together)
-    assert not torch.equal(sampler(gpt, prefix, (3, 4), seed=7, first=101), together)
+    assert torch.equal(sampler(gpt, prefix, LAYOUT, seed=7, first=100), together)
+    assert not torch.equal(sampler(gpt, prefix, LAYOUT, seed=8, first=100), together)
+    assert not torch.equal(sampler(gpt, prefix, LAYOUT, seed=7, first=101), together)
 
 
 def test_sampling_leaves_torchs_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    build("sampler", {"name": "autoregressive"})(Bigrams(), torch.zeros(4, 1, dtype=torch.int64), (2, 2), seed=0)
+    build("sampler", {"name": "autoregressive"})(
+        Bigrams(), torch.zeros(4, 1, dtype=torch.int64), Bigrams.layout, seed=0
+    )
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -252,26 +268,26 @@ def test_known_tokens_stay_and_the_rest_follows_from_them(hidden: np.ndarray) ->
     # Hiding tokens of a sample, and sampling them again with the same noise, gives the same sample.
     sampler = build("sampler", {"name": "autoregressive", "top_p": 0.9})
     gpt, prefix = model(), prefixes(5)
-    tokens = sampler(gpt, prefix, (3, 4), seed=1)
+    tokens = sampler(gpt, prefix, LAYOUT, seed=1)
     known = tokens.masked_fill(torch.from_numpy(hidden), -1)
     before = known.clone()
-    assert torch.equal(sampler(gpt, prefix, (3, 4), seed=1, known=known), tokens)
+    assert torch.equal(sampler(gpt, prefix, LAYOUT, seed=1, known=known), tokens)
     assert torch.equal(known, before)
 
 
 def test_known_tokens_are_kept_even_where_the_prior_would_never_draw_them() -> None:
     sampler = build("sampler", {"name": "autoregressive", "top_k": 1})
     known = torch.tensor([[-1, 2, -1, 0], [-1, -1, -1, -1]])
-    tokens = sampler(Bigrams(), torch.zeros(2, 1, dtype=torch.int64), (2, 2), seed=0, known=known)
+    tokens = sampler(Bigrams(), torch.zeros(2, 1, dtype=torch.int64), Bigrams.layout, seed=0, known=known)
     assert tokens.tolist() == [[0, 2, 1, 0], [0, 0, 0, 0]]
 
 
 def test_wrong_known_tokens_are_refused() -> None:
     sampler, prefix = build("sampler", {"name": "autoregressive"}), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"known tokens must be \(2, 4\), not \(2, 3\)"):
-        sampler(Bigrams(), prefix, (2, 2), seed=0, known=torch.zeros(2, 3, dtype=torch.int64))
+        sampler(Bigrams(), prefix, Bigrams.layout, seed=0, known=torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="known tokens must be below 3"):
-        sampler(Bigrams(), prefix, (2, 2), seed=0, known=torch.full((2, 4), 3))
+        sampler(Bigrams(), prefix, Bigrams.layout, seed=0, known=torch.full((2, 4), 3))
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -280,7 +296,7 @@ def test_a_prior_that_diverged_is_named(cache: bool) -> None:
     nn.init.constant_(gpt.head.weight, torch.nan)
     sampler = build("sampler", {"name": "autoregressive", "cache": cache})
     with pytest.raises(UserError, match="not numbers"):
-        sampler(gpt, prefixes(2), (3, 4), seed=0)
+        sampler(gpt, prefixes(2), LAYOUT, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.layouts import raster
 from vqf.errors import UserError
 from vqf.registry import RegistryError, build
+from vqf.tokens.prefix import PrefixSpec
 from vqf.transformers.gpt import GPT
 from vqf.transformers.samplers.filtering import sample_from_logits, sample_noise
 from vqf.transformers.samplers.guidance import guide, scale_at, scale_from_notation
 
+LAYOUT = raster((3, 4), 13)
 scales = st.floats(0, 20)
 
 
@@ -66,7 +69,7 @@ def test_var_grows_linearly_in_its_own_notation() -> None:
 
 def gpt() -> GPT:
     torch.manual_seed(0)
-    model = GPT(13, 12, 4, 2, layers=2, heads=2, dim=16).double().eval()
+    model = GPT(LAYOUT, PrefixSpec(4, 2), layers=2, heads=2, dim=16).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     torch.nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that affects every token
@@ -87,7 +90,7 @@ SCHEDULES = [
 def test_a_guided_sample_is_drawn_from_the_guided_logits(options: dict, cache: bool) -> None:
     model, prefix, null = gpt(), torch.tensor([[0, 1], [2, 2], [1, 0]]), torch.full((3, 2), 3)
     sampler = build("sampler", {**GUIDED, **options, "cache": cache})
-    tokens = sampler(model, prefix, (3, 4), seed=5, null_prefix=null)
+    tokens = sampler(model, prefix, LAYOUT, seed=5, null_prefix=null)
     c, u = model(tokens, prefix), model(tokens, null)
     interval = options.get("guidance_interval", (0, 1))
     for n in range(12):
@@ -95,7 +98,7 @@ def test_a_guided_sample_is_drawn_from_the_guided_logits(options: dict, cache: b
         s = scale_at(n / 12, 3.0, schedule, interval=interval, power=power)
         numbers = torch.stack([sample_noise(5, i, 12)[n] for i in range(3)])
         assert torch.equal(sample_from_logits(u[:, n] + s * (c[:, n] - u[:, n]), numbers), tokens[:, n])
-    assert not torch.equal(tokens, build("sampler", {"name": "autoregressive"})(model, prefix, (3, 4), seed=5))
+    assert not torch.equal(tokens, build("sampler", {"name": "autoregressive"})(model, prefix, LAYOUT, seed=5))
 
 
 def test_without_guidance_nothing_is_asked_twice() -> None:
@@ -103,14 +106,14 @@ def test_without_guidance_nothing_is_asked_twice() -> None:
     sizes: list[int] = []
     model.norm.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     sampler = build("sampler", {"name": "autoregressive"})
-    plain = sampler(model, prefix, (3, 4), seed=5)
-    assert torch.equal(sampler(model, prefix, (3, 4), seed=5, null_prefix=torch.full((2, 2), 3)), plain)
+    plain = sampler(model, prefix, LAYOUT, seed=5)
+    assert torch.equal(sampler(model, prefix, LAYOUT, seed=5, null_prefix=torch.full((2, 2), 3)), plain)
     assert set(sizes) == {2}
 
 
 def test_guidance_without_a_null_prefix_says_what_to_train() -> None:
     with pytest.raises(UserError, match=r"sampler\.guidance=3: .* model\.conditioner\.label\.dropout=0\.1") as caught:
-        build("sampler", GUIDED)(gpt(), torch.tensor([[0, 1]]), (3, 4), seed=0)
+        build("sampler", GUIDED)(gpt(), torch.tensor([[0, 1]]), LAYOUT, seed=0)
     assert "\n" not in str(caught.value)
 
 

@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.support.layouts import raster
 from vqf.errors import UserError
+from vqf.protocols import Causal, RaggedDecoding
 from vqf.registry import RegistryError, build
+from vqf.tokens.prefix import Prefix, PrefixSpec
 from vqf.transformers.gpt import GPT
 from vqf.transformers.samplers.filtering import sample_from_logits, sample_noise
 from vqf.transformers.samplers.window_logits import crop_prefix
 from vqf.transformers.samplers.window_schedule import make_schedule, raster_order, wavefront_order, window_start
 
 V, P, SEED = 13, 7, 3
-WAYS = [
-    dict(zip(("prefix_only", "cache", "wavefront"), each, strict=True)) for each in itertools.product((0, 1), repeat=3)
-]
+WAYS = [dict(zip(("cache", "wavefront"), each, strict=True)) for each in itertools.product((0, 1), repeat=2)]
 CASES = [  # grid, window
     ((4, 4), (4, 4)),
     ((7, 9), (4, 4)),
@@ -42,10 +43,10 @@ def prior(name: str, window: tuple[int, int], mapped: bool = False) -> Any:
     """A prior with a prefix of one token, or of one for every position of the window."""
     torch.manual_seed(0)
     positions = [(float(i), float(j)) for i in range(window[0]) for j in range(window[1])] if mapped else [None]
-    sizes: dict[str, Any] = {"vocab_size": V, "length": window[0] * window[1], "grid": window, "prefix_vocab": P}
     options = {"unmasked": {"name": "gpt", "unmasked_prefix": True}, "llama": {"name": "llama", "multiple_of": 8}}
     node = {"name": name, "layers": 2, "heads": 2, "dim": 16, **options.get(name, {})}
-    model = build("prior", node, **sizes, prefix_length=len(positions), prefix_positions=positions).double().eval()
+    prefix = PrefixSpec(P, len(positions), positions)
+    model = build("prior", node, layout=raster(window, V), prefix=prefix).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     nn.init.normal_(model.prefix_embedding.weight, std=4.0)  # a condition that affects every token
@@ -102,7 +103,7 @@ def sampler(window: tuple[int, int], **options: Any) -> Any:
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_every_way_gives_the_tokens_of_the_plain_loop(name: str, grid: tuple, window: tuple, ways: dict) -> None:
     prefix = torch.tensor([[0], [3], [5]])
-    tokens = sampler(window, **ways)(prior(name, window), prefix, grid, seed=SEED)
+    tokens = sampler(window, **ways)(prior(name, window), prefix, raster(grid, V), seed=SEED)
     assert torch.equal(tokens, expected(grid, window, name))
 
 
@@ -112,38 +113,38 @@ def test_windows_that_do_not_fit_into_the_cache_are_read_again(max_cached: int, 
     model, prefix = prior("gpt", (4, 4)), torch.tensor([[0], [3], [5]])
     room = (max_cached + 0.5) * 3 * model.sequence_bytes / 1e9
     small_cache = sampler((4, 4), cache_gb=room, wavefront=wavefront)
-    assert torch.equal(small_cache(model, prefix, (7, 9), seed=SEED), expected((7, 9), (4, 4)))
+    assert torch.equal(small_cache(model, prefix, raster((7, 9), V), seed=SEED), expected((7, 9), (4, 4)))
 
 
 class Slow:
-    """The GPT without a cache, or with `Autoregressive` decoding only."""
-
-    vocab_size = V
+    """The GPT without a cache, or with that of `Causal` only."""
 
     def __init__(self, model: GPT, fed: bool) -> None:
-        self.model = model
+        self.model, self.layout, self.groups = model, model.layout, model.groups
         if fed:
             self.prefill = lambda prefix: model.prefill(prefix)
             self.decode = model.decode
 
-    def __call__(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         return self.model(tokens, prefix)
 
-    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         return self.model.loss(tokens, prefix)
 
 
 @pytest.mark.parametrize("fed", [True, False])
 def test_any_prior_will_do(fed: bool) -> None:
-    tokens = sampler((4, 4))(Slow(gpt(16), fed), torch.tensor([[0], [3], [5]]), (7, 9), seed=SEED)
+    slow = Slow(gpt(16), fed)
+    assert isinstance(slow, Causal) == fed and not isinstance(slow, RaggedDecoding)
+    tokens = sampler((4, 4))(slow, torch.tensor([[0], [3], [5]]), raster((7, 9), V), seed=SEED)
     assert torch.equal(tokens, expected((7, 9), (4, 4)))
 
 
-LAYOUT = torch.randint(P, (2, 6, 9), generator=torch.Generator().manual_seed(4))
+MAP = torch.randint(P, (2, 6, 9), generator=torch.Generator().manual_seed(4))
 
 
 def condition(b: int, top: int, left: int) -> Tensor:
-    return LAYOUT[b : b + 1, top : top + 3, left : left + 4].reshape(1, 12)
+    return MAP[b : b + 1, top : top + 3, left : left + 4].reshape(1, 12)
 
 
 @lru_cache
@@ -155,27 +156,30 @@ def expected_of_a_map(name: str) -> Tensor:
 @pytest.mark.parametrize("callable_prefix", [False, True])
 @pytest.mark.parametrize("name", ["gpt", "unmasked", "llama"])
 def test_a_spatial_condition_is_cropped_with_the_window(name: str, ways: dict, callable_prefix: bool) -> None:
-    grid, window, layout = (6, 9), (3, 4), LAYOUT
+    grid, window = (6, 9), (3, 4)
     model, plain = prior(name, window, mapped=True), expected_of_a_map(name)
 
-    def by_start(at: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    def by_start(at: tuple[int, int], size: tuple[int, int]) -> Prefix:
         assert size == window
-        return torch.cat([condition(b, *at) for b in range(2)])
+        return Prefix(torch.cat([condition(b, *at) for b in range(2)]))
 
-    prefix: Any = by_start if callable_prefix else layout
-    assert torch.equal(sampler(window, **ways)(model, prefix, grid, seed=SEED), plain)
-    other = layout.clone()
+    prefix: Any = by_start if callable_prefix else MAP
+    assert torch.equal(sampler(window, **ways)(model, prefix, raster(grid, V), seed=SEED), plain)
+    other = MAP.clone()
     other[:, -1, -1] = (other[:, -1, -1] + 1) % P
-    changed = (sampler(window, **ways)(model, other, grid, seed=SEED) != plain).reshape(2, *grid)
+    changed = (sampler(window, **ways)(model, other, raster(grid, V), seed=SEED) != plain).reshape(2, *grid)
     assert not changed[:, :4].any()  # rows whose windows end above the last
 
 
 def test_one_window_over_the_whole_grid_is_the_autoregressive_sampler() -> None:
     prefix = torch.tensor([[0], [3], [5]])
-    plain = build("sampler", {"name": "autoregressive", "top_k": 6, "min_p": 0.02})(gpt(12), prefix, (3, 4), seed=9)
-    window = build("sampler", {"name": "sliding_window", "top_k": 6, "min_p": 0.02})
-    assert torch.equal(window(gpt(12), prefix, (3, 4), seed=9), plain)
-    assert torch.equal(window(gpt(20), prefix, (3, 4), seed=9, window=(4, 4)), window(gpt(20), prefix, (3, 4), seed=9))
+    layout, filters = raster((3, 4), V), {"top_k": 6, "min_p": 0.02}
+    autoregressive = build("sampler", {"name": "autoregressive", **filters})
+    window = build("sampler", {"name": "sliding_window", **filters})
+    for model in (prior("gpt", (3, 4)), prior("gpt", (5, 4))):  # a window has no more rows than the grid
+        plain = autoregressive(model, prefix, layout, seed=9)
+        assert torch.equal(window(model, prefix, layout, seed=9), plain)
+    assert torch.equal(sampler((4, 4), **filters)(model, prefix, layout, seed=9), plain)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
@@ -183,25 +187,28 @@ def test_guidance_is_the_same_every_way(schedule: str) -> None:
     prefix, null = torch.tensor([[0], [3]]), torch.tensor([[6], [6]])
     options = {"guidance": 2.5, "guidance_schedule": schedule}
     results = [
-        sampler((4, 4), **ways, **options)(gpt(16), prefix, (6, 9), seed=SEED, null_prefix=null) for ways in WAYS
+        sampler((4, 4), **ways, **options)(gpt(16), prefix, raster((6, 9), V), seed=SEED, null_prefix=null)
+        for ways in WAYS
     ]
     assert all(torch.equal(each, results[0]) for each in results)
-    assert not torch.equal(results[0], sampler((4, 4))(gpt(16), prefix, (6, 9), seed=SEED))
+    assert not torch.equal(results[0], sampler((4, 4))(gpt(16), prefix, raster((6, 9), V), seed=SEED))
     autoregressive = build("sampler", {"name": "autoregressive", **options})(
-        gpt(16), prefix, (4, 4), seed=1, null_prefix=null
+        gpt(16), prefix, raster((4, 4), V), seed=1, null_prefix=null
     )
-    assert torch.equal(sampler((4, 4), **options)(gpt(16), prefix, (4, 4), seed=1, null_prefix=null), autoregressive)
+    assert torch.equal(
+        sampler((4, 4), **options)(gpt(16), prefix, raster((4, 4), V), seed=1, null_prefix=null), autoregressive
+    )
     with pytest.raises(UserError, match=r"model\.conditioner\.label\.dropout"):
-        sampler((4, 4), **options)(gpt(16), prefix, (6, 9), seed=SEED)
+        sampler((4, 4), **options)(gpt(16), prefix, raster((6, 9), V), seed=SEED)
 
 
 def test_known_tokens_stay_and_the_rest_follows_from_them() -> None:
     prefix, tokens = torch.tensor([[0], [3], [5]]), expected((7, 9), (4, 4))
     hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    again = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=tokens.masked_fill(hidden, -1))
+    again = sampler((4, 4))(gpt(16), prefix, raster((7, 9), V), seed=SEED, known=tokens.masked_fill(hidden, -1))
     assert torch.equal(again, tokens)
     other = (tokens + 1) % V
-    kept = sampler((4, 4))(gpt(16), prefix, (7, 9), seed=SEED, known=other.masked_fill(hidden, -1))
+    kept = sampler((4, 4))(gpt(16), prefix, raster((7, 9), V), seed=SEED, known=other.masked_fill(hidden, -1))
     assert torch.equal(kept[~hidden], other[~hidden])
 
 
@@ -275,22 +282,21 @@ def test_the_work_is_what_the_options_say(grid: tuple[int, int]) -> None:
     for ways in WAYS:
         window_sampler = sampler((4, 4), **ways)
         work[tuple(ways.values())] = passes(
-            model, lambda window_sampler=window_sampler: window_sampler(model, prefix, grid, seed=0)
+            model, lambda window_sampler=window_sampler: window_sampler(model, prefix, raster(grid, V), seed=0)
         )
     cells, needed = grid[0] * grid[1], windows_of(grid, (4, 4)).values()
-    for ways, counted in work.items():
-        assert len(counted) == (grid[1] + 4 * (grid[0] - 1) if ways[2] else cells)
-    assert sum(work[0, 0, 0]) == sum(work[0, 0, 1]) == cells * 16
-    assert sum(work[1, 0, 0]) == sum(work[1, 0, 1]) == sum(sum(each) for each in needed)
+    assert len(work[0, 0]) == len(work[1, 0]) == cells
+    assert len(work[0, 1]) == len(work[1, 1]) == grid[1] + 4 * (grid[0] - 1)
+    assert sum(work[0, 0]) == sum(work[0, 1]) == sum(sum(each) for each in needed)
     once = sum(max(each) for each in needed)  # every position of every window
-    assert sum(work[1, 1, 0]) == sum(work[1, 1, 1]) == sum(work[0, 1, 0]) == sum(work[0, 1, 1]) == once
+    assert sum(work[1, 0]) == sum(work[1, 1]) == once
 
 
 @pytest.mark.parametrize(("grid", "steps"), [((42, 64), 720), ((64, 64), 1072)])
 def test_there_is_one_pass_of_the_prior_a_step(grid: tuple[int, int], steps: int) -> None:
     torch.manual_seed(0)
-    model = GPT(V, 256, P, 1, layers=1, heads=1, dim=4).eval()
-    assert len(passes(model, lambda: sampler((16, 16))(model, torch.tensor([[0]]), grid, seed=0))) == steps
+    model = GPT(raster((16, 16), V), PrefixSpec(P, 1), layers=1, heads=1, dim=4).eval()
+    assert len(passes(model, lambda: sampler((16, 16))(model, torch.tensor([[0]]), raster(grid, V), seed=0))) == steps
 
 
 @pytest.mark.parametrize("wavefront", [False, True])
@@ -313,14 +319,14 @@ def test_a_schedule_caches_no_more_than_it_may_and_reads_in_order(keep: int, wav
 
 def test_crop_reads_a_grid_row_by_row() -> None:
     layout = torch.arange(24).reshape(1, 4, 6)
-    assert crop_prefix(layout, (1, 2), (2, 3)).tolist() == [[8, 9, 10, 14, 15, 16]]
+    assert crop_prefix(layout, (1, 2), (2, 3)).ids.tolist() == [[8, 9, 10, 14, 15, 16]]
 
 
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
     prefix = torch.tensor([[0]])
     with pytest.raises(UserError, match="narrower than the window of 4 x 4; sample at least 4 columns"):
-        sampler((4, 4))(gpt(16), prefix, (8, 3), seed=0)
+        sampler((4, 4))(gpt(16), prefix, raster((8, 3), V), seed=0)
     with pytest.raises(UserError, match=r"sampler\.window=\[4,5\]: it has 20 tokens, the prior models 16"):
-        sampler((4, 5))(gpt(16), prefix, (8, 8), seed=0)
+        sampler((4, 5))(gpt(16), prefix, raster((8, 8), V), seed=0)
     with pytest.raises(RegistryError, match="window must be at least 1 high and wide"):
         sampler((0, 5))

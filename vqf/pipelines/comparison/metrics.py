@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from vqf.config.access import group_nodes
 from vqf.config.settings import to_cli
 from vqf.errors import UserError
+from vqf.evaluation.likelihood import PRIOR_DIRECTIONS
 from vqf.evaluation.protocols import stable_hash
-from vqf.evaluation.reconstruction import PRIOR_METRIC_DIRECTIONS, metric_directions
+from vqf.evaluation.reconstruction import metric_directions
 from vqf.evaluation.result import manifest_sha256
 from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import components
@@ -113,9 +114,9 @@ def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) ->
 
 def _metric_directions(config: DictConfig) -> Mapping[str, bool]:
     try:
-        return metric_directions(config) | PRIOR_METRIC_DIRECTIONS
+        return metric_directions(config) | PRIOR_DIRECTIONS
     except UserError:
-        return PRIOR_METRIC_DIRECTIONS
+        return PRIOR_DIRECTIONS
 
 
 def _training_protocol(checkpoint: Checkpoint) -> dict[str, str]:

@@ -94,8 +94,8 @@ def _modules(
         generator = build_generator(config, tokenizer, imported.classes, condition_tokenizers)
         conditioner = {"conditioner": generator.conditioner} if generator.conditioner.state_dict() else {}
         return {"tokenizer": tokenizer, "model": _load(generator.prior, imported.prior), **conditioner}
-    modules: dict[str, Any] = {"model": tokenizer, "usage": CodebookUsage(tokenizer.vocab_size)}
-    if gan := build_gan(config, channels):
+    modules: dict[str, Any] = {"model": tokenizer, "usage": CodebookUsage(tokenizer.layout)}
+    if gan := build_gan(config, channels, imported.image_size):
         modules["discriminator"] = _load_discriminator(gan, imported)
     if imported.tokenizer.ema_weights:
         modules["ema"] = build_tokenizer(config.model, imported.image_size, channels)

@@ -27,7 +27,7 @@ from vqf.pipelines.planning.fake_tensors import (
     tokenizer_task,
 )
 from vqf.pipelines.planning.memory_tracker import Bytes, MemoryTracker
-from vqf.protocols import Autoregressive
+from vqf.protocols import Causal
 from vqf.training.ema import EMA
 
 SHARDED_KINDS = ("weights", "gradients", "optimizer", "ema")
@@ -128,9 +128,9 @@ def estimate(name: str, config: DictConfig, device: torch.device, world: int = 1
             flops = _run_steps(tracker, planned, config)
     params = [param for module in planned.task.modules.values() for param in module.parameters()]
     trainable = sum(param.numel() for param in params if param.requires_grad)
-    height, width = planned.tokenizer.grid
+    tokens = planned.tokenizer.layout.length
     peaks = {view: {**peak, **_communication_bytes(view, planned)} for view, peak in tracker.peaks.items()}
-    return Estimate(name, _count_parameters(planned), trainable, height * width, peaks, flops)
+    return Estimate(name, _count_parameters(planned), trainable, tokens, peaks, flops)
 
 
 def estimate_sampling(config: DictConfig, device: torch.device, classes: int = 1000) -> Bytes | None:
@@ -139,7 +139,7 @@ def estimate_sampling(config: DictConfig, device: torch.device, classes: int = 1
     config = stage_config(config, "stage2", 1)
     planned, tracker = _build_fake_task("stage2", config, mode, classes), MemoryTracker({"single": {}})
     prior, conditioner = planned.task.generator.prior.eval(), planned.task.generator.conditioner
-    if not isinstance(prior, Autoregressive):
+    if not isinstance(prior, Causal):
         return None
     with mode, emulate_device(device, {}), tracker, torch.no_grad():
         tracker.track(module_tensors(planned.task.generator), "weights")
@@ -148,7 +148,7 @@ def estimate_sampling(config: DictConfig, device: torch.device, classes: int = 1
         logits, cache = prior.prefill(prefix)
         del logits
         cache_bytes = tracker.live_bytes["activations"] - before
-        prior.decode(torch.zeros(len(prefix), dtype=torch.long), cache)
+        prior.decode(torch.zeros(len(prefix), prior.groups[0], dtype=torch.long), cache)
     peak = tracker.peaks["single"]
     return {**peak, "activations": peak["activations"] - cache_bytes, "cache": cache_bytes}
 

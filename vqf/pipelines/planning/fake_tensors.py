@@ -94,8 +94,7 @@ def token_batch(task: PriorTask, count: int, device: torch.device) -> Batch:
     """Return a batch of random tokens and conditions."""
     tokenizer = task.generator.tokenizer
     conditions = task.generator.conditioner.prepare(image_batch(count, tokenizer.image_size, device))
-    height, width = tokenizer.grid
-    tokens = torch.randint(tokenizer.vocab_size, (count, height * width), device=device)
+    tokens = torch.zeros(count, tokenizer.layout.length, dtype=torch.int64, device=device)
     return replace(conditions, images=None, conditions=None, tokens=tokens)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqf.batch import Batch
 from vqf.errors import UserError
 from vqf.images import condition_map_reader, image_files, read_image
-from vqf.models.condition_batch import image_fields, per_image_fields
+from vqf.models.condition_batch import image_fields
 from vqf.models.generator import Generator
 from vqf.registry import build
 
@@ -64,7 +64,7 @@ def from_files(
 
 def from_validation(generator: Generator, config: DictConfig, count: int) -> ConditionSource:
     """Take `count` validation conditions, spread evenly; none if the prior reads at most a class."""
-    if not per_image_fields(generator.conditioner):
+    if not generator.conditioner.fields:
         return unconditional()
     data = build("data", config.data, image_size=generator.tokenizer.image_size, seed=config.seed)
     split = data.split("validation")
@@ -109,7 +109,7 @@ def _paths_by_sample(paths: Mapping[str, list[Path]]) -> Iterator[tuple[str, dic
 
 
 def _crop_box(place: Sequence[float], generator: Generator) -> Tensor:
-    if "crop_boxes" not in per_image_fields(generator.conditioner):
+    if "crop_boxes" not in generator.conditioner.fields:
         raise UserError(
             "place: this prior is not conditioned on crop boxes; train one with model/conditioner=[...,coordinates]"
         )

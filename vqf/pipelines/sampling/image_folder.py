@@ -15,6 +15,7 @@ from vqf.config.diff import differing_options
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_file, sha256_of_tensors
 from vqf.images import read_image, save_image
+from vqf.protocols import HasSpeedOptions
 from vqf.registry import find_component
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 
@@ -75,7 +76,8 @@ def sampling_settings(checkpoint: Checkpoint, config: DictConfig, **options: Any
 def _without_speed_options(kind: str, node: DictConfig | None) -> dict[str, Any] | None:
     if node is None:
         return None
-    speed_options = getattr(find_component(kind, node.name).target, "speed_options", ())
+    target = find_component(kind, node.name).target
+    speed_options = target.speed_options if isinstance(target, HasSpeedOptions) else frozenset[str]()
     options = OmegaConf.to_container(node, resolve=True)
     assert isinstance(options, dict)
     return {str(key): value for key, value in options.items() if key not in speed_options}

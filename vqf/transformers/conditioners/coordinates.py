@@ -7,9 +7,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqf.batch import Batch, Size
+from vqf.batch import Batch
 from vqf.registry import register
-from vqf.transformers.conditioners.spatial import _cell_centers
+from vqf.tokens.layout import TokenLayout
+from vqf.transformers.conditioners.spatial import _cell_centers, image_grid
 
 
 @register("conditioner", "coordinates")
@@ -25,12 +26,12 @@ class CoordinatesConditioner(nn.Module):
 
     batch_field = "crop_boxes"
 
-    def __init__(self, grid: Size, *, rows: int = 32, columns: int = 32) -> None:
+    def __init__(self, layout: TokenLayout, *, rows: int = 32, columns: int = 32) -> None:
         super().__init__()
         if min(rows, columns) < 1:
             raise ValueError(f"rows and columns must be at least 1, not {rows} and {columns}")
-        self.grid, self.bins = grid, (rows, columns)
-        self.positions = _cell_centers(grid, 1, 1)
+        self.grid, self.bins = image_grid(layout, "coordinates"), (rows, columns)
+        self.positions = _cell_centers(self.grid, 1, 1)
         self.length, self.vocab_size = len(self.positions), rows * columns
 
     def forward(self, batch: Batch) -> Tensor:

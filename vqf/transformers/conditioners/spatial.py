@@ -17,6 +17,7 @@ from vqf.batch import Batch, GridPosition, Size
 from vqf.errors import UserError
 from vqf.protocols import ImageCodec
 from vqf.registry import register
+from vqf.tokens.layout import TokenLayout
 
 OpenTokenizer = Callable[[str], ImageCodec]
 
@@ -25,18 +26,26 @@ class _TokenizedConditioner(nn.Module):
     """Base of conditioners whose prefix is the indices of an image.
 
     Args:
-        size_multiple: Pixels of the sampled image per cell and side of the condition.
+        codec: Encodes the condition.
+        layout: Of the sampled image.
+        downsample: Factor by which the condition is smaller than the image.
     """
 
     name: str  # key of the indices in `Batch.condition_indices`
     batch_field: str  # field of a batch that holds the condition images
 
-    def __init__(self, vocab_size: int, grid: Size, stride: int, size_multiple: int, dropout: float) -> None:
+    def __init__(self, codec: ImageCodec, layout: TokenLayout, downsample: int, dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-        self.stride, self.size_multiple = stride, size_multiple
-        self.positions = _cell_centers(grid, stride, size_multiple)
+        if not codec.layout.is_raster or codec.layout.codebooks > 1 or codec.layout.stride is None:
+            raise UserError(
+                f"model.conditioner.{self.name}.run: its tokenizer gives {codec.layout} tokens; a condition needs one "
+                "grid of cells with one token each"
+            )
+        grid, vocab_size = image_grid(layout, self.name), codec.layout.vocab_size
+        self.stride, self.size_multiple = layout.stride or 1, codec.layout.stride * downsample
+        self.positions = _cell_centers(grid, self.stride, self.size_multiple)
         self.length, self.dropout = len(self.positions), dropout
         self.null_index = vocab_size if dropout else None
         self.vocab_size = vocab_size + bool(dropout)
@@ -54,7 +63,7 @@ class _TokenizedConditioner(nn.Module):
             down, right = i * self.stride, j * self.stride
             # Padded to the same size, so that the encoder works as on the unshifted image. No window reads the padding.
             shifted = F.pad(images[..., down:, right:], (0, right, 0, down), mode="replicate")
-            shifts.append(self.encode(replace(batch, **{self.batch_field: shifted})))  # type: ignore[arg-type]
+            shifts.append(self.encode(self._with_images(batch, shifted)))
         indices = rearrange(shifts, "(p q) b h w -> b p q h w", p=p)
         return replace(batch, condition_indices={**batch.condition_indices, self.name: indices})
 
@@ -70,6 +79,9 @@ class _TokenizedConditioner(nn.Module):
         if self.null_index is None:
             return None
         return torch.full((len(batch), self.length), self.null_index, device=batch.any_field.device)
+
+    def _with_images(self, batch: Batch, images: Tensor) -> Batch:
+        return replace(batch, images=images) if self.batch_field == "images" else replace(batch, conditions=images)
 
     def encode(self, batch: Batch) -> Tensor:
         raise NotImplementedError
@@ -92,8 +104,7 @@ class SpatialConditioner(_TokenizedConditioner):
 
     def __init__(
         self,
-        grid: Size,
-        tokenizer: ImageCodec,
+        layout: TokenLayout,
         open_tokenizer: OpenTokenizer,
         *,
         run: str | None = None,
@@ -108,7 +119,7 @@ class SpatialConditioner(_TokenizedConditioner):
         if downsample < 1:
             raise ValueError(f"downsample must be at least 1, not {downsample}")
         codec = open_tokenizer(run)
-        super().__init__(codec.vocab_size, grid, tokenizer.stride, codec.stride * downsample, dropout)
+        super().__init__(codec, layout, downsample, dropout)
         self.tokenizer, self.downsample, self.channels = codec, downsample, codec.channels
 
     def encode(self, batch: Batch) -> Tensor:
@@ -117,7 +128,10 @@ class SpatialConditioner(_TokenizedConditioner):
         return self.tokenizer.encode(_downsample(batch.conditions, self.downsample, "nearest"))
 
     def render(self, batch: Batch) -> Tensor:
-        return self.tokenizer.decode(batch.condition_indices[self.name])
+        return self.show(self.tokenizer.decode(batch.condition_indices[self.name]))
+
+    def show(self, images: Tensor) -> Tensor:
+        return self.tokenizer.to_rgb(images)
 
 
 @register("conditioner", "image")
@@ -136,7 +150,7 @@ class ImageConditioner(_TokenizedConditioner):
 
     def __init__(
         self,
-        grid: Size,
+        layout: TokenLayout,
         tokenizer: ImageCodec,
         open_tokenizer: OpenTokenizer,
         *,
@@ -148,7 +162,7 @@ class ImageConditioner(_TokenizedConditioner):
         if factor < 1:
             raise ValueError(f"factor must be at least 1, not {factor}")
         codec = tokenizer if run is None else open_tokenizer(run)
-        super().__init__(codec.vocab_size, grid, tokenizer.stride, codec.stride * factor, dropout)
+        super().__init__(codec, layout, factor, dropout)
         # A list hides the images' tokenizer from nn.Module: its weights belong to the generator, not to the state here.
         self.shared_tokenizer, self.tokenizer = [tokenizer], None if run is None else codec
         self.view, self.factor, self.channels = view, factor, tokenizer.channels
@@ -168,7 +182,10 @@ class ImageConditioner(_TokenizedConditioner):
     def render(self, batch: Batch) -> Tensor:
         """The view, decoded and enlarged to the size of the images."""
         view = self.codec.decode(batch.condition_indices[self.name])
-        return F.interpolate(view, scale_factor=float(self.factor), mode="nearest")
+        return self.show(F.interpolate(view, scale_factor=float(self.factor), mode="nearest"))
+
+    def show(self, images: Tensor) -> Tensor:
+        return self.codec.to_rgb(images)
 
 
 def sobel_edges(images: Tensor) -> Tensor:
@@ -178,6 +195,20 @@ def sobel_edges(images: Tensor) -> Tensor:
     gradient = F.conv2d(gray, torch.stack([sobel, sobel.T])[:, None])
     strength = gradient.norm(dim=1, keepdim=True).clamp(max=1)  # 1: from -1 to 1 over two pixels
     return (strength * 2 - 1).expand_as(images)
+
+
+def image_grid(layout: TokenLayout, name: str) -> Size:
+    """The grid of an image's cells.
+
+    Raises:
+        UserError: If they have no places in the image; the conditioner `name` needs them.
+    """
+    if layout.grid is None:
+        raise UserError(
+            f"model.conditioner.{name}: needs to know where tokens are, and the {layout.length} tokens of this "
+            "tokenizer have no places in the image; choose model/conditioner=none or label"
+        )
+    return layout.grid
 
 
 def _cell_centers(grid: Size, stride: int, other: int) -> list[GridPosition]:

@@ -1,7 +1,10 @@
 """The base class of causal transformers over [prefix; tokens].
 
-Position p < M holds prefix id p, position M + n token n. The hidden state of position M - 1 + n gives the logits of
+Position p < M holds prefix token p, position M + n token n. The hidden state of position M - 1 + n gives the logits of
 token n, so that the last token is never read.
+
+The codes of all codebooks are numbered in a row: each has an embedding of its own. The logits are as many as the
+largest codebook has codes, and -inf beyond the codebook of the token.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqf.protocols import RaggedChunks
+from vqf.tokens.layout import TokenLayout
+from vqf.tokens.prefix import EMBEDDED, Prefix, PrefixSpec
 from vqf.transformers.layers.kv_cache import (
     AttentionFn,
     DecodingState,
@@ -23,13 +28,17 @@ from vqf.transformers.layers.kv_cache import (
     SlotKVCache,
 )
 
+MAX_VOCAB = 2**20  # embeddings of codes in one table
+
 
 class CausalTransformer(nn.Module):
-    """A causal transformer; a subclass sets the attributes below, and implements `forward_blocks`."""
+    """A causal transformer; a subclass sets the attributes without a value, and implements `forward_blocks`.
 
-    vocab_size: int
-    length: int  # N, tokens of an image
-    prefix_length: int  # M
+    Raises:
+        ValueError: If the codes cannot be embedded, or there is no prefix.
+    """
+
+    likelihood = True
     bidirectional_prefix: int = 0  # so many of the first positions see each other; the others attend causally
     gradient_checkpointing: bool
     token_embedding: nn.Embedding
@@ -37,6 +46,28 @@ class CausalTransformer(nn.Module):
     blocks: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
+    vocab_offsets: Tensor | None  # (K,) first id of each codebook; None with one codebook
+    vocab_sizes: Tensor | None  # (K,)
+    beyond_vocab: Tensor | None  # (K, V) logits without a code; None if all codebooks have one size
+
+    def __init__(self, layout: TokenLayout, prefix: PrefixSpec, dim: int) -> None:
+        super().__init__()
+        if prefix.length < 1:
+            raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")
+        if sum(layout.vocab_sizes) > MAX_VOCAB:
+            raise ValueError(
+                f"a codebook of {layout.vocab_size:,} codes is too large for a table of embeddings (at most "
+                f"{MAX_VOCAB:,}); choose a quantizer whose codes have several factors"
+            )
+        self.layout, self.prefix_length, self.length = layout, prefix.length, layout.length
+        self.groups = (1,) * layout.length
+        self.prefix_projection = nn.Linear(prefix.embedding_dim, dim) if prefix.embedding_dim else None
+        several = layout.codebooks > 1
+        offsets, sizes = torch.tensor(layout.vocab_offsets), torch.tensor(layout.vocab_sizes)
+        beyond = torch.arange(layout.vocab_size) >= sizes[:, None] if len({*layout.vocab_sizes}) > 1 else None
+        self.register_buffer("vocab_offsets", offsets if several else None, persistent=False)
+        self.register_buffer("vocab_sizes", sizes if several else None, persistent=False)
+        self.register_buffer("beyond_vocab", beyond, persistent=False)
 
     @property
     def max_positions(self) -> int:
@@ -59,36 +90,40 @@ class CausalTransformer(nn.Module):
                 x = block(x, attend, *extra)
         return x
 
-    def forward(self, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """Logits (B, N, V) of tokens (B, N) int64, given the prefix (B, M) int64; the last token is not read."""
+    def forward(self, tokens: Tensor, prefix: Prefix | Tensor) -> Tensor:
+        """Logits (B, n, V) of the first tokens (B, n) int64; the last one is not read."""
+        prefix = Prefix.of(prefix)
         self._check_inputs(tokens, prefix)
-        x = self._embed(prefix, tokens[:, :-1])
+        read = tokens[:, :-1]
+        x = torch.cat((self._embed_prefix(prefix), self._embed_tokens(read, self._indices(read))), dim=1)
         attend = FullAttention(self._attention_mask(x))
         x = self.forward_blocks(x, slice(x.shape[1]), [attend] * len(self.blocks))
-        return self.head(self.norm(x[:, self.prefix_length - 1 :]))
+        return self._logits(x[:, self.prefix_length - 1 :])
 
-    def loss(self, tokens: Tensor, prefix: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, prefix: Prefix | Tensor) -> Tensor:
         return cross_entropy(self(tokens, prefix), tokens)
 
     @torch.no_grad()
-    def prefill(self, prefix: Tensor) -> tuple[Tensor, DecodingState]:
-        """Read a prefix (B, M). Returns the logits (B, V) of token 0, and the cache."""
-        self._check_inputs(prefix.new_zeros(len(prefix), 1), prefix)
-        x = self._embed(prefix, prefix[:, :0])
+    def prefill(self, prefix: Prefix | Tensor) -> tuple[Tensor, DecodingState]:
+        """Read a prefix. Returns the logits (B, 1, V) of token 0, and the cache."""
+        prefix = Prefix.of(prefix)
+        self._check_inputs(prefix.ids.new_zeros(len(prefix), 1), prefix)
+        x = self._embed_prefix(prefix)
         prefix_attention = FullAttention(self._attention_mask(x))
         cache = DecodingState([KVCache(self.max_positions, prefix_attention) for _ in self.blocks], 0)
         return self._forward_cached(x, cache), cache
 
     @torch.no_grad()
-    def decode(self, token: Tensor, cache: DecodingState) -> Tensor:
-        """Read the next token (B,). Returns the logits (B, V) of the one after it.
+    def decode(self, tokens: Tensor, cache: DecodingState) -> Tensor:
+        """Read the next token (B, 1). Returns the logits (B, 1, V) of the one after it.
 
         Raises:
             ValueError: If the last position has been read already.
         """
         if cache.position == self.max_positions:
             raise ValueError(f"the sequence is full: the prior models {self.length} tokens")
-        return self._forward_cached(self.token_embedding(token[:, None]), cache)
+        index = self._indices(tokens, cache.position - self.prefix_length)
+        return self._forward_cached(self._embed_tokens(tokens, index), cache)
 
     def allocate_cache(self, num_sequences: int) -> list[SlotKVCache]:
         return [SlotKVCache(num_sequences, self.max_positions) for _ in self.blocks]
@@ -98,22 +133,55 @@ class CausalTransformer(nn.Module):
         layout = RaggedLayout.from_chunks(chunks, self.bidirectional_prefix)
         in_prefix = chunks.positions < self.prefix_length
         # Both tables are read at every position, with id 0 where an id belongs to the other table.
+        token_index = chunks.positions - self.prefix_length
         x = torch.where(
             in_prefix[:, None],
-            (self.prefix_embedding or self.token_embedding)(chunks.ids.where(in_prefix, 0)),
-            self.token_embedding(chunks.ids.where(~in_prefix, 0)),
+            self._prefix_table(chunks.ids.where(in_prefix, 0)),
+            self._embed_tokens(chunks.ids.where(~in_prefix, 0), token_index),
         )
         x = self.forward_blocks(x[None], chunks.positions, [partial(layer.attend, layout) for layer in cache])
-        return self.head(self.norm(x[0, chunks.ends]))
+        return self._mask_vocab(self.head(self.norm(x[0, chunks.ends])), token_index[chunks.ends] + 1)
 
     def _forward_cached(self, x: Tensor, cache: DecodingState) -> Tensor:
         start, cache.position = cache.position, cache.position + x.shape[1]
         x = self.forward_blocks(x, slice(start, cache.position), cache.kv_caches)
-        return self.head(self.norm(x[:, -1]))
+        return self._logits(x[:, -1:], cache.position - self.prefix_length)
 
-    def _embed(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        embed_prefix = self.prefix_embedding or self.token_embedding
-        return torch.cat((embed_prefix(prefix), self.token_embedding(tokens)), dim=1)
+    def _logits(self, x: Tensor, first: int = 0) -> Tensor:
+        """The logits (B, n, V) of the tokens from `first` on."""
+        return self._mask_vocab(self.head(self.norm(x)), self._indices(x, first))
+
+    def _mask_vocab(self, logits: Tensor, token_index: Tensor) -> Tensor:
+        if self.beyond_vocab is None:
+            return logits
+        return logits.masked_fill(self.beyond_vocab[token_index % self.layout.codebooks], -torch.inf)
+
+    def _embed_tokens(self, tokens: Tensor, token_index: Tensor) -> Tensor:
+        if self.vocab_offsets is not None:
+            tokens = tokens + self.vocab_offsets[token_index % self.layout.codebooks]
+        return self.token_embedding(tokens)
+
+    def random_tokens_like(self, tokens: Tensor) -> Tensor:
+        """Uniformly random codes in the shape of tokens (B, n)."""
+        random = torch.randint_like(tokens, self.layout.vocab_size)
+        if self.vocab_sizes is None:
+            return random
+        return random % self.vocab_sizes[self._indices(tokens) % self.layout.codebooks]
+
+    @staticmethod
+    def _indices(x: Tensor, first: int = 0) -> Tensor:
+        return torch.arange(first, first + x.shape[1], device=x.device)
+
+    def _embed_prefix(self, prefix: Prefix) -> Tensor:
+        if self.prefix_projection is None or prefix.embeddings is None:
+            return self._prefix_table(prefix.ids)
+        embedded = prefix.ids == EMBEDDED
+        ids = self._prefix_table(prefix.ids.masked_fill(embedded, 0))
+        projected = self.prefix_projection(prefix.embeddings.to(self.prefix_projection.weight.dtype))
+        return torch.where(embedded[..., None], projected.to(ids.dtype), ids)
+
+    def _prefix_table(self, ids: Tensor) -> Tensor:
+        return (self.prefix_embedding or self.token_embedding)(ids)
 
     def _attention_mask(self, x: Tensor) -> Tensor | None:
         if self.bidirectional_prefix < 2:
@@ -122,11 +190,11 @@ class CausalTransformer(nn.Module):
         visible[: self.bidirectional_prefix, : self.bidirectional_prefix] = True
         return visible
 
-    def _check_inputs(self, tokens: Tensor, prefix: Tensor) -> None:
+    def _check_inputs(self, tokens: Tensor, prefix: Prefix) -> None:
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.length:
             raise ValueError(f"tokens must be (B, N) with N from 1 to {self.length}, not {tuple(tokens.shape)}")
-        if prefix.shape != (len(tokens), self.prefix_length):
-            raise ValueError(f"prefix must be {(len(tokens), self.prefix_length)}, not {tuple(prefix.shape)}")
+        if prefix.ids.shape != (len(tokens), self.prefix_length):
+            raise ValueError(f"prefix must be {(len(tokens), self.prefix_length)}, not {tuple(prefix.ids.shape)}")
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -135,7 +203,7 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
 
 
-def check_options(dropout: float, prefix_length: int, **sizes: int) -> None:
+def check_options(dropout: float, **sizes: int) -> None:
     """Check the options that all priors share.
 
     Raises:
@@ -146,5 +214,3 @@ def check_options(dropout: float, prefix_length: int, **sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, not {size}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-    if prefix_length < 1:
-        raise ValueError("a prior needs at least one prefix token; model/conditioner=none is a start token")

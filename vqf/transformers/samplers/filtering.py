@@ -45,16 +45,16 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def sample_from_logits(logits: Tensor, noise: Tensor) -> Tensor:
-    """Sample an index (B,) int64 from each row of logits (B, V), by inverting the cumulative distribution.
+    """Sample indices (...) int64 from logits (..., V), by inverting the cumulative distribution.
 
     Args:
-        noise: (B,) in [0, 1), of which 24 bits are used.
+        noise: (...) in [0, 1), of which 24 bits are used.
     """
     # In integers: a parallel cumulative sum of floats can grow at a probability of 0, which would then be sampled.
     weights = (logits.softmax(-1, dtype=torch.float32) * 2**WEIGHT_BITS).round().long()
     cumulative = weights.cumsum(-1)
-    threshold = (noise * 2**UNIFORM_BITS).long() * cumulative[:, -1] >> UNIFORM_BITS
-    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    threshold = (noise * 2**UNIFORM_BITS).long() * cumulative[..., -1] >> UNIFORM_BITS
+    return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 
 
 def sample_noise(seed: int, index: int, count: int) -> Tensor:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from vqf.errors import UserError
+from vqf.tokens.layout import TokenLayout
 from vqf.transformers.samplers.filtering import min_p, temperature, top_k, top_p
 from vqf.transformers.samplers.guidance import Schedule, check_guidance, guide, scale_at
 
 
 class LogitSampler:
     """Filters and guidance.
+
+    A subclass is a `vqf.protocols.Sampler`.
 
     Args:
         temperature: Divides the logits, above 0: below 1 sharpens the prior's distribution, above 1 flattens it.
@@ -63,7 +66,7 @@ class LogitSampler:
         return self.guidance != 1
 
     def guidance_scales(self, count: int) -> Tensor:
-        """s of each of `count` tokens, float32 on the CPU."""
+        """s of each of `count` tokens, or groups of tokens, float32 on the CPU."""
         interval, power = self.guidance_interval, self.guidance_power
         return torch.tensor([
             scale_at(n / count, self.guidance, self.guidance_schedule, interval=interval, power=power)
@@ -71,16 +74,16 @@ class LogitSampler:
         ])  # fmt: skip
 
     def guide(self, logits: Tensor, scale: Tensor) -> Tensor:
-        """Combine logits with and without the condition to (n, V).
+        """Combine logits with and without the condition to (n, ..., V).
 
         Args:
-            logits: (n, V); with guidance (2 n, V), first those with the condition.
-            scale: s of each token (n,), or ().
+            logits: (n, ..., V); with guidance (2 n, ..., V), first those with the condition.
+            scale: s of each row (n,), or ().
         """
         if not self.uses_guidance:
             return logits
         conditional, unconditional = logits.float().chunk(2)
-        return guide(conditional, unconditional, scale[..., None])
+        return guide(conditional, unconditional, scale.view(*scale.shape, *[1] * (conditional.ndim - scale.ndim)))
 
     def require_null_prefix(self, null_prefix: object | None) -> None:
         """Check that guidance has a null prefix.
@@ -95,8 +98,8 @@ class LogitSampler:
             )
 
 
-def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, device: torch.device) -> Tensor:
-    """A copy (B, N) of the known tokens, or -1 everywhere.
+def init_tokens(known: Tensor | None, shape: tuple[int, int], layout: TokenLayout, device: torch.device) -> Tensor:
+    """A copy (B, T) of the known tokens, or -1 everywhere.
 
     Raises:
         ValueError: If their shape or values are wrong.
@@ -105,8 +108,10 @@ def init_tokens(known: Tensor | None, shape: tuple[int, int], vocab_size: int, d
         return torch.full(shape, -1, device=device)
     if known.shape != shape:
         raise ValueError(f"known tokens must be {shape}, not {tuple(known.shape)}")
-    if known.max() >= vocab_size:
-        raise ValueError(f"known tokens must be below {vocab_size}, the prior's vocabulary, not {int(known.max())}")
+    sizes = torch.tensor(layout.vocab_sizes, device=known.device)
+    if (layout.by_codebook(known) >= sizes).any():
+        limits = " and ".join(map(str, layout.vocab_sizes))
+        raise ValueError(f"known tokens must be below {limits}, the prior's vocabulary, not {int(known.max())}")
     return known.clone()
 
 

@@ -25,8 +25,10 @@ class LikelihoodScorer:
         """Score samples, (B,).
 
         Raises:
-            UserError: If the images are larger than the prior's grid.
+            UserError: If the prior has no likelihood, or the images are larger than those of its training.
         """
+        if not samples.prior.likelihood:
+            raise UserError("scorer=likelihood: this prior has no likelihood; choose scorer=imagenet, or candidates=1")
         if samples.prefix is None:
             raise UserError("scorer=likelihood: these images are larger than those that the prior was trained on")
         logits = samples.prior(samples.tokens, samples.prefix)

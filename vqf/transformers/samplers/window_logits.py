@@ -3,71 +3,75 @@
 Sequences are ordered as (prefix, token of the step, sample), so that with guidance conditional logits come first.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vqf.batch import Size
-from vqf.protocols import Prior, RaggedChunks, RaggedDecoding
-from vqf.transformers.samplers.window_schedule import DecodingSchedule, DecodingStep
+from vqf.protocols import Causal, RaggedChunks, RaggedDecoding, WindowPrefix
+from vqf.tokens.prefix import Prefix
+from vqf.transformers.samplers.window_schedule import DecodingSchedule, DecodingStep, WindowChunk
 
-WindowPrefix = Tensor | Callable[[Size, Size], Tensor]  # see `crop_prefix`
+WindowPrefixes = WindowPrefix | Prefix | Tensor  # see `crop_prefix`
 
 
-def crop_prefix(prefix: WindowPrefix, start: Size, window: Size) -> Tensor:
-    """The prefix (B, M) of the window that starts at (row, column).
+def crop_prefix(prefix: WindowPrefixes, start: Size, window: Size) -> Prefix:
+    """The prefix of the window that starts at (row, column).
 
     Args:
-        prefix: (B, M), for every window; or (B, H, W), to be cropped; or a function of a window's start and size.
+        prefix: A `Prefix` or ids (B, M), for every window; ids (B, H, W), to be cropped; or a function of a window's
+            start and size.
     """
-    if not isinstance(prefix, Tensor):
-        return prefix(start, window)
-    if prefix.ndim == 2:
+    if isinstance(prefix, Prefix):
         return prefix
-    return prefix[:, start[0] : start[0] + window[0], start[1] : start[1] + window[1]].flatten(1)
+    if not isinstance(prefix, Tensor):
+        return Prefix.of(prefix(start, window))
+    if prefix.ndim == 3:
+        prefix = prefix[:, start[0] : start[0] + window[0], start[1] : start[1] + window[1]].flatten(1)
+    return Prefix(prefix)
 
 
 class RecomputedWindows:
-    """Logits by any prior, which reads every window from its start.
+    """Logits by any causal prior, which reads every window from its start to the new token.
 
     Args:
         tokens: (B, H, W), filled by the sampler between steps, else -1.
         schedule: Made with `max_cached=0`.
-        full_window: Whether the prior also reads later tokens.
     """
 
     def __init__(
         self,
-        prior: Prior,
-        prefixes: Sequence[WindowPrefix],
+        prior: Causal,
+        prefixes: Sequence[WindowPrefixes],
         tokens: Tensor,
         window: Size,
         schedule: DecodingSchedule,
-        full_window: bool,
     ) -> None:
         self.prior, self.prefixes, self.tokens, self.window, self.schedule = prior, prefixes, tokens, window, schedule
-        self.full_window = full_window
         self.table = schedule.to_tensor().to(tokens.device)
         self.window_indices = torch.arange(window[0] * window[1], device=tokens.device)
 
     def logits(self, step: DecodingStep) -> Tensor:
         """Logits (cells * B, V) of the tokens of a step; with guidance (2 * cells * B, V)."""
-        batch, copies = len(self.tokens), len(self.prefixes)
-        prefix = torch.cat([
-            crop_prefix(each, chunk.window_start, self.window) for each in self.prefixes for chunk in step.chunks
+        by_count: dict[int, list[int]] = defaultdict(list)  # a prior is never shown tokens after the new one
+        for i, chunk in enumerate(step.chunks):
+            by_count[chunk.count].append(i)
+        order = torch.tensor([i for cells in by_count.values() for i in cells], device=self.tokens.device)
+        logits = [self._same_length([step.chunks[i] for i in cells]) for cells in by_count.values()]
+        return torch.cat(logits, dim=1)[:, order.argsort()].flatten(0, 2)
+
+    def _same_length(self, chunks: Sequence[WindowChunk]) -> Tensor:
+        """Logits (copies, cells, B, V) of windows with equally many tokens before the new one."""
+        prefix = Prefix.cat([
+            crop_prefix(each, chunk.window_start, self.window) for each in self.prefixes for chunk in chunks
         ])  # fmt: skip
-        prefix_length = prefix.shape[1]
-        indices = self.window_indices
-        if not self.full_window:
-            indices = indices[: step.context_length - prefix_length + 1]  # the last one is predicted, not read
-        _, _, top, left, _, _, count = self.table[:, step.span, None]
-        rows, columns = top + indices // self.window[1], left + indices % self.window[1]
-        # Tokens that are not sampled yet are shown as 0: a causal prior does not see them.
-        windows = self.tokens[:, rows, columns].transpose(0, 1).flatten(0, 1).clamp(min=0)
-        index_in_window = (count - prefix_length).expand(-1, batch).flatten().repeat(copies)
-        logits = self.prior(windows.repeat(copies, 1), prefix)
-        return logits.take_along_dim(index_in_window[:, None, None], dim=1)[:, 0]
+        indices = self.window_indices[: chunks[0].count - prefix.ids.shape[1] + 1]  # the last is predicted, not read
+        corners = torch.tensor([chunk.window_start for chunk in chunks], device=self.tokens.device)[:, :, None]
+        rows, columns = corners[:, 0] + indices // self.window[1], corners[:, 1] + indices % self.window[1]
+        tokens = self.tokens[:, rows, columns].transpose(0, 1).flatten(0, 1).repeat(len(self.prefixes), 1)
+        return self.prior(tokens, prefix)[:, -1].unflatten(0, (len(self.prefixes), len(chunks), len(self.tokens)))
 
 
 class CachedWindows:
@@ -76,7 +80,7 @@ class CachedWindows:
     def __init__(
         self,
         prior: RaggedDecoding,
-        prefixes: Sequence[WindowPrefix],
+        prefixes: Sequence[WindowPrefixes],
         tokens: Tensor,
         window: Size,
         schedule: DecodingSchedule,
@@ -124,7 +128,7 @@ class CachedWindows:
             return ids
         unused = ids.new_zeros(len(self.tokens), self.schedule.prefix_length)
         prefix = torch.cat([
-            crop_prefix(prefix, chunk.window_start, self.window) if chunk.start == 0 else unused
+            crop_prefix(prefix, chunk.window_start, self.window).ids if chunk.start == 0 else unused
             for prefix in self.prefixes
             for chunk in step.chunks
         ])  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the tokens of an image mean, and the prefix in front of them."""

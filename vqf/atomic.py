@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -143,7 +143,7 @@ def write_torch(states: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         recorder = _ErrorRecordingFile(file)
         try:
-            torch.save(dict(states), recorder)  # type: ignore[arg-type]
+            torch.save(dict(states), cast(BinaryIO, recorder))
         except RuntimeError as error:
             raise recorder.error or error from None
 

@@ -132,7 +132,6 @@ def _crop_indices(indices: Tensor, start: Size, size: Size, grid: Size) -> Tenso
 
 
 def _stack_optional(values: Sequence[Tensor | None]) -> Tensor | None:
-    if values[0] is None:
-        return None
-    assert all(value is not None for value in values), "every sample of a split has the same fields"
-    return torch.stack(values)  # type: ignore[arg-type]
+    present = [value for value in values if value is not None]
+    assert len(present) in (0, len(values)), "every sample of a split has the same fields"
+    return torch.stack(present) if present else None

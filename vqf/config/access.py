@@ -1,5 +1,7 @@
 """Reads of a composed config."""
 
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.batch import Size, pair
@@ -9,8 +11,9 @@ DEFAULT_IMAGE_SIZE = 256
 
 def image_size(config: DictConfig) -> Size:
     """`image_size` as (height, width) in pixels."""
-    size = config.image_size
-    return pair(OmegaConf.to_container(size) if OmegaConf.is_list(size) else size)  # type: ignore[arg-type]
+    size: Any = config.image_size
+    plain: Any = OmegaConf.to_container(size) if OmegaConf.is_list(size) else size
+    return pair(plain)
 
 
 def group_nodes(config: DictConfig, group: str) -> dict[str, DictConfig]:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -195,9 +196,9 @@ def _default_configs() -> list[DictConfig]:
     loader = ConfigLoaderImpl(create_config_search_path(None))
     plain = loader.load_configuration(None, [], RunMode.RUN, from_shell=False)
     config = OmegaConf.create({"hydra": OmegaConf.to_container(plain.hydra, resolve=False)})
-    own = OmegaConf.merge(config, OmegaConf.load(config_dir() / "config.yaml"))
+    own = cast(DictConfig, OmegaConf.merge(config, OmegaConf.load(config_dir() / "config.yaml")))
     own.hydra.job_logging = OmegaConf.load(config_dir() / "hydra" / "job_logging" / "vqf.yaml")
-    return [plain, own]  # type: ignore[list-item]
+    return [plain, own]
 
 
 def _parse(lines: Sequence[str], composer: Composer, multirun: bool) -> tuple[list[Override], list[str]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -89,9 +89,9 @@ def _cli_key(key: str) -> str:
 
 def _to_container(config: DictConfig) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException:
-        return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
 
 
 def _to_text(value: Any) -> str:

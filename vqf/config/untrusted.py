@@ -74,8 +74,8 @@ def _raw_value(config: DictConfig, config_key: str) -> Any:
         node = node.get(parent) if isinstance(node, DictConfig) else None
     if not isinstance(node, DictConfig) or last not in node:
         return None
-    value = node._get_node(last)
-    plain = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value._value()  # type: ignore[union-attr]
+    value: Any = node._get_node(last)
+    plain = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value._value()
     return None if plain in ([], {}) else plain
 
 

@@ -172,7 +172,8 @@ def world_maps() -> Tensor:
 def _band_columns(band: Sequence[float]) -> tuple[int, int]:
     if len(band) != 2 or not 0 < band[1] - band[0] < 360:
         raise ValueError(f"band={list(band)} is not two meridians, the western one first, as in [60,100] or [170,190]")
-    return tuple(round((east + 180) / 360 * WIDTH) for east in band)  # type: ignore[return-value]
+    start, stop = (round((east + 180) / 360 * WIDTH) for east in band)
+    return start, stop
 
 
 def _check_fits(what: str, extent: Size, columns: int) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -16,7 +16,7 @@ from vqf.data.files.image_file import ImageFile
 from vqf.data.files.packed import LazySequence
 from vqf.errors import EmptySplitError, UserError
 from vqf.hashing import sha256_of
-from vqf.protocols import ConditionReader, Data, Split, StreamingSplit
+from vqf.protocols import ConditionReader, Data, Named, Split, StreamingSplit, TracksReadErrors
 from vqf.registry import build, call_static, check_options, register
 from vqf.seeding import hash_seed
 
@@ -72,8 +72,10 @@ class Union:
             raise error or AssertionError("no split and no error")
         other_name = "train" if name == "validation" else "validation"
         others, _ = self._open_splits(other_name, self.sources.keys() - splits.keys())
-        kind = ImageFileUnionSplit if all(hasattr(split, "file") for split in splits.values()) else UnionSplit
-        return kind(splits, self.classes, others)
+        files = {name: split for name, split in splits.items() if isinstance(split, HasImageFiles)}
+        if len(files) == len(splits):
+            return ImageFileUnionSplit(files, splits, self.classes, others)
+        return UnionSplit(splits, self.classes, others)
 
     def _open_splits(self, name: str, sources: Iterable[str]) -> tuple[dict[str, Split], EmptySplitError | None]:
         """Return the split of each source that has it, and the last error."""
@@ -135,7 +137,8 @@ class UnionSplit:
         return source, index - (self.ends[source - 1] if source else 0)
 
     def read_error_flags(self) -> list[torch.Tensor]:
-        return [flags for split in self.splits for flags in getattr(split, "read_error_flags", list)()]
+        tracking = [split for split in self.splits if isinstance(split, TracksReadErrors)]
+        return [flags for split in tracking for flags in split.read_error_flags()]
 
     def check_read_errors(self) -> None:
         """Check each source's read errors.
@@ -145,20 +148,33 @@ class UnionSplit:
         """
         for name, split in zip(self.source_names, self.splits, strict=True):
             with _prefix_errors(name):
-                getattr(split, "check_read_errors", lambda: None)()
+                if isinstance(split, TracksReadErrors):
+                    split.check_read_errors()
+
+
+@runtime_checkable
+class HasImageFiles(Named, Protocol):
+    """A split whose images are all files."""
+
+    def file(self, index: int) -> ImageFile: ...
 
 
 class ImageFileUnionSplit(UnionSplit):
     """A union of sources whose images are all files."""
 
-    def __init__(self, splits: Mapping[str, Any], classes: Sequence[str], others: Mapping[str, Split]) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, "HasImageFiles"],
+        splits: Mapping[str, Split],
+        classes: Sequence[str],
+        others: Mapping[str, Split],
+    ) -> None:
         super().__init__(splits, classes, others)
-        self.names = _UnionNames(self)
+        self.file_splits, self.names = list(files.values()), _UnionNames(self)
 
     def file(self, index: int) -> ImageFile:
         source, local_index = self.locate(index)
-        file: ImageFile = self.splits[source].file(local_index)  # type: ignore[attr-defined]
-        return file
+        return self.file_splits[source].file(local_index)
 
 
 class _UnionNames(LazySequence[str]):
@@ -170,7 +186,7 @@ class _UnionNames(LazySequence[str]):
 
     def _get(self, index: int) -> str:
         source, local_index = self.split.locate(index)
-        return f"{self.split.source_names[source]}/{self.split.splits[source].names[local_index]}"  # type: ignore[attr-defined]
+        return f"{self.split.source_names[source]}/{self.split.file_splits[source].names[local_index]}"
 
 
 @contextmanager

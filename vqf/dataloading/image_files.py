@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from PIL import Image
 
 from vqf.batch import Size
-from vqf.protocols import Split
+from vqf.protocols import Named, Split
 
 
 class ImageFileLike(Protocol):
@@ -88,8 +88,7 @@ def locate(split: Split, index: int) -> SampleLocation:
         location = locate(split.splits[source], local_index)
         name = f"{split.source_names[source]}/{location.name}"
         return location._replace(name=name, source_label=split.source_labels[source])
-    names = getattr(split, "names", None)
-    name = str(index) if names is None else str(names[index])
+    name = str(split.names[index]) if isinstance(split, Named) else str(index)
     return SampleLocation(split, index, Path(name).name if os.path.isabs(name) else name)
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,7 @@ def train_batches(
     workers: int,
     timeout: float = DEFAULT_TIMEOUT,
     sync_every: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield this rank's batches of steps `start` to `steps` - 1; a stream is read in its own order.
 
     Args:
@@ -60,7 +60,7 @@ def train_batches(
 
 def sequential_batches(
     split: Split, batch_size: int, *, count: int | None = None, workers: int = 0, timeout: float = DEFAULT_TIMEOUT
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield this rank's slices of a split in order, as augmented in epoch 0; the last batch may be smaller.
 
     Args:
@@ -79,7 +79,7 @@ def sequential_batches(
 
 def keyed_batches(
     split: Split, keys: Iterable[Sequence[SampleKey]], *, workers: int = 0, timeout: float = DEFAULT_TIMEOUT
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield one batch per list of keys.
 
     Raises:
@@ -92,7 +92,7 @@ def keyed_batches(
 
 def _stream_batches(
     split: StreamingSplit, order: ShuffledBatches, start: int, steps: int, workers: int, timeout: float
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     if split.max_readers < order.world_size:
         raise UserError(f"data.train: {split.max_readers} shards cannot be shared by {order.world_size} processes")
     if start:
@@ -183,7 +183,7 @@ def _collate(samples: Callable[[], list[Sample]]) -> _LoadedBatch:
             return _LoadedBatch(error=error, records=records)
 
 
-def _unwrap(loaded: Iterator[_LoadedBatch], workers: int, timeout: float) -> Iterator[Batch]:
+def _unwrap(loaded: Iterator[_LoadedBatch], workers: int, timeout: float) -> Generator[Batch]:
     while True:
         try:
             result = next(loaded)

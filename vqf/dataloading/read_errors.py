@@ -1,21 +1,8 @@
 """Unreadable images, counted over all ranks."""
 
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor
-
 from vqf.distributed import comm
 from vqf.distributed.log_relay import capture_logs, flush_relayed
-from vqf.protocols import Split
-
-
-@runtime_checkable
-class TracksReadErrors(Protocol):
-    """A split that records its unreadable images."""
-
-    def read_error_flags(self) -> list[Tensor]: ...  # bool, in memory shared with the loader's workers
-
-    def check_read_errors(self) -> None: ...  # raises a UserError if there are too many
+from vqf.protocols import Split, TracksReadErrors
 
 
 def sync_read_errors(split: Split) -> None:

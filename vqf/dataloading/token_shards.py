@@ -4,7 +4,7 @@ Row r holds the tokens of image r % num_images in view r // num_images; a view i
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class TokenDataset:
         mean: list[float] = (torch.stack(sums).sum(0) / count).tolist()
         return mean
 
-    def batches(self, order: ShuffledBatches, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, order: ShuffledBatches, start: int, stop: int) -> Generator[Batch]:
         for step in range(start, stop):
             keys = order.batch(step)
             yield self.gather([epoch for epoch, _ in keys], [index for _, index in keys])

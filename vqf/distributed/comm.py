@@ -5,7 +5,7 @@ All ranks must call a collective, in the same order.
 
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -134,18 +134,30 @@ def gather_rows(tensor: Tensor, count: int) -> Tensor | None:
     return None if gathered is None else torch.cat(gathered)[:count]
 
 
+@runtime_checkable
+class ShardedTensor(Protocol):
+    """A `DTensor` of fsdp2, recognized without importing what takes a second to import."""
+
+    device_mesh: Any
+    placements: Any
+    shape: torch.Size
+    device: torch.device
+
+    def full_tensor(self) -> Tensor: ...
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a shard (fsdp2), or any other tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor
 
 
 @torch.no_grad()
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
     """Copy a full value into a tensor that may be sharded."""
-    if hasattr(tensor, "full_tensor"):
+    if isinstance(tensor, ShardedTensor):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
 
 

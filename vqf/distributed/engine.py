@@ -59,12 +59,12 @@ class Engine:
             module: The same on every rank.
             sharded: Whether fsdp2 shards it; a small module is cheaper under DDP.
         """
-        called = module if method == "forward" else _MethodModule(module, method)
+        called: Any = module if method == "forward" else _MethodModule(module, method)
         if self.kind == "fsdp2" and sharded:
             fsdp.shard_module(module, self.device, compiled)
             return called
         if compiled:
-            called = torch.compile(called, dynamic=False)  # type: ignore[assignment]
+            called = torch.compile(called, dynamic=False)
         if self.kind == "single":
             return called
         # Buffers are synced once a step by `sync_buffers`, not before every forward as DDP would.

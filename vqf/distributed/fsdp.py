@@ -34,10 +34,11 @@ def shard_module(module: nn.Module, device: torch.device, compiled: bool) -> Non
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     # FSDP2 takes the first module that is called for the root, for good. This must not be a block, which may run alone
     # first, so a method that does nothing is called on the parent here.
-    module.nothing = lambda: None  # type: ignore[assignment]
+    root: Any = module
+    root.nothing = lambda: None
     register_fsdp_forward_method(module, "nothing")
-    module.nothing()  # type: ignore[operator]
-    del module.nothing
+    root.nothing()
+    del root.nothing
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -65,7 +66,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 def full_tensor_on_main(value: Any) -> Any:
     """Gather a sharded tensor on rank 0, on the CPU (elsewhere it is empty); other values stay."""
-    if not hasattr(value, "full_tensor"):
+    if not isinstance(value, comm.ShardedTensor):
         return value
     full = value.full_tensor().detach()
     return full.cpu() if comm.is_main() else full.new_empty(0)
@@ -73,7 +74,7 @@ def full_tensor_on_main(value: Any) -> Any:
 
 def shard_tensor(value: Any, like: Any) -> Any:
     """Return this rank's shard of a full tensor if `like` is sharded and has its shape."""
-    if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
+    if not isinstance(like, comm.ShardedTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -5,6 +5,7 @@ norm with eps 1e-6, downsampling padded on the right and bottom only, and attent
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ class ConvDecoder(nn.Module):
 
     @property
     def _lowest_level(self) -> Level:
-        return self.up[-1]  # type: ignore[return-value]
+        return cast(Level, self.up[-1])
 
     def _forward_mid(self, latents: Tensor) -> Tensor:
         return apply_blocks(self.mid, self.conv_in(latents), self.gradient_checkpointing)

@@ -1,7 +1,6 @@
 """The context of an evaluation."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ class EvaluationContext:
         protocol, config = self.protocol, self.config
         lines = {"name": config.protocol.name, "task": protocol.task, "data": config.data.name}
         lines |= {"target": config.target, "precision": config.precision}
-        lines |= {field.name: getattr(protocol, field.name) for field in fields(protocol)}  # type: ignore[arg-type]
+        lines |= vars(protocol)
         if lines["reference"] not in (ORIGINALS, *SPLITS):
             lines["reference"] = Path(protocol.reference).name  # results must not depend on where the file lies
         return lines

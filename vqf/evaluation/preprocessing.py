@@ -12,7 +12,7 @@ from torch import Tensor
 from vqf.batch import Sample, Size
 from vqf.dataloading.image_files import ImageFileSplit
 from vqf.errors import UserError
-from vqf.protocols import Split
+from vqf.protocols import Labelled, Split
 
 FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
@@ -37,7 +37,7 @@ class CroppedSplit:
 
     def __init__(self, files: ImageFileSplit, size: Size, crop: Callable[[Image.Image, Size], Image.Image]) -> None:
         self.files, self.size, self.crop = files, size, crop
-        self.labels = getattr(files, "labels", None)
+        self.labels = files.labels if isinstance(files, Labelled) else None
         self.fingerprint = cast(Split, files).fingerprint
 
     def __len__(self) -> int:

@@ -71,8 +71,10 @@ def evaluate(
 
 def gather_to_main(local: Reconstruction, count: int) -> Reconstruction | None:
     """Gather the first `count` reconstructions; None outside the main process."""
-    fields = {name: None if rows is None else comm.gather_rows(rows, count) for name, rows in vars(local).items()}
-    return Reconstruction(**fields) if comm.is_main() else None  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        name: None if rows is None else comm.gather_rows(rows, count) for name, rows in vars(local).items()
+    }
+    return Reconstruction(**fields) if comm.is_main() else None
 
 
 def side_by_side(tokenizer: Tokenizer, split: Split, engine: Engine, count: int = MAX_PREVIEW_PAIRS) -> Tensor:

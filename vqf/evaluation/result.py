@@ -17,7 +17,7 @@ from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
 from vqf.evaluation.protocols import stable_hash
 from vqf.hashing import sha256_of_file
-from vqf.protocols import Directed, SetMetricResult
+from vqf.protocols import Directed, SetMetric, SetMetricResult
 from vqf.run_files import read_json
 from vqf.runs.checkpoint import MANIFEST, Checkpoint
 from vqf.runs.provenance import command_line, git_commit
@@ -45,7 +45,8 @@ class EvaluationResult:
     def add(self, metric: object, result: SetMetricResult, settings: dict[str, Any], prefix: str = "") -> None:
         """Add a metric; keys get the prefix, such as "r" in rfid."""
         directions = metric.higher_is_better if isinstance(metric, Directed) else {}
-        declared_prefix = getattr(metric, "reconstruction_prefix", "")  # keys are declared for reconstructions
+        # The keys of a set metric are declared for reconstructions.
+        declared_prefix = metric.reconstruction_prefix if isinstance(metric, SetMetric) else ""
         self.values |= {f"{prefix}{key}": value for key, value in result.values.items()}
         self.intervals |= {f"{prefix}{key}": value for key, value in result.intervals.items()}
         self.settings |= {f"{prefix}{key}": settings | result.settings for key in result.values}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -194,7 +194,8 @@ def check_pair(sampler: Sampler, prior: Prior, names: tuple[str, str]) -> None:
     """
     if isinstance(prior, sampler.draws):
         return
-    fitting = [each.name for each in components("sampler") if isinstance(prior, getattr(each.target, "draws", ()))]
+    samplers: list[tuple[str, Any]] = [(each.name, each.target) for each in components("sampler")]
+    fitting = [name for name, target in samplers if isinstance(prior, target.draws)]
     kinds = [kind.__name__.lower() for kind in (Causal, Masked) if isinstance(prior, kind)]
     raise UserError(
         f"sampler={names[0]}: draws from priors that are {sampler.draws.__name__.lower()}, and prior '{names[1]}' is "

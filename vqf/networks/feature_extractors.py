@@ -66,9 +66,10 @@ def full_float32() -> Iterator[None]:
 
 def _precision_flags() -> list[tuple[Any, str, Any]]:
     """Torch's precision flags as (owner, name, exact value); old flags and those of torch 2.9 do not mix."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     if hasattr(matmul, "fp32_precision"):
-        return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv)]  # type: ignore[attr-defined]
+        return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv)]
     return [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
 
 

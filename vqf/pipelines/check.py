@@ -20,7 +20,7 @@ from vqf.dataloading.splits import open_splits
 from vqf.dataloading.worker_pool import process_map
 from vqf.errors import UserError, quote_name
 from vqf.hashing import sha256_of_file
-from vqf.protocols import Split
+from vqf.protocols import Labelled, Split
 from vqf.registry import register
 from vqf.terminal import collect_messages, log, progress
 
@@ -154,10 +154,9 @@ def summarize(images: Iterable[ImageFacts], split_names: Iterable[str], size: Si
 
 
 def _class_counts(split: Split, names: Sequence[str]) -> dict[str, int]:
-    labels = getattr(split, "labels", None)
-    if labels is None:
+    if not isinstance(split, Labelled) or split.labels is None:
         return {}
-    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    counts = torch.bincount(split.labels, minlength=len(names)).tolist()
     return dict(zip(names, counts, strict=True))
 
 

@@ -114,8 +114,8 @@ class Export:
         tokenizer, generator = self._tokenizer(checkpoint), load_generator(checkpoint)
         node = checkpoint.config.model.prior
         condition = self._condition(checkpoint, generator)
-        assert isinstance(generator.prior, nn.Module)
-        prior = write_prior(generator.prior, node, int(generator.prior.bidirectional_prefix))  # type: ignore[arg-type]
+        module: Any = generator.prior
+        prior = write_prior(module, node, int(module.bidirectional_prefix))
         tensors = {f"first_stage_model.{name}": tensor for name, tensor in tokenizer.tensors.items()}
         tensors |= {f"transformer.{name}": tensor for name, tensor in prior.tensors.items()}
         params = {
@@ -126,8 +126,8 @@ class Export:
         }
         settings = {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
         our_names = {their_name: name for name, their_name in prior.key_mapping.items()}
-        groups = [[our_names[name] for name in group] for group in optimizer_groups(generator.prior, our_names)]
-        state = _reordered_state(checkpoint, "model", _optimizer_parameter_names(generator.prior), groups)
+        groups = [[our_names[name] for name in group] for group in optimizer_groups(module, our_names)]
+        state = _reordered_state(checkpoint, "model", _optimizer_parameter_names(module), groups)
         self._save(tensors | condition.tensors, checkpoint.step, self._exportable_states(checkpoint, [state]), settings)
 
     def _condition(self, checkpoint: Checkpoint, generator: Generator) -> ExportedModel:

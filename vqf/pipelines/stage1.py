@@ -4,12 +4,10 @@ VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7. Without discriminator
 https://arxiv.org/abs/1711.00937.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from vqf.batch import Batch
 from vqf.config.access import image_size
 from vqf.dataloading.loader import train_batches
 from vqf.dataloading.order import ShuffledBatches
@@ -23,6 +21,7 @@ from vqf.runs.run_logger import save_metrics
 from vqf.terminal import log
 from vqf.training.gan import gan_start, warn_never_active
 from vqf.training.optimizer_step import describe_model
+from vqf.training.task import Batches
 from vqf.training.time_budget import resolve_steps
 from vqf.training.tokenizer_task import TokenizerTask, build_tokenizer_task
 from vqf.training.trainer import train
@@ -53,7 +52,7 @@ class Stage1:
             len(split), config.batch_size, config.seed, comm.rank(), comm.world_size(), accumulate=config.accumulate
         )
 
-        def source(start: int, stop: int) -> Iterator[Batch]:
+        def source(start: int, stop: int) -> Batches:
             loading = {"workers": config.workers, "timeout": config.worker_timeout}
             return train_batches(split, order, start=start, steps=stop, sync_every=config.log.every, **loading)
 

@@ -5,7 +5,7 @@ given the prefix of its condition.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from vqf.batch import Batch
 from vqf.config.access import group_nodes
 from vqf.config.inherit import inherit
 from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
@@ -41,6 +40,7 @@ from vqf.runs.run_logger import save_metrics
 from vqf.terminal import log
 from vqf.training.optimizer_step import check_accumulate, describe_model
 from vqf.training.prior_task import PriorTask
+from vqf.training.task import Batches
 from vqf.training.time_budget import resolve_steps
 from vqf.training.trainer import train
 
@@ -108,7 +108,7 @@ class Stage2:
             accumulate=config.accumulate,
         )
 
-        def source(start: int, stop: int) -> Iterator[Batch]:
+        def source(start: int, stop: int) -> Batches:
             return tokens["train"].batches(order, start, stop)
 
         def trial() -> PriorTask:  # `minutes` measures the speed of a copy: the model itself must not move

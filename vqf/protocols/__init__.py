@@ -16,7 +16,17 @@ A *capability* is a protocol that a component may have beside that of its kind, 
 had by having its members.
 """
 
-from vqf.protocols.data import ConditionReader, Data, Split, StreamingSplit
+from vqf.protocols.data import (
+    ConditionReader,
+    Data,
+    Labelled,
+    LimitsUnreadable,
+    Named,
+    Split,
+    StoredInShards,
+    StreamingSplit,
+    TracksReadErrors,
+)
 from vqf.protocols.evaluation import (
     Directed,
     EvaluationProtocol,
@@ -97,13 +107,16 @@ __all__ = [
     "HasNetwork",
     "HasSpeedOptions",
     "ImageCodec",
+    "Labelled",
     "Layered",
     "LazyRegularizer",
     "LimitedChannels",
+    "LimitsUnreadable",
     "Logger",
     "Loss",
     "Masked",
     "Metric",
+    "Named",
     "Pipeline",
     "Positioned",
     "Prepares",
@@ -124,9 +137,11 @@ __all__ = [
     "SetMetric",
     "SetMetricResult",
     "Split",
+    "StoredInShards",
     "StreamingSplit",
     "TiledDecoding",
     "TokenMetric",
+    "TracksReadErrors",
     "Unplaced",
     "Updates",
     "WindowPrefix",

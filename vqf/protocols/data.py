@@ -1,8 +1,8 @@
 """Data sources."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,36 @@ class Split(Protocol):
 
 
 @runtime_checkable
+class Labelled(Protocol):
+    """A split whose labels are known without reading an image."""
+
+    labels: Tensor | None  # (N,) int64
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A split whose images have names, such as paths of files."""
+
+    names: Sequence[str]
+
+
+@runtime_checkable
+class LimitsUnreadable(Protocol):
+    """A split that goes without some unreadable images."""
+
+    unreadable_limit: int  # how many
+
+
+@runtime_checkable
+class TracksReadErrors(Protocol):
+    """A split that records its unreadable images."""
+
+    def read_error_flags(self) -> list[Tensor]: ...  # bool, in memory shared with the loader's workers
+
+    def check_read_errors(self) -> None: ...  # raises a UserError if there are too many
+
+
+@runtime_checkable
 class StreamingSplit(Protocol):
     """A split that is fast only for rising indices; training streams it, in no exact order."""
 
@@ -32,8 +62,6 @@ class ConditionReader(Protocol):
     """Reads a condition map from a file as its data source does, or raises ValueError.
 
     Readers with the same options are equal (`__eq__`).
-
-    Optional member: `options` of `data=shard_pairs` that read such maps; by default a shard's channels decide.
     """
 
     num_classes: int  # of a label map, C; 0 where a map is an image
@@ -41,10 +69,17 @@ class ConditionReader(Protocol):
     def __call__(self, path: Path) -> Tensor: ...  # -> (C, H, W), not resized
 
 
+@runtime_checkable
+class StoredInShards(Protocol):
+    """A reader of maps that `data=shard_pairs` can store; of others a map's channels decide how."""
+
+    options: Mapping[str, Any]  # of `data=shard_pairs`, that read such maps
+
+
 class Data(Protocol):
     """A source of images. Wired: image_size, seed.
 
-    Optional member: `condition_reader(...)`, a static function from some of the options, by name, to a
+    With condition maps it has a static function `condition_reader(...)` from some of the options, by name, to a
     `ConditionReader`. It opens no data.
     """
 

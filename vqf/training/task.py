@@ -1,6 +1,6 @@
 """What the trainer is given: a task and its batches."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from vqf.evaluation.validation import ValidationResult
 from vqf.training.optimizer_step import OptimizerStep
 
 # (first, stop) -> the batches with these numbers. Batch numbers count over all epochs.
-BatchSource = Callable[[int, int], Iterator[Batch]]
+Batches = Generator[Batch]
+BatchSource = Callable[[int, int], Batches]
 
 
 class TrainingTask(Protocol):

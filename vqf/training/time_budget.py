@@ -93,7 +93,7 @@ def _measure_steps(
 
 
 def _step_seconds(task: TrainingTask, engine: Engine, source: BatchSource, first: int, limit: float) -> float:
-    with closing(source(first, first + 10**6)) as batches:  # type: ignore[type-var]
+    with closing(source(first, first + 10**6)) as batches:
         steps = enumerate(batches, first)
         _time_steps(task, engine, steps, WARMUP_STEPS)
         estimate = _time_steps(task, engine, steps, MIN_STEPS) / MIN_STEPS

@@ -118,7 +118,7 @@ class Trainer:
         # Batch numbers run ahead of steps by the batches that rollbacks have skipped.
         skipped = self.progress.skipped_batches
         source = batch_source(self.progress.step + skipped, self.config.steps + skipped)
-        with closing(source) as batches:  # type: ignore[type-var]
+        with closing(source) as batches:
             for batch in batches:
                 # Step: forward, backward, optimizers, schedules, EMA.
                 scalars = self._train_step(batch)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -144,7 +144,7 @@ def _metric_options(config: DictConfig) -> dict[str, str]:
     }
     lines: dict[str, str] = {}
     for name, node in group_nodes(config, "metric").items():
-        options: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
+        options = cast(dict[str, Any], OmegaConf.to_container(node))
         default = defaults.get(options.pop("name"), {})
         lines |= {
             f"metric.{name}.{key}": _to_text(value) for key, value in options.items() if value != default.get(key)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vqf.config.diff import differing_options
 from vqf.errors import UserError, unknown_message
@@ -181,8 +182,9 @@ def _set_order(ranking: Ranking, columns: Sequence[Column], sort: str | None) ->
     key = None if sort is None else sort.removeprefix("-")
     indices = range(len(ranking.runs))
     if key in SORT_KEYS:
-        values = {i: _sort_value(ranking, i, key) for i in indices}
-        order = sorted((i for i in indices if values[i] is not None), key=lambda i: values[i], reverse=reverse)  # type: ignore[arg-type, return-value]
+        values = ((i, _sort_value(ranking, i, key)) for i in indices)
+        known: dict[int, Any] = {i: value for i, value in values if value is not None}
+        order = sorted(known, key=known.__getitem__, reverse=reverse)
         ranking.sort_description = key
     elif key is None and not ranking.columns:
         order, ranking.sort_description = list(indices), "the order given: no metric can be compared"

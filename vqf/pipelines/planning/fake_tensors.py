@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vqf.batch import Batch, Sample, Size
 from vqf.config.access import image_size
+from vqf.dataloading.token_shards import TokenDataset
 from vqf.distributed.engine import Engine
 from vqf.models.tokenizer import build_tokenizer
 from vqf.runs.load import build_generator
@@ -80,7 +81,7 @@ def prior_task(config: DictConfig, engine: Engine, classes: int) -> PriorTask:
     tokenizer = build_tokenizer(config.model, image_size(config), CHANNELS).eval().requires_grad_(False)
     names = [str(i) for i in range(classes)]
     generator = engine.prepare(build_generator(config, engine.prepare(tokenizer), names))
-    return PriorTask(generator, None, {}, config, engine)  # type: ignore[arg-type]  # no data: it is never evaluated
+    return PriorTask(generator, TokenDataset([], 0), {}, config, engine)  # no data: it is never evaluated
 
 
 def image_batch(count: int, size: Size, device: torch.device) -> Batch:

@@ -49,17 +49,14 @@ def from_files(
     readers = {name: read_photo if field == "images" else condition_map_reader(data) for name, field in fields.items()}
     crop_boxes: dict[str, Any] = {} if place is None else {"crop_boxes": _crop_box(place, generator)}
 
-    def read_batch(paths: Mapping[str, Path]) -> Batch:
+    def read_batch(paths: Mapping[str, Path], first: int = 0, last: int = 1) -> Batch:
         images: dict[str, Any] = {fields[name]: readers[name](path)[None] for name, path in paths.items()}
         return replace(Batch(), **images, **crop_boxes)
 
     samples = dict(_paths_by_sample(_paths_by_conditioner(condition, fields)))
     for paths in samples.values():
         read_batch(paths)  # the last of many files must not turn out to be broken after hours of sampling
-    return [
-        ConditionSource(f"{name}-", lambda first, last, paths=paths: read_batch(paths))  # type: ignore[misc]
-        for name, paths in samples.items()
-    ]
+    return [ConditionSource(f"{name}-", partial(read_batch, paths)) for name, paths in samples.items()]
 
 
 def from_validation(generator: Generator, config: DictConfig, count: int) -> ConditionSource:

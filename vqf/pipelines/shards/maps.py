@@ -11,7 +11,7 @@ from vqf.errors import UserError
 from vqf.images import condition_reader
 from vqf.pipelines.shards.rendered_file import RenderedPairFile, as_image_file
 from vqf.pipelines.shards.writer import ImageFormat, ReadFailure, try_read
-from vqf.protocols import ConditionReader, Split
+from vqf.protocols import ConditionReader, Split, StoredInShards
 
 MAP_KIND_BY_CHANNELS = {1: "grey", 3: "rgb"}
 IMAGES_ONLY_HINT = "images_only=true writes the images alone"
@@ -36,7 +36,8 @@ def map_options(data: DictConfig, splits: Collection[Split], format: ImageFormat
         reader = condition_reader(data)
     except ValueError as error:
         raise UserError(f"{error}; {IMAGES_ONLY_HINT}") from error
-    options = dict(getattr(reader, "options", None) or _options_by_channels(data.name, reader, mapped))
+    stored = reader.options if isinstance(reader, StoredInShards) else None
+    options = dict(stored or _options_by_channels(data.name, reader, mapped))
     return options if format == "original" or options["maps"] != "labels" else _png_options(options)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vqf.dataloading.image_files import StreamedShardSplit, flatten_sources, locate
 from vqf.errors import UserError, quote_name
 from vqf.pipelines.shards.manifest import ShardManifest, ShardRecord
-from vqf.protocols import Split
+from vqf.protocols import LimitsUnreadable, Split
 from vqf.terminal import log
 
 MAX_LISTED = 10  # skipped images that the log names; the manifest names all
@@ -33,9 +33,7 @@ class SkippedSamples:
     def __init__(self, manifest: ShardManifest, splits: Mapping[str, Split]) -> None:
         self.manifest, self.splits = manifest, splits
         self.image_counters = {
-            (name, id(source)): SkipCounter(
-                option, f"{name} images", len(source), getattr(source, "unreadable_limit", len(source))
-            )
+            (name, id(source)): SkipCounter(option, f"{name} images", len(source), _limit(source))
             for name, split in splits.items()
             for option, source in flatten_sources(split)
         }
@@ -122,3 +120,7 @@ class SkippedSamples:
         split = self.splits[record.split_name]
         assert isinstance(split, StreamedShardSplit), "only streamed shards can break off"
         return split.display_url(int(record.name.removesuffix(".tar").rpartition("-")[2]))
+
+
+def _limit(source: Split) -> int:
+    return source.unreadable_limit if isinstance(source, LimitsUnreadable) else len(source)

@@ -118,7 +118,7 @@ class ShardWriter:
                 yield self._sample_at(split, index)
         else:
             for i, file in enumerate(cast(StreamedShardSplit, split).iter_files(task.stream_shard)):
-                yield ShardSample(f"{task.stream_shard:06d}-{i:06d}", file.name, lambda file=file: file)  # type: ignore[misc]
+                yield ShardSample(f"{task.stream_shard:06d}-{i:06d}", file.name, partial(_unchanged, file))
 
     def _sample_at(self, split: Split, index: int) -> ShardSample:
         location = locate(split, index)
@@ -205,3 +205,7 @@ def _map_size(map_size: Size, image_size: Size, new_image_size: Size, shorter: i
     if shorter is not None and min(map_size) > shorter:
         return new_image_size
     return max(round(map_size[1] * new_image_size[0] / new_image_size[1]), 1), map_size[1]
+
+
+def _unchanged(file: T) -> T:
+    return file

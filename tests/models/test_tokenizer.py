@@ -51,6 +51,45 @@ def test_tokens_are_row_by_row(tokenizer: Tokenizer) -> None:
     torch.testing.assert_close(tokenizer.decode_tokens(tokens, tokenizer.layout_of((8, 12))), tokenizer.decode(indices))
 
 
+@pytest.mark.parametrize("kernel", [1, 3, None])
+def test_the_projection_around_the_quantizer(kernel: int | None) -> None:
+    """Without one, a latent of one cell comes from that cell alone and reaches the quantizer as it is."""
+    built = build_tokenizer(
+        model(projection=kernel, quantizer={"name": "vq", "dim": 6, "codebook_size": 16}), 16
+    ).eval()
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    weights = [name for name in built.state_dict() if "quant_conv" in name]
+    if kernel is None:
+        assert weights == []
+        assert torch.equal(built.quantize(images).indices, built.quantizer(built.encoder(images)).indices)
+    else:
+        assert built.quant_conv.weight.shape == built.post_quant_conv.weight.shape == (6, 6, kernel, kernel)
+    assert built(images).reconstructions.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (None, "model.projection=null: the encoder has 6 channels, the quantizer 4; set model.encoder.dim"),
+        (2, "model.projection=2: must be 1 or 3, the kernel size of a convolution, or null"),
+    ],
+)
+def test_a_projection_that_cannot_be(projection: int | None, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_tokenizer(model(projection=projection), 16)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("channels", "output"), [(3, "logits"), (3, "image"), (1, "image")])
+def test_colors_are_clamped_and_logits_are_not(channels: int, output: str) -> None:
+    built = build_tokenizer(model(), 16, channels, output).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        built.decoder.last_layer.bias += 3.0  # type: ignore[operator]
+    decoded = built.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
+    assert (decoded.max() > 1) == (output == "logits")
+    assert built.to_rgb(decoded).shape == (1, 3, 16, 16)
+
+
 def test_the_quantizer_works_in_float32_under_autocast(tokenizer: Tokenizer) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert tokenizer.quantize(torch.rand(1, 3, 16, 16)).latents.dtype == torch.float32

@@ -34,14 +34,14 @@ CLASSES = 5
 
 
 class Zones:
-    """Images with one-hot class maps of five classes."""
+    """Images with one-hot class maps."""
 
-    def __init__(self, image_size: tuple[int, int], seed: int) -> None:
-        self.size, self.classes = image_size, ()
+    def __init__(self, image_size: tuple[int, int], seed: int, *, zones: int = CLASSES) -> None:
+        self.size, self.classes, self.zones = image_size, (), zones
 
     @staticmethod
-    def condition_reader() -> MapDecoder:
-        return MapDecoder("labels", CLASSES)
+    def condition_reader(zones: int = CLASSES) -> MapDecoder:
+        return MapDecoder("labels", zones)
 
     def split(self, name: str) -> "Zones":
         self.fingerprint = name
@@ -51,8 +51,8 @@ class Zones:
         return 16
 
     def item(self, epoch: int, index: int) -> Shown:
-        zones = (torch.arange(self.size[0])[:, None] // 5 + torch.arange(self.size[1]) // 7 + index) % CLASSES
-        zones = torch.nn.functional.one_hot(zones, CLASSES).permute(2, 0, 1).float()
+        zones = (torch.arange(self.size[0])[:, None] // 5 + torch.arange(self.size[1]) // 7 + index) % self.zones
+        zones = torch.nn.functional.one_hot(zones, self.zones).permute(2, 0, 1).float()
         return Shown(zones[:3] * 2 - 1, condition=zones)
 
 
@@ -273,22 +273,38 @@ def test_a_resumed_stage2_is_exact_bit_for_bit(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("isolated")
-def test_class_maps_have_a_channel_per_class(tmp_path: Path) -> None:
-    """Class maps are trained on, reconstructed, shown in color, and sampled from as an image of class numbers."""
+@pytest.mark.parametrize("zones", [CLASSES, 3])
+def test_class_maps_have_a_channel_per_class(zones: int, tmp_path: Path) -> None:
+    """Class maps, of three classes too, are trained on, reconstructed, shown in color, and sampled from as a file."""
     register("data", "zones")(Zones)
     words = [each for each in FULL if not each.startswith("data")]
-    Full(compose(*words, "data=zones", "evaluate.count=4"), tmp_path / "run").run()
+    Full(compose(*words, "data=zones", f"data.zones={zones}", "evaluate.count=4"), tmp_path / "run").run()
     maps = vqf.load(tmp_path / "run" / "maps")
-    assert isinstance(maps, Tokenizer) and maps.channels == CLASSES
+    assert isinstance(maps, Tokenizer) and maps.channels == zones and maps.output == "logits"
+    with torch.no_grad():
+        maps.decoder.last_layer.bias += 3.0  # type: ignore[operator]
+    logits = maps.decode(torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert logits.max() > 1, "logits are not clamped"
+    generator = vqf.load(tmp_path / "run" / "stage2")
+    assert isinstance(generator, Generator)
+    batch = generator.conditioner.prepare(Batch(conditions=Zones((16, 16), 0, zones=zones).item(0, 0).condition[None]))
+    (colors,) = generator.conditioner.render(batch).values()
+    palette = {
+        tuple(color) for color in to_rgb(torch.eye(zones)[..., None, None], is_class_map=True)[..., 0, 0].tolist()
+    }
+    assert {tuple(color) for color in colors[0].flatten(1).T.tolist()} <= palette
     config = compose("pipeline=reconstruct", f"run={tmp_path / 'run' / 'maps'}", "metric=[psnr]", "logger=[]")
     Reconstruct(config, tmp_path / "back", count=2).run()
     assert len(list((tmp_path / "back" / "reconstructions").iterdir())) == 2
-    numbers = Image.fromarray((torch.arange(24 * 24).reshape(24, 24) % CLASSES).to(torch.uint8).numpy())
+    pages = [np.asarray(Image.open(path)) for path in (tmp_path / "back" / "reconstructions").iterdir()]
+    shown = {tuple(color) for page in pages for color in page.reshape(-1, 3).tolist()}
+    assert shown <= {tuple(round((each + 1) * 127.5) for each in color) for color in palette}
+    numbers = Image.fromarray((torch.arange(24 * 24).reshape(24, 24) % zones).to(torch.uint8).numpy())
     numbers.save(tmp_path / "numbers.png")
     samples = sample(tmp_path / "run", tmp_path / "out", condition=str(tmp_path / "numbers.png"))
     assert Image.open(samples / "numbers-000000.png").size == (24, 24)
-    Image.new("L", (16, 16), CLASSES).save(tmp_path / "wrong.png")
-    with pytest.raises(UserError, match=r"the label 5 is not below data\.labels=5"):
+    Image.new("L", (16, 16), zones).save(tmp_path / "wrong.png")
+    with pytest.raises(UserError, match=rf"the label {zones} is not below data\.labels={zones}"):
         sample(tmp_path / "run", tmp_path / "wrong", condition=str(tmp_path / "wrong.png"))
 
 

@@ -79,8 +79,8 @@ def test_an_installed_package_needs_no_option(write: Write, tmp_path: Path, monk
     with pytest.raises(UserError) as caught:
         load_plugins()
     assert str(caught.value) == (
-        "plugins: installed package 'installed-one' fails to import: No module named 'not_there'; "
-        "fix it or pip uninstall installed-one"
+        f"plugins: installed package 'installed-one' fails to import at {tmp_path}/site/installed_one.py:1: "
+        "ModuleNotFoundError: No module named 'not_there'; fix it or pip uninstall installed-one"
     )
 
 
@@ -107,13 +107,54 @@ def test_a_file_may_not_hide_a_module_that_nobody_imported_yet(write: Write) -> 
 
 
 @pytest.mark.parametrize("plugin", ["broken.py", "broken"])
-def test_a_plugin_with_a_bug_keeps_its_own_error(write: Write, plugin: str) -> None:
-    write("broken.py", "import not_installed")
-    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import not_installed", "broken.py:1: ModuleNotFoundError: No module named 'not_installed'"),
+        ("import json\n\nundefined", "broken.py:3: NameError: name 'undefined' is not defined"),
+        ("def f(:", "broken.py:1: SyntaxError: "),
+        ("import torch\ntorch.zeros(-1)", "broken.py:2: RuntimeError: "),
+        ("def f():\n    raise KeyError\nf()", "broken.py:2: KeyError; fix it"),
+        ("import sys\nsys.exit(3)", "broken.py:2: SystemExit: 3"),
+        ("import sibling", "sibling.py:1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_plugin_that_fails_names_itself_and_its_line(
+    write: Write, tmp_path: Path, plugin: str, source: str, words: str
+) -> None:
+    write("sibling.py", "1 / 0")
+    write("broken.py", source)
+    sys.path.insert(0, str(tmp_path))
+    with pytest.raises(UserError) as caught:
         load_plugins([plugin])
+    assert str(caught.value).startswith(f"plugins: '{plugin}' fails to import at ")
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert caught.value.__cause__ is not None
     write("broken.py", COMPONENT.format(name="mended"))
     load_plugins([plugin])
     assert "mended" in component_names("quantizer")
+
+
+def test_a_plugin_that_registers_wrongly_names_itself(write: Write) -> None:
+    write("doubled.py", COMPONENT.format(name="vq"))
+    with pytest.raises(UserError, match=r"^plugins: 'doubled.py' at .*doubled.py:\d+: .*'vq'"):
+        load_plugins(["doubled.py"])
+
+
+@pytest.mark.parametrize("module", ["", ".", "..", "../p", "./p", "a..b", "a b", "a/b", ".p", "a.", "3"])
+def test_what_is_no_name_of_a_module(write: Write, module: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_plugins([module])
+    assert str(caught.value).startswith(f"plugins: '{module}' is neither a module nor a .py file. Give modules or")
+
+
+def test_a_file_named_without_its_ending(write: Write) -> None:
+    write("sub/p.py", "")
+    with pytest.raises(UserError, match=r"Did you mean 'sub/p.py'\?"):
+        load_plugins(["sub/p"])
+    write("a.b.py", "")
+    with pytest.raises(UserError, match=r"'a.b.py' cannot be imported: a module's name has no dot; rename the file"):
+        load_plugins(["a.b.py"])
 
 
 @pytest.mark.parametrize(

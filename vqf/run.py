@@ -24,7 +24,7 @@ from vqf.config.compose import check_command, compose_job, config_dir, flags_fir
 from vqf.config.settings import check_config, fill_missing_groups
 from vqf.distributed import comm
 from vqf.distributed.log_relay import flush_relayed
-from vqf.distributed.peer_errors import peer_failure, report_once
+from vqf.distributed.peer_errors import explain_lost_peers, peer_failure, report_once
 from vqf.distributed.process_group import process_group
 from vqf.errors import UserError, printable
 from vqf.plugins import load_plugins, plugins_from_cli
@@ -70,8 +70,8 @@ def run(config: DictConfig) -> float | None:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         _fail_job(f"disk full: {error}; free disk space and continue with resume=true")
-    except RuntimeError:
-        if message := peer_failure():  # a collective failed because another process ended with this message
+    except RuntimeError as error:
+        if message := _failure_of_peer(error):
             _fail_job(message)
         raise
 
@@ -103,6 +103,15 @@ def main() -> None:
         _exit(EXIT_USER_ERROR, unwritable_message(error))
     except KeyboardInterrupt:
         _exit(EXIT_INTERRUPTED, "interrupted")
+    except RuntimeError as error:
+        if message := _failure_of_peer(error):
+            _exit(EXIT_USER_ERROR, message)
+        raise
+
+
+def _failure_of_peer(error: RuntimeError) -> str | None:
+    """Why another process has ended, if a collective failed for that."""
+    return peer_failure() or explain_lost_peers(error)
 
 
 def _build_early(arguments: Sequence[str]) -> Any:

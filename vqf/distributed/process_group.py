@@ -42,6 +42,7 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+    peer_errors.exchange_process_ids()
     try:
         yield
         comm.barrier()  # rank 0 holds the store, so it must not leave first

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from vqf.distributed import comm, fsdp
+from vqf.distributed.devices import find_device, find_rank_device
 from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError, unknown_message
 from vqf.seeding import hash_seed
@@ -144,7 +145,7 @@ def make_engine(config: DictConfig) -> Engine:
     _set_float32_precision(ieee=config.precision == "fp32")
     _set_determinism(config.deterministic)
     name = str(config.device)
-    device = _find_device(name) if comm.world_size() == 1 else _rank_device(name)
+    device = find_device(name) if comm.world_size() == 1 else find_rank_device(name)
     cpu_threads.configure(config.threads, device)
     return Engine(device, PRECISIONS[config.precision], kind)
 
@@ -179,31 +180,3 @@ def _set_determinism(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.backends.cudnn.benchmark = False
-
-
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)  # fails here, not in the middle of building a model
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device={name}: {reason}; device=auto uses a GPU if there is one, device=cpu always works"
-        ) from error
-    return device
-
-
-def _rank_device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={name}: several processes need device=cuda, a GPU each, or device=cpu")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if comm.local_rank() >= gpus:
-        raise UserError(f"device={name}: process {comm.local_rank()} of this machine has no GPU; there are {gpus}")
-    device = _find_device(f"cuda:{comm.local_rank()}")
-    torch.cuda.set_device(device)
-    return device

@@ -2,7 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 MAX_LISTED = 16  # names in one message
 
@@ -37,6 +39,27 @@ class EmptySplitError(UserError):
 def quote_name(name: str) -> str:
     """Quote a file name, in its printable form."""
     return f"'{printable(name)}'"
+
+
+def not_a_run_message(path: Path) -> str:
+    """Message for a file where a run's folder is needed: what turns a checkpoint of another project into a run."""
+    if (path.parent / "manifest.json").is_file():
+        return f"a file of a checkpoint; give the folder, {path.parent}"
+    return (
+        "a file, and this needs the folder of a run; a checkpoint of another project becomes one with "
+        f"{import_command(path)}"
+    )
+
+
+def import_command(path: Path) -> str:
+    """The command that turns a checkpoint of another project into a run."""
+    argument, folder = shlex.quote(f"path={path}"), shlex.quote(f"run_dir=runs/{path.stem}")
+    return f"python -m vqf.run pipeline=import {argument} {folder}"
+
+
+def name_first(names: Sequence[str]) -> str:
+    """Name the first of many: "'encoder.weight' and 41 more"."""
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def closest_match(name: str, known: Iterable[object]) -> str | None:

@@ -233,3 +233,10 @@ def test_moments_of_inception_say_nothing_to_other_networks(tmp_path: Path) -> N
     network, path = Linear(), npz(tmp_path / "a.npz", mu=np.zeros(6), sigma=np.eye(6))
     with pytest.raises(UserError, match=r"has no images .arr_0. for the network linear"):
         FeatureStatisticsCache(tmp_path).from_npz(path, {network.digest: network}, 5, CPU)
+
+
+def test_a_pointer_in_place_of_a_reference_batch_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    network = Linear()
+    with pytest.raises(UserError, match=r"not a readable \.npz file \(a pointer of Git LFS.*git lfs pull"):
+        FeatureStatisticsCache(tmp_path).from_npz(tmp_path / "a.npz", {network.digest: network}, 5, CPU)

@@ -14,7 +14,8 @@ from vqf import atomic
 from vqf.errors import UserError
 from vqf.runs import checkpoint as checkpoints
 from vqf.runs import checkpoint_writer
-from vqf.runs.checkpoint import BrokenCheckpointError, find_checkpoint, latest_checkpoint, open_checkpoint
+from vqf.runs.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
+from vqf.runs.checkpoint_files import BrokenCheckpointError
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
 
@@ -25,7 +26,7 @@ def save(run: Path, step: int, kind: str = "stage1", keep: int = 3) -> Path:
         state={"kind": kind, "step": step},
         config=OmegaConf.create({"steps": 10}),
         weights={"model": WEIGHTS},
-        optimizers={"optimizers": {"model": {"state": {0: {"step": torch.tensor(1.0)}}}}},
+        optimizers={"optimizers": {"model": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}}},
         keep=keep,
     )
 
@@ -67,6 +68,30 @@ def test_a_damaged_checkpoint_is_skipped(
     assert found is not None
     assert found.step == 1
     assert "step-00000002" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "manifest.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
+        (b"", "an empty file; download or copy it again"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    file = save(tmp_path, 1) / name
+    file.write_bytes(content)
+    with pytest.raises(BrokenCheckpointError, match=words):
+        open_checkpoint(file.parent)
+
+
+def test_half_a_file_is_named_with_its_size(tmp_path: Path) -> None:
+    file = save(tmp_path, 1) / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BrokenCheckpointError, match=f"model.safetensors was cut short: 100 of {size} bytes"):
+        open_checkpoint(file.parent)
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +255,31 @@ def test_find_takes_a_run_a_checkpoint_or_the_folder_of_both_stages(tmp_path: Pa
     assert find(tmp_path).path == find(tmp_path / "stage2").path == find(inside).path == inside
 
 
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda root: None, "run: give run=FOLDER, the run of a prior; train one"),
         (lambda root: root / "nowhere", "run={root}/nowhere: no such folder; give the run of a prior"),
+        (
+            lambda root: touched(root / "x y.pt"),
+            "run={root}/x y.pt: a file, and this needs the folder of a run; a checkpoint of another project becomes "
+            "one with python -m vqf.run pipeline=import 'path={root}/x y.pt' 'run_dir=runs/x y'",
+        ),
+        (
+            lambda root: save(root, 1) / "model.safetensors",
+            "run={root}/checkpoints/step-00000001/model.safetensors: a file of a checkpoint; give the folder, "
+            "{root}/checkpoints/step-00000001",
+        ),
+        (
+            lambda root: touched(root / "model.safetensors").parent,
+            "run={root}: no intact checkpoint in it; give the run of a prior; python -m vqf.run pipeline=import "
+            "path={root} run_dir=runs/{root.name} makes a run of another project's weights",
+        ),
         (lambda root: root, "run={root}: no intact checkpoint in it; give the run of a prior"),
         (
             lambda root: save(root, 1).parent.parent,

@@ -3,12 +3,14 @@
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 import vqf
 from tests.security.canary import PAYLOADS, Canary
@@ -16,7 +18,8 @@ from tests.security.conftest import MakeRun, seal
 from vqf.errors import UserError
 from vqf.models.tokenizer import Tokenizer
 from vqf.runs import checkpoint_writer
-from vqf.runs.checkpoint import MANIFEST, BrokenCheckpointError, latest_checkpoint, open_checkpoint
+from vqf.runs.checkpoint import latest_checkpoint, open_checkpoint
+from vqf.runs.checkpoint_files import MANIFEST, BrokenCheckpointError
 
 
 def files_of(folder: Path) -> set[Path]:
@@ -38,6 +41,43 @@ def test_optimizers_that_would_run_code(make_run: MakeRun, canary: Canary, paylo
     torch.save(bad if where == "alone" else {"optimizers": {"model": {"state": {0: bad}}}}, path / "optimizers.pt")
     with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt has no optimizer states"):
         open_checkpoint(seal(path)).load_optimizers()
+
+
+ADAM = {"state": {}, "param_groups": [{"params": [], "lr": 1e-4}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "it is a list, not a dict"),
+        ("text", "it is a str, not a dict"),
+        (torch.zeros(2), "it is a Tensor, not a dict"),
+        (None, "it is a NoneType, not a dict"),
+        ({"optimizers": []}, "'optimizers' is a list"),
+        ({"optimizers": {"model": []}}, "'optimizers.model' is a list"),
+        ({"optimizers": {"model": {}}}, "'optimizers.model.state' is a NoneType"),
+        ({"optimizers": {"model": {**ADAM, "state": [1]}}}, "'optimizers.model.state' is a list"),
+        ({"optimizers": {"model": {**ADAM, "state": {0: 1}}}}, "'optimizers.model.state.0' is a int"),
+        ({"optimizers": {"model": {**ADAM, "param_groups": {}}}}, "'optimizers.model.param_groups' is a dict"),
+        ({"optimizers": {"model": {**ADAM, "param_groups": [1]}}}, "a group in .* is a int"),
+        ({"optimizers": {"model": {**ADAM, "param_groups": [{}]}}}, "'params' in .* is a NoneType"),
+        ({"schedules": {"model": 3}}, "'schedules.model' is a int"),
+    ],
+)
+def test_optimizers_of_another_structure(make_run: MakeRun, content: Any, words: str) -> None:
+    path = make_run()
+    torch.save(content, path / "optimizers.pt")
+    with pytest.raises(BrokenCheckpointError, match=rf"optimizers.pt has no optimizer states \({words}"):
+        open_checkpoint(seal(path)).load_optimizers()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x80\x02.", b"{}", bytes(100)])
+def test_optimizers_that_are_another_file(make_run: MakeRun, content: bytes) -> None:
+    path = make_run()
+    (path / "optimizers.pt").write_bytes(content)
+    with pytest.raises(BrokenCheckpointError, match=r"optimizers.pt has no optimizer states") as caught:
+        open_checkpoint(seal(path)).load_optimizers()
+    assert str(caught.value).isprintable() and "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -146,6 +186,79 @@ def test_a_config_that_is_code_or_none(make_run: MakeRun, canary: Canary, conten
     (path / "config.yaml").write_text(content.replace("{command}", canary.command))
     with pytest.raises(UserError):
         vqf.load(seal(path))
+
+
+LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 15))])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LAUGHS, "more than 100,000 values, its aliases expanded"),
+        (LAUGHS.replace("[x]", "{x: 1}").replace("[", "{<<: [").replace("]", "]}"), "more than 100,000 values"),
+        ("model: " + "[" * 5000, "or 100 levels"),
+        ("a: &a [*a]", "cannot be read"),
+        ("x: " + "1" * 5000, "cannot be read"),
+        ("x: " + "y" * 3_000_000, "3,000,003 characters"),
+        ("? [a]\n: b", "cannot be read"),
+    ],
+    ids=range(7),
+)
+def test_a_config_that_expands_or_nests_without_end(make_run: MakeRun, content: str, words: str) -> None:
+    path = make_run()
+    (path / "config.yaml").write_text(content)
+    start = time.monotonic()
+    with pytest.raises(BrokenCheckpointError, match=words) as caught:
+        vqf.load(seal(path))
+    assert time.monotonic() - start < 10
+    assert str(caught.value).isprintable()
+
+
+HUGE = [
+    ("model.encoder.blocks", 10**9, "more than .* tensors, but its weights are"),
+    ("model.encoder.channels", 10**6, "more than .* numbers, but its weights are .* tensors of"),
+    ("model.decoder.channels", 10**6, "more than .* numbers, but its weights are .* tensors of"),
+    ("model.quantizer.codebook_size", 10**12, "more than .* numbers, but its weights are .* tensors of"),
+    ("model.quantizer.codebook_size", 10**30, "cannot be built"),
+    ("model.quantizer.dim", -1, "dim must be at least 1"),
+    ("model.encoder.channels", 0, "step-00000001: "),
+    ("model.encoder.multipliers", [1] * 5000, "step-00000001: "),
+    ("model.encoder.multipliers", [], "step-00000001: "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), HUGE, ids=range(len(HUGE)))
+def test_a_config_of_a_model_larger_than_its_weights(make_run: MakeRun, key: str, value: Any, words: str) -> None:
+    path = make_run(**{key.replace(".", "__"): value})
+    start = time.monotonic()
+    with pytest.raises(UserError, match=words) as caught:
+        vqf.load(path)
+    assert time.monotonic() - start < 10
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_weights_of_another_kind_of_number(make_run: MakeRun, dtype: torch.dtype) -> None:
+    path = make_run()
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "encoder.conv_in.weight": weights["encoder.conv_in.weight"].to(dtype)}, file)
+    with pytest.raises(UserError, match=rf"'encoder.conv_in.weight' holds {str(dtype)[6:]}, not float32"):
+        vqf.load(seal(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(
+    make_run: MakeRun, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_run()
+    vqf.load(path)
+    assert not caplog.records
+    weights = load_file(path / "model.safetensors")
+    weights["decoder.conv_in.bias"][0] = value
+    save_file(weights, path / "model.safetensors")
+    vqf.load(seal(path))
+    assert "model.safetensors: 'decoder.conv_in.bias': not all values are finite" in caplog.text
 
 
 def test_a_config_names_no_code(make_run: MakeRun, canary: Canary) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from vqf.errors import UserError, unknown_key_message, unknown_message
+from vqf.errors import UserError, not_a_run_message, unknown_key_message, unknown_message
 from vqf.registry import KINDS, components, config_errors
 
 TYPE_NAMES = {
@@ -181,8 +181,8 @@ def _value_error(option: Option, value: Any) -> str | None:
         return f"must be {TYPE_NAMES[option.types[0]]} of at least {option.minimum}"
     if option.below is not None and value >= option.below:
         return f"must be below {option.below}"
-    if option.must_exist and isinstance(value, str) and not Path(value).expanduser().is_dir():
-        return f"no such folder in {Path.cwd()}"
+    if option.must_exist and isinstance(value, str) and not (path := Path(value).expanduser()).is_dir():
+        return not_a_run_message(path) if path.is_file() else f"no such folder in {Path.cwd()}"
     return None
 
 

@@ -90,8 +90,9 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], dropout) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResidualBlock(out_channels if i else in_channels, out_channels, dropout) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
         self.resample: nn.Module = nn.Identity()
 

@@ -17,6 +17,7 @@ from vqf.evaluation.evaluation_images import EvaluationImages, PixelHash
 from vqf.hashing import sha256_of_file, sha256_of_tensors
 from vqf.networks.feature_extractors import INCEPTION
 from vqf.networks.feature_set import FeatureAccumulator, feature_set
+from vqf.networks.file_content import describe_substitute
 from vqf.protocols import FeatureNetwork, FeatureSet
 from vqf.seeding import seeded_generator
 from vqf.terminal import log
@@ -160,7 +161,8 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("mu", "sigma", "arr_0") if key in file.files}
     except Exception as error:  # a zip file may fail in any way
-        raise UserError(f"protocol.reference={path}: not a readable .npz file ({error})") from error
+        reason = describe_substitute(path) or error
+        raise UserError(f"protocol.reference={path}: not a readable .npz file ({reason})") from error
     if ("mu" in arrays) != ("sigma" in arrays) or not arrays:
         raise UserError(f"protocol.reference={path}: needs mu and sigma, or images as arr_0")
     if "arr_0" in arrays and (arrays["arr_0"].ndim != 4 or arrays["arr_0"].dtype != np.uint8):

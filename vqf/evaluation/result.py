@@ -19,7 +19,8 @@ from vqf.evaluation.protocols import stable_hash
 from vqf.hashing import sha256_of_file
 from vqf.protocols import Directed, SetMetric, SetMetricResult
 from vqf.run_files import read_json
-from vqf.runs.checkpoint import MANIFEST, Checkpoint
+from vqf.runs.checkpoint import Checkpoint
+from vqf.runs.checkpoint_files import MANIFEST
 from vqf.runs.provenance import command_line, git_commit
 from vqf.terminal import format_number, log
 

@@ -23,6 +23,7 @@ from vqf.interop.tokenizers import (
     read_discriminator,
     read_tokenizer,
 )
+from vqf.networks.weights import nonfinite_names
 from vqf.tokens.prefix import PrefixSpec
 
 FIRST_STAGE_PREFIX = "first_stage_model."  # of the tokenizer in a prior's checkpoint
@@ -55,12 +56,8 @@ class ImportedCheckpoint:
         return {key: node for module in self._modules for key, node in module.nodes.items()}
 
     def nonfinite_tensors(self) -> list[str]:
-        return [
-            name
-            for module in self._modules
-            for name, tensor in module.weights.items()
-            if tensor.is_floating_point() and not tensor.isfinite().all()
-        ]
+        """Names of the tensors with NaN or infinity."""
+        return [name for module in self._modules for name in nonfinite_names(module.weights)]
 
     @property
     def _modules(self) -> list[ImportedModule]:
@@ -85,7 +82,18 @@ def import_checkpoint(
     Raises:
         UserError: If a tensor is missing or does not fit, or vqf cannot build such a model.
     """
-    contents = open_checkpoint_file(path, yaml)
+    try:
+        return _import(open_checkpoint_file(path, yaml), source, size, options or ImportOptions())
+    except (LookupError, ArithmeticError, RuntimeError, TypeError) as error:  # tensors and settings may be anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path}: cannot be imported, a tensor or setting is not as in any known model ({type(error).__name__}: "
+            f"{reason})"
+        ) from error
+
+
+def _import(contents: CheckpointContents, source: str, size: Size | None, options: ImportOptions) -> ImportedCheckpoint:
+    path = contents.path
     layout = find_layout(contents, source)
     report = ImportReport(path, layout.name)
     if contents.settings_path:
@@ -96,7 +104,7 @@ def import_checkpoint(
     tokenizer = read_tokenizer(frozen, prefix, layout, size, report)
     result = ImportedCheckpoint(tokenizer, report, tokenizer.image_size, contents.step)
     if has_prior:
-        _read_second_stage(contents, layout, result, options or ImportOptions())
+        _read_second_stage(contents, layout, result, options)
     else:
         result.discriminator = read_discriminator(contents, prefix, report)
         result.adversary = source_config.adversary(contents.settings)

@@ -13,6 +13,7 @@ from vqf.errors import UserError
 from vqf.interop.infer_config import Node
 from vqf.interop.key_mapping import KeyMapping, KeyRule, to_conv
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
+from vqf.networks.weights import dtype_problem
 from vqf.protocols import Prior
 from vqf.registry import build
 from vqf.tokens.prefix import PrefixSpec
@@ -56,15 +57,21 @@ def check_shapes(path: Path, weights: Weights, blank: nn.Module, table: KeyMappi
     """Compare imported weights with the model's.
 
     Raises:
-        UserError: Naming the first tensors that are missing, unexpected, or of another shape.
+        UserError: Naming the first tensors that are missing, unexpected, or of another shape or kind of number.
     """
-    expected, actual = shapes_of(blank.state_dict()), shapes_of(weights)
+    model = blank.state_dict()
+    expected, actual = shapes_of(model), shapes_of(weights)
     mismatches = [f"{_source_name(table, name)} is missing" for name in expected if name not in actual]
     mismatches += [f"{_source_name(table, name)} is unexpected" for name in actual if name not in expected]
     mismatches += [
         f"{_source_name(table, name)} is {list(actual[name])}, not {list(shape)}"
         for name, shape in expected.items()
         if name in actual and actual[name] != shape
+    ]
+    mismatches += [
+        f"{_source_name(table, name)} {problem}"
+        for name, tensor in weights.items()
+        if name in model and (problem := dtype_problem(tensor, model[name]))
     ]
     if mismatches:
         more = f", and {len(mismatches) - MAX_LISTED} more" if len(mismatches) > MAX_LISTED else ""

@@ -1,5 +1,6 @@
 """Translates Adam states between projects by parameter names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,13 @@ def name_state(
     """Name the entries of an optimizer's `state_dict()`, whose parameters have the source names `groups`.
 
     Raises:
-        ValueError: If the number or shapes of the parameters differ.
+        ValueError: If the number or shapes of the parameters differ, or it is no such state.
     """
     names = [name for group in groups for name in group]
     try:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         states, options = saved["state"], _options(saved["param_groups"][0])
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:  # the values are the file's
         raise ValueError("it is not a state of a torch optimizer") from error
     if len(numbers) != len(names):
         raise ValueError(f"it is of {len(numbers)} parameters, but the model has {len(names)}")
@@ -74,6 +75,8 @@ def reorder_state(saved: Mapping[str, Any], order: Sequence[str], groups: Sequen
 
 
 def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor]:
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"its entry of '{name}' is a {type(saved).__name__}")
     entry = {}
     for key in ADAM_MOMENTS:
         if isinstance(tensor := saved.get(key), Tensor):
@@ -81,6 +84,8 @@ def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor
                 tensor = tensor[:, : shape[1]]
             if tensor.shape != shape:
                 raise ValueError(f"its '{key}' of '{name}' has another shape than the parameter")
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"its '{key}' of '{name}' is not finite")
             entry[key] = tensor.float().clone()
     step = saved.get("step", 0)  # a plain number before torch 1.12
     return {**entry, "step": torch.tensor(float(step))}
@@ -88,7 +93,11 @@ def _entry(saved: Mapping[str, Any], name: str, shape: Size) -> dict[str, Tensor
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: group[key] for key in HYPERPARAMETERS if isinstance(group.get(key), int | float | list | tuple)}
-    return {
+    options = {
         key: [float(each) for each in value] if isinstance(value, list | tuple) else float(value)
         for key, value in values.items()
     }
+    for key, value in options.items():
+        if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+            raise ValueError(f"its {key} is {value}")
+    return options

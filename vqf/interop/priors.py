@@ -38,10 +38,16 @@ def condition_length(contents: CheckpointContents, tokens: int) -> int:
 
 
 def num_classes(contents: CheckpointContents, options: ImportOptions) -> int:
-    """Number of classes of the prior's condition, or 0."""
-    if options.classes is not None:
-        return options.classes
-    return source_config.num_classes(contents.settings) or 0
+    """Number of classes of the prior's condition, or 0.
+
+    Raises:
+        UserError: If there are more than rows in its embedding table.
+    """
+    count = source_config.num_classes(contents.settings) or 0 if options.classes is None else options.classes
+    rows = len(contents.tensors[f"{TRANSFORMER_PREFIX}tok_emb.weight"])
+    if not 0 <= count <= rows:
+        raise UserError(f"{contents.path}: {count} classes, but its prior embeds {rows} tokens; give classes=")
+    return count
 
 
 def read_prior(

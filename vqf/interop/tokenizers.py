@@ -31,6 +31,7 @@ FIRST_CONV_KEY = "encoder.conv_in.weight"  # every layout has it
 PARAMETER_PREFIXES = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 STEP_COUNTER = "quantizer.steps"  # of the Gumbel temperature; no file has it
 ASSUMED_IMAGE_SIZE = 256  # pixels, if neither config nor user tells
+MAX_IMAGE_SIZE = 2**16  # pixels, in a config that is to be believed
 
 
 @dataclass
@@ -161,6 +162,8 @@ def read_optimizer_state(
 def _size(contents: CheckpointContents, weights: Weights, report: ImportReport) -> Size:
     stride = 2 ** (infer_config.count_blocks(weights, "encoder.down") - 1)
     side = source_config.image_size(contents.settings, stride)
+    if side is not None and not 0 < side <= MAX_IMAGE_SIZE:
+        raise UserError(f"images of {side} px in its settings; give image_size=")
     if side is None:
         report.note(f"image size unknown: {ASSUMED_IMAGE_SIZE} px assumed, give image_size= if it is another")
     return side or ASSUMED_IMAGE_SIZE, side or ASSUMED_IMAGE_SIZE

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vqf.errors import UserError
+from vqf.networks.weights import read_torch_file
 from vqf.terminal import log
 
 STORAGE_DTYPES = {
@@ -68,16 +69,21 @@ def load_untrusted(path: Path) -> Any:
         UserError: If it is another file, or names a function that no weight file needs.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:
-        if not zipfile.is_zipfile(path):
-            raise UserError(
-                f"{path}: not a weight file, or one of torch before 1.6 with more than tensors in it; "
-                f"save its state_dict alone with a newer torch ({_first_line(error)})"
-            ) from error
+        return read_torch_file(path)
+    except UserError:
+        if not _has_pickle(path):
+            raise
     return _load_restricted(path)
+
+
+def _has_pickle(path: Path) -> bool:
+    """Tell whether a file has torch's zip format."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    is_torchscript = any(name.endswith("/constants.pkl") for name in names)
+    return any(name.endswith("/data.pkl") for name in names) and not is_torchscript
 
 
 def _load_restricted(path: Path) -> Any:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, open_dict
 from vqf.batch import Size, pair
 from vqf.config.access import DEFAULT_IMAGE_SIZE, image_size
 from vqf.config.inherit import cli_keys
+from vqf.errors import name_first
 from vqf.interop.import_model import ImportedCheckpoint, import_checkpoint
 from vqf.interop.priors import ImportOptions
 from vqf.pipelines.importing.presets import PRESETS_DIR
@@ -70,8 +71,7 @@ class Import:
         if imported.report.unknown_tensors:
             log.warning("%d unknown tensors were not imported", len(imported.report.unknown_tensors))
         if nonfinite := imported.nonfinite_tensors():
-            more = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
-            log.warning("'%s'%s: not all values are finite, nor will the model's outputs be", nonfinite[0], more)
+            log.warning("%s: not all values are finite, nor will the model's outputs be", name_first(nonfinite))
         log.info("%s run in %s; %s lists every tensor", imported.kind, self.run_dir, REPORT_NAME)
         if imported.kind == "stage1":
             arguments = f"--config-dir {self.run_dir / PRESETS_DIR} experiment=imported resume={self.run_dir}"

@@ -16,37 +16,37 @@ A run has one folder per saved step, `checkpoints/step-00001234/`:
 The writer renames complete folders. The reader verifies hashes: safetensors and torch miss flipped bytes.
 """
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from yaml import YAMLError
 
 from vqf.config.untrusted import check_no_interpolations
-from vqf.errors import UserError
-from vqf.hashing import sha256_of_file
+from vqf.errors import UserError, import_command, not_a_run_message
+from vqf.networks.file_content import describe_content
+from vqf.networks.weights import read_safetensors, read_torch_file
+from vqf.runs.checkpoint_files import (
+    MANIFEST,
+    STATE,
+    BrokenCheckpointError,
+    as_mapping,
+    read_config,
+    read_json,
+    verify_files,
+)
+from vqf.runs.optimizer_states import check_optimizer_states
 from vqf.terminal import log
 
 FORMAT = 2
 CHECKPOINTS_FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-STATE = "state.json"
-REQUIRED_FILES = ("model.safetensors", "optimizers.pt", STATE, "config.yaml")
+FOREIGN_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")  # of weights that pipeline=import reads
 STAGES = ("stage1", "stage2")
-
-
-class BrokenCheckpointError(UserError):
-    """A checkpoint with a missing, damaged or unreadable file."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,41 @@ class Checkpoint:
             BrokenCheckpointError: If it has another format.
         """
         try:
-            return load_file(self.path / f"{name}.safetensors")
-        except SafetensorError as error:
-            raise BrokenCheckpointError(f"{self.path}: {name}.safetensors holds no weights ({error})") from error
+            return read_safetensors(self.path / f"{name}.safetensors")
+        except UserError as error:
+            reason = _reason(error)
+            raise BrokenCheckpointError(f"{self.path}: {name}.safetensors holds no weights ({reason})") from error
 
-    def load_optimizers(self) -> dict[str, Any]:
-        """Read optimizers.pt, on the CPU.
+    def count_stored(self) -> tuple[int, int]:
+        """Count the tensors in all weight files, and the numbers in them, by the headers.
 
         Raises:
-            BrokenCheckpointError: If it holds more than tensors and plain containers.
+            BrokenCheckpointError: If one has another format.
+        """
+        sizes: list[int] = []
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    sizes += [math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
+            except SafetensorError as error:
+                reason = describe_content(file)
+                raise BrokenCheckpointError(f"{self.path}: {file.name} holds no weights ({reason})") from error
+        return len(sizes), sum(sizes)
+
+    def load_optimizers(self) -> dict[str, Any]:
+        """Read optimizers.pt, on the CPU: state dicts in "optimizers" and "schedules", by name.
+
+        Raises:
+            BrokenCheckpointError: If it holds anything else.
         """
         try:
-            return torch.load(self.path / "optimizers.pt", map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            reason = str(error).partition("\n")[0]
-            raise BrokenCheckpointError(f"{self.path}: optimizers.pt has no optimizer states ({reason})") from error
+            content = read_torch_file(self.path / "optimizers.pt")
+            check_optimizer_states(content)
+        except (UserError, ValueError) as error:
+            raise BrokenCheckpointError(
+                f"{self.path}: optimizers.pt has no optimizer states ({_reason(error)})"
+            ) from error
+        return content
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -146,25 +166,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: checkpoint format {manifest.get('format')}, but this version of vqf reads format {FORMAT}; "
             "use the version of vqf that wrote it, or train again"
         )
-    _verify_files(path, _as_mapping(manifest.get("files")))
-    state, config = read_json(path / STATE), _read_config(path / "config.yaml")
+    verify_files(path, as_mapping(manifest.get("files")))
+    state, config = read_json(path / STATE), read_config(path / "config.yaml")
     check_no_interpolations(state.get("condition_tokenizers"), path / STATE)  # `load` builds models from these configs
     if state.get("kind") not in STAGES or type(state.get("step")) is not int:
         raise BrokenCheckpointError(f"{path}: state.json has no valid kind and step")
     return Checkpoint(path, state, config)
-
-
-def _verify_files(path: Path, entries: Mapping[str, Any]) -> None:
-    for name, entry in entries.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():  # a name with a folder would lead out of the checkpoint
-            raise BrokenCheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != _as_mapping(entry).get("size") or sha256_of_file(file) != entry.get("sha256"):
-            raise BrokenCheckpointError(f"{path}: {name} was changed after it was written (size or hash differ)")
-    weights = [file.name for file in sorted(path.glob("*.safetensors"))]
-    for name in (*REQUIRED_FILES, *weights):
-        if name not in entries:
-            raise BrokenCheckpointError(f"{path}: {name} is not in its manifest")
 
 
 def checkpoint_names(run_dir: Path) -> list[str]:
@@ -209,6 +216,8 @@ def find_checkpoint(
     if path is None:
         raise UserError(f"run: give run=FOLDER, {description}; {hint}")
     root = Path(path).expanduser()
+    if root.is_file():
+        raise UserError(f"run={path}: {not_a_run_message(root)}")
     if not root.is_dir():
         raise UserError(f"run={path}: no such folder; give {description}")
     if (root / MANIFEST).is_file():
@@ -221,7 +230,9 @@ def find_checkpoint(
             return checkpoint
     if candidates:
         raise UserError(f"run={path} holds a {candidates[0].kind} run, but this needs {description}; {hint}")
-    raise UserError(f"run={path}: no intact checkpoint in it; give {description}")
+    foreign = any(file.suffix in FOREIGN_SUFFIXES for file in root.iterdir())
+    cure = f"; {import_command(root)} makes a run of another project's weights" if foreign else ""
+    raise UserError(f"run={path}: no intact checkpoint in it; give {description}{cure}")
 
 
 def run_dir_of(checkpoint: Path) -> Path:
@@ -240,11 +251,6 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def file_entry(file: Path) -> dict[str, Any]:
-    """Entry of a file in the manifest."""
-    return {"size": file.stat().st_size, "sha256": sha256_of_file(file)}
-
-
 def checkpoint_folders(folder: Path) -> list[Path]:
     """List checkpoint folders by step, with backups of those that a killed `atomic_folder` has moved."""
     if not folder.is_dir():
@@ -254,37 +260,11 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Raises:
-        BrokenCheckpointError: If it is none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} is not a mapping")
-    return content
-
-
-def _as_mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _read_config(path: Path) -> DictConfig:
-    try:
-        config = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} cannot be read ({reason})") from error
-    if not isinstance(config, DictConfig):
-        raise BrokenCheckpointError(f"{path.parent}: {path.name} is not a config")
-    check_no_interpolations(OmegaConf.to_container(config, resolve=False), path)
-    return config
-
-
 def default_output(channels: int) -> Literal["image", "logits"]:
     """What a tokenizer gives whose checkpoint does not say so."""
     return "image" if channels in (1, 3) else "logits"
+
+
+def _reason(error: Exception) -> str:
+    """What an error about a file says after the path."""
+    return str(error).rpartition("not a weight file: ")[2]

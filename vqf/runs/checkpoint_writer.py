@@ -10,17 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vqf.atomic import atomic_folder, link_or_copy, recover_interrupted, write_torch, write_weights
-from vqf.runs.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    FORMAT,
-    MANIFEST,
-    STATE,
-    checkpoint_folders,
-    file_entry,
-    folder_name,
-    read_json,
-    step_of,
-)
+from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, FORMAT, checkpoint_folders, folder_name, step_of
+from vqf.runs.checkpoint_files import MANIFEST, STATE, file_entry, read_json
 from vqf.runs.retention import BestCriterion, prune_checkpoints
 from vqf.terminal import log
 

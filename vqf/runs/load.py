@@ -9,13 +9,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.config.access import group_nodes
-from vqf.errors import UserError
+from vqf.distributed.devices import find_device
+from vqf.errors import UserError, name_first
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.models.sample_request import check_pair
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
+from vqf.networks.weights import check_dtypes, nonfinite_names
 from vqf.registry import build, check_options, chosen_components
+from vqf.runs.bounded_build import build_blank, build_bounded
 from vqf.runs.checkpoint import Checkpoint, default_output, find_checkpoint
+from vqf.terminal import log
 
 TOKENIZER_COMPONENTS = ("encoder", "quantizer", "decoder")
 
@@ -27,10 +31,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Ge
 
     Args:
         path: A run's folder or one of its checkpoints.
+        device: "cpu", "cuda", ...; "auto" is a GPU if there is one.
 
     Raises:
-        UserError: If there is no intact checkpoint, or a component is not registered.
+        UserError: If there is no intact checkpoint or no such device, or a component is not registered.
     """
+    device = find_device(str(device))
     checkpoint = find_checkpoint(path, lambda _: True, "a run of vqf", "train one with python -m vqf.run")
     if checkpoint.kind == "stage1":
         return load_tokenizer(checkpoint).to(device)
@@ -61,7 +67,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load a frozen tokenizer in eval mode, with the EMA weights if any."""
     _check_registered(checkpoint, TOKENIZER_COMPONENTS)
     model = checkpoint.config.model
-    tokenizer = build_tokenizer(model, checkpoint.image_size, checkpoint.channels, checkpoint.output)
+    tokenizer = build_bounded(
+        checkpoint, lambda: build_tokenizer(model, checkpoint.image_size, checkpoint.channels, checkpoint.output)
+    )
     if checkpoint.kind == "stage2":
         name = "tokenizer"
     else:
@@ -72,17 +80,27 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) -> Generator:
     """Load a frozen generator in eval mode; `sampler` replaces its own."""
-    config = checkpoint.config
     _check_registered(checkpoint, ("conditioner", "prior"))
     tokenizer = load_tokenizer(checkpoint)
-    coders = ConditionTokenizers(checkpoint.state.get("condition_tokenizers", {}))
-    generator = build_generator(config, tokenizer, checkpoint.classes, coders, sampler)
+    generator = build_bounded(checkpoint, lambda: _build_saved_generator(checkpoint, tokenizer, sampler))
     generator.crop_extent = checkpoint.state.get("crop_extent")
     assert isinstance(generator.prior, torch.nn.Module)
     _load_weights(generator.prior, checkpoint, "ema" if checkpoint.has_weights("ema") else "model")
     if checkpoint.has_weights("conditioner"):
         _load_weights(generator.conditioner, checkpoint, "conditioner")
     return generator.eval().requires_grad_(False)
+
+
+def blank_generator(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Generator:
+    """Build the generator of a checkpoint without its weights, on the meta device where possible."""
+    return build_blank(checkpoint, lambda: _build_saved_generator(checkpoint, tokenizer))
+
+
+def _build_saved_generator(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, sampler: DictConfig | None = None
+) -> Generator:
+    specs = ConditionTokenizers(checkpoint.state.get("condition_tokenizers", {}))
+    return build_generator(checkpoint.config, tokenizer, checkpoint.classes, specs, sampler)
 
 
 class ConditionTokenizers:
@@ -106,7 +124,9 @@ class ConditionTokenizers:
             untrained = build_tokenizer(OmegaConf.create(spec["model"]), (size[0], size[1]), spec["channels"], output)
             return untrained.eval().requires_grad_(False)
         checkpoint = find_tokenizer_checkpoint(run)
-        tokenizer, model = load_tokenizer(checkpoint), checkpoint.config.model
+        with torch.device("cpu"):  # its weights are read even where the generator is built on the meta device
+            tokenizer = load_tokenizer(checkpoint)
+        model = checkpoint.config.model
         nodes = {kind: OmegaConf.to_container(model[kind], resolve=True) for kind in TOKENIZER_COMPONENTS}
         self.specs[run] = {
             "model": {**nodes, "projection": model.get("projection", 1)},
@@ -167,14 +187,22 @@ def _tokenizer_opener(condition_tokenizers: ConditionTokenizers, name: str) -> C
 
 
 def _load_weights(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    weights = checkpoint.load_weights(name)
+    weights, blank = checkpoint.load_weights(name), module.state_dict()
+    nonfinite_before = nonfinite_names(blank)
     try:
+        check_dtypes(weights, blank)
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1:2]).strip()
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()  # torch's first line names only the class
         raise UserError(
             f"{checkpoint.path}: {name}.safetensors does not fit the model in config.yaml ({reason})"
         ) from error
+    if nonfinite := [each for each in nonfinite_names(module.state_dict()) if each not in nonfinite_before]:
+        log.warning(
+            "%s: %s.safetensors: %s: not all values are finite, nor will the model's outputs be",
+            *(checkpoint.path, name, name_first(nonfinite)),
+        )
 
 
 def _check_registered(checkpoint: Checkpoint, kinds: Sequence[str]) -> None:

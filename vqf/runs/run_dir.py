@@ -11,10 +11,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
+from vqf.run_files import read_yaml
 from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, run_dir_of
 
 OUTPUTS = Path("outputs")
@@ -89,8 +89,8 @@ def _recorded_pipelines(run: Path) -> Iterator[str]:
 
 
 def _recorded_value(path: Path, config_key: str) -> Iterator[str]:
-    with suppress(OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
-        if (value := OmegaConf.select(OmegaConf.load(path), config_key)) is not None:
+    with suppress(OSError, ValueError, OmegaConfBaseException):
+        if (value := OmegaConf.select(read_yaml(path), config_key)) is not None:
             yield str(value)
 
 

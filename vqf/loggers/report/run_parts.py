@@ -15,6 +15,7 @@ from vqf.run_files import (
     log_times,
     read_json,
     read_metrics,
+    read_yaml,
 )
 
 EVALUATION_PREFIX = "evaluation/"  # of keys that pipeline=evaluate logs
@@ -118,5 +119,8 @@ def command(run_dir: Path, summary: Mapping[str, Any]) -> str:
     path = run_dir / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return ""
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    try:
+        overrides = OmegaConf.to_container(read_yaml(path), resolve=False)
+    except (OSError, ValueError):
+        return ""
     return shlex.join(["python", "-m", "vqf.run", *(str(each) for each in overrides or ())])

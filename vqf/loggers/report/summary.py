@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqf.loggers.report.run_parts import newest_checkpoint
-from vqf.run_files import is_finite
+from vqf.run_files import is_finite, read_yaml
 from vqf.terminal import format_bytes, format_seconds
 
 Facts = list[tuple[str, str]]  # (name, text)
@@ -27,13 +27,12 @@ TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_")  # a run folder named by the time st
 def load_config(run_dir: Path) -> Mapping[str, Any]:
     """Load the unresolved config; {} if there is none."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
     checkpoint = newest_checkpoint(run_dir) or newest_checkpoint(run_dir / "stage1")
     for path in (run_dir / ".hydra" / "config.yaml", *([checkpoint / "config.yaml"] if checkpoint else [])):
         try:
-            content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        except (OSError, ValueError, YAMLError):
+            content = OmegaConf.to_container(read_yaml(path), resolve=False)
+        except (OSError, ValueError):
             continue
         if isinstance(content, dict):
             return {str(key): value for key, value in content.items()}

@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +21,7 @@ from vqf.models.tokenizer import Tokenizer
 from vqf.pipelines.comparison.runs import Run
 from vqf.protocols import Split
 from vqf.runs.checkpoint import Checkpoint
-from vqf.runs.load import ConditionTokenizers, build_generator, load_tokenizer
+from vqf.runs.load import blank_generator, load_tokenizer
 
 GAP = 2  # white pixels between images
 
@@ -109,16 +108,11 @@ def latest_samples_uri(run: Run) -> str | None:
 
 
 def count_parameters(run: Run, tokenizer: Tokenizer) -> int | None:
-    """Count parameters; None if the prior cannot be built on the meta device."""
+    """Count parameters."""
     count = sum(param.numel() for param in tokenizer.parameters())
     if run.prior is None:
         return count
-    condition_tokenizers = ConditionTokenizers(run.prior.state.get("condition_tokenizers", {}))
-    try:
-        with torch.device("meta"):
-            prior = build_generator(run.prior.config, tokenizer, run.prior.state["classes"], condition_tokenizers).prior
-    except RuntimeError:
-        return None
+    prior = blank_generator(run.prior, tokenizer).prior
     assert isinstance(prior, nn.Module)
     return count + sum(param.numel() for param in prior.parameters())
 

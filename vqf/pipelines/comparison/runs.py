@@ -10,16 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
 from vqf.pipelines.comparison.metrics import MetricValue, MetricValues, evaluation_metrics, training_metrics
-from vqf.run_files import elapsed_seconds, log_times, read_json, read_metrics, read_text
-from vqf.runs.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    MANIFEST,
-    BrokenCheckpointError,
-    Checkpoint,
-    latest_checkpoint,
-    open_checkpoint,
-    run_dir_of,
-)
+from vqf.run_files import elapsed_seconds, log_times, read_json, read_metrics, read_text, read_yaml
+from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, latest_checkpoint, open_checkpoint, run_dir_of
+from vqf.runs.checkpoint_files import MANIFEST, BrokenCheckpointError
 
 STAGES = ("stage1", "stage2")
 TRAINING_PIPELINES = (*STAGES, "full")  # their run folders can be compared
@@ -179,7 +172,7 @@ def _logged_error(path: Path) -> str:
 
 def _composed_config(folder: Path) -> DictConfig | None:
     try:
-        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    except Exception:  # missing, truncated, or not YAML
+        config = read_yaml(folder / ".hydra" / "config.yaml")
+    except (OSError, ValueError):  # missing, truncated, or not YAML
         return None
     return config if isinstance(config, DictConfig) else None

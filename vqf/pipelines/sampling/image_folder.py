@@ -17,7 +17,8 @@ from vqf.hashing import sha256_of_file, sha256_of_tensors
 from vqf.images import read_image, save_image
 from vqf.protocols import HasSpeedOptions
 from vqf.registry import find_component
-from vqf.runs.checkpoint import MANIFEST, Checkpoint
+from vqf.runs.checkpoint import Checkpoint
+from vqf.runs.checkpoint_files import MANIFEST
 
 PNG_SETTINGS_KEY = "vqf"  # text chunk of a PNG that stores the settings as JSON
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
 
+from tests.security.conftest import seal
 from tests.support.composing import compose
 from tests.training.test_trainer import TINY, lines
 from vqf.data.emoji import EmojiSplit
@@ -106,6 +108,90 @@ def test_weights_that_do_not_fit_are_named_in_one_line(run: Path) -> None:
     line = refused(run, "model.quantizer.codebook_size=32", "allow_changes=true")
     assert line.startswith(f"resume: {run}/checkpoints/step-00000002: its 'model' does not fit this config: ")
     assert "size mismatch for quantizer" in line
+
+
+def changed_optimizer(run: Path, change: Any) -> None:
+    """Change the optimizer states of a checkpoint, with a manifest that fits."""
+    file = run / "checkpoints" / "step-00000002" / "optimizers.pt"
+    states = torch.load(file, weights_only=True)
+    change(states["optimizers"]["model"], states["schedules"]["model"])
+    torch.save(states, file)
+    seal(file.parent)
+
+
+def set_option(key: str, value: Any) -> Any:
+    return lambda optimizer, schedule: optimizer["param_groups"][0].update({key: value})
+
+
+def set_schedule(key: str, value: Any) -> Any:
+    return lambda optimizer, schedule: schedule.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (set_option("lr", "high"), "lr is a str, not a number"),
+        (set_option("lr", None), "lr is a NoneType, not a number"),
+        (set_option("lr", float("nan")), "lr is nan"),
+        (set_option("betas", [0.9]), "betas is not 2 values"),
+        (set_option("betas", ("a", "b")), "betas is a str, not a number"),
+        (set_option("params", [0]), "size"),
+        (set_schedule("last_epoch", "now"), "'last_epoch' is a str, not a number"),
+        (set_schedule("base_lrs", 3), "'base_lrs' is not 1 values"),
+        (set_schedule("step", 3), "it has no 'step'"),
+        (lambda optimizer, schedule: optimizer["state"].update({9999: {}}), "a state of parameter 9999"),
+        (lambda optimizer, schedule: optimizer["state"].update({"x": {}}), "a state of parameter x"),
+        (lambda optimizer, schedule: optimizer["state"][0].update(exp_avg=3), "another shape"),
+        (lambda optimizer, schedule: optimizer["state"][0].update(exp_avg_sq=torch.zeros(2)), "another shape"),
+    ],
+)
+def test_optimizer_states_of_other_values_are_refused(run: Path, change: Any, words: str) -> None:
+    changed_optimizer(run, change)
+    line = refused(run, "steps=4", "allow_changes=true")
+    assert "step-00000002: its 'optimizer of model' does not fit this config: " in line and words in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("skipped_batches", "many"),
+        ("skipped_batches", -1),
+        ("best", [1]),
+        ("last_validation", 3),
+        ("last_validation", {}),
+        ("validation_due", 3),
+        ("nonfinite", 3),
+        ("nonfinite", {"consecutive_skips": "x"}),
+        ("alarms", 3),
+        ("alarms", {"raised": 3}),
+        ("alarms", {"raised": [[]]}),
+    ],
+)
+def test_a_state_of_other_values_is_refused(run: Path, key: str, value: Any) -> None:
+    file = run / "checkpoints" / "step-00000002" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    seal(file.parent)
+    assert "state.json has no valid" in refused(run, "steps=4")
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "discriminator"])
+def test_weights_that_are_not_finite_are_not_resumed(run: Path, name: str) -> None:
+    file = run / "checkpoints" / "step-00000002" / f"{name}.safetensors"
+    weights = load_file(file)
+    key = next(key for key, tensor in weights.items() if tensor.is_floating_point() and tensor.numel())
+    weights[key].view(-1)[0] = float("nan")
+    save_file(weights, file)
+    seal(file.parent)
+    assert f"not all values of '{name}: {key}' are finite; resume=PATH of an earlier" in refused(run, "steps=4")
+
+
+def test_weights_of_another_kind_of_number_are_not_resumed(run: Path) -> None:
+    file = run / "checkpoints" / "step-00000002" / "model.safetensors"
+    weights = load_file(file)
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key].int()}, file)
+    seal(file.parent)
+    assert f"its 'model' does not fit this config: '{key}' holds int32, not float32" in refused(run, "steps=4")
 
 
 def test_a_discriminator_that_the_run_does_not_have_is_named(tmp_path: Path) -> None:

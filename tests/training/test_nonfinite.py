@@ -281,3 +281,65 @@ def test_a_device_that_is_not_read_every_step_never_saves_non_finite_weights(
     assert found and (found.step, found.state["skipped_batches"]) == (6, 1)
     assert len(reads) == 5  # at steps 2, 3, and after the rollback 3, 4, 6
     assert "stage1, step 3: 'l1' is nan" in caplog.text
+
+
+def spoil_weights(monkeypatch: pytest.MonkeyPatch, spoiled: set[int], where: str = "weight") -> None:
+    """Let steps on some batches spoil a weight or a moment after all scalars were finite."""
+    at: dict[str, int] = {}
+    batch_of, step_of = ShuffledBatches.batch, TokenizerTask.step
+
+    def batch(self: ShuffledBatches, step: int) -> Any:
+        at["now"] = step
+        return batch_of(self, step)
+
+    def step(self: TokenizerTask, number: int, batch: Batch) -> Any:
+        scalars = step_of(self, number, batch)
+        if at["now"] in spoiled:
+            parameter = next(self.modules["model"].parameters())
+            tensor = parameter if where == "weight" else self.optimizers["model"].state[parameter]["exp_avg_sq"]
+            tensor.data[(0,) * tensor.ndim] = inf
+        return scalars
+
+    monkeypatch.setattr(ShuffledBatches, "batch", batch)
+    monkeypatch.setattr(TokenizerTask, "step", step)
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_the_last_step_saves_no_weights_that_are_not_finite(tmp_path: Path, action: str) -> None:
+    words = [*TINY, "optimizer.lr=inf", "schedule=constant", "steps=1", f"nonfinite.action={action}"]
+    with pytest.raises(UserError) as caught:
+        Stage1(compose(*words), tmp_path).run()
+    assert str(caught.value).startswith("stage1, step 1: not all values of 'model: ")
+    assert "are finite after the step; nothing of it is saved. Lower optimizer.lr" in str(caught.value)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(("where", "what"), [("weight", "'model: "), ("moment", "'optimizer of model: exp_avg_sq of ")])
+def test_weights_and_moments_are_checked_before_they_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: str
+) -> None:
+    spoil_weights(monkeypatch, {3}, where)
+    with pytest.raises(UserError, match=f"^stage1, step 4: not all values of {what}"):
+        Stage1(compose(*TINY), tmp_path).run()
+    found = latest_checkpoint(tmp_path)
+    assert found and found.step == 2
+
+
+def test_spoiled_weights_are_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_weights(monkeypatch, {3, 7})  # the second after the last step
+    Stage1(compose(*TINY, "nonfinite.action=rollback"), tmp_path).run()
+    found = latest_checkpoint(tmp_path)
+    assert found and (found.step, found.state["skipped_batches"]) == (6, 4)
+    assert all(weight.isfinite().all() for weight in found.load_weights("model").values())
+
+
+def test_a_buffer_that_is_infinite_from_the_start_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = TokenizerTask.__init__
+
+    def init(self: TokenizerTask, *arguments: Any, **options: Any) -> None:
+        built(self, *arguments, **options)
+        self.modules["model"].register_buffer("mask", torch.tensor([0.0, -inf]))
+
+    monkeypatch.setattr(TokenizerTask, "__init__", init)
+    Stage1(compose(*TINY, "steps=2"), tmp_path).run()
+    assert latest_checkpoint(tmp_path) is not None

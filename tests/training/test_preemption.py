@@ -1,9 +1,11 @@
 """Signals of a scheduler to a running job, acted on between two steps."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from vqf.dataloading.loader import sequential_batches
 from vqf.pipelines.full import Full
 from vqf.pipelines.stage1 import Stage1
 from vqf.runs.checkpoint import latest_checkpoint
-from vqf.training.preemption import SIGTERM_EXIT_CODE, PreemptionSignals
+from vqf.training.preemption import PreemptionSignals
 from vqf.training.tokenizer_task import TokenizerTask
 
 LONG = [*TINY, "checkpoint.every=50"]
@@ -50,18 +52,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("step", [0, 3, 5])
-def test_sigterm_saves_after_the_step_and_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, step: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("step", "number"), [(0, signal.SIGTERM), (3, signal.SIGHUP), (5, signal.SIGTERM)])
+def test_a_signal_saves_after_the_step_and_stops(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: Path,
+    step: int,
+    number: signal.Signals,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "vqf")
     with monkeypatch.context() as patch:
-        during(step, patch, signal.SIGTERM)
+        during(step, patch, number)
         with pytest.raises(SystemExit) as ended:
             Stage1(compose(*LONG), tmp_path).run()
-    assert ended.value.code == SIGTERM_EXIT_CODE == 143
+    assert ended.value.code == {signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert saved(tmp_path) == [f"step-{step + 1:08d}"]
-    assert f"stopped by SIGTERM; saved at step {step + 1}, continue with resume=true" in caplog.text
+    assert f"stopped by {number.name}; saved at step {step + 1}, continue with resume=true" in caplog.text
     Stage1(compose(*LONG, "resume=true"), tmp_path).run()
     assert lines(tmp_path) == lines(uninterrupted)
     assert weights(tmp_path) == weights(uninterrupted)
@@ -91,9 +98,41 @@ def test_sigterm_in_the_last_validation_keeps_its_result(tmp_path: Path, monkeyp
 
 
 def test_previous_handlers_are_restored(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     Stage1(compose(*TINY, "steps=1"), tmp_path).run()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_an_ignored_sighup_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        during(2, monkeypatch, signal.SIGHUP)
+        Stage1(compose(*LONG), tmp_path).run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved(tmp_path) == ["step-00000006"]
+
+
+def test_a_closed_terminal_saves_and_stops(tmp_path: Path) -> None:
+    """The terminal vanishes, so that every later write to it fails, and the kernel sends SIGHUP."""
+    words = [*LONG, "steps=4000", f"run_dir={tmp_path}", "workers=1", "evaluate.every=4000", "log.every=1"]
+    terminal, inner = os.openpty()
+    job = subprocess.Popen(
+        [sys.executable, "-m", "vqf.run", *words],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), inner),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inner)
+    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 3:
+        os.read(terminal, 4096)
+    os.close(terminal)
+    assert job.wait(60) == 129
+    found = latest_checkpoint(tmp_path)
+    assert found and found.step == lines(tmp_path)[-1]["step"] < 4000
+    assert f"stopped by SIGHUP; saved at step {found.step}" in (tmp_path / "log.txt").read_text()
 
 
 def test_in_another_thread_no_signal_is_recorded() -> None:
@@ -131,7 +170,7 @@ class SignalingSplit:
         return Sample(torch.full((3, 1, 1), float(index)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_data_workers_ignore_signals_of_the_scheduler(number: int) -> None:
     shown = [batch.images[:, 0, 0, 0].tolist() for batch in sequential_batches(SignalingSplit(number), 2, workers=1)]  # type: ignore[index]
     assert shown == [[0, 1], [2, 3], [4, 5]]
@@ -149,7 +188,7 @@ def thread_at_birth() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("thread_at_birth")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_every_thread_of_a_data_worker_ignores_signals(number: int) -> None:
     for _ in range(3):  # the kernel chooses the thread that a signal is for
         assert len(list(sequential_batches(SignalingSplit(number), 2, workers=1))) == 3  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ log = logging.getLogger("vqf")
 
 DEFAULT_TIMEOUT = 600.0  # seconds to wait for a batch from a worker
 
-# A scheduler may send these to every process of a job. The parent handles them, and needs its workers to finish.
-PARENT_SIGNALS = {signal.SIGUSR1} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
+# A scheduler, or a terminal that closes, may send these to every process of a job. The parent handles them, and needs
+# its workers to finish.
+PARENT_SIGNALS = {signal.SIGUSR1, signal.SIGHUP} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
 
 
 def train_batches(

@@ -151,6 +151,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a shard (fsdp2), or any other tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 @torch.no_grad()
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
     """Copy a full value into a tensor that may be sharded."""

@@ -1,6 +1,6 @@
-"""Detection of NaN and infinity in training scalars."""
+"""Detection of NaN and infinity in training scalars, and in what is saved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vqf.distributed import comm
-from vqf.errors import UserError
+from vqf.errors import UserError, name_first
 from vqf.terminal import log
 
 NEVER = 2**62  # later than any step
@@ -104,6 +104,29 @@ class NonFiniteGuard:
         self._check_limit(self.rollbacks, problem, "rolling back", "without a new checkpoint")
         return event
 
+    def check_state(self, step: int, names: Sequence[str]) -> NonFiniteEvent | None:
+        """Act on weights that are not finite after `step` steps, before they are saved: the last step may be the cause.
+
+        Args:
+            names: Their names on this rank; every rank must call it.
+
+        Returns:
+            An event that asks for a rollback, or None.
+
+        Raises:
+            UserError: If the run must stop. Skipping is no cure: the weights are spoiled.
+        """
+        if not comm.any_rank(bool(names)):
+            return None
+        what = name_first(names) if names else "a tensor of another process"
+        event = NonFiniteEvent(step - 1, f"not all values of {what} are finite after the step")
+        problem = f"{self.kind}, step {step}: {event.message}"
+        if self.action != "rollback":
+            raise UserError(f"{problem}; nothing of it is saved. {HINT}, and continue with resume=true")
+        self.rollbacks += 1
+        self._check_limit(self.rollbacks, problem, "rolling back", "without a new checkpoint")
+        return event
+
     def checkpoint_saved(self) -> None:
         self.rollbacks = 0
 
@@ -112,7 +135,7 @@ class NonFiniteGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state; an empty one resets."""
-        self.consecutive_skips = state.get("consecutive_skips", 0)
+        self.consecutive_skips = int(state.get("consecutive_skips", 0))
 
     def _check_limit(self, count: int, problem: str, action: str, manner: str) -> None:
         if count > self.limit:

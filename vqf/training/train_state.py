@@ -13,9 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from vqf.distributed import comm
 from vqf.distributed.engine import Engine
-from vqf.errors import UserError
+from vqf.errors import UserError, name_first
+from vqf.networks.weights import check_dtypes, nonfinite_names
 from vqf.registry import build
+from vqf.run_files import is_number
 from vqf.runs.checkpoint import Checkpoint
+from vqf.runs.optimizer_states import ELEMENTWISE, check_fits_optimizer, check_fits_schedule
 from vqf.runs.snapshot import Snapshot
 from vqf.training.ema import EMA
 from vqf.training.task import TrainingTask
@@ -36,7 +39,23 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        return cls(**{field.name: state.get(field.name, field.default) for field in fields(cls)})
+        """Read it from `state.json`.
+
+        Raises:
+            UserError: If a value has another type.
+        """
+        progress = cls(**{field.name: state.get(field.name, field.default) for field in fields(cls)})
+        last = progress.last_validation
+        valid = {
+            "step": type(progress.step) is int,
+            "skipped_batches": type(progress.skipped_batches) is int and progress.skipped_batches >= 0,
+            "best": progress.best is None or is_number(progress.best),
+            "last_validation": last is None or (isinstance(last, dict) and {"step", "values"} <= last.keys()),
+            "validation_due": isinstance(progress.validation_due, bool),
+        }
+        if wrong := [name for name, is_valid in valid.items() if not is_valid]:
+            raise UserError(f"resume: state.json has no valid {wrong[0]}: {getattr(progress, wrong[0])!r}")
+        return progress
 
 
 class TrainState:
@@ -49,6 +68,8 @@ class TrainState:
             name: build("schedule", config.schedule, optimizer=optimizer, steps=config.steps)
             for name, optimizer in task.optimizers.items()
         }
+        self.nonfinite_at_start: frozenset[str] = frozenset()
+        self.nonfinite_at_start = frozenset(self.nonfinite_names())  # such as a buffer with a mask of -inf
 
     def after_step(self, step: int) -> None:
         for schedule in self.schedules.values():
@@ -60,6 +81,24 @@ class TrainState:
 
     def learning_rates(self) -> dict[str, float]:
         return {f"lr/{name}": float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
+
+    def nonfinite_names(self) -> list[str]:
+        """Names of weights, averages and optimizer moments with NaN or infinity that a new run does not have.
+
+        On a GPU the host waits for the device once.
+        """
+        names = nonfinite_names({name: comm.local_tensor(tensor) for name, tensor in self._saved_tensors()})
+        return [name for name in names if name not in self.nonfinite_at_start]
+
+    def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, module in self.task.modules.items():
+            yield from ((f"{name}: {key}", tensor) for key, tensor in module.state_dict().items())
+        if self.ema:
+            yield from ((f"ema: {key}", tensor) for key, tensor in self.ema.state_dict().items())
+        for name, optimizer in self.task.optimizers.items():
+            for number, entry in enumerate(optimizer.state.values()):
+                for key in ELEMENTWISE & entry.keys():
+                    yield f"optimizer of {name}: {key} of parameter {number}", entry[key]
 
     def snapshot(self, state: Mapping[str, Any]) -> Snapshot | None:
         """Copy everything to the CPU on the main rank (else None); every rank must call this."""
@@ -79,14 +118,17 @@ class TrainState:
         """Load a checkpoint.
 
         Raises:
-            UserError: If its weights or optimizer states do not fit.
+            UserError: If its weights or optimizer states do not fit, or are not finite.
         """
         for name, module in self.task.modules.items():
             with _explain_mismatch(checkpoint, name):
-                self.engine.load_weights(module, checkpoint.load_weights(name))
+                weights = checkpoint.load_weights(name)
+                check_dtypes(weights, module.state_dict())
+                self.engine.load_weights(module, weights)
         if self.ema:
             with _explain_mismatch(checkpoint, "ema"):
                 weights = checkpoint.load_weights("ema")
+                check_dtypes(weights, self.ema.state_dict())
                 self.ema.load_state_dict(self.engine.shard_state(weights, self.ema.shadow_params))
         states = checkpoint.load_optimizers()
         # With allow_changes=true the config may have another learning rate: then the config's counts.
@@ -94,11 +136,19 @@ class TrainState:
         for name in self.task.optimizers:
             with _explain_mismatch(checkpoint, f"optimizer of {name}"):
                 self._restore_optimizer(name, states, keep_config_lr)
+        names = self.nonfinite_names()
+        if comm.any_rank(bool(names)):
+            what = name_first(names) if names else "a tensor of another process"
+            raise UserError(
+                f"resume: {checkpoint.path}: not all values of {what} are finite; resume=PATH of an earlier checkpoint"
+            )
 
     def _restore_optimizer(self, name: str, states: Mapping[str, Any], keep_config_lr: bool) -> None:
         optimizer, schedule = self.task.optimizers[name], self.schedules[name]
         base_lrs = schedule.base_lrs
         options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        check_fits_optimizer(states["optimizers"][name], optimizer)
+        check_fits_schedule(states["schedules"][name], schedule)
         self.engine.load_optimizer_state(optimizer, states["optimizers"][name])
         schedule.load_state_dict(states["schedules"][name])
         if keep_config_lr and isinstance(schedule, LambdaLR):

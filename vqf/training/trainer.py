@@ -1,6 +1,7 @@
 """The training loop: step, log, save, validate, roll back, finish."""
 
 import math
+import signal
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from vqf.terminal import log
 from vqf.training.alarms import AlarmMonitor, build_alarms
 from vqf.training.nonfinite import NonFiniteEvent, NonFiniteGuard
 from vqf.training.out_of_memory import explain_oom
-from vqf.training.preemption import SIGTERM_EXIT_CODE, PreemptionSignals
+from vqf.training.preemption import SIGNAL_EXIT_CODE, PreemptionSignals
 from vqf.training.task import BatchSource, TrainingTask
 from vqf.training.train_state import Progress, TrainState
 
@@ -48,7 +49,7 @@ def train(
 
     Raises:
         UserError: If the checkpoint to resume is of another run, whose folder is left unchanged.
-        SystemExit: After SIGTERM, once a checkpoint is saved.
+        SystemExit: After SIGTERM or SIGHUP, once a checkpoint is saved.
     """
     trainer = Trainer(task, config, run_dir, engine)
     trainer.resume()  # before the loggers open: a refused run writes nothing
@@ -83,8 +84,8 @@ class Trainer:
         if self.resumed_from is not None:
             check_same_run(self.resumed_from, self.config, self.task.metadata)
             self._restore(self.resumed_from)
-            if "threads" in self.resumed_from.state:
-                cpu_threads.resume(self.resumed_from.state["threads"])
+            if isinstance(threads := self.resumed_from.state.get("threads"), int):
+                cpu_threads.resume(threads)
 
     def run(self, batch_source: BatchSource, run_logger: RunLogger) -> ValidationResult:
         # Rollbacks use checkpoints at multiples of checkpoint.every only, so the newest of these is never pruned.
@@ -138,19 +139,22 @@ class Trainer:
                     bar.advance(0, terminal.format_metrics(dict(list(logged.items())[:MAX_BAR_METRICS])))
 
                 # Roll back. This comes before saving, so that no checkpoint holds non-finite weights.
-                if event := self._poll_nonfinite(log_due or save_due):
+                event = self._poll_nonfinite(log_due or save_due)
+                if event is None and (save_due or is_last):
+                    event = self.nonfinite_guard.check_state(done, self.train_state.nonfinite_names())
+                if event:
                     bar.advance(-self._rollback(event))
                     return
 
                 # Save. This comes before validation: a process killed while it validates loses no step.
                 self.checkpointer.check()
-                stops = save_requested and self.preemption.should_stop()
-                if stops or validation_due:
+                stop_signal = self.preemption.stop_signal() if save_requested else None
+                if stop_signal or validation_due:
                     self.checkpointer.wait()  # a snapshot queued behind a slow disk can be dropped; this one must not
                 if save_due:
                     self._save(validation_due)
-                if stops:
-                    self._exit_preempted()
+                if stop_signal:
+                    self._exit_preempted(stop_signal)
 
                 # Validate.
                 if validation_due:
@@ -200,8 +204,8 @@ class Trainer:
         self._log_validation(self._evaluate())
         self._store_validation()
         # A scheduler may kill the job soon after SIGTERM, so do not take another step first.
-        if self.preemption.should_save() and self.preemption.should_stop():
-            self._exit_preempted()
+        if self.preemption.should_save() and (stop_signal := self.preemption.stop_signal()):
+            self._exit_preempted(stop_signal)
 
     def _evaluate(self, final: bool = False) -> ValidationResult:
         if self.config.workers:
@@ -259,8 +263,11 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.train_state.restore(checkpoint)
         self.progress = Progress.from_state(checkpoint.state)
-        self.nonfinite_guard.load_state_dict(checkpoint.state.get("nonfinite", {}))
-        self.alarm_monitor.load_state_dict(checkpoint.state.get("alarms", {}))
+        try:
+            self.nonfinite_guard.load_state_dict(checkpoint.state.get("nonfinite", {}))
+            self.alarm_monitor.load_state_dict(checkpoint.state.get("alarms", {}))
+        except (TypeError, AttributeError, ValueError) as error:  # state.json may hold anything
+            raise UserError(f"resume: {checkpoint.path}: state.json has no valid nonfinite and alarms") from error
         comm.barrier()  # no rank may change the folder before all have read it
 
     def _resumes_in_place(self) -> bool:
@@ -288,12 +295,12 @@ class Trainer:
             self._store_validation()
             self.checkpointer.flush()
         comm.barrier()  # other ranks may read next what the main one has written
-        if self.preemption.should_save() and self.preemption.should_stop():
-            self._exit_preempted()
+        if self.preemption.should_save() and (stop_signal := self.preemption.stop_signal()):
+            self._exit_preempted(stop_signal)
         return result
 
-    def _exit_preempted(self) -> NoReturn:
+    def _exit_preempted(self, stop_signal: signal.Signals) -> NoReturn:
         self.checkpointer.flush()
         comm.barrier()
-        log.info("stopped by SIGTERM; saved at step %d, continue with resume=true", self.progress.step)
-        raise SystemExit(SIGTERM_EXIT_CODE)
+        log.info("stopped by %s; saved at step %d, continue with resume=true", stop_signal.name, self.progress.step)
+        raise SystemExit(SIGNAL_EXIT_CODE + stop_signal)

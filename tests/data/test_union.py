@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +87,18 @@ def test_the_fingerprint_follows_every_source(folders):
     paint(folders / "few", 6, 10)
     after = union(folders).split("train").fingerprint
     assert after != before != union(folders, seed=1).split("train").fingerprint
+
+
+def test_log_lines_of_a_source_name_its_options(folders, caplog):
+    (folders / "few" / "notes.txt").touch()
+    (folders / "many" / "0.png").write_bytes(b"")
+    caplog.set_level(logging.INFO, "vqf")
+    split = union(folders).split("train")
+    for i in range(len(split)):
+        split.item(0, i)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if line.startswith("data.parts.few.root: 1 files (.txt 1) in")]
+    assert [line for line in lines if line.startswith("data.parts.many.root: cannot read '0.png'")]
 
 
 def test_files_are_those_of_the_sources(folders):

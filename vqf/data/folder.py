@@ -117,7 +117,7 @@ class Folder:
     @staticmethod
     def image_reader(range: Sequence[float] | None = None) -> MapDecoder:
         """Return a reader of full images: upright, transparency on white."""
-        return MapDecoder("rgb", pixel_range=check_range("range", range))
+        return MapDecoder("rgb", pixel_range=check_range("range", range), range_option="data.range")
 
     def is_image(self, name: str) -> bool:
         return True

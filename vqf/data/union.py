@@ -1,5 +1,6 @@
 """Several data sources, concatenated."""
 
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from vqf.hashing import sha256_of
 from vqf.protocols import ConditionReader, Data, Named, Split, StreamingSplit, TracksReadErrors
 from vqf.registry import build, call_static, check_options, register
 from vqf.seeding import hash_seed
+
+log = logging.getLogger("vqf")
 
 OPTIONAL_FIELDS = ("mask", "condition", "crop_box")  # of a Sample
 OPTION_PATTERN = r"(?<![\w/.'])data\."  # an option of a source in an error message, not a file name
@@ -191,11 +194,19 @@ class _UnionNames(LazySequence[str]):
 
 @contextmanager
 def _prefix_errors(name: str) -> Iterator[None]:
-    """Prefix options in messages: `data.root` becomes `data.parts.NAME.root`."""
+    """Prefix options in messages and log lines: `data.root` becomes `data.parts.NAME.root`."""
+
+    def prefix(record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(OPTION_PATTERN, f"data.parts.{name}.", record.getMessage()), ()
+        return True
+
+    log.addFilter(prefix)
     try:
         yield
     except UserError as error:
         raise type(error)(re.sub(OPTION_PATTERN, f"data.parts.{name}.", str(error))) from error
+    finally:
+        log.removeFilter(prefix)
 
 
 def _build_source(name: str, node: Mapping[str, Any], image_size: int | Size, seed: int) -> Data:

@@ -47,7 +47,7 @@ class Complete:
             size. A code is kept if all of its pixels are.
         images: Folder of images, scaled and cropped as `data=folder` does; by default the validation split of the
             run's data.
-        label: Class of all images, by number or name; by default their own, or classes take turns.
+        label: Class of all images, by name or number; by default their own, or classes take turns.
         count: Number of images, at least 1, spread evenly over the split.
     """
 

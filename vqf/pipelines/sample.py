@@ -52,7 +52,7 @@ class SamplePipeline:
 
     Args:
         count: Number of images, at least 1; by default 64, or one per condition.
-        label: Class of all images, by number or name; by default classes take turns.
+        label: Class of all images, by name or number; by default classes take turns.
         size: Height and width in pixels as `size=[512,768]`, or one number for both; by default as in training.
             Larger images need `sampler=sliding_window`.
         candidates: Samples per image, at least 1; `scorer=` keeps the best.

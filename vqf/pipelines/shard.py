@@ -73,6 +73,9 @@ class Shard:
             isinstance(split, ImageFileSplit | StreamedShardSplit) for split in splits.values()
         ):
             raise UserError(f"format=original: data '{self.config.data.name}' has no files to copy; give format=png")
+        if self.format == "original" and (pixel_range := self.config.data.get("range")):
+            words = ",".join(f"{value:g}" for value in pixel_range)
+            log.info("data.range: files are copied as they are; give data.range=[%s] to data=shards as well", words)
         maps = None if self.images_only else map_options(self.config.data, splits.values(), self.format)
         tasks = [task for name, split in splits.items() for task in self._tasks(name, split)]
         provenance, names = self._provenance(data, splits, maps), {task.name for task in tasks}

@@ -102,7 +102,8 @@ LAYOUTS = {
         ["train", "val", "test"],
         "train",
         "val",
-        "'train' is for training, 'val' for validation; 4 images beside them are left out",
+        "'train' is for training, 'val' for validation; 4 images beside them are left out "
+        "(the lists data.train and data.validation can name them)",
     ),
     "train alone": (["train"], "train", "train", "all images are in 'train'; a fraction of them is held out"),
 }

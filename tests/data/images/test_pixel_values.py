@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +16,11 @@ from vqf.data.folder import Folder
 from vqf.data.images.decode import UnreadableError, read_crop, to_rgb
 from vqf.data.images.pixel_values import check_range
 from vqf.data.pairs import Pairs
+from vqf.data.shards import Shards
+from vqf.errors import UserError
+from vqf.images import read_image
 from vqf.pipelines.check import Check
+from vqf.pipelines.shard import Shard
 
 RAMPS = {  # format, first and last value, type
     "12 bits in a 16-bit PNG": ("PNG", 0, 4095, "uint16"),
@@ -74,6 +79,20 @@ def test_values_beyond_the_range_are_clipped_and_others_rounded(value, low, high
     assert abs(int(pixel) - exact) <= 0.5 + 1e-6
 
 
+def test_a_range_may_be_wider_than_the_type_of_the_file():
+    values = ramp(0, 4000, "uint16")
+    grey = np.asarray(to_rgb(Image.fromarray(values), (-4000, 4000)))[..., 0]
+    assert (grey.min(), grey.max()) == (128, 255)
+
+
+def test_an_image_of_the_command_line_is_read_with_the_range_of_the_data(tmp_path):
+    write(tmp_path / "a.tif", ramp(-1000, 3000, "int32"), "TIFF")
+    image = read_image(tmp_path / "a.tif", (-1000, 3000))
+    assert (image.min(), image.max()) == (-1, 1)
+    with pytest.raises(UserError, match=r"readable image \(values outside .*, as in data\.range=\[-1000,3000\]\)$"):
+        read_image(tmp_path / "a.tif")
+
+
 def test_8_bits_are_left_as_they_are():
     image = Image.fromarray(ramp(0, 255, "uint8"))
     assert np.array_equal(np.asarray(to_rgb(image, (0, 10)))[..., 0], np.asarray(image))
@@ -129,3 +148,19 @@ def test_maps_have_a_range_of_their_own(tmp_path):
         plain.file(0).probe(plain.file(0).read_bytes())
     with pytest.raises(ValueError, match=r"^map_range is for gray maps"):
         Pairs(64, 0, root=str(tmp_path), maps="labels", labels=3, map_range=(0, 1))
+
+
+def test_copied_files_need_the_range_again_and_rendered_ones_do_not(tmp_path, caplog):
+    for i in range(3):
+        write(tmp_path / "p" / f"{i}.png", ramp(0, 4095, "uint16"))
+    caplog.set_level(logging.INFO, "vqf")
+    options = {"crop": "center", "flip": False, "validation": None}
+    expected = Folder(64, 0, root=str(tmp_path / "p"), range=(0, 4095), validation_last=0, crop="center", flip=False)
+    for format, pixel_range in (("original", (0, 4095)), ("png", None)):
+        out = tmp_path / format
+        words = "data=folder", f"data.root={tmp_path / 'p'}", "data.range=[0,4095]", "data.validation_last=0"
+        Shard(compose(*words, "image_size=64"), tmp_path, out=str(out), format=format).run()
+        split = Shards(64, 0, root=str(out), range=pixel_range, **options).split("train")
+        assert torch.equal(split.item(0, 0).image, expected.split("train").item(0, 0).image)
+    line = "data.range: files are copied as they are; give data.range=[0,4095] to data=shards as well"
+    assert [record.getMessage() for record in caplog.records].count(line) == 1

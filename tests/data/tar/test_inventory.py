@@ -173,7 +173,7 @@ def test_a_stream_mentions_the_first_loss_of_each_kind_once(tmp_path, caplog):
         split.item(0, i)
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.partition(", as perhaps")[0] for line in lines] == [
-        "data.image: 'train-0.tar/0a' has no image and is left out",
+        "data.image: 'train-0.tar/0a' has no image and is left out; it has .avif",
         "data.image: 'train-0.tar/0': .jpg is read and .depth.png left out",
         "data.label_key: 'train-0.tar/0': .txt, .json not read",
     ]

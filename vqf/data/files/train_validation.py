@@ -109,7 +109,8 @@ def _split_by_folders(files: list[File], train_folder: str, validation_folder: s
         [file for file in files if file.name.startswith(f"{folder}/")] for folder in (train_folder, validation_folder)
     )
     count = len(files) - len(train) - len(validation)
-    skipped = f"; {count} images beside them are left out" if count else ""
+    cure = "the lists data.train and data.validation can name them"
+    skipped = f"; {count} images beside them are left out ({cure})" if count else ""
     log.info(f"data.root: '{train_folder}' is for training, '{validation_folder}' for validation{skipped}")
     return TrainValidationSplit(train, validation, class_depth=1)
 

@@ -1,6 +1,6 @@
 """Decode condition maps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -24,12 +24,14 @@ class MapDecoder:
         labels: Number of classes, for `labels`.
         unlabelled: Number of pixels without a class: read as 0, while others move up by one.
         pixel_range: The values of black and white in gray maps of more than 8 bits, not for `labels`.
+        range_option: Name of that option, for messages.
     """
 
     kind: MapKind = "rgb"
     labels: int = 0
     unlabelled: int | None = None
     pixel_range: PixelRange | None = None
+    range_option: str = field(default="data.map_range", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind == "labels" and self.labels < 2:
@@ -82,7 +84,7 @@ class MapDecoder:
         """
         if self.kind == "labels":
             return Image.fromarray(self._class_indices(image))
-        colors = to_rgb(image, self.pixel_range, "data.map_range")
+        colors = to_rgb(image, self.pixel_range, self.range_option)
         return colors.convert("L") if self.kind == "grey" else colors
 
     def to_png(self, image: Image.Image) -> Image.Image:

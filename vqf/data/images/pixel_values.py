@@ -59,7 +59,7 @@ def to_grey(image: Image.Image, pixel_range: PixelRange | None, option: str) -> 
     if pixel_range is None and (limits[0] < FULL_RANGE[0] or limits[1] > FULL_RANGE[1]):
         raise UnreadableError(f"values outside of 0 to 65535; {_range_option(option, limits)}")
     low, high = pixel_range or FULL_RANGE
-    values = np.asarray(image).clip(low, high).astype(np.float64)
+    values = np.asarray(image, dtype=np.float64).clip(low, high)
     return Image.fromarray(np.round((values - low) / ((high - low) / 255)).astype(np.uint8))
 
 

@@ -123,7 +123,8 @@ def iter_samples(path: Path, index: TarIndex, roles: SampleMembers, inventory: M
     """
     samples: dict[str, dict[str, TarMember]] = {}
     inventory.outside.update(index.left_out)
-    for member in (_with_key(member, roles) for member in index.members):
+    members = index.members if roles.key == "first_dot" else [_with_key(member, roles) for member in index.members]
+    for member in members:
         sample = samples.setdefault(member.key, {})
         if member.extension in sample:
             raise UserError(f"data.root: the shard '{path}' holds '{member.key}.{member.extension}' twice")
@@ -131,9 +132,7 @@ def iter_samples(path: Path, index: TarIndex, roles: SampleMembers, inventory: M
     if samples and not index.intact:
         samples.popitem()  # truncated, or its label may be lost
     for key, sample in samples.items():
-        extension = roles.find_image(sample)
-        inventory.add_sample(f"{path.name}/{key}", sample, extension)
-        if extension is not None:
+        if (extension := inventory.add_sample(path.name, key, tuple(sample))) is not None:
             if inventory.first_json is None and "json" in sample:
                 inventory.first_json = path, sample["json"]
             label, condition = sample.get(roles.label_extension), sample.get(roles.find_map(sample) or "")
@@ -141,8 +140,6 @@ def iter_samples(path: Path, index: TarIndex, roles: SampleMembers, inventory: M
 
 
 def _with_key(member: TarMember, roles: SampleMembers) -> TarMember:
-    if roles.key == "first_dot":
-        return member
     key, extension = roles.split(member.key, member.extension)
     return member._replace(key=key, extension=extension)
 

@@ -3,8 +3,10 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+import torch
 
 from vqf.data.images.decode import UnreadableError
 from vqf.data.tar.index_file import TarMember
@@ -18,6 +20,8 @@ MAX_KINDS = 8  # extensions in a log line, the most frequent first
 MAX_JSON_BYTES = 2**20
 OWN_FIELDS = {"name"}  # of the .json that pipeline=shard writes
 
+Extensions = tuple[str, ...]  # of the members of a sample
+
 
 class MemberInventory:
     """Counts the members that are not read, and the samples that are left out.
@@ -28,57 +32,67 @@ class MemberInventory:
 
     def __init__(self, roles: SampleMembers, place: str) -> None:
         self.roles, self.place = roles, place
-        self.samples = 0
-        self.other_images: Counter[str] = Counter()  # images beside the one that is read, by extension
-        self.read_beside: Counter[str] = Counter()  # extensions of the images that are read instead
-        self.no_image: Counter[str] = Counter()  # members of samples without an image, by extension
-        self.without_image: list[str] = []  # those samples
-        self.unread: Counter[str] = Counter()  # other members, by extension
+        self.kinds: Counter[Extensions] = Counter()  # samples by the extensions of their members
+        self.images: dict[Extensions, str | None] = {}  # which of them is the image
+        self.first_without_image: str | None = None
         self.outside: Counter[str] = Counter()  # members that belong to no sample, by kind
         self.first_json: tuple[Path, TarMember] | None = None
 
-    def add_sample(self, name: str, extensions: Collection[str], image: str | None) -> None:
-        """Count the members of a sample, of which `image` is read."""
-        self.samples += 1
-        if image is None:
-            self.without_image.append(name)
-            self.no_image.update([*extensions])
-            return
-        read = {image, self.roles.label_extension, self.roles.find_map(extensions)}
-        others = [extension for extension in extensions if extension not in read]
-        images = [extension for extension in others if is_image_extension(extension)]
-        self.other_images.update(images)
-        self.read_beside.update([image] if images else [])
-        self.unread.update(extension for extension in others if extension not in images)
+    def add_sample(self, shard: str, key: str, extensions: Extensions) -> str | None:
+        """Count a sample, and return the extension of its image."""
+        if extensions not in self.images:  # samples are many, and their kinds are few
+            self.images[extensions] = self.roles.find_image(extensions)
+        self.kinds[extensions] += 1
+        if (image := self.images[extensions]) is None and self.first_without_image is None:
+            self.first_without_image = f"{shard}/{key}"
+        return image
+
+    def unread(self, images: bool) -> Counter[str]:
+        """Count the members beside an image that are not read, by extension: other images, or the rest."""
+        counts: Counter[str] = Counter()
+        for kind, count in self.kinds.items():
+            read = {self.images[kind], self.roles.label_extension, self.roles.find_map(kind)}
+            others = [] if self.images[kind] is None else [each for each in kind if each not in read]
+            counts.update({each: count for each in others if is_image_extension(each) == images})
+        return counts
 
     def log_messages(self) -> None:
         """Log one line for each kind of loss."""
-        fields = self._json_fields()
-        if fields == OWN_FIELDS and self.roles.label_key is None:
-            del self.unread["json"]
-        if self.other_images:
-            level = logging.WARNING if self.roles.image is None else logging.INFO
-            log.log(level, self._other_images_message())
-        if self.without_image:
-            image = "image" if self.roles.image is None else f".{self.roles.image}"
-            log.warning(
-                f"data.image: {len(self.without_image)} of the {self.samples} samples in {self.place} have no {image} "
-                f"and are left out, such as {quote_name(self.without_image[0])}; they have "
-                f"{count_extensions(self.no_image)}"
-            )
-        if self.unread:
-            json_fields = f" (fields {', '.join(sorted(fields))})" if fields and "json" in self.unread else ""
-            members = count_extensions(self.unread)
+        if self.unread(images=True):
+            log.log(logging.WARNING if self.roles.image is None else logging.INFO, self._other_images_message())
+        if self.first_without_image:
+            log.warning(self._without_image_message())
+        fields, unread = self._json_fields(), self.unread(images=False)
+        if fields == OWN_FIELDS:
+            del unread["json"]
+        if unread:
+            json_fields = f" (fields {', '.join(sorted(fields))})" if fields and "json" in unread else ""
+            members = count_extensions(unread)
             log.info(f"data.label_key: not read in {self.place}: {members}{json_fields}; {LABEL_CURE}")
         if self.outside:
             kinds = ", ".join(f"{kind} {count}" for kind, count in self.outside.most_common())
             log.info(f"data.root: members of no sample in {self.place} are left out: {kinds}")
 
     def _other_images_message(self) -> str:
+        others, read = self.unread(images=True), Counter[str]()
+        for kind, count in self.kinds.items():
+            image, read_map = self.images[kind], self.roles.find_map(kind)
+            if image and any(is_image_extension(each) for each in kind if each not in (image, read_map)):
+                read[image] += count
         return (
-            f"data.image: {self.other_images.total()} images in {self.place} are left out, because another one of the "
-            f"same sample is read: {count_extensions(self.other_images)} beside {count_extensions(self.read_beside)}; "
-            f"{image_cure(self.roles)}"
+            f"data.image: {others.total()} images in {self.place} are left out, because another one of the same sample "
+            f"is read: {count_extensions(others)} beside {count_extensions(read)}; {image_cure(self.roles)}"
+        )
+
+    def _without_image_message(self) -> str:
+        lost = {kind: count for kind, count in self.kinds.items() if self.images[kind] is None}
+        members: Counter[str] = Counter()
+        for kind, count in lost.items():
+            members.update(dict.fromkeys(kind, count))
+        image = "image" if self.roles.image is None else f".{self.roles.image}"
+        return (
+            f"data.image: {sum(lost.values())} of the {self.kinds.total()} samples in {self.place} have no {image} and "
+            f"are left out, such as {quote_name(self.first_without_image or '')}; they have {count_extensions(members)}"
         )
 
     def _json_fields(self) -> set[str]:
@@ -109,19 +123,38 @@ def count_extensions(counts: Mapping[str, int]) -> str:
     return ", ".join(kinds) + (f" and {len(counts) - MAX_KINDS} other extensions" if len(counts) > MAX_KINDS else "")
 
 
-def stream_notes(
-    name: str, extensions: Iterable[str], image: str | None, roles: SampleMembers
-) -> Iterator[tuple[int, str]]:
-    """Yield the kind of each loss in a sample of a stream, from 0 to 2, and a line about it."""
-    sample = MemberInventory(roles, "")
-    sample.add_sample(name, [*extensions], image)
-    again = "as perhaps in other samples of the stream"
-    if sample.other_images:
-        others = ", ".join(f".{extension}" for extension in sample.other_images)
-        yield 0, f"data.image: {quote_name(name)}: .{image} is read and {others} left out, {again}; {image_cure(roles)}"
-    if sample.without_image:
-        members = ", ".join(f".{extension}" for extension in sample.no_image)
-        yield 1, f"data.image: {quote_name(name)} has no image and is left out, {again}; it has {members}"
-    if sample.unread and sample.unread.keys() != {"json"}:
-        members = ", ".join(f".{extension}" for extension in sample.unread)
-        yield 2, f"data.label_key: {quote_name(name)}: {members} not read, {again}; {LABEL_CURE}"
+class StreamNotes:
+    """Mentions the first loss of each kind in a stream, which does not know how many follow; once over all workers."""
+
+    def __init__(self, roles: SampleMembers) -> None:
+        self.roles = roles
+        self.seen: set[Extensions] = set()
+        self.noted = torch.zeros(3, dtype=torch.bool).share_memory_()
+
+    def add(self, name: str, extensions: Extensions) -> None:
+        """Log what a sample loses, unless other samples of its kind have lost the same."""
+        if extensions in self.seen:
+            return
+        self.seen.add(extensions)
+        for kind, message in self._messages(quote_name(name), extensions):
+            if not self.noted[kind]:
+                self.noted[kind] = True
+                log.warning(f"{message}, as perhaps in other samples of the stream; {self._cure(kind)}")
+
+    def _messages(self, name: str, extensions: Extensions) -> Iterator[tuple[int, str]]:
+        sample = MemberInventory(self.roles, "")
+        image = sample.add_sample("", name, extensions)
+        others, unread = sample.unread(images=True), sample.unread(images=False)
+        if others:
+            yield 0, f"data.image: {name}: .{image} is read and {_join(others)} left out"
+        if image is None:
+            yield 1, f"data.image: {name} has no image and is left out; it has {_join(extensions)}"
+        if unread and unread.keys() != {"json"}:
+            yield 2, f"data.label_key: {name}: {_join(unread)} not read"
+
+    def _cure(self, kind: int) -> str:
+        return (image_cure(self.roles), "data.image=EXTENSION names the image", LABEL_CURE)[kind]
+
+
+def _join(extensions: Iterable[str]) -> str:
+    return ", ".join(f".{extension}" for extension in extensions)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -27,7 +27,7 @@ URL_PATTERN = re.compile(r"pipe:|file:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MAX_MANIFEST_BYTES = 2**28
 EXIT_TIMEOUT = 1.0  # seconds in which a command must exit by itself
 
-SampleNote = Callable[[str, Collection[str], str | None], None]
+SampleNote = Callable[[str, tuple[str, ...]], None]
 TarSample = dict[str, Any]  # `__key__`, `__url__`, and the bytes of each member by extension
 
 
@@ -105,7 +105,7 @@ def iter_raw_samples(url: str, roles: SampleMembers, note: SampleNote = lambda *
     """Yield the samples of a shard that have an image.
 
     Args:
-        note: Is given the name, the extensions and the image's extension of every sample.
+        note: Is given the name and the extensions of every sample.
 
     Raises:
         BrokenShardError: After the last readable sample.
@@ -114,9 +114,8 @@ def iter_raw_samples(url: str, roles: SampleMembers, note: SampleNote = lambda *
     for sample in iter_samples(url, roles):
         key = sample.pop("__key__")
         extensions = [extension for extension in sample if extension != "__url__"]
-        image = roles.find_image(extensions)
-        note(f"{shard_name(url)}/{key}", extensions, image)
-        if image is None:
+        note(f"{shard_name(url)}/{key}", tuple(extensions))
+        if (image := roles.find_image(extensions)) is None:
             continue
         extension = roles.find_map(extensions)
         condition = (f"{key}.{extension}", sample[extension]) if extension else ("", b"")

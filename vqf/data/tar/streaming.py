@@ -8,7 +8,7 @@ import io
 import itertools
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from vqf.data.images.decode import Animated, CroppedImage, UnreadableError, read
 from vqf.data.images.pixel_values import PixelRange
 from vqf.data.labels import parse_label
 from vqf.data.tar import remote_io
-from vqf.data.tar.inventory import stream_notes
+from vqf.data.tar.inventory import StreamNotes
 from vqf.data.tar.members import SampleMembers
 from vqf.data.tar.remote import StreamedShards
 from vqf.data.tar.remote_io import BrokenShardError, RawSample, redact_url
@@ -72,7 +72,7 @@ class StreamSplit:
             all_may_fail=True,
         )
         self.dark_note = DarkNote()
-        self.noted = torch.zeros(3, dtype=torch.bool).share_memory_()  # the kinds of `stream_notes`, over all workers
+        self.notes = StreamNotes(data.member_roles)
         self.replay: ReplayableStream | None = None
 
     def __len__(self) -> int:
@@ -197,15 +197,9 @@ class StreamSplit:
     def _raw_samples(self, shards: Iterable[int]) -> Iterator[RawSample]:
         for shard in shards:
             try:
-                yield from remote_io.iter_raw_samples(self.urls[shard], self.data.member_roles, self._note_sample)
+                yield from remote_io.iter_raw_samples(self.urls[shard], self.data.member_roles, self.notes.add)
             except BrokenShardError as error:
                 self._record_broken_shard(shard, str(error))
-
-    def _note_sample(self, name: str, extensions: Collection[str], image: str | None) -> None:
-        for kind, message in stream_notes(name, extensions, image, self.data.member_roles):
-            if not self.noted[kind]:
-                self.noted[kind] = True
-                log.warning(message)
 
     def _open_replay(self) -> ReplayableStream:
         """Return this process's own reader: two would share one file."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import vqf  # noqa: F401  (registers the components)
 from vqf.config.compose import config_dir
+from vqf.options.ranges import describe
+from vqf.options.typed_nodes import to_cli
 from vqf.registry import KINDS, Component, components
 
 PAGE = Path(__file__).parent / "components.md"
@@ -89,9 +91,9 @@ def _rows(component: Component) -> dict[str, str]:
     """The table row of each option."""
     texts, rows = _arguments(component), {}
     for name, parameter in component.options.items():
-        hint = _plain(inspect.formatannotation(parameter.annotation))
-        default = "required" if parameter.default is parameter.empty else f"`{_plain(repr(parameter.default))}`"
-        rows[name] = f"| `{name}` | `{hint}` | {default} | {texts.get(name, '')} |"
+        hint = describe(component.hints[name])
+        default = "required" if parameter.default is parameter.empty else f"`{to_cli(parameter.default) or ' '}`"
+        rows[name] = f"| `{name}` | {hint} | {default} | {texts.get(name, '')} |"
     return rows
 
 
@@ -201,12 +203,6 @@ def _ours(component: Component) -> bool:
 
 def _path(component: Component) -> str:
     return f"{component.target.__module__.rpartition('.')[0]}.{component.target.__name__}"
-
-
-def _plain(code: str) -> str:
-    """Drop module names, and escape the separator of table cells."""
-    code = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", code))
-    return code.replace("|", "\\|")
 
 
 def _cell(text: str) -> str:

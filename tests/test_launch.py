@@ -107,7 +107,7 @@ def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
 def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
     ended = run_ranks(tmp_path, "steps=many")
     assert [each.status for each in ended] == [2, 2]
-    assert "".join(each.err for each in ended) == "steps=many: 'many' is not an integer\n"
+    assert "".join(each.err for each in ended) == "steps=many: must be an integer of at least 0\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,7 +168,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     assert ended.status == 2 and not list(tmp_path.iterdir())
     assert ended.err.startswith(f"{starter} has started 4 processes ({variable}) that cannot find each other: ")
     monkeypatch.setenv(variable, "1")
-    assert command(str(tmp_path), ["steps=many"]).err == "steps=many: 'many' is not an integer\n"
+    assert command(str(tmp_path), ["steps=many"]).err == "steps=many: must be an integer of at least 0\n"
 
 
 def test_processes_of_torchrun_in_a_step_of_srun_know_of_each_other(

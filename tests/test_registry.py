@@ -109,6 +109,7 @@ def test_overrides_reach_the_constructor_in_their_types() -> None:
         ("bits=1.5", "could not be converted to Integer"),
         ("scale=big", "could not be converted to Float"),
         ("hard=perhaps", "not a valid bool"),
+        ("hard=99999", "not a valid bool"),
         ("sizes=5", "int is not a ListConfig"),
         ("sizes=[a]", "could not be converted to Integer"),
         ("extra={a:b}", "could not be converted to Float"),
@@ -206,11 +207,7 @@ def test_an_annotation_for_type_checkers_only_leaves_its_option_untyped() -> Non
             "data.root: unknown option 'root'. data=folder or pairs or shard_pairs or shards has it. dat",
         ),
         ("data", {"name": "folder", "root": "${nowhere}"}, "data: Interpolation key 'nowhere' not found"),
-        (
-            "optimizer",
-            {"name": "timm", "options": 3},
-            "optimizer.options: '3' is not a mapping; write it as 'optimizer.options={a:1,b:2}'",
-        ),
+        ("optimizer", {"name": "timm", "options": 3}, "options=3: must be a mapping or null; write it as 'optimizer"),
         ("pipeline", {"name": "sample", "cuont": 1}, "unknown option 'cuont'. Did you mean 'count'?"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_mistake_ends_with_a_line_and_leaves_nothing_behind(run: Run, capsys: 
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        "steps=many: 'many' is not an integer",
+        "steps=many: must be an integer of at least 0",
         "data.root: data 'folder' (vqf.data.folder.Folder) needs a value; give data.root=...",
     ]
     assert said.out == "" and list(Path().iterdir()) == []

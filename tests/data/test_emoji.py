@@ -138,8 +138,6 @@ def test_the_fingerprint_follows_the_pixels():
 def test_mistakes_are_worded():
     with pytest.raises(UserError, match=r"^unknown split 'valid'\. Did you mean 'validation'"):
         Emoji(64, 0).split("valid")
-    with pytest.raises(ValueError, match=r"^shift=-1 is negative; it is a number of pixels$"):
-        Emoji(64, 0, shift=-1)
 
 
 def test_licence_and_notice_lie_beside_the_atlas():

@@ -390,13 +390,6 @@ def test_mistakes_are_worded(tmp_path, flat, monkeypatch):
     assert worded(lambda: Folder(16, 0, root=".").split("test")) == "unknown split 'test'. Known: train, validation."
 
 
-@pytest.mark.parametrize("options", [{"validation_fraction": 1.5}, {"validation_last": -1}, {"max_unreadable": -0.1}])
-def test_impossible_options(tmp_path, options):
-    (name,) = options
-    with pytest.raises(ValueError, match=f"^{name}="):
-        Folder(16, 0, root=str(tmp_path), **options)
-
-
 def test_the_root_has_no_default():
     assert "root: data 'folder'" in worded(lambda: build("data", {"name": "folder"}, image_size=16, seed=0)).replace(
         "data.root", "root"

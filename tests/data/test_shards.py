@@ -334,5 +334,3 @@ def test_mistakes_are_worded(folder):
     assert worded(lambda: make(folder).split("test")) == "unknown split 'test'. Known: train, validation."
     pack(folder / "train-000.tar", [("a.png", png()), ("a.png", png())])
     assert worded(lambda: make(folder)) == f"data.root: the shard '{folder / 'train-000.tar'}' holds 'a.png' twice"
-    with pytest.raises(ValueError, match=r"^max_unreadable=2 is not in"):
-        make(folder, max_unreadable=2)

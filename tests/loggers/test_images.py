@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqf.errors import UserError
 from vqf.loggers.image_grid import GAP, make_grid, split_grid
 from vqf.registry import build
 
@@ -57,11 +56,6 @@ def test_files_are_named_by_step_and_the_newest_is_there_twice(tmp_path: Path) -
     with Image.open(folder / "samples-latest.png") as latest:
         assert np.array_equal(np.array(latest), np.array(make_grid(second[:3])))
     assert (folder / "samples-latest.png").read_bytes() == (folder / "samples-00001200.png").read_bytes()
-
-
-def test_a_grid_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="limit=0"):
-        build("logger", {"name": "images", "limit": 0}, run_dir=tmp_path, config=None)
 
 
 @pytest.mark.parametrize(

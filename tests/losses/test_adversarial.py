@@ -66,7 +66,7 @@ def test_a_warm_up_lets_the_discriminator_learn_before_it_counts() -> None:
 
 
 def test_a_negative_start_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"start=-1: .* at least 0"):
+    with pytest.raises(ValueError, match=r"start=-1: must be a number from 0 to"):
         Hinge(100, start=-1)
 
 
@@ -80,12 +80,12 @@ def test_the_saturating_generator_minimizes_the_papers_log() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_weight": -1.0}, "max_weight=-1.0: must be at least 0; below 0 the decoder would help the discriminator"),
-        ({"weight": -0.8}, "weight=-0.8: must be at least 0"),
-        ({"delta": -1.0}, "delta=-1.0: must be above 0; it keeps λ finite"),
-        ({"delta": 0.0}, "delta=0.0: must be above 0"),
+        ({"max_weight": -1.0}, "max_weight=-1.0: must be a number from 0 to inf"),
+        ({"weight": -0.8}, "weight=-0.8: must be a number of at least 0"),
+        ({"delta": -1.0}, "delta=-1.0: must be a number above 0"),
+        ({"delta": 0.0}, "delta=0.0: must be a number above 0"),
         ({"max_weight": math.nan}, "max_weight=nan"),
-        ({"warmup": -0.5}, "warmup=-0.5: a number of steps"),
+        ({"warmup": -0.5}, "warmup=-0.5: must be a number from 0 to"),
     ],
 )
 def test_options_that_turn_the_objective_around_are_refused(

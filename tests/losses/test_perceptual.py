@@ -165,7 +165,7 @@ def test_options_come_from_the_config() -> None:
     assert len(built.distance.network.layers) == 3
     with pytest.raises(UserError, match="lite0"):
         build("loss", {"name": "features", "network": "lite1"})
-    with pytest.raises(UserError, match="layers 0 to 8"):
+    with pytest.raises(UserError, match="each an integer from 0 to 8"):
         build("loss", {"name": "features", "taps": [3, 11]})
 
 

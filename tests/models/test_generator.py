@@ -287,7 +287,7 @@ def test_samples_of_other_settings_are_not_mixed(
         sample("resume=true", count=3)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"keep": 1.0}, "keep=1.0: must be"), ({"count": 0}, "count=0: compl")])
+@pytest.mark.parametrize(("options", "words"), [({"keep": 1.0}, "keep=1.0: must be"), ({"count": 0}, "count=0: must")])
 def test_complete_refuses_nonsense(options: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         Complete(OmegaConf.create(), tmp_path, **options)

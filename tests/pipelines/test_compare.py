@@ -531,7 +531,6 @@ def test_which_way_is_better(metrics: str, lower: bool) -> None:
     ("runs", "options", "words"),
     [
         ("nowhere", {}, r"runs=nowhere: no such folder in .*"),
-        ("{sweep}/0/checkpoints", {"count": 0}, r"count=0: a comparison shows at least one image"),
         ("{sweep}/0/.hydra", {}, r"runs=.*: neither a run nor a folder of runs.*"),
         ("{sweep}", {"sort": "pnsr"}, r"sort=pnsr: unknown column 'pnsr'\. Did you mean 'psnr'\? Known: psnr, .*"),
     ],

@@ -338,11 +338,6 @@ def test_size_and_data_are_inherited_from_the_run(run: Path, tmp_path: Path) -> 
         Tokenize(compose("pipeline=tokenize", f"run={run}", "tokens.augmentations=2"), tmp_path).run()
 
 
-def test_a_shard_has_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rows=0: a shard has at least one"):
-        Tokenize(compose("pipeline=tokenize"), tmp_path, rows=0)
-
-
 def test_another_size_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SimpleNamespace(image_size=(32, 48))
     monkeypatch.setattr("vqf.dataloading.encode.cli_keys", lambda: ["image_size"])

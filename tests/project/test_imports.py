@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "vqf"
 COMPONENTS = ("encoders", "quantizers", "discriminators", "transformers", "losses", "data", "metrics", "loggers")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "seeding", "hashing", "atomic", "terminal", "typed_nodes", "batch", "run_files", "file_kinds"}
+GROUND = {"errors", "seeding", "hashing", "atomic", "terminal", "options", "batch", "run_files", "file_kinds"}
 CONTRACT = GROUND | {"tokens", "registry", "plugins", "protocols", "distributed"}
 SHARED = CONTRACT | {"networks", "config", "images"}
 
@@ -25,13 +25,13 @@ ROOMS: dict[str, set[str]] = {
     "terminal": {"errors"},
     "tokens": {"batch"},
     "protocols": {"batch", "tokens"},
-    "registry": {"errors", "typed_nodes"},
+    "registry": {"errors", "options"},
     "plugins": {"errors"},
     "distributed": {"errors", "seeding"},
     "networks": {"errors", "hashing", "protocols"},
-    "config": {"errors", "registry", "batch", "typed_nodes"},
+    "config": {"errors", "registry", "batch", "options"},
     "images": {"atomic", "errors", "protocols", "registry"},
-    "optimizers": {"errors", "protocols", "registry"},
+    "optimizers": {"errors", "options", "protocols", "registry"},
     **dict.fromkeys(COMPONENTS, CONTRACT - {"plugins"} | {"networks"}),
     "models": SHARED - {"plugins", "config"},
     "interop": SHARED - {"plugins", "config"} | {"models"},

@@ -136,11 +136,6 @@ def test_a_loaded_codebook_goes_on_where_it_was(kind: Any) -> None:
     )
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"revive=-1: .* 0 never revives"):
-        VectorQuantizer(revive=-1)
-
-
 def train(part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     results = {}
     for kind in KINDS:

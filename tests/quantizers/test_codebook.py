@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
+from vqf.quantizers.codebook import index_counts, nearest, straight_through, usage_stats
 
 
 def brute_force(vectors: Tensor, codebook: Tensor) -> list[int]:
@@ -89,9 +89,3 @@ def test_usage(counts: list[int], perplexity: float, share: float) -> None:
     stats = usage_stats(torch.tensor(counts))
     assert float(stats["perplexity"]) == pytest.approx(perplexity, rel=1e-5)
     assert float(stats["batch_usage"]) == share
-
-
-def test_sizes_below_1_are_named() -> None:
-    check_positive(dim=1, codebook_size=1)
-    with pytest.raises(ValueError, match=r"^codebook_size must be at least 1, not 0$"):
-        check_positive(dim=4, codebook_size=0)

@@ -123,9 +123,3 @@ def test_kl_is_0_for_a_uniform_distribution_and_log_v_for_a_sure_one() -> None:
     assert float(ours(latents()).loss.detach()) == pytest.approx(0, abs=1e-8)
     ours.proj.bias.data[4] = 1e3  # type: ignore[union-attr]
     assert float(ours(latents()).loss.detach()) == pytest.approx(math.log(V), rel=1e-9)
-
-
-@pytest.mark.parametrize("options", [{"temperature_start": 0.0}, {"temperature_end": -1.0}])
-def test_temperatures_are_above_0(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        GumbelQuantizer(dim=D, codebook_size=V, **options)  # type: ignore[arg-type]

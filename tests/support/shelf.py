@@ -6,14 +6,17 @@ Importing the module registers them; `plugins=[tests.support.shelf]` does so on 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from einops import rearrange
 from torch import Tensor, nn
 
 from vqf import register
 from vqf.batch import Batch, Size
+from vqf.options.ranges import Depth, Dimension, NonNegativeFloat, PositiveFloat, PositiveInt, Rate
 from vqf.protocols import Masked, Quantized
 from vqf.tokens.layout import TokenLayout
 from vqf.tokens.prefix import EMBEDDED, Prefix, PrefixSpec
@@ -31,11 +34,14 @@ def quantized(z: Tensor, codes: Tensor, indices: Tensor) -> Quantized:
     return Quantized(codes.detach() + (z - z.detach()), indices, loss)
 
 
+Dimensions = Annotated[Sequence[Dimension], Len(1)]
+
+
 @register("quantizer", "toy_residual")
 class ToyResidual(nn.Module):
     """A code of each cell, and another of what the first leaves."""
 
-    def __init__(self, *, dim: int = 4, sizes: Sequence[int] = (12, 7)) -> None:
+    def __init__(self, *, dim: Dimension = 4, sizes: Dimensions = (12, 7)) -> None:
         super().__init__()
         self.dim, self.sizes, self.vocab_size = dim, tuple(sizes), max(sizes)
         self.codebooks = nn.ParameterList(torch.randn(size, dim) / (k + 1) for k, size in enumerate(sizes))
@@ -60,7 +66,7 @@ class ToyResidual(nn.Module):
 class ToyPyramid(nn.Module):
     """Each scale codes what the coarser ones leave, as in VAR, https://arxiv.org/abs/2404.02905, algorithm 1."""
 
-    def __init__(self, *, dim: int = 4, codebook_size: int = 12, sides: Sequence[int] = (1, 2, 4)) -> None:
+    def __init__(self, *, dim: Dimension = 4, codebook_size: Dimension = 12, sides: Dimensions = (1, 2, 4)) -> None:
         super().__init__()
         self.dim, self.vocab_size, self.sides = dim, codebook_size, tuple(sides)
         self.codebook = nn.Parameter(torch.randn(codebook_size, dim))
@@ -94,7 +100,7 @@ class ToyQueries(nn.Module):
 
     stride = None
 
-    def __init__(self, in_channels: int, image_size: Size, *, dim: int = 6, num_latents: int = 5) -> None:
+    def __init__(self, in_channels: int, image_size: Size, *, dim: Dimension = 6, num_latents: Dimension = 5) -> None:
         super().__init__()
         self.dim, self.num_latents = dim, num_latents
         pixels = in_channels * math.prod(side // 4 for side in image_size)
@@ -110,7 +116,7 @@ class ToyQueriesDecoder(nn.Module):
 
     stride = None
 
-    def __init__(self, dim: int, out_channels: int, image_size: Size, *, num_latents: int = 5) -> None:
+    def __init__(self, dim: int, out_channels: int, image_size: Size, *, num_latents: Dimension = 5) -> None:
         super().__init__()
         self.grid = (image_size[0] // 4, image_size[1] // 4)
         self.project = nn.Linear(dim * num_latents, 4 * math.prod(self.grid))
@@ -130,7 +136,7 @@ class ToyMasked(nn.Module):
     likelihood = False
 
     def __init__(
-        self, layout: TokenLayout, prefix: PrefixSpec, *, layers: int = 1, heads: int = 2, dim: int = 16
+        self, layout: TokenLayout, prefix: PrefixSpec, *, layers: Depth = 1, heads: Dimension = 2, dim: Dimension = 16
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -170,7 +176,9 @@ class ToyMaskedSampler(LogitSampler):
     draws = Masked
     keeps_known = True
 
-    def __init__(self, *, steps: int = 3, temperature: float = 1.0, guidance: float = 1.0) -> None:
+    def __init__(
+        self, *, steps: PositiveInt = 3, temperature: PositiveFloat = 1.0, guidance: NonNegativeFloat = 1.0
+    ) -> None:
         super().__init__(temperature=temperature, guidance=guidance)
         self.steps = steps
 
@@ -211,7 +219,7 @@ class ToyEmbedding(nn.Module):
 
     vocab_size, length, embedding_dim = 0, 2, 3
 
-    def __init__(self, num_classes: int, *, dropout: float = 0.25) -> None:
+    def __init__(self, num_classes: int, *, dropout: Rate = 0.25) -> None:
         super().__init__()
         self.dropout = dropout
         table = torch.randn(num_classes + 1, 2, 3, generator=torch.Generator().manual_seed(0))

@@ -18,8 +18,9 @@ from omegaconf import grammar_parser
 from omegaconf.errors import GrammarParseError
 
 from vqf.config.settings import OPTIONS
+from vqf.options.ranges import types_of
+from vqf.options.typed_nodes import strip_none, type_hints_of
 from vqf.registry import KINDS, components
-from vqf.typed_nodes import strip_none, type_hints_of
 
 TEXT_TYPES = {str, Path}
 
@@ -85,7 +86,7 @@ def may_hold_text(key: str) -> bool:
 
 def _option_types(key: str) -> Iterator[Any]:
     key = key.lstrip("+").replace("/", ".")
-    yield from OPTIONS[key].types if key in OPTIONS else ()
+    yield from types_of(OPTIONS[key]) if key in OPTIONS else ()
     section, _, option = key.rpartition(".")
     for name, kind in KINDS.items():
         for component in components(name):

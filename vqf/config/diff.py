@@ -7,7 +7,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vqf.config.settings import SECTIONS, to_cli
+from vqf.config.settings import SECTIONS
+from vqf.options.typed_nodes import to_cli
 from vqf.registry import KINDS
 
 # Keys that say where, on which device or how often, not what was trained; the table has its own column for steps.

@@ -1,86 +1,57 @@
 """The options of no component, with types and ranges, and the check of a config."""
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from vqf.errors import UserError, not_a_run_message, unknown_key_message, unknown_message
+from vqf.options.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Rate, Sides, mismatch
+from vqf.options.typed_nodes import literal_choices, to_cli
 from vqf.registry import KINDS, components, config_errors
 
-TYPE_NAMES = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    Path: "a path",
-    list: "a list",
+OPTIONS: dict[str, Any] = {
+    "plugins": Sequence[str] | str,
+    "seed": NonNegativeInt,
+    "image_size": Sides,
+    "target": str,
+    "device": str,
+    "threads": Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)],
+    "precision": str,
+    "engine": str,
+    "compile": bool,
+    "deterministic": bool,
+    "steps": NonNegativeInt,
+    "minutes": Annotated[float, Interval(gt=0, le=10_000_000)] | None,
+    "batch_size": PositiveInt,
+    "accumulate": PositiveInt,
+    "clip": PositiveFloat | None,
+    "ema": Rate | None,
+    "workers": NonNegativeInt,
+    "worker_timeout": Annotated[float, Interval(ge=1, le=1_000_000)],
+    "run": Path | None,
+    "run_dir": Path | None,
+    "resume": bool | Path,
+    "checkpoint.every": PositiveInt,
+    "allow_changes": bool,
+    "checkpoint.keep": NonNegativeInt,
+    "checkpoint.best": str | None,
+    "checkpoint.background": bool,
+    "checkpoint.on_failure": Literal["stop", "continue"],
+    "nonfinite.action": Literal["stop", "skip", "rollback"],
+    "nonfinite.limit": NonNegativeInt,
+    "log.every": PositiveInt,
+    "evaluate.every": PositiveInt,
+    "evaluate.count": PositiveInt | None,
+    "evaluate.samples": NonNegativeInt,
+    "model.projection": PositiveInt | None,
+    "tokens.root": Path | None,
+    "tokens.augmentations": PositiveInt,
 }
-
-
-@dataclass(frozen=True)
-class Option:
-    """Allowed values of one option.
-
-    Args:
-        types: The first is that of a list's elements.
-        below: Numbers must be smaller.
-        must_exist: A path of an existing folder.
-        choices: Allowed strings.
-        element_names: Names of the elements of a list of fixed length.
-    """
-
-    types: tuple[type, ...]
-    optional: bool = False
-    minimum: float | None = None
-    below: float | None = None
-    must_exist: bool = False
-    choices: tuple[str, ...] = ()
-    element_names: tuple[str, ...] = ()
-
-
-OPTIONS = {
-    "plugins": Option((list, str)),
-    "seed": Option((int,), minimum=0),
-    "image_size": Option((int, list), minimum=1, element_names=("height", "width")),
-    "target": Option((str,)),
-    "device": Option((str,)),
-    "threads": Option((int, str), minimum=1, choices=("auto",)),
-    "precision": Option((str,)),
-    "engine": Option((str,)),
-    "compile": Option((bool,)),
-    "deterministic": Option((bool,)),
-    "steps": Option((int,), minimum=0),
-    "minutes": Option((float,), optional=True, minimum=0),
-    "batch_size": Option((int,), minimum=1),
-    "accumulate": Option((int,), minimum=1),
-    "clip": Option((float,), optional=True, minimum=0),
-    "ema": Option((float,), optional=True, minimum=0, below=1),
-    "workers": Option((int,), minimum=0),
-    "worker_timeout": Option((float,), minimum=1),
-    "run": Option((Path,), optional=True, must_exist=True),
-    "run_dir": Option((Path,), optional=True),
-    "resume": Option((bool, Path), must_exist=True),
-    "checkpoint.every": Option((int,), minimum=1),
-    "allow_changes": Option((bool,)),
-    "checkpoint.keep": Option((int,), minimum=0),
-    "checkpoint.best": Option((str,), optional=True),
-    "checkpoint.background": Option((bool,)),
-    "checkpoint.on_failure": Option((str,), choices=("stop", "continue")),
-    "nonfinite.action": Option((str,), choices=("stop", "skip", "rollback")),
-    "nonfinite.limit": Option((int,), minimum=0),
-    "log.every": Option((int,), minimum=1),
-    "evaluate.every": Option((int,), minimum=1),
-    "evaluate.count": Option((int,), optional=True, minimum=1),
-    "evaluate.samples": Option((int,), minimum=0),
-    "model.projection": Option((int,), optional=True, minimum=1),
-    "tokens.root": Option((Path,), optional=True),
-    "tokens.augmentations": Option((int,), minimum=1),
-}
+MUST_EXIST = ("run", "resume")  # paths of folders
 
 SECTIONS = ("stage2", "maps")  # repeat some of the options, for one run within pipeline=full
 
@@ -151,58 +122,26 @@ def _unknown_keys(config: Mapping[Any, Any], known: set[str], prefix: str = "") 
 
 
 def _invalid_values(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key, option in OPTIONS.items():
+    for key, hint in OPTIONS.items():
         try:
             if prefix and OmegaConf.is_interpolation(config, key):
                 continue  # refers to the option outside the section, which is checked there
-            value = OmegaConf.select(config, key, default=option, throw_on_missing=True)
+            value = OmegaConf.select(config, key, default=OPTIONS, throw_on_missing=True)
         except (ConfigKeyError, ConfigAttributeError):
             continue
         except OmegaConfBaseException as error:
             yield f"{prefix}{key}: {str(error).splitlines()[0]}; give {prefix}{key}=..."
             continue
-        if value is not option and (message := _value_error(option, value)):
+        if value is not OPTIONS and (message := _value_error(key, hint, value)):
             yield f"{prefix}{key}={to_cli(value)}: {message}"
 
 
-def _value_error(option: Option, value: Any) -> str | None:
-    if value is None and option.optional:
-        return None
-    if not any(_is_type(value, kind) for kind in option.types):
-        return f"'{to_cli(value)}' is not {' or '.join(_allowed(option) + ['null'] * option.optional)}"
-    if option.choices and isinstance(value, str):
-        return None if value in option.choices else unknown_message("value", value, _allowed(option))
-    numbers = value if isinstance(value, ListConfig) else [value]
-    if option.element_names and isinstance(value, ListConfig) and len(value) != len(option.element_names):
-        return f"has {len(value)} elements; give [{','.join(option.element_names)}] or one number for both"
-    if option.minimum is not None and not all(
-        _is_type(number, option.types[0]) and number >= option.minimum for number in numbers
-    ):
-        return f"must be {TYPE_NAMES[option.types[0]]} of at least {option.minimum}"
-    if option.below is not None and value >= option.below:
-        return f"must be below {option.below}"
-    if option.must_exist and isinstance(value, str) and not (path := Path(value).expanduser()).is_dir():
+def _value_error(key: str, hint: Any, value: Any) -> str | None:
+    value = OmegaConf.to_object(value) if isinstance(value, ListConfig) else value
+    if isinstance(value, str) and (choices := literal_choices(hint)) and value not in choices:
+        return unknown_message("value", value, choices)
+    if message := mismatch(hint, value):
+        return message
+    if key in MUST_EXIST and isinstance(value, str) and not (path := Path(value).expanduser()).is_dir():
         return not_a_run_message(path) if path.is_file() else f"no such folder in {Path.cwd()}"
     return None
-
-
-def _allowed(option: Option) -> list[str]:
-    kinds = [TYPE_NAMES[kind] for kind in option.types if not (kind is str and option.choices)]
-    return [*option.choices, *kinds]
-
-
-def _is_type(value: Any, kind: type) -> bool:
-    if kind in (str, Path):
-        return isinstance(value, str)
-    if kind is list:
-        return isinstance(value, ListConfig)
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, int) or (kind is float and isinstance(value, float))
-
-
-def to_cli(value: Any) -> str:
-    """Write a value as on the command line: null, true, [1,2]."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return re.sub(r"[' ]", "", str(value)) if isinstance(value, ListConfig) else str(value)

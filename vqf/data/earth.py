@@ -2,20 +2,21 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from vqf.batch import Sample, Size, pair
 from vqf.data.images.decode import open_image
 from vqf.data.images.maps import MapDecoder
 from vqf.errors import UserError, unknown_message
+from vqf.options.ranges import Fraction, Number, PositiveInt
 from vqf.registry import register
 from vqf.seeding import seeded_generator
 
@@ -49,11 +50,11 @@ class Earth:
     No crop crosses the edges of the validation band. Validation is a grid of crops that overlap by half.
 
     Args:
-        crops: Number of random training crops per epoch, at least 1.
-        zoom: Pixels of the result per pixel of the map, positive: 0.5 shows an area twice as wide and high.
-        scale: Largest factor, at least 1, by which the width and height of a training crop's area vary: 1.25 is from
+        crops: Number of random training crops per epoch.
+        zoom: Pixels of the result per pixel of the map: 0.5 shows an area twice as wide and high.
+        scale: Largest factor by which the width and height of a training crop's area vary: 1.25 is from
             0.8 to 1.25 times.
-        land: Fraction in [0, 1] of training crops with land at their center; the others are anywhere.
+        land: Fraction of training crops with land at their center; the others are anywhere.
         flip: Mirror each training crop with probability 1/2.
         band: The meridians between which validation lies, in degrees east, the western one first.
     """
@@ -63,21 +64,13 @@ class Earth:
         image_size: int | Size,
         seed: int,
         *,
-        crops: int = 4096,
-        zoom: float = 1.0,
-        scale: float = 1.0,
-        land: float = 0.5,
+        crops: PositiveInt = 4096,
+        zoom: Annotated[float, Interval(ge=0.01, le=100)] = 1.0,
+        scale: Annotated[float, Interval(ge=1, le=100)] = 1.0,
+        land: Fraction = 0.5,
         flip: bool = True,
-        band: Sequence[float] = (60.0, 100.0),
+        band: tuple[Number, Number] = (60.0, 100.0),
     ) -> None:
-        if crops < 1:
-            raise ValueError(f"crops={crops} is not positive")
-        if zoom <= 0:
-            raise ValueError(f"zoom={zoom:g} is not positive")
-        if scale < 1:
-            raise ValueError(f"scale={scale:g} is below 1; 1.25 shows areas from 0.8 to 1.25 times as wide")
-        if not 0 <= land <= 1:
-            raise ValueError(f"land={land:g} is not in [0, 1]")
         self.size, self.seed = pair(image_size), seed
         self.crops, self.zoom, self.scale, self.land, self.flip = crops, zoom, scale, land, flip
         self.band_start, self.band_stop = _band_columns(band)
@@ -169,8 +162,8 @@ def world_maps() -> Tensor:
     return torch.cat(pixels, dim=2).permute(2, 0, 1).contiguous()
 
 
-def _band_columns(band: Sequence[float]) -> tuple[int, int]:
-    if len(band) != 2 or not 0 < band[1] - band[0] < 360:
+def _band_columns(band: tuple[float, float]) -> tuple[int, int]:
+    if not 0 < band[1] - band[0] < 360:
         raise ValueError(f"band={list(band)} is not two meridians, the western one first, as in [60,100] or [170,190]")
     start, stop = (round((east + 180) / 360 * WIDTH) for east in band)
     return start, stop

@@ -4,10 +4,11 @@ import csv
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Emoji:
         background: Color of transparent pixels. "random" draws a color per training image and epoch, and is white in
             validation.
         flip: Mirror each training image with probability 1/2.
-        shift: Move training images by up to this many pixels, at least 0, in each direction.
+        shift: Move training images by up to this many pixels in each direction.
     """
 
     def __init__(
@@ -48,10 +49,8 @@ class Emoji:
         *,
         background: Literal["white", "random", "black", "grey"] = "white",
         flip: bool = False,
-        shift: int = 0,
+        shift: Annotated[int, Interval(ge=0, le=10_000)] = 0,
     ) -> None:
-        if shift < 0:
-            raise ValueError(f"shift={shift} is negative; it is a number of pixels")
         self.size, self.seed = pair(image_size), seed
         self.background, self.flip, self.shift = background, flip, shift
         self.classes = sorted({row["category"] for row in catalogue()})

@@ -11,12 +11,23 @@ from vqf.data.files.dataset import ImageSplit
 from vqf.data.files.listing import scan
 from vqf.data.files.packed import File, PackedStrings, gc_paused
 from vqf.data.files.train_validation import split_by_lists, split_files
-from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
+from vqf.data.images.augment import (
+    DEFAULT_CROP_AREA,
+    DEFAULT_CROP_RATIO,
+    NO_JITTER,
+    Augmentation,
+    Crop,
+    CropArea,
+    CropRatio,
+    Jitter,
+    Resize,
+)
 from vqf.data.images.decode import EXTENSIONS, MAX_PIXELS, Animated
 from vqf.data.images.maps import MapDecoder
-from vqf.data.images.pixel_values import check_range
+from vqf.data.images.pixel_values import PixelRange, check_range
 from vqf.data.labels import NumericLabels, class_numbers, whole_number
 from vqf.errors import EmptySplitError, UserError, unknown_message
+from vqf.options.ranges import Fraction, NonNegativeInt, PositiveInt
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -38,7 +49,7 @@ class Folder:
             labels, `label`. Paths are relative to the folder of the images; a unique file name is enough. If only one
             split has a list, the other gets all other images.
         validation: The same for validation.
-        validation_fraction: Fraction in [0, 1] that the hash picks for validation: at least one image unless 0, all
+        validation_fraction: Fraction that the hash picks for validation: at least one image unless 0, all
             images if 1.
         validation_last: Number of images, the last by path, that are for validation instead.
         labels: Whether folders, or tables, give labels.
@@ -46,19 +57,19 @@ class Folder:
             numbered in order of their values ("name").
         crop: Where training images are cropped; validation images are center-cropped. "resized" crops a region of
             random area and aspect ratio and stretches it to the image size, like torchvision's RandomResizedCrop.
-        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area in (0, 1].
+        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area.
         crop_ratio: Smallest and largest aspect ratio (width / height) of a "resized" crop, relative to that of the
             image size.
         flip: Mirror each training image with probability 1/2.
-        jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
-            training images, as in torchvision's ColorJitter.
+        jitter: Strength of random changes of brightness, contrast, saturation and hue of training images, as in
+            torchvision's ColorJitter.
         resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
         range: The values that become black and white in gray images of more than 8 bits, as in [0,4095] for 12 bits;
             values beyond are clipped. By default 0 and 65535. Images of 8 bits are not changed.
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         extensions: File name extensions of images, in any case.
         max_pixels: Largest image that is decoded, width times height.
-        max_unreadable: Fraction of unreadable images in [0, 1] above which the run stops; one is allowed unless 0. The
+        max_unreadable: Fraction of unreadable images above which the run stops; one is allowed unless 0. The
             next readable image replaces an unreadable one.
         source_hint: Name and URL of the data set, for the error message when the folder is missing.
         expected_counts: Expected numbers of `train` and `validation` images and of `classes`; a difference is a
@@ -73,30 +84,24 @@ class Folder:
         root: str,
         train: str | None = None,
         validation: str | None = None,
-        validation_fraction: float = 0.05,
-        validation_last: int | None = None,
+        validation_fraction: Fraction = 0.05,
+        validation_last: NonNegativeInt | None = None,
         labels: bool = True,
         numeric_labels: NumericLabels = "index",
         crop: Crop = "random",
-        crop_area: Sequence[float] = DEFAULT_CROP_AREA,
-        crop_ratio: Sequence[float] = DEFAULT_CROP_RATIO,
+        crop_area: CropArea = DEFAULT_CROP_AREA,
+        crop_ratio: CropRatio = DEFAULT_CROP_RATIO,
         flip: bool = True,
-        jitter: Sequence[float] = NO_JITTER,
+        jitter: Jitter = NO_JITTER,
         resize: Resize = "antialias",
-        range: Sequence[float] | None = None,
+        range: PixelRange | None = None,
         animated: Animated = "refuse",
         extensions: Sequence[str] = EXTENSIONS,
-        max_pixels: int = MAX_PIXELS,
-        max_unreadable: float = 0.01,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        max_unreadable: Fraction = 0.01,
         source_hint: str | None = None,
-        expected_counts: Mapping[str, int] | None = None,
+        expected_counts: Mapping[str, NonNegativeInt] | None = None,
     ) -> None:
-        if not 0 <= validation_fraction <= 1:
-            raise ValueError(f"validation_fraction={validation_fraction} is not in [0, 1]")
-        if validation_last is not None and validation_last < 0:
-            raise ValueError(f"validation_last={validation_last} is negative")
-        if not 0 <= max_unreadable <= 1:
-            raise ValueError(f"max_unreadable={max_unreadable} is not in [0, 1]")
         self.size, self.seed, self.root = pair(image_size), seed, Path(root).expanduser()
         self.augmentation = Augmentation(crop, crop_area, crop_ratio, flip, jitter, resize)
         self.pixel_range = check_range("range", range)

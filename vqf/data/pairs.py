@@ -13,8 +13,9 @@ from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.folder import Folder
 from vqf.data.images.decode import EXTENSIONS
 from vqf.data.images.maps import MapDecoder, MapKind
-from vqf.data.images.pixel_values import check_range
+from vqf.data.images.pixel_values import PixelRange, check_range
 from vqf.errors import UserError
+from vqf.options.ranges import NonNegativeInt
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -51,9 +52,9 @@ class Pairs(Folder):
         conditions: str = "conditions",
         suffix: str = "",
         maps: MapKind = "rgb",
-        labels: int = 0,
-        unlabelled: int | None = None,
-        map_range: Sequence[float] | None = None,
+        labels: NonNegativeInt = 0,
+        unlabelled: NonNegativeInt | None = None,
+        map_range: PixelRange | None = None,
         source_hint: str | None = None,
         **options: Any,
     ) -> None:
@@ -72,7 +73,7 @@ class Pairs(Folder):
         maps: MapKind = "rgb",
         labels: int = 0,
         unlabelled: int | None = None,
-        map_range: Sequence[float] | None = None,
+        map_range: PixelRange | None = None,
     ) -> MapDecoder:
         return MapDecoder(maps, labels, unlabelled, check_range("map_range", map_range))
 

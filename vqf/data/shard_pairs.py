@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ from vqf.data.files.read_errors import allowed_unreadable
 from vqf.data.images.augment import ViewParams
 from vqf.data.images.decode import CroppedImage, UnreadableError
 from vqf.data.images.maps import MapDecoder, MapKind
-from vqf.data.images.pixel_values import check_range
+from vqf.data.images.pixel_values import PixelRange, check_range
 from vqf.data.shards import Shards, normalize_extension
 from vqf.data.tar.contents import CRC_MISSING, IndexedShards
 from vqf.data.tar.dataset import ShardSplit, content_key
@@ -25,6 +25,7 @@ from vqf.data.tar.remote import StreamedShards
 from vqf.data.tar.remote_io import RawSample
 from vqf.data.tar.streaming import StreamSplit
 from vqf.errors import UserError, quote_name
+from vqf.options.ranges import NonNegativeInt
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -56,9 +57,9 @@ class ShardPairs(Shards):
         image: str | None = None,
         condition: str = "condition",
         maps: MapKind = "rgb",
-        labels: int = 0,
-        unlabelled: int | None = None,
-        map_range: Sequence[float] | None = None,
+        labels: NonNegativeInt = 0,
+        unlabelled: NonNegativeInt | None = None,
+        map_range: PixelRange | None = None,
         **options: Any,
     ) -> None:
         self.map_decoder = self.condition_reader(maps, labels, unlabelled, map_range)
@@ -74,7 +75,7 @@ class ShardPairs(Shards):
         maps: MapKind = "rgb",
         labels: int = 0,
         unlabelled: int | None = None,
-        map_range: Sequence[float] | None = None,
+        map_range: PixelRange | None = None,
     ) -> MapDecoder:
         return MapDecoder(maps, labels, unlabelled, check_range("map_range", map_range))
 

@@ -3,17 +3,28 @@
 Members up to the first dot of their names are one sample: `0001.jpg` and `0001.cls`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 
 from vqf.batch import Size, pair
-from vqf.data.images.augment import DEFAULT_CROP_AREA, DEFAULT_CROP_RATIO, NO_JITTER, Augmentation, Crop, Resize
+from vqf.data.images.augment import (
+    DEFAULT_CROP_AREA,
+    DEFAULT_CROP_RATIO,
+    NO_JITTER,
+    Augmentation,
+    Crop,
+    CropArea,
+    CropRatio,
+    Jitter,
+    Resize,
+)
 from vqf.data.images.decode import MAX_PIXELS, Animated
-from vqf.data.images.pixel_values import check_range
-from vqf.data.labels import NumericLabels
+from vqf.data.images.pixel_values import PixelRange, check_range
+from vqf.data.labels import MAX_CLASSES, NumericLabels
 from vqf.data.tar.contents import IndexedShards
 from vqf.data.tar.dataset import ShardSplit
 from vqf.data.tar.members import MemberKey, SampleMembers
@@ -22,6 +33,7 @@ from vqf.data.tar.remote import RemoteShards, StreamedShards
 from vqf.data.tar.shard_folder import ShardFolder
 from vqf.data.tar.streaming import StreamSplit
 from vqf.errors import EmptySplitError, UserError, unknown_message
+from vqf.options.ranges import Fraction, PositiveInt
 from vqf.registry import register
 
 
@@ -43,7 +55,7 @@ class Shards:
         train_images: Number of images in streamed training shards, if there is no `manifest.json` of pipeline=shard
             beside them.
         validation_images: The same for validation.
-        buffer: Size of the shuffle buffer of a stream, in images per loading process; at least 1.
+        buffer: Size of the shuffle buffer of a stream, in images per loading process.
         labels: Whether labels are read.
         numeric_labels: Whether labels that all are whole numbers are the class numbers ("index"), or names, which are
             numbered in order of their values ("name"); a stream knows only class numbers.
@@ -57,18 +69,17 @@ class Shards:
         index: Folder of the indices; by default that of each shard.
         crop: Where training images are cropped; validation images are center-cropped. "resized" is torchvision's
             RandomResizedCrop.
-        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area in (0, 1].
+        crop_area: Smallest and largest area of a "resized" crop, as fractions of the image's area.
         crop_ratio: Smallest and largest aspect ratio (width / height) of a "resized" crop, relative to that of the
             image size.
         flip: Mirror each training image with probability 1/2.
-        jitter: Strength of random changes of brightness, contrast, saturation (each >= 0) and hue (0 to 0.5) of
-            training images.
+        jitter: Strength of random changes of brightness, contrast, saturation and hue of training images.
         resize: "antialias" is bicubic; "cv2" is OpenCV's bilinear without antialiasing, as in taming-transformers.
         range: The values that become black and white in gray images of more than 8 bits, as in [0,4095] for 12 bits;
             values beyond are clipped. By default 0 and 65535. Images of 8 bits are not changed.
         animated: Whether an animation counts as unreadable, or its first frame is the image.
         max_pixels: Largest image that is decoded, width times height.
-        max_unreadable: Fraction of unreadable or missing images, and of truncated shards, in [0, 1] above which the run
+        max_unreadable: Fraction of unreadable or missing images, and of truncated shards, above which the run
             stops; one is allowed unless 0. The next readable image replaces an unreadable one.
     """
 
@@ -82,31 +93,27 @@ class Shards:
         root: str | None = None,
         train: str | None = "train-*.tar",
         validation: str | None = "validation-*.tar",
-        train_images: int | None = None,
-        validation_images: int | None = None,
-        buffer: int = 1000,
+        train_images: PositiveInt | None = None,
+        validation_images: PositiveInt | None = None,
+        buffer: PositiveInt = 1000,
         labels: bool = True,
         numeric_labels: NumericLabels = "index",
         label_key: str | None = None,
-        classes: int | None = None,
+        classes: Annotated[int, Interval(ge=0, le=MAX_CLASSES)] | None = None,
         image: str | None = None,
         key: MemberKey = "first_dot",
         index: str | None = None,
         crop: Crop = "random",
-        crop_area: Sequence[float] = DEFAULT_CROP_AREA,
-        crop_ratio: Sequence[float] = DEFAULT_CROP_RATIO,
+        crop_area: CropArea = DEFAULT_CROP_AREA,
+        crop_ratio: CropRatio = DEFAULT_CROP_RATIO,
         flip: bool = True,
-        jitter: Sequence[float] = NO_JITTER,
+        jitter: Jitter = NO_JITTER,
         resize: Resize = "antialias",
-        range: Sequence[float] | None = None,
+        range: PixelRange | None = None,
         animated: Animated = "refuse",
-        max_pixels: int = MAX_PIXELS,
-        max_unreadable: float = 0.01,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        max_unreadable: Fraction = 0.01,
     ) -> None:
-        if not 0 <= max_unreadable <= 1:
-            raise ValueError(f"max_unreadable={max_unreadable} is not in [0, 1]")
-        if buffer < 1:
-            raise ValueError(f"buffer={buffer} is not a number of images from 1 on")
         self.size, self.seed = pair(image_size), seed
         self.augmentation = Augmentation(crop, crop_area, crop_ratio, flip, jitter, resize)
         self.pixel_range = check_range("range", range)

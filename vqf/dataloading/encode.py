@@ -13,7 +13,6 @@ from vqf import terminal
 from vqf.batch import Batch
 from vqf.config.access import image_size
 from vqf.config.inherit import cli_keys
-from vqf.config.settings import to_cli
 from vqf.dataloading.loader import keyed_batches
 from vqf.dataloading.read_errors import sync_read_errors
 from vqf.dataloading.token_shards import CONDITION_COLUMN_PREFIX, TokenDataset, TokenShardManifest
@@ -24,6 +23,7 @@ from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.tokenizer import Tokenizer
+from vqf.options.typed_nodes import to_cli
 from vqf.protocols import Prepares, Split
 from vqf.tokens.layout import TokenLayout
 

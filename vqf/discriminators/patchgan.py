@@ -3,11 +3,13 @@
 Image-to-Image Translation with Conditional Adversarial Networks, https://arxiv.org/abs/1611.07004.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from vqf.discriminators.sync_batchnorm import SyncBatchNorm2d
+from vqf.options.ranges import Dimension
 from vqf.registry import register
 
 
@@ -30,8 +32,8 @@ class PatchGAN(nn.Module):
         self,
         in_channels: int,
         *,
-        channels: int = 64,
-        layers: int = 3,
+        channels: Dimension = 64,
+        layers: Annotated[int, Interval(ge=0, le=16)] = 3,
         norm: Literal["batch", "sync_batch", "group"] = "batch",
     ) -> None:
         super().__init__()

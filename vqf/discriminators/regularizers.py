@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqf.distributed import comm
+from vqf.options.ranges import NonNegativeFloat, PositiveInt, Rate
 from vqf.protocols import DiscriminatorOutput
 from vqf.registry import register
 
@@ -18,13 +19,13 @@ class LeCam(nn.Module):
 
     Args:
         weight: Factor in the discriminator's loss: 0.3 in the paper's StyleGAN2, 0.05 and 0.001 in later tokenizers.
-        decay: Decay of the moving averages, in [0, 1).
+        decay: Decay of the moving averages.
     """
 
     averages: Tensor  # (2,): α_R, α_F; a buffer, so that a resumed run continues with them
     initialized: Tensor
 
-    def __init__(self, *, weight: float = 0.05, decay: float = 0.99) -> None:
+    def __init__(self, *, weight: NonNegativeFloat = 0.05, decay: Rate = 0.99) -> None:
         super().__init__()
         self.weight, self.decay = weight, decay
         self.register_buffer("averages", torch.zeros(2))
@@ -52,7 +53,7 @@ class R1(nn.Module):
     Args:
         weight: γ, the factor in the discriminator's loss.
         every: Compute the penalty every this many steps, scaled by that number (lazy regularization,
-            https://arxiv.org/abs/1912.04958); at least 1.
+            https://arxiv.org/abs/1912.04958).
 
     Attributes:
         last_value: The last ½ E|∇ D(x)|²; a buffer, so that a resumed run logs the same.
@@ -60,10 +61,8 @@ class R1(nn.Module):
 
     last_value: Tensor
 
-    def __init__(self, *, weight: float = 10.0, every: int = 16) -> None:
+    def __init__(self, *, weight: NonNegativeFloat = 10.0, every: PositiveInt = 16) -> None:
         super().__init__()
-        if every < 1:
-            raise ValueError(f"every={every}: must be at least 1 step")
         self.weight, self.every = weight, every
         self.register_buffer("last_value", torch.zeros(()))
 

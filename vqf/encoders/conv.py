@@ -5,9 +5,10 @@ norm with eps 1e-6, downsampling padded on the right and bottom only, and attent
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, cast
 
 import torch.nn.functional as F
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 
 from vqf.batch import Size, pair
@@ -20,7 +21,11 @@ from vqf.encoders.conv_blocks import (
     group_norm,
     mid_block,
 )
+from vqf.options.ranges import Depth, Dimension, PositiveInt, Rate
 from vqf.registry import register
+
+Multipliers = Annotated[Sequence[Annotated[int, Interval(ge=1, le=256)]], Len(1, 16)]
+PatchSize = Annotated[int, Interval(ge=1, le=64)]
 
 
 @register("encoder", "conv")
@@ -37,7 +42,7 @@ class ConvEncoder(nn.Module):
         blocks: Residual blocks a resolution (num_res_blocks).
         attention: Sides in pixels of the resolutions with attention (attn_resolutions).
         middle_attention: Whether the blocks next to the codebook have attention.
-        dropout: Rate inside the residual blocks, in [0, 1).
+        dropout: Rate inside the residual blocks.
         patch_size: Pixel-unshuffle patches of this side into channels first: 1 / patch_size² of the work. 1 does not.
         gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
             memory, up to a third more work, the same gradients.
@@ -48,14 +53,14 @@ class ConvEncoder(nn.Module):
         in_channels: int,
         image_size: int | Size,
         *,
-        dim: int = 256,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
+        dim: Dimension = 256,
+        channels: Dimension = 128,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
+        blocks: Depth = 2,
+        attention: Sequence[PositiveInt] = (16,),
         middle_attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        dropout: Rate = 0.0,
+        patch_size: PatchSize = 1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class ConvDecoder(nn.Module):
         blocks: Residual blocks a resolution, without the extra one.
         attention: Sides in pixels of the resolutions with attention (attn_resolutions).
         middle_attention: Whether the blocks next to the codebook have attention.
-        dropout: Rate inside the residual blocks, in [0, 1).
+        dropout: Rate inside the residual blocks.
         patch_size: Pixel-shuffle channels into patches of this side at the end; the encoder's value.
         head_channels: Channels at full resolution after the pixel-shuffle, if `patch_size` is above 1. The last
             convolution maps them to colors.
@@ -110,14 +115,14 @@ class ConvDecoder(nn.Module):
         out_channels: int,
         image_size: int | Size,
         *,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
+        channels: Dimension = 128,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
+        blocks: Annotated[int, Interval(ge=0, le=1000)] = 2,
+        attention: Sequence[PositiveInt] = (16,),
         middle_attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
-        head_channels: int = 16,
+        dropout: Rate = 0.0,
+        patch_size: PatchSize = 1,
+        head_channels: Dimension = 16,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from vqf.errors import UserError
+from vqf.options.ranges import NonNegativeInt
 from vqf.registry import register
 
 Crop = Literal["source", "center", "adm"]
@@ -27,7 +30,7 @@ class ReconstructionProtocol:
 
     Args:
         part: Split to reconstruct: `validation` or `train`.
-        count: Number of images, at least 2, spread evenly over the split; all by default.
+        count: Number of images, spread evenly over the split; all by default.
         crop: `source` keeps the crop of the data source; `center` resizes the shorter side to the image size and crops
             the center; `adm` crops as guided-diffusion's center_crop_arr, which first halves large images.
         resize: The filter of `crop=center`: one of Pillow's, with antialiasing, or `linear`, without.
@@ -35,21 +38,18 @@ class ReconstructionProtocol:
             taming-transformers, or `none`. Real images are rounded to the nearest, or with `none` not at all.
         reference: The set that reconstructions are compared with: the `originals`, a split (`validation`, `train`), or
             an .npz file with `mu` and `sigma`, images as `arr_0`, or both.
-        seed: Seed of augmentations of the data source and of the halves of the floor; at least 0.
+        seed: Seed of augmentations of the data source and of the halves of the floor.
     """
 
     part: SplitName = "validation"
-    count: int | None = None
+    count: Annotated[int, Ge(2)] | None = None
     crop: Crop = "source"
     resize: ResizeFilter = "bicubic"
     rounding: Rounding = "nearest"
     reference: str = ORIGINALS
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     task: ClassVar[str] = "reconstruction"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 @register("protocol", "rfid_val")
@@ -84,7 +84,7 @@ class GenerationProtocol:
 
     Args:
         part: Split for nats per token, `validation` or `train`.
-        count: Number of samples, at least 2; by default as many as the reference has images, at most 50,000.
+        count: Number of samples; by default as many as the reference has images, at most 50,000.
         crop: Of real images: `source`, `center` or `adm`; see the protocol `reconstruction`.
         resize: The filter of `crop=center`; see the protocol `reconstruction`.
         rounding: How samples become 8-bit pixels: `nearest`, `truncate` or `none`.
@@ -92,22 +92,21 @@ class GenerationProtocol:
             and `sigma`, images as `arr_0`, or both. With `crop=source`, training images are augmented as in epoch 0.
         labels: Conditions of the samples: `balanced`, all classes in turn; `uniform`, a random class for each;
             `images`, the conditions of images of `part`: labels, maps, ...
-        seed: Seed of samples, classes, augmentations of the data source and the halves of the floor; at least 0.
+        seed: Seed of samples, classes, augmentations of the data source and the halves of the floor.
     """
 
     part: SplitName = "validation"
-    count: int | None = None
+    count: Annotated[int, Ge(2)] | None = None
     crop: Crop = "source"
     resize: ResizeFilter = "bicubic"
     rounding: Rounding = "nearest"
     reference: str = "train"
     labels: Literal["balanced", "uniform", "images"] = "balanced"
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     task: ClassVar[str] = "generation"
 
     def __post_init__(self) -> None:
-        _check(self)
         if self.reference == ORIGINALS:
             raise UserError("protocol.reference=originals: samples have none; give train, validation or an .npz file")
 
@@ -117,7 +116,7 @@ class GenerationProtocol:
 class SmallGenerationProtocol(GenerationProtocol):
     """256 samples, conditioned as validation images are, against the training images: for small data and one CPU."""
 
-    count: int | None = 256
+    count: Annotated[int, Ge(2)] | None = 256
     labels: Literal["balanced", "uniform", "images"] = "images"
 
 
@@ -129,7 +128,7 @@ class GFIDTrainProtocol(GenerationProtocol):
     The FID of taming-transformers (https://github.com/CompVis/taming-transformers/issues/155).
     """
 
-    count: int | None = 50_000
+    count: Annotated[int, Ge(2)] | None = 50_000
     crop: Crop = "center"
 
 
@@ -146,7 +145,7 @@ class GFIDADMProtocol(GenerationProtocol):
         reference: The .npz file.
     """
 
-    count: int | None = 50_000
+    count: Annotated[int, Ge(2)] | None = 50_000
     crop: Crop = "adm"
     rounding: Rounding = "truncate"
     labels: Literal["balanced", "uniform", "images"] = "uniform"
@@ -162,10 +161,3 @@ def stable_hash(facts: Mapping[str, Any]) -> str:
 def preprocessing_lines(crop: str, resize: str) -> dict[str, str]:
     """Return the lines for crop and resize filter."""
     return {"crop": crop, "resize": {"source": "by the data source", "adm": "box, bicubic"}.get(crop, resize)}
-
-
-def _check(protocol: ReconstructionProtocol | GenerationProtocol) -> None:
-    if protocol.count is not None and protocol.count < 2:
-        raise UserError(f"protocol.count={protocol.count}: a set of images needs at least two")
-    if protocol.seed < 0:
-        raise UserError(f"protocol.seed={protocol.seed} is negative")

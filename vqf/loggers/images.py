@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vqf.loggers.image_grid import grid_columns, images_per_item, save_grid
+from vqf.options.ranges import PositiveInt
 from vqf.registry import register
 
 
@@ -16,12 +17,10 @@ class ImageLogger:
 
     Args:
         run_dir: The run's folder.
-        limit: Most images in a grid, at least 1.
+        limit: Most images in a grid.
     """
 
-    def __init__(self, run_dir: Path, *, limit: int = 64) -> None:
-        if limit < 1:
-            raise ValueError(f"limit={limit}: a grid needs at least one image")
+    def __init__(self, run_dir: Path, *, limit: PositiveInt = 64) -> None:
         self.folder, self.limit = run_dir / "images", limit
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Interval
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -29,7 +30,9 @@ class TensorBoardLogger:
         flush_seconds: Longest time that scalars are buffered before they are written.
     """
 
-    def __init__(self, run_dir: Path, config: DictConfig, *, flush_seconds: int = 30) -> None:
+    def __init__(
+        self, run_dir: Path, config: DictConfig, *, flush_seconds: Annotated[int, Interval(ge=1, le=86_400)] = 30
+    ) -> None:
         if find_spec("tensorboard") is None:
             raise UserError('logger=tensorboard: the package is missing; pip install "vqf[tensorboard]"')
         self.folder, self.config, self.flush_seconds = run_dir / "tensorboard", config, flush_seconds

@@ -4,12 +4,15 @@ VQGAN, https://arxiv.org/abs/2012.09841, equations 5 to 7. The generator's loss 
 λ = |∇ L_rec| / (|∇ L_GAN| + δ), with gradients at the decoder's last layer.
 """
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
+from vqf.options.ranges import NonNegativeFloat, PositiveFloat, StepsOrFraction
 from vqf.protocols import to_steps
 from vqf.registry import register
 
@@ -19,13 +22,14 @@ class AdversarialObjective:
 
     Args:
         steps: Steps of the run; options below 1 are fractions of it.
-        weight: Weight of the generator's loss, or a factor on λ if `adaptive` (disc_weight); at least 0.
+        weight: Weight of the generator's loss, or a factor on λ if `adaptive` (disc_weight). Below 0
+            the decoder would help the discriminator.
         adaptive: Whether to multiply by λ, computed anew at every step.
         start: First step of the GAN: a number of steps, or a fraction of the run if below 1 (disc_start).
         warmup: Steps (or a fraction) for which the discriminator trains before the generator's loss counts.
         ramp_steps: Steps (or a fraction) over which the weight of the generator's loss then rises linearly from 0.
-        delta: δ, above 0. 1e-4 in the code of VQGAN, 1e-6 in the paper.
-        max_weight: Upper limit of λ, at least 0.
+        delta: δ, which keeps λ finite where the GAN gradient is 0. 1e-4 in the code of VQGAN, 1e-6 in the paper.
+        max_weight: Upper limit of λ; inf is none.
         refresh_fakes: Train the discriminator on reconstructions of the tokenizer after its update, as the code of
             VQGAN does, at the cost of a second forward pass. By default both networks share one forward pass.
     """
@@ -34,25 +38,15 @@ class AdversarialObjective:
         self,
         steps: int,
         *,
-        weight: float = 0.8,
+        weight: NonNegativeFloat = 0.8,
         adaptive: bool = True,
-        start: int | float = 0.25,
-        warmup: int | float = 0,
-        ramp_steps: int | float = 0,
-        delta: float = 1e-4,
-        max_weight: float = 1e4,
+        start: StepsOrFraction = 0.25,
+        warmup: StepsOrFraction = 0,
+        ramp_steps: StepsOrFraction = 0,
+        delta: PositiveFloat = 1e-4,
+        max_weight: Annotated[float, Interval(ge=0, le=math.inf)] = 1e4,
         refresh_fakes: bool = False,
     ) -> None:
-        for name, value in (("start", start), ("warmup", warmup), ("ramp_steps", ramp_steps)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: a number of steps, or a fraction of the run if below 1; at least 0")
-        for name, value in (("weight", weight), ("max_weight", max_weight)):
-            if not value >= 0:
-                raise ValueError(
-                    f"{name}={value}: must be at least 0; below 0 the decoder would help the discriminator"
-                )
-        if not delta > 0:
-            raise ValueError(f"delta={delta}: must be above 0; it keeps λ finite where the GAN gradient is 0")
         self.base_weight, self.adaptive, self.delta, self.max_weight = weight, adaptive, delta, max_weight
         self.start_step = to_steps(start, steps)
         self.generator_start_step = self.start_step + to_steps(warmup, steps)

@@ -3,7 +3,6 @@
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,12 +10,14 @@ from torch import Tensor, nn
 from vqf.networks.perceptual import (
     EfficientNetLite,
     PerceptualDistance,
+    Taps,
     efficientnet_lite,
     lpips_heads,
     unit_normalize,
     unit_normalize_reference,
     vgg16_features,
 )
+from vqf.options.ranges import NonNegativeFloat
 from vqf.registry import register
 
 
@@ -36,7 +37,7 @@ class FeatureLoss(nn.Module):
     channels = (1, 3)  # the network sees one channel as gray
 
     def __init__(
-        self, *, weight: float = 0.1, network: EfficientNetLite = "lite0", taps: Sequence[int] = (0, 1, 2, 3)
+        self, *, weight: NonNegativeFloat = 0.1, network: EfficientNetLite = "lite0", taps: Taps = (0, 1, 2, 3)
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -65,7 +66,7 @@ class LPIPS(nn.Module):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NonNegativeFloat = 1.0,
         weights: str | None = None,
         dropout: bool = False,
         epsilon: Literal["under", "beside"] = "under",

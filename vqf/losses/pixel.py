@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqf.options.ranges import NonNegativeFloat
 from vqf.registry import register
 
 
@@ -14,7 +15,7 @@ class L1(nn.Module):
         weight: Factor in the total loss.
     """
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: NonNegativeFloat = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
@@ -30,7 +31,7 @@ class L2(nn.Module):
         weight: Factor in the total loss.
     """
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: NonNegativeFloat = 1.0) -> None:
         super().__init__()
         self.weight = weight
 

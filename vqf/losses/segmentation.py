@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqf.options.ranges import NonNegativeFloat
 from vqf.registry import register
 
 
@@ -18,7 +19,7 @@ class BCE(nn.Module):
 
     expects_logits = True
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: NonNegativeFloat = 1.0) -> None:
         super().__init__()
         self.weight = weight
 

@@ -10,6 +10,7 @@ import torch
 
 from vqf.errors import UserError
 from vqf.metrics.set_metric import BaseSetMetric
+from vqf.options.ranges import PositiveInt
 from vqf.protocols import FeatureSet, SetMetricResult
 from vqf.registry import register
 
@@ -23,15 +24,13 @@ class InceptionScore(BaseSetMetric):
     exp(mean KL(p(class | image) || p(class))) of the generated images.
 
     Args:
-        splits: The score is the mean over this many disjoint subsets of the images; at least 1.
+        splits: The score is the mean over this many disjoint subsets of the images.
     """
 
     higher_is_better: Mapping[str, bool] = {"is": True, "score_lite2": True}
 
-    def __init__(self, device: torch.device | str, *, splits: int = 10, **options: Any) -> None:
+    def __init__(self, device: torch.device | str, *, splits: PositiveInt = 10, **options: Any) -> None:
         super().__init__(device, **options)
-        if splits < 1:
-            raise ValueError(f"splits={splits} must be at least 1")
         self.splits = splits
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:

@@ -4,10 +4,11 @@ Demystifying MMD GANs (KID), https://arxiv.org/abs/1801.01401
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 
 from vqf.metrics.set_metric import BaseSetMetric
 from vqf.protocols import FeatureSet, SetMetricResult
@@ -23,18 +24,21 @@ class KID(BaseSetMetric):
     The unbiased mean over random subsets, in float64. The interval covers 95 % of them.
 
     Args:
-        subsets: Number of random subsets; at least 1.
-        subset_size: Images per subset; at least 2, lowered to half of the smaller set if that is less.
+        subsets: Number of random subsets.
+        subset_size: Images per subset, lowered to half of the smaller set if that is less.
     """
 
     higher_is_better: Mapping[str, bool] = {"kid": False, "kd_lite2": False}
 
     def __init__(
-        self, device: torch.device | str, *, subsets: int = 100, subset_size: int = 1000, **options: Any
+        self,
+        device: torch.device | str,
+        *,
+        subsets: Annotated[int, Interval(ge=1, le=10_000)] = 100,
+        subset_size: Annotated[int, Ge(2)] = 1000,
+        **options: Any,
     ) -> None:
         super().__init__(device, **options)
-        if subsets < 1 or subset_size < 2:
-            raise ValueError(f"subsets={subsets} and subset_size={subset_size} must be at least 1 and 2")
         self.subsets, self.subset_size = subsets, subset_size
 
     def compare(self, real: FeatureSet, generated: FeatureSet) -> SetMetricResult:

@@ -3,7 +3,6 @@
 The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), https://arxiv.org/abs/1801.03924
 """
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from vqf.networks.perceptual import (
     EfficientNetLite,
     LPIPSBackbone,
     PerceptualDistance,
+    Taps,
     efficientnet_lite,
     lpips_backbone,
     lpips_heads,
@@ -54,7 +54,7 @@ class FeatureDistance(PerceptualMetric):
     higher_is_better: ClassVar = {"perceptual": False}
 
     def __init__(
-        self, device: torch.device | str, *, network: EfficientNetLite = "lite0", taps: Sequence[int] = (0, 1, 2, 3, 5)
+        self, device: torch.device | str, *, network: EfficientNetLite = "lite0", taps: Taps = (0, 1, 2, 3, 5)
     ) -> None:
         super().__init__("perceptual", PerceptualDistance(efficientnet_lite(network, taps)), device)
 

@@ -5,13 +5,15 @@ Reliable Fidelity and Diversity Metrics for Generative Models (density, coverage
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from vqf.errors import UserError
 from vqf.metrics.set_metric import BaseSetMetric
+from vqf.options.ranges import PositiveInt
 from vqf.protocols import FeatureSet, SetMetricResult
 from vqf.registry import register
 
@@ -40,9 +42,9 @@ class PRDC(BaseSetMetric):
         self,
         device: torch.device | str,
         *,
-        neighbours: int = 3,
-        wider: int = 5,
-        images: int = 10_000,
+        neighbours: PositiveInt = 3,
+        wider: PositiveInt = 5,
+        images: Annotated[int, Ge(2)] = 10_000,
         **options: Any,
     ) -> None:
         super().__init__(device, **options)

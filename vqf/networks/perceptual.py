@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -23,6 +24,7 @@ from vqf.hashing import sha256_of_file
 from vqf.networks.weights import hub_file, read_weights, verify_checksum
 
 EfficientNetLite = Literal["lite0", "lite2"]
+Taps = Annotated[Sequence[Annotated[int, Interval(ge=0, le=8)]], Len(1)]  # its layers whose output is used
 LITE_SHIFT, LITE_SCALE = -0.5 / 127.5, 128 / 127.5  # (255 (x + 1) / 2 - 127) / 128, as the TensorFlow originals
 LPIPSBackbone = Literal["vgg", "alex", "squeeze"]
 
@@ -153,7 +155,7 @@ def unit_normalize_reference(features: Tensor, epsilon: float = 1e-10) -> Tensor
     return features / (features.square().sum(1, keepdim=True).sqrt() + epsilon)
 
 
-def efficientnet_lite(name: EfficientNetLite, taps: Sequence[int]) -> IntermediateFeatures:
+def efficientnet_lite(name: EfficientNetLite, taps: Taps) -> IntermediateFeatures:
     """Build EfficientNet-Lite up to the last tap."""
     network = fold_batch_norms(efficientnet_lite_classifier(name))
     layers = [

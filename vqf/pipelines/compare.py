@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from vqf.distributed.engine import Engine, make_engine
 from vqf.errors import UserError
+from vqf.options.ranges import PositiveInt
 from vqf.pipelines.comparison.ranking import rank
 from vqf.pipelines.comparison.reconstructions import reconstruct_runs
 from vqf.pipelines.comparison.report import ComparisonReport
@@ -30,7 +31,7 @@ class Compare:
         runs: Folders or checkpoints of runs, or a folder that holds runs, such as a sweep's.
         sort: Column to sort by, best first: a metric, `protocol/metric` if two protocols measured it, or `name`,
             `step`, `seconds`, `processor_seconds`, `parameters`. A leading minus reverses the order.
-        count: Images per run, at least 1.
+        count: Images per run.
     """
 
     def __init__(
@@ -40,11 +41,9 @@ class Compare:
         *,
         runs: str | Sequence[str],
         sort: str | None = None,
-        count: int = DEFAULT_COUNT,
+        count: PositiveInt = DEFAULT_COUNT,
     ) -> None:
         self.config, self.run_dir, self.runs, self.sort, self.count = config, run_dir, runs, sort, count
-        if count < 1:
-            raise UserError(f"count={count}: a comparison shows at least one image")
 
     def run(self) -> None:
         comparison = compare(find_runs(self.runs), self.sort, self.count, make_engine(self.config), [command_line()])

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from einops import rearrange
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -25,6 +26,7 @@ from vqf.models.completion import mask_to_pixels, upper_rows_mask
 from vqf.models.condition_batch import image_fields
 from vqf.models.generator import Generator
 from vqf.models.sample_request import check_raster
+from vqf.options.ranges import PositiveInt
 from vqf.pipelines.sampling.image_folder import ResumableImageFolder, condition_digest
 from vqf.pipelines.sampling.open_run import open_run
 from vqf.registry import build, register
@@ -42,13 +44,13 @@ class Complete:
     `resume=true` continues an interrupted run; a folder with other settings is refused.
 
     Args:
-        keep: Fraction of the rows of codes to keep, from the top, in (0, 1); 0.5 if no mask is given.
+        keep: Fraction of the rows of codes to keep, from the top; 0.5 if no mask is given.
         mask: An image that is white where images are kept and black where they are sampled again, stretched to their
             size. A code is kept if all of its pixels are.
         images: Folder of images, scaled and cropped as `data=folder` does; by default the validation split of the
             run's data.
         label: Class of all images, by name or number; by default their own, or classes take turns.
-        count: Number of images, at least 1, spread evenly over the split.
+        count: Number of images, spread evenly over the split.
     """
 
     def __init__(
@@ -56,18 +58,14 @@ class Complete:
         config: DictConfig,
         run_dir: Path,
         *,
-        keep: float | None = None,
+        keep: Annotated[float, Interval(gt=0, lt=1)] | None = None,
         mask: str | None = None,
         images: str | None = None,
         label: str | None = None,
-        count: int = 16,
+        count: PositiveInt = 16,
     ) -> None:
         if keep is not None and mask is not None:
             raise UserError("keep and mask: both say what is kept; give one of them")
-        if keep is not None and not 0 < keep < 1:
-            raise UserError(f"keep={keep}: must be between 0 and 1; pipeline=sample samples full images")
-        if count < 1:
-            raise UserError(f"count={count}: complete at least one image")
         self.config, self.run_dir, self.keep, self.count = config, run_dir, 0.5 if keep is None else keep, count
         self.mask, self.images, self.label = mask, images, label
         self.captions: list[str] = []

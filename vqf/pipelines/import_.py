@@ -11,6 +11,7 @@ from vqf.config.inherit import cli_keys
 from vqf.errors import name_first
 from vqf.interop.import_model import ImportedCheckpoint, import_checkpoint
 from vqf.interop.priors import ImportOptions
+from vqf.options.ranges import PositiveInt
 from vqf.pipelines.importing.presets import PRESETS_DIR
 from vqf.pipelines.importing.run_writer import condition_run_dir, save_run
 from vqf.registry import find_component, register
@@ -41,8 +42,8 @@ class Import:
         path: str,
         source: Literal["auto", "taming", "ldm", "llamagen", "diffusers", "janus"] = "auto",
         yaml: str | None = None,
-        heads: int | None = None,
-        classes: int | None = None,
+        heads: PositiveInt | None = None,
+        classes: PositiveInt | None = None,
     ) -> None:
         self.config, self.run_dir, self.source = config, run_dir, source
         self.path = Path(path).expanduser()

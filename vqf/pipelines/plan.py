@@ -11,6 +11,7 @@ from omegaconf import DictConfig, open_dict
 from vqf.config.access import image_size
 from vqf.distributed.engine import make_engine
 from vqf.errors import UserError
+from vqf.options.ranges import PositiveFloat, PositiveInt
 from vqf.pipelines.planning.benchmark import StepBenchmark, benchmark_step
 from vqf.pipelines.planning.estimate import Estimate, estimate, estimate_sampling, stage_config, trainable_stages
 from vqf.pipelines.planning.memory_tracker import Bytes
@@ -42,11 +43,11 @@ class Plan:
     One step of each stage runs on fake tensors; `device` need not be present. Memory inside of kernels is not counted.
 
     Args:
-        world: Number of processes that share a batch, at least 1.
-        memory: Memory of a process in GiB, above 0. If a run needs more, options that make it fit are listed.
-        flops: Sustained FLOP per second of the device, above 0, to estimate the time; below its peak.
+        world: Number of processes that share a batch.
+        memory: Memory of a process in GiB. If a run needs more, options that make it fit are listed.
+        flops: Sustained FLOP per second of the device, to estimate the time; below its peak.
         measure: Also run real steps on `device`, in one process, and report their memory and time.
-        classes: Number of classes that a label conditioner is built for, at least 1.
+        classes: Number of classes that a label conditioner is built for.
     """
 
     def __init__(
@@ -54,15 +55,12 @@ class Plan:
         config: DictConfig,
         run_dir: Path,
         *,
-        world: int = 1,
-        memory: float | None = None,
-        flops: float | None = None,
+        world: PositiveInt = 1,
+        memory: PositiveFloat | None = None,
+        flops: PositiveFloat | None = None,
         measure: bool = False,
-        classes: int = 1000,
+        classes: PositiveInt = 1000,
     ) -> None:
-        for name, value in (("world", world), ("memory", memory), ("flops", flops), ("classes", classes)):
-            if value is not None and value <= 0:
-                raise UserError(f"{name}={value}: must be more than 0")
         if measure and world > 1:
             raise UserError(f"measure=true runs steps in one process; leave out world={world}")
         self.config, self.run_dir = config, run_dir

@@ -14,6 +14,7 @@ from vqf.evaluation import reconstruction
 from vqf.evaluation.image_panels import ImagePanels
 from vqf.images import save_images
 from vqf.models.tokenizer import Tokenizer
+from vqf.options.ranges import PositiveInt
 from vqf.protocols import VALIDATION_PREFIX, Metric, Reconstruction, Split
 from vqf.registry import register
 from vqf.runs.load import find_tokenizer_checkpoint, load_tokenizer
@@ -31,7 +32,7 @@ class Reconstruct:
     """
 
     def __init__(
-        self, config: DictConfig, run_dir: Path, *, images: str | None = None, count: int | None = None
+        self, config: DictConfig, run_dir: Path, *, images: str | None = None, count: PositiveInt | None = None
     ) -> None:
         self.config, self.run_dir, self.images, self.count = config, run_dir, images, count
 

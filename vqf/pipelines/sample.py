@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from einops import rearrange
 from omegaconf import DictConfig
 from torch import Tensor
@@ -19,6 +20,7 @@ from vqf.errors import UserError
 from vqf.evaluation.class_accuracy import is_class_conditional
 from vqf.models.condition_batch import image_fields
 from vqf.models.generator import Generator
+from vqf.options.ranges import Number, PositiveInt, Sides
 from vqf.pipelines.sampling.conditions import (
     ConditionOption,
     ConditionSource,
@@ -51,12 +53,12 @@ class SamplePipeline:
     `resume=true` keeps the images of an interrupted run; a folder with other settings is refused.
 
     Args:
-        count: Number of images, at least 1; by default 64, or one per condition.
+        count: Number of images; by default 64, or one per condition.
         label: Class of all images, by name or number; by default classes take turns.
         size: Height and width in pixels as `size=[512,768]`, or one number for both; by default as in training.
             Larger images need `sampler=sliding_window`.
-        candidates: Samples per image, at least 1; `scorer=` keeps the best.
-        tile: Largest side, in codes, that is decoded at once, at least 8: larger images are decoded in overlapping
+        candidates: Samples per image; `scorer=` keeps the best.
+        tile: Largest side, in codes, that is decoded at once: larger images are decoded in overlapping
             tiles that are blended. null decodes every image in one piece.
         condition: Image to condition on, or a folder of them: a condition map, or whatever image the prior was trained
             on. With several image conditioners, one for each: `'condition={spatial:map.png,image:photo.png}'`. Each
@@ -70,18 +72,14 @@ class SamplePipeline:
         config: DictConfig,
         run_dir: Path,
         *,
-        count: int | None = None,
+        count: PositiveInt | None = None,
         label: str | None = None,
-        size: int | Sequence[int] | None = None,
-        candidates: int = 1,
-        tile: int | None = 128,
+        size: Sides | None = None,
+        candidates: PositiveInt = 1,
+        tile: Annotated[int, Ge(8)] | None = 128,
         condition: str | Mapping[str, str] | None = None,
-        place: Sequence[float] | None = None,
+        place: tuple[Number, Number, Number, Number] | None = None,
     ) -> None:
-        if candidates < 1 or (tile is not None and tile < 8):
-            raise UserError(f"candidates={candidates} must be at least 1, tile={tile} at least 8 codes")
-        if count is not None and count < 1:
-            raise UserError(f"count={count}: sample at least one image")
         if condition is not None and size is not None:
             raise UserError("size and condition: an image is as large as its condition; leave size out")
         if condition is None and place is not None:

@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from omegaconf import DictConfig
 
 from vqf.dataloading.image_files import ImageFileSplit, StreamedShardSplit
 from vqf.dataloading.splits import open_splits
 from vqf.dataloading.worker_pool import process_map
 from vqf.errors import UserError
+from vqf.options.ranges import PositiveInt
 from vqf.pipelines.shards.manifest import ShardManifest
 from vqf.pipelines.shards.maps import map_options
 from vqf.pipelines.shards.retry import mark_for_rewrite
@@ -35,9 +37,9 @@ class Shard:
         out: Folder of the shards; by default `shards/` in the run's folder.
         format: Format of the images. "original" copies the files of a source byte by byte; the others store the
             uncropped image, upright and in RGB, and maps as PNG. A source without files gives its samples of epoch 0.
-        size: Shorter sides above this are scaled down to it, of images and maps; at least 1.
-        shard_size: Images per shard, at least 1.
-        quality: Quality of jpg and webp, in [1, 100].
+        size: Shorter sides above this are scaled down to it, of images and maps.
+        shard_size: Images per shard.
+        quality: Quality of jpg and webp.
         images_only: Leave the condition maps out.
         shuffle: Shuffle the training images by the seed, for readers that read shards sequentially.
     """
@@ -49,16 +51,12 @@ class Shard:
         *,
         out: str | None = None,
         format: ImageFormat = "original",
-        size: int | None = None,
-        shard_size: int = 5000,
-        quality: int = 95,
+        size: PositiveInt | None = None,
+        shard_size: PositiveInt = 5000,
+        quality: Annotated[int, Interval(ge=1, le=100)] = 95,
         images_only: bool = False,
         shuffle: bool = True,
     ) -> None:
-        if shard_size < 1 or (size is not None and size < 1):
-            raise ValueError(f"size={size} and shard_size={shard_size}: both are numbers of at least 1")
-        if not 1 <= quality <= 100:
-            raise ValueError(f"quality={quality} is not in [1, 100]")
         if size is not None and format == "original":
             raise ValueError(f"size={size}: a copied file keeps its size; give format=jpg, png or webp")
         if out == "":

@@ -9,6 +9,7 @@ from vqf.config.inherit import inherit
 from vqf.dataloading.encode import TokenEncoder, check_image_size, token_folder, tokenize_split
 from vqf.dataloading.splits import open_splits
 from vqf.distributed.engine import make_engine
+from vqf.options.ranges import PositiveInt
 from vqf.registry import register
 from vqf.runs.load import build_conditioner_stack, find_tokenizer_checkpoint, load_tokenizer
 from vqf.terminal import log
@@ -21,14 +22,12 @@ class Tokenize:
     Data and conditioners are those of `run` unless the command line sets them. Intact shards are kept.
 
     Args:
-        rows: Rows (augmented views of images) per shard, at least 1; by default 4096, or as in the folder's shards.
+        rows: Rows (augmented views of images) per shard; by default 4096, or as in the folder's shards.
     """
 
     distributed = True
 
-    def __init__(self, config: DictConfig, run_dir: Path, *, rows: int | None = None) -> None:
-        if rows is not None and rows < 1:
-            raise ValueError(f"rows={rows}: a shard has at least one row")
+    def __init__(self, config: DictConfig, run_dir: Path, *, rows: PositiveInt | None = None) -> None:
         self.config, self.run_dir, self.rows = config, run_dir, rows
 
     def run(self) -> None:

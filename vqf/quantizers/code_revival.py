@@ -102,13 +102,7 @@ class CodeRevival(nn.Module):
 def make_revival(
     codebook_size: int, revive: float, init: CodebookInit | None, project: Callable[[Tensor], Tensor] | None = None
 ) -> CodeRevival | None:
-    """Build a `CodeRevival`; None if it would do nothing.
-
-    Raises:
-        ValueError: If `revive` is below 0.
-    """
-    if revive < 0:
-        raise ValueError(f"revive={revive}: must be at least 0 occurrences a step; 0 never revives")
+    """Build a `CodeRevival`; None if it would do nothing."""
     if not revive and init is None:
         return None
     return CodeRevival(codebook_size, revive, init, *([project] if project else []))

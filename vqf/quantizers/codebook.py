@@ -42,14 +42,3 @@ def usage_stats(counts: Tensor, training: bool = False) -> dict[str, Tensor]:
     p = counts / counts.sum().clamp(min=1)
     entropy = -(p * (p + 1e-10).log()).sum()
     return {"perplexity": entropy.exp(), "batch_usage": (counts > 0).float().mean()}
-
-
-def check_positive(**sizes: int) -> None:
-    """Check that sizes are at least 1.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")

@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.distributed import comm
+from vqf.options.ranges import Dimension, NonNegativeFloat, PositiveFloat
 from vqf.protocols import Quantized
 from vqf.quantizers.code_revival import CodebookInit, make_revival
-from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
+from vqf.quantizers.codebook import index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -23,14 +24,14 @@ class CosineQuantizer(nn.Module):
     |sg[ẑ] - ê|² + β |ẑ - sg[ê]|² with ẑ = z / |z| and ê = e / |e|; the decoder gets ê.
 
     Args:
-        dim: Channels of a code vector, at least 1: few, so that near neighbors exist. 32 in ViT-VQGAN, 8 in LlamaGen.
-        codebook_size: Number of codes, at least 1.
+        dim: Channels of a code vector: few, so that near neighbors exist. 32 in ViT-VQGAN, 8 in LlamaGen.
+        codebook_size: Number of codes.
         beta: β, the weight of the commitment term.
         weight: Weight of both terms in the total loss.
         entropy: Weight of the entropy term, 0 in both papers. It keeps a matrix of all latents by all codes.
-        entropy_temperature: Divides -|ẑ - ê|², the logits of the entropy term; above 0.
+        entropy_temperature: Divides -|ẑ - ê|², the logits of the entropy term.
         revive: A code is moved to a random latent of the batch if the moving average of its occurrences a step is below
-            this, at least 0; 0 never revives.
+            this; 0 never revives.
         init: Initial codes, set after the first step: `latents` of its batch, or `kmeans` centers of them, normalized;
             by default random, as published.
     """
@@ -38,17 +39,16 @@ class CosineQuantizer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 8,
-        codebook_size: int = 16384,
-        beta: float = 0.25,
-        weight: float = 1.0,
-        entropy: float = 0.0,
-        entropy_temperature: float = 0.01,
-        revive: float = 0.0,
+        dim: Dimension = 8,
+        codebook_size: Dimension = 16384,
+        beta: NonNegativeFloat = 0.25,
+        weight: NonNegativeFloat = 1.0,
+        entropy: NonNegativeFloat = 0.0,
+        entropy_temperature: PositiveFloat = 0.01,
+        revive: NonNegativeFloat = 0.0,
         init: CodebookInit | None = None,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, codebook_size=codebook_size)
         self.dim, self.vocab_size = dim, codebook_size
         self.beta, self.weight = beta, weight
         self.entropy, self.entropy_temperature = entropy, entropy_temperature

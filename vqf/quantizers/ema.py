@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqf.options.ranges import Dimension, NonNegativeFloat, PositiveFloat, Rate
 from vqf.protocols import Quantized
 from vqf.quantizers.code_revival import (
     CodebookInit,
@@ -19,7 +20,7 @@ from vqf.quantizers.code_revival import (
     reset_after_load,
     sample_latents,
 )
-from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
+from vqf.quantizers.codebook import index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -31,9 +32,9 @@ class EMAQuantizer(nn.Module):
     `update` moves the averages once an optimizer step, by the latents of all its micro-batches and all ranks.
 
     Args:
-        dim: Channels of a code vector, at least 1.
-        codebook_size: Number of codes, at least 1.
-        decay: γ, in [0, 1).
+        dim: Channels of a code vector.
+        codebook_size: Number of codes.
+        decay: γ.
         beta: Weight of the commitment term |z - sg[e]|².
         epsilon: ε of the Laplace smoothing.
         revive: A code is moved to a random latent of the batch if its N_k is below this; 0 never revives. Its N_k
@@ -52,19 +53,16 @@ class EMAQuantizer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 256,
-        codebook_size: int = 1024,
-        decay: float = 0.99,
-        beta: float = 0.25,
-        epsilon: float = 1e-5,
-        revive: float = 0.03,
+        dim: Dimension = 256,
+        codebook_size: Dimension = 1024,
+        decay: Rate = 0.99,
+        beta: NonNegativeFloat = 0.25,
+        epsilon: PositiveFloat = 1e-5,
+        revive: NonNegativeFloat = 0.03,
         init: CodebookInit = "latents",
         debias: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, codebook_size=codebook_size)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.dim, self.vocab_size = dim, codebook_size
         self.decay, self.beta, self.epsilon, self.revive = decay, beta, epsilon, revive
         self.init, self.debias = init, debias

@@ -10,8 +10,9 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from vqf.options.ranges import Dimension, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from vqf.protocols import Quantized
-from vqf.quantizers.codebook import check_positive, index_counts, usage_stats
+from vqf.quantizers.codebook import index_counts, usage_stats
 from vqf.registry import register
 
 
@@ -22,12 +23,12 @@ class GumbelQuantizer(nn.Module):
     y = softmax((l + g) / τ) with logits l and Gumbel noise g. In eval mode g = 0, unlike in VQGAN's code.
 
     Args:
-        dim: Channels of a code vector and of the latents, from which a 1x1 convolution computes l; at least 1.
-        codebook_size: Number of codes, at least 1; 8192 in the published VQGAN.
+        dim: Channels of a code vector and of the latents, from which a 1x1 convolution computes l.
+        codebook_size: Number of codes; 8192 in the published VQGAN.
         straight_through: Whether training uses one code with the gradient of y, or the mean of all codes weighted by y.
         kl_weight: Weight of KL(softmax(l) | uniform); 1e-8 in the published VQGAN.
-        temperature_start: τ at the start, above 0.
-        temperature_end: τ after `anneal_steps`, above 0; from 0.9 to 1e-6 in the published VQGAN.
+        temperature_start: τ at the start.
+        temperature_end: τ after `anneal_steps`; from 0.9 to 1e-6 in the published VQGAN.
         anneal_steps: Optimizer steps over which τ falls along half a cosine; 0 keeps `temperature_start`.
     """
 
@@ -36,20 +37,15 @@ class GumbelQuantizer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 256,
-        codebook_size: int = 1024,
+        dim: Dimension = 256,
+        codebook_size: Dimension = 1024,
         straight_through: bool = True,
-        kl_weight: float = 5e-4,
-        temperature_start: float = 0.9,
-        temperature_end: float = 1e-6,
-        anneal_steps: int = 0,
+        kl_weight: NonNegativeFloat = 5e-4,
+        temperature_start: PositiveFloat = 0.9,
+        temperature_end: PositiveFloat = 1e-6,
+        anneal_steps: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, codebook_size=codebook_size)
-        if not (temperature_start > 0 and temperature_end > 0):
-            raise ValueError(
-                f"temperature_start={temperature_start} and temperature_end={temperature_end} must be above 0"
-            )
         self.dim, self.vocab_size = dim, codebook_size
         self.straight_through, self.kl_weight = straight_through, kl_weight
         self.temperature_start, self.temperature_end = temperature_start, temperature_end

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqf.options.ranges import Dimension, NonNegativeFloat
 from vqf.protocols import Quantized
 from vqf.quantizers.code_revival import CodebookInit, make_revival
-from vqf.quantizers.codebook import check_positive, index_counts, nearest, straight_through, usage_stats
+from vqf.quantizers.codebook import index_counts, nearest, straight_through, usage_stats
 from vqf.registry import register
 
 
@@ -22,14 +23,14 @@ class VectorQuantizer(nn.Module):
     """Nearest code vector, straight-through gradient, https://arxiv.org/abs/1711.00937.
 
     Args:
-        dim: Channels of a code vector (embed_dim), at least 1.
-        codebook_size: Number of codes (n_embed), at least 1.
+        dim: Channels of a code vector (embed_dim).
+        codebook_size: Number of codes (n_embed).
         beta: β, the weight of one of the two terms of the loss; 0.25 in the papers of VQ-VAE and VQGAN.
         beta_placement: The term that β multiplies. `commitment` is the equation. `codebook` is the code of VQGAN
             (`legacy=True`), with which every published VQGAN was trained: a commitment weight of 1.
         weight: Weight of both terms in the total loss (codebook_weight).
         revive: A code is moved to a random latent of the batch if the moving average of its occurrences a step is below
-            this, at least 0; 0 never revives.
+            this; 0 never revives.
         init: Initial codes, set after the first step: `latents` of its batch, or `kmeans` centers of them; by default
             random, as published.
     """
@@ -37,16 +38,15 @@ class VectorQuantizer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 256,
-        codebook_size: int = 1024,
-        beta: float = 0.25,
+        dim: Dimension = 256,
+        codebook_size: Dimension = 1024,
+        beta: NonNegativeFloat = 0.25,
         beta_placement: Literal["commitment", "codebook"] = "commitment",
-        weight: float = 1.0,
-        revive: float = 0.0,
+        weight: NonNegativeFloat = 1.0,
+        revive: NonNegativeFloat = 0.0,
         init: CodebookInit | None = None,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, codebook_size=codebook_size)
         self.dim, self.vocab_size = dim, codebook_size
         self.weight = weight
         self.codebook_weight = beta if beta_placement == "codebook" else 1.0

@@ -80,7 +80,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) -> Generator:
     """Load a frozen generator in eval mode; `sampler` replaces its own."""
-    _check_registered(checkpoint, ("conditioner", "prior"))
+    _check_registered(checkpoint, ("conditioner", "prior", *(["sampler"] if sampler is None else [])))
     tokenizer = load_tokenizer(checkpoint)
     generator = build_bounded(checkpoint, lambda: _build_saved_generator(checkpoint, tokenizer, sampler))
     generator.crop_extent = checkpoint.state.get("crop_extent")

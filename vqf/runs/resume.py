@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vqf.config.settings import to_cli
 from vqf.distributed import comm
 from vqf.errors import UserError
+from vqf.options.typed_nodes import to_cli
 from vqf.runs.checkpoint import Checkpoint, checkpoint_names, latest_checkpoint, open_checkpoint, run_dir_of
 from vqf.runs.checkpoint_files import MANIFEST
 from vqf.terminal import log

@@ -10,10 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqf.options.ranges import Depth, Dimension, Fraction, NonNegativeInt, Rate
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
 from vqf.tokens.prefix import Prefix, PrefixSpec
-from vqf.transformers.layers.causal import CausalTransformer, check_options, cross_entropy
+from vqf.transformers.layers.causal import CausalTransformer, cross_entropy
 from vqf.transformers.layers.kv_cache import AttentionFn
 
 
@@ -61,7 +62,7 @@ class GPT(CausalTransformer):
         layers: Number of blocks.
         heads: Attention heads; their number divides `dim`.
         dim: Width of the residual stream.
-        dropout: Rate in [0, 1) at the embeddings, the attention weights and both residual branches.
+        dropout: Rate at the embeddings, the attention weights and both residual branches.
         pkeep: In training each input token is kept with this probability, and else replaced by a uniformly random one.
             Targets and prefix are not.
         unmasked_prefix: Tokens of the prefix that all see each other: true for all, or their number. The others attend
@@ -77,21 +78,18 @@ class GPT(CausalTransformer):
         layout: TokenLayout,
         prefix: PrefixSpec,
         *,
-        layers: int = 24,
-        heads: int = 16,
-        dim: int = 1024,
-        dropout: float = 0.0,
-        pkeep: float = 1.0,
-        unmasked_prefix: bool | int = False,
+        layers: Depth = 24,
+        heads: Dimension = 16,
+        dim: Dimension = 1024,
+        dropout: Rate = 0.0,
+        pkeep: Fraction = 1.0,
+        unmasked_prefix: bool | NonNegativeInt = False,
         shared_vocabulary: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(layout, prefix, dim)
-        if not isinstance(unmasked_prefix, int):
-            raise ValueError(f"unmasked_prefix must be true, false or a number of tokens, not {unmasked_prefix}")
         self.bidirectional_prefix = prefix.length if unmasked_prefix is True else int(unmasked_prefix)
-        check_options(dropout, layers=layers, heads=heads, dim=dim)
-        _check_options(heads, dim, pkeep, prefix.length, self.bidirectional_prefix)
+        _check_options(heads, dim, prefix.length, self.bidirectional_prefix)
         codes = sum(layout.vocab_sizes)
         if shared_vocabulary and prefix.vocab_size > codes:
             raise ValueError(
@@ -121,14 +119,12 @@ class GPT(CausalTransformer):
         return torch.where(kept, tokens, self.random_tokens_like(tokens))
 
 
-def _check_options(heads: int, dim: int, pkeep: float, prefix_length: int, bidirectional_prefix: int) -> None:
+def _check_options(heads: int, dim: int, prefix_length: int, bidirectional_prefix: int) -> None:
     if dim % heads:
         raise ValueError(
             f"heads={heads} must divide dim={dim}; the nearest dim that fits is {_nearest_multiple(dim, heads)}"
         )
-    if not 0 <= pkeep <= 1:
-        raise ValueError(f"pkeep must be in [0, 1], not {pkeep}")
-    if not 0 <= bidirectional_prefix <= prefix_length:
+    if bidirectional_prefix > prefix_length:
         raise ValueError(
             f"unmasked_prefix must be from 0 to {prefix_length}, the prefix's length, not {bidirectional_prefix}"
         )

@@ -14,10 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqf.batch import GridPosition
+from vqf.options.ranges import Depth, Dimension, PositiveFloat, Rate
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
 from vqf.tokens.prefix import PrefixSpec
-from vqf.transformers.layers.causal import CausalTransformer, check_options
+from vqf.transformers.layers.causal import CausalTransformer
 from vqf.transformers.layers.kv_cache import AttentionFn
 
 EPS = 1e-5
@@ -99,9 +100,9 @@ class Llama(CausalTransformer):
         heads: Attention heads; `dim` is a multiple of 4 times their number.
         dim: Width of the residual stream.
         multiple_of: The hidden width of the MLP is 8/3 of `dim`, rounded up to a multiple of this.
-        base: Base of the rotation frequencies, above 0.
+        base: Base of the rotation frequencies.
         qk_norm: Normalize queries and keys of each head, which keeps large models stable; LlamaGen does not.
-        dropout: Rate in [0, 1) at the embeddings, the attention weights and both residual branches; 0.1 in LlamaGen.
+        dropout: Rate at the embeddings, the attention weights and both residual branches; 0.1 in LlamaGen.
         gradient_checkpointing: Keep only the input of each block for the backward pass, and recompute the block: less
             memory, up to a third more work, the same gradients.
     """
@@ -114,18 +115,17 @@ class Llama(CausalTransformer):
         layout: TokenLayout,
         prefix: PrefixSpec,
         *,
-        layers: int = 12,
-        heads: int = 12,
-        dim: int = 768,
-        multiple_of: int = 256,
-        base: float = 10000.0,
+        layers: Depth = 12,
+        heads: Dimension = 12,
+        dim: Dimension = 768,
+        multiple_of: Dimension = 256,
+        base: PositiveFloat = 10000.0,
         qk_norm: bool = False,
-        dropout: float = 0.1,
+        dropout: Rate = 0.1,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(layout, prefix, dim)
-        check_options(dropout, layers=layers, heads=heads, dim=dim, multiple_of=multiple_of)
-        _check_options(heads, dim, base)
+        _check_dim(dim, heads)
         self.gradient_checkpointing = gradient_checkpointing
         self.token_embedding = nn.Embedding(sum(layout.vocab_sizes), dim)
         self.prefix_embedding = nn.Embedding(max(prefix.vocab_size, 1), dim)
@@ -165,12 +165,10 @@ def _places(layout: TokenLayout) -> list[GridPosition]:
     ]
 
 
-def _check_options(heads: int, dim: int, base: float) -> None:
+def _check_dim(dim: int, heads: int) -> None:
     if dim % (4 * heads):
         near = max(round(dim / (4 * heads)), 1) * 4 * heads
         raise ValueError(f"dim={dim} must be a multiple of 4 * heads = {4 * heads}; the nearest that fits is {near}")
-    if not base > 0:
-        raise ValueError(f"base must be above 0, not {base}")
 
 
 def _init_weights(module: nn.Module) -> None:

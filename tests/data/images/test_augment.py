@@ -130,21 +130,8 @@ def test_fingerprint_fields_are_those_that_change_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"area": (0.0, 1.0)}, "crop_area=[0.0, 1.0] is not two fractions of an area, the smaller one first"),
-        ({"area": (0.9, 0.5)}, "crop_area=[0.9, 0.5] is not two fractions of an area, the smaller one first"),
-        ({"area": (0.5,)}, "crop_area=[0.5] is not two fractions of an area, the smaller one first"),
-        ({"ratio": (2, 1)}, "crop_ratio=[2, 1] is not two positive numbers, the smaller one first"),
-        ({"ratio": (0, 1)}, "crop_ratio=[0, 1] is not two positive numbers, the smaller one first"),
-        (
-            {"jitter": (1, 1, 1)},
-            "jitter=[1, 1, 1] is not four numbers from 0 on: brightness, contrast, saturation, hue, the last at most "
-            "0.5",
-        ),
-        (
-            {"jitter": (1, 1, 1, 0.6)},
-            "jitter=[1, 1, 1, 0.6] is not four numbers from 0 on: brightness, contrast, saturation, hue, the last at "
-            "most 0.5",
-        ),
+        ({"area": (0.9, 0.5)}, "crop_area=[0.9, 0.5]: give the smaller area first"),
+        ({"ratio": (2, 1)}, "crop_ratio=[2, 1]: give the smaller ratio first"),
     ],
 )
 def test_impossible_options(options, message):

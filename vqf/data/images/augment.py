@@ -3,13 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
+
+from vqf.options.ranges import NonNegativeFloat, PositiveFloat, PositiveFraction
 
 Crop = Literal["center", "random", "resized"]
 Resize = Literal["antialias", "cv2"]
+CropArea = tuple[PositiveFraction, PositiveFraction]
+CropRatio = tuple[PositiveFloat, PositiveFloat]
+Jitter = tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, Annotated[float, Interval(ge=0, le=0.5)]]
 
 CROP_ATTEMPTS = 10  # regions drawn per image; the first that fits into it is used
 JITTER_PROPERTIES = ("brightness", "contrast", "saturation", "hue")
@@ -50,20 +56,17 @@ class Augmentation:
     """The distribution of `ViewParams`, with the options of `data=folder`."""
 
     crop: Crop = "center"
-    area: Sequence[float] = DEFAULT_CROP_AREA
-    ratio: Sequence[float] = DEFAULT_CROP_RATIO
+    area: CropArea = DEFAULT_CROP_AREA
+    ratio: CropRatio = DEFAULT_CROP_RATIO
     flip: bool = False
-    jitter: Sequence[float] = NO_JITTER
+    jitter: Jitter = NO_JITTER
     resize: Resize = "antialias"
 
     def __post_init__(self) -> None:
-        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"crop_area={list(self.area)} is not two fractions of an area, the smaller one first")
-        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"crop_ratio={list(self.ratio)} is not two positive numbers, the smaller one first")
-        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            expected = f"{', '.join(JITTER_PROPERTIES)}, the last at most 0.5"
-            raise ValueError(f"jitter={list(self.jitter)} is not four numbers from 0 on: {expected}")
+        if self.area[0] > self.area[1]:
+            raise ValueError(f"crop_area={list(self.area)}: give the smaller area first")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"crop_ratio={list(self.ratio)}: give the smaller ratio first")
 
     @property
     def is_random(self) -> bool:

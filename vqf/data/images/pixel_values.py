@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-PixelRange = tuple[float, float]  # the values that become black and white
+from vqf.options.ranges import Number
+
+PixelRange = tuple[Number, Number]  # the values that become black and white
 ValueLimits = tuple[float, float]  # the least and the largest value of an image
 
 FULL_RANGE = (0, 65535)  # of 16 bits

@@ -9,12 +9,12 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.config.access import group_nodes
-from vqf.config.settings import to_cli
 from vqf.errors import UserError
 from vqf.evaluation.likelihood import PRIOR_DIRECTIONS
 from vqf.evaluation.protocols import stable_hash
 from vqf.evaluation.reconstruction import metric_directions
 from vqf.evaluation.result import manifest_sha256
+from vqf.options.typed_nodes import to_cli
 from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import components
 from vqf.run_files import evaluation_files, is_number, read_json

@@ -3,7 +3,10 @@
 Taming Transformers for High-Resolution Image Synthesis, https://arxiv.org/abs/2012.09841; `CoordStage` of its code.
 """
 
+from typing import Annotated
+
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -11,6 +14,8 @@ from vqf.batch import Batch
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
 from vqf.transformers.conditioners.spatial import _cell_centers, image_grid
+
+Bins = Annotated[int, Interval(ge=1, le=4096)]
 
 
 @register("conditioner", "coordinates")
@@ -20,16 +25,14 @@ class CoordinatesConditioner(nn.Module):
     Unlike in `CoordStage`, bins are fractions of height and width.
 
     Args:
-        rows: Bins of the height of the full image, at least 1; 1 hides the row.
-        columns: Bins of its width, at least 1.
+        rows: Bins of the height of the full image; 1 hides the row.
+        columns: Bins of its width.
     """
 
     batch_field = "crop_boxes"
 
-    def __init__(self, layout: TokenLayout, *, rows: int = 32, columns: int = 32) -> None:
+    def __init__(self, layout: TokenLayout, *, rows: Bins = 32, columns: Bins = 32) -> None:
         super().__init__()
-        if min(rows, columns) < 1:
-            raise ValueError(f"rows and columns must be at least 1, not {rows} and {columns}")
         self.grid, self.bins = image_grid(layout, "coordinates"), (rows, columns)
         self.positions = _cell_centers(self.grid, 1, 1)
         self.length, self.vocab_size = len(self.positions), rows * columns

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vqf.batch import Batch
+from vqf.options.ranges import Rate
 from vqf.registry import register
 
 
@@ -26,18 +27,16 @@ class LabelConditioner(nn.Module):
     """The class as one token.
 
     Args:
-        dropout: Fraction in [0, 1) of labels that training replaces by one more class, the null class, for guidance
+        dropout: Fraction of labels that training replaces by one more class, the null class, for guidance
             (Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598). 0 adds no null class.
     """
 
     length = 1
 
-    def __init__(self, num_classes: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, num_classes: int, *, dropout: Rate = 0.0) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError("the data has no labels; choose model/conditioner=none")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
         self.dropout = dropout
         self.null_class = num_classes if dropout else None
         self.vocab_size = num_classes + bool(dropout)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vqf.batch import Batch, GridPosition, Size
 from vqf.errors import UserError
+from vqf.options.ranges import PositiveInt, Rate
 from vqf.protocols import ImageCodec
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
@@ -36,8 +37,6 @@ class _TokenizedConditioner(nn.Module):
 
     def __init__(self, codec: ImageCodec, layout: TokenLayout, downsample: int, dropout: float) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
         if not codec.layout.is_raster or codec.layout.codebooks > 1 or codec.layout.stride is None:
             raise UserError(
                 f"model.conditioner.{self.name}.run: its tokenizer gives {codec.layout} tokens; a condition needs one "
@@ -94,9 +93,9 @@ class SpatialConditioner(_TokenizedConditioner):
     Args:
         run: The run of the map's tokenizer (`pipeline=stage1 target=condition`). Required, except that `pipeline=full`
             trains one.
-        downsample: Factor, at least 1, by which the map is reduced before it is encoded: fewer prefix tokens
+        downsample: Factor by which the map is reduced before it is encoded: fewer prefix tokens
             (`downsample_cond_size` of taming-transformers).
-        dropout: Fraction in [0, 1) of the maps that training drops, for guidance.
+        dropout: Fraction of the maps that training drops, for guidance.
     """
 
     name = "spatial"
@@ -108,16 +107,14 @@ class SpatialConditioner(_TokenizedConditioner):
         open_tokenizer: OpenTokenizer,
         *,
         run: str | None = None,
-        downsample: int = 1,
-        dropout: float = 0.0,
+        downsample: PositiveInt = 1,
+        dropout: Rate = 0.0,
     ) -> None:
         if run is None:
             raise UserError(
                 "model.conditioner.spatial.run: give the run of the condition map's tokenizer, trained by "
                 "python -m vqf.run pipeline=stage1 target=condition; pipeline=full trains one by itself"
             )
-        if downsample < 1:
-            raise ValueError(f"downsample must be at least 1, not {downsample}")
         codec = open_tokenizer(run)
         super().__init__(codec, layout, downsample, dropout)
         self.tokenizer, self.downsample, self.channels = codec, downsample, codec.channels
@@ -140,9 +137,9 @@ class ImageConditioner(_TokenizedConditioner):
 
     Args:
         view: `low_resolution`, or `edges`, the magnitude of the Sobel gradient.
-        factor: Factor, at least 1, by which the sides of the view are reduced.
+        factor: Factor by which the sides of the view are reduced.
         run: The run of the tokenizer that encodes the view; by default the tokenizer of the images.
-        dropout: Fraction in [0, 1) of the views that training drops, for guidance.
+        dropout: Fraction of the views that training drops, for guidance.
     """
 
     name = "image"
@@ -155,12 +152,10 @@ class ImageConditioner(_TokenizedConditioner):
         open_tokenizer: OpenTokenizer,
         *,
         view: Literal["low_resolution", "edges"] = "low_resolution",
-        factor: int = 4,
+        factor: PositiveInt = 4,
         run: str | None = None,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
     ) -> None:
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, not {factor}")
         codec = tokenizer if run is None else open_tokenizer(run)
         super().__init__(codec, layout, factor, dropout)
         # A list hides the images' tokenizer from nn.Module: its weights belong to the generator, not to the state here.

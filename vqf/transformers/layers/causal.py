@@ -201,16 +201,3 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats of tokens (B, N) under logits (B, N, V), in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(rearrange(logits, "b n v -> (b n) v"), tokens.reshape(-1))
-
-
-def check_options(dropout: float, **sizes: int) -> None:
-    """Check the options that all priors share.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), not {dropout}")

@@ -49,17 +49,3 @@ def scale_from_notation(value: float, notation: Notation) -> float:
             (1 + t) c - t u, for `linear`; `maskgit`, and TiTok (guidance_scale): c + g (c - u).
     """
     return value + 1 if notation in ("var", "maskgit") else value
-
-
-def check_guidance(scale: float, interval: Sequence[float], power: float) -> None:
-    """Check the options of guidance.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"guidance must be at least 0, not {scale}; 1 is none")
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval must be two fractions 0 <= start <= end <= 1, not {interval}")
-    if not power > 0:
-        raise ValueError(f"guidance_power must be above 0, not {power}")

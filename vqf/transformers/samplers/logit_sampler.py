@@ -1,14 +1,14 @@
 """The base class of samplers."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vqf.errors import UserError
+from vqf.options.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
+from vqf.options.typed_nodes import to_cli
 from vqf.tokens.layout import TokenLayout
 from vqf.transformers.samplers.filtering import min_p, temperature, top_k, top_p
-from vqf.transformers.samplers.guidance import Schedule, check_guidance, guide, scale_at
+from vqf.transformers.samplers.guidance import Schedule, guide, scale_at
 
 
 class LogitSampler:
@@ -17,38 +17,33 @@ class LogitSampler:
     A subclass is a `vqf.protocols.Sampler`.
 
     Args:
-        temperature: Divides the logits, above 0: below 1 sharpens the prior's distribution, above 1 flattens it.
-        top_k: Sample among this many best tokens, at least 1; all by default.
-        top_p: Sample among the best tokens that together reach this probability, in (0, 1]; all by default.
-        min_p: Sample among the tokens at least this many times as likely as the best, in (0, 1]; all by default.
-        guidance: s of classifier-free guidance, u + s (c - u), at least 0; 1 is none. It needs a prior that was trained
+        temperature: Divides the logits: below 1 sharpens the prior's distribution, above 1 flattens it. `top_k=1` takes
+            the best token.
+        top_k: Sample among this many best tokens; all by default.
+        top_p: Sample among the best tokens that together reach this probability; all by default.
+        min_p: Sample among the tokens at least this many times as likely as the best; all by default.
+        guidance: s of classifier-free guidance, u + s (c - u); 1 is none. It needs a prior that was trained
             with `model.conditioner.label.dropout`, or that of another condition, and costs a second pass.
         guidance_schedule: How s changes from the first token to the last: `constant`; `interval`, s inside of
             `guidance_interval` and 1 elsewhere; `linear`, from 1 to s; `power_cosine`, the same along half a cosine.
         guidance_interval: Start and end of `interval`, as fractions of the tokens.
-        guidance_power: Power of `power_cosine`, above 0: the larger, the later guidance sets in.
+        guidance_power: Power of `power_cosine`: the larger, the later guidance sets in.
     """
 
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        guidance: float = 1.0,
+        temperature: PositiveFloat = 1.0,
+        top_k: PositiveInt | None = None,
+        top_p: PositiveFraction | None = None,
+        min_p: PositiveFraction | None = None,
+        guidance: NonNegativeFloat = 1.0,
         guidance_schedule: Schedule = "constant",
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_power: float = 1.0,
+        guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0),
+        guidance_power: PositiveFloat = 1.0,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}; top_k=1 takes the best token")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}; null samples among all tokens")
-        for name, value in (("top_p", top_p), ("min_p", min_p)):
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], not {value}; null samples among all tokens")
-        check_guidance(guidance, guidance_interval, guidance_power)
+        if guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"guidance_interval={to_cli(guidance_interval)}: give the start first, then the end")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.guidance, self.guidance_schedule = guidance, guidance_schedule
         self.guidance_interval, self.guidance_power = tuple(guidance_interval), guidance_power

@@ -8,14 +8,15 @@ give the same tokens:
 * `wavefront`: rows are sampled side by side, in W + w (H - 1) steps instead of W H.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from vqf.batch import Size, pair
 from vqf.errors import UserError
+from vqf.options.ranges import Sides
 from vqf.protocols import Causal, RaggedDecoding
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
@@ -37,7 +38,7 @@ class SlidingWindowSampler(LogitSampler):
             At another width its learned positions belong to other rows and columns.
         cache: Keep the keys and values of windows that several tokens share: at the left and right border neighbors, at
             the upper and lower border all rows. Needs a prior with `RaggedDecoding`, and a prefix without embeddings.
-        cache_gb: Limit of the kept keys and values in 10^9 bytes, at least 0; windows beyond it are read again.
+        cache_gb: Limit of the kept keys and values in 10^9 bytes; windows beyond it are read again.
         wavefront: Sample rows side by side, in batches up to W / w times as large.
     """
 
@@ -48,18 +49,14 @@ class SlidingWindowSampler(LogitSampler):
     def __init__(
         self,
         *,
-        window: int | Sequence[int] | None = None,
+        window: Sides | None = None,
         cache: bool = True,
-        cache_gb: float = 4.0,
+        cache_gb: Annotated[float, Interval(ge=0, le=1_000_000)] = 4.0,
         wavefront: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.window = None if window is None else pair(window)
-        if self.window is not None and min(self.window) < 1:
-            raise ValueError(f"window must be at least 1 high and wide, not {self.window}")
-        if not cache_gb >= 0:
-            raise ValueError(f"cache_gb must be at least 0, not {cache_gb}")
         self.cache, self.cache_gb, self.wavefront = cache, cache_gb, wavefront
 
     @torch.no_grad()

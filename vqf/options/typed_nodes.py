@@ -19,9 +19,25 @@ from omegaconf import (
     PathNode,
     StringNode,
 )
+from omegaconf.errors import ValidationError
+
+
+class StrictBooleanNode(BooleanNode):
+    """Takes no number but 0 and 1 for a bool."""
+
+    def _validate_and_convert_impl(self, value: Any) -> bool:
+        if isinstance(value, int) and value not in (0, 1):
+            raise ValidationError("Value '$VALUE' is not a valid bool (type $VALUE_TYPE)")
+        return super()._validate_and_convert_impl(value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StrictBooleanNode":
+        copy = StrictBooleanNode()
+        self._deepcopy_impl(copy, memo)
+        return copy
+
 
 NODE_TYPES: dict[type, Callable[..., Node]] = {
-    bool: BooleanNode,
+    bool: StrictBooleanNode,
     int: IntegerNode,
     float: FloatNode,
     str: StringNode,
@@ -81,15 +97,24 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def type_hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of `parameters_of(target)`."""
+def type_hints_of(target: Callable[..., Any], ranges: bool = False) -> dict[str, Any]:
+    """The annotations of `parameters_of(target)`, with or without `Annotated`."""
     hints: dict[str, Any] = {}
     for constructor in _constructors(target):
         try:
-            hints = typing.get_type_hints(constructor) | hints
+            hints = typing.get_type_hints(constructor, include_extras=ranges) | hints
         except NameError:  # an annotation imported for type checkers only; its option goes untyped
             continue
     return hints
+
+
+def to_cli(value: Any) -> str:
+    """Write a value as on the command line: null, true, [1,2]."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(to_cli, value))}]"
+    return str(value)
 
 
 def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqf.config.untrusted import CLI_ONLY_KEYS
 
+ABSENT = object()  # an option that an older run does not have
 WHOLE_CONFIG_GROUPS = {"model", "experiment"}  # their presets set every key
 
 
@@ -23,8 +24,8 @@ def inherit(config: DictConfig, run_config: DictConfig, keys: Sequence[str]) -> 
         return result
     with open_dict(result):
         for key in keys:
-            if key not in set_keys:
-                OmegaConf.update(result, key, OmegaConf.select(run_config, key), merge=False, force_add=True)
+            if key not in set_keys and (value := OmegaConf.select(run_config, key, default=ABSENT)) is not ABSENT:
+                OmegaConf.update(result, key, value, merge=False, force_add=True)
                 _drop_output_keys(result, key)
         for option in set_keys:
             if any(option.startswith(f"{key}.") and key not in set_keys for key in keys):

@@ -5,7 +5,7 @@ given the prefix of its condition.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,16 @@ from vqf.evaluation.likelihood import objective, prior_directions
 from vqf.evaluation.validation import ValidationResult
 from vqf.models.generator import Generator
 from vqf.registry import build, register
+from vqf.runs.initial_weights import averaged_weights, load_matching
 from vqf.runs.load import (
     TOKENIZER_COMPONENTS,
     ConditionTokenizers,
     build_generator,
+    find_generator_checkpoint,
     find_tokenizer_checkpoint,
     load_tokenizer,
 )
-from vqf.runs.resume import check_can_start
+from vqf.runs.resume import check_can_start, find_start_checkpoint
 from vqf.runs.retention import parse_best_criterion
 from vqf.runs.run_logger import save_metrics
 from vqf.terminal import log
@@ -47,12 +49,19 @@ from vqf.training.trainer import train
 
 @register("pipeline", "stage2", defaults=[{"override /optimizer": "gpt"}, {"override /schedule": "cosine"}])
 class Stage2:
-    """Train a prior on the tokens of a finished run's tokenizer. A sweep minimizes its nats per token."""
+    """Train a prior on the tokens of a finished run's tokenizer. A sweep minimizes its nats per token.
+
+    Args:
+        init: A stage-2 run, from whose prior it starts; by default a new one.
+        freeze: Parts of the prior that are not trained: names such as `token_embedding`, or patterns, `blocks.[01].*`.
+    """
 
     distributed = True
 
-    def __init__(self, config: DictConfig, run_dir: Path) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(
+        self, config: DictConfig, run_dir: Path, *, init: str | None = None, freeze: Sequence[str] = ()
+    ) -> None:
+        self.config, self.run_dir, self.init, self.freeze = config, run_dir, init, freeze
 
     def check_can_start(self) -> None:
         config = self._inherited_config(find_tokenizer_checkpoint(self.config.run).config)
@@ -112,14 +121,30 @@ class Stage2:
             return tokens["train"].batches(order, start, stop)
 
         def trial() -> PriorTask:  # `minutes` measures the speed of a copy: the model itself must not move
-            return PriorTask(copy.deepcopy(generator), tokens["validation"], metadata, config, engine)
+            return PriorTask(
+                copy.deepcopy(generator), tokens["validation"], metadata, config, engine, freeze=self.freeze
+            )
 
         config = resolve_steps(config, self.run_dir, engine, trial, source)
-        task = PriorTask(generator, tokens["validation"], metadata, config, engine, class_evaluator)
+        self._load_initial_weights(config, generator, metadata["tokenizer"])
+        task = PriorTask(generator, tokens["validation"], metadata, config, engine, class_evaluator, self.freeze)
         return train(task, config, self.run_dir, engine, source, subrun)
 
+    def _load_initial_weights(self, config: DictConfig, generator: Generator, tokenizer: str) -> None:
+        if self.init is None or find_start_checkpoint(config, self.run_dir, "stage2") is not None:
+            return
+        checkpoint = find_generator_checkpoint(self.init)
+        if checkpoint.state.get("tokenizer") != tokenizer:
+            log.warning("init=%s: its prior was trained on the tokens of another tokenizer", self.init)
+        assert isinstance(generator.prior, nn.Module)
+        load_matching(generator.prior, checkpoint, averaged_weights(checkpoint))
+        if checkpoint.has_weights("conditioner") and generator.conditioner.state_dict():
+            load_matching(generator.conditioner, checkpoint, "conditioner")
+
     def _inherited_config(self, run_config: DictConfig) -> DictConfig:
-        config = inherit(self.config, run_config, ["data", "image_size", "model.prior", "model.conditioner"])
+        config = inherit(self.config, run_config, ["data", "image_size"])
+        source = run_config if self.init is None else find_generator_checkpoint(self.init).config
+        config = inherit(config, source, ["model.prior", "model.conditioner"])
         with open_dict(config):
             for kind in TOKENIZER_COMPONENTS:  # must fit the weights, whatever the command line says
                 config.model[kind] = run_config.model[kind]

@@ -19,6 +19,7 @@ from vqf.networks.weights import check_dtypes, nonfinite_names
 from vqf.registry import build, check_options, chosen_components
 from vqf.runs.bounded_build import build_blank, build_bounded
 from vqf.runs.checkpoint import Checkpoint, default_output, find_checkpoint
+from vqf.runs.initial_weights import averaged_weights, tokenizer_weights
 from vqf.terminal import log
 
 TOKENIZER_COMPONENTS = ("encoder", "quantizer", "decoder")
@@ -53,6 +54,14 @@ def find_tokenizer_checkpoint(path: str | Path | None) -> Checkpoint:
     )
 
 
+def find_stage1_checkpoint(path: str | Path | None) -> Checkpoint:
+    """Open a checkpoint of a stage-1 run, which also holds the discriminator; else one with a tokenizer."""
+    try:
+        return find_checkpoint(path, lambda checkpoint: checkpoint.kind == "stage1", "", "")
+    except UserError:
+        return find_tokenizer_checkpoint(path)
+
+
 def find_generator_checkpoint(path: str | Path | None) -> Checkpoint:
     """Open a checkpoint of a stage-2 run."""
     return find_checkpoint(
@@ -70,11 +79,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer = build_bounded(
         checkpoint, lambda: build_tokenizer(model, checkpoint.image_size, checkpoint.channels, checkpoint.output)
     )
-    if checkpoint.kind == "stage2":
-        name = "tokenizer"
-    else:
-        name = "ema" if checkpoint.has_weights("ema") else "model"
-    _load_weights(tokenizer, checkpoint, name)
+    _load_weights(tokenizer, checkpoint, tokenizer_weights(checkpoint))
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -85,7 +90,7 @@ def load_generator(checkpoint: Checkpoint, sampler: DictConfig | None = None) ->
     generator = build_bounded(checkpoint, lambda: _build_saved_generator(checkpoint, tokenizer, sampler))
     generator.crop_extent = checkpoint.state.get("crop_extent")
     assert isinstance(generator.prior, torch.nn.Module)
-    _load_weights(generator.prior, checkpoint, "ema" if checkpoint.has_weights("ema") else "model")
+    _load_weights(generator.prior, checkpoint, averaged_weights(checkpoint))
     if checkpoint.has_weights("conditioner"):
         _load_weights(generator.conditioner, checkpoint, "conditioner")
     return generator.eval().requires_grad_(False)

@@ -20,9 +20,9 @@ from vqf.terminal import log
 FIXED_KEYS = {
     "stage1": (
         *("model.encoder", "model.quantizer", "model.decoder", "model.loss"),
-        *("model.discriminator", "model.adversary", "model.regularizer"),
+        *("model.discriminator", "model.adversary", "model.regularizer", "model.projection", "freeze"),
     ),
-    "stage2": ("model.prior", "model.conditioner", "tokens.augmentations"),
+    "stage2": ("model.prior", "model.conditioner", "tokens.augmentations", "freeze"),
 }
 COMMON_FIXED_KEYS = ("data", "target", "image_size", "batch_size", "seed", "optimizer", "schedule", "clip", "ema")
 

@@ -4,7 +4,7 @@ VQGAN, https://arxiv.org/abs/2012.09841, section 3.2: maximize the log-likelihoo
 after those of a condition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from vqf.models.completion import can_complete, complete_tokens
 from vqf.models.generator import Generator
 from vqf.protocols import Prior
 from vqf.registry import build
+from vqf.training.freezing import FrozenParts
 from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator
 
 PREVIEW_SAMPLES = 32  # images sampled at every validation
@@ -48,10 +49,12 @@ class PriorTask:
         config: DictConfig,
         engine: Engine,
         class_evaluator: ClassAccuracyEvaluator | None = None,
+        freeze: Sequence[str] = (),
     ) -> None:
         self.generator, self.validation_tokens, self.config, self.engine = generator, validation_tokens, config, engine
         assert isinstance(generator.prior, nn.Module)
         self.model = generator.prior
+        self.frozen = FrozenParts(generator.prior, freeze)
         # Before the optimizer is built: fsdp2 replaces the parameters.
         self.parallel_loss = engine.parallelize(self.model, "loss", compiled=config.compile)
         self.modules: dict[str, nn.Module] = {"model": self.model, "tokenizer": generator.tokenizer}
@@ -67,6 +70,7 @@ class PriorTask:
         logs = ScalarAccumulator()
         self.generator.train()
         self.generator.tokenizer.eval()
+        self.frozen.eval()
         self.optimizer_steps["model"].start()
         micro_batches = batch.chunk(self.config.accumulate)
         count = len(micro_batches)

@@ -10,7 +10,7 @@ VQGAN, https://arxiv.org/abs/2012.09841, equations 4 to 7, for an image x and it
 Without discriminator and adversary it is a VQ-VAE, https://arxiv.org/abs/1711.00937.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from vqf.protocols import (
 from vqf.registry import build, find_component
 from vqf.runs.checkpoint import default_output
 from vqf.training.codebook_usage import CodebookUsage
+from vqf.training.freezing import FrozenParts
 from vqf.training.gan import GANModule, build_gan, check_discriminator_input, no_param_grad
 from vqf.training.optimizer_step import OptimizerStep, ScalarAccumulator, check_accumulate
 
@@ -58,8 +59,10 @@ class TokenizerTask:
         data: Data,
         config: DictConfig,
         engine: Engine,
+        freeze: Sequence[str] = (),
     ) -> None:
         self.model, self.losses, self.gan = tokenizer, losses, gan
+        self.frozen = FrozenParts(tokenizer, freeze)
         self.data, self.config, self.engine = data, config, engine
         # Before the optimizer is built: fsdp2 replaces the parameters.
         self.parallel_tokenizer = engine.parallelize(tokenizer, compiled=config.compile)
@@ -84,6 +87,7 @@ class TokenizerTask:
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         logs = ScalarAccumulator()
         self.model.train()
+        self.frozen.eval()
         for optimizer_step in self.optimizer_steps.values():
             optimizer_step.start()
         micro_batches = batch.chunk(self.config.accumulate)
@@ -166,8 +170,10 @@ class TokenizerTask:
         return torch.stack([torch.autograd.grad(output, weight, grad, retain_graph=True)[0] for grad in output_grads])
 
     def _update_quantizer(self) -> dict[str, Tensor]:
-        quantizer, stepped = self.model.quantizer, self.optimizer_steps["model"].stepped
-        return quantizer.update() if isinstance(quantizer, Updates) and stepped else {}
+        quantizer = self.model.quantizer
+        if not isinstance(quantizer, Updates) or quantizer in self.frozen:
+            return {}
+        return quantizer.update() if self.optimizer_steps["model"].stepped else {}
 
     def _discriminator_backward(
         self, step: int, batch: Batch, x_hat: Tensor, logs: ScalarAccumulator, batch_weight: float
@@ -211,8 +217,18 @@ def _last_value(regularizer: object, term: Tensor) -> Tensor:
     return regularizer.last_value if isinstance(regularizer, LazyRegularizer) else term
 
 
-def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> TokenizerTask:
+def build_tokenizer_task(
+    config: DictConfig,
+    data: Data,
+    engine: Engine,
+    freeze: Sequence[str] = (),
+    initialize: Callable[[Tokenizer, GANModule | None], None] | None = None,
+) -> TokenizerTask:
     """Build the task of a config.
+
+    Args:
+        freeze: See `FrozenParts`.
+        initialize: Loads the weights from which training starts.
 
     Raises:
         UserError: If the losses are incomplete or do not fit the images.
@@ -230,7 +246,9 @@ def build_tokenizer_task(config: DictConfig, data: Data, engine: Engine) -> Toke
     losses = {name: engine.prepare(build("loss", node)) for name, node in group_nodes(model, "loss").items()}
     if gan := engine.prepare(build_gan(config, channels, image_size(config))):
         check_discriminator_input(gan, config, channels)
-    return TokenizerTask(tokenizer, losses, gan, data, config, engine)
+    if initialize is not None:
+        initialize(tokenizer, gan)
+    return TokenizerTask(tokenizer, losses, gan, data, config, engine, freeze)
 
 
 def check_losses(config: DictConfig, channels: int) -> None:

@@ -1,5 +1,5 @@
 """Quantizers."""
 
-from vqf.quantizers import cosine, ema, gumbel, rotation, vq
+from vqf.quantizers import cosine, ema, fsq, gumbel, rotation, vq
 
-__all__ = ["cosine", "ema", "gumbel", "rotation", "vq"]
+__all__ = ["cosine", "ema", "fsq", "gumbel", "rotation", "vq"]

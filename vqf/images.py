@@ -21,7 +21,8 @@ log = logging.getLogger("vqf")
 
 def to_pil_image(image: Tensor) -> Image.Image:
     """Convert an image (C, H, W) in [-1, 1] to 8 bits, in the colors of `to_rgb`."""
-    pixels = ((to_rgb(image[None])[0].float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    levels = to_rgb(image[None])[0].float().clamp(-1, 1).add_(1).mul_(127.5).round_()  # one copy: images may be large
+    pixels = levels.to("cpu", torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy())
 
 

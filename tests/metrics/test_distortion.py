@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.support.layouts import raster
 from vqf.errors import UserError
+from vqf.metrics import distortion
 from vqf.metrics.running_mean import bootstrap_interval
 from vqf.protocols import Metric, Reconstruction
 from vqf.registry import build
@@ -56,6 +57,13 @@ def as_arrays(batch: Reconstruction) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_psnr_equals_scikit_images(batch: Reconstruction) -> None:
     expected = np.mean([peak_signal_noise_ratio(x, y, data_range=1) for x, y in as_arrays(batch)])
     assert measure("psnr", batch)["psnr"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim"])
+def test_large_images_are_compared_in_tiles(batch: Reconstruction, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure(name, batch)
+    monkeypatch.setattr(distortion, "TILE", 12)
+    assert measure(name, batch) == pytest.approx(whole, abs=1e-10)
 
 
 def test_pooled_psnr_is_that_of_all_images_as_one(batch: Reconstruction) -> None:

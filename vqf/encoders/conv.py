@@ -82,10 +82,17 @@ class ConvEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.global_features(self.local_features(images))
+
+    def local_features(self, images: Tensor) -> Tensor:
         h = self.conv_in(self.unshuffle(images))
-        for level in self.down:
+        for level in self.down[:-1]:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(apply_blocks(self.mid, h, self.gradient_checkpointing))))
+        return h
+
+    def global_features(self, cells: Tensor) -> Tensor:
+        h = apply_blocks(self.mid, self.down[-1](cells), self.gradient_checkpointing)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 @register("decoder", "conv")

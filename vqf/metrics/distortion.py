@@ -1,5 +1,7 @@
 """PSNR and SSIM, on pixels in [0, 1]."""
 
+import itertools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from vqf.registry import register
 
 MAX_PSNR = 100.0  # dB; a perfect reconstruction would make the mean infinite
 WINDOW, SIGMA = 11, 1.5
+TILE = 512  # pixels per side of what is compared at once
 
 
 @register("metric", "psnr")
@@ -29,11 +32,12 @@ class PSNR:
         self.psnr, self.mse, self.masked = RunningMean(device), RunningMean(device), RunningMean(device)
 
     def update(self, batch: Reconstruction) -> None:
-        squares = (to_unit_range(batch.reconstructions) - to_unit_range(batch.images)).square()
-        errors = squares.mean((1, 2, 3))
+        sums = [(to_unit_range(x) - to_unit_range(y)).square().sum((1, 2, 3)) for x, y in _tiles(batch, 0)]
+        errors = torch.stack(sums).sum(0) / batch.images[0].numel()
         self.mse.update(errors)
         self.psnr.update(_to_db(errors))
         if batch.masks is not None:
+            squares = (to_unit_range(batch.reconstructions) - to_unit_range(batch.images)).square()
             masks = batch.masks.to(squares)
             mask_area = masks.sum((1, 2, 3))
             masked = (squares.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / mask_area
@@ -71,7 +75,10 @@ class SSIM:
         """
         if min(batch.images.shape[2:]) < WINDOW:
             raise UserError(f"metric 'ssim' needs images of {WINDOW} x {WINDOW} or more, not {_size(batch.images)}")
-        self.mean.update(ssim(to_unit_range(batch.reconstructions), to_unit_range(batch.images)))
+        tiles = _tiles(batch, WINDOW - 1)
+        sums = [similarity(to_unit_range(x), to_unit_range(y)).sum((1, 2, 3)) for x, y in tiles]
+        height, width = (side - WINDOW + 1 for side in batch.images.shape[2:])
+        self.mean.update(torch.stack(sums).sum(0) / (batch.images.shape[1] * height * width))
 
     def compute(self) -> dict[str, float]:
         return {"ssim": self.mean.compute()}
@@ -80,14 +87,22 @@ class SSIM:
         return {"ssim": self.mean.interval()}
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Compare images (B, C, H, W) in [0, 1] -> (B,)."""
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Compare images (B, C, H, W) in [0, 1] at all positions of the window: (B, C, H - 10, W - 10)."""
     moments = _gaussian_average(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2))
     mu_x, mu_y, xx, yy, xy = moments.unflatten(0, (5, *x.shape[:2]))
     c1, c2 = 0.01**2, 0.03**2
     var_x, var_y, covariance = xx - mu_x**2, yy - mu_y**2, xy - mu_x * mu_y
-    similarity = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
-    return (similarity / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
+    numerator = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
+    return numerator / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
+
+
+def _tiles(batch: Reconstruction, overlap: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield reconstructions and images in tiles, whose float64 copies need less memory than those of large images."""
+    rows, columns = (range(0, side - overlap, TILE) for side in batch.images.shape[2:])
+    for top, left in itertools.product(rows, columns):
+        place = (..., slice(top, top + TILE + overlap), slice(left, left + TILE + overlap))
+        yield batch.reconstructions[place], batch.images[place]
 
 
 def _gaussian_average(planes: Tensor) -> Tensor:

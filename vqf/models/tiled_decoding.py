@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_GLOBAL_CELLS = 2**16  # the work of attention grows with the square; of larger grids each tile attends to itself
 CONVERGENCE_TOLERANCE = 0.02  # largest change of a mean or deviation between two passes, in standard deviations
 
 

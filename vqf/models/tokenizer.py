@@ -13,7 +13,7 @@ from vqf.batch import Size, pair
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.images import to_rgb
-from vqf.models.tiled_decoding import GlobalGroupNorm, decode_tiles
+from vqf.models.tiled_decoding import MAX_GLOBAL_CELLS, GlobalGroupNorm, decode_tiles
 from vqf.protocols import Decoder, Encoder, Layered, Quantized, Quantizer, TiledDecoding, Unplaced
 from vqf.registry import build
 from vqf.tokens.layout import TokenLayout
@@ -82,7 +82,11 @@ class Tokenizer(nn.Module):
         return TokenizerOutput(self.decoder.last_layer(features), features, quantized)
 
     def quantize(self, images: Tensor) -> Quantized:
-        latents = self.quant_conv(self.encoder(images))
+        return self.quantize_latents(self.encoder(images))
+
+    def quantize_latents(self, latents: Tensor) -> Quantized:
+        """Quantize the encoder's output (B, dim, h, w)."""
+        latents = self.quant_conv(latents)
         # In float32 or better under any autocast: bf16 distances pick other codes.
         with torch.autocast(latents.device.type, enabled=False):
             return self.quantizer(latents.to(torch.promote_types(latents.dtype, torch.float32)))
@@ -94,7 +98,7 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: If the shape is wrong, or the stride does not divide the sides.
         """
-        self._check_images(images)
+        self.check_images(images)
         return self.quantize(images).indices
 
     @torch.no_grad()
@@ -114,7 +118,8 @@ class Tokenizer(nn.Module):
 
     def _decode_tiled(self, cells: Tensor, stride: int, tile: int, overlap: int) -> Tensor:
         decoder, decode = self.decoder, cast(Callable[[Tensor], Tensor], self.decoder)
-        if isinstance(decoder, TiledDecoding):  # attention sees the full image, at the resolution of its cells
+        # Attention sees the full image, at the resolution of its cells.
+        if isinstance(decoder, TiledDecoding) and cells.shape[2:].numel() <= MAX_GLOBAL_CELLS:
             cells, decode = decoder.global_features(cells), _local_layers(decoder)
         norms, sizes = GlobalGroupNorm(self), (stride, tile, overlap)
         for passes in itertools.count(1):
@@ -141,7 +146,12 @@ class Tokenizer(nn.Module):
         """Hash of the weights, for which alone tokens are valid."""
         return sha256_of_tensors(self.state_dict())[:16]
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Check a shape.
+
+        Raises:
+            ValueError: If it is wrong, or the stride does not divide the sides.
+        """
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images must be (B, {self.channels}, H, W) in [-1, 1], not {tuple(images.shape)}")
         height, width = images.shape[2:]

@@ -79,6 +79,7 @@ from vqf.protocols.tokenizer import (
     Quantizer,
     Regularizer,
     TiledDecoding,
+    TiledEncoding,
     Unplaced,
     Updates,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "StoredInShards",
     "StreamingSplit",
     "TiledDecoding",
+    "TiledEncoding",
     "TokenMetric",
     "TracksReadErrors",
     "Unplaced",

@@ -51,6 +51,19 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
+class TiledEncoding(Protocol):
+    """An encoder, `global_features(local_features(images))`; tiles of others pass through all layers."""
+
+    def local_features(self, images: Tensor) -> Tensor:
+        """Layers that are local except for group norms, (B, 3, H, W) -> (B, D, h, w); tiles pass through them."""
+        ...
+
+    def global_features(self, cells: Tensor) -> Tensor:
+        """Layers in which a cell may depend on all cells, -> (B, dim, h, w)."""
+        ...
+
+
+@runtime_checkable
 class TiledDecoding(Protocol):
     """A decoder with `features = local_features(global_features)`; tiles of others pass through all layers."""
 

@@ -140,8 +140,8 @@ def test_infinite_and_invalid_latents_have_an_index(bound: Bound) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": [8, 1]}, r"^levels=\[8, 1\]: each channel needs at least 2 values with bound=paper$"),
-        ({"levels": []}, r"^levels=\[\]: each channel needs at least 2"),
+        ({"levels": [8, 1]}, r"levels=\[8,1\]: must be a list of at least 1, each an integer from 2 to"),
+        ({"levels": []}, r"levels=\[\]: must be a list of at least 1"),
         ({"levels": [4, 2], "bound": "centered"}, r"at least 3 values with bound=centered"),
         ({"levels": [5, 5], "factors": [1]}, r"^factors=\[1\]: .* must add up to the 2 channels; factors=\[1,1\]"),
     ],

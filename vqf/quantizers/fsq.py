@@ -7,12 +7,14 @@ that of iFSQ: Improving FSQ for Image Generation with 1 Line of Code, https://ar
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 
 from vqf.batch import Size
+from vqf.options.ranges import Dimension
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import straight_through
 from vqf.quantizers.product_codebook import ProductCodebook
@@ -22,6 +24,8 @@ from vqf.tokens.layout import TokenLayout
 EPSILON = 1e-3  # the paper's; it keeps an even number of levels from having one more at the end
 
 Bound = Literal["paper", "centered", "symmetric", "ifsq"]
+Levels = Annotated[Sequence[Annotated[int, Interval(ge=2, le=2**16)]], Len(1)]
+Factors = Annotated[Sequence[Dimension], Len(1)]
 
 
 @register("quantizer", "fsq")
@@ -35,7 +39,7 @@ class FiniteScalarQuantizer(nn.Module):
     better.
 
     Args:
-        levels: L, the number of values of each channel, at least 2; their product is the number of codes. The paper has
+        levels: L, the number of values of each channel; their product is the number of codes. The paper has
             [8,6,5], [8,5,5,5], [7,5,5,5,5], [8,8,8,6,5] and [8,8,8,5,5,5] for about 2^8 to 2^16.
         bound: `paper`: s = tan(o / half) with half = (L - 1) (1 - ε) / 2. `centered`, the widespread PyTorch version:
             1 + ε in place of 1 - ε and atanh in place of tan, so that f(0) = 0; for L above 2. `symmetric`: values from
@@ -45,12 +49,11 @@ class FiniteScalarQuantizer(nn.Module):
     """
 
     def __init__(
-        self, *, levels: Sequence[int] = (8, 5, 5, 5), bound: Bound = "paper", factors: Sequence[int] | None = None
+        self, *, levels: Levels = (8, 5, 5, 5), bound: Bound = "paper", factors: Factors | None = None
     ) -> None:
         super().__init__()
-        least = 3 if bound == "centered" else 2
-        if min(levels, default=0) < least:
-            raise ValueError(f"levels={list(levels)}: each channel needs at least {least} values with bound={bound}")
+        if bound == "centered" and min(levels) < 3:
+            raise ValueError(f"levels={list(levels)}: each channel needs at least 3 values with bound=centered")
         self.levels, self.bound = tuple(levels), bound
         self.codebook = ProductCodebook([_values(count, bound) for count in levels], factors)
         self.dim, self.vocab_size = len(self.levels), self.codebook.vocab_size

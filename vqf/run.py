@@ -142,6 +142,8 @@ def _locked_run_dir(pipeline: Any) -> Iterator[None]:
             _lock_on_main(pipeline.run_dir, stack)
             with muted():  # the same warnings are logged when the run starts
                 pipeline.check_can_start()
+            if comm.is_main():
+                run_dir.repair_hydra_folder(pipeline.run_dir)
         yield
 
 

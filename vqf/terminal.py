@@ -3,7 +3,6 @@
 Names of classes, files, components and metrics may be anybody's: whatever is shown here is made printable.
 """
 
-import io
 import logging
 import math
 import os
@@ -13,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO, TextIOWrapper
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vqf.errors import printable
+from vqf.run_files.aside import make_way
 
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader has gone
 
@@ -51,7 +53,11 @@ class TerminalHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that skips records on a full disk."""
+    """A log file that skips records on a full disk; a folder in its place is set aside."""
+
+    def _open(self) -> TextIOWrapper:
+        make_way(Path(self.baseFilename))
+        return super()._open()
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), LINE_ENDS)
@@ -96,7 +102,7 @@ class MessageCollector(logging.Handler):
 @contextmanager
 def printable_stdout() -> Iterator[None]:
     """Make printable what is printed inside the block; it appears at the end."""
-    text = io.StringIO()
+    text = StringIO()
     try:
         with redirect_stdout(text):
             yield

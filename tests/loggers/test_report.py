@@ -18,7 +18,8 @@ from tests.loggers.made_up import CLASSES, EVIL, LONG, make_run
 from vqf.loggers.image_grid import split_grid
 from vqf.loggers.report import page as report_page
 from vqf.loggers.report.codebook import usage_heatmap
-from vqf.loggers.report.curves import curve
+from vqf.loggers.report.curve_points import Curve
+from vqf.loggers.report.curves import plot_curves
 from vqf.loggers.report.metric_descriptions import describe_metric
 from vqf.loggers.report.page import write_report
 from vqf.loggers.report.run_parts import latest_images, read_parts
@@ -237,7 +238,7 @@ def test_broken_files_are_passed_over(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert page.tags.count("svg") == 1
     (part,) = read_parts(tmp_path)
-    assert part.training == {"loss": [(1, 2.0), (2, 4.0)]}
+    assert {key: curve.points for key, curve in part.training.items()} == {"loss": [(1, 2.0), (2, 4.0)]}
 
 
 def test_time_adds_up_over_processes_and_keys_are_in_order(tmp_path: Path) -> None:
@@ -263,7 +264,9 @@ def test_newest_images_are_found(tmp_path: Path) -> None:
 
 
 def test_curves_take_the_ink_of_the_page_and_share_no_names() -> None:
-    drawn = [curve({"training": [(i, i * k) for i in range(200)], "validation": [(9, 1.0)]}) for k in (1, 2)]
+    validation = Curve([(9, 1.0)])
+    training = [Curve((i, i * k) for i in range(200)) for k in (1, 2)]
+    drawn = [plot_curves({"training": each, "validation": validation}) for each in training]
     for svg in drawn:
         assert svg.startswith("<svg")
         assert "currentColor" in svg
@@ -371,10 +374,20 @@ def test_a_run_shows_what_evaluations_measured_of_it(run: Path) -> None:
     assert page.tags.count("svg") == 9, "one more curve, over the steps"
 
 
-def test_a_page_that_fails_does_not_take_the_run_down(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (run / "report.html").mkdir()
+@pytest.mark.parametrize("error", [KeyError("a bug"), PermissionError(13, "Permission denied")])
+def test_a_page_that_fails_does_not_take_the_run_down(
+    run: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(report_page, "write_report", fail)
     logger = build("logger", {"name": "report"}, run_dir=run, config=None)
     with caplog.at_level(logging.WARNING, logger="vqf"):
         logger.close()
-    assert len(caplog.records) == 1
-    assert caplog.records[0].exc_info
+    (record,) = caplog.records
+    if isinstance(error, KeyError):
+        assert record.exc_info, "a bug keeps its traceback"
+    else:
+        assert record.getMessage() == f"{run / 'report.html'} cannot be written: Permission denied"
+        assert not record.exc_info

@@ -22,7 +22,8 @@ SHARED = CONTRACT | {"networks", "config", "images"}
 # What each room may import besides itself, from the ground up. A file at the top of the package is a room of its own.
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "terminal": {"errors"},
+    "run_files": {"atomic", "protocols"},
+    "terminal": {"errors", "run_files"},
     "tokens": {"batch"},
     "protocols": {"batch", "tokens"},
     "registry": {"errors", "options"},

@@ -19,7 +19,7 @@ from tests.loggers import made_up
 from tests.security.conftest import MakeRun
 from tests.test_run import Run, run  # noqa: F401  (a fixture)
 from vqf import terminal
-from vqf.data.files import listing
+from vqf.data.files import image_list
 from vqf.errors import UserError, printable, quote_name
 from vqf.interop.import_report import ImportReport
 from vqf.loggers.report.page import write_report
@@ -54,7 +54,8 @@ def test_printable_text_holds_no_character_that_acts(text: str) -> None:
     assert printable(shown) == shown
     if not any(acts(character) for character in text):
         assert shown == text
-    assert shown.encode("ascii", "backslashreplace").decode("unicode_escape") == text or "\\" in text
+    if "\\" not in text:
+        assert shown.encode("ascii", "backslashreplace").decode("unicode_escape") == text
 
 
 def test_kept_characters_stay() -> None:
@@ -161,7 +162,7 @@ def test_names_of_tensors_in_an_import() -> None:
 def test_lines_of_a_list(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("ant\x1b[2J\u202egnp.png\n")
     with pytest.raises(UserError, match=r"ant\\x1b\[2J\\u202egnp\.png") as caught:
-        listing.read_list(str(tmp_path / "list.txt"), tmp_path, "data.train", [".png"])
+        image_list.read_list(str(tmp_path / "list.txt"), tmp_path, "data.train", [".png"])
     assert not any(acts(character) for character in str(caught.value))
 
 

@@ -18,7 +18,9 @@ from vqf.errors import UserError
 from vqf.evaluation.protocols import stable_hash
 from vqf.hashing import sha256_of_file
 from vqf.protocols import Directed, SetMetric, SetMetricResult
-from vqf.run_files import read_json
+from vqf.run_files.aside import make_way
+from vqf.run_files.records import take_record
+from vqf.run_files.shapes import METRICS
 from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.checkpoint_files import MANIFEST
 from vqf.runs.provenance import command_line, git_commit
@@ -106,13 +108,19 @@ def save(
     content = {key: _json_safe(getattr(result, key)) for key in PER_METRIC_FIELDS}
     content["commands"] = [{"metrics": list(result.values), **environment_info}]
     path = run / EVALUATIONS_FOLDER / result.folder_name / f"{checkpoint.kind}-{checkpoint.step:08d}" / METRICS_FILE
-    info, earlier = checkpoint_info(checkpoint), read_json(path)
+    info, earlier, refusal = checkpoint_info(checkpoint), dict[str, Any](), None
+    try:
+        check_symlinks(run)
+        earlier = take_record(path, METRICS)
+    except (OSError, UserError) as error:
+        refusal = error
     if earlier.get("checkpoint", {}).get("sha256") == info["sha256"]:
         content = _merge(earlier, content)
     content = {"protocol": result.protocol, "checkpoint": info, **content}
     _write(run_dir / METRICS_FILE, content)
     try:
-        check_symlinks(run)
+        if refusal:
+            raise refusal
         _write(path, content)
     except (OSError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -129,12 +137,13 @@ def _merge(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
     }
     commands = [
         {**command, "metrics": [name for name in command.get("metrics", []) if name not in replaced]}
-        for command in earlier["commands"]
+        for command in earlier.get("commands", [])
     ]
     return {**fields, "commands": [*(command for command in commands if command["metrics"]), *new["commands"]]}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
+    make_way(path)
     atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 

@@ -14,7 +14,7 @@ from vqf.errors import UserError
 from vqf.interop.unpickle import load_untrusted
 from vqf.networks.file_content import describe_substitute, is_safetensors
 from vqf.networks.weights import not_weights_error
-from vqf.run_files import read_yaml
+from vqf.run_files.yaml_file import read_yaml
 
 DISCRIMINATOR_PREFIX = "loss.discriminator."  # of taming-transformers
 DDP_PREFIX = "module."  # of every name in a DistributedDataParallel model

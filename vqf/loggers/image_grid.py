@@ -15,6 +15,9 @@ SMALL_SIDE = 128  # pixels; smaller images are enlarged twice
 GAP = 4  # white pixels around every image
 LAYOUT_KEY = "vqf-grid"  # the text chunk of a PNG file with the layout of the grid
 
+# What Pillow and a wrong layout raise; Pillow raises a SyntaxError for a broken PNG file.
+GRID_ERRORS = (OSError, ValueError, LookupError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError)
+
 # Successive images that belong together, such as original and reconstruction, by the name they are logged under.
 IMAGES_PER_ITEM = {"reconstructions": 2, "best": 2, "worst": 2, "conditions": 2, "completions": 3}
 
@@ -60,7 +63,7 @@ def split_grid(path: Path) -> list[Image.Image]:
     """Return the images of a grid; a file without a layout is one image.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: If the file is broken.
+        *GRID_ERRORS: If the file is damaged.
     """
     with Image.open(path, formats=["PNG"]) as grid:
         grid.load()

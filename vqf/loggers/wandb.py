@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vqf.loggers.image_grid import make_grid
 from vqf.registry import register
-from vqf.run_files import read_json
+from vqf.run_files.records import read_record
+from vqf.run_files.shapes import DETAILS, is_text
 
 ID_FILE = "wandb.json"  # in the run's folder: the id of the run at wandb
 
@@ -87,7 +88,7 @@ class WandbLogger:
         root = self.run_dir.absolute().parent if self.subrun else self.run_dir.absolute()
         root.mkdir(parents=True, exist_ok=True)
         container: Any = OmegaConf.to_container(config, resolve=False)
-        known_id = read_json(root / ID_FILE).get("id")
+        known_id = read_record(root / ID_FILE, {"id": is_text}).get("id")
         if wandb.run is not None and wandb.run.id == known_id:  # opened by the stage before this one
             self.run = wandb.run
             self.run.config.update(container, allow_val_change=True)
@@ -177,5 +178,4 @@ def _has_key() -> bool:
 
 
 def _code_counts(path: Path) -> list[int]:
-    codes = read_json(path).get("codes")
-    return codes.get("counts", []) if isinstance(codes, dict) else []
+    return read_record(path, DETAILS).get("codes", {}).get("counts", [])

@@ -11,7 +11,7 @@ from vqf.config.untrusted import check_no_interpolations
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_file
 from vqf.networks.file_content import DOWNLOAD_AGAIN, describe_substitute
-from vqf.run_files import read_yaml
+from vqf.run_files.yaml_file import read_yaml
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -31,6 +31,8 @@ def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except IsADirectoryError as error:
+        raise UserError(_foreign_message(folder, option)) from error
     except OSError as error:
         raise UserError(unwritable_message(error, folder, option)) from error
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
@@ -40,7 +42,7 @@ def folder_lock(folder: Path, option: str = "run_dir") -> Iterator[None]:
             if error.errno in LOCKED_ERRNOS:
                 raise UserError(_locked_message(folder, option)) from error
         if (content := file.read(len(OWNER_PREFIX))) and content != OWNER_PREFIX:
-            raise UserError(f"{option}={folder}: its file '{LOCK_FILE}' was not written by vqf; give another {option}")
+            raise UserError(_foreign_message(folder, option))
         try:
             file.truncate(0)
             file.seek(0)
@@ -60,5 +62,9 @@ def unwritable_message(error: OSError, folder: Path | None = None, option: str =
 
 
 def _locked_message(folder: Path, option: str) -> str:
-    owner = (folder / LOCK_FILE).read_text() or "another process"
+    owner = (folder / LOCK_FILE).read_text(errors="replace") or "another process"
     return f"{option}={folder}: {owner} is running there; wait until it ends, or give another {option}"
+
+
+def _foreign_message(folder: Path, option: str) -> str:
+    return f"{option}={folder}: its '{LOCK_FILE}' was not written by vqf; delete it, or give another {option}"

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vqf.config.untrusted import check_symlinks
 from vqf.errors import UserError
-from vqf.run_files import read_yaml
+from vqf.run_files.aside import make_way, set_aside
+from vqf.run_files.yaml_file import read_yaml
 from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, run_dir_of
 
 OUTPUTS = Path("outputs")
@@ -63,6 +64,15 @@ def check_same_pipeline(folder: Path, pipeline: str) -> None:
             f"run_dir={folder}: holds a run of pipeline={other}, which pipeline={pipeline} would overwrite; "
             "give another run_dir, or none to get a new folder"
         )
+
+
+def repair_hydra_folder(run_dir: Path) -> None:
+    """Set aside what keeps Hydra from writing its files into the folder of a run."""
+    folder = run_dir / HYDRA_FILE.parent
+    if folder.exists() and not folder.is_dir():
+        set_aside(folder, "is no folder")
+    for path in folder.glob("*.yaml"):
+        make_way(path)
 
 
 def hydra_output_dir() -> Path:

@@ -18,8 +18,13 @@ from torch import Tensor
 from vqf.atomic import atomic_write_text
 from vqf.config.access import group_nodes
 from vqf.distributed import comm
-from vqf.protocols import VALIDATION_PREFIX, Logger
+from vqf.protocols import Logger
 from vqf.registry import build
+from vqf.run_files.aside import make_way
+from vqf.run_files.log_repair import truncate_log
+from vqf.run_files.metrics_log import missing_steps
+from vqf.run_files.records import take_record
+from vqf.run_files.shapes import DETAILS
 from vqf.runs.provenance import ResourceMeter, command_line, git_commit
 from vqf.terminal import log
 
@@ -33,18 +38,20 @@ class RunLogger:
     def __init__(self, run_dir: Path, loggers: Sequence[Logger]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
+        make_way(self.path)
         self.loggers = loggers
         self.start_time = time.time()
         self.pending_lines: list[str] = []  # not yet written to metrics.jsonl
         self.failing: set[str | int] = set()  # files and loggers whose last write failed; they are reported once
 
-    def truncate_after(self, step: int, validated: bool = True) -> None:
-        """Delete the lines after a step, and those of its validation unless `validated`."""
-        if not self.path.is_file():
-            return
-        last = (step, validated)
-        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
-        atomic_write_text(self.path, "".join(f"{line}\n" for line in lines))
+    def truncate_after(self, step: int, validated: bool = True, last_logged: int = 0) -> None:
+        """Delete the lines after a step, and those of its validation unless `validated`.
+
+        Args:
+            last_logged: The step of the last line there should be; a warning says what is missing.
+        """
+        if message := missing_steps(self.path, truncate_log(self.path, (step, validated)), last_logged):
+            log.warning("%s", message)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record scalars of a step; NaN and infinity become strings."""
@@ -82,7 +89,7 @@ class RunLogger:
 
     def _update_details(self, values: Mapping[str, Any]) -> None:
         path = self.path.with_name("details.json")
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = take_record(path, DETAILS)
         atomic_write_text(path, json.dumps({**known, **values}))
 
     def _call_safely(self, target: Logger | str, action: Callable[[], None]) -> None:
@@ -107,7 +114,7 @@ class NullRunLogger(RunLogger):
     def __init__(self) -> None:
         pass
 
-    def truncate_after(self, step: int, validated: bool = True) -> None:
+    def truncate_after(self, step: int, validated: bool = True, last_logged: int = 0) -> None:
         """Do nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -155,7 +162,7 @@ def start_run(
 def save_metrics(run_dir: Path, tables: Mapping[str, Mapping[str, float]]) -> None:
     """Write `metrics.json` in the main process."""
     if comm.is_main():
-        (run_dir / "metrics.json").write_text(json.dumps(tables, indent=1))
+        _write_record(run_dir / "metrics.json", tables)
 
 
 def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
@@ -166,12 +173,9 @@ def _write_summary(run_dir: Path, meter: ResourceMeter) -> None:
         "versions": {**versions, "python": platform.python_version()},
         **git_commit(),
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    _write_record(run_dir / "summary.json", summary)
 
 
-def _step_of(line: str) -> tuple[float, bool]:
-    try:
-        values = json.loads(line)
-        return values["step"], any(key.startswith(VALIDATION_PREFIX) for key in values)
-    except (ValueError, KeyError):  # half a line, left by a killed process
-        return math.inf, True
+def _write_record(path: Path, content: Mapping[str, Any]) -> None:
+    make_way(path)
+    atomic_write_text(path, json.dumps(content, indent=1))

@@ -16,7 +16,7 @@ from vqf.distributed.engine import Engine
 from vqf.errors import UserError, name_first
 from vqf.networks.weights import check_dtypes, nonfinite_names
 from vqf.registry import build
-from vqf.run_files import is_number
+from vqf.run_files.shapes import is_number
 from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.optimizer_states import ELEMENTWISE, check_fits_optimizer, check_fits_schedule
 from vqf.runs.snapshot import Snapshot
@@ -36,6 +36,7 @@ class Progress:
     best: float | None = None  # the best score of a validation so far
     last_validation: dict[str, Any] | None = None  # "step", and "values": scalars by name
     validation_due: bool = False  # saved, but not yet validated
+    last_logged: int = 0  # the last step with a line in metrics.jsonl
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

@@ -178,6 +178,7 @@ class Trainer:
 
     def _log_scalars(self, values: Mapping[str, float]) -> None:
         self.run_logger.scalars(self.progress.step, values)
+        self.progress.last_logged = self.progress.step
         if comm.is_main():
             self.alarm_monitor.check(self.progress.step, values)
 
@@ -279,7 +280,9 @@ class Trainer:
         step = self.progress.step if self.resumed_from else -1
         if comm.is_main():
             checkpoint_writer.archive_later(self.run_dir, step)
-        self.run_logger.truncate_after(step, validated=not self.progress.validation_due)
+        if not self._resumes_in_place():
+            self.progress.last_logged = 0  # in the log of another folder
+        self.run_logger.truncate_after(step, not self.progress.validation_due, self.progress.last_logged)
         if self.resumed_from:
             log.info("resuming from %s", self.resumed_from.path)
 

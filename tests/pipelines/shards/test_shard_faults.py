@@ -246,7 +246,7 @@ def test_a_foreign_lock_file_is_not_overwritten(image_folder, tmp_path):
     to, victim = tmp_path / "shards", tmp_path / "victim"
     to.mkdir()
     (to / ".lock").write_text("my precious")
-    with pytest.raises(UserError, match=r"^out=.*: its file '\.lock' was not written by vqf; give another out$"):
+    with pytest.raises(UserError, match=r"^out=.*: its '\.lock' was not written by vqf; delete it, or give"):
         written(configured(image_folder), to)
     assert (to / ".lock").read_text() == "my precious"
     (to / ".lock").unlink()

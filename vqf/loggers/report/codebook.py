@@ -63,7 +63,8 @@ def _caption(counts: Sequence[int]) -> str:
 
 def confusion_rows(details: Mapping[str, Any], max_classes: int = 16) -> list[tuple[str, list[int], int]]:
     """Return rows (class, samples by predicted class, samples in all); [] above `max_classes` classes."""
-    classes = details.get("classes")
-    if not isinstance(classes, Mapping) or not 0 < len(classes.get("names", ())) <= max_classes:
+    classes = details.get("classes", {})
+    names, confusion = classes.get("names", []), classes.get("confusion", [])
+    if len(names) > max_classes or any(len(row) != len(names) for row in (confusion, *confusion)):
         return []
-    return [(name, row, sum(row)) for name, row in zip(classes["names"], classes["confusion"], strict=True)]
+    return [(name, row, sum(row)) for name, row in zip(names, confusion, strict=True)]

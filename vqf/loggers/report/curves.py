@@ -1,29 +1,28 @@
 """Curves as inline SVG."""
 
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Points = Sequence[tuple[float, float]]  # (step, value)
+from vqf.loggers.report.curve_points import Curve
 
 TEXT_COLOR = "#010203"  # placeholder, replaced by currentColor
 COLORS = {"training": "#4c6ef5", "validation": "#f76707"}
 SMOOTH_FROM, BINS = 60, 40  # from so many points on, training curves are drawn as means of so many bins
 
 
-def curve(series: Mapping[str, Points]) -> str:
+def plot_curves(series: Mapping[str, Curve]) -> str:
     """Plot "training" and "validation" over steps as an SVG element."""
 
     def draw(axes: Any) -> None:
-        for name, points in series.items():
-            _plot(axes, name, points)
+        for name, curve in series.items():
+            _plot(axes, name, curve)
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
 
-    return _figure(draw, repr(series))
+    return _figure(draw, repr({name: curve.points for name, curve in series.items()}))
 
 
 def usage_curve(counts: Sequence[int]) -> str:
@@ -60,26 +59,13 @@ def _figure(draw: Callable[[Any], None], salt: str) -> str:
     return _inline(svg.getvalue())
 
 
-def _plot(axes: Any, name: str, points: Points) -> None:
-    steps, values = zip(*points, strict=True)
+def _plot(axes: Any, name: str, curve: Curve) -> None:
     color = COLORS[name]
-    if name == "training" and len(points) >= SMOOTH_FROM:
-        axes.plot(*_subsample(points), color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(*_bin_means(points), color=color, linewidth=1.6, label=name)
+    if name == "training" and len(curve) >= SMOOTH_FROM:
+        axes.plot(*zip(*curve.points, strict=True), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*curve.means(BINS), strict=True), color=color, linewidth=1.6, label=name)
     else:
-        axes.plot(steps, values, color=color, linewidth=1.6, label=name, marker="o", markersize=3)
-
-
-def _subsample(points: Points, max_points: int = 500) -> tuple[list[float], list[float]]:
-    subset = points[:: math.ceil(len(points) / max_points)]
-    return [step for step, _ in subset], [value for _, value in subset]
-
-
-def _bin_means(points: Points) -> tuple[list[float], list[float]]:
-    size = math.ceil(len(points) / BINS)
-    bins = [points[i : i + size] for i in range(0, len(points), size)]
-    means = [[sum(column) / len(bin_) for column in zip(*bin_, strict=True)] for bin_ in bins]
-    return [step for step, _ in means], [value for _, value in means]
+        axes.plot(*zip(*curve.points, strict=True), color=color, linewidth=1.6, label=name, marker="o", markersize=3)
 
 
 def _inline(svg: str) -> str:

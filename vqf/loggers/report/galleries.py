@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from vqf.loggers.image_grid import SMALL_SIDE, images_per_item, split_grid
+from vqf.loggers.image_grid import GRID_ERRORS, SMALL_SIDE, images_per_item, split_grid
 from vqf.loggers.report.run_parts import RunPart, latest_images
-from vqf.run_files import read_json
+from vqf.run_files.aside import warn_once
 
 WEBP_QUALITY = 90  # of images from SMALL_SIDE on; smaller ones are lossless
 
@@ -76,8 +76,7 @@ def read_galleries(run_dir: Path, parts: Iterable[RunPart]) -> list[Gallery]:
     galleries = [
         gallery
         for name, part, path in _latest_images(run_dir, parts)
-        if name not in SHOWN_ELSEWHERE
-        and (gallery := read_gallery(name, part.heading, path, read_json(part.folder / "details.json"))) is not None
+        if name not in SHOWN_ELSEWHERE and (gallery := read_gallery(name, part.heading, path, part.details)) is not None
     ]
     titles = [gallery.title for gallery in galleries]
     for gallery in galleries:
@@ -88,9 +87,7 @@ def read_galleries(run_dir: Path, parts: Iterable[RunPart]) -> list[Gallery]:
 
 def read_gallery(name: str, heading: str, path: Path, details: Mapping[str, Any]) -> Gallery | None:
     """Split a grid into a gallery; None if the file is broken."""
-    try:
-        tiles = [to_data_uri(tile) for tile in split_grid(path)]
-    except (OSError, ValueError, LookupError, TypeError):  # truncated: its writer was killed
+    if not (tiles := _read_tiles(path)):
         return None
     size = images_per_item(name) if len(tiles) % images_per_item(name) == 0 else 1
     info = details.get(name, {})
@@ -116,24 +113,30 @@ def to_data_uri(image: Image.Image) -> str:
 def code_mosaic(parts: Iterable[RunPart]) -> tuple[str, Mapping[str, Any]] | None:
     """Return a data: URI, or "", and details of the codes."""
     for part in parts:
-        details = read_json(part.folder / "details.json").get("codes")
-        if isinstance(details, dict) and details.get("counts"):
+        details = part.details.get("codes", {})
+        if details.get("counts"):
             path = latest_images(part.folder).get("codes")
             return (_mosaic(path) if path else "", details)
     return None
 
 
 def _mosaic(path: Path) -> str:
+    return next(iter(_read_tiles(path)), "")
+
+
+def _read_tiles(path: Path) -> list[str]:
+    """Return the images of a grid as data: URIs; [] if the file is damaged, which is said."""
     try:
-        return to_data_uri(split_grid(path)[0])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        return [to_data_uri(tile) for tile in split_grid(path)]
+    except GRID_ERRORS as error:
+        warn_once(f"{path}: cannot be read ({error}); left out")
+        return []
 
 
 def _latest_images(run_dir: Path, parts: Iterable[RunPart]) -> Iterator[tuple[str, RunPart, Path]]:
     """Yield name, part and newest file; stages come first, with their captions."""
     seen: set[str] = set()
-    own = RunPart(run_dir, "", {}, {}, 0.0)
+    own = RunPart(run_dir)
     for part in (*(part for part in parts if part.name), own):
         for name, path in latest_images(part.folder).items():
             content = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from vqf.atomic import atomic_write_text
 from vqf.loggers.report.codebook import codebook_section, confusion_rows
-from vqf.loggers.report.curves import curve
+from vqf.loggers.report.curves import plot_curves
 from vqf.loggers.report.galleries import read_galleries
 from vqf.loggers.report.run_parts import RunPart, checkpoint_curves, command, read_parts
 from vqf.loggers.report.summary import cost_line, description, facts, load_config, title
 from vqf.loggers.report.tables import class_accuracy_sentence, highlights, read_tables
 from vqf.registry import register
-from vqf.run_files import read_json, read_text
+from vqf.run_files.aside import make_way
+from vqf.run_files.records import read_record, read_text
+from vqf.run_files.shapes import SUMMARY
 from vqf.terminal import printable_value
 
+REPORT_FILE = "report.html"
 PACKAGES = ("vqf", "torch", "hydra-core", "timm")
 MAX_CURVES = 6  # of a stage; the others are folded away
 FIRST_PAGE_SECONDS = 60.0  # before the first page of a run in progress
@@ -58,6 +61,8 @@ class ReportLogger:
         log = logging.getLogger("vqf")
         try:
             log.log(level, "wrote %s", write_report(self.run_dir))
+        except OSError as error:  # such as a full disk
+            log.warning("%s cannot be written: %s", self.run_dir / REPORT_FILE, error.strerror or error)
         except Exception:
             log.warning("the report could not be written", exc_info=True)
 
@@ -70,20 +75,21 @@ def write_report(run_dir: Path) -> Path:
     environment = Environment(autoescape=True, finalize=printable_value, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(source)
     page = template.render(page_context(run_dir))
-    path = run_dir / "report.html"
+    path = run_dir / REPORT_FILE
+    make_way(path)
     atomic_write_text(path, page)
     return path
 
 
 def page_context(run_dir: Path) -> dict[str, Any]:
     """Gather the values that the template uses."""
-    parts, summary = read_parts(run_dir), read_json(run_dir / "summary.json")
+    parts, summary = read_parts(run_dir), read_record(run_dir / "summary.json", SUMMARY)
     # After a resume, the summary counts the last process only; metrics.jsonl has the times of all.
-    seconds = max(summary.get("wall_seconds") or 0, sum(part.seconds for part in parts))
+    seconds = max(summary.get("wall_seconds", 0), sum(part.seconds for part in parts))
     config, (heading, subtitle) = load_config(run_dir), title(run_dir)
     tables = read_tables(run_dir, parts)
     curves = [(part.heading, *_draw_curves(part)) for part in (*parts, *checkpoint_curves(run_dir))]
-    details = {key: value for part in parts for key, value in read_json(part.folder / "details.json").items()}
+    details = {key: value for part in parts for key, value in part.details.items()}
     return {
         "title": heading,
         "subtitle": subtitle,
@@ -92,7 +98,7 @@ def page_context(run_dir: Path) -> dict[str, Any]:
         "finished": bool(summary),
         "highlights": highlights(tables),
         "galleries": read_galleries(run_dir, parts),
-        "codebook": codebook_section([*parts, RunPart(run_dir, "", {}, {}, 0.0)]),
+        "codebook": codebook_section([*parts, RunPart(run_dir)]),
         "confusion": confusion_rows(details),
         "class_accuracy": class_accuracy_sentence(tables),
         "tables": tables,
@@ -119,7 +125,7 @@ def _draw_curves(part: RunPart) -> tuple[list[tuple[str, str]], list[tuple[str, 
     series = {key: part.series(key) for key in part.keys}
     keys = [key for key, curves in series.items() if max(map(len, curves.values())) > 1]
     first = [key for key in keys if not _is_variant(key, keys)][:MAX_CURVES]
-    svgs = {key: curve(series[key]) for key in keys}
+    svgs = {key: plot_curves(series[key]) for key in keys}
     return [(key, svgs[key]) for key in first], [(key, svgs[key]) for key in keys if key not in first]
 
 

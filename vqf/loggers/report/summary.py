@@ -5,8 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from vqf.loggers.report.run_parts import newest_checkpoint
-from vqf.run_files import is_finite, read_yaml
+from vqf.run_files.records import read_config_record
+from vqf.run_files.shapes import is_finite
 from vqf.terminal import format_bytes, format_seconds
 
 Facts = list[tuple[str, str]]  # (name, text)
@@ -26,14 +29,10 @@ TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_")  # a run folder named by the time st
 
 def load_config(run_dir: Path) -> Mapping[str, Any]:
     """Load the unresolved config; {} if there is none."""
-    from omegaconf import OmegaConf
-
     checkpoint = newest_checkpoint(run_dir) or newest_checkpoint(run_dir / "stage1")
     for path in (run_dir / ".hydra" / "config.yaml", *([checkpoint / "config.yaml"] if checkpoint else [])):
-        try:
-            content = OmegaConf.to_container(read_yaml(path), resolve=False)
-        except (OSError, ValueError):
-            continue
+        config = read_config_record(path)
+        content = None if config is None else OmegaConf.to_container(config, resolve=False)
         if isinstance(content, dict):
             return {str(key): value for key, value in content.items()}
     return {}
@@ -68,7 +67,7 @@ def _model_facts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Of the run", str(run)
     if not config or pipeline in PIPELINES_ON_RUNS:
         return
-    model = config.get("model") or {}
+    model = _section(config, "model")
     size = config.get("image_size")
     sides = " × ".join(str(side) for side in (size if isinstance(size, list) else [size, size]))
     yield "Images", f"{_name(config.get('data'))}, {sides} pixels"
@@ -127,7 +126,7 @@ def _steps(config: Mapping[str, Any], pipeline: str) -> str:
     first = _format_steps(config.get("steps"), config.get("batch_size"))
     if pipeline != "full":
         return first
-    stage2 = config.get("stage2") or {}
+    stage2 = _section(config, "stage2")
     steps, batch_size = stage2.get("steps"), stage2.get("batch_size")
     inherited = {"${steps}": config.get("steps"), "${batch_size}": config.get("batch_size")}  # the config is unresolved
     second = _format_steps(inherited.get(str(steps), steps), inherited.get(str(batch_size), batch_size))
@@ -136,6 +135,11 @@ def _steps(config: Mapping[str, Any], pipeline: str) -> str:
 
 def _format_steps(steps: Any, batch_size: Any) -> str:
     return f"{steps:,} of {batch_size} images" if isinstance(steps, int) else ""
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _conditioned_on(conditioner: Any) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from vqf.loggers.report.metric_descriptions import HIGHLIGHTS, PERCENT_METRICS, describe_metric
 from vqf.loggers.report.run_parts import RunPart, is_evaluation, read_evaluations
-from vqf.run_files import is_finite, is_number, read_json
+from vqf.run_files.records import read_record
+from vqf.run_files.shapes import METRICS, is_finite, is_number
 from vqf.terminal import format_number
 
 
@@ -39,7 +40,7 @@ class MetricTable:
 
 def read_tables(run_dir: Path, run_parts: Iterable[RunPart]) -> list[MetricTable]:
     """Return the run's own tables, then one for each protocol."""
-    content = read_json(run_dir / "metrics.json")
+    content = read_record(run_dir / "metrics.json", METRICS)
     own = [_evaluation_table(content)] if is_evaluation(content) else list(_training_tables(content, run_parts))
     return [*own, *(_evaluation_table(files[-1]) for files in read_evaluations(run_dir))]
 
@@ -79,11 +80,11 @@ def class_accuracy_sentence(tables: Iterable[MetricTable]) -> str:
 def _training_tables(content: Mapping[str, Any], run_parts: Iterable[RunPart]) -> Iterator[MetricTable]:
     final = {title: row for title, row in content.items() if isinstance(row, dict)}
     last = {
-        f"{part.heading}, step {format_number(points[-1][0])}": {
-            key: curve[-1][1] for key, curve in part.validation.items()
+        f"{part.heading}, step {format_number(last_step)}": {
+            key: curve.last[1] for key, curve in part.validation.items() if curve.last
         }
         for part in run_parts
-        if (points := next(iter(part.validation.values()), None))
+        if (last_step := part.last_validation_step) is not None
     }
     for title, row in (final or last).items():
         yield MetricTable(title[:1].upper() + title[1:], [MetricRow(key, value) for key, value in row.items()])
@@ -93,7 +94,7 @@ def _evaluation_table(content: Mapping[str, Any]) -> MetricTable:
     rows = []
     for key, value in content["values"].items():
         notes = []
-        if isinstance(interval := content.get("intervals", {}).get(key), list) and len(interval) == 2:
+        if interval := content.get("intervals", {}).get(key):
             notes.append(f"95 %: {_to_text(interval[0])} to {_to_text(interval[1])}")
         if (floor := content.get("floors", {}).get(key)) is not None:
             notes.append(f"real against real: {_to_text(floor)}")
@@ -103,7 +104,7 @@ def _evaluation_table(content: Mapping[str, Any]) -> MetricTable:
 
 
 def _evaluation_title(content: Mapping[str, Any]) -> str:
-    protocol, step = content["protocol"], (content.get("checkpoint") or {}).get("step")
+    protocol, step = content["protocol"], content.get("checkpoint", {}).get("step")
     name = f"Measured by the protocol {protocol.get('name', '')}"
     count = f", {_to_text(protocol['count'])} images" if "count" in protocol else ""
     return name + count + (f", step {_to_text(step)}" if step is not None else "")

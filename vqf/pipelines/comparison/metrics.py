@@ -17,7 +17,8 @@ from vqf.evaluation.result import manifest_sha256
 from vqf.options.typed_nodes import to_cli
 from vqf.protocols import VALIDATION_PREFIX
 from vqf.registry import components
-from vqf.run_files import evaluation_files, is_number, read_json
+from vqf.run_files.records import evaluation_files, read_record
+from vqf.run_files.shapes import METRICS, is_number
 from vqf.runs.checkpoint import Checkpoint
 
 PROTOCOL_NAMES = {"stage1": "training", "stage2": "training-prior"}  # of validations during training
@@ -42,23 +43,18 @@ class MetricValue:
 
 def training_metrics(checkpoint: Checkpoint, records: Iterable[Mapping[str, Any]]) -> MetricValues:
     """Yield the metrics of the last validation up to a checkpoint."""
-    validations = [
-        record
-        for record in records
-        if record["step"] <= checkpoint.step and any(key.startswith(VALIDATION_PREFIX) for key in record)
-    ]
-    last = [record for record in validations if record["step"] == validations[-1]["step"]]
-    values = {
-        key.removeprefix(VALIDATION_PREFIX): value
-        for record in last
-        for key, value in record.items()
-        if key.startswith(VALIDATION_PREFIX)
-    }
+    step, values = 0, dict[str, Any]()
+    for record in records:
+        found = {key: value for key, value in record.items() if key.startswith(VALIDATION_PREFIX)}
+        if found and record["step"] <= checkpoint.step:
+            values = found if record["step"] != step else values | found
+            step = record["step"]
     protocol, directions = _training_protocol(checkpoint), _metric_directions(checkpoint.config)
-    for key, value in values.items():
+    for prefixed, value in values.items():
+        key = prefixed.removeprefix(VALIDATION_PREFIX)
         if is_number(value) and key not in NOT_COMPARED:
             lines = protocol | _metric_lines(key, checkpoint)
-            yield key, MetricValue(value, lines, last[0]["step"], higher_is_better=directions.get(key))
+            yield key, MetricValue(value, lines, step, higher_is_better=directions.get(key))
 
 
 def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_step: bool) -> MetricValues:
@@ -71,8 +67,8 @@ def evaluation_metrics(folder: Path, checkpoints: Iterable[Checkpoint], same_ste
     by_kind = {checkpoint.kind: checkpoint for checkpoint in checkpoints}
     newest: dict[tuple[str, str], MetricValue] = {}
     for path in evaluation_files(folder):
-        content = read_json(path)
-        info = _section(content, "checkpoint")
+        content = read_record(path, METRICS)
+        info = content.get("checkpoint", {})
         checkpoint = by_kind.get(str(info.get("kind")))
         if _matches_checkpoint(info, checkpoint, same_step):
             for key, metric in _metric_values(content, checkpoint):
@@ -91,23 +87,24 @@ def _matches_checkpoint(checkpoint_info: Mapping[str, Any], checkpoint: Checkpoi
 
 
 def _metric_values(content: Mapping[str, Any], checkpoint: Checkpoint | None) -> MetricValues:
-    lines = {key: _to_text(value) for key, value in _section(content, "protocol").items() if key != "hash"}
-    intervals, floors = _section(content, "intervals"), _section(content, "floors")
-    settings, directions = _section(content, "settings"), _section(content, "higher_is_better")
-    for key, value in _section(content, "values").items():
+    protocol, intervals, floors, settings, directions = (
+        content.get(key, {}) for key in ("protocol", "intervals", "floors", "settings", "higher_is_better")
+    )
+    lines = {key: _to_text(value) for key, value in protocol.items() if key != "hash"}
+    for key, value in content.get("values", {}).items():
         if is_number(value) and key not in NOT_COMPARED:
-            options = {f"metric.{name}": _to_text(option) for name, option in (settings.get(key) or {}).items()}
+            options = {f"metric.{name}": _to_text(option) for name, option in settings.get(key, {}).items()}
             yield (
                 key,
                 MetricValue(
                     value,
                     lines | options | _metric_lines(key, checkpoint),
-                    step=int(_section(content, "checkpoint").get("step", 0)),
+                    step=content.get("checkpoint", {}).get("step", 0),
                     from_evaluation=True,
                     interval=_interval(intervals.get(key)),
                     floor=floors.get(key),
                     higher_is_better=directions.get(key),
-                    protocol_hash=str(_section(content, "protocol").get("hash", "")),
+                    protocol_hash=str(protocol.get("hash", "")),
                 ),
             )
 
@@ -154,11 +151,6 @@ def _metric_options(config: DictConfig) -> dict[str, str]:
 
 def _interval(interval: Any) -> tuple[float, float] | None:
     return (interval[0], interval[1]) if interval and None not in interval else None
-
-
-def _section(content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _to_text(value: Any) -> str:

@@ -1,16 +1,19 @@
 """Runs on disk, read as far as possible."""
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from vqf.errors import UserError
 from vqf.pipelines.comparison.metrics import MetricValue, MetricValues, evaluation_metrics, training_metrics
-from vqf.run_files import elapsed_seconds, log_times, read_json, read_metrics, read_text, read_yaml
+from vqf.run_files.aside import warn_once
+from vqf.run_files.metrics_log import LogTotals, missing_steps, read_metrics
+from vqf.run_files.records import read_config_record, read_record, read_tail
+from vqf.run_files.shapes import SUMMARY
 from vqf.runs.checkpoint import CHECKPOINTS_FOLDER, Checkpoint, latest_checkpoint, open_checkpoint, run_dir_of
 from vqf.runs.checkpoint_files import MANIFEST, BrokenCheckpointError
 
@@ -94,16 +97,21 @@ def read_run(path: Path) -> Run:
 
 
 def _read_stage(run: Run, folder: Path, checkpoint_dir: Path | None) -> float | None:
-    lines = list(read_metrics(folder / "metrics.jsonl"))
-    times = log_times(lines)
-    run.seconds += elapsed_seconds(times)
+    totals = LogTotals()
+    lines = totals.follow(read_metrics(folder / "metrics.jsonl"))
     checkpoint = _open_checkpoint(run, folder, checkpoint_dir)
     if checkpoint is not None:
         run.checkpoints.append(checkpoint)
         run.step, run.steps = run.step + checkpoint.step, run.steps + _planned_steps(checkpoint)
         run.add_metrics(training_metrics(checkpoint, lines))
-    resumed = any(after < now for now, after in pairwise(times))  # then the summary counts the last process only
-    return None if resumed else read_json(folder / "summary.json").get("processor_seconds")
+    deque(lines, maxlen=0)  # read on to the end, without a checkpoint from the start
+    run.seconds += totals.seconds
+    last_logged = checkpoint.state.get("last_logged", 0) if checkpoint else 0
+    if message := missing_steps(folder / "metrics.jsonl", totals.last_step, last_logged):
+        warn_once(message)
+    if totals.processes > 1:  # the summary counts the last one only
+        return None
+    return read_record(folder / "summary.json", SUMMARY).get("processor_seconds")
 
 
 def _expand(spec: str) -> Iterator[Path]:
@@ -166,13 +174,10 @@ def _status(run: Run, subrun_dirs: list[Path]) -> str:
 
 
 def _logged_error(path: Path) -> str:
-    messages = [match for line in read_text(path).splitlines() if (match := LOG_LINE.match(line))]
+    messages = [match for line in read_tail(path).splitlines() if (match := LOG_LINE.match(line))]
     return messages[-1][2] if messages and messages[-1][1] == "ERROR" else ""
 
 
 def _composed_config(folder: Path) -> DictConfig | None:
-    try:
-        config = read_yaml(folder / ".hydra" / "config.yaml")
-    except (OSError, ValueError):  # missing, truncated, or not YAML
-        return None
+    config = read_config_record(folder / ".hydra" / "config.yaml")
     return config if isinstance(config, DictConfig) else None

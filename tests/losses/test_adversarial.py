@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vqf.losses.adversarial import Hinge, Vanilla
+from vqf.losses.adversarial import Hinge, LeastSquares, NonSaturating, Vanilla
 
 
 def logits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,12 +30,31 @@ def test_vanilla_is_binary_cross_entropy() -> None:
     assert float(Vanilla(10).discriminator_loss(real, fake)) == pytest.approx(loss / 2, rel=1e-12)
 
 
+def test_non_saturating_is_binary_cross_entropy_with_the_targets_the_right_way_round() -> None:
+    """torch's loss with targets: images 1, reconstructions 0; for the generator, reconstructions 1."""
+    real, fake = logits()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = entropy(real, torch.ones_like(real)) + entropy(fake, torch.zeros_like(fake))
+    torch.testing.assert_close(NonSaturating(10).discriminator_loss(real, fake), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(NonSaturating(10).generator_loss(fake), entropy(fake, torch.ones_like(fake)))
+
+
+def test_least_squares_is_its_formula() -> None:
+    real, fake = logits()
+    loss = sum((x - 1) ** 2 for x in real.flatten().tolist()) + sum(x**2 for x in fake.flatten().tolist())
+    assert float(LeastSquares(10).discriminator_loss(real, fake)) == pytest.approx(loss / real.numel() / 2, rel=1e-12)
+    loss = sum((x - 1) ** 2 for x in fake.flatten().tolist()) / fake.numel()
+    assert float(LeastSquares(10).generator_loss(fake)) == pytest.approx(loss / 2, rel=1e-12)
+
+
 def test_a_perfect_discriminator_loses_nothing() -> None:
     """LlamaGen#84: swapped arguments reward the worst discriminator."""
     real, fake = torch.full((3,), 20.0), torch.full((3,), -20.0)
-    for objective in (Hinge(10), Vanilla(10)):
+    for objective in (Hinge(10), Vanilla(10), NonSaturating(10)):
         assert float(objective.discriminator_loss(real, fake)) < 1e-6
         assert float(objective.discriminator_loss(fake, real)) > 10
+    assert float(LeastSquares(10).discriminator_loss(torch.ones(3), torch.zeros(3))) == 0
+    assert float(LeastSquares(10).discriminator_loss(torch.zeros(3), torch.ones(3))) == 1
 
 
 def test_adaptive_weight_is_the_papers_lambda() -> None:

@@ -25,7 +25,12 @@ class PatchGAN(nn.Module):
         layers: Number of strided layers (n_layers).
         norm: "batch" as published: each process normalizes by its own images. "sync_batch" uses the statistics of all
             processes, with the same weights. "group" keeps images independent: better for small batches and for
-            gradient accumulation.
+            gradient accumulation. "none" is for `spectral_norm`.
+        spectral_norm: Divide the weights of every convolution by their largest singular value
+            (https://arxiv.org/abs/1802.05957), which bounds the slope of the logits: a discriminator that cannot win
+            at once.
+        blur: Halve the size by a convolution of stride 1 and a binomial filter (https://arxiv.org/abs/1904.11486), as
+            MaskGIT's and MAGVIT-2's discriminators do: logits change little when the image moves by a pixel.
     """
 
     def __init__(
@@ -34,31 +39,43 @@ class PatchGAN(nn.Module):
         *,
         channels: Dimension = 64,
         layers: Annotated[int, Interval(ge=0, le=16)] = 3,
-        norm: Literal["batch", "sync_batch", "group"] = "batch",
+        norm: Literal["batch", "sync_batch", "group", "none"] = "batch",
+        spectral_norm: bool = False,
+        blur: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        net: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        net: list[nn.Module] = [*_conv(in_channels, channels, 2, blur, bias=True), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
-            stride = 2 if i < layers else 1
-            net += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False),
-                _norm(norm, widths[i]),
-                nn.LeakyReLU(0.2),
-            ]
+            net += _conv(widths[i - 1], widths[i], 2 if i < layers else 1, blur, bias=norm == "none")
+            net += [*_norm(norm, widths[i]), nn.LeakyReLU(0.2)]
         net.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.main = nn.Sequential(*net)
         self.apply(_init_weights)
+        if spectral_norm:
+            for module in self.main:
+                if isinstance(module, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(module)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> logits (B, 1, h, w)."""
         return self.main(images)
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
+def _conv(source: int, target: int, stride: int, blur: bool, bias: bool) -> list[nn.Module]:
+    if not blur or stride == 1:
+        return [nn.Conv2d(source, target, 4, stride, 1, bias=bias)]
+    from timm.layers import BlurPool2d
+
+    return [nn.Conv2d(source, target, 3, 1, 1, bias=bias), BlurPool2d(target, filt_size=3, stride=stride)]
+
+
+def _norm(kind: str, channels: int) -> list[nn.Module]:
+    if kind == "none":
+        return []
     if kind == "group":
-        return nn.GroupNorm(8, channels)
-    return SyncBatchNorm2d(channels) if kind == "sync_batch" else nn.BatchNorm2d(channels)
+        return [nn.GroupNorm(8, channels)]
+    return [SyncBatchNorm2d(channels) if kind == "sync_batch" else nn.BatchNorm2d(channels)]
 
 
 def _init_weights(module: nn.Module) -> None:

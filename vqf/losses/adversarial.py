@@ -100,3 +100,37 @@ class Vanilla(AdversarialObjective):
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """-½ (E[log D(x)] + E[log(1 - D(x̂))])."""
         return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+@register("adversary", "non_saturating")
+class NonSaturating(AdversarialObjective):
+    """The original objective with the generator's non-saturating loss, https://arxiv.org/abs/1406.2661, as StyleGAN2.
+
+    Both losses are of one logistic regression, so it needs no margin. Where hinge loss ignores patches that are told
+    apart already, this one keeps a gradient; it is usually paired with `regularizer=r1`.
+    """
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """-E[log D(x̂)]."""
+        return F.softplus(-fake).mean()
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """-(E[log D(x)] + E[log(1 - D(x̂))])."""
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+@register("adversary", "least_squares")
+class LeastSquares(AdversarialObjective):
+    """Least Squares GAN, https://arxiv.org/abs/1611.04076, equation 9: images are labelled 1, reconstructions 0.
+
+    Its gradient does not vanish for patches on the right side of the boundary but far from it, which makes early
+    training smooth; logits that are far off are punished more than by hinge loss.
+    """
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """½ E[(D(x̂) - 1)²]."""
+        return 0.5 * (fake - 1).square().mean()
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """½ (E[(D(x) - 1)²] + E[D(x̂)²])."""
+        return 0.5 * ((real - 1).square().mean() + fake.square().mean())

@@ -24,7 +24,7 @@ HEAD = """# Components
 All components and presets, written by `python docs/generate.py` from the registry. Choose a component with
 `group=name`, set an option with `group.option=value` (dots instead of slashes), and add `--help` or `--cfg job` to
 see the result. A preset is a component with its own option values. "given" lists the arguments that vqf passes.
-[examples/](../examples/README.md) shows how to add your own.
+[extending.md](extending.md) shows how to add your own.
 """
 
 

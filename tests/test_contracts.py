@@ -680,6 +680,10 @@ def test_prior_decodes_ragged_chunks_as_full_sequences(build: Any, name: str) ->
                 read[b] = end
 
 
+def sampler_for(prior: Any) -> str:
+    return "autoregressive" if isinstance(prior, Causal) else "toy_masked"
+
+
 @every["sampler"]
 def test_sampler_contract(build: Any, name: str) -> None:
     sampler = build("sampler", name)
@@ -844,7 +848,7 @@ def overrides(kind: str, name: str) -> list[str]:
 
 
 @every["quantizer"]
-def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(name: str) -> None:
+def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(build: Any, name: str) -> None:
     chosen = [each for kind in ("encoder", "decoder") for each in overrides(kind, "conv")]
     config = compose(
         *("model=vqvae", "data=emoji", "image_size=16", "batch_size=4", "steps=10", "device=cpu", "optimizer.lr=1e-3"),
@@ -867,7 +871,7 @@ def test_every_quantizer_trains_a_tokenizer_and_its_tokens_train_every_prior(nam
     for prior in component_names("prior"):
         node = OmegaConf.create({"name": prior, **TINY.get(("prior", prior), {})})
         OmegaConf.update(config, "model.prior", node, merge=False)
-        sampler = OmegaConf.create({"name": "toy_masked" if prior == "toy_masked" else "autoregressive"})
+        sampler = OmegaConf.create({"name": sampler_for(a_prior(build, prior))})
         generator = build_generator(config, tokenizer, data.classes, sampler=sampler)
         prefix = generator.conditioner(batch)
         optimizer = torch.optim.Adam(generator.prior.parameters(), lr=1e-3)  # type: ignore[attr-defined]

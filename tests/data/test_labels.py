@@ -12,7 +12,7 @@ from vqf.data.folder import Folder
 from vqf.data.labels import MAX_CLASSES, class_numbers
 from vqf.data.shards import Shards
 from vqf.errors import UserError
-from vqf.models.sample_request import class_index
+from vqf.models.class_labels import class_index
 
 
 def folder_of_classes(root, names):

@@ -11,6 +11,7 @@ from torch import Tensor
 from vqf.batch import Batch, Size
 from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
+from vqf.models.inputs import check_images
 from vqf.protocols import ReadsImages
 
 
@@ -30,7 +31,10 @@ def condition_batch(conditions: Tensor | Batch | None, conditioner: ConditionerS
         UserError: If an image is missing, or channels or rows are wrong.
     """
     fields = image_fields(conditioner)
-    batch = _batch_from_images(conditions, fields) if isinstance(conditions, Tensor) else conditions or Batch()
+    if conditions is None or isinstance(conditions, Batch):
+        batch = conditions or Batch()
+    else:
+        batch = _batch_from_images(conditions, fields, conditioner)
     for name, reader in conditioner.image_conditioners():
         if name not in batch.condition_indices:
             _check_condition_image(name, getattr(batch, reader.batch_field), reader)
@@ -71,7 +75,7 @@ def pad_to(batch: Batch, size: Size, target: Size) -> Batch:
     return replace(batch, images=pad(batch.images), conditions=pad(batch.conditions), crop_boxes=boxes)
 
 
-def _batch_from_images(images: Tensor, fields: Mapping[str, str]) -> Batch:
+def _batch_from_images(images: Tensor, fields: Mapping[str, str], conditioner: ConditionerStack) -> Batch:
     distinct = set(fields.values())
     if not distinct:
         raise UserError(
@@ -82,7 +86,9 @@ def _batch_from_images(images: Tensor, fields: Mapping[str, str]) -> Batch:
         raise UserError(
             f"conditions: several conditioners read images, {readers}; pass a Batch with each of these fields"
         )
-    only: dict[str, Any] = {distinct.pop(): images.reshape(-1, *images.shape[-3:])}
+    if isinstance(images, Tensor) and images.ndim == 3 and len(images) == conditioner.channels:
+        images = images[None]
+    only: dict[str, Any] = {distinct.pop(): images}
     return Batch(**only)
 
 
@@ -90,8 +96,9 @@ def _check_condition_image(name: str, images: Tensor | None, reader: ReadsImages
     if images is None:
         kind = "an image" if reader.batch_field == "images" else "a condition map"
         raise UserError(f"conditioner '{name}' needs {kind} of the size of the sample; pass one with condition=FILE")
-    if images.shape[1] != reader.channels:
+    if isinstance(images, Tensor) and images.ndim == 4 and reader.channels not in images.shape:
         raise UserError(
             f"conditioner '{name}' was trained on images of {reader.channels} channels, not of {images.shape[1]}; "
             "data.maps and data.labels set how a condition map is read"
         )
+    check_images(images, reader.channels, "conditions")

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from vqf.batch import Batch, Size
 from vqf.errors import UserError
+from vqf.models.class_labels import class_index, resolve_labels
 from vqf.models.condition_batch import condition_batch, condition_image_size, pad_to
 from vqf.models.conditioning import ConditionerStack
+from vqf.models.inputs import check_codes, check_mask, check_seed, check_start, whole_number
 from vqf.models.prefixes import full_prefixes, window_prefixes
 from vqf.models.sample_request import (
     check_raster,
     check_sampler,
-    class_index,
     known_token_mask,
     layout_for_size,
-    resolve_labels,
 )
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Prior, Sampler, ScoredSamples, Scorer, Windowed
@@ -59,7 +59,7 @@ class Generator(nn.Module):
         count: int,
         *,
         label: int | str | None = None,
-        labels: Sequence[int] | Tensor | None = None,
+        labels: Sequence[int | str] | Tensor | None = None,
         seed: int = 0,
         first: int = 0,
         batch_size: int = 64,
@@ -74,7 +74,7 @@ class Generator(nn.Module):
 
         Args:
             label: One class for all images, by index or name.
-            labels: Class of each image; by default (`first` + i) mod their number.
+            labels: Class of each image, by index or name; by default (`first` + i) mod their number.
             size: Height and width in pixels, or one number for both; by default as in training. Condition images decide
                 it themselves.
             conditions: Images in [-1, 1], (count, C, H, W), or (C, H, W) for all; or a batch of `count` rows or one.
@@ -82,8 +82,11 @@ class Generator(nn.Module):
             candidates: Samples for each image, of which `self.scorer` keeps the best.
 
         Raises:
-            UserError: If a class or condition is missing, or the sampler cannot sample that size.
+            UserError: If an argument is wrong, a class or condition is missing, or the sampler cannot sample that size.
         """
+        count, candidates, seed = whole_number("count", count), whole_number("candidates", candidates), check_seed(seed)
+        first, batch_size = whole_number("first", first, 0), whole_number("batch_size", batch_size)
+        tile = None if tile is None else whole_number("tile", tile)
         batch = condition_batch(conditions, self.conditioner, count)
         if batch.labels is None or label is not None or labels is not None:
             batch = replace(batch, labels=resolve_labels(count, self.classes, label, labels, first))
@@ -117,7 +120,7 @@ class Generator(nn.Module):
             # Candidate 0 is the sample of candidates=1, so that more candidates can only improve the score.
             key = hash_seed(seed, "candidate", candidate) if candidate else seed
             tokens = self.sample_tokens(conditions, seed=key, first=first, layout=layout)
-            images = self.tokenizer.decode_tokens(tokens, layout, tile)
+            images = self.tokenizer.decode_unchecked(layout.unflatten(tokens), tile)
             if candidates == 1:
                 return images
             new_scores = self._score(conditions, tokens, images, layout)
@@ -140,7 +143,7 @@ class Generator(nn.Module):
         images: Tensor,
         mask: Tensor,
         *,
-        labels: Sequence[int] | Tensor | None = None,
+        labels: Sequence[int | str] | Tensor | None = None,
         seed: int = 0,
         first: int = 0,
         batch_size: int = 64,
@@ -152,20 +155,27 @@ class Generator(nn.Module):
         left only.
 
         Args:
-            images: (B, 3, H, W), or their indices (B, h, w) or (B, h, w, K). Tokens near the mask may depend on a few
+            images: (B, C, H, W), or their indices (B, h, w) or (B, h, w, K). Tokens near the mask may depend on a few
                 unknown pixels.
             mask: True where known: (H, W) or (B, H, W) in pixels, or (h, w) or (B, h, w) in cells. The tokens of a cell
                 are known where all of its pixels are.
             conditions: Conditioners that read a view of the image see all of `images` by default.
 
         Raises:
-            UserError: If the sampler cannot keep known tokens, or cannot sample this size, or the tokens are not those
-                of one grid.
+            UserError: If an argument is wrong, the sampler cannot keep known tokens, or cannot sample this size, or the
+                tokens are not those of one grid.
         """
         check_raster(self.tokenizer.layout, "mask")
+        first, batch_size = whole_number("first", first, 0), whole_number("batch_size", batch_size)
+        start, seed, mask = check_start(images, self.tokenizer.layout), check_seed(seed), check_mask(mask)
+        images = self.tokenizer.check_images(images) if start is None else start
         indices, count = self._to_indices(images, batch_size), len(images)
         layout = self.tokenizer.layout_of((indices.shape[1], indices.shape[2]))
-        known = layout.flatten(indices).masked_fill(~known_token_mask(mask.to(self.device), layout, count), -1)
+        unknown = ~known_token_mask(mask.to(self.device), layout, count)
+        tokens = layout.flatten(indices)
+        if not images.is_floating_point():
+            check_codes(tokens.masked_fill(unknown, 0), layout, "images")
+        known = tokens.masked_fill(unknown, -1)
         batch = condition_batch(self._default_conditions(conditions, images), self.conditioner, count)
         if batch.labels is None or labels is not None:
             batch = replace(batch, labels=resolve_labels(count, self.classes, None, labels, first))
@@ -175,7 +185,7 @@ class Generator(nn.Module):
             tokens = self.sample_tokens(
                 batch.slice(i, i + batch_size), seed=seed, first=first + i, layout=layout, known=known[rows]
             )
-            completed.append(self.tokenizer.decode_tokens(tokens, layout))
+            completed.append(self.tokenizer.decode_unchecked(layout.unflatten(tokens)))
         return torch.cat(completed)
 
     @torch.no_grad()
@@ -222,7 +232,7 @@ class Generator(nn.Module):
         if not images.is_floating_point():
             return images.to(self.device)
         self.eval()
-        return torch.cat([self.tokenizer.encode(chunk.to(self.device)) for chunk in images.split(batch_size)])
+        return torch.cat([self.tokenizer.encode_unchecked(chunk) for chunk in images.split(batch_size)])
 
     def class_index(self, label: int | str) -> int:
         """The index of a class by index or name.

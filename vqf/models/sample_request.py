@@ -1,82 +1,18 @@
 """Validation of a sampling call."""
 
+import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from vqf.batch import Size, pair
-from vqf.errors import UserError, unknown_message
+from vqf.batch import Size
+from vqf.errors import UserError
 from vqf.models.conditioning import ConditionerStack
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Causal, Masked, Prior, Sampler, Windowed
 from vqf.registry import components
-from vqf.terminal import log
 from vqf.tokens.layout import TokenLayout
-
-
-def class_index(label: int | str, classes: Sequence[str]) -> int:
-    """The index of a class by name, or else by index; a name that is a whole number is found by its value.
-
-    Raises:
-        UserError: If there is none.
-    """
-    by_name, index = _index_by_name(str(label), classes), _whole_number(str(label))
-    if by_name is not None:
-        if index is not None and index != by_name and index < len(classes):
-            _log_reading(str(label), classes[by_name], by_name, classes[index])
-        return by_name
-    if index is None:
-        raise UserError(f"label={label}: {unknown_message('class', label, classes)}")
-    if index not in range(len(classes)):
-        raise UserError(f"label={label}: {unknown_message('class', label, range(len(classes)))}")
-    return index
-
-
-def _index_by_name(label: str, classes: Sequence[str]) -> int | None:
-    if label in classes:
-        return classes.index(label)
-    number = _whole_number(label)
-    return next((i for i, name in enumerate(classes) if number is not None and _whole_number(name) == number), None)
-
-
-def _whole_number(name: str) -> int | None:
-    return int(name) if name.isascii() and name.isdecimal() else None
-
-
-@lru_cache  # every batch resolves the same label; one line is enough
-def _log_reading(label: str, name: str, index: int, other: str) -> None:
-    log.info(
-        "label=%s: draws the class named '%s', which has index %d; the class with index %s is '%s', label=%s draws it",
-        *(label, name, index, label, other, other),
-    )
-
-
-def resolve_labels(
-    count: int,
-    classes: Sequence[str],
-    label: int | str | None,
-    labels: Sequence[int] | Tensor | None,
-    first: int,
-) -> Tensor:
-    """The classes (count,) of the images `first`, `first + 1`, ..., by default in turn.
-
-    Raises:
-        UserError: If their number is wrong, or a class does not exist.
-    """
-    if labels is not None:
-        chosen = torch.as_tensor(labels)
-    elif label is not None:
-        chosen = torch.full((count,), class_index(label, classes))
-    else:
-        chosen = (torch.arange(count) + first) % max(len(classes), 1)
-    if len(chosen) != count:
-        raise UserError(f"labels: {len(chosen)} labels for {count} images")
-    if classes and (chosen.min() < 0 or chosen.max() >= len(classes)):
-        raise UserError(f"labels: classes are numbered 0 to {len(classes) - 1}")
-    return chosen
 
 
 def layout_for_size(size: int | Sequence[int], tokenizer: Tokenizer) -> TokenLayout:
@@ -118,7 +54,9 @@ def known_token_mask(mask: Tensor, layout: TokenLayout, count: int) -> Tensor:
         ValueError: If the mask has another shape.
     """
     (height, width), stride = check_raster(layout, "mask")
-    mask = mask.to(torch.bool).expand(count, *mask.shape[-2:])
+    if mask.ndim == 3 and len(mask) not in (1, count):
+        raise ValueError(f"mask: {len(mask)} masks for {count} images; give one for each, or one for all")
+    mask = mask.expand(count, *mask.shape[-2:])
     if mask.shape[1:] == (height * stride, width * stride):
         mask = mask.unflatten(2, (width, stride)).unflatten(1, (height, stride)).all(dim=4).all(dim=2)
     elif mask.shape[1:] != (height, width):
@@ -203,9 +141,10 @@ def check_pair(sampler: Sampler, prior: Prior, names: tuple[str, str]) -> None:
     )
 
 
-def _read_size(size: int | Sequence[int]) -> Size:
+def _read_size(size: Any) -> Size:
     try:
-        height, width = pair(size)
+        sides = [operator.index(size)] * 2 if getattr(size, "ndim", 1) == 0 or isinstance(size, int) else size
+        height, width = (operator.index(each) for each in sides)
     except (TypeError, ValueError) as error:
         raise UserError(f"size={size}: must be one number, or height and width as size=[512,768]") from error
     if height < 1 or width < 1:

@@ -34,12 +34,12 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int) -> Tensor:
     Images of one tile are encoded in one piece. Of larger ones, group norms have the statistics of the full image.
 
     Raises:
-        ValueError: As `Tokenizer.encode`.
+        UserError: As `Tokenizer.encode`.
     """
     stride = cell_stride(tokenizer)
     if max(images.shape[2:]) <= tile * stride:
         return tokenizer.encode(images)
-    tokenizer.check_images(images)
+    images = tokenizer.check_images(images).to(tokenizer.device, tokenizer.dtype)
     encoder = tokenizer.encoder
     if isinstance(encoder, TiledEncoding) and images.shape[2:].numel() <= MAX_GLOBAL_CELLS * stride**2:
         cells = _encode_converged(tokenizer, encoder.local_features, images, tile, MARGIN)

@@ -13,6 +13,8 @@ from vqf.batch import Size, pair
 from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.images import to_rgb
+from vqf.models.inputs import check_codes, check_images, check_indices, check_size, check_tokens, whole_number
+from vqf.models.precision import quantize_upcast
 from vqf.models.tiled_decoding import MAX_GLOBAL_CELLS, GlobalGroupNorm, decode_tiles
 from vqf.protocols import Decoder, Encoder, Layered, Quantized, Quantizer, TiledDecoding, Unplaced
 from vqf.registry import build
@@ -81,35 +83,64 @@ class Tokenizer(nn.Module):
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
         return TokenizerOutput(self.decoder.last_layer(features), features, quantized)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def quantize(self, images: Tensor) -> Quantized:
         return self.quantize_latents(self.encoder(images))
 
     def quantize_latents(self, latents: Tensor) -> Quantized:
         """Quantize the encoder's output (B, dim, h, w)."""
-        latents = self.quant_conv(latents)
-        # In float32 or better under any autocast: bf16 distances pick other codes.
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.quantizer(latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        return quantize_upcast(self.quantizer, self.quant_conv(latents))
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] to indices, in the quantizer's shape: (B, h, w) with one codebook.
 
         Raises:
-            ValueError: If the shape is wrong, or the stride does not divide the sides.
+            UserError: If shape, type or values are wrong, or the stride does not divide the sides.
         """
-        self.check_images(images)
-        return self.quantize(images).indices
+        images = self.check_images(images)
+        if not len(images):  # few layers take empty batches
+            return self.encode_unchecked(images.new_zeros(1, *images.shape[1:]))[:0]
+        return self.encode_unchecked(images)
 
     @torch.no_grad()
+    def encode_unchecked(self, images: Tensor) -> Tensor:
+        """`encode` without checks, for which the host would wait for a GPU."""
+        return self.quantize(images.to(self.device, self.dtype)).indices
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """Return images as they are if `encode` takes them.
+
+        Raises:
+            UserError: As `encode`.
+        """
+        images = check_images(images, self.channels)
+        check_size(images.shape[2], images.shape[3], self.stride, self.image_size)
+        return images
+
     def decode(self, indices: Tensor, tile: int | None = None) -> Tensor:
-        """Decode indices int64 to images (B, C, h * stride, w * stride), in [-1, 1] unless they are logits.
+        """Decode indices to images (B, C, h * stride, w * stride), in [-1, 1] unless they are logits.
 
         Args:
             tile: Decode at most so many cells per side at once. Blended tiles differ from one pass by less than one
                 level of 8 bits. Cells without places in the image are decoded at once.
+
+        Raises:
+            UserError: If shape or type are wrong, or a code is none of its codebook.
         """
-        latents = self.post_quant_conv(self.quantizer.lookup(indices))
+        indices = check_codes(check_indices(indices, self.layout), self.layout, "indices")
+        return self.decode_unchecked(indices, None if tile is None else whole_number("tile", tile))
+
+    @torch.no_grad()
+    def decode_unchecked(self, indices: Tensor, tile: int | None = None) -> Tensor:
+        """`decode` of int64 without checks."""
+        latents = self.post_quant_conv(self.quantizer.lookup(indices.to(self.device)).to(self.dtype))
         if tile is None or self.stride is None or max(latents.shape[2:]) <= tile:
             images = self.decoder(latents)
         else:
@@ -136,7 +167,9 @@ class Tokenizer(nn.Module):
 
     def decode_tokens(self, tokens: Tensor, layout: TokenLayout | None = None, tile: int | None = None) -> Tensor:
         """`decode` of tokens (B, T); `layout` is that of images of another size than in training."""
-        return self.decode((layout or self.layout).unflatten(tokens), tile)
+        layout = layout or self.layout
+        tokens = check_codes(check_tokens(tokens, layout), layout, "tokens")
+        return self.decode_unchecked(layout.unflatten(tokens), None if tile is None else whole_number("tile", tile))
 
     def to_rgb(self, images: Tensor) -> Tensor:
         """Show images, or logits or maps of classes, as colors (B, 3, H, W) in [-1, 1]."""
@@ -145,23 +178,6 @@ class Tokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the weights, for which alone tokens are valid."""
         return sha256_of_tensors(self.state_dict())[:16]
-
-    def check_images(self, images: Tensor) -> None:
-        """Check a shape.
-
-        Raises:
-            ValueError: If it is wrong, or the stride does not divide the sides.
-        """
-        if images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images must be (B, {self.channels}, H, W) in [-1, 1], not {tuple(images.shape)}")
-        height, width = images.shape[2:]
-        if self.stride is None and (height, width) != self.image_size:
-            raise ValueError(f"images must be {' x '.join(map(str, self.image_size))} pixels, not {height} x {width}")
-        if self.stride is not None and (height % self.stride or width % self.stride):
-            raise ValueError(
-                f"image height and width must be multiples of the encoder's stride {self.stride}, "
-                f"not {height} x {width}"
-            )
 
 
 def build_tokenizer(

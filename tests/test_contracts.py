@@ -54,11 +54,17 @@ from vqf.training.tokenizer_task import build_tokenizer_task
 
 CODES = {"dim": 4, "codebook_size": 12}
 CONV = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [16]}
+MAGVIT = {"channels": 8, "multipliers": [1, 2], "blocks": 1}
+VIT = {"patch_size": 2, "width": 16, "layers": 1, "heads": 2}
 
 # Options for components that need one to be built, or are large without. "{...}" names a fixture's file or folder.
 TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("encoder", "conv"): {"dim": 6, **CONV},
     ("decoder", "conv"): CONV,
+    ("encoder", "magvit"): {"dim": 6, **MAGVIT},
+    ("decoder", "magvit"): MAGVIT,
+    ("encoder", "vit"): {"dim": 6, **VIT},
+    ("decoder", "vit"): VIT,
     ("quantizer", "cosine"): CODES,
     ("quantizer", "ema"): CODES,
     ("quantizer", "fsq"): {"levels": [5, 4, 3], "factors": [2, 1]},

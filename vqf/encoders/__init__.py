@@ -1,5 +1,5 @@
 """Encoders and decoders."""
 
-from vqf.encoders import conv
+from vqf.encoders import conv, magvit, vit
 
-__all__ = ["conv"]
+__all__ = ["conv", "magvit", "vit"]

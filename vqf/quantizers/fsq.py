@@ -14,10 +14,9 @@ from annotated_types import Interval, Len
 from torch import Tensor, nn
 
 from vqf.batch import Size
-from vqf.options.ranges import Dimension
 from vqf.protocols import Quantized
 from vqf.quantizers.codebook import straight_through
-from vqf.quantizers.product_codebook import ProductCodebook
+from vqf.quantizers.product_codebook import Factors, ProductCodebook
 from vqf.registry import register
 from vqf.tokens.layout import TokenLayout
 
@@ -25,7 +24,6 @@ EPSILON = 1e-3  # the paper's; it keeps an even number of levels from having one
 
 Bound = Literal["paper", "centered", "symmetric", "ifsq"]
 Levels = Annotated[Sequence[Annotated[int, Interval(ge=2, le=2**16)]], Len(1)]
-Factors = Annotated[Sequence[Dimension], Len(1)]
 
 
 @register("quantizer", "fsq")

@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor, nn
 
 from vqf.batch import Size
 from vqf.distributed import comm
+from vqf.options.ranges import Dimension
 from vqf.quantizers.codebook import index_counts, usage_stats
 from vqf.tokens.layout import MAX_COUNTED, TokenLayout
 
 MAX_CODES = 2**62  # of one codebook: indices are int64
 
 DigitOrder = Literal["little", "big"]
+Factors = Annotated[Sequence[Dimension], Len(1)]
 
 
 class ProductCodebook(nn.Module):
@@ -38,7 +41,7 @@ class ProductCodebook(nn.Module):
     owner: Tensor  # (D,) int64, the codebook of a channel
 
     def __init__(
-        self, values: Sequence[Sequence[float]], factors: Sequence[int] | None = None, order: DigitOrder = "little"
+        self, values: Sequence[Sequence[float]], factors: Factors | None = None, order: DigitOrder = "little"
     ) -> None:
         super().__init__()
         levels = [len(each) for each in values]

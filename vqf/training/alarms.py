@@ -37,13 +37,14 @@ def build_alarms(model: ConfigNode) -> list[Alarm]:
 def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
     """Return the alarms of a codebook."""
     hint = revival_hint(quantizer)
+    size = next((option for option in ("codebook_size", "levels", "dim") if option in quantizer), "codebook_size")
     return [
         Alarm(
             "codes die",
             ("usage_vs_chance", "usage"),
             lambda usage_vs_chance, usage: usage_vs_chance < 0.2,
             "codes die: fewer are used than a fifth of what random assignment would use ('usage_vs_chance' below 0.2; "
-            f"'dead_codes' counts the others): {hint}, or fewer codes with model.quantizer.codebook_size",
+            f"'dead_codes' counts the others): {hint}, or fewer codes with model.quantizer.{size}",
         ),
         Alarm(
             "collapse",
@@ -60,6 +61,8 @@ def revival_hint(quantizer: ConfigNode) -> str:
         rate = quantizer["revive"] or 0
         init = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
         return f"revive them with model.quantizer.revive={max(0.03, 3 * rate):g}{init}"
+    if "diversity" in quantizer:
+        return "raise model.quantizer.diversity or model.quantizer.entropy, which pull towards all codes"
     if "kl_weight" in quantizer:
         return "raise model.quantizer.kl_weight, which pulls towards all codes"
     return "choose model/quantizer=ema, which revives dead codes"

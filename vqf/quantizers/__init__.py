@@ -1,5 +1,5 @@
 """Quantizers."""
 
-from vqf.quantizers import bsq, cosine, ema, fsq, gumbel, lfq, rotation, vq
+from vqf.quantizers import bsq, cosine, ema, fsq, gumbel, ibq, lfq, rotation, simvq, vq
 
-__all__ = ["bsq", "cosine", "ema", "fsq", "gumbel", "lfq", "rotation", "vq"]
+__all__ = ["bsq", "cosine", "ema", "fsq", "gumbel", "ibq", "lfq", "rotation", "simvq", "vq"]

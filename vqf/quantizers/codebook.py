@@ -12,10 +12,18 @@ def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
     Args:
         chunk: Entries of the distance matrix held at once (at least one row).
     """
-    half_norms = codebook.square().sum(1) / 2
-    rows = max(chunk // len(codebook), 1)
     # |z - e|² / 2 = |z|² / 2 - z·e + |e|² / 2: the first term is the same for every code
-    indices = [(half_norms - z @ codebook.T).argmin(1) for z in vectors.split(rows)]
+    return _least(vectors, codebook, codebook.square().sum(1) / 2, chunk)
+
+
+def most_similar(vectors: Tensor, codebook: Tensor, chunk: int = 1 << 24) -> Tensor:
+    """Index (N,) int64 of the code (V, D) with the largest dot product with each vector (N, D); else as `nearest`."""
+    return _least(vectors, codebook, codebook.new_zeros(()), chunk)
+
+
+def _least(vectors: Tensor, codebook: Tensor, offsets: Tensor, chunk: int) -> Tensor:
+    rows = max(chunk // len(codebook), 1)
+    indices = [(offsets - z @ codebook.T).argmin(1) for z in vectors.split(rows)]
     return torch.cat(indices) if indices else vectors.new_zeros(0, dtype=torch.long)
 
 

@@ -150,7 +150,7 @@ ONE_MISTAKE = [
     (
         "model.quantiser.beta=1",
         "model.quantiser.beta=1: unknown option 'quantiser' in model. Did you mean 'quantizer'? "
-        "Known: discriminator, loss, prior, quantizer.",
+        "Known: discriminator, loss, prior, projection, quantizer.",
     ),
     ("model.loss.l2.weight=1", "model.loss.l2.weight=1: unknown option 'l2' in model.loss. Known: l1."),
     ("log.evry=1", "log.evry=1: unknown option 'evry' in log. Did you mean 'every'? Known: every."),
@@ -318,7 +318,7 @@ def test_every_choice_of_a_sweep_is_checked_before_the_first_job(world: Path) ->
 def test_a_typo_in_a_file_is_found_too(world: Path) -> None:
     assert errors(world, "experiment=misspelt") == [
         "model.quantiser: unknown option 'quantiser' in model. Did you mean 'quantizer'? Known: "
-        "adversary, conditioner, decoder, discriminator, encoder, loss, prior, quantizer, regularizer.",
+        "adversary, conditioner, decoder, discriminator, encoder, loss, prior, projection, quantizer, regularizer.",
         f"stepz: unknown option 'stepz'. Did you mean 'steps'? {HELP}",
     ]
 

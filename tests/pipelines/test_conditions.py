@@ -241,7 +241,7 @@ def test_place_is_the_crop_box_of_a_condition(many: Path, tmp_path: Path, condit
         sample(many, tmp_path / "out", "sampler=sliding_window", condition=both, place=[0.2, 0.0, 0.4, 1.0])
     # 20 rows and 24 columns are padded to 32: the box grows so that the unpadded part keeps its crop box.
     torch.testing.assert_close(conditions_seen[0].crop_boxes, torch.tensor([[0.2, 0.0, 0.2 + 0.2 * 32 / 20, 32 / 24]]))
-    with pytest.raises(UserError, match=r"place=\[0\.5, 0\.2\]: give top, left, bottom and right"):
+    with pytest.raises(UserError, match=r"place=\[0\.5,0\.2\]: must be null or a list of 4"):
         sample(many, tmp_path / "wrong", condition=both, place=[0.5, 0.2])
 
 

@@ -15,7 +15,7 @@ from vqf.data.images.decode import EXTENSIONS
 from vqf.data.images.maps import MapDecoder, MapKind
 from vqf.data.images.pixel_values import PixelRange, check_range
 from vqf.errors import UserError
-from vqf.options.ranges import NonNegativeInt
+from vqf.options.ranges import AnyLabel, NonNegativeInt
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -53,7 +53,7 @@ class Pairs(Folder):
         suffix: str = "",
         maps: MapKind = "rgb",
         labels: NonNegativeInt = 0,
-        unlabelled: NonNegativeInt | None = None,
+        unlabelled: AnyLabel | None = None,
         map_range: PixelRange | None = None,
         source_hint: str | None = None,
         **options: Any,

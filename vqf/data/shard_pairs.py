@@ -25,7 +25,7 @@ from vqf.data.tar.remote import StreamedShards
 from vqf.data.tar.remote_io import RawSample
 from vqf.data.tar.streaming import StreamSplit
 from vqf.errors import UserError, quote_name
-from vqf.options.ranges import NonNegativeInt
+from vqf.options.ranges import AnyLabel, NonNegativeInt
 from vqf.registry import register
 
 log = logging.getLogger("vqf")
@@ -58,7 +58,7 @@ class ShardPairs(Shards):
         condition: str = "condition",
         maps: MapKind = "rgb",
         labels: NonNegativeInt = 0,
-        unlabelled: NonNegativeInt | None = None,
+        unlabelled: AnyLabel | None = None,
         map_range: PixelRange | None = None,
         **options: Any,
     ) -> None:

@@ -36,6 +36,9 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
+MAX_FULL_MATRIX = 4096  # positions; 17 GB for 65,536. Below it is fast, and the copies would cost memory in training
+
+
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions, added to its input."""
 
@@ -49,8 +52,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # Contiguous: of strided tensors torch computes the full matrix of attention, 17 GB for 65,536 positions.
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        if q.shape[2] > MAX_FULL_MATRIX:  # of strided tensors torch computes the full matrix of attention
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         attended = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 

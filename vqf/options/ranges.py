@@ -29,6 +29,7 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 Rate = Annotated[float, Interval(ge=0, lt=1)]  # of a dropout or decay
 StepsOrFraction = Annotated[int | float, Interval(ge=0, le=10**12)]  # below 1 a fraction of the run
 PositiveFraction = Annotated[float, Interval(gt=0, le=1)]
+AnyLabel = Annotated[int, Interval(ge=-(2**31), lt=2**31)]  # of a pixel of a label map
 Side = Annotated[int, Interval(ge=1, le=2**16)]
 Sides = Side | tuple[Side, Side]  # one number for both, or height and width
 
@@ -124,9 +125,17 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is typing.Union:
-        words = dict.fromkeys(describe(each) for each in arguments)
+        words = dict.fromkeys(describe(each) for each in arguments if _is_writable(each))
         return " or ".join(sorted(words, key=lambda each: each.startswith("a list")))  # whose elements come last
     return _describe(hint, {})
+
+
+def _is_writable(hint: Any) -> bool:
+    """Whether a config can hold such a value: not a tensor, which torch's optimizers also take."""
+    origin, _ = _parse(hint)
+    if origin in WORDS or origin in (Annotated, Literal) or not inspect.isclass(origin):
+        return True
+    return issubclass(origin, Mapping | Sequence)
 
 
 def _describe(hint: Any, bounds: Mapping[str, Any]) -> str:

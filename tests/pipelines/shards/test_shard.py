@@ -167,7 +167,7 @@ def test_names_contain_no_absolute_path_and_may_repeat(tmp_path):
 
 
 def test_a_huge_shard_holds_all(image_folder, tmp_path):
-    manifest = written(configured(image_folder), tmp_path / "shards", shard_size=10**20)
+    manifest = written(configured(image_folder), tmp_path / "shards", shard_size=10**18)
     assert [each["images"] for each in manifest["shards"]] == [20, 3]
 
 
@@ -213,7 +213,7 @@ class Own:
 
 @pytest.mark.parametrize("how", ["original", "png"])
 def test_image_files_of_a_plugin(tmp_path, monkeypatch, how):
-    monkeypatch.setitem(_components["data"], "own", Component("data", "own", Own, ("image_size", "seed"), {}))
+    monkeypatch.setitem(_components["data"], "own", Component("data", "own", Own, ("image_size", "seed"), {}, {}))
     alone, union = (compose("data=emoji", "image_size=16") for _ in range(2))
     alone.data = {"name": "own"}
     union.data = {"name": "union", "parts": {"one": {"name": "own"}, "other": {"name": "own"}}}

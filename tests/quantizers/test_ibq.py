@@ -68,6 +68,14 @@ def test_never_holds_all_latents_by_all_codes(training: bool) -> None:
     assert largest[0] == 4 * V
 
 
+def test_without_gradients_codes_are_the_same() -> None:
+    quantizer = make()
+    with_gradients = quantizer(latents())
+    with torch.no_grad():
+        q = quantizer(latents())
+    assert torch.equal(q.indices, with_gradients.indices) and torch.equal(q.latents, with_gradients.latents)
+
+
 def outcome(part: slice) -> dict[str, Tensor]:
     quantizer = make(entropy=0.3)
     z = latents(batch=4)[part]

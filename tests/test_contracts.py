@@ -30,6 +30,7 @@ from vqf.models.conditioning import ConditionerStack
 from vqf.models.generator import Generator
 from vqf.models.sample_request import check_pair
 from vqf.models.tokenizer import Tokenizer
+from vqf.options.typed_nodes import to_cli
 from vqf.protocols import (
     Causal,
     DiscriminatorOutput,
@@ -72,6 +73,9 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("quantizer", "gumbel"): {**CODES, "temperature_end": 0.1, "anneal_steps": 10},
     ("quantizer", "ibq"): CODES,
     ("quantizer", "lfq"): {"dim": 5, "factors": [2, 3]},
+    ("quantizer", "multiscale"): {**CODES, "sizes": [1, 2, 4, 8], "phis": 2, "init": "latents"},
+    ("quantizer", "product"): {"base": {"name": "vq", **CODES}, "groups": 2},
+    ("quantizer", "residual"): {"base": {"name": "ema", **CODES}, "depth": 3, "shared": False, "dropout": 0.5},
     ("quantizer", "rotation"): CODES,
     ("quantizer", "simvq"): CODES,
     ("quantizer", "vq"): CODES,
@@ -80,7 +84,6 @@ TINY: dict[tuple[str, str], dict[str, Any]] = {
     ("conditioner", "spatial"): {"run": "somewhere"},
     ("prior", "gpt"): {"layers": 2, "heads": 2, "dim": 16},
     ("prior", "llama"): {"layers": 2, "heads": 2, "dim": 16, "multiple_of": 8},
-    ("quantizer", "toy_pyramid"): {"sides": [1, 2, 4, 8]},
     ("data", "folder"): {"root": "{images}"},
     ("data", "pairs"): {"root": "{pairs}"},
     ("data", "shard_pairs"): {"root": "{shard_pairs}"},
@@ -221,7 +224,7 @@ class IdentityCoder(nn.Module):
         return images
 
 
-SQUARE_ONLY = {"toy_pyramid"}  # quantizers of latents of one size: 8 x 8
+SQUARE_ONLY = {"multiscale"}  # quantizers of latents of one size: 8 x 8
 
 
 def latents_for(quantizer: Any, name: str, seed: int = 0) -> Tensor:
@@ -854,7 +857,7 @@ def test_pipeline_contract(name: str, tmp_path: Path) -> None:
 def overrides(kind: str, name: str) -> list[str]:
     """Choose a component with the table's options on the command line."""
     options = TINY.get((kind, name), {}).items()
-    return [f"model/{kind}={name}", *(f"model.{kind}.{key}={value}".replace(" ", "") for key, value in options)]
+    return [f"model/{kind}={name}", *(f"model.{kind}.{key}={to_cli(value)}" for key, value in options)]
 
 
 @every["quantizer"]

@@ -43,8 +43,31 @@ class Shape:
 
 
 SHAPES = {
-    "two codebooks": Shape(("model/quantizer=toy_residual", "model.prior.layers=2"), 2 * 2 * 2, completes=True),
-    "pyramid": Shape(("model/quantizer=toy_pyramid", "model.quantizer.sides=[1,2]"), 1 + 4, completes=False),
+    "two codebooks": Shape(
+        (
+            *("model/quantizer=residual", "model.quantizer.base={name:ema,dim:4,codebook_size:12}"),
+            *("model.quantizer.depth=2", "model.quantizer.shared=false", "model.quantizer.dropout=0.25"),
+            "model.prior.layers=2",
+        ),
+        2 * 2 * 2,
+        completes=True,
+    ),
+    "groups of channels": Shape(
+        (
+            *("model/quantizer=product", "model.quantizer.base={name:fsq,levels:[4,3]}"),
+            *("model.quantizer.groups=2", "model.prior.layers=2"),
+        ),
+        2 * 2 * 2,
+        completes=True,
+    ),
+    "pyramid": Shape(
+        (
+            *("model/quantizer=multiscale", "model.quantizer.sizes=[1,2]"),
+            *("model.quantizer.dim=4", "model.quantizer.codebook_size=12", "model.quantizer.init=latents"),
+        ),
+        1 + 4,
+        completes=False,
+    ),
     "no places": Shape(
         (
             *("model/encoder=toy_queries", "model/decoder=toy_queries", "model/quantizer=vq"),

@@ -1,97 +1,22 @@
-"""Small components of every shape of tokens: two codebooks, a pyramid of scales, tokens without places, a masked prior.
+"""Small components of other shapes of tokens: tokens without places, embedded conditions, a masked prior.
 
 Importing the module registers them; `plugins=[tests.support.shelf]` does so on the command line.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Len
-from einops import rearrange
 from torch import Tensor, nn
 
 from vqf import register
 from vqf.batch import Batch, Size
 from vqf.options.ranges import Depth, Dimension, NonNegativeFloat, PositiveFloat, PositiveInt, Rate
-from vqf.protocols import Masked, Quantized
+from vqf.protocols import Masked
 from vqf.tokens.layout import TokenLayout
 from vqf.tokens.prefix import EMBEDDED, Prefix, PrefixSpec
 from vqf.transformers.samplers.filtering import batch_noise, sample_from_logits
 from vqf.transformers.samplers.logit_sampler import LogitSampler, check_finite, init_tokens
-
-
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index (B, h, w) of the code (V, D) nearest to each vector (B, D, h, w)."""
-    return torch.cdist(rearrange(vectors, "b d h w -> b (h w) d"), codebook).argmin(-1).unflatten(1, vectors.shape[2:])
-
-
-def quantized(z: Tensor, codes: Tensor, indices: Tensor) -> Quantized:
-    loss = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
-    return Quantized(codes.detach() + (z - z.detach()), indices, loss)
-
-
-Dimensions = Annotated[Sequence[Dimension], Len(1)]
-
-
-@register("quantizer", "toy_residual")
-class ToyResidual(nn.Module):
-    """A code of each cell, and another of what the first leaves."""
-
-    def __init__(self, *, dim: Dimension = 4, sizes: Dimensions = (12, 7)) -> None:
-        super().__init__()
-        self.dim, self.sizes, self.vocab_size = dim, tuple(sizes), max(sizes)
-        self.codebooks = nn.ParameterList(torch.randn(size, dim) / (k + 1) for k, size in enumerate(sizes))
-
-    def layout(self, grid: Size, stride: int | None) -> TokenLayout:
-        return TokenLayout((grid,), self.sizes, stride)
-
-    def forward(self, z: Tensor) -> Quantized:
-        rest, indices = z.detach(), []
-        for codebook in self.codebooks:
-            indices.append(nearest(rest, codebook.detach()))
-            rest = rest - F.embedding(indices[-1], codebook.detach()).movedim(-1, 1)
-        stacked = torch.stack(indices, dim=-1)
-        return quantized(z, self.lookup(stacked), stacked)
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        codes = [F.embedding(each, book) for each, book in zip(indices.unbind(-1), self.codebooks, strict=False)]
-        return torch.stack(codes).sum(0).movedim(-1, 1)
-
-
-@register("quantizer", "toy_pyramid")
-class ToyPyramid(nn.Module):
-    """Each scale codes what the coarser ones leave, as in VAR, https://arxiv.org/abs/2404.02905, algorithm 1."""
-
-    def __init__(self, *, dim: Dimension = 4, codebook_size: Dimension = 12, sides: Dimensions = (1, 2, 4)) -> None:
-        super().__init__()
-        self.dim, self.vocab_size, self.sides = dim, codebook_size, tuple(sides)
-        self.codebook = nn.Parameter(torch.randn(codebook_size, dim))
-
-    def layout(self, grid: Size, stride: int | None) -> TokenLayout:
-        if set(grid) != {self.sides[-1]}:
-            raise ValueError(f"the last of sides={self.sides} must be the side of the grid, {grid}")
-        return TokenLayout(tuple((side, side) for side in self.sides), (self.vocab_size,), stride)
-
-    def forward(self, z: Tensor) -> Quantized:
-        rest, tokens = z.detach(), []
-        for side in self.sides:
-            tokens.append(nearest(F.interpolate(rest, (side, side), mode="area"), self.codebook.detach()).flatten(1))
-            rest = rest - self._enlarge(tokens[-1], side).detach()
-        stacked = torch.cat(tokens, 1)
-        return quantized(z, self.lookup(stacked), stacked)
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        ends = [sum(side**2 for side in self.sides[:k]) for k in range(len(self.sides) + 1)]
-        given = [span for span in zip(pairwise(ends), self.sides, strict=True) if span[0][1] <= indices.shape[1]]
-        return torch.stack([self._enlarge(indices[:, start:end], side) for (start, end), side in given]).sum(0)
-
-    def _enlarge(self, tokens: Tensor, side: int) -> Tensor:
-        codes = rearrange(F.embedding(tokens, self.codebook), "b (h w) d -> b d h w", h=side)
-        return F.interpolate(codes, (self.sides[-1], self.sides[-1]), mode="nearest")
 
 
 @register("encoder", "toy_queries")

@@ -109,9 +109,11 @@ def type_hints_of(target: Callable[..., Any], ranges: bool = False) -> dict[str,
 
 
 def to_cli(value: Any) -> str:
-    """Write a value as on the command line: null, true, [1,2]."""
+    """Write a value as on the command line: null, true, [1,2], {a:1}."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{to_cli(each)}' for key, each in value.items())}}}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(to_cli, value))}]"
     return str(value)

@@ -1,0 +1,1 @@
+"""Quantizers with several codebooks or scales."""

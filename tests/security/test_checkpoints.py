@@ -274,7 +274,7 @@ def test_a_config_imports_nothing(make_run: MakeRun, canary: Canary, tmp_path: P
     assert isinstance(vqf.load(seal(make_run("one", plugins=[str(plugin)]))), Tokenizer)
     path = make_run("two", plugins=[str(plugin)], model__quantizer__name="theirs")
     with pytest.raises(
-        UserError, match=r"unknown quantizer 'theirs'.*it was trained with plugins=\['.*evil_plugin.py'\]"
+        UserError, match=r"unknown quantizer 'theirs'.*it was trained with plugins=\[.*evil_plugin.py\]"
     ):
         vqf.load(seal(path))
 

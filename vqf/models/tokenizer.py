@@ -221,8 +221,14 @@ def _check_pair(model: DictConfig, encoder_stride: int | None, decoder_stride: i
         raise UserError(f"model.decoder: of {names} one knows the places of its latents, the other does not")
     raise UserError(
         f"model.decoder: decoder '{model.decoder.name}' enlarges by {decoder_stride}, encoder "
-        f"'{model.encoder.name}' shrinks by {encoder_stride}; give both the same multipliers and patch_size"
+        f"'{model.encoder.name}' shrinks by {encoder_stride}; give both the same {_stride_options(model)}"
     )
+
+
+def _stride_options(model: DictConfig) -> str:
+    """The options of both that can decide the stride, such as multipliers and patch_size."""
+    shared = [key for key in model.encoder if key in model.decoder and key in ("multipliers", "patch_size", "stride")]
+    return " and ".join(shared) or "stride"
 
 
 def _latent_grid(encoder: Encoder, image_size: Size) -> Size:

@@ -12,6 +12,7 @@ from vqf.distributed import comm
 from vqf.evaluation.likelihood import objective, prior_directions
 from vqf.evaluation.reconstruction import metric_directions
 from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
+from vqf.options.typed_nodes import to_cli
 from vqf.pipelines.stage1 import Stage1
 from vqf.pipelines.stage2 import Stage2
 from vqf.registry import register
@@ -118,7 +119,8 @@ class Full:
             log.info("  python -m vqf.run %s", command)
 
     def _next_commands(self) -> list[str]:
-        run = self.run_dir
+        plugins = f" plugins={to_cli(self.config.plugins)}" if self.config.plugins else ""
+        run = f"{self.run_dir}{plugins}"
         return [
             f"pipeline=sample run={run} count=64 sampler.temperature=0.9",
             f"pipeline=reconstruct run={run} images=FOLDER_OF_YOUR_IMAGES",

@@ -173,7 +173,7 @@ class DiscriminatorOutput:
 
 
 class Regularizer(Protocol):
-    """A term of the discriminator's loss."""
+    """A term of the discriminator's loss, an `nn.Module`."""
 
     weight: float
 

@@ -16,6 +16,7 @@ from vqf.models.generator import Generator
 from vqf.models.sample_request import check_pair
 from vqf.models.tokenizer import Tokenizer, build_tokenizer
 from vqf.networks.weights import check_dtypes, nonfinite_names
+from vqf.options.typed_nodes import to_cli
 from vqf.registry import build, check_options, chosen_components
 from vqf.runs.bounded_build import build_blank, build_bounded
 from vqf.runs.checkpoint import Checkpoint, default_output, find_checkpoint
@@ -219,6 +220,6 @@ def _check_registered(checkpoint: Checkpoint, kinds: Sequence[str]) -> None:
         try:
             check_options(kind, node, key)
         except UserError as error:
-            plugins = OmegaConf.to_container(checkpoint.config.get("plugins") or OmegaConf.create([]))
-            hint = f"; it was trained with plugins={plugins}: load them first" if plugins else ""
+            plugins = to_cli(checkpoint.config.get("plugins") or [])
+            hint = f"; it was trained with plugins={plugins}, which such a run needs" if plugins != "[]" else ""
             raise UserError(f"{checkpoint.path}: {error}{hint}") from error

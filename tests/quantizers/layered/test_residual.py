@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.parity.peers import need
 from tests.support.processes import run_processes
@@ -258,6 +259,28 @@ def test_two_processes_have_the_codebooks_of_one_with_the_whole_batch() -> None:
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
         torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=key)
+
+
+def of_ddp() -> tuple[set[int], list[Tensor]]:
+    """Depths drawn, and codebooks after training steps by gradient under DDP."""
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(base=VQ, depth=3, shared=False, dropout=1.0)
+    parallel = DistributedDataParallel(quantizer)
+    torch.manual_seed(1 + comm.rank())
+    optimizer, depths = torch.optim.SGD(quantizer.parameters(), lr=1.0), set()
+    for step in range(8):
+        z = latents(step, dtype=torch.float32).chunk(2)[comm.rank()]
+        optimizer.zero_grad()
+        parallel(z).loss.backward()
+        optimizer.step()
+        depths.add(sum(bool(level.codebook.weight.grad.any()) for level in levels_of(quantizer)))
+    return depths, [level.codebook.weight.detach() for level in levels_of(quantizer)]
+
+
+def test_ddp_trains_levels_that_are_left_out_at_some_steps() -> None:
+    (depths, first), (others, second) = run_processes(2, of_ddp)
+    assert depths == others and len(depths) > 1
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ OPTIONS = {
     ("decoder", "conv"): CONV,
     ("encoder", "magvit"): {**MAGVIT, "dim": 8},
     ("decoder", "magvit"): MAGVIT,
+    ("encoder", "titok"): {**VIT, "dim": 8, "num_latents": 5},
+    ("decoder", "titok"): VIT,
     ("encoder", "vit"): {**VIT, "dim": 8},
     ("decoder", "vit"): VIT,
     ("prior", "gpt"): PRIOR,

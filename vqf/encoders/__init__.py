@@ -1,5 +1,5 @@
 """Encoders and decoders."""
 
-from vqf.encoders import conv, magvit, vit
+from vqf.encoders import conv, magvit, timm_backbone, titok, vit
 
-__all__ = ["conv", "magvit", "vit"]
+__all__ = ["conv", "magvit", "timm_backbone", "titok", "vit"]

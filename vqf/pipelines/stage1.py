@@ -18,6 +18,7 @@ from vqf.distributed import comm
 from vqf.distributed.engine import make_engine
 from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
 from vqf.models.tokenizer import Tokenizer
+from vqf.protocols import Pretrained
 from vqf.registry import register
 from vqf.runs.initial_weights import load_matching, tokenizer_weights
 from vqf.runs.load import find_stage1_checkpoint
@@ -92,9 +93,11 @@ class Stage1:
         return inherit(self.config, find_stage1_checkpoint(self.config.run).config, INHERITED)
 
     def _initializer(self, config: DictConfig) -> Callable[[Tokenizer, GANModule | None], None] | None:
-        """What loads the weights of `run`; None for a run without, or one that is resumed."""
-        if config.run is None or find_start_checkpoint(config, self.run_dir, "stage1") is not None:
+        """What loads the weights of `run`, or those that the encoder brings; None for a run that is resumed."""
+        if find_start_checkpoint(config, self.run_dir, "stage1") is not None:
             return None
+        if config.run is None:
+            return load_pretrained
         checkpoint = find_stage1_checkpoint(config.run)
 
         def load(tokenizer: Tokenizer, gan: GANModule | None) -> None:
@@ -105,3 +108,9 @@ class Stage1:
                 log.info("the discriminator starts anew")
 
         return load
+
+
+def load_pretrained(tokenizer: Tokenizer, gan: GANModule | None) -> None:
+    """Load the weights that an encoder brings."""
+    if isinstance(tokenizer.encoder, Pretrained):
+        tokenizer.encoder.load_pretrained()

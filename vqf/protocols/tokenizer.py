@@ -39,6 +39,15 @@ class Unplaced(Protocol):
     num_latents: int  # N
 
 
+@runtime_checkable
+class Pretrained(Protocol):
+    """An encoder that can start from weights trained elsewhere."""
+
+    def load_pretrained(self) -> None:
+        """Load them. Called once, where training starts from nothing else; a checkpoint holds its own weights."""
+        ...
+
+
 class Decoder(Protocol):
     """Latents to images: `last_layer(features(latents))`. Wired: dim, out_channels; image_size, (H, W)."""
 

@@ -13,7 +13,7 @@ from tests.support.layouts import raster
 from vqf.registry import build, components
 from vqf.tokens.prefix import PrefixSpec
 
-CONV = {"channels": 16, "multipliers": [1, 1], "blocks": 5, "attention": [16], "dropout": 0.2}
+CONV = {"channels": 16, "multipliers": [1, 1], "blocks": 2, "attention": [16], "dropout": 0.2}
 MAGVIT = {"channels": 16, "multipliers": [1, 1], "blocks": 5, "dropout": 0.2}
 VIT = {"patch_size": 2, "layers": 6, "heads": 2, "width": 32, "dropout": 0.2}
 PRIOR = {"layers": 6, "heads": 2, "dim": 32, "dropout": 0.2}

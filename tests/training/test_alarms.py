@@ -63,6 +63,8 @@ def test_a_run_without_a_discriminator_has_no_gan_alarms() -> None:
     [
         (["model/quantizer=lfq"], "raise model.quantizer.diversity or model.quantizer.entropy"),
         (["model/quantizer=lfq"], "or fewer codes with model.quantizer.dim"),
+        (["model/quantizer=residual_rqvae"], "model.quantizer.base.revive=0.09"),
+        (["model/quantizer=residual_rqvae"], "or fewer codes with model.quantizer.base.codebook_size"),
         (["model/quantizer=vq"], "model.quantizer.revive=0.03 model.quantizer.init=kmeans"),
         (["model/quantizer=ema"], "model.quantizer.revive=0.09 model.quantizer.init=kmeans"),
         (["model/quantizer=ema", "model.quantizer.init=kmeans"], "model.quantizer.revive=0.09, or"),

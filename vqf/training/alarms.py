@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vqf.registry import find_component
 from vqf.terminal import log
 
 PATIENCE = 5  # observations in a row before an alarm; one bad batch is no trend
@@ -35,16 +36,21 @@ def build_alarms(model: ConfigNode) -> list[Alarm]:
 
 
 def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
-    """Return the alarms of a codebook."""
-    hint = revival_hint(quantizer)
+    """Return the alarms of a codebook; of a quantizer over others, such as `residual`, of its base."""
+    key = "model.quantizer"
+    while isinstance(quantizer.get("base"), Mapping):
+        defaults = find_component("quantizer", quantizer["base"].get("name")).options  # a base holds what differs
+        quantizer = {name: option.default for name, option in defaults.items()} | dict(quantizer["base"])
+        key = f"{key}.base"
+    hint = revival_hint(quantizer, key)
     size = next((option for option in ("codebook_size", "levels", "dim") if option in quantizer), "codebook_size")
     return [
         Alarm(
             "codes die",
-            ("usage_vs_chance", "usage"),
-            lambda usage_vs_chance, usage: usage_vs_chance < 0.2,
+            ("usage_vs_chance",),
+            lambda usage_vs_chance: usage_vs_chance < 0.2,
             "codes die: fewer are used than a fifth of what random assignment would use ('usage_vs_chance' below 0.2; "
-            f"'dead_codes' counts the others): {hint}, or fewer codes with model.quantizer.{size}",
+            f"'dead_codes' counts the others): {hint}, or fewer codes with {key}.{size}",
         ),
         Alarm(
             "collapse",
@@ -55,16 +61,16 @@ def codebook_alarms(quantizer: ConfigNode) -> list[Alarm]:
     ]
 
 
-def revival_hint(quantizer: ConfigNode) -> str:
-    """Return which options of a quantizer revive dead codes."""
+def revival_hint(quantizer: ConfigNode, key: str = "model.quantizer") -> str:
+    """Return which options of the quantizer at `key` revive dead codes."""
     if "revive" in quantizer:
         rate = quantizer["revive"] or 0
-        init = " model.quantizer.init=kmeans" if quantizer.get("init") != "kmeans" else ""
-        return f"revive them with model.quantizer.revive={max(0.03, 3 * rate):g}{init}"
+        init = f" {key}.init=kmeans" if quantizer.get("init") != "kmeans" else ""
+        return f"revive them with {key}.revive={max(0.03, 3 * rate):g}{init}"
     if "diversity" in quantizer:
-        return "raise model.quantizer.diversity or model.quantizer.entropy, which pull towards all codes"
+        return f"raise {key}.diversity or {key}.entropy, which pull towards all codes"
     if "kl_weight" in quantizer:
-        return "raise model.quantizer.kl_weight, which pulls towards all codes"
+        return f"raise {key}.kl_weight, which pulls towards all codes"
     return "choose model/quantizer=ema, which revives dead codes"
 
 

@@ -43,11 +43,13 @@ def report_once(report: Callable[[], None], message: str) -> None:
     if _store is None:
         report()
         return
+    posted = _failure_posted  # then rank 0 knew of it, and reports before it ends
     try:
-        post_failure(message)
         is_first = _store.add("reporters", 1) == 1
+        post_failure(message)  # only now: rank 0 keeps the store alive until all have posted
     except RuntimeError:  # rank 0 has ended, and with it the store
-        is_first = comm.rank() == min(set(range(comm.world_size())) - set(_ended_ranks()), default=0)
+        first = min(set(range(comm.world_size())) - set(_ended_ranks()), default=0)
+        is_first = not posted and comm.rank() == first
     if is_first:
         report()
     with suppress(RuntimeError):

@@ -27,6 +27,28 @@ def quantize_upcast(quantizer: Quantizer, latents: Tensor) -> Quantized:
     return replace(quantized, latents=quantized.latents.to(latents.dtype))
 
 
+def lookup_upcast(quantizer: Quantizer, indices: Tensor) -> Tensor:
+    """Look codes up as `quantize_upcast` does, so that both round once, to the precision of the quantizer."""
+    rounded = _half_tensors(quantizer)
+    if not rounded:
+        return quantizer.lookup(indices)
+    converted = {f"quantizer.{name}": each.float() for name, each in rounded.items()}
+    with torch.autocast(indices.device.type, enabled=False):
+        latents: Tensor = torch.func.functional_call(_Lookup(quantizer), converted, (indices,))
+    return latents.to(next(iter(rounded.values())).dtype)
+
+
+class _Lookup(nn.Module):
+    """`lookup` as a forward pass, which `functional_call` takes."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.quantizer.lookup(indices)
+
+
 def _half_tensors(quantizer: Quantizer) -> dict[str, Tensor]:
     """Parameters and buffers in half precision."""
     if not isinstance(quantizer, nn.Module):

@@ -14,7 +14,7 @@ from vqf.errors import UserError
 from vqf.hashing import sha256_of_tensors
 from vqf.images import to_rgb
 from vqf.models.inputs import check_codes, check_images, check_indices, check_size, check_tokens, whole_number
-from vqf.models.precision import quantize_upcast
+from vqf.models.precision import lookup_upcast, quantize_upcast
 from vqf.models.tiled_decoding import MAX_GLOBAL_CELLS, GlobalGroupNorm, decode_tiles
 from vqf.protocols import Decoder, Encoder, Layered, Quantized, Quantizer, TiledDecoding, Unplaced
 from vqf.registry import build
@@ -140,7 +140,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode_unchecked(self, indices: Tensor, tile: int | None = None) -> Tensor:
         """`decode` of int64 without checks."""
-        latents = self.post_quant_conv(self.quantizer.lookup(indices.to(self.device)).to(self.dtype))
+        latents = self.post_quant_conv(lookup_upcast(self.quantizer, indices.to(self.device)).to(self.dtype))
         if tile is None or self.stride is None or max(latents.shape[2:]) <= tile:
             images = self.decoder(latents)
         else:

@@ -12,7 +12,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tests.parity.peers import need
-from tests.support.processes import run_processes
+from tests.support.processes import compare_with_alone
 from vqf.distributed import comm
 from vqf.protocols import Quantized
 from vqf.quantizers import ema
@@ -349,11 +349,6 @@ def of_two() -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_codebook_of_one_with_the_whole_batch() -> None:
-    first, second = run_processes(2, of_two)
-    alone = train(lambda batch: batch)
-    assert first.keys() == second.keys() == alone.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
-        torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=key)
+    first = compare_with_alone(of_two, train(lambda batch: batch))
     for name in ("latents 7", "kmeans 7", "latents 70"):
         assert int(first[f"{name} revived"]) > 0, "the draw of a revival has not been tried"

@@ -56,6 +56,20 @@ def run_processes(
             process.kill()
 
 
+def compare_with_alone(work: Callable[[], dict[str, torch.Tensor]], alone: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Run `work` in two processes, which both give what one process gives alone; returns what they give.
+
+    Args:
+        work: See `run_processes`.
+    """
+    first, second = run_processes(2, work)
+    assert first.keys() == second.keys() == alone.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=key)
+    return first
+
+
 def start_process(work: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """Start `work` in a process and a session of its own, and return it at once.
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1711.00937.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -20,6 +21,7 @@ from vqf.evaluation.validation import VALIDATION_TABLE, ValidationResult
 from vqf.models.tokenizer import Tokenizer
 from vqf.protocols import Pretrained
 from vqf.registry import register
+from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.initial_weights import load_matching, tokenizer_weights
 from vqf.runs.load import find_stage1_checkpoint
 from vqf.runs.resume import check_can_start, find_start_checkpoint
@@ -87,18 +89,19 @@ class Stage1:
             warn_never_active(task.gan, config.steps)
         return train(task, config, self.run_dir, engine, source, subrun)
 
+    @cached_property  # opening a checkpoint verifies all of its files
+    def _source(self) -> Checkpoint | None:
+        return None if self.config.run is None else find_stage1_checkpoint(self.config.run)
+
     def _inherited_config(self) -> DictConfig:
-        if self.config.run is None:
-            return self.config
-        return inherit(self.config, find_stage1_checkpoint(self.config.run).config, INHERITED)
+        return self.config if self._source is None else inherit(self.config, self._source.config, INHERITED)
 
     def _initializer(self, config: DictConfig) -> Callable[[Tokenizer, GANModule | None], None] | None:
         """What loads the weights of `run`, or those that the encoder brings; None for a run that is resumed."""
         if find_start_checkpoint(config, self.run_dir, "stage1") is not None:
             return None
-        if config.run is None:
+        if (checkpoint := self._source) is None:
             return load_pretrained
-        checkpoint = find_stage1_checkpoint(config.run)
 
         def load(tokenizer: Tokenizer, gan: GANModule | None) -> None:
             load_matching(tokenizer, checkpoint, tokenizer_weights(checkpoint))

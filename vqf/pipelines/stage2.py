@@ -6,6 +6,7 @@ given the prefix of its condition.
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vqf.evaluation.likelihood import objective, prior_directions
 from vqf.evaluation.validation import ValidationResult
 from vqf.models.generator import Generator
 from vqf.registry import build, register
+from vqf.runs.checkpoint import Checkpoint
 from vqf.runs.initial_weights import averaged_weights, load_matching
 from vqf.runs.load import (
     TOKENIZER_COMPONENTS,
@@ -131,9 +133,9 @@ class Stage2:
         return train(task, config, self.run_dir, engine, source, subrun)
 
     def _load_initial_weights(self, config: DictConfig, generator: Generator, tokenizer: str) -> None:
-        if self.init is None or find_start_checkpoint(config, self.run_dir, "stage2") is not None:
+        checkpoint = self._source
+        if checkpoint is None or find_start_checkpoint(config, self.run_dir, "stage2") is not None:
             return
-        checkpoint = find_generator_checkpoint(self.init)
         if checkpoint.state.get("tokenizer") != tokenizer:
             log.warning("init=%s: its prior was trained on the tokens of another tokenizer", self.init)
         assert isinstance(generator.prior, nn.Module)
@@ -141,10 +143,14 @@ class Stage2:
         if checkpoint.has_weights("conditioner") and generator.conditioner.state_dict():
             load_matching(generator.conditioner, checkpoint, "conditioner")
 
+    @cached_property  # opening a checkpoint verifies all of its files
+    def _source(self) -> Checkpoint | None:
+        return None if self.init is None else find_generator_checkpoint(self.init)
+
     def _inherited_config(self, run_config: DictConfig) -> DictConfig:
         config = inherit(self.config, run_config, ["data", "image_size"])
-        source = run_config if self.init is None else find_generator_checkpoint(self.init).config
-        config = inherit(config, source, ["model.prior", "model.conditioner"])
+        prior_config = run_config if self._source is None else self._source.config
+        config = inherit(config, prior_config, ["model.prior", "model.conditioner"])
         with open_dict(config):
             for kind in TOKENIZER_COMPONENTS:  # must fit the weights, whatever the command line says
                 config.model[kind] = run_config.model[kind]

@@ -81,11 +81,10 @@ class TokenLayout:
 
     def starts(self, other: "TokenLayout") -> bool:
         """Whether these tokens are the first of `other`: the same layout, or a raster of fewer rows."""
-        if self == other:
-            return True
-        (rows, columns), *more = self.scales
-        same_cells = self.is_raster and replace(other, scales=self.scales) == self and len(other.scales) == 1
-        return same_cells and not more and columns == other.scales[0][1] and rows <= other.scales[0][0]
+        if not (self.is_raster and other.is_raster):
+            return self == other
+        (rows, columns), (other_rows, other_columns) = self.scales[0], other.scales[0]
+        return other.resized((rows, columns)) == self and columns == other_columns and rows <= other_rows
 
     def flatten(self, indices: Tensor) -> Tensor:
         """Turn a quantizer's indices, (B, h, w) or (B, h, w, K) or (B, T), into tokens (B, T)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.parity.peers import need
-from tests.support.processes import run_processes
+from tests.support.processes import compare_with_alone, run_processes
 from vqf.distributed import comm
 from vqf.quantizers.layered.residual import ResidualQuantizer
 from vqf.registry import RegistryError, build
@@ -253,12 +253,7 @@ def of_two() -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_codebooks_of_one_with_the_whole_batch() -> None:
-    first, second = run_processes(2, of_two)
-    alone = train(lambda batch: batch)
-    assert first.keys() == second.keys() == alone.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
-        torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12, msg=key)
+    compare_with_alone(of_two, train(lambda batch: batch))
 
 
 def of_ddp() -> tuple[set[int], list[Tensor]]:

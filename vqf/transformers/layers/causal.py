@@ -95,7 +95,7 @@ class CausalTransformer(nn.Module):
         prefix = Prefix.of(prefix)
         self._check_inputs(tokens, prefix)
         read = tokens[:, :-1]
-        x = torch.cat((self._embed_prefix(prefix), self._embed_tokens(read, self._indices(read))), dim=1)
+        x = torch.cat((self._embed_prefix(prefix), self._embed_tokens(read, self._codebooks(read))), dim=1)
         attend = FullAttention(self._attention_mask(x))
         x = self.forward_blocks(x, slice(x.shape[1]), [attend] * len(self.blocks))
         return self._logits(x[:, self.prefix_length - 1 :])
@@ -122,8 +122,8 @@ class CausalTransformer(nn.Module):
         """
         if cache.position == self.max_positions:
             raise ValueError(f"the sequence is full: the prior models {self.length} tokens")
-        index = self._indices(tokens, cache.position - self.prefix_length)
-        return self._forward_cached(self._embed_tokens(tokens, index), cache)
+        codebooks = self._codebooks(tokens, cache.position - self.prefix_length)
+        return self._forward_cached(self._embed_tokens(tokens, codebooks), cache)
 
     def allocate_cache(self, num_sequences: int) -> list[SlotKVCache]:
         return [SlotKVCache(num_sequences, self.max_positions) for _ in self.blocks]
@@ -133,14 +133,15 @@ class CausalTransformer(nn.Module):
         layout = RaggedLayout.from_chunks(chunks, self.bidirectional_prefix)
         in_prefix = chunks.positions < self.prefix_length
         # Both tables are read at every position, with id 0 where an id belongs to the other table.
-        token_index = chunks.positions - self.prefix_length
+        codebooks = (chunks.positions - self.prefix_length) % self.layout.codebooks
         x = torch.where(
             in_prefix[:, None],
             self._prefix_table(chunks.ids.where(in_prefix, 0)),
-            self._embed_tokens(chunks.ids.where(~in_prefix, 0), token_index),
+            self._embed_tokens(chunks.ids.where(~in_prefix, 0), codebooks),
         )
         x = self.forward_blocks(x[None], chunks.positions, [partial(layer.attend, layout) for layer in cache])
-        return self._mask_vocab(self.head(self.norm(x[0, chunks.ends])), token_index[chunks.ends] + 1)
+        following = (codebooks[chunks.ends] + 1) % self.layout.codebooks
+        return self._mask_vocab(self.head(self.norm(x[0, chunks.ends])), following)
 
     def _forward_cached(self, x: Tensor, cache: DecodingState) -> Tensor:
         start, cache.position = cache.position, cache.position + x.shape[1]
@@ -149,28 +150,30 @@ class CausalTransformer(nn.Module):
 
     def _logits(self, x: Tensor, first: int = 0) -> Tensor:
         """The logits (B, n, V) of the tokens from `first` on."""
-        return self._mask_vocab(self.head(self.norm(x)), self._indices(x, first))
+        return self._mask_vocab(self.head(self.norm(x)), self._codebooks(x, first))
 
-    def _mask_vocab(self, logits: Tensor, token_index: Tensor) -> Tensor:
-        if self.beyond_vocab is None:
+    def _mask_vocab(self, logits: Tensor, codebooks: Tensor | None) -> Tensor:
+        if self.beyond_vocab is None or codebooks is None:
             return logits
-        return logits.masked_fill(self.beyond_vocab[token_index % self.layout.codebooks], -torch.inf)
+        return logits.masked_fill(self.beyond_vocab[codebooks], -torch.inf)
 
-    def _embed_tokens(self, tokens: Tensor, token_index: Tensor) -> Tensor:
-        if self.vocab_offsets is not None:
-            tokens = tokens + self.vocab_offsets[token_index % self.layout.codebooks]
+    def _embed_tokens(self, tokens: Tensor, codebooks: Tensor | None) -> Tensor:
+        if self.vocab_offsets is not None and codebooks is not None:
+            tokens = tokens + self.vocab_offsets[codebooks]
         return self.token_embedding(tokens)
 
     def random_tokens_like(self, tokens: Tensor) -> Tensor:
         """Uniformly random codes in the shape of tokens (B, n)."""
-        random = torch.randint_like(tokens, self.layout.vocab_size)
-        if self.vocab_sizes is None:
+        random, codebooks = torch.randint_like(tokens, self.layout.vocab_size), self._codebooks(tokens)
+        if self.vocab_sizes is None or codebooks is None:
             return random
-        return random % self.vocab_sizes[self._indices(tokens) % self.layout.codebooks]
+        return random % self.vocab_sizes[codebooks]
 
-    @staticmethod
-    def _indices(x: Tensor, first: int = 0) -> Tensor:
-        return torch.arange(first, first + x.shape[1], device=x.device)
+    def _codebooks(self, x: Tensor, first: int = 0) -> Tensor | None:
+        """The codebook of each token (n,) of x (B, n, ...), of which the first has the index `first`; None with one."""
+        if self.layout.codebooks == 1:
+            return None  # decoding calls this twice a token
+        return torch.arange(first, first + x.shape[1], device=x.device) % self.layout.codebooks
 
     def _embed_prefix(self, prefix: Prefix) -> Tensor:
         if self.prefix_projection is None or prefix.embeddings is None:

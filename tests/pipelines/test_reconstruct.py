@@ -133,6 +133,11 @@ def test_an_unreadable_or_tiny_image_is_named_and_counted(
         reconstruct(trained, tmp_path / "none", images=str(folder))
 
 
+def test_a_folder_that_is_not_there_is_named_as_it_was_typed(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^images=.*nowhere: no such folder; give a folder of images$"):
+        reconstruct(trained, tmp_path / "out", images=str(tmp_path / "nowhere"))
+
+
 def test_size_own_needs_files(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^size=own: .*; give images=FOLDER, too"):
         reconstruct(trained, tmp_path / "out", size="own")

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 from vqf.batch import Size
+from vqf.errors import UserError
 from vqf.protocols import Named, Split
 
 
@@ -98,3 +100,20 @@ def flatten_sources(split: Split, option: str = "data") -> list[tuple[str, Split
         return [(option, split)]
     sources = zip(split.source_names, split.splits, strict=True)
     return [pair for name, source in sources for pair in flatten_sources(source, f"{option}.parts.{name}")]
+
+
+def use_image_folder(config: DictConfig, folder: str, **options: Any) -> None:
+    """Make the images of a folder, all of them for validation, the data of a config; `data.range` stays.
+
+    Args:
+        options: Others of `data=folder`.
+
+    Raises:
+        UserError: If there is no such folder; the option of the pipelines is `images`.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"images={folder}: no such folder; give a folder of images")
+    pixel_range = config.data.get("range") if config.data else None
+    node = {"name": "folder", "root": folder, "validation_fraction": 1.0, "range": pixel_range, **options}
+    with open_dict(config):
+        config.target, config.data = "image", OmegaConf.create(node)

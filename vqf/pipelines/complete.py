@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from einops import rearrange
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from torch import Tensor
 
 from vqf import terminal
 from vqf.batch import Batch
+from vqf.dataloading.image_files import use_image_folder
 from vqf.dataloading.loader import sequential_batches
 from vqf.distributed.threads import cpu_threads
 from vqf.errors import UserError
@@ -91,10 +92,7 @@ class Complete:
             raise UserError(
                 "images: this prior is also conditioned on maps; give images with maps, data=pairs data.root=FOLDER"
             )
-        pixel_range = config.data.get("range") if config.data else None
-        node = {"name": "folder", "root": folder, "validation_fraction": 1.0, "labels": False, "range": pixel_range}
-        with open_dict(config):
-            config.data = OmegaConf.create(node)
+        use_image_folder(config, folder, labels=False)
 
     def _mask(self, generator: Generator) -> Tensor:
         if self.mask is None:

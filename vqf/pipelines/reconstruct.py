@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from vqf import terminal
 from vqf.config.inherit import inherit
-from vqf.dataloading.image_files import ImageFileSplit
+from vqf.dataloading.image_files import ImageFileSplit, use_image_folder
 from vqf.dataloading.loader import sequential_batches
 from vqf.dataloading.training_target import build_target_data
 from vqf.distributed.engine import Engine, make_engine
@@ -80,12 +80,8 @@ class Reconstruct:
         log.info("images in %s", self.run_dir / "reconstructions")
 
     def _use_image_folder(self, config: DictConfig, folder: str) -> None:
-        pixel_range = config.data.get("range") if config.data else None
-        node = {"name": "folder", "root": folder, "validation_fraction": 1.0, "range": pixel_range}
-        if self.own_size:
-            node |= {"max_pixels": MAX_PIXELS, "labels": False}
-        with open_dict(config):
-            config.target, config.data = "image", OmegaConf.create(node)
+        own = {"max_pixels": MAX_PIXELS, "labels": False} if self.own_size else {}
+        use_image_folder(config, folder, **own)
 
     def _at_own_size(self, tokenizer: Tokenizer, split: Split, config: DictConfig, engine: Engine) -> Titled:
         assert isinstance(split, ImageFileSplit)
